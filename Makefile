@@ -1,0 +1,40 @@
+# The same targets serve people and CI. `make demo` and `make test` do their own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per library: RecBole's and torch's small kernels lose time to a second one on a busy box.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test lint types bench clean
+
+install: .venv/installed
+
+# torch goes in first and pinned: whatever is installed after it must not pull another build.
+# RecBole goes in last without its dependencies: it pins a Ray that no current Python has.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps recbole==1.2.1 thop
+	touch .venv/installed
+
+demo: install
+	$(BIN)/vlm2rec demo --out runs/demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The packages install as vlm2rec.*: mypy sees them under that name through links.
+types: install
+	mkdir -p build/types/vlm2rec
+	for part in embedder downstream pipelines; do ln -sfn ../../../$$part build/types/vlm2rec/$$part; done
+	MYPYPATH=build/types $(BIN)/mypy -p vlm2rec.embedder -p vlm2rec.downstream -p vlm2rec.pipelines
+
+bench: install
+	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build runs .mypy_cache .ruff_cache

@@ -1,0 +1,161 @@
+"""The embedding table and the dataset folder: names, columns, schemas. No torch in here.
+
+These names are the contract between the three packages and with every reader outside vlm2rec;
+they stand once, here. `downstream` may import this module, `dataset` and `errors` from `embedder`, nothing else.
+
+    dataset folder     items.parquet  sequences.parquet  negatives.parquet  dataset.json
+    embeddings folder  part-00000.parquet ...  manifest.json (written last)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.errors import ArtifactError, did_you_mean
+
+SCHEMA_VERSION = 1
+
+# --- dataset folder -----------------------------------------------------------------------------------------
+ITEM_ID = "item_id"  # string, unique
+TITLE = "title"  # string, never blank
+IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
+USER_ID = "user_id"  # string, unique in sequences.parquet
+TRAIN = "train"  # list<string>: item ids in time order, without the last two
+VALID = "valid"  # string: the last but one item
+TEST = "test"  # string: the last item
+SEED = "seed"  # int32, in negatives.parquet
+NEGATIVES = "negatives"  # list<string>: items the user never touched, in no order
+
+ITEMS_FILE = "items.parquet"
+SEQUENCES_FILE = "sequences.parquet"
+NEGATIVES_FILE = "negatives.parquet"
+DATASET_FILE = "dataset.json"
+
+# --- embeddings folder --------------------------------------------------------------------------------------
+FUSED = "fused"
+TEXT = "text"
+IMAGE = "image"
+VIEWS = (FUSED, TEXT, IMAGE)
+MODALITIES = (TEXT, IMAGE)
+STATUS = "status"
+ERROR = "error"
+MANIFEST_FILE = "manifest.json"
+
+STATUS_OK = "ok"  # every requested view is there
+STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit
+STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says to go on: fused == text
+STATUS_FAILED = "failed"  # no vectors; `error` says why
+STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
+
+
+def embedding_schema(dim: int, dtype: str = "float32", metadata: dict[str, str] | None = None) -> pa.Schema:
+    """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view."""
+    vector = pa.list_(pa.field("element", _VECTOR_TYPES[dtype], nullable=False), dim)
+    return pa.schema(
+        [
+            pa.field(ITEM_ID, pa.string(), nullable=False),
+            *(pa.field(view, vector) for view in VIEWS),
+            pa.field(STATUS, pa.string(), nullable=False),
+            pa.field(ERROR, pa.string()),
+        ],
+        metadata=metadata,
+    )
+
+
+_VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of shard `number`."""
+    return f"part-{number:05d}.parquet"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, what: str, fix: str) -> dict[str, Any]:
+    """Read a JSON object, or raise `ArtifactError` naming `what` the file is."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist", what, fix)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is not readable JSON ({error})", what, fix) from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds a {type(value).__name__}", what, fix)
+    return value
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a finished embeddings folder.
+
+    Raises:
+        ArtifactError: the folder has no manifest (the export is not complete), or was written by a newer schema.
+    """
+    manifest = read_json(
+        folder / MANIFEST_FILE,
+        f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
+        "run the same `vlm2rec export-items` command again: it continues where it stopped",
+    )
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder} has embedding schema version {version!r}",
+            f"a version up to {SCHEMA_VERSION}",
+            "install a newer vlm2rec, or export again with this one",
+        )
+    return manifest
+
+
+def require_columns(found: list[str], required: list[str], where: str, fix: str) -> None:
+    """Raise `ArtifactError` naming the first missing column and the nearest one that is there."""
+    for column in required:
+        if column not in found:
+            raise ArtifactError(
+                f"{where} has no column {column!r}{did_you_mean(column, found)}; its columns are {', '.join(found)}",
+                f"the columns {', '.join(required)}",
+                fix,
+            )
+
+
+def read_table(path: Path, columns: list[str] | None = None, *, fix: str) -> pa.Table:
+    """Read a Parquet file, or raise `ArtifactError` with what to do."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist", "a file written by vlm2rec", fix)
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix
+        ) from None

@@ -1,0 +1,1 @@
+"""pipelines runs both: one module per command. Nothing imports this package."""

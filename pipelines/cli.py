@@ -1,0 +1,231 @@
+"""The command line. Every flag is a field of the command's config in `config.py`; heavy imports wait for the call.
+
+Results go to stdout, everything else to stderr. Exit codes:
+0 done · 1 a bug · 2 a setting · 3 input data · 4 backbone or adapter · 5 a damaged or unfit folder ·
+6 too many failed items · 7 a missing library · 130 / 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from vlm2rec.embedder.errors import Vlm2RecError
+from vlm2rec.pipelines import config as settings
+
+app = typer.Typer(
+    name="vlm2rec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Item embeddings for recommenders from a vision-language model fine-tuned on user histories.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 a setting, 3 input data, 4 backbone or adapter, 5 a damaged or unfit"
+    " folder, 6 too many failed items, 7 a missing library, 130/143 interrupted.",
+)
+
+
+def _flag_type(hint: Any) -> Any:
+    """Return the type of the command-line flag for a config field: its own, without None, bounds and tuples."""
+    parts = [part for part in settings._union_parts(hint) if part is not type(None)]
+    part = parts[0]
+    if typing.get_origin(part) is Annotated:
+        part = typing.get_args(part)[0]
+    if typing.get_origin(part) is tuple:
+        return str  # "0,1,2"
+    return part
+
+
+def _default_text(value: Any) -> str | None:
+    if value is None or value is dataclasses.MISSING:
+        return None
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or None
+    return str(value)
+
+
+def command(
+    cls: type, positional: str | None = None, own_config_key: bool = False
+) -> Callable[[Callable[[Any], Any]], Any]:
+    """Register a function of one config as a command whose flags are the config's fields.
+
+    Args:
+        cls: The config dataclass.
+        positional: Field that is given without a flag.
+        own_config_key: `--config` is a field of the dataclass (a RecBole YAML), not a file of our settings.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    parameters = []
+    for item in dataclasses.fields(cls):
+        kind: Any = _flag_type(hints[item.name])
+        required = item.default is dataclasses.MISSING
+        text = item.metadata["help"] + (" [required]" if required else "")
+        if item.name == positional:
+            option: Any = typer.Argument(help=text, show_default=False)
+        else:
+            name = "--" + item.name.replace("_", "-")
+            name = f"{name}/--no-{name[2:]}" if kind is bool else name
+            option = typer.Option(name, help=text, show_default=_default_text(item.default) or False)
+        parameters.append(
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    extra: list[tuple[str, Any, Any]] = [
+        (
+            "overrides",
+            list[str] | None,
+            typer.Option("--set", help="key=value; may be given several times.", show_default=False),
+        )
+    ]
+    if not own_config_key:
+        extra.append(
+            (
+                "config_file",
+                Path | None,
+                typer.Option("--config", help="YAML file of these settings.", show_default=False),
+            )
+        )
+    for name, hint, option in extra:
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option]
+            )
+        )
+
+    def register(stage: Callable[[Any], Any]) -> Callable[..., None]:
+        def run(**flags: Any) -> None:
+            file = flags.pop("config_file", None)
+            overrides = flags.pop("overrides", None) or ()
+            for item in dataclasses.fields(cls):
+                if isinstance(item.default, tuple) and flags.get(item.name) is not None:
+                    flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
+            stage(settings.read_config(cls, file, overrides, flags))
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__doc__ = stage.__doc__
+        app.command(name=stage.__name__.replace("_", "-"))(run)
+        return run
+
+    return register
+
+
+def _stage(module: str) -> Any:
+    # RecBole, torch and polars each start a thread pool per core; tokenizers warn when a worker forks after use
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return import_module(f"vlm2rec.pipelines.{module}")
+
+
+@command(settings.DemoConfig)
+def demo(config: settings.DemoConfig) -> None:
+    """Run the whole line on a drawn catalogue and open a report at the end."""
+    _stage("demo").run(config)
+
+
+@command(settings.PrepareConfig)
+def prepare(config: settings.PrepareConfig) -> None:
+    """Turn items, interactions and images into a dataset folder."""
+    _stage("prepare").run(config)
+
+
+@command(settings.MakeBackboneConfig)
+def make_backbone(config: settings.MakeBackboneConfig) -> None:
+    """Build and briefly train a small local Qwen2.5-VL, for trying things out."""
+    _stage("make_backbone").run(config)
+
+
+@command(settings.FinetuneConfig)
+def finetune(config: settings.FinetuneConfig) -> None:
+    """Fine-tune a LoRA adapter on user histories (VLM2Rec or plain SFT)."""
+    _stage("finetune").run(config)
+
+
+@command(settings.ExportConfig)
+def export_items(config: settings.ExportConfig) -> None:
+    """Encode every item once: fused, text and image vectors in Parquet."""
+    _stage("export_items").run(config)
+
+
+@command(settings.VerifyConfig, positional="embeddings")
+def verify(config: settings.VerifyConfig) -> None:
+    """Check an embeddings folder against its manifest."""
+    _stage("verify").run(config)
+
+
+@command(settings.EvaluateConfig)
+def evaluate(config: settings.EvaluateConfig) -> None:
+    """Task 1: rank items by similarity to the user's vector."""
+    _stage("evaluate").run(config)
+
+
+@command(settings.TrainRecommenderConfig, own_config_key=True)
+def train_recommender(config: settings.TrainRecommenderConfig) -> None:
+    """Task 2: train SASRec, GRU4Rec or BERT4Rec in RecBole, from embeddings or from ids."""
+    _stage("train_recommender").run(config)
+
+
+@command(settings.BuildIndexConfig)
+def build_index(config: settings.BuildIndexConfig) -> None:
+    """Build a FAISS index over one view and measure its recall."""
+    _stage("build_index").run(config)
+
+
+@command(settings.SearchConfig)
+def search(config: settings.SearchConfig) -> None:
+    """Print the nearest neighbours of an item."""
+    _stage("build_index").search(config)
+
+
+@command(settings.ReportConfig)
+def report(config: settings.ReportConfig) -> None:
+    """Write one HTML page about a run folder."""
+    _stage("report").run(config)
+
+
+@app.command()
+def doctor() -> None:
+    """Check Python, libraries, device and disk."""
+    _stage("doctor").run()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Run the command line; turn every error into one paragraph and a documented exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=True)
+    except Vlm2RecError as error:
+        print(f"vlm2rec: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("vlm2rec: interrupted; run the same command again to go on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # the reader of our stdout went away (`| head`): nothing to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:
+        if os.environ.get("VLM2REC_TRACEBACK"):
+            raise
+        print(
+            f"vlm2rec: unexpected {type(error).__name__}: {error}. This is a bug: please report it, with the output"
+            " of the same command under VLM2REC_TRACEBACK=1.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None

@@ -1,0 +1,378 @@
+"""The settings of every command: one frozen dataclass each, and how they are read.
+
+A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below.
+Unknown keys are refused with the nearest known name. Importing this module costs nothing: pydantic,
+which checks types and bounds, is loaded when a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le
+
+from vlm2rec.embedder.errors import ConfigError, did_you_mean
+
+Config = TypeVar("Config")
+Positive = Annotated[int, Gt(0)]
+Count = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+LossName = Literal["vlm2rec", "sft"]
+PromptMode = Literal["raw", "chat"]
+FusionMode = Literal["external", "internal"]
+FusionNorm = Literal["raw", "normalised"]
+DtypeName = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+SamplesMode = Literal["last", "random", "all"]
+ImagePolicy = Literal["fail", "null", "text_only"]
+
+
+def setting(text: str, default: Any = MISSING) -> Any:
+    """Declare one setting with its help text; without a default it is required."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Settings of `vlm2rec prepare`."""
+
+    items: Path = setting(
+        "Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz)."
+    )
+    interactions: Path = setting("Interactions: Parquet, CSV, JSON lines, or Amazon reviews of either year.")
+    images: Path = setting(
+        "Folder of images, named by the image_path column or <item_id>.<jpg|jpeg|png|webp>."
+    )
+    out: Path = setting("Dataset folder to write.")
+    name: str | None = setting(
+        "Dataset name; Toys, Beauty, Clothing, Sports are shown beside the paper.", None
+    )
+    core: Positive = setting("k of the iterative k-core; 1 keeps everybody with three interactions.", 5)
+    max_history: Positive = setting("Items of a history that a model may see.", 10)
+    candidates: Positive = setting("Never-touched items drawn per user and seed.", 100)
+    candidate_seeds: tuple[int, ...] = setting("Seeds of the stored candidate sets.", (0, 1, 2, 3, 4))
+    item_id_column: str = setting("Item id column, in both files.", "item_id")
+    title_column: str = setting("Title column.", "title")
+    user_id_column: str = setting("User id column.", "user_id")
+    time_column: str = setting("Time column; ties keep the file's order.", "timestamp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeBackboneConfig:
+    """Settings of `vlm2rec make-backbone`."""
+
+    items: Path = setting(
+        "Items with titles and, if they have one, a caption column: Parquet, CSV or JSON lines."
+    )
+    images: Path = setting("Folder of images, as for `prepare`.")
+    out: Path = setting("Model folder to write.")
+    caption_column: str | None = setting(
+        "Column with words that describe the item; default: the first of caption, description, genres, category,"
+        " categories, else the title.",
+        None,
+    )
+    hidden_size: Positive = setting("Width of the language model.", 128)
+    layers: Positive = setting("Layers of the language model.", 4)
+    vocabulary: Positive = setting("Size of the byte-level BPE vocabulary.", 4000)
+    max_pixels: Positive = setting("Largest image area the model's processor lets through.", 112 * 112)
+    minutes: PositiveFloat = setting("Training stops after this many minutes.", 2.0)
+    max_steps: Count = setting("Training stops after this many steps; 0 leaves random weights.", 1500)
+    batch_size: Positive = setting("Prompts in a training step.", 32)
+    learning_rate: PositiveFloat = setting("AdamW learning rate.", 2e-3)
+    seed: Count = setting("Seed of weights and order.", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one."""
+
+    data: Path = setting("Dataset folder.")
+    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    out: Path = setting("Adapter folder to write.")
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
+    tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
+    tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
+    lam: NonNegative = setting("Weight of CRTR (λ).", 0.5)
+    alpha: PositiveFloat = setting("Initial sensitivity of the penalty (α).", 1.0)
+    beta: PositiveFloat = setting("Initial scale of the penalty (β).", 1.0)
+    learnable: bool = setting("Learn α and β; off keeps them fixed.", True)
+    stop_gradient: bool = setting("Stop the gradient at the strong modality's margin (Eq. 8).", True)
+    penalty: bool = setting("Weigh the negatives by w_pen (Eq. 9); off is WPCL without penalty.", True)
+    crtr: bool = setting("Add CRTR (Eq. 13).", True)
+    fusion: FusionMode = setting(
+        "external: two prompts, summed; internal: one interleaved prompt.", "external"
+    )
+    fusion_norm: FusionNorm = setting("raw: sum as the paper; normalised: unit vectors first.", "raw")
+    prompt_mode: PromptMode = setting("raw: the prompt as printed; chat: in the chat template.", "raw")
+    max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
+    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
+    lora_rank: Positive = setting("LoRA rank.", 16)
+    lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
+    lora_dropout: Fraction = setting("LoRA dropout.", 0.2)
+    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
+    weight_decay: NonNegative = setting("AdamW weight decay; never on α and β.", 0.01)
+    warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "Learning rate after the warm-up.", "constant"
+    )
+    batch_size: Positive = setting("Users in a batch, on one device.", 8)
+    epochs: PositiveFloat = setting("Epochs.", 3.0)
+    max_steps: Count = setting("Stop after this many steps; 0 trains all epochs.", 0)
+    samples: SamplesMode = setting(
+        "last: one (prefix → next) per user; random: a random one; all: every prefix.", "last"
+    )
+    users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
+    valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
+    gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
+    dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
+    resume: bool = setting("Go on from the last checkpoint in --out.", True)
+    seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of `vlm2rec export-items`."""
+
+    data: Path = setting("Dataset folder.")
+    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    out: Path = setting("Embeddings folder to write.")
+    adapter: Path | None = setting("Adapter folder of `finetune`; without it the vanilla backbone.", None)
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    fusion: FusionMode | None = setting("Default: the adapter's, else external.", None)
+    fusion_norm: FusionNorm | None = setting("Default: the adapter's, else raw.", None)
+    prompt_mode: PromptMode | None = setting("Default: the adapter's, else raw.", None)
+    max_pixels: Positive | None = setting("Default: the adapter's, else 224² (50176).", None)
+    max_title_tokens: Positive | None = setting("Default: the adapter's, else 64.", None)
+    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    on_image_error: ImagePolicy = setting(
+        "fail: stop; null: a failure row; text_only: text vector alone.", "null"
+    )
+    max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
+    dtype: DtypeName = setting(
+        "auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto"
+    )
+    device: DeviceName = setting("Where to run.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Settings of `vlm2rec verify`."""
+
+    embeddings: Path = setting("Embeddings folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Settings of `vlm2rec evaluate` (Task 1)."""
+
+    data: Path = setting("Dataset folder.")
+    embeddings: Path = setting("Embeddings folder.")
+    out: Path = setting("Folder to write: metrics.json, users.parquet.")
+    users_from: Literal["auto", "sequence", "mean"] = setting(
+        "User vectors: the sequence encoder, or the mean of the history's item vectors; auto: the encoder if"
+        " --backbone is given.",
+        "auto",
+    )
+    backbone: str | None = setting("Backbone, for the sequence encoder.", None)
+    adapter: Path | None = setting("Adapter, for the sequence encoder.", None)
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    split: Literal["valid", "test"] = setting("Which held-out item to rank.", "test")
+    seeds: tuple[int, ...] = setting("Candidate seeds; empty takes all stored ones.", ())
+    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    dtype: DtypeName = setting("As for export-items.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecommenderConfig:
+    """Settings of `vlm2rec train-recommender` (Task 2)."""
+
+    data: Path | None = setting(
+        "Dataset folder; or leave it out and name RecBole's own dataset in --config.", None
+    )
+    out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
+    model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
+    embeddings: Path | None = setting("Embeddings folder; without it the plain ID model.", None)
+    column: Literal["fused", "text", "image"] = setting("Which view to start from.", "fused")
+    mode: Literal["adapter", "table"] = setting(
+        "adapter: frozen vectors behind a trained Linear; table: start the item table from them and train it.",
+        "adapter",
+    )
+    missing: Literal["error", "mean", "random"] = setting(
+        "Items without a vector: refuse, or fill and count.", "error"
+    )
+    config: Path | None = setting("A RecBole YAML; its keys win over our defaults.", None)
+    max_epochs: Positive = setting("Most epochs.", 200)
+    eval_step: Positive = setting("Validate every so many epochs.", 5)
+    patience: Positive = setting("Stop after this many epochs without gain.", 20)
+    batch_size: Positive = setting("Training rows in a batch.", 256)
+    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
+    weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
+    hidden_size: Positive = setting("Width d of the recommender.", 128)
+    dropout: Fraction = setting("Dropout.", 0.3)
+    seeds: tuple[int, ...] = setting("Candidate seeds to report; empty takes all stored ones.", ())
+    seed: Count = setting("Seed of weights and order.", 0)
+    device: DeviceName = setting("Where to run.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildIndexConfig:
+    """Settings of `vlm2rec build-index`."""
+
+    embeddings: Path = setting("Embeddings folder.")
+    out: Path = setting("Index folder to write.")
+    column: Literal["fused", "text", "image"] = setting("Which view to index.", "fused")
+    kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
+    data: Path | None = setting(
+        "Dataset folder, for titles in search results; default: the one of the export.", None
+    )
+    sample: Positive = setting("Queries for the measured recall@10.", 1000)
+    seed: Count = setting("Seed of the sample and of k-means.", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Settings of `vlm2rec search`."""
+
+    index: Path = setting("Index folder.")
+    item: str = setting("Item id whose neighbours to print.")
+    k: Positive = setting("How many neighbours.", 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of `vlm2rec report`."""
+
+    run: Path = setting("Folder with the stages' outputs, as `vlm2rec demo` lays them out.")
+    out: Path | None = setting("HTML file to write; default: report.html in the run folder.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of `vlm2rec demo`."""
+
+    out: Path = setting("Run folder to write.", Path("runs/demo"))
+    products: Annotated[int, Ge(200)] = setting("Products drawn.", 400)
+    users: Annotated[int, Ge(50)] = setting("Users simulated.", 600)
+    finetune_steps: Positive = setting("Steps of each fine-tuning run.", 120)
+    recommender_epochs: Positive = setting("Most epochs of each recommender.", 15)
+    backbone_minutes: PositiveFloat = setting("Minutes for the small backbone.", 1.0)
+    seed: Count = setting("Seed of the catalogue and of every stage.", 0)
+
+
+def read_config(
+    cls: type[Config],
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge defaults, a YAML file, `key=value` overrides and flags into one checked config.
+
+    Raises:
+        ConfigError: unknown or missing key, or a value of the wrong type or out of bounds.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_known_only(read_yaml(file), known, str(file)))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value"
+            )
+        values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
+    values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.default is MISSING and f.name not in values:
+            flag = f"--{f.name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} is missing", f.metadata["help"].rstrip("."), f"give {flag}, or put it in --config"
+            )
+    return _validate(cls, values)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML mapping (safe loader: plain data only)."""
+    import yaml
+
+    if not file.is_file():
+        raise ConfigError(f"config file {file} does not exist", "a YAML file", "check the path")
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {error}", "a mapping of settings", "mend the file") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{file} holds a {type(loaded).__name__}", "a mapping of settings", "write `key: value` lines"
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it",
+            )
+    return values
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "settings"
+        raise ConfigError(
+            f"setting {key} = {first['input']!r} is not usable: {first['msg'].lower()}",
+            f"{_type_text(cls, key)}",
+            f"change --{key.replace('_', '-')}",
+        ) from None
+
+
+def _type_text(cls: type, key: str) -> str:
+    hint = typing.get_type_hints(cls).get(key)
+    if hint is None:
+        return "a known setting"
+    options = [
+        str(value)
+        for part in _union_parts(hint)
+        if typing.get_origin(part) is Literal
+        for value in typing.get_args(part)
+    ]
+    return f"one of {', '.join(options)}" if options else str(getattr(hint, "__name__", hint))
+
+
+def _union_parts(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)

@@ -1,0 +1,48 @@
+"""What the person at the terminal sees: progress with an estimate, and a short summary. All on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+log = Console(stderr=True, highlight=False)
+"""Where stages talk. Results for other programs go to stdout with `print`."""
+
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Advance]:
+    """Show a bar with elapsed and remaining time; yields a function that advances it by n."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=log, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def summary(title: str, rows: Mapping[str, object]) -> None:
+    """Print a two-column summary: what came out and where it lies."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    log.print(table)
