@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,9 +49,7 @@ class Dataset:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ArtifactError(
-                f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first"
-            )
+            raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
         self.meta: dict[str, Any] = schema.read_json(
             self.path / schema.DATASET_FILE, "a dataset folder written by `vlm2rec prepare`", _PREPARE_AGAIN
         )
@@ -121,9 +120,7 @@ class Dataset:
                 "ids of this dataset",
                 _PREPARE_AGAIN,
             )
-        return np.asarray(
-            rows.to_numpy() if isinstance(rows, pa.ChunkedArray) else rows.to_numpy(False), np.int32
-        )
+        return np.asarray(rows.to_numpy() if isinstance(rows, pa.ChunkedArray) else rows.to_numpy(False), np.int32)
 
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +133,7 @@ class Dataset:
     def train_sequences(self) -> list[np.ndarray]:
         """Return each user's whole training sequence as item rows, oldest first."""
         rows, offsets = self._train
-        return [rows[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [rows[a:b] for a, b in itertools.pairwise(offsets)]
 
     def histories(self, split: Split) -> Histories:
         """Return, for every user, the last `max_history` items before the target of `split`, and the target.

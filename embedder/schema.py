@@ -156,6 +156,4 @@ def read_table(path: Path, columns: list[str] | None = None, *, fix: str) -> pa.
     try:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix
-        ) from None
+        raise ArtifactError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix) from None

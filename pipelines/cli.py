@@ -101,9 +101,7 @@ def command(
         )
     for name, hint, option in extra:
         parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option]
-            )
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
         )
 
     def register(stage: Callable[[Any], Any]) -> Callable[..., None]:

@@ -45,17 +45,11 @@ def setting(text: str, default: Any = MISSING) -> Any:
 class PrepareConfig:
     """Settings of `vlm2rec prepare`."""
 
-    items: Path = setting(
-        "Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz)."
-    )
+    items: Path = setting("Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz).")
     interactions: Path = setting("Interactions: Parquet, CSV, JSON lines, or Amazon reviews of either year.")
-    images: Path = setting(
-        "Folder of images, named by the image_path column or <item_id>.<jpg|jpeg|png|webp>."
-    )
+    images: Path = setting("Folder of images, named by the image_path column or <item_id>.<jpg|jpeg|png|webp>.")
     out: Path = setting("Dataset folder to write.")
-    name: str | None = setting(
-        "Dataset name; Toys, Beauty, Clothing, Sports are shown beside the paper.", None
-    )
+    name: str | None = setting("Dataset name; Toys, Beauty, Clothing, Sports are shown beside the paper.", None)
     core: Positive = setting("k of the iterative k-core; 1 keeps everybody with three interactions.", 5)
     max_history: Positive = setting("Items of a history that a model may see.", 10)
     candidates: Positive = setting("Never-touched items drawn per user and seed.", 100)
@@ -70,9 +64,7 @@ class PrepareConfig:
 class MakeBackboneConfig:
     """Settings of `vlm2rec make-backbone`."""
 
-    items: Path = setting(
-        "Items with titles and, if they have one, a caption column: Parquet, CSV or JSON lines."
-    )
+    items: Path = setting("Items with titles and, if they have one, a caption column: Parquet, CSV or JSON lines.")
     images: Path = setting("Folder of images, as for `prepare`.")
     out: Path = setting("Model folder to write.")
     caption_column: str | None = setting(
@@ -109,9 +101,7 @@ class FinetuneConfig:
     stop_gradient: bool = setting("Stop the gradient at the strong modality's margin (Eq. 8).", True)
     penalty: bool = setting("Weigh the negatives by w_pen (Eq. 9); off is WPCL without penalty.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
-    fusion: FusionMode = setting(
-        "external: two prompts, summed; internal: one interleaved prompt.", "external"
-    )
+    fusion: FusionMode = setting("external: two prompts, summed; internal: one interleaved prompt.", "external")
     fusion_norm: FusionNorm = setting("raw: sum as the paper; normalised: unit vectors first.", "raw")
     prompt_mode: PromptMode = setting("raw: the prompt as printed; chat: in the chat template.", "raw")
     max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
@@ -122,9 +112,7 @@ class FinetuneConfig:
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
     weight_decay: NonNegative = setting("AdamW weight decay; never on α and β.", 0.01)
     warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
-    schedule: Literal["constant", "linear", "cosine"] = setting(
-        "Learning rate after the warm-up.", "constant"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting("Users in a batch, on one device.", 8)
     epochs: PositiveFloat = setting("Epochs.", 3.0)
     max_steps: Count = setting("Stop after this many steps; 0 trains all epochs.", 0)
@@ -157,13 +145,9 @@ class ExportConfig:
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
-    on_image_error: ImagePolicy = setting(
-        "fail: stop; null: a failure row; text_only: text vector alone.", "null"
-    )
+    on_image_error: ImagePolicy = setting("fail: stop; null: a failure row; text_only: text vector alone.", "null")
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
-    dtype: DtypeName = setting(
-        "auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto"
-    )
+    dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
     device: DeviceName = setting("Where to run.", "auto")
 
 
@@ -200,9 +184,7 @@ class EvaluateConfig:
 class TrainRecommenderConfig:
     """Settings of `vlm2rec train-recommender` (Task 2)."""
 
-    data: Path | None = setting(
-        "Dataset folder; or leave it out and name RecBole's own dataset in --config.", None
-    )
+    data: Path | None = setting("Dataset folder; or leave it out and name RecBole's own dataset in --config.", None)
     out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
     model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
     embeddings: Path | None = setting("Embeddings folder; without it the plain ID model.", None)
@@ -211,9 +193,7 @@ class TrainRecommenderConfig:
         "adapter: frozen vectors behind a trained Linear; table: start the item table from them and train it.",
         "adapter",
     )
-    missing: Literal["error", "mean", "random"] = setting(
-        "Items without a vector: refuse, or fill and count.", "error"
-    )
+    missing: Literal["error", "mean", "random"] = setting("Items without a vector: refuse, or fill and count.", "error")
     config: Path | None = setting("A RecBole YAML; its keys win over our defaults.", None)
     max_epochs: Positive = setting("Most epochs.", 200)
     eval_step: Positive = setting("Validate every so many epochs.", 5)
@@ -236,9 +216,7 @@ class BuildIndexConfig:
     out: Path = setting("Index folder to write.")
     column: Literal["fused", "text", "image"] = setting("Which view to index.", "fused")
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
-    data: Path | None = setting(
-        "Dataset folder, for titles in search results; default: the one of the export.", None
-    )
+    data: Path | None = setting("Dataset folder, for titles in search results; default: the one of the export.", None)
     sample: Positive = setting("Queries for the measured recall@10.", 1000)
     seed: Count = setting("Seed of the sample and of k-means.", 0)
 
@@ -291,9 +269,7 @@ def read_config(
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(
-                f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value"
-            )
+            raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
         values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]

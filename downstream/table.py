@@ -1,0 +1,126 @@
+"""The embedding table, read from an embeddings folder. Needs pyarrow and NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
+
+_EXPORT_AGAIN = "run the same `vlm2rec export-items` command again: it redoes what is missing or damaged"
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """One view of an embeddings folder in memory: ids and vectors share a row.
+
+    `vectors` is (N, d) float32 with rows of NaN for items that have no vector in this view; `present` says which do.
+    """
+
+    item_ids: list[str]
+    vectors: np.ndarray  # (N, d) float32
+    present: np.ndarray  # (N,) bool
+    column: str
+    manifest: dict[str, Any]
+
+    @property
+    def dim(self) -> int:
+        """Length d of a vector."""
+        return int(self.vectors.shape[1])
+
+    @classmethod
+    def open(cls, folder: Path | str, column: str = schema.FUSED) -> EmbeddingTable:
+        """Read one view of a finished embeddings folder.
+
+        Raises:
+            ArtifactError: no manifest, a damaged or foreign shard, or not a single vector in this view.
+        """
+        folder = Path(folder)
+        manifest = schema.read_manifest(folder)
+        ids: list[str] = []
+        blocks, masks = [], []
+        for batch_ids, vectors, present in read_batches(folder, column):
+            ids.extend(batch_ids)
+            blocks.append(vectors)
+            masks.append(present)
+        table = cls(
+            ids,
+            np.concatenate(blocks) if blocks else np.empty((0, int(manifest["dim"])), np.float32),
+            np.concatenate(masks) if masks else np.empty(0, bool),
+            column,
+            manifest,
+        )
+        if not table.present.any():
+            raise ArtifactError(
+                f"{folder} has no vector in column {column!r} ({len(ids)} rows, all null)",
+                "at least one vector",
+                "choose another column, or look at the status and error columns of the export",
+            )
+        return table
+
+    def rows_of(self, item_ids: list[str] | pa.Array) -> np.ndarray:
+        """Return the row of each wanted item, (M,) int64; -1 where the table lacks it or has no vector for it."""
+        wanted = pa.array(item_ids, pa.string()) if isinstance(item_ids, list) else item_ids
+        found = pc.index_in(wanted, value_set=pa.array(self.item_ids, pa.string()))
+        rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        rows[(rows >= 0) & ~self.present[rows]] = -1
+        return rows
+
+    def take(self, item_ids: list[str] | pa.Array) -> np.ndarray:
+        """Return the vectors of `item_ids` in that order, (M, d) float32; raise `ArtifactError` when one is missing."""
+        rows = self.rows_of(item_ids)
+        if (rows < 0).any():
+            missing = [str(item_ids[i]) for i in np.flatnonzero(rows < 0)[:5]]
+            raise ArtifactError(
+                f"{int((rows < 0).sum())} of {len(rows)} items have no {self.column} vector, among them {missing}",
+                "a vector for every item",
+                "export the same dataset these items come from, or mend the failed items and export again",
+            )
+        return self.vectors[rows]
+
+
+def read_batches(
+    folder: Path, column: str, batch_size: int = 16_384
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Stream (item_ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
+
+    Memory is that of one batch, whatever the catalogue's size. Each shard's size is held against the manifest and
+    Parquet's page checksums are checked on the way; `vlm2rec verify` also compares SHA-256.
+    """
+    if column not in schema.VIEWS:
+        raise ConfigError(f"{column!r} is not a view", f"one of {', '.join(schema.VIEWS)}", "correct the column's name")
+    manifest = schema.read_manifest(folder)
+    dim = int(manifest["dim"])
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise ArtifactError(
+                f"{path} is missing or has another size than the manifest says",
+                f"{shard['bytes']} bytes",
+                _EXPORT_AGAIN,
+            )
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
+                    vectors, present = _to_numpy(batch[column], dim)
+                    yield batch[schema.ITEM_ID].to_pylist(), vectors, present
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
+
+
+def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    # `.flatten()` would drop null rows and shift every id after them: read the values and mark the nulls
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    flat = column.values.slice(column.offset * dim, len(column) * dim)
+    vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), dim)
+    if not present.all():
+        vectors = np.where(present[:, None], vectors, np.nan).astype(np.float32)
+    return vectors, present
