@@ -1,0 +1,294 @@
+"""A vision-language model as an encoder: prompts in, last-token vectors out. One path for all families.
+
+The path: the family's own tokenizer and image processor, the inner model without its language-model head, right
+padding, explicit position ids (M-RoPE where the family has it), the last position taken from the mask.
+The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from vlm2rec.embedder.errors import ConfigError, ModelError
+from vlm2rec.embedder.pooling import last_token
+from vlm2rec.embedder.processor import image_tokens, load_processor, neutralise
+from vlm2rec.embedder.prompts import Prompt, PromptMode, render
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+IMAGES_AT_ONCE = 32  # images in one call of the vision tower
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower says of one image: n merged tokens of width d."""
+
+    tokens: Tensor  # (n, d)
+    deepstack: tuple[Tensor, ...]  # one (n, d) for each early layer Qwen3-VL feeds; empty for the others
+    grid: Tensor | None  # (3,) frames, rows, columns of patches, for M-RoPE; None for families without it
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deepstack))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids, with the features of its images in the order of their tokens."""
+
+    ids: list[int]
+    images: tuple[ImageFeatures, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Backbone:
+    """A model, its processor, and the few steps from prompts to vectors. Use `Backbone.load`."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, prompt_mode: PromptMode = "raw", max_title_tokens: int = 64
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.prompt_mode: PromptMode = prompt_mode
+        self.max_title_tokens = max_title_tokens
+        # right padding whatever the family's own choice: positions are explicit and the last one is read from the mask
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        prompt_mode: PromptMode = "raw",
+        max_pixels: int = 224 * 224,
+        max_title_tokens: int = 64,
+        dtype: DtypeName | torch.dtype = "float32",
+        device: DeviceName | torch.device = "auto",
+    ) -> Backbone:
+        """Load a backbone from a hub id or a local folder, in evaluation mode and without gradients.
+
+        Raises:
+            ModelError: no such model, unknown family, or weights that do not fit the config.
+            ConfigError: the device is not there, or chat mode without a chat template.
+        """
+        processor = load_processor(source, revision, max_pixels)
+        if prompt_mode == "chat" and not processor.chat_template:
+            raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
+        place = device if isinstance(device, torch.device) else pick_device(device)
+        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                source,
+                revision=revision or "main",
+                dtype=number,
+                trust_remote_code=False,
+                use_safetensors=True,  # the other format is a pickle
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"the weights of {source!r} cannot be loaded ({text})",
+                "safetensors weights that fit its config.json",
+                "download the model folder again",
+            ) from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"{source!r} lacks {len(missing)} weights, among them {missing[0]}",
+                "a complete model",
+                "download the model folder again",
+            )
+        model.requires_grad_(False).eval().to(place)
+        return cls(model, processor, prompt_mode, max_title_tokens)
+
+    @property
+    def body(self) -> Any:
+        """The model without its language-model head; LoRA layers live inside it."""
+        return self.model.model
+
+    @property
+    def dim(self) -> int:
+        """Length d of a vector: the language model's hidden size."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that stands for one merged image token."""
+        return int(self.processor.image_token_id)
+
+    def prepare_title(self, title: str) -> tuple[str, bool]:
+        """Return the title as it may stand in a prompt, and whether it was cut to `max_title_tokens`.
+
+        White space is folded and special tokens are broken up, so that a title can neither end the prompt nor ask for
+        an image; cutting happens between tokens of the title alone, so image tokens are never cut.
+        """
+        # a very long title is cut by characters first: tokenising 100,000 of them only to drop them is wasted work
+        text = " ".join(title.replace("\0", " ").split())[: 64 * self.max_title_tokens]
+        text = neutralise(self.tokenizer, text)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if len(encoding["input_ids"]) <= self.max_title_tokens:
+            return text, False
+        return text[: encoding["offset_mapping"][self.max_title_tokens - 1][1]].rstrip(), True
+
+    def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
+        """Return the prompt's token ids, with as many image tokens for each image as it has features."""
+        text = render(prompt, self.prompt_mode, self.processor)
+        if images:
+            first, *rest = text.split(self.processor.image_token)
+            if len(rest) != len(images):
+                raise ValueError(f"the prompt has room for {len(rest)} images, {len(images)} were given")
+            start = getattr(self.processor, "start_image_token", "")  # InternVL marks an image's ends itself
+            end = getattr(self.processor, "end_image_token", "")
+            token = self.processor.image_token
+            text = first + "".join(
+                f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
+            )
+        ids = self.tokenizer(text)["input_ids"]
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if len(ids) > limit:
+            note = getattr(self.processor.family, "note", "")
+            raise ConfigError(
+                f"a prompt of {len(images)} images and {len(ids)} tokens{f' ({note})' if note else ''}",
+                f"at most {limit} tokens, the positions of this backbone",
+                "prepare the data with a smaller --max-history, or choose another backbone",
+            )
+        return EncodedPrompt(ids, tuple(images))
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+        """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
+        features: list[ImageFeatures] = []
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            features += self._look(images[start : start + IMAGES_AT_ONCE])
+        return features
+
+    def _look(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+        inputs = self.processor.image_processor(images=list(images), return_tensors="pt")
+        inputs = {k: v.to(self.device) for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        output = self.body.get_image_features(**inputs, return_dict=True)
+        grids = inputs.get("image_grid_thw")
+        deepstack = getattr(output, "deepstack_features", None) or ()  # layers of tuples, one tensor an image
+        # cloned: the parts are views of one buffer, and keeping one image must not keep its whole batch
+        return [
+            ImageFeatures(
+                tokens.clone(),
+                tuple(layer[i].clone() for layer in deepstack),
+                None if grids is None else grids[i].cpu(),
+            )
+            for i, tokens in enumerate(output.pooler_output)
+        ]
+
+    def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Return the final-layer state of each prompt's last token, (B, d), in the model's dtype (Eq. 1).
+
+        Gradients flow to the language model's trainable weights if there are any and grad mode is on.
+        """
+        ids, mask = self._pad(prompts)
+        images = [image for prompt in prompts for image in prompt.images]
+        arguments: dict[str, Any] = {"position_ids": self._positions(ids, mask, images)}
+        if images:
+            arguments["mm_encoder_outputs"] = {"image": self._vision_output(images)}
+        output = self.body(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **arguments)
+        return last_token(output.last_hidden_state, mask)
+
+    def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self.pad_id)  # (B, T)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt.ids)
+            mask[row, : len(prompt)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _positions(self, ids: Tensor, mask: Tensor, images: Sequence[ImageFeatures]) -> Tensor:
+        """Return explicit positions: (3, B, T) under M-RoPE, else (B, T)."""
+        plain = (mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
+        if not images or images[0].grid is None or not hasattr(self.body, "get_rope_index"):
+            return plain
+        # without the token types M-RoPE silently falls back to one-dimensional positions
+        types = ((ids == self.image_token_id) & (mask == 1)).int()
+        grids = torch.stack([image.grid for image in images if image.grid is not None])
+        positions, _ = self.body.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+        return positions
+
+    def _vision_output(self, images: Sequence[ImageFeatures]) -> SimpleNamespace:
+        """Return the images' features in the form in which the model's own vision tower hands them over."""
+        tokens = tuple(image.tokens.to(self.device) for image in images)
+        deepstack = [
+            tuple(part.to(self.device) for part in layer) for layer in zip(*(i.deepstack for i in images), strict=True)
+        ]
+        stacked = self.processor.family.stacked_features
+        return SimpleNamespace(pooler_output=torch.stack(tokens) if stacked else tokens, deepstack_features=deepstack)
+
+    def image_length(self, width: int, height: int) -> int:
+        """Return how many tokens an image of that size becomes."""
+        return image_tokens(self.processor, width, height)
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Yield lists of positions whose padded size `count × longest` stays within `budget`, shortest prompts first.
+
+    A prompt longer than the budget comes alone. Neighbours have nearly the same length, so little is padded.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batch: list[int] = []
+    for position in order:
+        if batch and lengths[position] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+def pick_device(name: DeviceName) -> torch.device:
+    """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[name]:
+        raise ConfigError(
+            f"device {name!r} is not available in this torch ({torch.__version__})",
+            f"one of {', '.join(key for key, value in there.items() if value)}",
+            "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is there",
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; `auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and _cpu_multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # private in torch, but the only place that asks the processor itself
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)

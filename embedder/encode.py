@@ -1,0 +1,267 @@
+"""`ItemEncoder`: titles and images in, fused, text and image vectors out. The adapter is merged, the head left off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder import lora, prompts, schema
+from vlm2rec.embedder.backbone import (
+    Backbone,
+    DeviceName,
+    DtypeName,
+    EncodedPrompt,
+    ImageFeatures,
+    batches_by_tokens,
+    pick_device,
+    pick_dtype,
+)
+from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.pooling import FusionNorm, fuse
+from vlm2rec.embedder.processor import load_processor, read_model_config
+from vlm2rec.embedder.prompts import PromptMode
+
+FusionMode = Literal["external", "internal"]
+ITEMS_AT_ONCE = 256  # images whose features are held on the device together
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What decides a vector, apart from weights. Stored with the adapter; an export takes them from there."""
+
+    fusion: FusionMode = "external"  # two prompts summed, or one interleaved prompt
+    fusion_norm: FusionNorm = "raw"
+    prompt_mode: PromptMode = "raw"
+    max_pixels: int = 224 * 224
+    max_title_tokens: int = 64
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Columns of the embedding table that are filled."""
+        return schema.VIEWS if self.fusion == "external" else (schema.FUSED,)
+
+    @classmethod
+    def resolve(cls, adapter: Path | None, **given: Any) -> EncoderSettings:
+        """Return the adapter's settings, or the defaults without one, with what was given explicitly.
+
+        Raises:
+            ConfigError: a given setting differs from the adapter's: it was trained otherwise.
+            ModelError: the adapter folder is unfinished.
+        """
+        base = cls(**lora.read_adapter(adapter)["encoder"]) if adapter is not None else cls()
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name, value in chosen.items():
+            trained = getattr(base, name)
+            if adapter is not None and value != trained:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} is {value!r}, but the adapter {adapter} was trained with {trained!r}",
+                    f"{trained!r}",
+                    f"leave {flag} out",
+                )
+        return cls(**(asdict(base) | chosen))
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """Vectors of n items, float32; rows of NaN where a view is absent."""
+
+    fused: np.ndarray  # (n, d)
+    text: np.ndarray  # (n, d)
+    image: np.ndarray  # (n, d)
+    truncated: np.ndarray  # (n,) bool: the title was cut to the token limit
+
+
+class ItemEncoder:
+    """Encodes items and histories with one backbone, with or without an adapter. Use `ItemEncoder.load`."""
+
+    def __init__(
+        self, backbone: Backbone, settings: EncoderSettings, provenance: dict[str, Any], token_budget: int = 4096
+    ) -> None:
+        self.backbone = backbone
+        self.encoder_settings = settings
+        self.provenance = provenance
+        self.token_budget = token_budget
+
+    @classmethod
+    def load(
+        cls,
+        backbone: str,
+        adapter: Path | None = None,
+        *,
+        revision: str | None = None,
+        fusion: FusionMode | None = None,
+        fusion_norm: FusionNorm | None = None,
+        prompt_mode: PromptMode | None = None,
+        max_pixels: int | None = None,
+        max_title_tokens: int | None = None,
+        dtype: DtypeName = "auto",
+        device: DeviceName = "auto",
+        token_budget: int = 4096,
+    ) -> ItemEncoder:
+        """Load a backbone, merge the adapter into it if one is given, and check the adapter's canary vectors.
+
+        Settings left at None are the adapter's, or the defaults of `EncoderSettings` without an adapter.
+
+        Raises:
+            ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
+            ConfigError: a setting contradicts the adapter's.
+        """
+        given = {
+            "fusion": fusion,
+            "fusion_norm": fusion_norm,
+            "prompt_mode": prompt_mode,
+            "max_pixels": max_pixels,
+            "max_title_tokens": max_title_tokens,
+        }
+        settings = EncoderSettings.resolve(adapter, **given)
+        provenance = encoder_settings(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
+        model = Backbone.load(
+            backbone,
+            revision=revision,
+            prompt_mode=settings.prompt_mode,
+            max_pixels=settings.max_pixels,
+            max_title_tokens=settings.max_title_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        encoder = cls(model, settings, provenance, token_budget)
+        if adapter is not None:
+            canary = lora.read_canary(adapter)
+            before = encoder.encode_items(canary.titles, canary.images)
+            lora.merge_adapter(model, adapter)
+            lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
+        return encoder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything of the encoder that belongs into an export's fingerprint."""
+        return self.provenance
+
+    @property
+    def dim(self) -> int:
+        """Length d of a vector."""
+        return self.backbone.dim
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Columns of the embedding table that this encoder fills."""
+        return self.encoder_settings.views
+
+    @torch.no_grad()
+    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+        """Encode items one by one: the sequence prompts with a single item at index 0.
+
+        Args:
+            titles: n titles.
+            images: n RGB images; where there is none, the item has no image vector, and with external fusion its
+                fused vector is the text vector alone.
+        """
+        if len(titles) != len(images):
+            raise ValueError(f"{len(titles)} titles and {len(images)} images")
+        parts = [
+            self._encode_items(titles[start : start + ITEMS_AT_ONCE], images[start : start + ITEMS_AT_ONCE])
+            for start in range(0, len(titles), ITEMS_AT_ONCE)
+        ]
+        if not parts:
+            nothing = np.empty((0, self.dim), np.float32)
+            return EncodedItems(nothing, nothing, nothing, np.empty(0, bool))
+        return EncodedItems(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(EncodedItems)))
+
+    def _encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+        prepared = [self.backbone.prepare_title(title) for title in titles]
+        truncated = np.array([cut for _, cut in prepared], bool)
+        seen = [row for row, image in enumerate(images) if isinstance(image, Image.Image)]
+        features: list[ImageFeatures | None] = [None] * len(titles)
+        pictures = [image for image in images if isinstance(image, Image.Image)]
+        for row, feature in zip(seen, self.backbone.look(pictures), strict=True):
+            features[row] = feature
+        views = self.encode_sequences(
+            [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
+        )
+        return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
+
+    def encode_sequences(
+        self, titles: Sequence[Sequence[str]], images: Sequence[Sequence[ImageFeatures]]
+    ) -> dict[str, Tensor]:
+        """Encode n sequences of items; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent rows.
+
+        Args:
+            titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first.
+            images: features of each sequence's images (`Backbone.look`); an empty list where there are none.
+        """
+        backbone, count = self.backbone, len(titles)
+        if self.encoder_settings.fusion == "internal":
+            complete = [row for row in range(count) if images[row] and len(images[row]) == len(titles[row])]
+            prompt = {row: backbone.tokenize(prompts.item_prompt(titles[row]), images[row]) for row in complete}
+            absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
+            return {schema.FUSED: self._encode_rows(prompt, count), schema.TEXT: absent, schema.IMAGE: absent.clone()}
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row])) for row in range(count)}
+        pictures = {
+            row: backbone.tokenize(prompts.image_prompt(len(images[row])), images[row])
+            for row in range(count)
+            if images[row]
+        }
+        text, image = self._encode_rows(texts, count), self._encode_rows(pictures, count)
+        with_image = ~image.isnan().any(dim=1, keepdim=True)
+        fused = torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
+        return {schema.FUSED: fused, schema.TEXT: text, schema.IMAGE: image}
+
+    def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int) -> Tensor:
+        """Encode prompts in batches of at most `token_budget` padded tokens; rows without a prompt are NaN."""
+        rows = list(by_row)
+        order: list[int] = []
+        vectors: list[Tensor] = []
+        for batch in batches_by_tokens([len(by_row[row]) for row in rows], self.token_budget):
+            vectors.append(self.backbone.encode([by_row[rows[i]] for i in batch]).float())
+            order += [rows[i] for i in batch]
+        result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
+        if not vectors:
+            return result
+        # out of place, so that gradients pass
+        return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
+
+
+def encoder_settings(
+    backbone: str,
+    adapter: Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    **given: Any,
+) -> dict[str, Any]:
+    """Return what `ItemEncoder.load(...).settings` will be, from config files alone: no weights are read into a model.
+
+    Two encoders with equal settings give equal vectors up to float noise.
+
+    Raises:
+        ModelError, ConfigError: as `ItemEncoder.load`, as far as it can be known without the weights.
+    """
+    settings = EncoderSettings.resolve(adapter, **given)
+    processor = load_processor(backbone, revision, settings.max_pixels)
+    return {
+        "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
+        "revision": revision,
+        "backbone_hash": lora.backbone_hash(backbone, revision),
+        "model_type": read_model_config(backbone, revision)["model_type"],
+        "adapter": None if adapter is None else lora.adapter_hash(adapter),
+        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template),
+        "pooling": "last",
+        "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
+        "views": list(settings.views),
+        **asdict(settings),
+    }
+
+
+def to_numpy(vectors: Tensor) -> np.ndarray:
+    """Return a tensor's values as a float32 array on the CPU."""
+    return np.asarray(vectors.detach().float().cpu().numpy(), np.float32)

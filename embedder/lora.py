@@ -1,0 +1,305 @@
+"""The adapter folder: a standard PEFT adapter, what it was trained with, and vectors that prove it works.
+
+    adapter_config.json  adapter_model.safetensors   any PEFT user can load these
+    vlm2rec.json                                     encoder settings, backbone, losses, seed, versions; written last
+    canary.safetensors                               a few generated items and their vectors
+    curves.json  README.md                           training curves, model card
+
+PEFT only warns when an adapter's keys do not match the model, and then runs the base model. Loading here is strict:
+an unexpected or missing key, an adapter that changes nothing, or canary vectors that do not come back are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.backbone import Backbone
+from vlm2rec.embedder.errors import ModelError
+
+# The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
+# so a list of bare names would adapt them silently.
+LORA_TARGETS = r".*\blanguage_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SETTINGS_FILE = "vlm2rec.json"
+CANARY_FILE = "canary.safetensors"
+CURVES_FILE = "curves.json"
+CANARY_COSINE = 0.999
+_CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
+_TRAIN_AGAIN = "fine-tune again, or copy the adapter folder again with all its files"
+
+
+def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
+    """Put fresh LoRA layers into the backbone's language model, in place; returns the PEFT wrapper for saving.
+
+    Raises:
+        ModelError: the backbone has no layers under the names that all supported families use.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none")
+    wrapped = _wrap(backbone, config)
+    adapted = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    stray = [name for name in adapted if "language_model" not in name]
+    if stray:
+        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "language_model layers only")
+    return wrapped
+
+
+def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
+    try:
+        return get_peft_model(backbone.model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"LoRA finds nothing to adapt in this backbone ({str(error).splitlines()[0]})",
+            f"modules that match {LORA_TARGETS}",
+            "choose a backbone of a supported family",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Generated items and the vectors an adapter gave them when it was saved."""
+
+    titles: list[str]
+    images: list[Image.Image]
+    fused: np.ndarray  # (n, d) float32
+
+
+def canary_items() -> tuple[list[str], list[Image.Image]]:
+    """Return the titles and the drawn images of the canary, the same every time."""
+    rng = np.random.default_rng(20_260_317)
+    images = []
+    for _ in _CANARY_TITLES:
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        images.append(Image.fromarray(coarse).resize((112, 112), Image.Resampling.BICUBIC))
+    return list(_CANARY_TITLES), images
+
+
+def save_adapter(
+    wrapped: PeftModel, folder: Path, settings: dict[str, Any], canary: Canary, curves: dict[str, Any], card: str
+) -> None:
+    """Write a complete adapter folder; `vlm2rec.json` comes last and marks it finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS_FILE).unlink(missing_ok=True)
+    wrapped.peft_config["default"].inference_mode = True
+    wrapped.save_pretrained(str(folder), safe_serialization=True)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
+    safetensors.torch.save_file(
+        {"images": pixels, "fused": torch.from_numpy(canary.fused)},
+        folder / CANARY_FILE,
+        metadata={"titles": json.dumps(canary.titles)},
+    )
+    schema.write_json(folder / CURVES_FILE, curves)
+    (folder / "README.md").write_text(card, encoding="utf-8")  # in place of PEFT's empty template
+    schema.write_json(folder / SETTINGS_FILE, settings)
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """Return the settings of a finished adapter folder.
+
+    Raises:
+        ModelError: not an adapter folder of vlm2rec, or an unfinished one.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE, CANARY_FILE, SETTINGS_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} is not a finished adapter folder: it has no {name}",
+                "a folder written by `vlm2rec finetune`",
+                "run the same `vlm2rec finetune` command again: it goes on from its last checkpoint",
+            )
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "encoder" not in settings:
+        raise ModelError(
+            f"{folder / SETTINGS_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
+        )
+    return settings
+
+
+def read_canary(folder: Path) -> Canary:
+    """Return the canary stored with an adapter."""
+    read_adapter(folder)
+    path = folder / CANARY_FILE
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            titles = json.loads(file.metadata()["titles"])
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is damaged ({error})", "the canary of the adapter", _TRAIN_AGAIN) from None
+    images = [Image.fromarray(pixels) for pixels in tensors["images"].numpy()]
+    return Canary(titles, images, tensors["fused"].numpy())
+
+
+def merge_adapter(backbone: Backbone, folder: Path) -> None:
+    """Load an adapter strictly and fold it into the backbone's weights, in place.
+
+    The update is computed in float32 and rounded once, to the backbone's dtype.
+
+    Raises:
+        ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+    """
+    try:
+        stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        config = LoraConfig.from_pretrained(str(folder))
+    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
+        raise ModelError(f"the adapter {folder} is damaged ({error})", "a LoRA adapter", _TRAIN_AGAIN) from None
+    if not any(tensor.abs().max() > 0 for name, tensor in stored.items() if "lora_B" in name):
+        raise ModelError(
+            f"the adapter {folder} has no effect: all its lora_B matrices are zero",
+            "a trained adapter",
+            "fine-tune for at least one step",
+        )
+    wrapped = _wrap(backbone, config)
+    load_strictly(wrapped, stored, str(folder))
+    wrapped.to(backbone.device)
+    wrapped.merge_and_unload()
+    backbone.model.requires_grad_(False).eval()
+
+
+def load_strictly(wrapped: PeftModel, stored: dict[str, Tensor], where: str) -> None:
+    """Copy adapter weights into a PEFT model; every key must be there on both sides, with equal shapes."""
+    expected = get_peft_model_state_dict(wrapped)
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise ModelError(
+            f"the adapter {where} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)} unexpected"
+            f" ({example})",
+            "an adapter trained on this backbone",
+            "give the backbone named in its vlm2rec.json",
+        )
+    parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
+    for name, tensor in stored.items():
+        if parameters[name].shape != tensor.shape:
+            raise ModelError(
+                f"{name} of the adapter {where} has shape {tuple(tensor.shape)}",
+                f"{tuple(parameters[name].shape)}, as in this backbone",
+                "give the backbone named in its vlm2rec.json",
+            )
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+
+
+def _stored_name(parameter: str) -> str:
+    return re.sub(r"\.default\.weight$", ".weight", parameter)
+
+
+def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: Path) -> None:
+    """Raise `ModelError` unless the adapter changed the vectors, to those stored when it was saved.
+
+    Args:
+        canary: as stored with the adapter.
+        before: fused vectors of its items from the backbone alone, (n, d).
+        after: the same with the adapter, (n, d).
+        folder: the adapter folder, for the message.
+    """
+    if np.array_equal(before, after):
+        raise ModelError(
+            f"the adapter {folder} does not change the backbone's output", "a trained adapter", _TRAIN_AGAIN
+        )
+    if after.shape != canary.fused.shape:
+        found = f"vectors of length {after.shape[1]}, the adapter {folder} was saved with {canary.fused.shape[1]}"
+        raise ModelError(found, "the same length", "give the backbone named in its vlm2rec.json")
+    worst = float(cosine(after, canary.fused).min())
+    if not worst >= CANARY_COSINE:
+        raise ModelError(
+            f"the adapter {folder} on this backbone gives other vectors than when it was saved (cosine {worst:.4f})",
+            f"a cosine of at least {CANARY_COSINE} on the stored canary items",
+            "give the backbone and revision named in its vlm2rec.json",
+        )
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair of rows, (n,)."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny))
+
+
+def adapter_hash(folder: Path) -> str:
+    """Return the SHA-256 of the adapter's weights."""
+    read_adapter(folder)
+    return schema.sha256_file(folder / WEIGHTS_FILE)
+
+
+def backbone_hash(source: str, revision: str | None) -> str:
+    """Return what identifies a backbone's weights: a hash of a local folder's weight files, or of hub id and revision.
+
+    Of a local file the size and the first and last megabyte are hashed: an edit of gigabytes in between, at equal
+    size, is not a case that happens by accident.
+    """
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(f"{source}@{revision or 'main'}".encode())
+        return digest.hexdigest()
+    for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training changes, by name, detached and on the CPU."""
+    return {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def restore(module: torch.nn.Module, stored: dict[str, Tensor], where: str) -> None:
+    """Copy `trainable` parameters back; raise `ModelError` when the names differ."""
+    current = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if current.keys() != stored.keys():
+        raise ModelError(
+            f"the checkpoint {where} holds other weights than this run trains",
+            "a checkpoint of the same settings",
+            "choose another --out, or --no-resume",
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(stored[name])
+
+
+def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
+    """Return the README of an adapter folder, with the front matter that PEFT and the hub read."""
+    encoder = settings["encoder"]
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics)
+    return f"""---
+base_model: {settings["backbone"]}
+library_name: peft
+tags: [vlm2rec, sequential-recommendation, embeddings]
+---
+
+# vlm2rec adapter ({settings["training"]["loss"]})
+
+LoRA adapter on `{settings["backbone"]}`, fine-tuned on the histories of `{settings["dataset"]["name"]}`
+({settings["dataset"]["samples"]} samples, {settings["training"]["steps"]} steps, seed {settings["training"]["seed"]}).
+The backbone's licence applies: {settings["licence"]}.
+
+Prompt mode `{encoder["prompt_mode"]}`, fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}), images up to
+{encoder["max_pixels"]} pixels, titles up to {encoder["max_title_tokens"]} tokens, last-token pooling.
+
+| best validation | |
+|---|---|
+{rows}
+
+```sh
+vlm2rec export-items --data DATA --backbone {settings["backbone"]} --adapter THIS_FOLDER --out EMBEDDINGS
+```
+
+`canary.safetensors` holds generated items and their vectors: vlm2rec checks them on every load.
+"""
