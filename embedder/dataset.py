@@ -53,6 +53,20 @@ class Dataset:
         self.meta: dict[str, Any] = schema.read_json(
             self.path / schema.DATASET_FILE, "a dataset folder written by `vlm2rec prepare`", _PREPARE_AGAIN
         )
+        version = self.meta.get("schema_version")
+        if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{self.path} has dataset schema version {version!r}",
+                f"a version up to {schema.SCHEMA_VERSION}",
+                "install a newer vlm2rec, or prepare again with this one",
+            )
+        missing = [key for key in ("name", "image_root", "max_history", "negatives") if key not in self.meta]
+        if missing:
+            raise ArtifactError(
+                f"{self.path / schema.DATASET_FILE} lacks {', '.join(missing)}",
+                "a dataset folder written by `vlm2rec prepare`",
+                _PREPARE_AGAIN,
+            )
 
     @property
     def name(self) -> str:
@@ -169,17 +183,42 @@ class Dataset:
                 f"one of {self.candidate_seeds}",
                 "choose one of these, or run `vlm2rec prepare --candidate-seeds` again with more",
             )
-        file = self.path / schema.NEGATIVES_FILE
-        if not file.is_file():
-            raise ArtifactError(f"{file} does not exist", "the stored candidate sets", _PREPARE_AGAIN)
-        table = pq.read_table(
-            file, columns=[schema.USER_ID, schema.NEGATIVES], filters=[(schema.SEED, "=", seed)]
-        ).combine_chunks()
+        table = self._read_negatives(seed)
         if table[schema.USER_ID].to_pylist() != self.user_ids:
             raise ArtifactError(
-                f"{file} lists other users than {schema.SEQUENCES_FILE}",
+                f"{self.path / schema.NEGATIVES_FILE} lists other users than {schema.SEQUENCES_FILE}",
                 "one row per user and seed",
                 _PREPARE_AGAIN,
             )
-        values = pc.list_flatten(table[schema.NEGATIVES])
-        return self.rows_of(values).reshape(len(self.user_ids), -1)
+        lists = table[schema.NEGATIVES].chunks
+        count = int(self.meta["negatives"]["count"])
+        if any(pc.any(pc.not_equal(pc.list_value_length(part), count)).as_py() for part in lists):
+            raise ArtifactError(
+                f"{self.path / schema.NEGATIVES_FILE} has users with more or fewer than {count} candidates",
+                "as many as dataset.json says",
+                _PREPARE_AGAIN,
+            )
+        rows = [self._rows_of_coded(part.flatten()) for part in lists]
+        return np.concatenate([np.empty(0, np.int32), *rows]).reshape(len(self.user_ids), count)
+
+    def _read_negatives(self, seed: int) -> pa.Table:
+        file = self.path / schema.NEGATIVES_FILE
+        if not file.is_file():
+            raise ArtifactError(f"{file} does not exist", "the stored candidate sets", _PREPARE_AGAIN)
+        try:
+            return pq.read_table(
+                file,
+                columns=[schema.USER_ID, schema.NEGATIVES],
+                filters=[(schema.SEED, "=", seed)],
+                # codes, not strings: a hundred ids for each of 10⁶ users would be gigabytes of text
+                read_dictionary=[f"{schema.NEGATIVES}.list.element"],
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(
+                f"{file} cannot be read ({error})", "the candidates as `prepare` wrote them", _PREPARE_AGAIN
+            ) from None
+
+    def _rows_of_coded(self, ids: pa.Array) -> np.ndarray:
+        if not pa.types.is_dictionary(ids.type):
+            return self.rows_of(ids)
+        return self.rows_of(ids.dictionary)[ids.indices.to_numpy(zero_copy_only=False)]

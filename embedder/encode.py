@@ -190,37 +190,47 @@ class ItemEncoder:
         return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
 
     def encode_sequences(
-        self, titles: Sequence[Sequence[str]], images: Sequence[Sequence[ImageFeatures]]
+        self,
+        titles: Sequence[Sequence[str]],
+        images: Sequence[Sequence[ImageFeatures]],
+        token_budget: int | None = None,
     ) -> dict[str, Tensor]:
         """Encode n sequences of items; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent rows.
+
+        Gradients flow where the backbone has trainable weights and grad mode is on.
 
         Args:
             titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first.
             images: features of each sequence's images (`Backbone.look`); an empty list where there are none.
+            token_budget: padded tokens in one batch; default: the encoder's.
         """
-        backbone, count = self.backbone, len(titles)
+        backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
         if self.encoder_settings.fusion == "internal":
             complete = [row for row in range(count) if images[row] and len(images[row]) == len(titles[row])]
             prompt = {row: backbone.tokenize(prompts.item_prompt(titles[row]), images[row]) for row in complete}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
-            return {schema.FUSED: self._encode_rows(prompt, count), schema.TEXT: absent, schema.IMAGE: absent.clone()}
+            return {
+                schema.FUSED: self._encode_rows(prompt, count, budget),
+                schema.TEXT: absent,
+                schema.IMAGE: absent.clone(),
+            }
         texts = {row: backbone.tokenize(prompts.text_prompt(titles[row])) for row in range(count)}
         pictures = {
             row: backbone.tokenize(prompts.image_prompt(len(images[row])), images[row])
             for row in range(count)
             if images[row]
         }
-        text, image = self._encode_rows(texts, count), self._encode_rows(pictures, count)
+        text, image = self._encode_rows(texts, count, budget), self._encode_rows(pictures, count, budget)
         with_image = ~image.isnan().any(dim=1, keepdim=True)
         fused = torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
         return {schema.FUSED: fused, schema.TEXT: text, schema.IMAGE: image}
 
-    def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int) -> Tensor:
-        """Encode prompts in batches of at most `token_budget` padded tokens; rows without a prompt are NaN."""
+    def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int, budget: int) -> Tensor:
+        """Encode prompts in batches of at most `budget` padded tokens; rows without a prompt are NaN."""
         rows = list(by_row)
         order: list[int] = []
         vectors: list[Tensor] = []
-        for batch in batches_by_tokens([len(by_row[row]) for row in rows], self.token_budget):
+        for batch in batches_by_tokens([len(by_row[row]) for row in rows], budget):
             vectors.append(self.backbone.encode([by_row[rows[i]] for i in batch]).float())
             order += [rows[i] for i in batch]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)

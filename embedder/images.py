@@ -61,7 +61,7 @@ def open_image(root: Path, relative: str, target_pixels: int | None = None) -> I
     Raises:
         ImageError: the image cannot be used. Nothing else is raised for a bad file.
     """
-    path = _resolve(root, relative)
+    path = locate(root, relative)
     _ignore_pillow_warnings()
     try:
         with path.open("rb") as file:
@@ -87,7 +87,7 @@ def path_below_root(relative: str | None) -> str:
     return relative
 
 
-def _resolve(root: Path, relative: str) -> Path:
+def locate(root: Path, relative: str) -> Path:
     """Return the real path of a regular file below the root."""
     try:
         path = (root / path_below_root(relative)).resolve(strict=True)

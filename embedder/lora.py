@@ -255,6 +255,21 @@ def backbone_hash(source: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
+def backbone_licence(source: str) -> str:
+    """Return the licence of a backbone: from the front matter of a local README, or known by hub id."""
+    known = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License (no commercial use)",
+        "Qwen/Qwen2.5-VL-7B-Instruct": "Apache-2.0",
+        "Qwen/Qwen2.5-VL-32B-Instruct": "Apache-2.0",
+    }
+    readme = Path(source) / "README.md"
+    if readme.is_file():
+        found = re.search(r"^license(?:_name)?:\s*(\S.*)$", readme.read_text(encoding="utf-8", errors="replace"), re.M)
+        if found:
+            return found[1].strip()
+    return known.get(source, "not stated here; see the page of the backbone")
+
+
 def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
     """Return the parameters that training changes, by name, detached and on the CPU."""
     return {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}

@@ -124,7 +124,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
     dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
     device: DeviceName = setting("Where to run.", "auto")
-    resume: bool = setting("Go on from the last checkpoint in --out.", True)
+    checkpoint_steps: Positive = setting("Steps between checkpoints.", 100)
+    log_steps: Positive = setting("Steps between points of the training curves.", 10)
+    resume: bool = setting("Go on from the last checkpoint in --out; off starts anew.", True)
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
 
 
@@ -175,6 +177,9 @@ class EvaluateConfig:
     revision: str | None = setting("Revision of a hub backbone.", None)
     split: Literal["valid", "test"] = setting("Which held-out item to rank.", "test")
     seeds: tuple[int, ...] = setting("Candidate seeds; empty takes all stored ones.", ())
+    missing: Literal["error", "zero"] = setting(
+        "Items without a vector: refuse, or give them cosine 0 and count.", "error"
+    )
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     dtype: DtypeName = setting("As for export-items.", "auto")
     device: DeviceName = setting("Where to run.", "auto")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +20,12 @@ from rich.table import Table
 log = Console(stderr=True, highlight=False)
 """Where stages talk. Results for other programs go to stdout with `print`."""
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Moves a progress bar on; the total and the text may be set along the way."""
+
+    def __call__(self, count: int, *, total: int | None = None, description: str | None = None) -> None:
+        """Advance by `count` steps."""
 
 
 @contextmanager
@@ -35,7 +41,12 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
     )
     with Progress(*columns, console=log, transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int, *, total: int | None = None, description: str | None = None) -> None:
+            changes: dict[str, Any] = {"total": total, "description": description}
+            bar.update(task, advance=count, **{name: value for name, value in changes.items() if value is not None})
+
+        yield advance
 
 
 def summary(title: str, rows: Mapping[str, object]) -> None:

@@ -1,0 +1,121 @@
+"""The table a recommender starts from: frozen vectors behind one trained Linear. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PAD_ROW = 0
+_NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean length, has no direction of its own
+
+
+def standardise(vectors: Tensor) -> Tensor:
+    """Centre the vectors on their mean and give each length 1.
+
+    Vectors of a language model share a large common offset. Left in, every item looks the same to a fresh Linear and
+    the first optimiser steps, which all push along that offset, make the loss explode.
+
+    Args:
+        vectors: (N, d), finite.
+
+    Returns:
+        (N, d) float32 with rows of length 1; rows that equal the mean have length 0.
+    """
+    vectors = vectors.float()
+    centred = vectors - vectors.mean(0, dtype=torch.float64).float()
+    lengths = centred.norm(dim=1, keepdim=True)  # (N, 1)
+    scale = vectors.norm(dim=1).mean()
+    return torch.where(lengths > _NO_LENGTH * scale, centred / lengths.clamp_min(1e-30), 0.0)
+
+
+class ItemEmbedding(nn.Module):
+    """Stands in for a recommender's `nn.Embedding`: row i is Linear(vector of item i).
+
+    Recommenders call the table in two ways, `table(indices)` for inputs and `table.weight` for the output matrix, and
+    both give the same rows. Row 0, the padding, is zero. Rows beyond the vectors (BERT4Rec's mask) are trained
+    parameters, as no item stands behind them.
+
+    The vectors are not part of the state: a checkpoint holds the Linear and the extra rows only.
+    """
+
+    vectors: Tensor
+    extra: nn.Parameter | None
+
+    def __init__(self, vectors: Tensor, width: int, spread: float, extra: Tensor | None = None) -> None:
+        """Start the Linear so that the adapted rows are spread like the id table they replace.
+
+        Args:
+            vectors: (N, d) rows of length 1 (see `standardise`); row 0 stands for the padding and is never used.
+            width: length of an adapted row.
+            spread: standard deviation of an element of an adapted row at the start.
+            extra: (K, width) start values of rows N ... N + K - 1.
+        """
+        super().__init__()
+        self.register_buffer("vectors", vectors, persistent=False)
+        self.linear = nn.Linear(vectors.shape[1], width)
+        # a row of length 1 times weights of this spread has elements of this spread
+        nn.init.normal_(self.linear.weight, std=spread)
+        nn.init.zeros_(self.linear.bias)
+        self.register_parameter("extra", None if extra is None else nn.Parameter(extra.detach().clone()))
+        self._cached: Tensor | None = None
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table, padding and extra rows included."""
+        return len(self.vectors) + (0 if self.extra is None else len(self.extra))
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of an adapted row."""
+        return self.linear.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole adapted table, (N + K, width); computed once per evaluation, anew at every training step."""
+        if not self._may_cache():
+            return self._table()
+        if self._cached is None:
+            self._cached = self._table()
+        return self._cached
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return the adapted rows of `indices`, (..., width)."""
+        if self._may_cache():
+            return F.embedding(indices, self.weight)
+        # a batch names an item many times: adapt each once
+        rows, places = torch.unique(indices, return_inverse=True)
+        return F.embedding(places, self._rows(rows))
+
+    def train(self, mode: bool = True) -> ItemEmbedding:
+        """Switch the mode and forget the cached table: the Linear is about to change, or has changed."""
+        self._cached = None
+        return super().train(mode)
+
+    def _may_cache(self) -> bool:
+        return not self.training and not torch.is_grad_enabled()
+
+    def _table(self) -> Tensor:
+        items = self.linear(self.vectors[1:])  # (N - 1, width)
+        parts = [items.new_zeros(1, self.embedding_dim), items]
+        return torch.cat(parts if self.extra is None else [*parts, self.extra])
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Adapt distinct `rows` (R,) to (R, width)."""
+        last = len(self.vectors) - 1
+        adapted = self.linear(self.vectors[rows.clamp(max=last)])
+        adapted = adapted.masked_fill((rows == PAD_ROW)[:, None], 0.0)
+        if self.extra is not None:
+            beyond = self.extra[(rows - last - 1).clamp(min=0)]
+            adapted = torch.where((rows > last)[:, None], beyond, adapted)
+        return adapted
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ItemEmbedding:
+        self._cached = None  # the module moves to another device or number format
+        return super()._apply(*args, **kwargs)

@@ -1,0 +1,94 @@
+"""The items of a dataset as the backbone takes them: titles made safe once, each image looked at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm2rec.embedder.backbone import IMAGES_AT_ONCE, Backbone, ImageFeatures
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.images import ImageError, open_image
+
+if TYPE_CHECKING:
+    from vlm2rec.embedder.encode import ItemEncoder
+
+SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
+
+
+class Items:
+    """Prepared titles and image features by row of `items.parquet`.
+
+    Features stay in memory, on the backbone's device, up to `cache_bytes`; the least recently used go first.
+    An unreadable image is replaced by a white one and noted in `unreadable`: a history of ten is still worth training
+    on when one of its pictures is broken. (An export, where a row must be right by itself, records a failure instead.)
+    """
+
+    def __init__(self, dataset: Dataset, backbone: Backbone, max_pixels: int, cache_bytes: int = 2 * 2**30) -> None:
+        self._dataset, self._backbone, self._max_pixels = dataset, backbone, max_pixels
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._titles: dict[int, str] = {}
+        self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
+        self.unreadable: dict[str, str] = {}
+
+    def titles(self, rows: Iterable[int]) -> list[str]:
+        """Return the prepared titles of `rows`."""
+        return [self._title(int(row)) for row in rows]
+
+    def _title(self, row: int) -> str:
+        if row not in self._titles:
+            self._titles[row] = self._backbone.prepare_title(self._dataset.titles[row])[0]
+        return self._titles[row]
+
+    def features(self, sequences: Sequence[Sequence[int]]) -> list[list[ImageFeatures]]:
+        """Return the image features of every sequence of rows; an item in several sequences is looked at once."""
+        wanted = list(dict.fromkeys(int(row) for rows in sequences for row in rows))
+        found = {row: self._features[row] for row in wanted if row in self._features}
+        missing = [row for row in wanted if row not in found]
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            rows = missing[start : start + IMAGES_AT_ONCE]
+            found |= dict(zip(rows, self._backbone.look([self._open(row) for row in rows]), strict=True))
+        self._remember(found)
+        return [[found[int(row)] for row in rows] for rows in sequences]
+
+    def _open(self, row: int) -> Image.Image:
+        try:
+            return open_image(self._dataset.image_root, self._dataset.image_paths[row], self._max_pixels)
+        except ImageError as error:
+            self.unreadable[self._dataset.item_ids[row]] = str(error)
+            return Image.new("RGB", (112, 112), "white")
+
+    def _remember(self, found: dict[int, ImageFeatures]) -> None:
+        for row, features in found.items():
+            if row in self._features:
+                self._features.move_to_end(row)
+            else:
+                self._features[row] = features
+                self._cached_bytes += features.bytes
+        while self._cached_bytes > self._cache_bytes and len(self._features) > 1:
+            self._cached_bytes -= self._features.popitem(last=False)[1].bytes
+
+
+@torch.no_grad()
+def encode_rows(
+    encoder: ItemEncoder,
+    items: Items,
+    sequences: Sequence[Sequence[int]],
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, np.ndarray]:
+    """Encode sequences of item rows, a history or a single item each; returns each view as (n, d) float32.
+
+    `advance` is told of every finished batch of sequences.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
+        batch = sequences[start : start + SEQUENCES_AT_ONCE]
+        titles = [items.titles(rows) for rows in batch]
+        for view, vectors in encoder.encode_sequences(titles, items.features(batch)).items():
+            parts.setdefault(view, []).append(vectors.float().cpu().numpy())
+        advance(len(batch))
+    return {view: np.concatenate(blocks) for view, blocks in parts.items()}

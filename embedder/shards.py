@@ -1,0 +1,424 @@
+"""The embeddings folder, written so that it is complete or the same command finishes it. pyarrow only, no torch.
+
+What lies in the folder, in the order it is written:
+
+    export.lock                              host and pid of the live writer
+    export.json                              the settings, before the first shard
+    part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
+    manifest.json                            last; it takes over the records, and export.json goes
+
+A shard goes temporary file → fsync → read back → rename → record. Killed anywhere, the next run keeps what is
+recorded, checks and adopts a shard that was renamed but not recorded, and writes the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.export_plan import Plan, flatten
+from vlm2rec.embedder.writer_lock import LOCK_FILE
+
+STATE_FILE = "export.json"
+ROW_GROUP_ROWS = 8192
+_ATTEMPTS = 3  # a busy network disk may fail once
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_GO_ON = "run the same `vlm2rec export-items` command again: it continues where it stopped"
+_LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of one finished shard: its entry in the manifest."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    counts: dict[str, int]  # rows of each status
+    seconds: float  # spent on encoding it
+
+
+def begin(folder: Path, plan: Plan) -> dict[int, Shard]:
+    """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
+
+    To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
+    damaged shards, naming them in the log.
+
+    Raises:
+        ArtifactError: the folder belongs to an export with other settings, or to something else.
+    """
+    complete = (folder / schema.MANIFEST_FILE).exists()
+    if complete:
+        known = schema.read_manifest(folder)
+        recorded = _manifest_shards(known)
+        _refuse_changed(folder, known, plan)
+    elif (folder / STATE_FILE).exists():
+        known = schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+        recorded = _recorded_shards(folder, plan)
+        _refuse_changed(folder, known, plan)
+    else:
+        recorded = {}
+        _refuse_foreign(folder)
+    _remove_temporaries(folder)
+    sound = {n: shard for n, shard in recorded.items() if not _damage(folder, n, shard)}
+    adopted = {} if complete else _adopt(folder, plan, [n for n in range(len(plan)) if n not in recorded])
+    if complete and len(sound) == len(plan):
+        _remove_records(folder, plan)
+        return sound
+    with _disk(folder):
+        schema.write_json(folder / STATE_FILE, _state(plan))
+        for number, shard in (sound | adopted).items():
+            schema.write_json(_record_path(folder, number), asdict(shard))
+        (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
+    return dict(sorted((sound | adopted).items()))
+
+
+def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+    """Write one shard so that it is there whole or not at all, and return its record.
+
+    Raises:
+        ArtifactError: the disk is full or fails; nothing was published.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _commit(folder, plan, number, table, seconds)
+        except OSError as error:
+            if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
+                raise _disk_error(folder, error) from None
+            logger.warning("%s: %s; trying again", folder / schema.shard_name(number), error)
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def finish(folder: Path, plan: Plan, shards: Mapping[int, Shard], data: Path | None = None) -> dict[str, Any]:
+    """Write the manifest, the last file of an export, and return it."""
+    missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
+    if missing:
+        raise ValueError(f"shards are missing: {missing}")
+    if (folder / schema.MANIFEST_FILE).exists():
+        return schema.read_manifest(folder)
+    ordered = [shards[n] for n in range(len(plan))]
+    manifest = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "dim": plan.settings["dim"],
+        "dtype": plan.settings["storage"],
+        "views": plan.settings["views"],
+        "num_items": len(plan.item_ids),
+        "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
+        "shard_size": plan.shard_size,
+        "shards": [asdict(shard) for shard in ordered],
+        "settings": plan.settings,
+        "fingerprint": plan.fingerprint,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "data": str(data.resolve()) if data else None,
+        "seconds": round(sum(shard.seconds for shard in ordered), 3),
+    }
+    with _disk(folder):
+        schema.write_json(folder / schema.MANIFEST_FILE, manifest)
+    _remove_records(folder, plan)
+    return manifest
+
+
+def require_space(folder: Path, plan: Plan, items: int) -> None:
+    """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
+    width = np.dtype(plan.settings["storage"]).itemsize * plan.settings["dim"] * len(plan.settings["views"])
+    free = shutil.disk_usage(folder).free
+    # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
+    if free < items * width / 4:
+        raise ArtifactError(
+            f"{folder} has {free / 2**20:.0f} MiB free and {items} items need about {items * width / 2**20:.0f} MiB",
+            "room for the vectors",
+            "free some space or choose another --out; --storage float16 halves the size",
+        )
+
+
+def shard_table(
+    plan: Plan, number: int, vectors: Mapping[str, np.ndarray], status: Sequence[str], error: Sequence[str | None]
+) -> pa.Table:
+    """Return the Arrow table of one shard.
+
+    Args:
+        plan: The plan.
+        number: Which shard.
+        vectors: (n, d) for each view; a row of NaN becomes null, a view that is not given is null throughout.
+        status: One of `schema.STATUSES` for each row.
+        error: The reason, or None, for each row.
+    """
+    ids = [plan.item_ids[row] for row in plan.rows(number)]
+    columns = [pa.array(ids, pa.string())]
+    for view in schema.VIEWS:
+        kind = plan.schema.field(view).type
+        columns.append(_vector_array(vectors[view], kind) if view in vectors else pa.nulls(len(ids), kind))
+    columns += [pa.array(list(status), pa.string()), pa.array(list(error), pa.string())]
+    return pa.Table.from_arrays(columns, schema=plan.schema)
+
+
+def _vector_array(vectors: np.ndarray, kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
+    absent = np.isnan(vectors).all(1)
+    stored = np.where(absent[:, None], 0, vectors).astype(kind.value_type.to_pandas_dtype())
+    if not np.isfinite(stored).all():
+        raise ValueError("a vector holds NaN or infinity")
+    return pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), type=kind, mask=pa.array(absent))
+
+
+def _commit(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+    path = folder / schema.shard_name(number)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            _write_parquet(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if not pq.read_table(temporary, page_checksum_verification=True).equals(table):
+            raise OSError(errno.EIO, "the shard does not read back as it was written")
+        temporary.replace(path)
+        schema.sync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    shard = _describe(path, table[schema.STATUS], seconds)
+    schema.write_json(_record_path(folder, number), asdict(shard))
+    return shard
+
+
+def _write_parquet(table: pa.Table, file: Any) -> None:
+    pq.write_table(
+        table,
+        file,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        compression_level=1,
+        # exponents of neighbouring floats are alike, mantissas are not: stored byte by byte they compress. The
+        # encoding must be given for the leaf below the list, and is ignored where a dictionary is allowed
+        use_dictionary=[schema.STATUS],
+        column_encoding={f"{view}.list.element": "BYTE_STREAM_SPLIT" for view in schema.VIEWS},
+        write_page_checksum=True,
+    )
+
+
+def _describe(path: Path, status: pa.ChunkedArray, seconds: float) -> Shard:
+    counted = {entry["values"]: entry["counts"] for entry in pc.value_counts(status).to_pylist()}
+    counts = {name: counted[name] for name in schema.STATUSES if name in counted}
+    return Shard(path.name, len(status), path.stat().st_size, schema.sha256_file(path), counts, round(seconds, 3))
+
+
+def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]:
+    """Return records for shards that were renamed but not recorded; remove those that are not what was planned."""
+    adopted = {}
+    for number in numbers:
+        path = folder / schema.shard_name(number)
+        if not path.exists():
+            continue
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
+            wanted = [plan.item_ids[row] for row in plan.rows(number)]
+            content = read_rows(path, plan.settings["dim"], plan.settings["views"]) if as_planned else None
+        except (pa.ArrowException, OSError):
+            content = None
+        if content is None or content.ids != wanted or content.problems:
+            logger.warning("%s is not a shard of this export: it is written again", path)
+            path.unlink()
+            continue
+        adopted[number] = _describe(path, pa.chunked_array([pa.array(content.status, pa.string())]), 0.0)
+    return adopted
+
+
+def _damage(folder: Path, number: int, shard: Shard) -> bool:
+    """Tell whether a recorded shard is missing or changed; a changed one is named in the log and removed."""
+    path = folder / schema.shard_name(number)
+    if path.is_file() and path.stat().st_size == shard.bytes and schema.sha256_file(path) == shard.sha256:
+        return False
+    logger.warning("%s is %s: it is written again", path, "damaged" if path.exists() else "missing")
+    path.unlink(missing_ok=True)
+    _record_path(folder, number).unlink(missing_ok=True)
+    return True
+
+
+def _state(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "shard_size": plan.shard_size,
+        "settings": plan.settings,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return (folder / schema.shard_name(number)).with_suffix(".json")
+
+
+def _recorded_shards(folder: Path, plan: Plan) -> dict[int, Shard]:
+    found = {}
+    for number in range(len(plan)):
+        try:
+            found[number] = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue  # no record, or one that cannot be read: the shard itself is looked at
+    return found
+
+
+def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
+    try:
+        return {number: Shard(**entry) for number, entry in enumerate(manifest["shards"])}
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{schema.MANIFEST_FILE} is not one that export-items wrote ({error})",
+            "a manifest with a record of each shard",
+            "choose a new --out folder",
+        ) from None
+
+
+def _refuse_changed(folder: Path, known: Mapping[str, Any], plan: Plan) -> None:
+    """Raise `ArtifactError` naming every setting that differs from those the folder was begun with."""
+    version = known.get("schema_version")
+    if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder} has embedding schema version {version!r}",
+            f"a version up to {schema.SCHEMA_VERSION}",
+            "go on with the vlm2rec that began it, or choose a new --out folder",
+        )
+    old = flatten({"shard_size": known.get("shard_size"), **known.get("settings", {})})
+    new = flatten({"shard_size": plan.shard_size, **plan.settings})
+    changed = [
+        f"{key} was {_shown(old, key)}, now {_shown(new, key)}"
+        for key in dict.fromkeys([*old, *new])
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+    if changed:
+        raise ArtifactError(
+            f"{folder} was begun with other settings: {'; '.join(changed)}",
+            "the settings it was begun with, so that all its vectors are comparable",
+            "set these back to go on with it, or choose a new --out folder",
+        )
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    text = repr(settings[key]) if key in settings else "not set"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    strange = [p.name for p in sorted(folder.iterdir()) if p.name != LOCK_FILE and not is_temporary(p.name)]
+    if strange:
+        raise ArtifactError(
+            f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
+            "a new or empty folder, or one of an export to go on with",
+            "choose another --out",
+        )
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file name is that of an unfinished write of ours."""
+    return name.startswith((".part-", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")) and name.endswith(".tmp")
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.iterdir():
+        if is_temporary(path.name):
+            path.unlink()
+
+
+def _remove_records(folder: Path, plan: Plan) -> None:
+    for number in range(len(plan)):
+        _record_path(folder, number).unlink(missing_ok=True)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(folder, error) from None
+
+
+def _disk_error(folder: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} cannot be written ({error.strerror or error})",
+        "room for the vectors and a disk that keeps them",
+        f"free some space or mend the disk, then {_GO_ON}",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What a pass over one shard finds."""
+
+    ids: list[str]
+    status: list[str]
+    problems: list[str]
+
+
+def read_rows(path: Path, dim: int, views: Sequence[str]) -> ShardContent:
+    """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
+    content = ShardContent([], [], [])
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for batch in file.iter_batches(ROW_GROUP_ROWS):
+            status = batch[schema.STATUS].to_pylist()
+            content.ids.extend(batch[schema.ITEM_ID].to_pylist())
+            content.status.extend(status)
+            content.problems.extend(_row_problems(batch, np.array(status, object), dim, views))
+    return content
+
+
+def _row_problems(batch: pa.RecordBatch, status: np.ndarray, dim: int, views: Sequence[str]) -> list[str]:
+    ids = batch[schema.ITEM_ID]
+    problems = []
+
+    def report(rows: np.ndarray, what: str) -> None:
+        if rows.any():
+            first = ids[int(np.argmax(rows))].as_py()
+            problems.append(f"{int(rows.sum())} rows {what}, the first is item {first!r}")
+
+    report(~np.isin(status, schema.STATUSES), "have an unknown status")
+    failed, text_only = status == schema.STATUS_FAILED, status == schema.STATUS_TEXT_ONLY
+    for view in schema.VIEWS:
+        values, present = vectors_of(batch[view], dim)
+        report(present & ~np.isfinite(values).all(1), f"hold NaN or infinity in {view}")
+        expected = ~failed & ~(text_only & (view == schema.IMAGE)) if view in views else np.zeros(len(status), bool)
+        report(expected & ~present, f"have no {view} vector, though their status promises one")
+        report(present & ~expected, f"have a {view} vector, though their status or the manifest excludes it")
+    has_reason = batch[schema.ERROR].is_valid().to_numpy(zero_copy_only=False)
+    report(failed & ~has_reason, "failed without a reason")
+    return problems
+
+
+def vectors_of(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n, d) values, anything where null, and the (n,) mask of rows that have a vector."""
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    # not `.flatten()`: it leaves null rows out and shifts every row after them
+    values = column.values.slice(column.offset * dim, len(column) * dim).to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), dim), present

@@ -1,0 +1,316 @@
+"""Fine-tuning: the four encodes of a batch, the loss over them, and transformers' Trainer around it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.errors import ModelError
+from vlm2rec.embedder.items import Items
+from vlm2rec.embedder.lora import restore, trainable
+from vlm2rec.embedder.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
+from vlm2rec.embedder.pooling import norm_ratio
+from vlm2rec.embedder.samples import Sample, Samples
+
+CHECKPOINTS = "checkpoints"
+_WEIGHTS = "trainable.safetensors"
+_BEST = "best.safetensors"
+_TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its memory is needed anyway
+
+
+class HistoryModel(nn.Module):
+    """An encoder with LoRA, and the loss over a batch of users and their next items.
+
+    Args:
+        encoder: with LoRA layers in its backbone.
+        wrapped: the PEFT wrapper of the same backbone, registered so that the trainer sees its parameters.
+        items: titles and image features.
+        loss: `VLM2RecLoss`, or None for plain InfoNCE.
+        tau: temperature of InfoNCE.
+    """
+
+    def __init__(
+        self, encoder: ItemEncoder, wrapped: PeftModel, items: Items, loss: VLM2RecLoss | None, tau: float
+    ) -> None:
+        super().__init__()
+        self.encoder, self.items, self.tau = encoder, items, tau
+        self.wrapped = wrapped
+        self.loss = loss
+
+    def train(self, mode: bool = True) -> HistoryModel:
+        """Switch dropout of the language model's LoRA layers; the frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.backbone.model.eval()
+        self.encoder.backbone.body.language_model.train(mode)
+        return self
+
+    def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32."""
+        titles = [self.items.titles(rows) for rows in sequences]
+        return self.encoder.encode_sequences(titles, self.items.features(sequences), _TRAIN_BUDGET)
+
+    def forward(self, histories: list[list[int]], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch and what to log of it.
+
+        Args:
+            histories: B lists of item rows.
+            targets: (B,) item rows; a target that several users share is encoded once.
+        """
+        users = self.encode(histories)
+        distinct, place = targets.unique(return_inverse=True)
+        encoded = self.encode([[int(row)] for row in distinct])
+        items = {view: vectors[place] for view, vectors in encoded.items()}
+        log: dict[str, Tensor] = {"effective_negatives": effective_negatives(targets).float().mean()}
+        if self.encoder.encoder_settings.fusion == "external":
+            log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
+            log["norm_ratio_item"] = norm_ratio(items[schema.TEXT], items[schema.IMAGE]).mean()
+        if self.loss is None:
+            total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
+            if self.encoder.encoder_settings.fusion == "external":
+                others = other_items(targets)
+                for view in schema.MODALITIES:
+                    log[f"margin_{view}"] = margins(cosines(users[view], items[view]), others).mean()
+        else:
+            parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
+            total = parts.total
+            log |= {
+                "wpcl": parts.wpcl,
+                "crtr": parts.crtr,
+                "weight": parts.weight.mean(),
+                "margin_text": parts.margin_text.mean(),
+                "margin_image": parts.margin_image.mean(),
+                "weak_is_image": (parts.margin_image < parts.margin_text).float().mean(),
+                "alpha": self.loss.alpha,
+                "beta": self.loss.beta,
+            }
+        return total, {name: value.detach() for name, value in log.items()}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast to train; see `FinetuneConfig` for what each means."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup: float
+    schedule: Literal["constant", "linear", "cosine"]
+    batch_size: int
+    epochs: float
+    max_steps: int
+    seed: int
+    gradient_checkpointing: bool
+    checkpoint_steps: int
+    log_steps: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run left: its curves, its steps, and the validation of the weights that were kept."""
+
+    curves: dict[str, list[dict[str, float]]]
+    steps: int
+    best: dict[str, float]
+
+
+Validate = Callable[[], dict[str, float]]
+OnStep = Callable[[int, int, dict[str, float]], None]  # step, of steps, latest log
+
+
+def train(
+    model: HistoryModel,
+    samples: Samples,
+    out: Path,
+    settings: TrainingSettings,
+    validate: Validate,
+    on_step: OnStep = lambda step, steps, log: None,
+    resume: bool = True,
+) -> Training:
+    """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
+
+    Checkpoints go to `out/checkpoints` and are continued from when `resume` is set; they are removed by the caller
+    once the adapter is saved.
+
+    Raises:
+        ModelError: the loss is not finite (names the step and the users), or a checkpoint does not fit.
+    """
+    folder = out / CHECKPOINTS
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = model.encoder.backbone
+    if settings.gradient_checkpointing:
+        # only the language model: the frozen vision tower runs without gradients and must not be run twice
+        backbone.body.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    steps_an_epoch = math.ceil(len(samples) / settings.batch_size)
+    total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=round(settings.warmup * total),
+        seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        eval_strategy="no",  # `_Watch` validates: what counts is ranking, not a loss
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=backbone.device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    watch = _Watch(model, samples, folder, validate, on_step)
+    trainer = _HistoryTrainer(
+        model=model,
+        args=arguments,
+        data_collator=_collate,
+        train_dataset=samples,
+        optimizers=(_optimizer(model, settings), None),
+        callbacks=[watch],
+    )
+    trainer.remove_callback("PrinterCallback")
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is None:
+        watch.validate(trainer.state, keep=False)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if settings.gradient_checkpointing:
+        backbone.body.language_model.gradient_checkpointing_disable()
+    return watch.finish(trainer.state)
+
+
+def _collate(samples: list[Sample]) -> dict[str, Any]:
+    return {
+        "histories": [[int(row) for row in sample.history] for sample in samples],
+        "targets": torch.tensor([sample.target for sample in samples]),
+        "users": [sample.user for sample in samples],
+    }
+
+
+def _optimizer(model: HistoryModel, settings: TrainingSettings) -> torch.optim.AdamW:
+    # decay would pull α and β towards ln 2: they are softplus of a free parameter
+    own = [] if model.loss is None else [p for p in model.loss.parameters() if p.requires_grad]
+    lora = [p for p in model.wrapped.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": lora, "weight_decay": settings.weight_decay}]
+    if own:
+        groups.append({"params": own, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+class _HistoryTrainer(Trainer):
+    """transformers' Trainer with our loss, our log and checkpoints that hold trained weights only."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._parts: list[dict[str, Tensor]] = []
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
+        loss, log = model(inputs["histories"], inputs["targets"])
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}, with users (rows of"
+                f" sequences.parquet) {inputs['users']}",
+                "a finite loss",
+                "lower --learning-rate, raise the temperatures, or use --dtype float32",
+            )
+        self._parts.append(log)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._parts and "loss" in logs:
+            means = {name: torch.stack([part[name] for part in self._parts]).mean() for name in self._parts[0]}
+            logs |= {name: float(value) for name, value in means.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(trainable(self.model), folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore(
+            self.model, safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS), resume_from_checkpoint
+        )
+
+
+class _Watch(TrainerCallback):
+    """Validates at the end of each epoch, keeps the best weights, and reports every step."""
+
+    def __init__(
+        self, model: HistoryModel, samples: Samples, folder: Path, validate: Validate, on_step: OnStep
+    ) -> None:
+        self._model, self._samples, self._folder = model, samples, folder
+        self._validate, self._on_step = validate, on_step
+        self._latest: dict[str, float] = {}
+
+    def validate(self, state: TrainerState, keep: bool = True) -> None:
+        """Rank the validation items and, if this is the best so far, keep the weights."""
+        # validation must not shift the random numbers of training: dropout would differ after a resume
+        random = torch.random.get_rng_state()
+        self._model.eval()
+        with torch.no_grad():
+            metrics = self._validate()
+        torch.random.set_rng_state(random)
+        before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
+        state.log_history.append({"step": state.global_step, **metrics})
+        if keep and metrics["N@20"] > max(before, default=-math.inf):
+            temporary = self._folder / f".{_BEST}.tmp"
+            safetensors.torch.save_file(trainable(self._model), temporary)
+            temporary.replace(self._folder / _BEST)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._samples.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.validate(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self._latest |= logs or {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._on_step(state.global_step, state.max_steps, self._latest)
+
+    def finish(self, state: TrainerState) -> Training:
+        """Put the best weights back and return the curves."""
+        restore(self._model, safetensors.torch.load_file(self._folder / _BEST), str(self._folder))
+        self._model.eval()
+        valid = [row for row in state.log_history if "N@20" in row]
+        best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
+        curves = {"train": [row for row in state.log_history if "loss" in row], "valid": valid}
+        return Training(curves, state.global_step, best)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest finished checkpoint; unfinished ones, cut off while they were written, are removed."""
+    finished = []
+    for path in folder.glob("checkpoint-*"):
+        # the trainer writes its state last
+        if (path / "trainer_state.json").is_file():
+            finished.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,139 @@
+"""`vlm2rec build-index` and `vlm2rec search`: a FAISS index of item vectors, and its neighbours on stdout."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlm2rec.downstream.index import ItemIndex, Neighbour, build_index, check_out
+from vlm2rec.downstream.index_plan import IndexPlan, plan_index
+from vlm2rec.downstream.recall import TARGET_RECALL
+from vlm2rec.downstream.unit_vectors import UnitBatch
+from vlm2rec.embedder import schema
+from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
+from vlm2rec.pipelines.console import log, progress, summary
+
+
+def run(config: BuildIndexConfig) -> dict[str, Any]:
+    """Build an index folder, measure its recall, and return what `index.json` says."""
+    check_out(config.out)
+    plan = plan_index(config.embeddings, column=config.column, kind=config.kind, sample=config.sample)
+    _print_estimate(plan)
+    total = int(schema.read_manifest(config.embeddings)["num_items"])
+
+    def watch(what: str, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
+        with progress(what, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch.item_ids) + batch.absent + batch.unusable)
+
+    meta = build_index(
+        config.embeddings,
+        config.out,
+        column=config.column,
+        kind=config.kind,
+        data=config.data,
+        sample=config.sample,
+        seed=config.seed,
+        plan=plan,
+        watch=watch,
+    )
+    _print_result(config, meta)
+    return meta
+
+
+def _say(text: str) -> None:
+    log.print(text, soft_wrap=True)  # one line in a log file, whatever its width
+
+
+def _print_estimate(plan: IndexPlan) -> None:
+    _say(
+        f"{escape(plan.factory)} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
+        f" {_size(plan.memory)} of memory and {_duration(plan.seconds)}"
+    )
+    free = _free_memory()
+    if free is not None and plan.memory > free:
+        _say(
+            f"[yellow]only {_size(free)} of memory are free:[/] --kind 'OPQ64_256,IVF4096,PQ64' takes far less, at a"
+            " lower recall"
+        )
+
+
+def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
+    rows: dict[str, object] = {"index": f"{config.out}  {meta['factory']}, {_size(meta['bytes'])}"}
+    rows["items"] = f"{meta['rows']:,} with a {meta['column']} vector, {meta['left_out']:,} left out"
+    if meta["recall@10"] is not None:
+        effort = "".join(f", {name} {value}" for name, value in meta["effort"].items())
+        rows["recall@10"] = f"{meta['recall@10']:.4f} against exact search of {meta['recall_sample']:,} items{effort}"
+        rows["search"] = f"{meta['search_ms_single']:.3f} ms a query, {meta['search_ms']:.3f} ms in a batch"
+    rows["built in"] = _duration(meta["build_seconds"]) + f", checked in {_duration(meta['check_seconds'])}"
+    summary("Index", rows)
+    if not meta["titles"]:
+        _say("no dataset folder was found, so the index has no titles: give --data to have them in search results")
+    elif meta["titles"] < meta["rows"]:
+        _say(f"{meta['rows'] - meta['titles']:,} items have no title in {escape(meta['titles_from'])}")
+    if meta["recall@10"] is not None and meta["recall@10"] < TARGET_RECALL:
+        _say(f"[yellow]recall@10 is below {TARGET_RECALL}:[/] --kind flat is exact, --kind HNSW32 nearly so")
+
+
+def search(config: SearchConfig) -> list[Neighbour]:
+    """Print an item's neighbours on stdout: a table on a terminal, tab-separated lines elsewhere."""
+    index = ItemIndex.open(config.index)
+    found = index.neighbours(config.item, config.k)
+    _print_notes(index, config, len(found))
+    rows = [(str(rank), _plain(n.item_id), f"{n.cosine:.4f}", _plain(n.title)) for rank, n in enumerate(found, 1)]
+    header = ("rank", schema.ITEM_ID, "cosine", schema.TITLE)
+    if not sys.stdout.isatty():
+        for row in (header, *rows):
+            print("\t".join(row))
+        return found
+    table = Table(title=f"Nearest to {escape(_plain(config.item))}", title_justify="left", box=None)
+    for name, justify in zip(header, ("right", "left", "right", "left"), strict=True):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
+    return found
+
+
+def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
+    reason = index.stale()
+    # an index may travel without its embeddings folder; only a folder that is there and differs is worth a word
+    if reason and Path(index.meta["embeddings"]).exists():
+        _say(f"[yellow]the index is stale:[/] {escape(reason)}; run `vlm2rec build-index` again")
+    if count < config.k:
+        _say(f"the index found {count} neighbours, not {config.k}: it holds {len(index):,} items")
+
+
+def _plain(text: str) -> str:
+    """Return text without tabs, line ends and terminal escapes: titles come from anywhere."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _free_memory() -> int | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not told by this system
+        return None

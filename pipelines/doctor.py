@@ -1,0 +1,259 @@
+"""`vlm2rec doctor`: is this machine ready? Python, libraries, device, disk; one line each, with what to do.
+
+Exit code 0 if every required library is there, in range and loads; 7 otherwise. Warnings never change it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlm2rec.embedder.errors import MissingDependencyError
+
+Status = Literal["ok", "warn", "fail"]
+DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a middling catalogue
+_COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+_OTHER_NAMES = {"faiss-cpu": "faiss"}  # the same module comes from faiss-gpu and from conda's faiss
+
+_RECBOLE = """
+from vlm2rec.downstream.recbole_compat import require_recbole
+from vlm2rec.embedder.errors import MissingDependencyError
+try:
+    require_recbole()
+except MissingDependencyError as error:
+    raise SystemExit(f"{error.found}|{error.fix}")
+"""
+
+
+class Check(NamedTuple):
+    """One line of the table: what was looked at, how it stands, what was found, what to do about it."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+def run() -> list[Check]:
+    """Print the state of this machine on stdout and return it.
+
+    Raises:
+        MissingDependencyError: a required library is missing, out of range or broken.
+    """
+    # these load whole libraries: each in a process of its own, while this one looks at the rest
+    recbole = _start("-c", _RECBOLE)
+    torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
+    checks = [
+        check_python(),
+        *(check_library(text, installed_version(text)) for text in requirements()),
+        check_torchvision(torchvision),
+        check_device(),
+        check_threads(),
+        check_recbole(recbole),
+        *check_disks(),
+    ]
+    _print(checks)
+    failed = [check for check in checks if check.status == "fail"]
+    if failed:
+        raise MissingDependencyError(
+            f"not ready: {', '.join(f'{check.name} ({check.found})' for check in failed)}",
+            "every required library in its range",
+            "; ".join(dict.fromkeys(check.advice for check in failed)),
+        )
+    return checks
+
+
+def _print(checks: list[Check]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "status", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        colour = _COLOURS[check.status]
+        table.add_row(check.name, f"[{colour}]{check.status}[/]", escape(check.found), escape(check.advice))
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+# --- libraries --------------------------------------------------------------------------------------------------
+def requirements(extra: str | None = None) -> list[str]:
+    """Return what vlm2rec requires, such as 'torch>=2.8': always, or for an extra."""
+    found = []
+    for text in metadata.requires("vlm2rec") or []:
+        requirement, _, marker = text.partition(";")
+        wanted = re.search(r"extra == ['\"](.+?)['\"]", marker)
+        if (wanted[1] if wanted else None) == extra:
+            found.append(requirement.strip())
+    return found
+
+
+def installed_version(requirement: str) -> str | None:
+    """Return the version of the library a requirement names; None if it is not installed."""
+    try:
+        return metadata.version(_name(requirement))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_python() -> Check:
+    """Hold this Python against the range in the package's metadata."""
+    wanted = metadata.metadata("vlm2rec").get("Requires-Python") or ""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if in_range(version, wanted):
+        return Check("Python", "ok", version)
+    return Check("Python", "fail", f"{version}, wanted {wanted}", f"make an environment with Python {wanted}")
+
+
+def check_library(requirement: str, version: str | None) -> Check:
+    """Hold an installed version (None: not installed) against a requirement such as 'pandas<3,>=2.2'."""
+    name, wanted = _name(requirement), requirement[len(_name(requirement)) :]
+    if version is None:
+        module = _OTHER_NAMES.get(name)
+        if module and importlib.util.find_spec(module):
+            return Check(name, "warn", f"module {module} from another package", f"see that it is {wanted}")
+        return Check(name, "fail", "not installed", f"pip install '{requirement}'")
+    if not in_range(version, wanted):
+        return Check(name, "fail", f"{version}, wanted {wanted}", f"pip install '{requirement}'")
+    return Check(name, "ok", version)
+
+
+def in_range(version: str, wanted: str) -> bool:
+    """Return whether a version lies in a range such as '<3,>=2.2'; local parts such as '+cpu' do not count."""
+    return all(_compare(version, clause.strip()) for clause in wanted.split(",") if clause.strip())
+
+
+def _compare(version: str, clause: str) -> bool:
+    parsed = re.fullmatch(r"(>=|<=|==|!=|<|>|~=)\s*([\d.]+)(?:\.\*)?", clause)
+    if parsed is None:
+        return True  # an unusual clause is pip's business
+    here, there = _numbers(version), _numbers(parsed[2])
+    length = max(len(here), len(there))
+    padded, bound = (part + (0,) * (length - len(part)) for part in (here, there))
+    if parsed[1] == "~=":
+        return padded >= bound and here[: len(there) - 1] == there[:-1]
+    order = (padded > bound) - (padded < bound)
+    allowed = {">=": (0, 1), "<=": (0, -1), "==": (0,), "!=": (1, -1), "<": (-1,), ">": (1,)}
+    return order in allowed[parsed[1]]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\s<>=!~\[(]", requirement, maxsplit=1)[0]
+
+
+def check_torchvision(process: subprocess.Popen[str] | None) -> Check:
+    """Judge the attempt to import torchvision beside torch; None where it is not installed, which is fine.
+
+    A torchvision built for CUDA beside a CPU torch (or for another torch) breaks every image processor of
+    transformers, which imports it wherever it is present.
+    """
+    if process is None:
+        return Check("torchvision", "ok", "not installed, not needed")
+    _, error = process.communicate()
+    if process.returncode == 0:
+        return Check("torchvision", "ok", "loads beside torch; not needed")
+    return Check("torchvision", "fail", f"broken: {_last_line(error)}", "pip uninstall torchvision: it is not needed")
+
+
+def check_recbole(process: subprocess.Popen[str]) -> Check:
+    """Judge the attempt to import RecBole: only `train-recommender` needs it."""
+    _, error = process.communicate()
+    if process.returncode != 0:
+        found, _, advice = _last_line(error).partition("|")
+        return Check("RecBole", "warn", f"for train-recommender: {found}", advice)
+    others = (check_library(text, installed_version(text)) for text in requirements("recbole"))
+    wrong = [other for other in others if other.status == "fail"]
+    version = installed_version("recbole")
+    if wrong:
+        listed = ", ".join(f"{other.name} ({other.found})" for other in wrong)
+        return Check("RecBole", "warn", f"{version}; beside it: {listed}", "pip install 'vlm2rec[recbole]'")
+    return Check("RecBole", "ok", str(version))
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"
+
+
+# --- the machine ------------------------------------------------------------------------------------------------
+def check_device() -> Check:
+    """Say which device and number format the commands take by themselves."""
+    try:
+        import torch
+
+        from vlm2rec.embedder.backbone import pick_device, pick_dtype
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Check("device", "fail", f"torch or transformers does not load: {error}", "mend the libraries above")
+    device = pick_device("auto")
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    native = "" if dtype == "bfloat16" else ": no native bfloat16"
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        found = f"{torch.cuda.get_device_name(device)}, {memory / 1e9:.0f} GB, {dtype}{native}"
+        return Check("device", "ok", found)
+    if torch.version.cuda and device.type == "cpu":
+        return Check(
+            "device",
+            "warn",
+            f"cpu, {dtype}{native}; torch is built for CUDA {torch.version.cuda}, but no GPU is visible",
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or go on without",
+        )
+    return Check("device", "ok", f"{device.type}, {dtype}{native}")
+
+
+def check_threads() -> Check:
+    """Compare the threads a library starts with the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(setting) if setting.isdecimal() else cores
+    found = f"{cores} cores, OMP_NUM_THREADS {setting or 'not set'}"
+    if threads > cores:
+        return Check(
+            "threads", "warn", found, f"set OMP_NUM_THREADS={cores}: more threads than cores wait for each other"
+        )
+    if not setting and os.getloadavg()[0] > cores:
+        return Check("threads", "warn", f"{found}, machine busy", "set OMP_NUM_THREADS=1 while others use the cores")
+    return Check("threads", "ok", found)
+
+
+def check_disks() -> list[Check]:
+    """Look at the room where outputs and backbones go; one line where both are on the same disk."""
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    while not cache.exists():
+        cache = cache.parent
+    places = {"disk here": Path.cwd(), "disk of the model cache": cache}
+    seen: dict[int, Check] = {}
+    for name, folder in places.items():
+        seen.setdefault(folder.stat().st_dev, check_disk(name, folder, shutil.disk_usage(folder).free))
+    return list(seen.values())
+
+
+def check_disk(name: str, folder: Path, free: int) -> Check:
+    """Judge the free bytes of a folder's disk."""
+    found = f"{free / 1e9:.0f} GB free ({folder})"
+    if free < DISK_WANTED:
+        return Check(name, "warn", found, f"{DISK_WANTED / 1e9:.0f} GB hold a 3B backbone and its outputs")
+    return Check(name, "ok", found)

@@ -1,0 +1,267 @@
+"""`vlm2rec evaluate` (Task 1): rank the held-out item by its similarity to the user's vector."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from vlm2rec.downstream.geometry import geometry_from_rows
+from vlm2rec.downstream.ranking import (
+    bound_check,
+    candidate_scores,
+    expected_metrics,
+    full_ranking_counts,
+    mean_over_users,
+    seen_items,
+    unit_rows,
+    user_metrics,
+)
+from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.dataset import Dataset, Histories
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.pipelines.config import EvaluateConfig
+from vlm2rec.pipelines.console import log, progress, summary
+
+METRICS_FILE = "metrics.json"
+USERS_FILE = "users.parquet"
+CUTOFF_NAMES = ("H@10", "H@20", "N@10", "N@20")
+_LETTERS = {schema.FUSED: "f", schema.TEXT: "t", schema.IMAGE: "v"}
+# user view → item view: what the fused item is found by (Fig. 1a), and each modality by itself
+PAIRS = (
+    (schema.FUSED, schema.FUSED),
+    (schema.TEXT, schema.FUSED),
+    (schema.IMAGE, schema.FUSED),
+    (schema.TEXT, schema.TEXT),
+    (schema.IMAGE, schema.IMAGE),
+)
+
+Views = dict[str, np.ndarray]  # view → (n, d) float32 unit vectors
+PerUser = dict[str, np.ndarray]  # metric → (U,)
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
+    dataset = Dataset(config.data)
+    seeds = list(config.seeds) or dataset.candidate_seeds
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+    manifest = schema.read_manifest(config.embeddings)
+    raw_items, missing = _item_vectors(config, dataset, manifest)
+    histories = dataset.histories(config.split)
+    source = _user_source(config)
+    if source == "sequence":
+        raw_users = _encode_histories(config, dataset, histories, manifest)
+    else:
+        raw_users = {view: mean_of_history(vectors, histories) for view, vectors in raw_items.items()}
+    items = {view: unit_rows(vectors) for view, vectors in raw_items.items()}
+    users = {view: unit_rows(vectors) for view, vectors in raw_users.items()}
+
+    by_candidates = _rank_candidates(dataset, histories, users, items, seeds)
+    by_catalogue = _rank_catalogue(config, dataset, histories, users, items)
+    negatives = dataset.negatives(seeds[0])
+    result = {
+        "task": 1,
+        "dataset": dataset.name,
+        "split": config.split,
+        "users_from": source,
+        "users": len(histories),
+        "items": len(dataset.item_ids),
+        "missing": missing,
+        "seeds": seeds,
+        "embeddings": str(config.embeddings.resolve()),
+        "fingerprint": manifest["fingerprint"],
+        "candidates": {pair: _over_seeds(values, np.mean) for pair, values in by_candidates.items()},
+        "candidates_std": {pair: _over_seeds(values, _std) for pair, values in by_candidates.items()},
+        "full": {pair: mean_over_users(values) for pair, values in by_catalogue.items()},
+        "geometry": {
+            view: geometry_from_rows(users[view], items[view], histories.targets, negatives) for view in items
+        },
+    }
+    for protocol in ("candidates", "full"):
+        for pair, row in result[protocol].items():
+            # no ranking can give other figures: a row that breaks the bound is an error of ours
+            assert bound_check(row), f"{protocol} {pair} breaks the N@20 - N@10 bound: {row}"
+    config.out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(_users_table(histories.user_ids, seeds, by_candidates, by_catalogue), config.out / USERS_FILE)
+    schema.write_json(config.out / METRICS_FILE, result)
+    print_metrics(result)
+    _summarise(config, result)
+    return result
+
+
+def _user_source(config: EvaluateConfig) -> str:
+    if config.users_from == "auto":
+        return "mean" if config.backbone is None else "sequence"
+    if config.users_from == "sequence" and config.backbone is None:
+        raise ConfigError(
+            "--users-from sequence without --backbone",
+            "the backbone of the export",
+            "give --backbone and its --adapter",
+        )
+    return config.users_from
+
+
+def _item_vectors(config: EvaluateConfig, dataset: Dataset, manifest: dict[str, Any]) -> tuple[Views, int]:
+    """Return each view in the order of `items.parquet`, and how many items have no vector."""
+    views, missing = {}, 0
+    for view in manifest["views"]:
+        table = EmbeddingTable.open(config.embeddings, view)
+        rows = table.rows_of(dataset.item_ids)
+        absent = rows < 0
+        if absent.any() and config.missing == "error":
+            table.take(dataset.item_ids)  # raises, naming some of them
+        missing = max(missing, int(absent.sum()))
+        views[view] = np.where(absent[:, None], np.float32(0), table.vectors[rows])
+    return views, missing
+
+
+def _encode_histories(
+    config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
+) -> Views:
+    """Return the sequence encoder's user vectors; the encoder must be the one that made the table."""
+    from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder
+    from vlm2rec.embedder.items import Items, encode_rows
+
+    exported = manifest["settings"]
+    settings = {name: exported[name] for name in asdict(EncoderSettings()) if name in exported}
+    assert config.backbone is not None
+    encoder = ItemEncoder.load(
+        config.backbone,
+        config.adapter,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        token_budget=config.token_budget,
+        **(settings if config.adapter is None else {}),
+    )
+    _require_same_encoder(encoder.settings, exported, config)
+    items = Items(dataset, encoder.backbone, encoder.encoder_settings.max_pixels)
+    sequences = [histories.of(user).tolist() for user in range(len(histories))]
+    with progress("encode histories", len(sequences)) as advance:
+        vectors = encode_rows(encoder, items, sequences, advance)
+    for name, reason in list(items.unreadable.items())[:1]:
+        log.print(f"{len(items.unreadable)} unreadable images were shown as white; item {name}: {reason}")
+    return {view: vectors[view] for view in manifest["views"]}
+
+
+def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
+    for name, value in encoder.items():
+        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU; a moved folder changes no weight
+        if name in ("dtype", "backbone", "revision") or name not in exported or exported[name] == value:
+            continue
+        raise ArtifactError(
+            f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",
+            "the same backbone and adapter for users and items",
+            "give the --backbone and --adapter of the export, or export again",
+        )
+
+
+def mean_of_history(items: np.ndarray, histories: Histories) -> np.ndarray:
+    """Return the mean of each history's item vectors, (U, d): the user vector of item-only embedders (§5.1.3)."""
+    sums = np.add.reduceat(items[histories.rows], histories.offsets[:-1], axis=0)
+    return np.asarray(sums / np.diff(histories.offsets)[:, None], np.float32)
+
+
+def _pairs(views: Views) -> list[tuple[str, str, str]]:
+    return [(f"{_LETTERS[u]}2{_LETTERS[i]}", u, i) for u, i in PAIRS if u in views and i in views]
+
+
+def _rank_candidates(
+    dataset: Dataset, histories: Histories, users: Views, items: Views, seeds: list[int]
+) -> dict[str, dict[int, PerUser]]:
+    """Return per-user metrics by pair and candidate seed."""
+    result: dict[str, dict[int, PerUser]] = {}
+    for seed in seeds:
+        negatives = dataset.negatives(seed)
+        for pair, user_view, item_view in _pairs(users):
+            scores = candidate_scores(users[user_view], items[item_view], histories.targets, negatives)
+            result.setdefault(pair, {})[seed] = user_metrics(*scores)
+    return result
+
+
+def _rank_catalogue(
+    config: EvaluateConfig, dataset: Dataset, histories: Histories, users: Views, items: Views
+) -> dict[str, PerUser]:
+    """Return per-user metrics by pair among all items the user had not touched before the target."""
+    later = [] if config.split == "valid" else [dataset.histories("valid").targets]
+    seen = seen_items(dataset.train_sequences(), *later)
+    return {
+        pair: expected_metrics(*full_ranking_counts(users[user_view], items[item_view], histories.targets, *seen))
+        for pair, user_view, item_view in _pairs(users)
+    }
+
+
+def _over_seeds(by_seed: dict[int, PerUser], statistic: Any) -> dict[str, float]:
+    means = [mean_over_users(values) for values in by_seed.values()]
+    return {name: float(statistic([row[name] for row in means])) for name in CUTOFF_NAMES}
+
+
+def _std(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _users_table(
+    user_ids: list[str],
+    seeds: list[int],
+    by_candidates: dict[str, dict[int, PerUser]],
+    by_catalogue: dict[str, PerUser],
+) -> pa.Table:
+    blocks = [
+        users_block(user_ids, "candidates", seed, pair, values[seed])
+        for pair, values in by_candidates.items()
+        for seed in seeds
+    ]
+    blocks += [users_block(user_ids, "full", None, pair, values) for pair, values in by_catalogue.items()]
+    return pa.concat_tables(blocks)
+
+
+def users_block(user_ids: list[str], protocol: str, seed: int | None, view: str | None, values: PerUser) -> pa.Table:
+    """Return one ranking's rows of `users.parquet`."""
+    count = len(user_ids)
+    return pa.table(
+        {
+            schema.USER_ID: pa.array(user_ids, pa.string()),
+            "protocol": pa.array([protocol] * count, pa.string()),
+            schema.SEED: pa.array([seed] * count, pa.int32()),
+            "view": pa.array([view] * count, pa.string()),
+            **{name: pa.array(values[name], pa.float64()) for name in CUTOFF_NAMES},
+        }
+    )
+
+
+def print_metrics(result: dict[str, Any]) -> None:
+    """Print the ranking metrics to stdout."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for protocol in ("candidates", "full"):
+        for name in CUTOFF_NAMES:
+            table.add_column(f"{name}\n{protocol}", justify="right")
+    for pair in result["candidates"]:
+        cells = [f"{result[protocol][pair][name]:.4f}" for protocol in ("candidates", "full") for name in CUTOFF_NAMES]
+        table.add_row(pair, *cells)
+    Console().print(table)
+
+
+def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
+    spread = {view: f"S {values['S']:.3f}, U {values['U']:.3f}" for view, values in result["geometry"].items()}
+    summary(
+        "Task 1",
+        {
+            "users": f"{result['users']}, vectors from the {_SOURCES[result['users_from']]}",
+            "items": f"{result['items']}, {result['missing']} without a vector",
+            "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
+            "metrics": Path(config.out) / METRICS_FILE,
+            "per user": Path(config.out) / USERS_FILE,
+        },
+    )
+
+
+_SOURCES = {"sequence": "sequence encoder", "mean": "mean of the history's items"}

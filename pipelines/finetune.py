@@ -1,0 +1,261 @@
+"""`vlm2rec finetune`: dataset folder and backbone in, adapter folder out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from vlm2rec.downstream.ranking import candidate_scores, rank_metrics, unit_rows
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.backbone import DtypeName, pick_device
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.items import Items, encode_rows
+from vlm2rec.embedder.lora import (
+    CURVES_FILE,
+    SETTINGS_FILE,
+    Canary,
+    add_lora,
+    backbone_licence,
+    canary_items,
+    model_card,
+    read_adapter,
+    save_adapter,
+)
+from vlm2rec.embedder.losses import VLM2RecLoss
+from vlm2rec.embedder.samples import Samples
+from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Training, TrainingSettings, train
+from vlm2rec.pipelines.config import FinetuneConfig
+from vlm2rec.pipelines.console import log, progress, summary
+
+_RUN_FILE = "run.json"
+# these may differ between a run and its continuation: they do not change what is learned
+_FREE = ("out", "resume", "device", "checkpoint_steps", "log_steps")
+
+
+def run(config: FinetuneConfig) -> Training | None:
+    """Fine-tune and write the adapter folder; returns None when a finished one with these settings is there."""
+    _check(config)
+    dataset = Dataset(config.data)
+    if _is_finished(config):
+        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train anew.")
+        return None
+    encoder = ItemEncoder.load(
+        config.backbone,
+        revision=config.revision,
+        fusion=config.fusion,
+        fusion_norm=config.fusion_norm,
+        prompt_mode=config.prompt_mode,
+        max_pixels=config.max_pixels,
+        max_title_tokens=config.max_title_tokens,
+        dtype=_training_dtype(config),
+        device=config.device,
+    )
+    licence = backbone_licence(config.backbone)
+    log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
+    samples = Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
+    items = Items(dataset, encoder.backbone, config.max_pixels)
+    wrapped = add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl)
+    _remember_run(config)
+    validate = _validation(config, dataset, encoder, items)
+    with progress(f"finetune {config.loss}", None) as advance:
+        training = train(
+            model,
+            samples,
+            config.out,
+            _training_settings(config),
+            validate,
+            _reporter(advance),
+            config.resume,
+        )
+    titles, images = canary_items()
+    canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
+    settings = _provenance(config, dataset, samples, encoder, training, licence)
+    best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
+    save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
+    shutil.rmtree(config.out / CHECKPOINTS)
+    _summarise(config, samples, items, training)
+    return training
+
+
+def _check(config: FinetuneConfig) -> None:
+    if config.fusion == "internal" and config.loss == "vlm2rec":
+        raise ConfigError(
+            "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
+            "--fusion external, or --loss sft",
+            "change one of the two",
+        )
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+
+
+def _training_dtype(config: FinetuneConfig) -> DtypeName:
+    # on a CPU the backward pass in bf16 gains little and rounds every LoRA step
+    on_cpu = pick_device(config.device).type == "cpu"
+    return "float32" if config.dtype == "auto" and on_cpu else config.dtype
+
+
+def _loss(config: FinetuneConfig) -> VLM2RecLoss | None:
+    if config.loss == "sft":
+        return None
+    return VLM2RecLoss(
+        config.tau_wpcl,
+        config.tau_crtr,
+        config.lam,
+        config.alpha,
+        config.beta,
+        config.learnable,
+        config.stop_gradient,
+        config.penalty,
+        config.crtr,
+        fusion_norm=config.fusion_norm,
+    )
+
+
+def _training_settings(config: FinetuneConfig) -> TrainingSettings:
+    return TrainingSettings(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        checkpoint_steps=config.checkpoint_steps,
+        log_steps=config.log_steps,
+    )
+
+
+def _identity(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings that decide what is learned, in the form they take in JSON."""
+    return {
+        name: str(value.resolve()) if name == "data" else value
+        for name, value in asdict(config).items()
+        if name not in _FREE
+    }
+
+
+def _is_finished(config: FinetuneConfig) -> bool:
+    if not config.resume:
+        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
+        (config.out / SETTINGS_FILE).unlink(missing_ok=True)
+        return False
+    if (config.out / SETTINGS_FILE).is_file():
+        _refuse_change(config, read_adapter(config.out)["config"])
+        return True
+    if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
+        fix = "give another --out, or --no-resume to start anew"
+        _refuse_change(config, schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix))
+    return False
+
+
+def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
+    for name, value in _identity(config).items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{config.out} was begun with {name} = {before.get(name)!r}, now it is {value!r}",
+                "the same settings, to go on with that run",
+                "give another --out, or --no-resume to start anew",
+            )
+
+
+def _remember_run(config: FinetuneConfig) -> None:
+    folder = config.out / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    schema.write_json(folder / _RUN_FILE, _identity(config))
+
+
+def _validation(
+    config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder, items: Items
+) -> Callable[[], dict[str, float]]:
+    """Return a function that ranks the validation items of (a sample of) the users among their stored candidates."""
+    histories = dataset.histories("valid")
+    seed = dataset.candidate_seeds[0]
+    users = np.arange(len(histories))
+    if 0 < config.valid_users < len(users):
+        users = np.sort(np.random.default_rng([config.seed, 3]).choice(users, config.valid_users, replace=False))
+    negatives, positives = dataset.negatives(seed)[users], histories.targets[users]
+    rows, place = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
+    place = place.reshape(len(users), -1)
+    sequences = [histories.of(int(user)).tolist() for user in users]
+
+    def validate() -> dict[str, float]:
+        user_vectors = encode_rows(encoder, items, sequences)[schema.FUSED]
+        item_vectors = encode_rows(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
+        scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), place[:, 0], place[:, 1:])
+        return rank_metrics(*scores)
+
+    return validate
+
+
+def _reporter(advance: Any) -> Callable[[int, int, dict[str, float]], None]:
+    done = 0
+
+    def on_step(step: int, steps: int, latest: dict[str, float]) -> None:
+        nonlocal done
+        names = ("loss", "wpcl", "crtr", "margin_text", "margin_image", "weight", "alpha", "beta")
+        text = " ".join(f"{name} {latest[name]:.3f}" for name in names if name in latest)
+        advance(step - done, total=steps, description=f"finetune  {text}")
+        done = step
+
+    return on_step
+
+
+def _provenance(
+    config: FinetuneConfig,
+    dataset: Dataset,
+    samples: Samples,
+    encoder: ItemEncoder,
+    training: Training,
+    licence: str,
+) -> dict[str, Any]:
+    """Return what `vlm2rec.json` says about where an adapter came from."""
+    libraries = ("vlm2rec", "torch", "transformers", "peft", "accelerate")
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "backbone": config.backbone,
+        "licence": licence,
+        "backbone_settings": encoder.settings,
+        "encoder": asdict(encoder.encoder_settings),
+        "training": {
+            "loss": config.loss,
+            "seed": config.seed,
+            "steps": training.steps,
+            "best_step": training.best["step"],
+            "effective_negatives": training.curves["train"][-1]["effective_negatives"]
+            if training.curves["train"]
+            else None,
+        },
+        "dataset": {
+            "name": dataset.name,
+            "sha256": dataset.meta["sha256"],
+            "samples": len(samples),
+            "users": len(samples.users),
+        },
+        "config": _identity(config),
+        "versions": {name: version(name) for name in libraries},
+    }
+
+
+def _summarise(config: FinetuneConfig, samples: Samples, items: Items, training: Training) -> None:
+    first, last = training.curves["valid"][0], training.best
+    rows: dict[str, object] = {
+        "steps": f"{training.steps} (kept: step {last['step']:.0f})",
+        "users": f"{len(samples.users)}, {len(samples)} samples a epoch, {samples.skipped} users too short",
+        "valid N@20": f"{last['N@20']:.4f}" + (f" (before training {first['N@20']:.4f})" if first["step"] == 0 else ""),
+        "adapter": config.out,
+        "curves": config.out / CURVES_FILE,
+    }
+    if items.unreadable:
+        name, reason = next(iter(items.unreadable.items()))
+        rows["unreadable images"] = f"{len(items.unreadable)}, shown as white; item {name}: {reason}"
+    summary("Fine-tuning done", rows)

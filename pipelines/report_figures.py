@@ -1,0 +1,301 @@
+"""The report's figures as SVG. One grammar throughout: colour is the method, line style the modality.
+
+Colours are told apart by the colour-blind (blue, orange, greys of different lightness). In the page every colour
+becomes a CSS variable, so that figures follow the reader's light or dark theme.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlm2rec.embedder import schema
+from vlm2rec.pipelines.report_folder import ID, SFT, VANILLA, VLM2REC, Json, in_order, method_name
+
+INK, MUTED, GRID = "#1f2328", "#6a7079", "#e4e0d9"
+COLOURS = {ID: "#4a5160", VANILLA: "#a9adb4", SFT: "#2f6fb3", VLM2REC: "#d1500b"}
+_OTHERS = ("#5f8f6b", "#8d6aa8", "#9c7a3c", "#3f8f97")
+_VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "line",
+    **{colour: method for method, colour in COLOURS.items()},
+    **{colour: f"other{number}" for number, colour in enumerate(_OTHERS)},
+}
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
+    "svg.hashsalt": "vlm2rec",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+CANDIDATES = 101
+# a scorer without knowledge: every rank from 1 to 101 is as likely
+RANDOM_FLOOR = {
+    "H@10": 10 / CANDIDATES,
+    "H@20": 20 / CANDIDATES,
+    "N@10": sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / CANDIDATES,
+    "N@20": sum(1 / math.log2(rank + 1) for rank in range(1, 21)) / CANDIDATES,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: its file name without ending, what it shows in words, and the SVG text."""
+
+    name: str
+    alt: str
+    svg: str
+
+    def inline(self) -> str:
+        """Return the SVG for a page: colours as CSS variables, the page's font, ids that no other figure uses."""
+        text = self.svg[self.svg.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r'\bid="', f'id="{self.name}-', text)
+        text = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{self.name}-", text)
+        text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+        for colour, variable in _VARIABLES.items():
+            text = text.replace(colour, f"var(--{variable})")
+        return re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', self._opening, text, count=1, flags=re.DOTALL)
+
+    def _opening(self, match: re.Match[str]) -> str:
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {match[1]}'
+            f' role="img" aria-label="{self.alt}">'
+        )
+
+
+def colour_of(method: str, methods: Sequence[str]) -> str:
+    """Return the colour of a method; folders with names of their own share four more colours in turn."""
+    others = [name for name in methods if name not in COLOURS]
+    return COLOURS.get(method) or _OTHERS[others.index(method) % len(_OTHERS)]
+
+
+def view_bars(evaluations: Mapping[str, Json]) -> Picture:
+    """Task 1: hit rate and NDCG with the user's fused, text and image vector, against fused items."""
+    views = ("f2f", "t2f", "v2f")
+    names = ("fused user\nf2f", "text user\nt2f", "image user\nv2f")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, 2), ("H@10", "N@20"), strict=True):
+            rows = {
+                method: [
+                    (_at(run, "candidates", view, metric), _at(run, "candidates_std", view, metric)) for view in views
+                ]
+                for method, run in evaluations.items()
+            }
+            _grouped_bars(axes, rows, names)
+            _random_line(axes, metric)
+            axes.set_ylabel(f"{metric}, 101 candidates")
+        _legend(figure, list(rows))
+        return _saved(
+            figure, "task1-views", "Task 1 hit rate and NDCG for fused, text and image user vectors by method"
+        )
+
+
+def recommender_bars(recommenders: Mapping[str, Mapping[str, Json]]) -> Picture:
+    """Task 2: each recommender, started from ids and from each table."""
+    methods = in_order(list({method for runs in recommenders.values() for method in runs}))
+    models = list(recommenders)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, 2), ("H@10", "N@20"), strict=True):
+            rows = {
+                method: [
+                    (
+                        _at(recommenders[model].get(method, {}), "candidates", metric),
+                        _at(recommenders[model].get(method, {}), "candidates_std", metric),
+                    )
+                    for model in models
+                ]
+                for method in methods
+            }
+            _grouped_bars(axes, rows, models)
+            _random_line(axes, metric)
+            axes.set_ylabel(f"{metric}, 101 candidates")
+        _legend(figure, methods)
+        return _saved(figure, "task2-models", "Task 2 hit rate and NDCG of each recommender by where its items start")
+
+
+def geometry_dots(evaluations: Mapping[str, Json]) -> Picture:
+    """A_pos, A_neg, U and S of each view, one panel each."""
+    panels = (
+        ("A_pos", "user to next item\n$A_{pos}$: lower is nearer"),
+        ("A_neg", "user to other items\n$A_{neg}$: higher is farther"),
+        ("U", "spread of the space\n$U$: lower is more even"),
+        ("S", "separability $A_{neg}/A_{pos}$\n$S$: above 1 tells them apart"),
+    )
+    views = (schema.FUSED, schema.TEXT, schema.IMAGE)
+    methods = list(evaluations)
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x", "mathtext.default": "regular"}):
+        figure = Figure(figsize=(9.6, 2.5), layout="constrained")
+        for number, (axes, (name, title)) in enumerate(zip(figure.subplots(1, 4), panels, strict=True)):
+            for place, method in enumerate(methods):
+                values = [_at(evaluations[method], "geometry", view, name) for view in views]
+                height = np.arange(3) + 0.22 * (place - (len(methods) - 1) / 2)
+                colour = colour_of(method, methods)
+                axes.plot(values, height, "o", color=colour, markersize=6.5 if method == VLM2REC else 5)
+            axes.set_yticks(range(3), views if number == 0 else [""] * 3)
+            axes.set_ylim(2.6, -0.6)
+            axes.set_title(title.split("\n")[0], fontsize=8.5)
+            axes.set_xlabel(title.split("\n")[1], fontsize=8)
+            axes.spines["left"].set_visible(False)
+            axes.margins(x=0.15)
+            axes.locator_params(axis="x", nbins=4)
+            if name == "S":
+                axes.axvline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        _legend(figure, methods, marker=True)
+        return _saved(figure, "geometry", "Geometry of the fused, text and image space by method")
+
+
+def learning_curves(curves: Mapping[str, Json]) -> Picture:
+    """Loss parts, validation, margins of both modalities and the penalty over the steps of fine-tuning."""
+    methods = list(curves)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+        (loss, valid), (margins, penalty) = figure.subplots(2, 2)
+        for method in methods:
+            train, colour = curves[method].get("train", []), colour_of(method, methods)
+            _curve(loss, train, "loss", colour, "solid", f"{method_name(method)}, total")
+            _curve(loss, train, "wpcl", colour, (0, (4, 2)), f"{method_name(method)}, WPCL", thin=True)
+            _curve(loss, train, "crtr", colour, (0, (1, 1.5)), f"{method_name(method)}, CRTR", thin=True)
+            _curve(margins, train, "margin_text", colour, "solid", f"{method_name(method)}, text")
+            _curve(margins, train, "margin_image", colour, (0, (4, 2)), f"{method_name(method)}, image")
+            _curve(penalty, train, "weight", colour, "solid", "mean weight $w$")
+            _curve(penalty, train, "alpha", colour, (0, (4, 2)), "$α$", thin=True)
+            _curve(penalty, train, "beta", colour, (0, (1, 1.5)), "$β$", thin=True)
+            points = [(row["step"], row["N@20"]) for row in curves[method].get("valid", []) if _number(row.get("N@20"))]
+            if points:
+                valid.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, label=method_name(method))
+        for axes, title, label in (
+            (loss, "Training loss", "loss (nats)"),
+            (valid, "Validation", "N@20, 101 candidates"),
+            (margins, "Margin of each modality", "cosine of next item − mean of others"),
+            (penalty, "Penalty on the negatives", "factor"),
+        ):
+            axes.set_title(title)
+            axes.set_ylabel(label)
+            axes.set_xlabel("training step")
+            _curve_legend(axes)
+        return _saved(figure, "learning", "Training loss, validation, margins and penalty over the training steps")
+
+
+def _curve_legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.margins(y=0.12)
+        axes.legend(fontsize=7.5, ncols=2, loc="best", labelcolor=MUTED)
+    else:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def _curve(axes: Axes, rows: Sequence[Json], key: str, colour: str, style: Any, label: str, thin: bool = False) -> None:
+    """Draw a running mean over the steps, with the raw values faint behind it."""
+    points = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
+    if not points:
+        return
+    steps, values = (np.array(column, float) for column in zip(*points, strict=True))
+    width = max(1, len(values) // 15)
+    if width > 1 and not thin:
+        axes.plot(steps, values, color=colour, alpha=0.16, linewidth=0.8)
+    axes.plot(
+        steps, _running_mean(values, width), color=colour, linestyle=style, linewidth=1.1 if thin else 1.7, label=label
+    )
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the last `width` values; of fewer at the start, so that the curve begins at the first step."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - width)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _grouped_bars(axes: Axes, rows: Mapping[str, Sequence[tuple[float, float]]], groups: Sequence[str]) -> None:
+    width = 0.78 / max(len(rows), 1)
+    places = np.arange(len(groups))
+    for number, (method, pairs) in enumerate(rows.items()):
+        left = places + (number - (len(rows) - 1) / 2) * width
+        values, errors = zip(*pairs, strict=True)
+        axes.bar(left, values, width * 0.88, color=colour_of(method, list(rows)))
+        axes.errorbar(left, values, np.nan_to_num(errors), fmt="none", ecolor=INK, elinewidth=0.8)
+        for x, value, error in zip(left, values, np.nan_to_num(errors), strict=True):
+            if _number(value):
+                bold = "bold" if method == VLM2REC else "normal"
+                text = f"{value:.3f}".lstrip("0")
+                axes.annotate(
+                    text, (x, value + error), (0, 2), textcoords="offset points", ha="center", fontsize=7.5, weight=bold
+                )
+    axes.set_xticks(places, groups)
+    axes.grid(axis="x", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.margins(y=0.14)
+
+
+def _random_line(axes: Axes, metric: str) -> None:
+    axes.axhline(RANDOM_FLOOR[metric], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    edge = axes.get_xlim()[1]
+    axes.annotate(
+        f"random {RANDOM_FLOOR[metric]:.3f}".replace("0.", "."), (edge, RANDOM_FLOOR[metric]), (-2, 3), textcoords="offset points", ha="right", fontsize=7.5, color=MUTED
+    )  # fmt: skip
+
+
+def _legend(figure: Figure, methods: Sequence[str], marker: bool = False) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colour_of(method, methods), label=method_name(method))
+        if marker
+        else Patch(color=colour_of(method, methods), label=method_name(method))
+        for method in methods
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9)
+
+
+def _saved(figure: Figure, name: str, alt: str) -> Picture:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return Picture(name, alt, file.getvalue())
+
+
+def _at(tree: Mapping[str, Any], *path: str) -> float:
+    """Return a number deep in a JSON object, NaN where it is absent."""
+    value: Any = tree
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if _number(value) else math.nan
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

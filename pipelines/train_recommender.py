@@ -1,0 +1,200 @@
+"""`vlm2rec train-recommender`: Task 2, a recommender in RecBole from item ids or from an embeddings folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from vlm2rec.downstream import recbole_plugin, recbole_run
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.config import TrainRecommenderConfig
+
+
+def run(config: TrainRecommenderConfig) -> dict[str, Any]:
+    """Train and evaluate one recommender; return what metrics.json holds.
+
+    With a dataset folder, a setting comes from the first of: a flag that differs from its default, the RecBole YAML,
+    our Task 2 defaults. Without one the YAML stands alone, as RecBole would read it, below such flags.
+    """
+    if config.data is None and config.config is None:
+        raise ConfigError(
+            "neither --data nor --config is given",
+            "a dataset folder, or a RecBole YAML that names its own dataset",
+            "give --data DATA (and --model), or --config recbole.yaml",
+        )
+    theirs = recbole_run.read_settings(config.config) if config.config else {}
+    model = config.model or theirs.get("model")
+    folder = Dataset(config.data) if config.data is not None else None
+    layers: list[recbole_run.Settings] = []
+    if folder is not None:
+        layers.append(task2_settings(config, str(model), folder.max_history, theirs))
+    if config.config is not None:
+        layers.append(config.config)
+    layers.append(chosen_settings(config, str(model), theirs))
+    _announce(config, theirs, folder)
+    with _Display() as display:
+        outcome = recbole_run.run(
+            layers, config.out, data=folder, candidate_seeds=config.seeds, device=config.device, watcher=display
+        )
+    _summarise(outcome)
+    return outcome.metrics
+
+
+def task2_settings(
+    config: TrainRecommenderConfig, model: str, max_history: int, theirs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return RecBole's keys for Task 2: the same care for every model and every start.
+
+    Two layers, cross-entropy over all items, AdamW, and the last `max_history` items of every prefix of the training
+    sequence.
+
+    Args:
+        config: the sizes and rates.
+        model: SASRec, GRU4Rec or BERT4Rec.
+        max_history: items of a history.
+        theirs: the keys of a YAML that will win over these; `patience` counts its epochs.
+    """
+    settings: dict[str, Any] = {
+        "model": model,
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+        "learner": "adamw",
+        "MAX_ITEM_LIST_LENGTH": max_history,
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
+        "metrics": ["Hit", "NDCG"],
+        "topk": [10, 20],
+        "valid_metric": "NDCG@20",
+        "metric_decimal_place": 6,
+        "eval_batch_size": 1024,
+        "reproducibility": True,
+    }
+    if model == "GRU4Rec":
+        settings |= {"num_layers": 2}
+    else:
+        settings |= {"n_layers": 2, "n_heads": 2, "inner_size": 256, "hidden_act": "gelu"}
+    if model == "BERT4Rec":
+        # RecBole makes room for int(ratio * length) masked items: there has to be one
+        settings["mask_ratio"] = max(0.2, 1 / max_history)
+    for field in _RECBOLE_KEYS:
+        settings |= _RECBOLE_KEYS[field](config, model, theirs or {})
+    return settings
+
+
+def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RecBole's keys for the flags that differ from their defaults; they win over the YAML."""
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    settings: dict[str, Any] = {"model": config.model} if config.model else {}
+    for field in changed & _RECBOLE_KEYS.keys():
+        settings |= _RECBOLE_KEYS[field](config, model, theirs)
+    if config.embeddings is not None:
+        settings[recbole_plugin.INIT] = str(config.embeddings)
+    if "column" in changed:
+        settings[recbole_plugin.COLUMN] = config.column
+    if "mode" in changed:
+        settings[recbole_plugin.TRAINABLE] = config.mode == "table"
+    if "missing" in changed:
+        settings[recbole_plugin.MISSING] = config.missing
+    return settings
+
+
+def _width(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("embedding_size", "hidden_size") if model == "GRU4Rec" else ("hidden_size",)
+    return dict.fromkeys(keys, config.hidden_size)
+
+
+def _dropout(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("dropout_prob",) if model == "GRU4Rec" else ("hidden_dropout_prob", "attn_dropout_prob")
+    return dict.fromkeys(keys, config.dropout)
+
+
+def _patience(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    # RecBole counts validations, and goes on until the count *exceeds* stopping_step
+    every = int(theirs.get("eval_step", config.eval_step))
+    return {"stopping_step": max(0, math.ceil(config.patience / max(1, every)) - 1)}
+
+
+_Translation = Callable[[TrainRecommenderConfig, str, Mapping[str, Any]], dict[str, Any]]
+_RECBOLE_KEYS: dict[str, _Translation] = {
+    "max_epochs": lambda config, model, theirs: {"epochs": config.max_epochs},
+    "eval_step": lambda config, model, theirs: {"eval_step": config.eval_step},
+    "patience": _patience,
+    "batch_size": lambda config, model, theirs: {"train_batch_size": config.batch_size},
+    "learning_rate": lambda config, model, theirs: {"learning_rate": config.learning_rate},
+    "weight_decay": lambda config, model, theirs: {"weight_decay": config.weight_decay},
+    "hidden_size": _width,
+    "dropout": _dropout,
+    "seed": lambda config, model, theirs: {"seed": config.seed},
+}
+
+
+def _announce(config: TrainRecommenderConfig, theirs: Mapping[str, Any], folder: Dataset | None) -> None:
+    if folder is not None:
+        ignored = recbole_run.ignored_settings(theirs)
+        if ignored:
+            console.log.print(
+                f"{config.config}: {', '.join(ignored)} have no effect beside --data, whose folder is filtered and"
+                " split already."
+            )
+    elif "train_neg_sample_args" not in theirs:
+        console.log.print(
+            f"{config.config} does not say train_neg_sample_args: taken as none, which cross-entropy needs"
+            " (RecBole alone would stop here). With loss_type BPR RecBole's own default holds."
+        )
+
+
+class _Display:
+    """Progress on stderr: a bar over batches, a line per validation."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._advance: Callable[[int], None] = lambda count: None
+        self._metric = ""
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
+        self._metric = valid_metric
+        self._advance = self._stack.enter_context(
+            console.progress(f"training, {epochs} epochs at most", epochs * batches)
+        )
+
+    def batch(self) -> None:
+        self._advance(1)
+
+    def epoch(self, epoch: recbole_run.Epoch) -> None:
+        score = "" if epoch.score is None else f"  valid {self._metric} {epoch.score:.4f}"
+        console.log.print(f"epoch {epoch.number}  loss {epoch.loss:.4f}{score}  {epoch.seconds:.1f} s")
+
+
+def _summarise(outcome: recbole_run.Outcome) -> None:
+    metrics = outcome.metrics
+    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']})"
+    rows: dict[str, object] = {
+        "start": start,
+        "users, items": f"{metrics['users']:,}, {metrics['items']:,}",
+        "epochs": f"{metrics['epochs']}, best {metrics['best_epoch']}, {metrics['seconds']:.0f} s",
+    }
+    if metrics["missing"]:
+        rows["filled"] = f"{metrics['missing']:,} items without a vector"
+    if metrics["candidates"] is not None:
+        seeds = len(metrics["seeds"])
+        rows[f"candidates, {seeds} seed{'s' * (seeds != 1)}"] = _figures(metrics["candidates"])
+        rows["full ranking"] = _figures(metrics["full"])
+        rows["popularity, full"] = _figures(metrics["popularity"]["full"])
+    rows["RecBole's own"] = _figures(metrics["recbole"])
+    rows["checkpoint"] = outcome.folder / recbole_run.CHECKPOINT_FILE
+    rows["metrics"] = outcome.folder / recbole_run.METRICS_FILE
+    console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -1,0 +1,116 @@
+"""A small dataset folder written by hand, for tests of recommenders: items follow one another in a fixed cycle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder import schema
+
+ODD_IDS = ("007", "7", "NA", "null", "None", "nan", "a b", "", "[PAD]", 'q"uote', "tab\tid", "ünï", "1e5", "7.0")
+
+
+def write_dataset(
+    folder: Path,
+    sequences: Sequence[Sequence[str]],
+    item_ids: Sequence[str],
+    *,
+    user_ids: Sequence[str] | None = None,
+    max_history: int = 5,
+    candidates: int = 8,
+    seeds: Sequence[int] = (0, 1),
+    name: str = "by hand",
+) -> Path:
+    """Write a dataset folder as `prepare` does, without pictures; `sequences` hold whole histories, oldest first."""
+    folder.mkdir(parents=True)
+    users = list(user_ids) if user_ids is not None else [f"u{number}" for number in range(len(sequences))]
+    pq.write_table(
+        pa.table(
+            {
+                schema.ITEM_ID: pa.array(list(item_ids), pa.string()),
+                schema.TITLE: pa.array([f"title {number}" for number in range(len(item_ids))]),
+                schema.IMAGE_PATH: pa.array([f"{number}.png" for number in range(len(item_ids))]),
+            }
+        ),
+        folder / schema.ITEMS_FILE,
+    )
+    pq.write_table(
+        pa.table(
+            {
+                schema.USER_ID: pa.array(users, pa.string()),
+                schema.TRAIN: pa.array([list(s[:-2]) for s in sequences], pa.list_(pa.string())),
+                schema.VALID: pa.array([s[-2] for s in sequences], pa.string()),
+                schema.TEST: pa.array([s[-1] for s in sequences], pa.string()),
+            }
+        ),
+        folder / schema.SEQUENCES_FILE,
+    )
+    drawn = []
+    for seed in seeds:
+        generator = np.random.default_rng(seed)
+        for sequence in sequences:
+            free = [item for item in item_ids if item not in set(sequence)]
+            drawn.append([free[i] for i in generator.choice(len(free), candidates, replace=False)])
+    pq.write_table(
+        pa.table(
+            {
+                schema.USER_ID: pa.array(users * len(seeds), pa.string()),
+                schema.SEED: pa.array(np.repeat(list(seeds), len(users)), pa.int32()),
+                schema.NEGATIVES: pa.array(drawn, pa.list_(pa.string())),
+            }
+        ),
+        folder / schema.NEGATIVES_FILE,
+    )
+    schema.write_json(
+        folder / schema.DATASET_FILE,
+        {
+            "name": name,
+            "image_root": "images",
+            "max_history": max_history,
+            "negatives": {"count": candidates, "seeds": list(seeds)},
+            "counts": [],
+            "users": len(users),
+            "items": len(item_ids),
+            "schema_version": schema.SCHEMA_VERSION,
+        },
+    )
+    return folder
+
+
+def cyclic_sequences(item_ids: Sequence[str], users: int, seed: int = 0, longest: int = 12) -> list[list[str]]:
+    """Return sequences of distinct items in which item i is mostly followed by item i + 1, so that a model can learn."""
+    generator = np.random.default_rng(seed)
+    count = len(item_ids)
+    sequences = []
+    for _ in range(users):
+        place = int(generator.integers(count))
+        sequence: list[int] = []
+        for _ in range(int(generator.integers(4, longest + 1))):
+            while place in sequence:
+                place = (place + 1) % count
+            sequence.append(place)
+            place = (place + (1 if generator.random() < 0.9 else int(generator.integers(2, 5)))) % count
+        sequences.append([item_ids[row] for row in sequence])
+    return sequences
+
+
+def write_atomic(folder: Path, name: str, sequences: Sequence[Sequence[str]], user_ids: Sequence[str]) -> Path:
+    """Write RecBole's `name`/`name`.inter below `folder`, user by user in time order, and return `folder`."""
+    (folder / name).mkdir(parents=True)
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user, sequence in zip(user_ids, sequences, strict=True):
+        lines += [f"{user}\t{item}\t{place}" for place, item in enumerate(sequence)]
+    (folder / name / f"{name}.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def circle_vectors(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    """Return (count, dim) vectors on a circle with a large common offset: neighbours in the cycle look alike."""
+    generator = np.random.default_rng(seed)
+    angle = 2 * np.pi * np.arange(count) / count
+    waves = np.stack([f(k * angle) for k in range(1, dim // 2 + 1) for f in (np.cos, np.sin)], 1)
+    return (waves + 5 * generator.standard_normal(dim)).astype(np.float32)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vlm2rec.downstream.geometry import geometry, geometry_from_rows
+from vlm2rec.embedder.errors import DataError
+
+
+def world(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Users, items, each user's positive row and negative rows; positives lean towards their users."""
+    generator = np.random.default_rng(seed)
+    users, items = generator.normal(size=(12, 6)), generator.normal(size=(30, 6))
+    positives, negatives = np.arange(12), generator.integers(12, 30, (12, 5))
+    items[:12] += users
+    return users.astype(np.float32), items.astype(np.float32), positives, negatives
+
+
+def reference(users: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> dict[str, float]:
+    """Eqs. 4-5 pair by pair."""
+
+    def distance(a: list[float], b: list[float]) -> float:
+        la, lb = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
+        return sum((x / la - y / lb) ** 2 for x, y in zip(a, b, strict=True))
+
+    near = [distance(u, p) for u, p in zip(users.tolist(), positives.tolist(), strict=True)]
+    far = [distance(u, n) for u, ns in zip(users.tolist(), negatives.tolist(), strict=True) for n in ns]
+    pull, push = sum(near) / len(near), sum(far) / len(far)
+    uniformity = math.log(sum(math.exp(-2 * d) for d in far) / len(far))
+    return {"A_pos": pull, "A_neg": push, "U": uniformity, "S": push / (pull + 1e-8)}
+
+
+def test_geometry_equals_the_equations() -> None:
+    users, items, positives, negatives = world()
+    found = geometry(users, items[positives], items[negatives])
+    assert list(found) == ["A_pos", "A_neg", "U", "S"]
+    assert found == pytest.approx(reference(users, items[positives], items[negatives]), abs=1e-12)
+
+
+def test_a_hand_written_table() -> None:
+    users = np.array([[2.0, 0.0], [0.0, 5.0]])
+    positives = np.array([[1.0, 0.0], [1.0, 0.0]])  # same direction: 0; a right angle: 2
+    negatives = np.array([[[0.0, 3.0], [-1.0, 0.0]], [[0.0, -7.0], [0.0, 1.0]]])  # 2 and 4; 4 and 0
+    found = geometry(users, positives, negatives, eps=0.25)
+    assert found["A_pos"] == pytest.approx(1.0) and found["A_neg"] == pytest.approx(2.5)
+    assert found["U"] == pytest.approx(math.log((math.exp(-4) + 2 * math.exp(-8) + 1) / 4))
+    assert found["S"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+def test_rows_give_what_gathered_vectors_give(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    users, items, positives, negatives = world(1)
+    expected = geometry(users, items[positives], items[negatives])
+    monkeypatch.setattr("vlm2rec.downstream.geometry._BLOCK", block)
+    assert geometry_from_rows(users, items, positives, negatives) == expected
+    assert geometry(users, items[positives], items[negatives]) == expected
+
+
+def test_length_of_vectors_does_not_matter() -> None:
+    users, items, positives, negatives = world(2)
+    scale = np.random.default_rng(3).uniform(0.01, 100, 30)[:, None]
+    found = geometry_from_rows(7 * users, scale * items, positives, negatives)
+    assert found == pytest.approx(geometry_from_rows(users, items, positives, negatives), rel=1e-6)
+
+
+def test_a_collapsed_space_has_no_spread() -> None:
+    point = np.random.default_rng(4).normal(size=6).astype(np.float32)
+    users, items = np.tile(point, (3, 1)), np.tile(2 * point, (8, 1))
+    found = geometry_from_rows(users, items, np.arange(3), np.array([[4, 5]] * 3))
+    assert found == pytest.approx({"A_pos": 0, "A_neg": 0, "U": 0, "S": 0}, abs=1e-6)
+
+
+def test_a_nearly_collapsed_space_is_still_measured() -> None:
+    # the item is turned away from the user by 1e-4 or 2e-4: squared distances 1e-8 and 4e-8
+    def at(angle: float) -> list[float]:
+        return [math.cos(angle), math.sin(angle)]
+
+    found = geometry(np.array([at(0)]), np.array([at(1e-4)]), np.array([[at(2e-4)]]), eps=0.0)
+    assert found["A_pos"] == pytest.approx(1e-8, rel=1e-6) and found["S"] == pytest.approx(4, rel=1e-6)
+
+
+def test_vectors_spread_at_random_are_two_apart() -> None:
+    generator = np.random.default_rng(5)
+    users, positives = generator.normal(size=(2, 200, 256))
+    found = geometry(users, positives, generator.normal(size=(200, 20, 256)))
+    assert found["A_pos"] == pytest.approx(2, abs=0.05) and found["A_neg"] == pytest.approx(2, abs=0.02)
+    assert found["S"] == pytest.approx(1, abs=0.03)
+    # Jensen: log E exp(-2d) is at least -2 E d, and near it where all pairs are about as far apart
+    assert -2 * found["A_neg"] <= found["U"] <= -2 * found["A_neg"] + 0.1
+
+
+def test_zero_vectors_count_as_the_origin() -> None:
+    users, positives = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[3.0, 0.0], [0.0, 0.0]])
+    found = geometry(users, positives, np.zeros((2, 1, 2)))
+    assert found["A_pos"] == 1.0 and found["A_neg"] == 0.5  # origin to unit vector 1; origin to origin 0
+
+
+def test_impossible_input_is_refused() -> None:
+    users, items, positives, negatives = world(6)
+    with pytest.raises(DataError, match=r"\(U, N, d\)"):
+        geometry(users, items[positives], items[positives])
+    with pytest.raises(DataError, match=r"\(I, d\)"):
+        geometry_from_rows(users, items[:, :3], positives, negatives)
+    with pytest.raises(DataError, match="0 users"):
+        geometry_from_rows(users[:0], items, positives[:0], negatives[:0])
+    with pytest.raises(DataError, match="0 negatives"):
+        geometry_from_rows(users, items, positives, negatives[:, :0])
+    items[negatives[0, 0]] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        geometry_from_rows(users, items, positives, negatives)

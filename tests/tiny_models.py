@@ -1,0 +1,303 @@
+"""Tiny random models of the five families, as ordinary model folders in the form the published ones have.
+
+Real transformers classes, hidden size 64, two layers, a vision tower of two layers; seeded; a second or two each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+
+LINES = [
+    "Describe this item text sequence in one word, 0) red wooden chair, 1) small blue lamp",
+    "Describe this item image sequence in one word, 0) , 1) , 2) ",
+    "Describe this item sequence in one word, 0) green cotton shirt, 1) soft woollen hat",
+]
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+INTERNVL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    " {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_model(family: str, folder: Path) -> Path:
+    """Write a tiny random model of `family` into `folder` and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {"llava": _llama_tokenizer, "internvl": _internvl_tokenizer}.get(family, _qwen_tokenizer)(folder)
+    config, image_processor = {
+        "qwen2_5_vl": _qwen2_5_vl,
+        "qwen2_vl": _qwen2_vl,
+        "qwen3_vl": _qwen3_vl,
+        "internvl": _internvl,
+        "llava": _llava,
+    }[family](ids, folder)
+    _write(folder / "preprocessor_config.json", image_processor)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder)
+    return folder
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2))
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+
+def _byte_level_bpe(folder: Path, special: Iterable[str], settings: dict[str, Any]) -> dict[str, int]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
+    _write(folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", **tokens, **settings})
+    return tokenizer.get_vocab()
+
+
+def _qwen_tokenizer(folder: Path) -> dict[str, int]:
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return _byte_level_bpe(folder, QWEN_TOKENS, {"chat_template": QWEN_TEMPLATE.replace("IMAGE", image)})
+
+
+def _internvl_tokenizer(folder: Path) -> dict[str, int]:
+    # the processor asks the tokenizer for these by name
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    template = QWEN_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n")
+    return _byte_level_bpe(folder, INTERNVL_TOKENS, {"extra_special_tokens": names, "chat_template": template})
+
+
+def _llama_tokenizer(folder: Path) -> dict[str, int]:
+    """Write a BPE with byte fallback and a begin-of-sequence token, the kind Llama has."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special + bytes_, show_progress=False)
+    tokenizer.train_from_iterator(LINES, trainer)
+    plain = json.loads(tokenizer.to_str())
+    # the bytes were special for the trainer only; in the tokenizer they are ordinary tokens
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(plain))
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("<pad>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    _write(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **tokens})
+    return tokenizer.get_vocab()
+
+
+# --- configs and image processors ---------------------------------------------------------------------------
+
+_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+def _text(ids: dict[str, int], **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(ids),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,  # random layers of the usual 0.02 hardly tell two inputs apart
+        "bos_token_id": None,
+        "eos_token_id": ids.get("<|im_end|>"),
+        "pad_token_id": ids.get("<|endoftext|>"),
+        **more,
+    }
+
+
+def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    return {f"{name}_token_id": ids[token] for name, token in names.items()}
+
+
+def _mrope(sections: list[int]) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+
+
+def _qwen_images(processor: str, **more: Any) -> dict[str, Any]:
+    return {"temporal_patch_size": 2, "merge_size": 2, "processor_class": processor} | more
+
+
+def _qwen2_5_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.1,
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=_text(ids, rope_parameters=_mrope([2, 3, 3])),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **_qwen_ids(ids),
+    )
+    return config, _qwen_images(
+        "Qwen2_5_VLProcessor",
+        image_processor_type="Qwen2VLImageProcessor",
+        min_pixels=3136,
+        max_pixels=12845056,
+        patch_size=14,
+        **_CLIP,
+    )
+
+
+def _qwen2_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 64,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "initializer_range": 0.1,
+    }
+    config = transformers.Qwen2VLConfig(
+        text_config=_text(ids, rope_parameters=_mrope([2, 3, 3])),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **_qwen_ids(ids),
+    )
+    return config, _qwen_images(
+        "Qwen2VLProcessor",
+        image_processor_type="Qwen2VLImageProcessor",
+        min_pixels=3136,
+        max_pixels=12845056,
+        patch_size=14,
+        **_CLIP,
+    )
+
+
+def _qwen3_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": 0.1,
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=_text(ids, head_dim=16, rope_parameters=_mrope([4, 2, 2]) | {"mrope_interleaved": True}),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **_qwen_ids(ids),
+    )
+    return config, _qwen_images(
+        "Qwen3VLProcessor",
+        image_processor_type="Qwen2VLImageProcessorFast",
+        size={"shortest_edge": 65536, "longest_edge": 16777216},
+        patch_size=16,
+        **_HALF,
+    )
+
+
+def _internvl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """448 pixels and 256 tokens an image in the published models; 56 pixels and 4 tokens here."""
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+        "initializer_range": 0.1,
+    }
+    config = transformers.InternVLConfig(
+        text_config=_text(ids, model_type="qwen2", tie_word_embeddings=True),
+        vision_config=vision,
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+    )
+    _write(folder / "processor_config.json", {"image_seq_length": 4, "processor_class": "InternVLProcessor"})
+    return config, {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "processor_class": "InternVLProcessor",
+        "crop_to_patches": True,
+        "size": {"height": 56, "width": 56},
+        **_CLIP,
+    }
+
+
+def _llava(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """336 pixels and 576 tokens an image in the published models; 42 pixels and 9 tokens here."""
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 42,
+        "patch_size": 14,
+        "projection_dim": 32,
+    }
+    text = _text(ids, model_type="llama", bos_token_id=1, eos_token_id=2, pad_token_id=ids["<pad>"])
+    config = transformers.LlavaConfig(
+        text_config=text | {"max_position_embeddings": 4096},
+        vision_config=vision,
+        image_token_index=ids["<image>"],
+        image_seq_length=9,
+        pad_token_id=ids["<pad>"],
+    )
+    _write(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+        },
+    )
+    (folder / "chat_template.jinja").write_text(LLAVA_TEMPLATE)
+    return config, {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "size": {"shortest_edge": 42},
+        "crop_size": {"height": 42, "width": 42},
+        "do_center_crop": True,
+        **_CLIP,
+    }
