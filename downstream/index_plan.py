@@ -12,6 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from vlm2rec.downstream.recall import EFFORTS
 from vlm2rec.downstream.unit_vectors import BATCH
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, did_you_mean
@@ -132,15 +133,17 @@ def _lists(factory: str) -> int:
 
 
 def _seconds(factory: str, rows: int, dim: int, train_rows: int, queries: int) -> float:
-    """Return about how long a build takes: products of float32 matrices at this machine's rate, plus reading."""
+    """Return about how long a build takes: matrix products at this machine's rate, graph steps, reading."""
     lists = _lists(factory)
     products = float(queries) * rows  # of two vectors: the exact search that recall is measured against
-    products += 10.0 * train_rows * lists + float(rows) * lists  # k-means of ten rounds, then one assignment
+    products += 2 * (10.0 * train_rows * lists + float(rows) * lists)  # k-means of ten rounds, then one assignment
+    products += float(queries) * rows * min(1.0, sum(EFFORTS) / lists) * 5 if lists else 0  # lists are read piecewise
+    seconds = 2 * products * dim / _multiply_rate() + 1.5e-8 * queries * rows  # and picking the best of them
+    seconds += (3 if train_rows else 2) * 4 * rows * dim / 5e8
     if "HNSW" in factory:
-        # scattered single products run far below a matrix product's rate; the graph deepens with the logarithm
-        products += 7_000.0 * rows * math.log10(max(rows, 10)) / 5
-    reading = (3 if train_rows else 2) * 4 * rows * dim / 1e9
-    return reading + 2 * products * dim / _multiply_rate()
+        # single products at scattered places, more of them as the graph deepens
+        seconds += 3e-7 * rows * dim * math.log10(max(rows, 10)) / 5 / faiss.omp_get_max_threads()
+    return 0.3 + seconds
 
 
 def _multiply_rate() -> float:

@@ -43,6 +43,8 @@ _LEFT_BEHIND = ("bool", "int", "float", "complex", "object", "str", "long", "uni
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # RecBole 1.2.1 builds its gradient scaler through the old name, also where it is switched off
     (r"`torch\.cuda\.amp\.GradScaler\(args\.\.\.\)` is deprecated", FutureWarning),
+    # RecBole sorts torch tensors with `np.argsort`
+    (r"__array_wrap__ must accept context and return_scalar arguments", DeprecationWarning),
     # pandas 2 announces what pandas 3 breaks, see 4
     (r"A value is trying to be set on a copy of a DataFrame or Series through chained assignment", FutureWarning),
 )

@@ -12,6 +12,7 @@ only), recbole.log and tensorboard/. metrics.json is written last.
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ _DATA_SETTINGS: dict[str, Any] = {
     "item_inter_num_interval": None,
     "repeatable": True,
 }
-_SPLIT = {"LS": "valid_and_test"}
+_SPLIT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
 
 
 @dataclass(frozen=True)
@@ -207,13 +208,20 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
             "add one of them",
         )
-    split = (settings.get("eval_args") or {}).get("split", _SPLIT)
-    if folder is not None and split != _SPLIT:
+    asked = _eval_args(settings)
+    if folder is not None and not asked.items() <= ({"mode": asked.get("mode")} | _SPLIT).items():
         raise ConfigError(
-            f"eval_args.split is {split} beside a dataset folder",
-            f"{_SPLIT}: the folder fixes the validation and test items",
-            "remove `split`, or run without --data on a RecBole dataset",
+            f"eval_args is {asked} beside a dataset folder",
+            f"{_SPLIT} and any mode: the folder fixes the validation and test items",
+            "leave `mode` only, or run without --data on a RecBole dataset",
         )
+
+
+def _eval_args(settings: Mapping[str, Any]) -> dict[str, Any]:
+    asked = settings.get("eval_args") or {}
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"eval_args: {asked!r}", "a mapping with split, order, group_by, mode", "correct the YAML")
+    return dict(asked)
 
 
 def ignored_settings(settings: Mapping[str, Any]) -> list[str]:
@@ -228,7 +236,7 @@ def _recbole_config(
 
     forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False}
     if folder is not None:
-        forced |= _DATA_SETTINGS
+        forced |= _DATA_SETTINGS | {"eval_args": _SPLIT | {"mode": _eval_args(settings).get("mode", "full")}}
     if recbole_compat.without_negative_sampling(settings, _model_defaults(settings["model"])):
         forced["train_neg_sample_args"] = None
     # Everything goes to RecBole in files: strings in its `config_dict` are handed to eval().

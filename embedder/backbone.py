@@ -8,7 +8,9 @@ The vision tower is frozen everywhere in vlm2rec, so an image is looked at once 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging
 
 from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.pooling import last_token
@@ -90,14 +93,15 @@ class Backbone:
         place = device if isinstance(device, torch.device) else pick_device(device)
         number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
         try:
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                source,
-                revision=revision or "main",
-                dtype=number,
-                trust_remote_code=False,
-                use_safetensors=True,  # the other format is a pickle
-                output_loading_info=True,
-            )
+            with _quiet_if(Path(source).is_dir()):
+                model, info = AutoModelForImageTextToText.from_pretrained(
+                    source,
+                    revision=revision or "main",
+                    dtype=number,
+                    trust_remote_code=False,
+                    use_safetensors=True,  # the other format is a pickle
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, RuntimeError) as error:
             text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
@@ -259,6 +263,19 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         batch.append(position)
     if batch:
         yield batch
+
+
+@contextmanager
+def _quiet_if(local: bool) -> Iterator[None]:
+    """Hide transformers' progress bars for a local model; a download should show its own."""
+    shown = logging.is_progress_bar_enabled()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if local and shown:
+            logging.enable_progress_bar()
 
 
 def pick_device(name: DeviceName) -> torch.device:

@@ -60,28 +60,30 @@ class Dataset:
                 f"a version up to {schema.SCHEMA_VERSION}",
                 "install a newer vlm2rec, or prepare again with this one",
             )
-        missing = [key for key in ("name", "image_root", "max_history", "negatives") if key not in self.meta]
-        if missing:
+
+    def _setting(self, key: str) -> Any:
+        if key not in self.meta:
             raise ArtifactError(
-                f"{self.path / schema.DATASET_FILE} lacks {', '.join(missing)}",
+                f"{self.path / schema.DATASET_FILE} has no {key!r}",
                 "a dataset folder written by `vlm2rec prepare`",
                 _PREPARE_AGAIN,
             )
+        return self.meta[key]
 
     @property
     def name(self) -> str:
         """The dataset's name, as given to `prepare`."""
-        return str(self.meta["name"])
+        return str(self._setting("name"))
 
     @property
     def max_history(self) -> int:
         """Items of a history that a model may see, counted from the latest."""
-        return int(self.meta["max_history"])
+        return int(self._setting("max_history"))
 
     @property
     def image_root(self) -> Path:
         """Folder that `image_path` is relative to."""
-        return (self.path / str(self.meta["image_root"])).resolve()
+        return (self.path / str(self._setting("image_root"))).resolve()
 
     @cached_property
     def items(self) -> pa.Table:
@@ -170,7 +172,7 @@ class Dataset:
     @property
     def candidate_seeds(self) -> list[int]:
         """Seeds for which candidate sets are stored."""
-        return [int(seed) for seed in self.meta["negatives"]["seeds"]]
+        return [int(seed) for seed in self._setting("negatives")["seeds"]]
 
     def negatives(self, seed: int) -> np.ndarray:
         """Return the stored candidates of `seed` as item rows, (U, N) int32, one row per user of `user_ids`.
@@ -191,7 +193,7 @@ class Dataset:
                 _PREPARE_AGAIN,
             )
         lists = table[schema.NEGATIVES].chunks
-        count = int(self.meta["negatives"]["count"])
+        count = int(self._setting("negatives")["count"])
         if any(pc.any(pc.not_equal(pc.list_value_length(part), count)).as_py() for part in lists):
             raise ArtifactError(
                 f"{self.path / schema.NEGATIVES_FILE} has users with more or fewer than {count} candidates",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoConfig
 
 from vlm2rec.embedder import lora, prompts, schema
 from vlm2rec.embedder.backbone import (
@@ -265,6 +266,7 @@ def encoder_settings(
         "model_type": read_model_config(backbone, revision)["model_type"],
         "adapter": None if adapter is None else lora.adapter_hash(adapter),
         "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template),
+        "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
         "pooling": "last",
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         "views": list(settings.views),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,10 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
 
 def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
     try:
-        return get_peft_model(backbone.model, config)
+        with warnings.catch_warnings():
+            # PEFT still asks for `is_gradient_checkpointing`, of which newer transformers warn
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ModelError(
             f"LoRA finds nothing to adapt in this backbone ({str(error).splitlines()[0]})",
@@ -162,6 +166,7 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
             "a trained adapter",
             "fine-tune for at least one step",
         )
+    config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; a path may have moved
     wrapped = _wrap(backbone, config)
     load_strictly(wrapped, stored, str(folder))
     wrapped.to(backbone.device)

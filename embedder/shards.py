@@ -40,6 +40,7 @@ from vlm2rec.embedder.writer_lock import LOCK_FILE
 
 STATE_FILE = "export.json"
 ROW_GROUP_ROWS = 8192
+_READ_ROWS = 2048
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _GO_ON = "run the same `vlm2rec export-items` command again: it continues where it stopped"
@@ -106,6 +107,7 @@ def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
             return _commit(folder, plan, number, table, seconds)
         except OSError as error:
             if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
+                _remove_temporaries(folder)
                 raise _disk_error(folder, error) from None
             logger.warning("%s: %s; trying again", folder / schema.shard_name(number), error)
             time.sleep(0.2 * 2**attempt)
@@ -352,6 +354,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _remove_temporaries(folder)
         raise _disk_error(folder, error) from None
 
 
@@ -386,7 +389,7 @@ def read_rows(path: Path, dim: int, views: Sequence[str]) -> ShardContent:
     """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
     content = ShardContent([], [], [])
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        for batch in file.iter_batches(ROW_GROUP_ROWS):
+        for batch in file.iter_batches(_READ_ROWS):
             status = batch[schema.STATUS].to_pylist()
             content.ids.extend(batch[schema.ITEM_ID].to_pylist())
             content.status.extend(status)
@@ -409,8 +412,8 @@ def _row_problems(batch: pa.RecordBatch, status: np.ndarray, dim: int, views: Se
         values, present = vectors_of(batch[view], dim)
         report(present & ~np.isfinite(values).all(1), f"hold NaN or infinity in {view}")
         expected = ~failed & ~(text_only & (view == schema.IMAGE)) if view in views else np.zeros(len(status), bool)
-        report(expected & ~present, f"have no {view} vector, though their status promises one")
-        report(present & ~expected, f"have a {view} vector, though their status or the manifest excludes it")
+        report(expected & ~present, f"have no vector in {view}, though their status promises one")
+        report(present & ~expected, f"have a vector in {view}, though their status or the manifest excludes it")
     has_reason = batch[schema.ERROR].is_valid().to_numpy(zero_copy_only=False)
     report(failed & ~has_reason, "failed without a reason")
     return problems

@@ -53,6 +53,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HEAD_SIZE = 32
+VDEPTH = 3
+INIT = 0.02
+B2 = 0.98
+WD = 0.05
 PATCH = 14  # pixels; an image token is 2 × 2 patches
 
 # What a training step asks for: kind of prompt, and items in it.
@@ -213,6 +217,7 @@ def _config(ids: dict[str, int], settings: SmallBackboneSettings) -> Any:
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
         "max_position_embeddings": 4096,
+        "initializer_range": INIT,
         # time, height and width share the rotary frequencies as in the large models: 1/4, 3/8, 3/8
         "rope_parameters": {
             "rope_type": "default",
@@ -224,14 +229,15 @@ def _config(ids: dict[str, int], settings: SmallBackboneSettings) -> Any:
         "pad_token_id": ids["<|endoftext|>"],
     }
     vision = {
-        "depth": 3,
+        "depth": VDEPTH,
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_heads": heads,
         "out_hidden_size": width,
         "patch_size": PATCH,
         "window_size": 112,
-        "fullatt_block_indexes": [2],
+        "fullatt_block_indexes": [VDEPTH - 1],
+        "initializer_range": INIT,
     }
     return transformers.Qwen2_5_VLConfig(
         text_config=text,
@@ -359,10 +365,10 @@ def train(lesson, items, rows, settings, watch):
     random = np.random.default_rng(settings.seed)
     pictured = np.array([r for r in rows if items[r].picture is not None])
     model = lesson.backbone.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    start = time.monotonic()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, B2), weight_decay=WD)
+    start = time.process_time()
     for step in range(settings.max_steps):
-        elapsed = (time.monotonic() - start) / (60 * settings.minutes)
+        elapsed = (time.process_time() - start) / (60 * settings.minutes)
         if elapsed >= 1:
             break
         for group in optimizer.param_groups:

@@ -13,7 +13,14 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.encode import ItemEncoder
@@ -152,7 +159,7 @@ def train(
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
-        backbone.body.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(backbone.body.language_model, "enable", {"use_reentrant": False})
     steps_an_epoch = math.ceil(len(samples) / settings.batch_size)
     total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
     arguments = TrainingArguments(
@@ -185,14 +192,20 @@ def train(
         optimizers=(_optimizer(model, settings), None),
         callbacks=[watch],
     )
-    trainer.remove_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(folder)
     if checkpoint is None:
         watch.validate(trainer.state, keep=False)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
-        backbone.body.language_model.gradient_checkpointing_disable()
+        _checkpointing(backbone.body.language_model, "disable")
     return watch.finish(trainer.state)
+
+
+def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *arguments: dict[str, Any]) -> None:
+    # transformers 5.2x renamed gradient to activation checkpointing and warns of the old name
+    method = getattr(language_model, f"activation_checkpointing_{action}", None)
+    (method or getattr(language_model, f"gradient_checkpointing_{action}"))(*arguments)
 
 
 def _collate(samples: list[Sample]) -> dict[str, Any]:
@@ -224,7 +237,7 @@ class _HistoryTrainer(Trainer):
         loss, log = model(inputs["histories"], inputs["targets"])
         if not torch.isfinite(loss):
             raise ModelError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}, with users (rows of"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, with users (rows of"
                 f" sequences.parquet) {inputs['users']}",
                 "a finite loss",
                 "lower --learning-rate, raise the temperatures, or use --dtype float32",

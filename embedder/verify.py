@@ -32,7 +32,7 @@ def verify(folder: Path) -> list[Problem]:
     """Compare a finished embeddings folder with its manifest and return what is wrong with it.
 
     Finds missing, truncated, changed and foreign files, duplicate ids, wrong counts, NaN and infinity, wrong
-    dimensions, and statuses that do not fit the vectors. Reads every byte once; memory is that of one batch and the ids.
+    dimensions, and statuses that do not fit the vectors. Memory is that of one batch of rows and of all ids.
 
     Raises:
         ArtifactError: there is no manifest that this version can read.

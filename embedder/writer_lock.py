@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def writing(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file", "a folder, or a place to make one", "choose another --out")
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path)
@@ -43,6 +44,9 @@ def writing(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+        if made:
+            with suppress(OSError):  # it holds something by now, as it should
+                folder.rmdir()
 
 
 def _lock(path: Path) -> int:

@@ -309,7 +309,9 @@ def simulate_users(settings: CatalogueSettings, items: Sequence[Product], random
 
 def _interaction_table(items: Sequence[Product], population: Population, random: np.random.Generator) -> pl.DataFrame:
     """One row per choice; users start within a year and come back after days."""
-    users, chosen, times = [], [], []
+    users: list[str] = []
+    chosen: list[str] = []
+    times: list[np.ndarray] = []
     for number, rows in enumerate(population.choices):
         start = 1_700_000_000 + int(random.integers(0, 365 * 86_400))
         gaps = random.integers(3_600, 14 * 86_400, size=len(rows))

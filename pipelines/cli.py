@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import select
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -111,7 +113,8 @@ def command(
             for item in dataclasses.fields(cls):
                 if isinstance(item.default, tuple) and flags.get(item.name) is not None:
                     flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
-            stage(settings.read_config(cls, file, overrides, flags))
+            with _own_endings():
+                stage(settings.read_config(cls, file, overrides, flags))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = stage.__doc__
@@ -119,6 +122,31 @@ def command(
         return run
 
     return register
+
+
+@contextmanager
+def _own_endings() -> Iterator[None]:
+    # typer would end both itself: an interrupt without a word, a reader that went away (`| head`) as a failure
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("vlm2rec: interrupted; run the same command again to go on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError as error:
+        if not _reader_gone():
+            raise RuntimeError("a worker process went away") from error  # it was another pipe than stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _reader_gone() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):
+        return False
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def _stage(module: str) -> Any:
@@ -196,7 +224,8 @@ def report(config: settings.ReportConfig) -> None:
 @app.command()
 def doctor() -> None:
     """Check Python, libraries, device and disk."""
-    _stage("doctor").run()
+    with _own_endings():
+        _stage("doctor").run()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -211,13 +240,6 @@ def main() -> None:
     except Vlm2RecError as error:
         print(f"vlm2rec: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("vlm2rec: interrupted; run the same command again to go on.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # the reader of our stdout went away (`| head`): nothing to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except Exception as error:
         if os.environ.get("VLM2REC_TRACEBACK"):
             raise

@@ -148,6 +148,9 @@ class ExportConfig:
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("fail: stop; null: a failure row; text_only: text vector alone.", "null")
+    images_by: Literal["mtime", "bytes"] = setting(
+        "What tells a changed image when an export goes on: size and time, or content (reads every file).", "mtime"
+    )
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
     device: DeviceName = setting("Where to run.", "auto")

@@ -81,7 +81,8 @@ def _print(checks: list[Check]) -> None:
     for check in checks:
         colour = _COLOURS[check.status]
         table.add_row(check.name, f"[{colour}]{check.status}[/]", escape(check.found), escape(check.advice))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    # outside a terminal a line is never folded, so that it can be searched
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
 # --- libraries --------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def installed_version(requirement: str) -> str | None:
 
 def check_python() -> Check:
     """Hold this Python against the range in the package's metadata."""
-    wanted = metadata.metadata("vlm2rec").get("Requires-Python") or ""
+    wanted = metadata.metadata("vlm2rec")["Requires-Python"]
     version = ".".join(map(str, sys.version_info[:3]))
     if in_range(version, wanted):
         return Check("Python", "ok", version)
@@ -234,7 +235,7 @@ def check_threads() -> Check:
         return Check(
             "threads", "warn", found, f"set OMP_NUM_THREADS={cores}: more threads than cores wait for each other"
         )
-    if not setting and os.getloadavg()[0] > cores:
+    if not setting and hasattr(os, "getloadavg") and os.getloadavg()[0] > cores:
         return Check("threads", "warn", f"{found}, machine busy", "set OMP_NUM_THREADS=1 while others use the cores")
     return Check("threads", "ok", found)
 

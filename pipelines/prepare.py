@@ -7,7 +7,6 @@ happen in memory, while the files are scanned by Polars and written row group by
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import re
 import shutil
@@ -26,14 +25,14 @@ from rich.table import Table
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, DataError, Vlm2RecError
-from vlm2rec.pipelines import catalogue_files, console
+from vlm2rec.pipelines import catalogue_files, console, image_files
+from vlm2rec.pipelines.candidates import Sequences, draw_candidates, untouched_counts
 from vlm2rec.pipelines.config import PrepareConfig
 
 SHORTEST = 3  # one interaction to train on, one to validate, one to test
 WORKING_FOLDER = ".vlm2rec-prepare"
 _USERS_PER_GROUP = 16_384
 _ITEMS_PER_GROUP = 65_536
-_TABLE_CELLS = 1 << 20  # 4 MB of int32: the scratch table of the candidate draw stays in the processor's cache
 
 PAPER = {  # Table 3 of the VLM2Rec paper
     "Toys": {"users": 15921, "items": 8383, "interactions": 108336, "average_length": 6.8, "sparsity": 0.9992},
@@ -61,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Log:
-    """Interactions as integers, one row each; `user` and `item` count from 0."""
+    """Interactions as integers, one row each, by user and then time; equal times keep the file's order."""
 
     user: np.ndarray  # (n,) int32
     item: np.ndarray  # (n,) int32
@@ -73,17 +72,6 @@ class Log:
     def take(self, rows: np.ndarray) -> Log:
         """Return the rows that an index or a mask selects."""
         return Log(self.user[rows], self.item[rows], self.time[rows])
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Each user's items in time order; user u has `items[offsets[u]:offsets[u + 1]]`, three or more."""
-
-    items: np.ndarray  # (n,) int32
-    offsets: np.ndarray  # (U + 1,) int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
 
 def run(config: PrepareConfig) -> Dataset:
@@ -103,13 +91,13 @@ def run(config: PrepareConfig) -> Dataset:
         console.log.print(f"items: {items.format}, {items.frame.height:,} rows")
         found = catalogue_files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
-        images = catalogue_files.find_images(config.images, items.frame)
+        images = image_files.find_images(config.images, items.frame)
 
         catalogue = items.frame.with_columns(images)
         user_ids, log, steps = read_log(found, catalogue)
         log, kept, steps = filter_log(log, catalogue, config, steps)
         user_ids, catalogue = user_ids.gather(kept.users), catalogue[kept.items]
-        sequences = in_time_order(log)
+        sequences = Sequences(log.item, np.concatenate([[0], np.cumsum(np.bincount(log.user))]))
 
         _write_items(catalogue, work / schema.ITEMS_FILE)
         _write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
@@ -141,8 +129,7 @@ def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tu
     """Read the interactions of catalogue items.
 
     Returns:
-        All user ids, sorted; the interactions in the file's order (`user` a row of the ids, `item` a row of
-        `catalogue`); the counts so far.
+        All user ids, sorted; the interactions (`user` a row of the ids, `item` a row of `catalogue`); the counts.
     """
     user_ids = found.frame.select(schema.USER_ID).unique().collect(engine="streaming")[schema.USER_ID].sort()
     users = _lookup(user_ids, "user")
@@ -153,7 +140,9 @@ def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tu
         .select("user", "item", catalogue_files.TIME)
         .collect(engine="streaming")
     )
-    log = Log(table["user"].to_numpy(), table["item"].to_numpy(), table[catalogue_files.TIME].to_numpy())
+    user, time = table["user"].to_numpy(), table[catalogue_files.TIME].to_numpy()
+    order = np.lexsort((time, user))  # stable: equal times stay in the file's order
+    log = Log(user[order], table["item"].to_numpy()[order], time[order])
     steps = [
         Step("as read", len(user_ids), catalogue.height, found.rows),
         Step("interactions of known items", _distinct(log.user), catalogue.height, len(log)),
@@ -203,8 +192,6 @@ def filter_log(
     alive = np.ones(catalogue.height, bool)
     titled = (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
     pictured = catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
-    if not pictured.any():
-        raise catalogue_files.no_images_error(config.images, catalogue)
     for name, has in (("items with a title", titled), ("items with an image", pictured)):
         alive &= has
         log = log.take(alive[log.item])
@@ -229,11 +216,14 @@ def filter_log(
 
 def first_occurrences(log: Log) -> np.ndarray:
     """Return a mask, (n,) bool, without the later copies of rows that agree in user, item and time."""
-    order = np.lexsort((log.time, log.item, log.user))  # stable: copies stay in the file's order
-    user, item, time = log.user[order], log.item[order], log.time[order]
-    again = (user[1:] == user[:-1]) & (item[1:] == item[:-1]) & (time[1:] == time[:-1])
+    tied = np.zeros(len(log), bool)  # copies can only be among rows of one user and time, which stand together
+    tied[1:] = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
+    tied[:-1] |= tied[1:]
+    rows = np.flatnonzero(tied)
+    rows = rows[np.lexsort((log.time[rows], log.item[rows], log.user[rows]))]  # stable: the first copy comes first
+    same = [field[rows[1:]] == field[rows[:-1]] for field in (log.user, log.item, log.time)]
     mask = np.ones(len(log), bool)
-    mask[order[1:][again]] = False
+    mask[rows[1:][same[0] & same[1] & same[2]]] = False
     return mask
 
 
@@ -252,13 +242,6 @@ def core_rows(log: Log, user_least: int, item_least: int) -> np.ndarray:
         rows, user, item = rows[keep], user[keep], item[keep]
 
 
-def in_time_order(log: Log) -> Sequences:
-    """Sort each user's interactions by time; equal times keep the file's order."""
-    order = np.lexsort((log.time, log.user))
-    lengths = np.bincount(log.user)
-    return Sequences(log.item[order], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-
 def _nothing_left(steps: list[Step], why: str, fix: str) -> DataError:
     before = next((step for step in reversed(steps[:-1]) if step.interactions), steps[0])
     return DataError(
@@ -267,101 +250,6 @@ def _nothing_left(steps: list[Step], why: str, fix: str) -> DataError:
         "at least one user with three interactions",
         fix,
     )
-
-
-# --- candidates ---------------------------------------------------------------------------------------------
-
-
-def draw_candidates(sequences: Sequences, users: range, num_items: int, count: int, seed: int) -> np.ndarray:
-    """Draw, for each of `users`, `count` different items that the user never touched, uniformly.
-
-    User u reads an endless stream of items fixed by (seed, u) and takes the first `count` that are new and untouched:
-    that is uniform sampling without replacement, and it does not depend on how users are cut into blocks.
-
-    Returns:
-        (len(users), count) int32. Every user must have `count` untouched items.
-    """
-    block = max(1, _TABLE_CELLS // num_items)
-    drawn = np.empty((len(users), count), np.int32)
-    for start in range(0, len(users), block):
-        part = users[start : start + block]
-        waiting = np.arange(len(part))
-        length = _draws_at_first(sequences, part, num_items, count)
-        while len(waiting):
-            full, items = _draw(sequences, np.asarray(part)[waiting], num_items, count, seed, length)
-            drawn[start + waiting[full]] = items
-            waiting = waiting[~full]
-            length *= 2
-    return drawn
-
-
-def _draws_at_first(sequences: Sequences, users: range, num_items: int, count: int) -> int:
-    # enough for nearly everybody; who needs more reads on. Changes speed only, never the result.
-    touched = int(np.diff(sequences.offsets[users.start : users.stop + 1]).max())
-    free = max(num_items - touched - count // 2, num_items // 8, 1)
-    return math.ceil(count * min(num_items / free, 8.0) * 1.02) + 8
-
-
-def _draw(
-    sequences: Sequences, users: np.ndarray, num_items: int, count: int, seed: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read `length` items of each user's stream; return who found `count` (U,) bool, and theirs (F, count) int32."""
-    rows = np.arange(len(users))
-    items = random_items(users, num_items, seed, length)  # (U, length)
-    cells = items + rows[:, None] * num_items
-    table = np.empty(len(users) * num_items, np.int32)
-    # Written from the last draw to the first, a cell ends with its first draw's position; the user's own items
-    # then overwrite theirs. A draw counts where its position is what the cell holds. No cell is read unwritten.
-    position = np.arange(length, dtype=np.int32)
-    table[cells[:, ::-1]] = position[::-1]
-    first, last = sequences.offsets[users], sequences.offsets[users + 1]
-    lengths = last - first
-    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    touched = sequences.items[np.repeat(first, lengths) + inside]
-    table[np.repeat(rows, lengths) * num_items + touched] = -1
-    new = table[cells] == position
-    rank = np.cumsum(new, axis=1, dtype=np.int32)
-    full = rank[:, -1] >= count
-    chosen = (new & (rank <= count))[full]
-    return full, items[full][chosen].reshape(-1, count).astype(np.int32)
-
-
-def random_items(users: np.ndarray, num_items: int, seed: int, length: int) -> np.ndarray:
-    """Return the first `length` items of each user's stream, (U, length) int64, uniform on 0 … num_items - 1.
-
-    SplitMix64 of (seed, user, position): any part of any stream is computed on its own, the same everywhere.
-    """
-    with np.errstate(over="ignore"):
-        start = _mix(np.asarray(seed, np.uint64) * _GOLDEN + _GOLDEN)
-        position = (users.astype(np.uint64)[:, None] << np.uint64(32)) + np.arange(length, dtype=np.uint64)
-        bits = _mix(start + position * _GOLDEN)
-    return ((bits >> np.uint64(11)) * (2.0**-53 * num_items)).astype(np.int64)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int, count: int) -> None:
-    lengths = np.diff(sequences.offsets)
-    touched = np.zeros(len(sequences), np.int64)
-    for user in np.flatnonzero(num_items - lengths < count):  # only they can have touched too many
-        touched[user] = len(np.unique(sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]))
-    short = np.flatnonzero(num_items - touched < count)
-    if len(short):
-        worst = short[np.argmax(touched[short])]
-        least = num_items - int(touched[worst])
-        raise DataError(
-            f"{len(short):,} of {len(sequences):,} users have touched so much of the {num_items:,} items that fewer"
-            f" than {count} are left to draw; user {user_ids[int(worst)]!r} has {least} left",
-            f"at least {count} untouched items for every user",
-            f"give --candidates {least} or less" if least else "bring more items: this user has touched every one",
-        )
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -413,6 +301,18 @@ def _write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Ser
             )
 
 
+def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int, count: int) -> None:
+    left = untouched_counts(sequences, num_items)
+    least, short = int(left.min()), int((left < count).sum())
+    if short:
+        raise DataError(
+            f"{short:,} of {len(sequences):,} users have touched so much of the {num_items:,} items that fewer than"
+            f" {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
+            f"at least {count} untouched items for every user",
+            f"give --candidates {least} or less" if least else "bring more items: this user has touched every one",
+        )
+
+
 def _write_candidates(
     sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, config: PrepareConfig, path: Path
 ) -> None:
@@ -451,6 +351,8 @@ def _id_writer(path: Path, columns: list[tuple[str, pa.DataType]]) -> Iterator[p
         pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns]),
         compression="zstd",
         use_dictionary=coded,
+        # smallest and largest of random ids help no reader, and finding them takes longer than all the rest
+        write_statistics=[name for name, kind in columns if kind not in (_CODED, _LISTS)],
         dictionary_pagesize_limit=1 << 28,  # the default falls back to plain strings at 1 MB of ids
         write_page_checksum=True,
         store_schema=False,

@@ -17,6 +17,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from vlm2rec.embedder import schema
 from vlm2rec.pipelines.report_folder import ID, SFT, VANILLA, VLM2REC, Json, in_order, method_name
@@ -31,7 +34,7 @@ _VARIABLES = {
     **{colour: method for method, colour in COLOURS.items()},
     **{colour: f"other{number}" for number, colour in enumerate(_OTHERS)},
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
     "svg.hashsalt": "vlm2rec",
     "font.size": 9,
@@ -42,6 +45,7 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
+    "axes.labelpad": 7,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
@@ -107,7 +111,7 @@ def view_bars(evaluations: Mapping[str, Json]) -> Picture:
     views = ("f2f", "t2f", "v2f")
     names = ("fused user\nf2f", "text user\nt2f", "image user\nv2f")
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.2), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         for axes, metric in zip(figure.subplots(1, 2), ("H@10", "N@20"), strict=True):
             rows = {
                 method: [
@@ -117,7 +121,7 @@ def view_bars(evaluations: Mapping[str, Json]) -> Picture:
             }
             _grouped_bars(axes, rows, names)
             _random_line(axes, metric)
-            axes.set_ylabel(f"{metric}, 101 candidates")
+            axes.set_title(f"{metric}, {CANDIDATES} candidates")
         _legend(figure, list(rows))
         return _saved(
             figure, "task1-views", "Task 1 hit rate and NDCG for fused, text and image user vectors by method"
@@ -129,7 +133,7 @@ def recommender_bars(recommenders: Mapping[str, Mapping[str, Json]]) -> Picture:
     methods = in_order(list({method for runs in recommenders.values() for method in runs}))
     models = list(recommenders)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.0), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         for axes, metric in zip(figure.subplots(1, 2), ("H@10", "N@20"), strict=True):
             rows = {
                 method: [
@@ -143,7 +147,7 @@ def recommender_bars(recommenders: Mapping[str, Mapping[str, Json]]) -> Picture:
             }
             _grouped_bars(axes, rows, models)
             _random_line(axes, metric)
-            axes.set_ylabel(f"{metric}, 101 candidates")
+            axes.set_title(f"{metric}, {CANDIDATES} candidates")
         _legend(figure, methods)
         return _saved(figure, "task2-models", "Task 2 hit rate and NDCG of each recommender by where its items start")
 
@@ -154,12 +158,12 @@ def geometry_dots(evaluations: Mapping[str, Json]) -> Picture:
         ("A_pos", "user to next item\n$A_{pos}$: lower is nearer"),
         ("A_neg", "user to other items\n$A_{neg}$: higher is farther"),
         ("U", "spread of the space\n$U$: lower is more even"),
-        ("S", "separability $A_{neg}/A_{pos}$\n$S$: above 1 tells them apart"),
+        ("S", "separability\n$A_{neg}/A_{pos}$: above 1 tells apart"),
     )
     views = (schema.FUSED, schema.TEXT, schema.IMAGE)
     methods = list(evaluations)
     with mpl.rc_context({**_STYLE, "axes.grid.axis": "x", "mathtext.default": "regular"}):
-        figure = Figure(figsize=(9.6, 2.5), layout="constrained")
+        figure = Figure(figsize=(9.6, 2.5), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         for number, (axes, (name, title)) in enumerate(zip(figure.subplots(1, 4), panels, strict=True)):
             for place, method in enumerate(methods):
                 values = [_at(evaluations[method], "geometry", view, name) for view in views]
@@ -183,24 +187,24 @@ def learning_curves(curves: Mapping[str, Json]) -> Picture:
     """Loss parts, validation, margins of both modalities and the penalty over the steps of fine-tuning."""
     methods = list(curves)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+        figure = Figure(figsize=(9.6, 5.2), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         (loss, valid), (margins, penalty) = figure.subplots(2, 2)
         for method in methods:
             train, colour = curves[method].get("train", []), colour_of(method, methods)
-            _curve(loss, train, "loss", colour, "solid", f"{method_name(method)}, total")
-            _curve(loss, train, "wpcl", colour, (0, (4, 2)), f"{method_name(method)}, WPCL", thin=True)
-            _curve(loss, train, "crtr", colour, (0, (1, 1.5)), f"{method_name(method)}, CRTR", thin=True)
-            _curve(margins, train, "margin_text", colour, "solid", f"{method_name(method)}, text")
-            _curve(margins, train, "margin_image", colour, (0, (4, 2)), f"{method_name(method)}, image")
+            _curve(loss, train, "loss", colour, "solid", f"{_label(method)}, total")
+            _curve(loss, train, "wpcl", colour, (0, (4, 2)), f"{_label(method)}, WPCL", thin=True)
+            _curve(loss, train, "crtr", colour, (0, (1, 1.5)), f"{_label(method)}, CRTR", thin=True)
+            _curve(margins, train, "margin_text", colour, "solid", f"{_label(method)}, text")
+            _curve(margins, train, "margin_image", colour, (0, (4, 2)), f"{_label(method)}, image")
             _curve(penalty, train, "weight", colour, "solid", "mean weight $w$")
             _curve(penalty, train, "alpha", colour, (0, (4, 2)), "$α$", thin=True)
             _curve(penalty, train, "beta", colour, (0, (1, 1.5)), "$β$", thin=True)
             points = [(row["step"], row["N@20"]) for row in curves[method].get("valid", []) if _number(row.get("N@20"))]
             if points:
-                valid.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, label=method_name(method))
+                valid.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5, label=_label(method))
         for axes, title, label in (
             (loss, "Training loss", "loss (nats)"),
-            (valid, "Validation", "N@20, 101 candidates"),
+            (valid, "Validation", f"N@20, {CANDIDATES} candidates"),
             (margins, "Margin of each modality", "cosine of next item − mean of others"),
             (penalty, "Penalty on the negatives", "factor"),
         ):
@@ -234,10 +238,10 @@ def _curve(axes: Axes, rows: Sequence[Json], key: str, colour: str, style: Any, 
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the last `width` values; of fewer at the start, so that the curve begins at the first step."""
+    """Mean of about `width` values around each; of fewer at both ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - width)
+    places = np.arange(len(values))
+    start, end = np.maximum(0, places - width // 2), np.minimum(len(values), places + width // 2 + 1)
     return (total[end] - total[start]) / (end - start)
 
 
@@ -252,9 +256,14 @@ def _grouped_bars(axes: Axes, rows: Mapping[str, Sequence[tuple[float, float]]],
         for x, value, error in zip(left, values, np.nan_to_num(errors), strict=True):
             if _number(value):
                 bold = "bold" if method == VLM2REC else "normal"
-                text = f"{value:.3f}".lstrip("0")
                 axes.annotate(
-                    text, (x, value + error), (0, 2), textcoords="offset points", ha="center", fontsize=7.5, weight=bold
+                    _short(value),
+                    (x, value + error),
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7.5,
+                    weight=bold,
                 )
     axes.set_xticks(places, groups)
     axes.grid(axis="x", visible=False)
@@ -263,21 +272,28 @@ def _grouped_bars(axes: Axes, rows: Mapping[str, Sequence[tuple[float, float]]],
 
 
 def _random_line(axes: Axes, metric: str) -> None:
-    axes.axhline(RANDOM_FLOOR[metric], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    edge = axes.get_xlim()[1]
-    axes.annotate(
-        f"random {RANDOM_FLOOR[metric]:.3f}".replace("0.", "."), (edge, RANDOM_FLOOR[metric]), (-2, 3), textcoords="offset points", ha="right", fontsize=7.5, color=MUTED
-    )  # fmt: skip
+    floor = RANDOM_FLOOR[metric]
+    axes.axhline(floor, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    edge = (axes.get_xlim()[1], floor)
+    label = f"random\n{_short(floor)}"
+    axes.annotate(label, edge, (3, 0), textcoords="offset points", va="center", fontsize=7.5, color=MUTED)
+
+
+def _short(value: float) -> str:
+    """`0.4121` → `.412`."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _label(method: str) -> str:
+    """Return a method's name as plain text: a folder's name may hold what matplotlib reads as mathematics."""
+    return method_name(method).replace("$", r"\$").lstrip("_")
 
 
 def _legend(figure: Figure, methods: Sequence[str], marker: bool = False) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=colour_of(method, methods), label=method_name(method))
+        Line2D([], [], marker="o", linestyle="", color=colour_of(method, methods), label=_label(method))
         if marker
-        else Patch(color=colour_of(method, methods), label=method_name(method))
+        else Patch(color=colour_of(method, methods), label=_label(method))
         for method in methods
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9)

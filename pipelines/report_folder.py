@@ -7,7 +7,6 @@ does not hide the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,7 @@ def read_run(path: Path) -> RunFolder:
                 found(run, folder)
             except Vlm2RecError as error:
                 run.notes.append(str(error))
+    run.recommenders = {model: run.recommenders[model] for model in sorted(run.recommenders, key=_model_place)}
     _dataset_of_the_embeddings(run)
     if run.empty:
         raise ArtifactError(
@@ -91,6 +91,11 @@ def read_run(path: Path) -> RunFolder:
             "give --run the folder above them",
         )
     return run
+
+
+def _model_place(model: str) -> tuple[int, str]:
+    known = ("SASRec", "GRU4Rec", "BERT4Rec")
+    return (known.index(model) if model in known else len(known), model)
 
 
 def _and(notes: list[str]) -> str:
@@ -165,16 +170,10 @@ def _index(run: RunFolder, folder: Path) -> None:
 
 def _dataset_of_the_embeddings(run: RunFolder) -> None:
     """Take titles and pictures from the dataset that the embeddings were exported from, if none lies in the run."""
-    if run.dataset is not None:
-        return
     for manifest in run.manifests.values():
-        folder = manifest.get("data")
-        if folder and (Path(folder) / schema.DATASET_FILE).is_file():
-            _noted(run, lambda folder=folder: _dataset(run, Path(folder)))
-
-
-def _noted(run: RunFolder, step: Callable[[], None]) -> None:
-    try:
-        step()
-    except Vlm2RecError as error:
-        run.notes.append(str(error))
+        data = manifest.get("data")
+        if run.dataset is None and data and (Path(data) / schema.DATASET_FILE).is_file():
+            try:
+                _dataset(run, Path(data))
+            except Vlm2RecError as error:
+                run.notes.append(str(error))

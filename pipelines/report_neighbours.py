@@ -56,6 +56,10 @@ class Common:
     chance: float
     share: dict[str, float]  # view → share of the nearest ten with the query's value
 
+    def above(self, view: str) -> float:
+        """Return how far a view is from chance (0) to always (1)."""
+        return max(0.0, (self.share[view] - self.chance) / (1 - self.chance)) if self.chance < 1 else 0.0
+
 
 @dataclass
 class Pictures:

@@ -28,14 +28,14 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
             "give --data DATA (and --model), or --config recbole.yaml",
         )
     theirs = recbole_run.read_settings(config.config) if config.config else {}
-    model = config.model or theirs.get("model")
+    model = str(config.model or theirs.get("model") or "")
     folder = Dataset(config.data) if config.data is not None else None
     layers: list[recbole_run.Settings] = []
     if folder is not None:
-        layers.append(task2_settings(config, str(model), folder.max_history, theirs))
+        layers.append(task2_settings(config, model, folder.max_history, theirs))
     if config.config is not None:
         layers.append(config.config)
-    layers.append(chosen_settings(config, str(model), theirs))
+    layers.append(chosen_settings(config, model, theirs))
     _announce(config, theirs, folder)
     with _Display() as display:
         outcome = recbole_run.run(

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model
 
+from vlm2rec.pipelines import prepare
+from vlm2rec.pipelines.catalogue import draw_catalogue
+from vlm2rec.pipelines.config import PrepareConfig
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -19,3 +23,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return tiny_model(family, tmp_path_factory.mktemp(family))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder prepared from a small drawn catalogue: 40 products, 30 users, 20 candidates, two seeds."""
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_catalogue(folder / "catalogue", products=40, users=30, seed=0)
+    prepare.run(
+        PrepareConfig(
+            items=folder / "catalogue" / "items.parquet",
+            interactions=folder / "catalogue" / "interactions.parquet",
+            images=folder / "catalogue" / "images",
+            out=folder / "data",
+            core=2,
+            candidates=20,
+            candidate_seeds=(0, 1),
+        )
+    )
+    return folder / "data"

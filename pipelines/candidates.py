@@ -1,0 +1,110 @@
+"""The stored candidate sets: for every user and seed, items that the user never touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_DRAWS_AT_ONCE = 1 << 15  # users are drawn for in blocks of so many draws: what fits into the processor's cache
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Each user's items in time order; user u has `items[offsets[u]:offsets[u + 1]]`, three or more."""
+
+    items: np.ndarray  # (n,) int32
+    offsets: np.ndarray  # (U + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def draw_candidates(sequences: Sequences, users: range, num_items: int, count: int, seed: int) -> np.ndarray:
+    """Draw, for each of `users`, `count` different items that the user never touched, uniformly.
+
+    User u reads an endless stream of items fixed by (seed, u) and takes the first `count` that are new and untouched:
+    that is uniform sampling without replacement, and it does not depend on how users are cut into blocks.
+
+    Returns:
+        (len(users), count) int32. Every user must have `count` untouched items.
+    """
+    expected = count * num_items / max(num_items - _median_length(sequences, users) - count / 2, num_items / 8)
+    length = math.ceil(expected * 1.02) + 8  # how far most users have to read; changes the speed, not the result
+    drawn = np.empty((len(users), count), np.int32)
+    waiting = np.asarray(users)
+    while len(waiting):
+        block = max(1, _DRAWS_AT_ONCE // length)
+        unfinished = []
+        for start in range(0, len(waiting), block):
+            part = waiting[start : start + block]
+            enough, items = _first_new(sequences, part, random_items(part, num_items, seed, length), num_items, count)
+            drawn[part[enough] - users.start] = items
+            unfinished.append(part[~enough])
+        waiting = np.concatenate(unfinished)
+        length *= 2
+    return drawn
+
+
+def _median_length(sequences: Sequences, users: range) -> float:
+    return float(np.median(np.diff(sequences.offsets[users.start : users.stop + 1]))) if len(users) else 0.0
+
+
+def _first_new(
+    sequences: Sequences, users: np.ndarray, stream: np.ndarray, num_items: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take from each row of `stream` (U, L) the first `count` items that are new in it and untouched by the user.
+
+    Returns:
+        Which users found so many, (U,) bool; and theirs, (F, count) int32.
+    """
+    rows = np.arange(len(users))
+    keys = np.sort((stream << 32) + np.arange(stream.shape[1]), axis=1)  # by item, then position in the stream
+    items = (keys >> 32) + rows[:, None] * num_items  # ascending over all rows; each user has a number range
+    new = np.ones(items.shape, bool)
+    new[:, 1:] = items[:, 1:] != items[:, :-1]
+    touched = np.sort(_touched(sequences, users, num_items))
+    nearest = np.minimum(np.searchsorted(touched, items.ravel()), len(touched) - 1)
+    new &= touched[nearest].reshape(items.shape) != items
+    in_stream = np.empty(items.shape, bool)
+    np.put_along_axis(in_stream, keys & 0xFFFFFFFF, new, axis=1)
+    rank = np.cumsum(in_stream, axis=1, dtype=np.int32)
+    enough = rank[:, -1] >= count
+    chosen = (in_stream & (rank <= count))[enough]
+    return enough, stream[enough][chosen].reshape(-1, count).astype(np.int32)
+
+
+def _touched(sequences: Sequences, users: np.ndarray, num_items: int) -> np.ndarray:
+    """Return row · num_items + item for every interaction of the user in each row of `users`."""
+    first, lengths = sequences.offsets[users], sequences.offsets[users + 1] - sequences.offsets[users]
+    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return sequences.items[np.repeat(first, lengths) + inside] + np.repeat(np.arange(len(users)), lengths) * num_items
+
+
+def random_items(users: np.ndarray, num_items: int, seed: int, length: int) -> np.ndarray:
+    """Return the first `length` items of each user's stream, (U, length) int64, uniform on 0 … num_items - 1.
+
+    SplitMix64 of (seed, user, position): any part of any stream is computed on its own, the same everywhere.
+    """
+    with np.errstate(over="ignore"):
+        start = _mix(np.asarray(seed, np.uint64) * _GOLDEN + _GOLDEN)
+        position = (users.astype(np.uint64)[:, None] << np.uint64(32)) + np.arange(length, dtype=np.uint64)
+        bits = _mix(start + position * _GOLDEN)
+    return ((bits >> np.uint64(11)) * (2.0**-53 * num_items)).astype(np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def untouched_counts(sequences: Sequences, num_items: int) -> np.ndarray:
+    """Return how many of `num_items` items each user never touched, (U,) int64."""
+    users = np.arange(len(sequences))
+    touched = np.unique(_touched(sequences, users, num_items))
+    return num_items - np.bincount(touched // num_items, minlength=len(users))

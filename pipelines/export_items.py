@@ -1,0 +1,317 @@
+"""`vlm2rec export-items`: every item of a dataset once through the encoder, into an embeddings folder.
+
+`export` takes any encoder and can be called from Python; `run` is the command, with `ItemEncoder`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from vlm2rec.embedder import schema, shards
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, encoder_settings
+from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
+from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
+from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.writer_lock import writing
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.config import ExportConfig, ImagePolicy
+
+ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
+READERS = min(8, os.cpu_count() or 1)
+_ENCODER_ARGUMENTS = (
+    "revision",
+    "fusion",
+    "fusion_norm",
+    "prompt_mode",
+    "max_pixels",
+    "max_title_tokens",
+    "dtype",
+    "device",
+)
+
+Picture = Image.Image | ImageError
+
+
+class Encoder(Protocol):
+    """What `export` needs of an encoder; `ItemEncoder` is one."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
+
+    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+        """Return the vectors of n items; rows of NaN where a view is absent."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What becomes of some items: their vectors, NaN where they have none, and their status."""
+
+    vectors: dict[str, np.ndarray]  # view → (n, d) float32
+    status: list[str]
+    error: list[str | None]
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Export every item of a dataset and return the manifest; an interrupted export goes on where it stopped.
+
+    Raises:
+        DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
+        ModelError, ConfigError: as `ItemEncoder.load`.
+        ArtifactError: the output folder is of another export, in use, not writable, or full.
+        FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
+    """
+    dataset = Dataset(config.data)
+    given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
+    manifest = export(
+        dataset,
+        config.out,
+        encoder_settings(config.backbone, config.adapter, **given),
+        lambda: ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given),
+        shard_size=config.shard_size,
+        storage=config.storage,
+        on_image_error=config.on_image_error,
+        images_by=config.images_by,
+    )
+    _print_summary(manifest, config.out)
+    _check_failures(manifest, config.out, config.max_failures)
+    return manifest
+
+
+def export(
+    dataset: Dataset,
+    out: Path,
+    settings: Mapping[str, Any],
+    load_encoder: Callable[[], Encoder],
+    *,
+    shard_size: int = 4096,
+    storage: Literal["float32", "float16"] = "float32",
+    on_image_error: ImagePolicy = "null",
+    images_by: Literal["mtime", "bytes"] = "mtime",
+) -> dict[str, Any]:
+    """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
+
+    Args:
+        dataset: The items.
+        out: Embeddings folder, new or of an earlier run with the same settings.
+        settings: What `load_encoder().settings` will be; known before the weights are read.
+        load_encoder: Called only if there is something to encode.
+        shard_size: Items in one Parquet file.
+        storage: Number format on disk.
+        on_image_error: What becomes of an item whose image cannot be used.
+        images_by: What tells that an image has changed since an interrupted run.
+    """
+    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
+        raise ConfigError(
+            "--on-image-error text_only needs a text vector, and internal fusion has none",
+            "fail or null with internal fusion",
+            "choose one of these, or external fusion",
+        )
+    inputs = input_settings(dataset.item_ids, dataset.titles, dataset.image_paths, dataset.image_root, images_by)
+    choices = {"storage": storage, "on_image_error": on_image_error}
+    plan = plan_shards(dataset.item_ids, shard_size, {**settings, **choices, **inputs})
+    with writing(out):
+        finished = shards.begin(out, plan)
+        unfinished = [number for number in range(len(plan)) if number not in finished]
+        if unfinished:
+            shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
+            try:
+                encoder = _same_settings(load_encoder(), settings)
+                for number, table, seconds in _encoded(encoder, dataset, plan, unfinished):
+                    finished[number] = shards.publish(out, plan, number, table, seconds)
+            except (KeyboardInterrupt, SystemExit):
+                console.log.print(
+                    f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
+                    " to go on"
+                )
+                raise
+        elif (out / schema.MANIFEST_FILE).exists():
+            console.log.print(f"{out} is already complete")
+        return shards.finish(out, plan, finished, dataset.path)
+
+
+def encode_rows(
+    encoder: Encoder,
+    titles: Sequence[str],
+    images: Sequence[Picture],
+    policy: ImagePolicy = "null",
+    storage: Literal["float32", "float16"] = "float32",
+) -> Rows:
+    """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
+
+    With the policy `text_only` an item without image has its text vector as fused vector, with the others none at all.
+    """
+    bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
+    wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
+    views, dim = encoder.settings["views"], encoder.settings["dim"]
+    vectors = {view: np.full((len(titles), dim), np.nan, np.float32) for view in views}
+    truncated = np.zeros(len(titles), bool)
+
+    def encode(rows: Sequence[int]) -> None:
+        found = encoder.encode_items([titles[row] for row in rows], [images[row] for row in rows])
+        truncated[rows] = found.truncated
+        for view in views:
+            vectors[view][rows] = getattr(found, view)
+        without_image = [row for row in rows if row in bad]
+        if without_image:
+            vectors[schema.IMAGE][without_image] = np.nan
+            vectors[schema.FUSED][without_image] = vectors[schema.TEXT][without_image]
+
+    def unusable(row: int) -> str:
+        """Return why a vector that should be there cannot be stored, or an empty text."""
+        promised = [view for view in views if row not in bad or view != schema.IMAGE]
+        if broken := [view for view in promised if not np.isfinite(vectors[view][row]).all()]:
+            return f"the model gives NaN or infinity ({', '.join(broken)})"
+        if any(np.abs(vectors[view][row]).max() > np.finfo(storage).max for view in promised):
+            return f"a value is too large for {storage}; export with --storage float32"
+        return ""
+
+    if wanted:
+        encode(wanted)
+    reasons: dict[int, str] = {row: str(image) for row, image in bad.items()}
+    failed = set(bad) - set(wanted)
+    for row in [row for row in wanted if unusable(row)]:
+        encode([row])  # a neighbour in the batch may have caused it
+        if reason := unusable(row):
+            failed.add(row)
+            reasons[row] = reason
+    for view in views:
+        vectors[view][list(failed)] = np.nan
+    status = [_status(row in failed, row in bad, bool(truncated[row])) for row in range(len(titles))]
+    return Rows(vectors, status, [reasons.get(row) for row in range(len(titles))])
+
+
+def _status(failed: bool, without_image: bool, truncated: bool) -> str:
+    if failed:
+        return schema.STATUS_FAILED
+    if without_image:
+        return schema.STATUS_TEXT_ONLY
+    return schema.STATUS_TRUNCATED if truncated else schema.STATUS_OK
+
+
+def _encoded(
+    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int]
+) -> Iterator[tuple[int, pa.Table, float]]:
+    """Yield each shard's number, table and seconds."""
+    total = sum(len(plan.rows(number)) for number in numbers)
+    with console.progress("encoding items", total) as advance:
+        for count, number in enumerate(numbers, 1):
+            start = time.perf_counter()
+            table = _encode_shard(encoder, dataset, plan, number, advance)
+            seconds = time.perf_counter() - start
+            yield number, table, seconds
+            if not console.log.is_terminal:  # no bar is drawn: a log file gets a line a shard
+                console.log.print(
+                    f"shard {count} of {len(numbers)}: {table.num_rows} items, {table.num_rows / seconds:.1f} items/s"
+                )
+
+
+def _encode_shard(
+    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None]
+) -> pa.Table:
+    policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
+    parts: list[Rows] = []
+    with closing(_read_images(dataset, _pieces(plan.rows(number)), plan.settings["max_pixels"])) as pieces:
+        for rows, images in pieces:
+            if policy == "fail":
+                _require_images(dataset, rows, images)
+            titles = [dataset.titles[row] or "" for row in rows]
+            parts.append(encode_rows(encoder, titles, images, policy, storage))
+            advance(len(rows))
+    return shards.shard_table(
+        plan,
+        number,
+        {view: np.concatenate([part.vectors[view] for part in parts]) for view in plan.settings["views"]},
+        [status for part in parts for status in part.status],
+        [error for part in parts for error in part.error],
+    )
+
+
+def _pieces(rows: range) -> list[range]:
+    return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
+
+
+def _read_images(dataset: Dataset, pieces: Iterable[range], max_pixels: int) -> Generator[tuple[range, list[Picture]]]:
+    """Yield the images of each piece; threads read the next piece while this one is encoded."""
+    root = dataset.image_root
+
+    def read(row: int) -> Picture:
+        try:
+            return open_image(root, dataset.image_paths[row], max_pixels)
+        except ImageError as error:
+            return error
+
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="image")
+    ahead: deque[tuple[range, list[Future[Picture]]]] = deque()
+    try:
+        for piece in pieces:
+            ahead.append((piece, [pool.submit(read, row) for row in piece]))
+            if len(ahead) == 2:
+                rows, futures = ahead.popleft()
+                yield rows, [future.result() for future in futures]
+        for rows, futures in ahead:
+            yield rows, [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _require_images(dataset: Dataset, rows: range, images: Sequence[Picture]) -> None:
+    for row, image in zip(rows, images, strict=True):
+        if isinstance(image, ImageError):
+            raise DataError(
+                f"the image {dataset.image_paths[row]!r} of item {dataset.item_ids[row]!r} cannot be used: {image}",
+                f"a readable image below {dataset.image_root} for every item",
+                "mend it, or let it be a row with a reason: --on-image-error null or text_only",
+            )
+
+
+def _same_settings(encoder: Encoder, expected: Mapping[str, Any]) -> Encoder:
+    """Return the encoder if it is what the plan was made for: its files may have been replaced meanwhile."""
+    found = encoder.settings
+    changed = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    if changed:
+        raise ModelError(
+            f"the loaded encoder has other settings than its files said a moment ago ({', '.join(changed)})",
+            "a backbone and an adapter that nobody changes meanwhile",
+            "run the command again",
+        )
+    return encoder
+
+
+def _print_summary(manifest: Mapping[str, Any], out: Path) -> None:
+    timed = [shard for shard in manifest["shards"] if shard["seconds"]]
+    seconds = sum(shard["seconds"] for shard in timed)
+    rate = f", {sum(shard['rows'] for shard in timed) / seconds:.1f} items/s" if seconds else ""
+    console.summary(
+        "embeddings",
+        {
+            "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
+            **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
+            "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
+            "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
+            "folder": out,
+        },
+    )
+
+
+def _check_failures(manifest: Mapping[str, Any], out: Path, max_failures: float) -> None:
+    failed, items = manifest["counts"][schema.STATUS_FAILED], manifest["num_items"]
+    if failed > max_failures * items:
+        raise FailureLimitError(
+            f"the export is complete, but {failed} of {items} items failed ({failed / items:.1%})",
+            f"at most {max_failures:.1%}",
+            f"look at the error column in {out}, mend these items and export again, or raise --max-failures",
+        )

@@ -1,0 +1,153 @@
+"""The backbone: five families through one path, equal to the stock model, whatever the neighbours in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, batches_by_tokens, pick_device, pick_dtype
+from vlm2rec.embedder.errors import ConfigError, ModelError
+from vlm2rec.embedder.prompts import PromptMode
+
+Tiny = Callable[[str], Path]
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+MODES: tuple[PromptMode, ...] = ("raw", "chat")
+TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)", "Bag"] * 2
+
+
+def drawn_images(count: int) -> list[Image.Image]:
+    """Images of different sizes and shapes."""
+    random = np.random.default_rng(0)
+    sizes = [(60 + 17 * i % 90, 50 + 29 * i % 80) for i in range(count)]
+    return [Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def mixed_prompts(
+    backbone: Backbone, images: list[Image.Image], most: int
+) -> list[tuple[EncodedPrompt, prompts.Prompt, list[Image.Image]]]:
+    features = backbone.look(images)
+    wanted = [
+        (prompts.text_prompt(TITLES), 0),
+        (prompts.text_prompt(TITLES[:1]), 0),
+        (prompts.image_prompt(1), 1),
+        (prompts.image_prompt(most), most),
+        (prompts.item_prompt(TITLES[:2]), 2),
+    ]
+    return [(backbone.tokenize(prompt, features[:n]), prompt, images[:n]) for prompt, n in wanted]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_alone_equals_the_same_prompt_in_any_batch(tiny: Tiny, family: str, mode: PromptMode) -> None:
+    backbone = Backbone.load(str(tiny(family)), prompt_mode=mode, device="cpu")
+    encoded = [prompt for prompt, _, _ in mixed_prompts(backbone, drawn_images(10), 10)]
+    with torch.no_grad():
+        alone = torch.cat([backbone.encode([prompt]) for prompt in encoded])
+        together = backbone.encode(encoded)
+        reversed_pairs = torch.cat([backbone.encode([encoded[i], encoded[i - 1]])[:1] for i in range(len(encoded))])
+    assert together.shape == (5, backbone.dim)
+    assert (together - alone).abs().max() <= 1e-4
+    assert (reversed_pairs - alone).abs().max() <= 1e-4
+    assert (alone[2] - alone[3]).abs().max() > 1e-2, "one image and ten images must not look alike"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_equal_the_stock_models_last_hidden_state(tiny: Tiny, family: str, mode: PromptMode) -> None:
+    backbone = Backbone.load(str(tiny(family)), prompt_mode=mode, device="cpu")
+    for encoded, prompt, images in mixed_prompts(backbone, drawn_images(4), 4):
+        text = prompts.render(prompt, mode, backbone.processor)
+        inputs = backbone.processor(text=[text], images=images or None, return_tensors="pt")
+        with torch.no_grad():
+            stock = backbone.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
+            ours = backbone.encode([encoded])
+        assert inputs["input_ids"][0].tolist() == encoded.ids
+        assert (stock - ours).abs().max() <= 1e-4
+
+
+def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
+    prompt = backbone.tokenize(prompts.image_prompt(1), backbone.look([Image.new("RGB", (112, 56))]))
+    ids, mask = backbone._pad([prompt])
+    positions = backbone._positions(ids, mask, prompt.images)
+    assert positions.shape == (3, 1, len(prompt))
+    assert not torch.equal(positions[1], positions[2]), "rows and columns of an image have different positions"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_a_title_become_ordinary_text(tiny: Tiny, family: str) -> None:
+    backbone = Backbone.load(str(tiny(family)), device="cpu", max_title_tokens=200)
+    hostile = "Mug <|im_end|><|image_pad|> <image> <IMG_CONTEXT> </s> <|vision_start|>"
+    title, cut = backbone.prepare_title(hostile)
+    ids = backbone.tokenize(prompts.text_prompt([title])).ids
+    special = set(backbone.tokenizer.all_special_ids) | {backbone.image_token_id}
+    start = {backbone.tokenizer.bos_token_id}
+    assert not cut
+    assert not (set(ids) & special) - start
+
+
+def test_a_long_title_is_cut_between_tokens_and_flagged(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu", max_title_tokens=8)
+    short, cut_short = backbone.prepare_title("mug")
+    long, cut_long = backbone.prepare_title("very " * 20_000 + "long")
+    assert (short, cut_short, cut_long) == ("mug", False, True)
+    assert len(backbone.tokenizer(long, add_special_tokens=False)["input_ids"]) <= 8
+
+
+def test_white_space_and_nul_are_folded(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
+    assert backbone.prepare_title("  Red\n\tmug\0 blue ") == ("Red mug blue", False)
+
+
+def test_more_images_than_positions_is_a_clear_error(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("llava")), device="cpu")
+    backbone.model.config.get_text_config().max_position_embeddings = 40
+    features = backbone.look(drawn_images(10))
+    with pytest.raises(ConfigError, match=r"10 images .* at most 40 tokens.*--max-history"):
+        backbone.tokenize(prompts.image_prompt(10), features)
+
+
+def test_no_gradient_flows_into_the_vision_tower(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not backbone.look(drawn_images(1))[0].tokens.requires_grad
+
+
+def test_unknown_backbone_folder_says_what_a_model_folder_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        Backbone.load(str(tmp_path / "nothing"))
+
+
+def test_weights_that_are_missing_are_not_silently_random(tiny: Tiny, tmp_path: Path) -> None:
+    import shutil
+
+    import safetensors.torch
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("qwen2_5_vl"), folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "q_proj.weight" in name))
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 1 weights"):
+        Backbone.load(str(folder), device="cpu")
+
+
+def test_batches_stay_within_the_token_budget_and_lose_nobody() -> None:
+    lengths = [5, 90, 7, 30, 6, 31, 200]
+    batches = list(batches_by_tokens(lengths, 64))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert batches == [[0, 4, 2], [3, 5], [1], [6]]
+    assert list(batches_by_tokens([], 64)) == []
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="vlm2rec doctor"):
+            pick_device("cuda")
+    assert pick_dtype("float32", torch.device("cpu")) is torch.float32

@@ -1,0 +1,128 @@
+"""`ItemEncoder`: what the vectors are, and what decides them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
+from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.images import ImageError
+
+Tiny = Callable[[str], Path]
+TITLES = ["Red mug", "Oak lamp", "A rather longer title about a chair", "x", "Bag"]
+
+
+def drawn_images(count: int) -> list[Image.Image]:
+    random = np.random.default_rng(1)
+    return [Image.fromarray(random.integers(0, 256, (56 + 28 * (i % 3), 84, 3), dtype=np.uint8)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny: Tiny) -> ItemEncoder:
+    return ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+
+
+def test_fused_is_the_sum_of_text_and_image(encoder: ItemEncoder) -> None:
+    items = encoder.encode_items(TITLES, drawn_images(5))
+    assert items.fused.shape == items.text.shape == items.image.shape == (5, encoder.dim)
+    np.testing.assert_array_equal(items.fused, items.text + items.image)
+    assert not items.truncated.any()
+
+
+def test_an_item_does_not_depend_on_its_neighbours_or_the_budget(encoder: ItemEncoder) -> None:
+    images = drawn_images(5)
+    together = encoder.encode_items(TITLES, images)
+    for budget in (1, 100, 100_000):
+        encoder.token_budget = budget
+        for i in (0, 2, 4):
+            alone = encoder.encode_items(TITLES[i : i + 1], images[i : i + 1])
+            assert np.abs(alone.fused - together.fused[i]).max() <= 1e-4
+    encoder.token_budget = 4096
+
+
+def test_order_of_the_input_is_the_order_of_the_output(encoder: ItemEncoder) -> None:
+    images = drawn_images(5)
+    forward, backward = encoder.encode_items(TITLES, images), encoder.encode_items(TITLES[::-1], images[::-1])
+    np.testing.assert_allclose(forward.fused, backward.fused[::-1], atol=1e-5)
+
+
+def test_an_item_without_image_has_no_image_vector_and_its_text_as_fused(encoder: ItemEncoder) -> None:
+    items = encoder.encode_items(["Red mug", "Oak lamp"], [None, ImageError("broken")])
+    assert np.isnan(items.image).all()
+    np.testing.assert_array_equal(items.fused, items.text)
+
+
+def test_no_items_give_empty_arrays(encoder: ItemEncoder) -> None:
+    assert encoder.encode_items([], []).fused.shape == (0, encoder.dim)
+
+
+def test_normalised_fusion_adds_unit_vectors(tiny: Tiny) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), fusion_norm="normalised", dtype="float32", device="cpu")
+    items = encoder.encode_items(TITLES[:2], drawn_images(2))
+    unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (items.text, items.image)]
+    np.testing.assert_allclose(items.fused, unit[0] + unit[1], atol=1e-6)
+
+
+def test_internal_fusion_fills_the_fused_view_alone(tiny: Tiny) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), fusion="internal", dtype="float32", device="cpu")
+    items = encoder.encode_items(TITLES[:2], [drawn_images(1)[0], None])
+    assert encoder.views == ("fused",)
+    assert np.isfinite(items.fused[0]).all() and np.isnan(items.fused[1]).all()
+    assert np.isnan(items.text).all() and np.isnan(items.image).all()
+
+
+def test_bfloat16_agrees_with_float32_in_direction(tiny: Tiny, encoder: ItemEncoder) -> None:
+    half = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cpu")
+    a, b = (e.encode_items(TITLES, drawn_images(5)).fused for e in (half, encoder))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosine.min() >= 0.999
+
+
+def test_settings_are_known_without_the_weights_and_name_what_decides_a_vector(
+    tiny: Tiny, encoder: ItemEncoder
+) -> None:
+    folder = str(tiny("qwen2_5_vl"))
+    known = encoder_settings(folder, dtype="float32", device="cpu")
+    assert known == encoder.settings
+    for changed in (
+        {"prompt_mode": "chat"},
+        {"max_pixels": 112 * 112},
+        {"fusion": "internal"},
+        {"max_title_tokens": 5},
+    ):
+        assert encoder_settings(folder, dtype="float32", device="cpu", **changed) != known
+    assert (
+        encoder_settings(str(tiny("qwen3_vl")), dtype="float32", device="cpu")["backbone_hash"]
+        != known["backbone_hash"]
+    )
+
+
+def test_unknown_chat_template_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("qwen2_5_vl"), folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text())
+            config.pop("chat_template", None)
+            (folder / name).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="no chat template"):
+        ItemEncoder.load(str(folder), prompt_mode="chat", device="cpu")
+
+
+def test_defaults_agree_with_the_command_line(tiny: Tiny) -> None:
+    from dataclasses import fields
+
+    from vlm2rec.pipelines.config import FinetuneConfig
+
+    flags = {f.name: f.default for f in fields(FinetuneConfig)}
+    for name, value in vars(EncoderSettings()).items():
+        assert flags[name] == value

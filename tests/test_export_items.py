@@ -1,0 +1,454 @@
+"""Exporting items: every id once, as a vector or as a failure with a reason, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import EncodedItems, ItemEncoder
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
+from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines import export_items
+from vlm2rec.pipelines.config import ExportConfig
+from vlm2rec.pipelines.export_items import encode_rows, export
+
+ITEMS = 20
+BROKEN = (3, 11)  # items whose image cannot be read, where a test asks for that
+
+
+def write_dataset(folder: Path, items: int = ITEMS, broken: Sequence[int] = (), **columns: list[Any]) -> Path:
+    """Items with a title and a coloured square each."""
+    (folder / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for row in range(items):
+        image = folder / "images" / f"{row}.png"
+        if row in broken:
+            image.write_bytes(b"<html>404</html>")
+        else:
+            block = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(block).resize((60, 60), Image.Resampling.NEAREST).save(image)
+    table = {
+        "item_id": [f"{row:03d}" for row in range(items)],
+        "title": [f"{['red', 'small', 'wooden'][row % 3]} chair {row}" for row in range(items)],
+        "image_path": [f"{row}.png" for row in range(items)],
+    } | columns
+    pq.write_table(pa.table(table), folder / "items.parquet")
+    meta = {"schema_version": 1, "name": "chairs", "image_root": "images", "max_history": 10}
+    (folder / "dataset.json").write_text(json.dumps(meta))
+    return folder
+
+
+class ShadeEncoder:
+    """Vectors made of the title's length and the picture's mean colour; `spoil` may put something else there."""
+
+    def __init__(self, views: Sequence[str] = schema.VIEWS, spoil: dict[str, Callable[[int], float]] | None = None):
+        self.settings: dict[str, Any] = {"dim": 3, "views": list(views), "max_pixels": 112 * 112, "model": "shade"}
+        self.spoil = spoil or {}
+        self.calls: list[list[str]] = []
+
+    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+        self.calls.append(list(titles))
+        text = np.array([[len(title), len(title) % 7, 1] for title in titles], np.float32)
+        for row, title in enumerate(titles):
+            if title in self.spoil:
+                text[row, 1] = self.spoil[title](len(titles))
+        image = np.full_like(text, np.nan)
+        for row, picture in enumerate(images):
+            if isinstance(picture, Image.Image):
+                image[row] = np.asarray(picture).mean((0, 1)) / 255
+        truncated = np.array([title.startswith("wooden") for title in titles])
+        return EncodedItems(text + image, text, image, truncated)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for part in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
+
+
+def never() -> ItemEncoder:
+    raise AssertionError("the model must not be loaded")
+
+
+# --- what becomes of an item --------------------------------------------------------------------------------
+def test_every_item_comes_out_once_and_in_order(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    rows = rows_of(tmp_path / "out")
+    assert [row["item_id"] for row in rows] == data.item_ids
+    assert manifest["counts"] == {"ok": 14, "truncated": 6, "text_only": 0, "failed": 0}
+    assert [shard["rows"] for shard in manifest["shards"]] == [8, 8, 4]
+    assert rows[0]["text"] == [11, 4, 1]  # "red chair 0"
+    for row in rows:
+        assert row["fused"] == pytest.approx(np.add(row["text"], row["image"]), abs=1e-6)
+        assert row["status"] == ("truncated" if int(row["item_id"]) % 3 == 2 else "ok") and row["error"] is None
+    assert verify(tmp_path / "out") == []
+    assert manifest["data"] == str(data.path.resolve())
+
+
+@pytest.mark.parametrize("items", [1, 7, 8, 9])
+def test_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data", items)), ShadeEncoder()
+    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    assert manifest["num_items"] == items and len(rows_of(tmp_path / "out")) == items
+    assert verify(tmp_path / "out") == []
+
+
+def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_items, "ITEMS_AT_ONCE", 3)
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=10)
+    assert [len(call) for call in encoder.calls] == [3, 3, 3, 1, 3, 3, 3, 1]
+    whole = ShadeEncoder().encode_items(
+        data.titles, [Image.open(data.image_root / path).convert("RGB") for path in data.image_paths]
+    )
+    np.testing.assert_allclose([row["fused"] for row in rows_of(tmp_path / "out")], whole.fused, atol=1e-6)
+
+
+def test_with_the_policy_null_a_bad_image_is_a_failure_row_with_its_reason(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
+    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="null")
+    assert manifest["counts"] == {"ok": 13, "truncated": 5, "text_only": 0, "failed": 2}
+    for row in BROKEN:
+        found = rows_of(tmp_path / "out")[row]
+        assert found["status"] == "failed" and "not a JPEG" in found["error"]
+        assert found["fused"] is found["text"] is found["image"] is None
+    assert verify(tmp_path / "out") == []
+
+
+def test_with_the_policy_text_only_a_bad_image_leaves_the_text_vector(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
+    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="text_only")
+    assert manifest["counts"] == {"ok": 13, "truncated": 5, "text_only": 2, "failed": 0}
+    found = rows_of(tmp_path / "out")[3]
+    assert found["fused"] == found["text"] == [11, 4, 1] and found["image"] is None
+    assert "not a JPEG" in found["error"]
+    assert verify(tmp_path / "out") == []
+
+
+def test_with_the_policy_fail_a_bad_image_stops_the_export_by_name(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
+    with pytest.raises(DataError, match=r"'3\.png' of item '003' cannot be used: the image is not a JPEG"):
+        export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="fail")
+    assert not list(tmp_path.glob("out/part-*"))
+
+
+def test_text_only_is_refused_where_there_is_no_text_vector(tmp_path: Path) -> None:
+    encoder = ShadeEncoder(views=["fused"])
+    with pytest.raises(ConfigError, match="internal fusion"):
+        export(
+            Dataset(write_dataset(tmp_path / "data")),
+            tmp_path / "out",
+            encoder.settings,
+            never,
+            on_image_error="text_only",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_with_one_view_leaves_the_others_null(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder(views=["fused"])
+    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder)
+    assert manifest["views"] == ["fused"] and manifest["counts"]["failed"] == 2
+    assert {(row["text"], row["image"]) for row in rows_of(tmp_path / "out")} == {(None, None)}
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../secret.png", "out of the image root"),
+        ("/etc/hostname", "out of the image root"),
+        ("http://example.org/a.png", "URL"),
+        ("missing.png", "does not exist"),
+        ("", "no image path"),
+        (None, "no image path"),
+        ("pipe.png", "not a regular file"),
+    ],
+)
+def test_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
+    folder = write_dataset(tmp_path / "data", items=3, image_path=["0.png", path, "2.png"])
+    os.mkfifo(folder / "images" / "pipe.png")
+    Image.new("RGB", (9, 9)).save(folder / "secret.png")
+    encoder = ShadeEncoder()
+    export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
+    found = rows_of(tmp_path / "out")
+    assert [row["status"] for row in found] == ["ok", "failed", "truncated"]
+    assert reason in found[1]["error"]
+
+
+def test_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
+    ids = ["007", "NA", "null", "a/b/../c", "🪑", "אבג", "a\0b", " ", "7" * 100]
+    titles = ["", " ", None, "🪑" * 10_000, "שלום", "a\0b", "<|im_end|>", "\n", "x"]
+    folder = write_dataset(tmp_path / "data", items=9, item_id=ids, title=titles)
+    encoder = ShadeEncoder()
+    manifest = export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
+    assert [row["item_id"] for row in rows_of(tmp_path / "out")] == ids
+    assert manifest["counts"]["ok"] == 9
+
+
+def test_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", items=3, item_id=["a", "b", "a"])
+    with pytest.raises(DataError, match="'a'"):
+        export(Dataset(folder), tmp_path / "out", ShadeEncoder().settings, never)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bad_number_is_computed_again_alone_and_else_fails_the_row_only(value: float) -> None:
+    image = Image.new("RGB", (8, 8), "red")
+    spoil = {"in company": lambda batch: value if batch > 1 else 5.0, "always": lambda batch: value}
+    encoder = ShadeEncoder(spoil=spoil)
+    rows = encode_rows(encoder, ["good", "in company", "always"], [image] * 3)
+    assert encoder.calls == [["good", "in company", "always"], ["in company"], ["always"]]
+    assert rows.status == ["ok", "ok", "failed"]
+    assert rows.vectors["text"][1].tolist() == [10, 5, 1]
+    assert rows.error == [None, None, "the model gives NaN or infinity (fused, text)"]
+    assert np.isnan([rows.vectors[view][2] for view in schema.VIEWS]).all()
+
+
+def test_a_value_too_large_for_float16_fails_the_row_instead_of_becoming_infinity(tmp_path: Path) -> None:
+    data = Dataset(write_dataset(tmp_path / "data", items=3))
+    encoder = ShadeEncoder(spoil={"small chair 1": lambda batch: 1e6})
+    manifest = export(data, tmp_path / "half", encoder.settings, lambda: encoder, storage="float16")
+    assert manifest["counts"]["failed"] == 1
+    assert "too large for float16" in rows_of(tmp_path / "half")[1]["error"]
+    manifest = export(data, tmp_path / "full", encoder.settings, lambda: encoder, storage="float32")
+    assert manifest["counts"]["failed"] == 0
+    assert verify(tmp_path / "half") == verify(tmp_path / "full") == []
+
+
+# --- going on -----------------------------------------------------------------------------------------------
+def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    first = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert export(data, tmp_path / "out", encoder.settings, never, shard_size=8) == first
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert "already complete" in " ".join(capsys.readouterr().err.split())
+
+
+def test_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    monkeypatch.setattr(export_items.shards, "finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    before = parts(tmp_path / "out")
+    manifest = export(data, tmp_path / "out", encoder.settings, never, shard_size=8)
+    assert manifest["num_items"] == ITEMS and parts(tmp_path / "out") == before
+    assert verify(tmp_path / "out") == []
+
+
+def test_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    before = parts(tmp_path / "out")
+    part = tmp_path / "out" / "part-00001.parquet"
+    whole = bytearray(part.read_bytes())
+    whole[len(whole) // 2] ^= 4
+    part.write_bytes(whole)
+    assert [problem.file for problem in verify(tmp_path / "out")] == ["part-00001.parquet"]
+    again = ShadeEncoder()
+    export(data, tmp_path / "out", again.settings, lambda: again, shard_size=8)
+    assert again.calls == [data.titles[8:16]]
+    assert parts(tmp_path / "out") == before and verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda folder: {"storage": "float16"}, "storage was 'float32', now 'float16'"),
+        (lambda folder: {"on_image_error": "fail"}, "on_image_error was 'null', now 'fail'"),
+        (lambda folder: {"shard_size": 9}, "shard_size was 8, now 9"),
+        (lambda folder: {"images_by": "bytes"}, "images_by was 'mtime', now 'bytes'"),
+        (lambda folder: Image.new("RGB", (5, 5)).save(folder / "images" / "7.png"), "images was"),
+        (lambda folder: rewrite(folder, lambda table: table.take(list(range(ITEMS))[::-1])), "item_ids was"),
+        (lambda folder: rewrite(folder, lambda table: table.slice(1)), "items was 20, now 19"),
+        (lambda folder: rewrite(folder, edit_title), "titles was"),
+    ],
+)
+def test_what_would_mix_two_exports_is_refused_by_name(
+    tmp_path: Path, change: Callable[[Path], dict[str, Any] | None], key: str
+) -> None:
+    folder, encoder = write_dataset(tmp_path / "data"), ShadeEncoder()
+    settings: dict[str, Any] = {"shard_size": 8}
+    export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder, **settings)
+    settings |= change(folder) or {}
+    with pytest.raises(ArtifactError) as refusal:
+        export(Dataset(folder), tmp_path / "out", encoder.settings, never, **settings)
+    assert key in str(refusal.value)
+
+
+def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(folder / "items.parquet")), folder / "items.parquet")
+
+
+def edit_title(table: pa.Table) -> pa.Table:
+    titles = table["title"].to_pylist()
+    return table.set_column(1, "title", pa.array(["another chair", *titles[1:]]))
+
+
+def test_an_encoder_that_is_not_what_was_planned_is_refused(tmp_path: Path) -> None:
+    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
+    planned = {**encoder.settings, "model": "the one before it was replaced"}
+    with pytest.raises(ModelError, match=r"\(model\)"):
+        export(data, tmp_path / "out", planned, lambda: encoder)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("1"), lambda path: path.symlink_to("/proc/nowhere")])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_loads(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    data = Dataset(write_dataset(tmp_path / "data"))
+    make(tmp_path / "out")
+    with pytest.raises(ArtifactError, match="choose another --out"):
+        export(data, tmp_path / "out", ShadeEncoder().settings, never)
+
+
+# --- the command, with a real model -------------------------------------------------------------------------
+@pytest.fixture
+def config(tmp_path: Path, tiny: Callable[[str], Path]) -> ExportConfig:
+    return ExportConfig(
+        data=write_dataset(tmp_path / "data"),
+        backbone=str(tiny("qwen2_5_vl")),
+        out=tmp_path / "out",
+        shard_size=8,
+        dtype="float32",
+        device="cpu",
+    )
+
+
+def test_the_real_encoder_writes_its_own_vectors(config: ExportConfig) -> None:
+    manifest = export_items.run(config)
+    data = Dataset(config.data)
+    encoder = ItemEncoder.load(config.backbone, dtype="float32", device="cpu")
+    images = [Image.open(data.image_root / path).convert("RGB") for path in data.image_paths]
+    alone = [encoder.encode_items([title], [image]) for title, image in zip(data.titles, images, strict=True)]
+    for view in schema.VIEWS:
+        table = EmbeddingTable.open(config.out, view)
+        assert table.item_ids == data.item_ids
+        expected = np.concatenate([getattr(row, view) for row in alone])
+        np.testing.assert_allclose(table.vectors, expected, atol=1e-4)
+        assert len(np.unique(table.vectors.round(5), axis=0)) == ITEMS  # no two items alike
+    assert manifest["dim"] == encoder.dim == 64
+    assert verify(config.out) == []
+
+
+def test_batch_size_may_change_between_runs_and_pixels_may_not(config: ExportConfig) -> None:
+    export_items.run(config)
+    (config.out / "part-00001.parquet").unlink()
+    before = parts(config.out)
+    export_items.run(replace(config, token_budget=40))
+    assert {name: parts(config.out)[name] for name in before} == before and verify(config.out) == []
+    with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):
+        export_items.run(replace(config, max_pixels=56 * 56))
+    with pytest.raises(ArtifactError, match="prompt_hash was .*prompt_mode was 'raw', now 'chat'"):
+        export_items.run(replace(config, prompt_mode="chat"))
+
+
+def test_too_many_failures_end_with_exit_code_6_and_a_complete_folder(
+    config: ExportConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.data / "images" / "0.png").write_bytes(b"")
+    with pytest.raises(FailureLimitError, match=r"1 of 20 items failed \(5\.0%\)") as refusal:
+        export_items.run(config)
+    assert refusal.value.exit_code == 6 and verify(config.out) == []
+    told = " ".join(capsys.readouterr().err.split())
+    assert "20 in 3 shards" in told and "failed 1" in told
+    assert export_items.run(replace(config, max_failures=0.05))["counts"]["failed"] == 1
+
+
+def command(config: ExportConfig, *, stop_in_shard: int | None = None, ready: Path | None = None) -> list[str]:
+    """The real command line; on request its process stops for good in the middle of a shard and says so."""
+    code = "from vlm2rec.pipelines.cli import main\n"
+    if stop_in_shard is not None:
+        code += f"""
+import time
+from pathlib import Path
+from vlm2rec.embedder.encode import ItemEncoder
+encode, calls = ItemEncoder.encode_items, []
+def stop(self, titles, images):
+    calls.append(1)
+    if len(calls) > {stop_in_shard}:
+        Path({str(ready)!r}).touch()
+        time.sleep(120)
+    return encode(self, titles, images)
+ItemEncoder.encode_items = stop
+"""
+    flags = ["--data", config.data, "--backbone", config.backbone, "--out", config.out, "--shard-size", 8]
+    return [sys.executable, "-c", code + "main()", "export-items", *map(str, flags), "--dtype", "float32"]
+
+
+def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal to a real export in the middle of its second shard; return exit code and what it said."""
+    process = subprocess.Popen(
+        command(config, stop_in_shard=1, ready=ready), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not ready.exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        told = process.communicate(timeout=10)[1]
+    finally:
+        process.kill()
+    return process.returncode, " ".join(told.split())
+
+
+def test_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
+    config: ExportConfig, tmp_path: Path
+) -> None:
+    code, _ = stopped(config, tmp_path / "ready", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    left = sorted(path.name for path in config.out.iterdir())
+    assert left == ["export.json", "export.lock", "part-00000.json", "part-00000.parquet"]
+    first = config.out.joinpath("part-00000.parquet").stat().st_mtime_ns
+    finished = subprocess.run(command(config), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "which is gone" in finished.stderr and finished.stdout == ""
+    assert config.out.joinpath("part-00000.parquet").stat().st_mtime_ns == first
+    export_items.run(replace(config, out=tmp_path / "whole"))
+    assert parts(config.out) == parts(tmp_path / "whole")
+    assert sorted(path.name for path in config.out.iterdir()) == ["manifest.json", *parts(config.out)]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
+    config: ExportConfig, tmp_path: Path, number: signal.Signals, expected: int
+) -> None:
+    code, told = stopped(config, tmp_path / "ready", number)
+    assert code == expected
+    assert "1 of 3 shards are finished and kept; run the same command again to go on" in told
+    assert "Traceback" not in told
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        "export.json",
+        "part-00000.json",
+        "part-00000.parquet",
+    ]

@@ -1,0 +1,332 @@
+"""The flag: RecBole's row i holds the vector of the item RecBole calls i, in every model and for any id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from embedding_folder import write_embeddings
+from recommender_world import ODD_IDS, circle_vectors, cyclic_sequences, write_atomic, write_dataset
+
+from vlm2rec.downstream import recbole_compat, recbole_plugin, recbole_run
+from vlm2rec.downstream.item_embedding import ItemEmbedding, standardise
+from vlm2rec.downstream.recbole_plugin import EmbeddingStart, aligned_vectors, read_flag
+from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
+
+ITEMS = [*ODD_IDS, *(f"i{number}" for number in range(20 - len(ODD_IDS)))]
+SEQUENCES = cyclic_sequences(ITEMS, 30)
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "embedding_size": 16,
+    "inner_size": 16,
+    "n_heads": 1,
+    "n_layers": 1,
+    "epochs": 1,
+    "train_batch_size": 64,
+    "MAX_ITEM_LIST_LENGTH": 5,
+    "seed": 3,
+}
+MODELS = pytest.mark.parametrize("model", recbole_plugin.MODELS)
+Built = tuple[Any, Any, Any]  # model, RecBole's config, RecBole's dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return Dataset(write_dataset(tmp_path_factory.mktemp("world") / "data", SEQUENCES, ITEMS))
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return circle_vectors(len(ITEMS))
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory, vectors: np.ndarray) -> Path:
+    """A table in another order than the dataset's, with two items the dataset does not know."""
+    folder = tmp_path_factory.mktemp("world") / "embeddings"
+    order = np.random.default_rng(5).permutation(len(ITEMS) + 2)
+    ids = [*ITEMS, "stranger", "I0"]
+    every = np.concatenate([vectors, np.full((2, vectors.shape[1]), 99, np.float32)])
+    write_embeddings(folder, [ids[i] for i in order], every[order], text=-every[order], shard_size=7)
+    return folder
+
+
+def build(settings: dict[str, Any], data: Dataset | None, out: Path) -> Built:
+    """Build RecBole's config, dataset and model as a run does, without training."""
+    from recbole.data import data_preparation
+    from recbole.utils import get_model, init_seed
+
+    with recbole_compat.cured(out):
+        config = recbole_run._recbole_config([settings], settings, data, out, "cpu")
+        init_seed(config["seed"], config["reproducibility"])
+        dataset = recbole_run._dataset(config, data)
+        train_data, _, _ = data_preparation(config, dataset)
+        recbole_plugin.install()
+        init_seed(config["seed"], config["reproducibility"])
+        model = get_model(config["model"])(config, train_data._dataset)
+    return model, config, dataset
+
+
+def row_of(dataset: Any, item: str) -> int:
+    """RecBole's own answer to: which row is this item?"""
+    return int(dataset.token2id(dataset.iid_field, item))
+
+
+# --- which vector in which row ------------------------------------------------------------------------------
+@MODELS
+def test_row_i_holds_the_vector_of_the_item_recbole_calls_i(
+    model: str, data: Dataset, embeddings: Path, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    flag = {"model": model, "item_embedding_init": str(embeddings)}
+    built, _, dataset = build(TINY | flag, data, tmp_path)
+    table = built.item_embedding
+    expected = standardise(torch.from_numpy(vectors))  # row j: item j of ITEMS
+    assert isinstance(table, ItemEmbedding)
+    assert dataset.item_num == len(ITEMS) + 1
+    for place, item in enumerate(ITEMS):
+        row = row_of(dataset, item)
+        assert torch.allclose(table.vectors[row], expected[place], atol=1e-5), item
+        adapted = expected[place] @ table.linear.weight.T
+        assert torch.allclose(table(torch.tensor([row]))[0], adapted, atol=1e-6), item
+    assert not table.weight[0].any()
+
+
+@MODELS
+def test_with_trainable_the_same_rows_start_an_ordinary_table(
+    model: str, data: Dataset, embeddings: Path, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    settings = TINY | {"model": model, "item_embedding_init": str(embeddings)}
+    frozen, _, dataset = build(settings, data, tmp_path / "a")
+    trained, _, _ = build(settings | {"item_embedding_trainable": True}, data, tmp_path / "b")
+    assert type(trained.item_embedding) is torch.nn.Embedding
+    assert trained.item_embedding.weight.requires_grad
+    assert torch.allclose(trained.item_embedding.weight, frozen.item_embedding.weight, atol=1e-7)
+    assert not trained.item_embedding.weight[0].any()
+
+
+def test_bert4recs_mask_row_is_recboles_own_and_trained(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
+    stock, _, _ = build(TINY | {"model": "BERT4Rec"}, data, tmp_path / "a")
+    flagged, _, _ = build(TINY | {"model": "BERT4Rec", "item_embedding_init": str(embeddings)}, data, tmp_path / "b")
+    mask = len(ITEMS) + 1
+    assert flagged.mask_token == mask
+    assert flagged.item_embedding.weight.shape[0] == mask + 1
+    assert torch.equal(flagged.item_embedding.weight[mask], stock.item_embedding.weight[mask])
+    assert flagged.item_embedding.weight[mask].any()
+    assert dict(flagged.named_parameters())["item_embedding.extra"].requires_grad
+
+
+def test_a_table_in_another_order_starts_the_same_model(
+    data: Dataset, embeddings: Path, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    write_embeddings(tmp_path / "ordered", ITEMS, vectors)
+    shuffled, _, _ = build(TINY | {"model": "SASRec", "item_embedding_init": str(embeddings)}, data, tmp_path / "a")
+    ordered, _, _ = build(
+        TINY | {"model": "SASRec", "item_embedding_init": str(tmp_path / "ordered")}, data, tmp_path / "b"
+    )
+    assert torch.allclose(shuffled.item_embedding.weight, ordered.item_embedding.weight, atol=1e-6)
+
+
+def test_the_column_chooses_the_view(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
+    settings = TINY | {"model": "SASRec", "item_embedding_init": str(embeddings)}
+    fused, _, _ = build(settings, data, tmp_path / "a")
+    text, _, _ = build(settings | {"item_embedding_column": "text"}, data, tmp_path / "b")
+    assert torch.allclose(fused.item_embedding.vectors, -text.item_embedding.vectors, atol=1e-5)
+
+
+def test_rows_hold_the_right_vectors_in_recboles_own_dataset_too(tmp_path: Path) -> None:
+    ids = ["007", "7", "a b", "x", "1e5", "7.0", "0"]
+    vectors = np.eye(7, dtype=np.float32)
+    write_embeddings(tmp_path / "embeddings", ids[::-1], vectors[::-1])
+    write_atomic(tmp_path, "small", cyclic_sequences(ids, 12, longest=7), [f"u{n}" for n in range(12)])
+    settings = TINY | {
+        "model": "GRU4Rec",
+        "dataset": "small",
+        "data_path": str(tmp_path),
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "item_embedding_init": str(tmp_path / "embeddings"),
+    }
+    built, _, dataset = build(settings, None, tmp_path / "out")
+    expected = standardise(torch.from_numpy(vectors))
+    for place, item in enumerate(ids):
+        row = row_of(dataset, item)
+        assert torch.allclose(built.item_embedding.vectors[row], expected[place], atol=1e-5), item
+
+
+def test_recboles_own_reader_still_drops_ids_that_look_missing(tmp_path: Path) -> None:
+    """Why a dataset folder is handed over in memory and not as an atomic file."""
+    ids = ["a", "b", "c", "NA", "null", "d", "e"]
+    write_atomic(tmp_path, "small", [ids, ids[::-1], ids], ["u0", "u1", "u2"])
+    settings = TINY | {
+        "model": "SASRec",
+        "dataset": "small",
+        "data_path": str(tmp_path),
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    }
+    _, _, dataset = build(settings, None, tmp_path / "out")
+    assert set(dataset.field2token_id["item_id"]) == {"[PAD]", "a", "b", "c", "d", "e"}
+
+
+# --- the three ways to read the table -----------------------------------------------------------------------
+@MODELS
+@pytest.mark.parametrize("start", ["id", "adapter", "table"])
+def test_predict_and_full_sort_predict_agree(
+    model: str, start: str, data: Dataset, embeddings: Path, tmp_path: Path
+) -> None:
+    from recbole.data.interaction import Interaction
+
+    flag = (
+        {} if start == "id" else {"item_embedding_init": str(embeddings), "item_embedding_trainable": start == "table"}
+    )
+    settings = TINY | {"model": model, "learning_rate": 0.01} | flag
+    trained = recbole_run.run(settings, tmp_path, data=data, device="cpu").model
+    lists = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]])
+    rows = {"item_id_list": lists, "item_length": torch.tensor([3, 5, 1])}
+    with torch.no_grad():
+        every = trained.full_sort_predict(Interaction(rows))
+        for item in range(1, len(ITEMS) + 1):
+            one = trained.predict(Interaction(rows | {"item_id": torch.full((3,), item)}))
+            assert torch.allclose(one, every[:, item], rtol=0, atol=2e-6)
+    assert float(every.std()) > 1e-3
+
+
+@MODELS
+def test_loss_and_prediction_see_the_same_table(model: str, data: Dataset, embeddings: Path, tmp_path: Path) -> None:
+    """One step on the loss changes the scores of a prediction, and the vectors stay as they were."""
+    from recbole.data.interaction import Interaction
+    from recbole.data.transform import construct_transform
+
+    built, config, dataset = build(TINY | {"model": model, "item_embedding_init": str(embeddings)}, data, tmp_path)
+    lists = torch.tensor([[1, 2, 3, 4, 5], [4, 5, 6, 7, 8]] * 8)
+    rows = Interaction(
+        {"item_id_list": lists, "item_length": torch.full((16,), 5), "item_id": torch.tensor([6, 9] * 8)}
+    )
+    before = built.item_embedding.vectors.clone()
+    built.eval()
+    with torch.no_grad():
+        old = built.full_sort_predict(rows)
+    built.train()
+    built.calculate_loss(construct_transform(config)(dataset, rows)).backward()
+    gradient = built.item_embedding.linear.weight.grad
+    assert gradient is not None and bool(gradient.any())
+    with torch.no_grad():
+        built.item_embedding.linear.weight -= 0.1 * gradient
+    built.eval()
+    with torch.no_grad():
+        assert not torch.allclose(old, built.full_sort_predict(rows), atol=1e-6)
+    assert torch.equal(before, built.item_embedding.vectors)
+
+
+def test_a_table_checkpoint_loads_in_recbole_without_vlm2rec(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
+    settings = TINY | {"model": "SASRec"}
+    flag = {"item_embedding_init": str(embeddings), "item_embedding_trainable": True}
+    outcome = recbole_run.run(settings | flag, tmp_path / "flagged", data=data, device="cpu")
+    stock, _, _ = build(settings, data, tmp_path / "stock")
+    saved = recbole_compat.load_own_checkpoint(tmp_path / "flagged" / "checkpoint.pth", "cpu")
+    assert stock.load_state_dict(saved["state_dict"]).missing_keys == []
+    assert torch.equal(stock.item_embedding.weight, outcome.model.item_embedding.weight)
+
+
+def test_without_the_flag_a_wrapped_model_is_the_stock_model(data: Dataset, tmp_path: Path) -> None:
+    from recbole.utils import get_model, init_seed
+
+    wrapped, config, dataset = build(TINY | {"model": "SASRec"}, data, tmp_path)
+    stock_class = get_model("SASRec")
+    init_seed(config["seed"], config["reproducibility"])
+    with recbole_compat.cured(tmp_path):
+        stock = stock_class.__new__(stock_class)
+        stock_class.__init__.__wrapped__(stock, config, dataset)
+    assert type(wrapped) is stock_class
+    assert all(torch.equal(a, b) for a, b in zip(wrapped.parameters(), stock.parameters(), strict=True))
+
+
+def test_wrapping_twice_wraps_once() -> None:
+    from recbole.utils import get_model
+
+    recbole_plugin.install()
+    first = get_model("GRU4Rec").__init__
+    recbole_plugin.install()
+    assert get_model("GRU4Rec").__init__ is first
+    assert not hasattr(first.__wrapped__, "__wrapped__")
+
+
+# --- items without a vector ---------------------------------------------------------------------------------
+@pytest.fixture
+def holed(tmp_path: Path) -> Path:
+    """Four items, of which "c" has no vector in the column and "d" is not in the table."""
+    vectors = np.array([[3, 10, 0], [5, 10, 0], [np.nan] * 3], np.float32)
+    write_embeddings(tmp_path / "holed", ["a", "b", "c"], vectors)
+    return tmp_path / "holed"
+
+
+def test_missing_items_are_refused_by_default(holed: Path) -> None:
+    table = EmbeddingTable.open(holed)
+    with pytest.raises(ArtifactError, match=r"2 of 4 items, among them 'c', 'd'.*--missing mean"):
+        aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed), seed=0)
+
+
+def test_a_mean_fill_is_the_centre_and_counted(holed: Path) -> None:
+    table = EmbeddingTable.open(holed)
+    vectors, filled = aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed, missing="mean"), seed=0)
+    assert filled == 2
+    assert vectors.tolist() == [[0, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
+    table, start = EmbeddingTable.open(holed), EmbeddingStart(holed, missing="random")
+    vectors, filled = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
+    again, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
+    other, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=1)
+    assert filled == 2
+    assert torch.allclose(vectors[2:4].norm(dim=1), torch.ones(2))
+    assert torch.equal(vectors, again) and not torch.equal(vectors[2], other[2])
+    assert not torch.equal(vectors[2], vectors[3])
+
+
+def test_a_table_of_another_dataset_is_refused(holed: Path) -> None:
+    with pytest.raises(ArtifactError, match="knows none of the dataset's items"):
+        aligned_vectors(EmbeddingTable.open(holed), ["x", "y"], EmbeddingStart(holed, missing="mean"), seed=0)
+
+
+def test_a_collapsed_table_is_refused(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "flat", ["a", "b"], np.ones((2, 3), np.float32))
+    with pytest.raises(ArtifactError, match="the same vector for every item"):
+        aligned_vectors(EmbeddingTable.open(tmp_path / "flat"), ["a", "b"], EmbeddingStart(tmp_path / "flat"), seed=0)
+
+
+def test_infinite_vectors_are_refused(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "odd", ["a", "b"], np.array([[1, 2], [np.inf, 0]], np.float32))
+    with pytest.raises(ArtifactError, match="not finite"):
+        aligned_vectors(EmbeddingTable.open(tmp_path / "odd"), ["a", "b"], EmbeddingStart(tmp_path / "odd"), seed=0)
+
+
+# --- reading the flag ---------------------------------------------------------------------------------------
+def test_the_flag_is_off_when_it_is_not_there() -> None:
+    assert read_flag({"model": "SASRec", "embedding_size": 64}) is None
+    assert read_flag({"item_embedding_init": None}) is None
+
+
+def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
+    assert read_flag({"item_embedding_init": "e"}) == EmbeddingStart(Path("e"), "fused", False, "error")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"item_embedding_int": "e"}, "did you mean 'item_embedding_init'"),
+        ({"item_embeding_init": "e"}, "did you mean 'item_embedding_init'"),
+        ({"item_embedding_init": "e", "item_embedding_mode": "x"}, "unknown setting 'item_embedding_mode'"),
+        ({"item_embedding_column": "text"}, "item_embedding_column without item_embedding_init"),
+        ({"item_embedding_init": "e", "item_embedding_column": "images"}, "one of fused, text, image"),
+        ({"item_embedding_init": "e", "item_embedding_trainable": "no"}, "true or false"),
+        ({"item_embedding_init": "e", "item_embedding_missing": "zero"}, "one of error, mean, random"),
+        ({"item_embedding_init": 7}, "a path"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_that_names_the_right_one(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_flag(settings)

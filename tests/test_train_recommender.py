@@ -1,0 +1,565 @@
+"""`train-recommender`: stock RecBole without the flag, our protocol on a dataset folder, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from embedding_folder import write_embeddings
+from recommender_world import circle_vectors, cyclic_sequences, write_atomic, write_dataset
+from typer.testing import CliRunner
+
+from vlm2rec.downstream import recbole_compat, recbole_run
+from vlm2rec.downstream.recbole_run import evaluate, user_scores
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.pipelines import train_recommender
+from vlm2rec.pipelines.cli import app
+from vlm2rec.pipelines.config import TrainRecommenderConfig
+
+ITEMS = [f"i{number}" for number in range(40)]
+USERS = [f"user {number}" for number in range(50)]
+SEQUENCES = cyclic_sequences(ITEMS, len(USERS))
+TINY = {"n_layers": 1, "n_heads": 1, "inner_size": 16, "num_layers": 1}
+SMALL: dict[str, Any] = {"hidden_size": 16, "max_epochs": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    return write_dataset(folder, SEQUENCES, ITEMS, user_ids=USERS, candidates=20, seeds=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "embeddings"
+    write_embeddings(folder, ITEMS, circle_vectors(len(ITEMS)))
+    return folder
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = recbole_compat.load_own_checkpoint(folder / "checkpoint.pth", "cpu")["state_dict"]
+    return loaded
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- stock RecBole ------------------------------------------------------------------------------------------
+STOCK: dict[str, Any] = {
+    "dataset": "small",
+    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    "MAX_ITEM_LIST_LENGTH": 6,
+    "embedding_size": 16,
+    "hidden_size": 16,
+    "inner_size": 16,
+    "epochs": 3,
+    "train_batch_size": 32,
+    "learning_rate": 1e-2,
+    "metric_decimal_place": 10,
+    "topk": [5, 10],
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni10"},
+}
+
+STOCK_SCRIPT = """
+import json, sys, types
+import numpy as np
+np.float_, np.complex_, np.unicode_ = np.float64, np.complex128, np.str_
+arguments, sys.argv = sys.argv, sys.argv[:1]
+try:
+    from ray import tune
+except ImportError:
+    sys.modules["ray"] = types.ModuleType("ray")
+    sys.modules["ray"].tune = sys.modules["ray.tune"] = types.ModuleType("ray.tune")
+from recbole.quick_start import run_recbole
+results = {}
+for model in ("SASRec", "GRU4Rec", "BERT4Rec"):
+    file = {"checkpoint_dir": f"stock-{model}", "train_neg_sample_args": None}
+    results[model] = run_recbole(model=model, config_file_list=[arguments[1]], config_dict=file)["test_result"]
+print(json.dumps({model: {k: float(v) for k, v in result.items()} for model, result in results.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
+    """What `run_recbole` makes of a YAML, in a process of its own that knows nothing of vlm2rec."""
+    folder = tmp_path_factory.mktemp("stock")
+    write_atomic(folder, "small", SEQUENCES, [user.replace(" ", "_") for user in USERS])
+    write_yaml(folder / "stock.yaml", STOCK | {"data_path": str(folder)})
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_SCRIPT, str(folder / "stock.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec", "BERT4Rec"])
+def test_without_the_flag_a_recbole_yaml_gives_stock_recboles_result_bit_for_bit(
+    model: str, stock: tuple[Path, dict[str, dict[str, float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = stock
+    config = TrainRecommenderConfig(model=model, config=folder / "stock.yaml", out=tmp_path / "out")
+    metrics = train_recommender.run(config)
+    assert metrics["recbole"] == expected[model]
+    checkpoint = next((folder / f"stock-{model}").glob(f"{model}-*.pth"))
+    saved = recbole_compat.load_own_checkpoint(checkpoint, "cpu")["state_dict"]
+    assert same(state(tmp_path / "out"), saved)
+    assert (metrics["start"], metrics["candidates"], metrics["full"]) == ("id", None, None)
+    assert not (tmp_path / "out" / "users.parquet").exists()
+    said = capsys.readouterr()
+    assert said.out == "" and "train_neg_sample_args" in said.err
+
+
+def test_the_flag_works_in_a_recbole_users_own_yaml(
+    stock: tuple[Path, dict[str, dict[str, float]]], embeddings: Path, tmp_path: Path
+) -> None:
+    lines = {"model": "SASRec", "item_embedding_init": str(embeddings), "item_embedding_column": "fused"}
+    file = write_yaml(tmp_path / "r.yaml", STOCK | {"data_path": str(stock[0])} | lines)
+    metrics = train_recommender.run(TrainRecommenderConfig(config=file, out=tmp_path / "out"))
+    assert (metrics["model"], metrics["start"], metrics["mode"]) == ("SASRec", "fused", "adapter")
+    assert metrics["recbole"] != stock[1]["SASRec"]
+    assert "item_embedding.linear.weight" in state(tmp_path / "out")
+
+
+def test_a_dataset_folder_gives_recbole_the_rows_of_an_atomic_file(
+    stock: tuple[Path, dict[str, dict[str, float]]], data: Path, tmp_path: Path
+) -> None:
+    from recbole.data import create_dataset
+
+    settings = STOCK | {"model": "SASRec", "data_path": str(stock[0])}
+    with recbole_compat.cured(tmp_path):
+        theirs = create_dataset(recbole_run._recbole_config([settings], settings, None, tmp_path, "cpu"))
+        parts = theirs.build()
+        folder = Dataset(data)
+        asked = settings | {"eval_args": {"mode": "full"}}
+        ours = recbole_run._dataset(recbole_run._recbole_config([asked], asked, folder, tmp_path, "cpu"), folder)
+        own_parts = ours.build()
+    assert list(ours.field2id_token["item_id"]) == list(theirs.field2id_token["item_id"])
+    for their, own in zip(parts, own_parts, strict=True):
+        for name in ("user_id", "item_id", "item_id_list", "item_length", "timestamp"):
+            assert torch.equal(their.inter_feat[name], own.inter_feat[name]), name
+
+
+# --- the dataset folder -------------------------------------------------------------------------------------
+def rows_of_parts(folder: Dataset, out: Path) -> list[list[tuple[str, list[str], str]]]:
+    """Return (user, history, target) of RecBole's train, valid and test rows, in item ids."""
+    with recbole_compat.cured(out):
+        settings = {"model": "SASRec", "MAX_ITEM_LIST_LENGTH": folder.max_history, "eval_args": {"mode": "full"}}
+        dataset = recbole_run._dataset(recbole_run._recbole_config([settings], settings, folder, out, "cpu"), folder)
+        parts = dataset.build()
+    users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
+    return [
+        [
+            (users[user], [str(items[i]) for i in history[:length]], items[target])
+            for user, history, length, target in zip(
+                part.inter_feat["user_id"],
+                part.inter_feat["item_id_list"],
+                part.inter_feat["item_length"],
+                part.inter_feat["item_id"],
+                strict=True,
+            )
+        ]
+        for part in parts
+    ]
+
+
+def test_all_prefixes_train_and_the_last_two_items_are_held_out(tmp_path: Path) -> None:
+    folder = write_dataset(
+        tmp_path / "data", [list("abcdef"), list("fed")], "abcdefg", user_ids=["x", "y"], max_history=3, candidates=1
+    )
+    train, valid, test = rows_of_parts(Dataset(folder), tmp_path / "out")
+    assert sorted(train) == [("x", ["a"], "b"), ("x", ["a", "b"], "c"), ("x", ["a", "b", "c"], "d")]
+    # y has one training item: RecBole's own split would train on its validation item
+    assert sorted(valid) == [("x", ["b", "c", "d"], "e"), ("y", ["f"], "e")]
+    assert sorted(test) == [("x", ["c", "d", "e"], "f"), ("y", ["f", "e"], "d")]
+
+
+def test_an_item_nobody_touched_is_ranked_too(tmp_path: Path) -> None:
+    items = [*ITEMS, "untouched", "another"]
+    folder = write_dataset(tmp_path / "data", SEQUENCES[:20], items[::-1], candidates=25)
+    config = TrainRecommenderConfig(data=folder, model="SASRec", out=tmp_path / "out", **SMALL)
+    metrics = train_recommender.run(config)
+    assert metrics["items"] == 42
+    assert state(tmp_path / "out")["item_embedding.weight"].shape == (43, 16)
+
+
+def brute_force(scores: np.ndarray, folder: Dataset, k: int) -> dict[str, Any]:
+    """H@k and N@k counted one comparison at a time, for scores without ties."""
+    test = folder.histories("test")
+    valid = folder.histories("valid").targets
+    hits: dict[str, list[float]] = {"full": [], "all": []}
+    for user, train in enumerate(folder.train_sequences()):
+        target = int(test.targets[user])
+        own = scores[user, target]
+        touched = {*train.tolist(), int(valid[user])} - {target}
+        rivals = [i for i in range(scores.shape[1]) if i != target]
+        hits["full"].append(1 + sum(scores[user, i] > own for i in rivals if i not in touched))
+        hits["all"].append(1 + sum(scores[user, i] > own for i in rivals))
+        for seed in folder.candidate_seeds:
+            drawn = folder.negatives(seed)[user]
+            hits.setdefault(f"seed {seed}", []).append(1 + sum(scores[user, i] > own for i in drawn))
+    return {
+        name: (
+            float(np.mean([rank <= k for rank in ranks])),
+            float(np.mean([1 / np.log2(rank + 1) if rank <= k else 0.0 for rank in ranks])),
+        )
+        for name, ranks in hits.items()
+    }
+
+
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec", "BERT4Rec"])
+def test_metrics_equal_a_brute_force_count_over_the_models_scores(model: str, data: Path, tmp_path: Path) -> None:
+    from vlm2rec.downstream.recbole_dataset import recbole_ids
+
+    folder = Dataset(data)
+    yaml_file = write_yaml(tmp_path / "tiny.yaml", TINY)
+    config = TrainRecommenderConfig(data=data, model=model, config=yaml_file, out=tmp_path / "out", **SMALL)
+    metrics = train_recommender.run(config)
+    settings = [
+        train_recommender.task2_settings(config, model, folder.max_history), TINY,
+        train_recommender.chosen_settings(config, model, {}),
+    ]  # fmt: skip
+    again = recbole_run.run(settings, tmp_path / "again", data=folder, device="cpu")
+    assert again.metrics["full"] == metrics["full"]
+    tokens = [str(token) for token in first_seen_order(folder)]
+    blocks = user_scores(again.model, again.config, folder, recbole_ids(tokens, folder.item_ids), max_scores=300)
+    scores = np.concatenate([block for _, block in blocks])
+    assert scores.shape == (50, 40)
+    for k in (10, 20):
+        expected = brute_force(scores, folder, k)
+        seeds = np.array([expected[f"seed {seed}"] for seed in (0, 1, 2)])
+        for place, name in enumerate((f"H@{k}", f"N@{k}")):
+            assert metrics["full"][name] == pytest.approx(expected["full"][place], abs=1e-9)
+            assert metrics["candidates"][name] == pytest.approx(seeds[:, place].mean(), abs=1e-9)
+            assert metrics["candidates_std"][name] == pytest.approx(seeds[:, place].std(ddof=1), abs=1e-9)
+        # RecBole ranks the touched items too: the same scores, so the same histories went in
+        assert metrics["recbole"][f"hit@{k}"] == pytest.approx(expected["all"][0], abs=1e-6)
+        assert metrics["recbole"][f"ndcg@{k}"] == pytest.approx(expected["all"][1], abs=1e-6)
+
+
+def first_seen_order(folder: Dataset) -> list[str]:
+    """Items in the order RecBole numbers them: as they turn up user by user."""
+    valid, test = folder.histories("valid").targets, folder.histories("test").targets
+    order: dict[int, None] = {}
+    for user, train in enumerate(folder.train_sequences()):
+        order.update(dict.fromkeys([*train.tolist(), int(valid[user]), int(test[user])]))
+    return [folder.item_ids[row] for row in order]
+
+
+class Scorer(torch.nn.Module):
+    """Gives every item of every user the score of a function of RecBole's item number."""
+
+    def __init__(self, score: Any) -> None:
+        super().__init__()
+        self.score = score
+
+    def full_sort_predict(self, rows: Any) -> torch.Tensor:
+        return self.score(torch.arange(41.0)).repeat(len(rows["item_length"]), 1)
+
+
+FIELDS = {
+    "ITEM_ID_FIELD": "item_id",
+    "LIST_SUFFIX": "_list",
+    "ITEM_LIST_LENGTH_FIELD": "item_length",
+    "MAX_ITEM_LIST_LENGTH": 5,
+    "device": torch.device("cpu"),
+}
+
+
+def test_a_constant_scorer_gets_its_expected_share(data: Path) -> None:
+    metrics, _ = evaluate(Scorer(torch.zeros_like), FIELDS, Dataset(data), ITEMS)
+    assert metrics["candidates"]["H@10"] == 10 / 21
+    assert metrics["candidates"]["H@20"] == 20 / 21
+    assert metrics["candidates_std"]["H@10"] == 0.0
+
+
+def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:
+    with pytest.raises(DataError, match="NaN"):
+        evaluate(Scorer(lambda items: items * float("nan")), FIELDS, Dataset(data), ITEMS)
+
+
+def test_histories_are_cut_to_the_latest_items_and_padded_at_the_end(data: Path) -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def full_sort_predict(rows: Any) -> torch.Tensor:
+        seen.extend(zip(rows["item_id_list"].tolist(), rows["item_length"].tolist(), strict=True))
+        return torch.zeros(len(rows["item_length"]), 41)
+
+    folder = Dataset(data)
+    model = SimpleNamespace(full_sort_predict=full_sort_predict)
+    blocks = list(user_scores(model, FIELDS, folder, np.arange(1, 41), max_scores=40 * 7))
+    assert [part.stop - part.start for part, _ in blocks] == [7, 7, 7, 7, 7, 7, 7, 1]
+    for (history, length), sequence in zip(seen, SEQUENCES, strict=True):
+        expected = [ITEMS.index(item) + 1 for item in sequence[:-1]][-5:]
+        assert history == expected + [0] * (5 - length)
+
+
+def test_one_candidate_seed_can_be_chosen_and_an_unknown_one_is_refused(data: Path) -> None:
+    metrics, tables = evaluate(Scorer(torch.sin), FIELDS, Dataset(data), ITEMS, seeds=[1])
+    assert metrics["seeds"] == [1]
+    assert [set(table["seed"].to_pylist()) for table in tables] == [{1}, {None}]
+    with pytest.raises(ArtifactError, match="no candidate set for seed 9"):
+        evaluate(Scorer(torch.sin), FIELDS, Dataset(data), ITEMS, seeds=[9])
+
+
+# --- what a run leaves --------------------------------------------------------------------------------------
+def test_the_command_with_default_flags_writes_its_files_and_prints_to_stderr_only(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", SEQUENCES[:20], ITEMS, user_ids=USERS[:20], candidates=20)
+    out = tmp_path / "REC"
+    done = CliRunner().invoke(
+        app, ["train-recommender", "--data", str(data), "--model", "SASRec", "--out", str(out)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    assert "valid NDCG@20" in done.stderr and "SASRec on by hand" in done.stderr
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.json", "users.parquet", "checkpoint.pth", "recbole.log", "tensorboard",
+    }  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    users = pq.read_table(out / "users.parquet")
+    assert users.column_names == ["user_id", "protocol", "seed", "view", "H@10", "N@10", "H@20", "N@20"]
+    assert [str(kind) for kind in users.schema.types] == ["string", "string", "int32", "string"] + ["double"] * 4
+    assert users.num_rows == 20 * (2 + 1)
+    full = users.filter(np.array(users["protocol"].to_pylist()) == "full")
+    assert full["user_id"].to_pylist() == USERS[:20] and full["seed"].null_count == 20
+    assert np.mean(full["N@20"].to_pylist()) == pytest.approx(metrics["full"]["N@20"])
+
+
+def test_metrics_hold_what_the_report_reads(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    config = TrainRecommenderConfig(data=data, model="GRU4Rec", embeddings=embeddings, out=tmp_path, **SMALL)
+    metrics = train_recommender.run(config)
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    expected = {
+        "task": 2,
+        "dataset": "by hand",
+        "model": "GRU4Rec",
+        "start": "fused",
+        "mode": "adapter",
+        "users": 50,
+        "items": 40,
+        "seed": 0,
+        "seeds": [0, 1, 2],
+        "epochs": 2,
+        "missing": 0,
+    }
+    assert {name: metrics[name] for name in expected} == expected
+    assert list(metrics["full"]) == list(metrics["candidates"]) == ["H@10", "N@10", "H@20", "N@20"]
+    assert metrics["recbole"].keys() == {"hit@10", "hit@20", "ndcg@10", "ndcg@20"}
+    assert metrics["parameters"] == 16 * 16 + 16 + 2 * 2 * 3 * 16 * 16 + 16 * 16 + 16
+    assert [point["epoch"] for point in metrics["curve"]] == [1, 2]
+
+
+def test_a_run_can_be_repeated_and_the_seed_matters(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        config = TrainRecommenderConfig(
+            data=data, model="BERT4Rec", embeddings=embeddings, seed=seed, out=tmp_path / str(number), **SMALL
+        )
+        runs.append((train_recommender.run(config), state(tmp_path / str(number))))
+    (first, one), (second, two), (_, three) = runs
+    assert same(one, two) and not same(one, three)
+    assert {k: first[k] for k in ("full", "candidates", "recbole")} == {
+        k: second[k] for k in ("full", "candidates", "recbole")
+    }
+
+
+def test_a_failed_run_leaves_no_earlier_metrics_behind(data: Path, tmp_path: Path) -> None:
+    for name in ("metrics.json", "users.parquet", "checkpoint.pth"):
+        (tmp_path / name).write_text("of an earlier run")
+    config = TrainRecommenderConfig(data=data, model="SASRec", embeddings=tmp_path / "none", out=tmp_path, **SMALL)
+    with pytest.raises(ArtifactError):
+        train_recommender.run(config)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_meaningful_table_beats_a_random_one(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal((len(ITEMS), 16)).astype(np.float32)
+    write_embeddings(tmp_path / "noise", ITEMS, noise)
+    few = {"data": data, "model": "GRU4Rec", "hidden_size": 32, "max_epochs": 15, "device": "cpu"}
+    meaning, chance = (
+        train_recommender.run(TrainRecommenderConfig(embeddings=folder, out=tmp_path / folder.name, **few))
+        for folder in (embeddings, tmp_path / "noise")
+    )
+    assert meaning["full"]["N@10"] > chance["full"]["N@10"] + 0.05
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+def effective(config: TrainRecommenderConfig, out: Path) -> Any:
+    """RecBole's Config as `train-recommender` makes it."""
+    folder = Dataset(config.data) if config.data else None
+    theirs = recbole_run.read_settings(config.config) if config.config else {}
+    model = config.model or theirs["model"]
+    layers: list[Any] = []
+    if folder is not None:
+        layers.append(train_recommender.task2_settings(config, model, folder.max_history, theirs))
+    layers += [config.config] if config.config else []
+    layers.append(train_recommender.chosen_settings(config, model, theirs))
+    with recbole_compat.cured(out):
+        return recbole_run._recbole_config(layers, recbole_run._merged(layers), folder, out, "cpu")
+
+
+COMMON = {
+    "learner": "adamw",
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-4,
+    "train_batch_size": 256,
+    "epochs": 200,
+    "eval_step": 5,
+    "stopping_step": 3,
+    "loss_type": "CE",
+    "MAX_ITEM_LIST_LENGTH": 5,
+    "hidden_size": 128,
+    "valid_metric": "NDCG@20",
+    "seed": 0,
+}
+ATTENTION = {"n_layers": 2, "n_heads": 2, "inner_size": 256, "hidden_act": "gelu"} | dict.fromkeys(
+    ("hidden_dropout_prob", "attn_dropout_prob"), 0.3
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "special"),
+    [
+        ("SASRec", ATTENTION),
+        ("GRU4Rec", {"num_layers": 2, "embedding_size": 128, "dropout_prob": 0.3}),
+        ("BERT4Rec", ATTENTION | {"mask_ratio": 0.2}),
+    ],
+)
+def test_defaults_are_those_of_task_2(model: str, special: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    config = effective(TrainRecommenderConfig(data=data, model=model, out=tmp_path), tmp_path)
+    expected = COMMON | special
+    assert {name: config[name] for name in expected} == expected
+    assert config["eval_args"] == {
+        "split": {"LS": "valid_and_test"},
+        "order": "TO",
+        "group_by": "user",
+        "mode": {"valid": "full", "test": "full"},
+    }
+    assert config["train_neg_sample_args"]["distribution"] == "none"
+
+
+@pytest.mark.parametrize(("patience", "eval_step"), [(20, 5), (20, 1), (7, 5), (3, 5)])
+def test_training_stops_after_as_many_epochs_without_gain_as_patience_says(patience: int, eval_step: int) -> None:
+    from recbole.utils import early_stopping
+
+    config = TrainRecommenderConfig(out=Path("x"), patience=patience, eval_step=eval_step)
+    limit = train_recommender.task2_settings(config, "SASRec", 10)["stopping_step"]
+    best, count, epoch, stop = 1.0, 0, 0, False
+    while not stop:
+        epoch += eval_step
+        best, count, stop, _ = early_stopping(0.5, best, count, max_step=limit)
+    assert patience <= epoch < patience + eval_step
+
+
+def test_the_yaml_wins_over_our_defaults_and_a_flag_over_the_yaml(data: Path, tmp_path: Path) -> None:
+    file = write_yaml(
+        tmp_path / "r.yaml", {"model": "SASRec", "learning_rate": 0.5, "epochs": 7, "eval_step": 1, "n_layers": 1}
+    )
+    config = effective(TrainRecommenderConfig(data=data, config=file, max_epochs=2, out=tmp_path), tmp_path)
+    assert (config["learning_rate"], config["epochs"], config["n_layers"]) == (0.5, 2, 1)
+    assert config["stopping_step"] == 19  # 20 epochs of patience, validated after each
+    assert config["weight_decay"] == 1e-4
+
+
+def test_a_yaml_without_data_keeps_recboles_own_defaults(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "r.yaml", {"model": "SASRec", "dataset": "small", "data_path": "x"})
+    config = effective(TrainRecommenderConfig(config=file, max_epochs=1, out=tmp_path), tmp_path)
+    assert (config["epochs"], config["learner"], config["hidden_size"], config["seed"]) == (1, "adam", 64, 2020)
+
+
+def test_a_path_that_reads_like_python_stays_a_path(data: Path, tmp_path: Path) -> None:
+    config = TrainRecommenderConfig(data=data, model="SASRec", embeddings=Path("__import__('os')"), out=tmp_path)
+    assert effective(config, tmp_path)["item_embedding_init"] == "__import__('os')"
+    numeric = TrainRecommenderConfig(data=data, model="SASRec", embeddings=Path("1e5"), out=tmp_path)
+    assert effective(numeric, tmp_path)["item_embedding_init"] == "1e5"
+
+
+def test_settings_that_would_change_the_folders_data_have_no_effect_and_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_yaml(
+        tmp_path / "r.yaml", TINY | {"user_inter_num_interval": "[9,inf)", "dataset": "ml-100k", "data_path": "x"}
+    )
+    config = TrainRecommenderConfig(data=data, model="SASRec", config=file, out=tmp_path / "out", **SMALL)
+    assert train_recommender.run(config)["users"] == 50
+    said = " ".join(capsys.readouterr().err.split())
+    assert "dataset, data_path, user_inter_num_interval have no effect beside --data" in said
+
+
+def test_short_histories_leave_bert4rec_a_place_to_mask(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", SEQUENCES, ITEMS, max_history=2)
+    config = TrainRecommenderConfig(data=folder, model="BERT4Rec", out=tmp_path / "out", **SMALL)
+    assert train_recommender.run(config)["epochs"] == 2
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+def test_neither_data_nor_a_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither --data nor --config"):
+        train_recommender.run(TrainRecommenderConfig(model="SASRec", out=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "SASRek"}, r"did you mean 'SASRec'.*SASRec, GRU4Rec, BERT4Rec"),
+        ({}, "no model is named"),
+        ({"model": "SASRec", "eval_args": {"split": {"RS": [8, 1, 1]}}}, "fixes the validation and test items"),
+        ({"model": "SASRec", "eval_args": "full"}, "a mapping with split"),
+        ({"model": "SASRec", "loss_type": "XYZ"}, "RecBole refuses"),
+        ({"model": "SASRec", "train_neg_sample_args": {"sample_num": 1}}, "should be None when the loss_type is CE"),
+        ({"model": "SASRec", "metrics": ["Hitt"]}, "no metric named 'Hitt'"),
+        ({"model": "SASRec", "item_embedding_colum": "text"}, "did you mean 'item_embedding_column'"),
+        ({"model": "SASRec", "learning_rate": 1e30}, "loss of epoch . is not a number"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    settings: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    file = write_yaml(tmp_path / "r.yaml", settings)
+    with pytest.raises(ConfigError, match=message):
+        train_recommender.run(TrainRecommenderConfig(data=data, config=file, out=tmp_path / "out", **SMALL))
+
+
+def test_a_column_without_embeddings_is_refused(data: Path, tmp_path: Path) -> None:
+    config = TrainRecommenderConfig(data=data, model="SASRec", column="text", out=tmp_path)
+    with pytest.raises(ConfigError, match="item_embedding_column without item_embedding_init"):
+        train_recommender.run(config)
+
+
+def test_a_recbole_dataset_that_is_not_there_is_refused_and_not_downloaded(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "r.yaml", {"model": "SASRec", "dataset": "ml-1m", "data_path": str(tmp_path)})
+    with pytest.raises(DataError, match="there is no folder"):
+        train_recommender.run(TrainRecommenderConfig(config=file, out=tmp_path / "out"))
+
+
+def test_a_yaml_without_data_of_any_kind_is_refused(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "r.yaml", {"model": "SASRec"})
+    with pytest.raises(ConfigError, match="no data is named"):
+        train_recommender.run(TrainRecommenderConfig(config=file, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "key: [unclosed\n"])
+def test_a_yaml_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yaml"):
+        train_recommender.run(TrainRecommenderConfig(config=tmp_path / "r.yaml", out=tmp_path / "out"))
