@@ -196,9 +196,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
     model = settings.get("model")
     if model not in recbole_plugin.MODELS:
         raise ConfigError(
-            "no model is named"
-            if model is None
-            else f"model {model!r}{did_you_mean(str(model), recbole_plugin.MODELS)}",
+            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), recbole_plugin.MODELS)}",
             f"one of {', '.join(recbole_plugin.MODELS)}",
             "give --model, or a `model:` line in the YAML",
         )
@@ -534,11 +532,10 @@ class _Rankings:
     def means(self) -> dict[str, Any]:
         """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator) and `full`."""
         of_seed = [ranking.mean_over_users(self.users(seed)) for seed in self.negatives]
-        names = list(of_seed[0])
-        values = {name: np.array([means[name] for means in of_seed]) for name in names}
+        values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         return {
-            "candidates": {name: float(values[name].mean()) for name in names},
-            "candidates_std": {name: float(values[name].std(ddof=1)) if len(of_seed) > 1 else 0.0 for name in names},
+            "candidates": {name: statistics.mean(each) for name, each in values.items()},
+            "candidates_std": {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()},
             "full": ranking.mean_over_users(self.users(None)),
         }
 

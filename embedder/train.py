@@ -194,8 +194,6 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(folder)
-    if checkpoint is None:
-        watch.validate(trainer.state, keep=False)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
         _checkpointing(backbone.body.language_model, "disable")
@@ -288,10 +286,17 @@ class _Watch(TrainerCallback):
             safetensors.torch.save_file(trainable(self._model), temporary)
             temporary.replace(self._folder / _BEST)
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate the untrained model, so that the curve shows what training added."""
+        if state.global_step == 0:
+            self.validate(state, keep=False)
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let `random` samples choose this epoch's positions."""
         self._samples.set_epoch(int(state.epoch or 0))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate; also at the end of an epoch that `max_steps` cut short."""
         self.validate(state)
 
     def on_log(
@@ -302,9 +307,11 @@ class _Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
+        """Remember the latest point of the curves."""
         self._latest |= logs or {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report the step."""
         self._on_step(state.global_step, state.max_steps, self._latest)
 
     def finish(self, state: TrainerState) -> Training:

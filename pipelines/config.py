@@ -47,7 +47,7 @@ class PrepareConfig:
 
     items: Path = setting("Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz).")
     interactions: Path = setting("Interactions: Parquet, CSV, JSON lines, or Amazon reviews of either year.")
-    images: Path = setting("Folder of images, named by the image_path column or <item_id>.<jpg|jpeg|png|webp>.")
+    images: Path = setting("Folder of images, named by the image_path column or <item_id>.<jpg|png|webp|gif|bmp>.")
     out: Path = setting("Dataset folder to write.")
     name: str | None = setting("Dataset name; Toys, Beauty, Clothing, Sports are shown beside the paper.", None)
     core: Positive = setting("k of the iterative k-core; 1 keeps everybody with three interactions.", 5)

@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.markup import escape
 from rich.table import Table
 
 from vlm2rec.embedder import schema
@@ -302,6 +303,8 @@ def _write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Ser
 
 
 def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int, count: int) -> None:
+    if num_items - int(np.diff(sequences.offsets).max()) >= count:
+        return  # nobody has touched so many, even without repeats
     left = untouched_counts(sequences, num_items)
     least, short = int(left.min()), int((left < count).sum())
     if short:
@@ -409,7 +412,7 @@ def paper_name(name: str) -> str | None:
 
 
 def _print(meta: Mapping[str, Any], out: Path) -> None:
-    table = Table(title=f"{meta['name']} → {out}", title_justify="left")
+    table = Table(title=escape(f"{meta['name']} → {out}"), title_justify="left")
     table.add_column("step")
     for column in ("users", "items", "interactions"):
         table.add_column(column, justify="right")

@@ -14,7 +14,8 @@ import pytest
 
 from vlm2rec.embedder.errors import DataError
 from vlm2rec.pipelines import catalogue_files
-from vlm2rec.pipelines.catalogue_files import ColumnNames, find_images, read_items, scan_interactions
+from vlm2rec.pipelines.catalogue_files import ColumnNames, read_items, scan_interactions
+from vlm2rec.pipelines.image_files import find_images
 
 
 def write(path: Path, content: bytes | str) -> Path:

@@ -1,0 +1,131 @@
+"""`vlm2rec evaluate` (Task 1): real vectors of a tiny model, ranked, written and held against a brute force."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from embedding_folder import write_embeddings
+
+from vlm2rec.downstream.ranking import bound_check
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.pipelines import evaluate, export_items
+from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Tiny, drawn_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "embeddings"
+    export_items.run(
+        ExportConfig(
+            data=drawn_dataset,
+            backbone=str(tiny("qwen2_5_vl")),
+            out=out,
+            max_pixels=56 * 56,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+    return out
+
+
+def run(data: Path, embeddings: Path, out: Path, **more: object) -> dict:
+    return evaluate.run(
+        EvaluateConfig(data=data, embeddings=embeddings, out=out, dtype="float32", device="cpu", **more)
+    )  # type: ignore[arg-type]
+
+
+def test_metrics_equal_a_brute_force_over_the_written_vectors(
+    drawn_dataset: Path, exported: Path, tmp_path: Path
+) -> None:
+    result = run(drawn_dataset, exported, tmp_path / "out")
+    dataset = Dataset(drawn_dataset)
+    rows = {
+        r["item_id"]: np.array(r["fused"]) for p in exported.glob("*.parquet") for r in pq.read_table(p).to_pylist()
+    }
+    items = np.stack([rows[i] / np.linalg.norm(rows[i]) for i in dataset.item_ids])
+    raw = np.stack([rows[i] for i in dataset.item_ids])
+    histories, hits = dataset.histories("test"), []
+    seen = [
+        set(s.tolist()) | {v}
+        for s, v in zip(dataset.train_sequences(), dataset.histories("valid").targets, strict=True)
+    ]
+    full_hits = []
+    for seed in dataset.candidate_seeds:
+        negatives = dataset.negatives(seed)
+        for user in range(len(histories)):
+            scores = items @ raw[histories.of(user)].mean(axis=0)
+            target = histories.targets[user]
+            hits.append(np.sum(scores[negatives[user]] > scores[target]) < 10)
+            if seed == 0:
+                rivals = [i for i in range(len(items)) if i != target and i not in seen[user]]
+                full_hits.append(np.sum(scores[rivals] > scores[target]) < 10)
+    assert result["candidates"]["f2f"]["H@10"] == pytest.approx(np.mean(hits), abs=1e-9)
+    assert result["full"]["f2f"]["H@10"] == pytest.approx(np.mean(full_hits), abs=1e-9)
+
+
+def test_the_folder_holds_every_pair_view_and_user(drawn_dataset: Path, exported: Path, tmp_path: Path) -> None:
+    result = run(drawn_dataset, exported, tmp_path / "out")
+    assert list(result["candidates"]) == ["f2f", "t2f", "v2f", "t2t", "v2v"]
+    assert set(result["geometry"]) == {"fused", "text", "image"}
+    assert all(set(values) == {"A_pos", "A_neg", "U", "S"} for values in result["geometry"].values())
+    assert all(bound_check(row) for row in result["candidates"].values())
+    users = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
+    assert len(users) == result["users"] * 5 * (2 + 1)
+    mean = np.mean([r["N@20"] for r in users if r["protocol"] == "full" and r["view"] == "t2f"])
+    assert result["full"]["t2f"]["N@20"] == pytest.approx(mean)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_the_sequence_encoder_must_be_the_one_of_the_table(
+    tiny: Tiny, drawn_dataset: Path, exported: Path, tmp_path: Path
+) -> None:
+    result = run(drawn_dataset, exported, tmp_path / "out", backbone=str(tiny("qwen2_5_vl")))
+    assert result["users_from"] == "sequence"
+    with pytest.raises(ArtifactError, match="the same backbone and adapter"):
+        run(drawn_dataset, exported, tmp_path / "x", backbone=str(tiny("qwen2_vl")))
+    with pytest.raises(ConfigError, match="give --backbone"):
+        run(drawn_dataset, exported, tmp_path / "x", users_from="sequence")
+
+
+def test_items_without_a_vector_are_refused_or_counted(drawn_dataset: Path, tmp_path: Path) -> None:
+    ids = Dataset(drawn_dataset).item_ids
+    vectors = np.random.default_rng(0).normal(size=(len(ids) - 2, 8)).astype(np.float32)
+    folder = tmp_path / "embeddings"
+    write_embeddings(folder, ids[2:], vectors)
+    with pytest.raises(ArtifactError, match=f"2 of {len(ids)} items have no fused vector"):
+        run(drawn_dataset, folder, tmp_path / "a")
+    assert run(drawn_dataset, folder, tmp_path / "b", missing="zero")["missing"] == 2
+
+
+def test_random_vectors_score_at_chance_and_the_answer_itself_at_one(drawn_dataset: Path, tmp_path: Path) -> None:
+    """A leak would show as a gain without any information."""
+    dataset = Dataset(drawn_dataset)
+    means = []
+    for seed in range(30):
+        vectors = np.random.default_rng(seed).normal(size=(len(dataset.item_ids), 16)).astype(np.float32)
+        write_embeddings(tmp_path / str(seed), dataset.item_ids, vectors)
+        result = run(dataset.path, tmp_path / str(seed), tmp_path / f"out{seed}")
+        means.append(result["candidates"]["f2f"]["H@10"])
+    assert np.mean(means) == pytest.approx(10 / 21, abs=0.03)  # 20 candidates and the target
+
+
+def test_a_shuffled_future_gains_nothing(drawn_dataset: Path, tmp_path: Path) -> None:
+    """User vectors depend on the history alone: exchanging the targets between users leaves them as they are."""
+    dataset = Dataset(drawn_dataset)
+    histories = dataset.histories("test")
+    vectors = np.random.default_rng(0).normal(size=(len(dataset.item_ids), 16)).astype(np.float32)
+    before = evaluate.mean_of_history(vectors, histories)
+    shuffled = type(histories)(
+        histories.user_ids, histories.rows, histories.offsets, np.random.default_rng(1).permutation(histories.targets)
+    )
+    np.testing.assert_array_equal(before, evaluate.mean_of_history(vectors, shuffled))
+    by_hand = np.stack([vectors[histories.of(user)].mean(axis=0) for user in range(len(histories))])
+    np.testing.assert_allclose(before, by_hand, atol=1e-6)

@@ -1,0 +1,636 @@
+"""`vlm2rec prepare`: filtering, splitting, candidates, the folder it writes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ConfigError, DataError
+from vlm2rec.pipelines import cli, prepare
+from vlm2rec.pipelines.candidates import Sequences, draw_candidates, random_items, untouched_counts
+from vlm2rec.pipelines.config import PrepareConfig
+
+Row = tuple[str, str, int]
+
+
+def write_catalogue(
+    folder: Path, log: list[Row], items: list[str] | None = None, without_image: tuple[str, ...] = ()
+) -> dict[str, Path]:
+    """Write items.parquet, interactions.parquet and one tiny file per item; return the paths."""
+    ids = sorted({item for _, item, _ in log}) if items is None else items
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(
+        {"item_id": ids, "title": [f"title of {item}" for item in ids], "price": np.arange(len(ids))}
+    ).write_parquet(folder / "items.parquet")
+    pl.DataFrame(
+        {"user_id": [u for u, _, _ in log], "item_id": [i for _, i, _ in log], "timestamp": [t for _, _, t in log]},
+        schema={"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64},
+    ).write_parquet(folder / "interactions.parquet")
+    for item in ids:
+        if item not in without_image:
+            (folder / "images" / f"{item}.jpg").write_bytes(b"\xff")
+    return {
+        "items": folder / "items.parquet",
+        "interactions": folder / "interactions.parquet",
+        "images": folder / "images",
+        "out": folder / "data",
+    }
+
+
+def config(paths: dict[str, Path], **settings: Any) -> PrepareConfig:
+    return PrepareConfig(**{**paths, "core": 1, "candidates": 2, "candidate_seeds": (0, 1), **settings})
+
+
+def a_log(users: int, items: int, length: int, seed: int = 0) -> list[Row]:
+    """Draw a log in random file order, with popular items, repeats and many equal times."""
+    random = np.random.default_rng(seed)
+    size = users * length
+    user, time_ = random.integers(0, users, size), random.integers(0, 40, size)
+    item = (items * random.random(size) ** 1.7).astype(int)
+    return [(f"u{u}", f"i{i}", int(t)) for u, i, t in zip(user, item, time_, strict=True)]
+
+
+def flags(paths: dict[str, Path], **settings: object) -> list[str]:
+    given = {"core": 1, "candidates": 2, "candidate-seeds": "0,1", **paths, **settings}
+    return ["prepare", *(part for key, value in given.items() for part in (f"--{key}", str(value)))]
+
+
+# --- filtering and splitting --------------------------------------------------------------------------------
+
+
+def brute_force(log: list[Row], core: int) -> dict[str, list[str]]:
+    """Each user's items in time order after duplicates and k-core, by the plainest possible loops."""
+    rows = list(dict.fromkeys(log))
+    while True:
+        users, items = Counter(u for u, _, _ in rows), Counter(i for _, i, _ in rows)
+        kept = [(u, i, t) for u, i, t in rows if users[u] >= max(core, 3) and items[i] >= core]
+        if len(kept) == len(rows):
+            break
+        rows = kept
+    return {
+        user: [i for u, i, _ in sorted(rows, key=lambda row: row[2]) if u == user] for user in {u for u, _, _ in rows}
+    }
+
+
+@pytest.mark.parametrize("core", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_core_duplicates_order_and_split_equal_a_brute_force(tmp_path: Path, core: int, seed: int) -> None:
+    log = a_log(users=40, items=30, length=7, seed=seed)
+    expected = brute_force(log, core)
+    dataset = prepare.run(config(write_catalogue(tmp_path, log), core=core, candidates=1))
+    assert expected
+    assert dataset.user_ids == sorted(expected)
+    rows = dataset.sequences.to_pylist()
+    assert {row["user_id"]: [*row["train"], row["valid"], row["test"]] for row in rows} == expected
+    assert all(row["train"] for row in rows)
+    assert dataset.item_ids == sorted({item for items in expected.values() for item in items})
+    assert dataset.meta["users"] == len(expected)
+    assert dataset.meta["interactions"] == sum(map(len, expected.values()))
+
+
+def test_the_worlds_of_the_brute_force_test_do_lose_users_and_items() -> None:
+    log = a_log(users=40, items=30, length=7, seed=0)
+    assert len(set(log)) < len(log)
+    sizes = [len(brute_force(log, core)) for core in (1, 4, 5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[2]
+
+
+def test_equal_times_keep_the_files_order_in_a_large_file(tmp_path: Path) -> None:
+    # large enough that Polars works on it in several pieces at once
+    users, length = 300, 1000
+    order = np.random.default_rng(1).permutation(users * length)
+    log = [(f"u{n % users:03d}", f"i{place}", 0) for place, n in enumerate(order.tolist())]
+    items = [f"i{n}" for n in range(users * length)]
+    paths = write_catalogue(tmp_path, [], items=items[:1])
+    for name in ("1", "2"):
+        (tmp_path / f"images/{name}.jpg").write_bytes(b"x")
+    pl.DataFrame({"item_id": items, "title": items, "image_path": ["1.jpg"] * len(items)}).write_parquet(paths["items"])
+    pl.DataFrame(log, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(paths["interactions"])
+    dataset = prepare.run(config(paths))
+    for row in dataset.sequences.slice(0, 20).to_pylist():
+        places = [int(item[1:]) for item in [*row["train"], row["valid"], row["test"]]]
+        assert len(places) == length
+        assert places == sorted(places)
+
+
+def test_time_decides_and_not_the_files_order(tmp_path: Path) -> None:
+    log = [("u", "d", 4), ("u", "b", 2), ("u", "a", 1), ("u", "c", 3), ("v", "a", -5), ("v", "b", -7), ("v", "e", 0)]
+    dataset = prepare.run(config(write_catalogue(tmp_path, log), candidates=1))
+    assert dataset.sequences.to_pylist() == [
+        {"user_id": "u", "train": ["a", "b"], "valid": "c", "test": "d"},
+        {"user_id": "v", "train": ["b"], "valid": "a", "test": "e"},
+    ]
+
+
+def test_no_history_holds_anything_from_after_its_target(tmp_path: Path) -> None:
+    log = a_log(users=50, items=40, length=12, seed=3)
+    times = {(u, i): [t for v, j, t in log if (v, j) == (u, i)] for u, i, _ in log}
+    dataset = prepare.run(config(write_catalogue(tmp_path, log)))
+    for split in ("valid", "test"):
+        histories = dataset.histories(split)
+        for number, user in enumerate(histories.user_ids):
+            target = dataset.item_ids[histories.targets[number]]
+            for row in histories.of(number):
+                assert min(times[user, dataset.item_ids[row]]) <= max(times[user, target])
+
+
+def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: Path) -> None:
+    log = [("two", "a", 1), ("two", "b", 2), *(("three", item, n) for n, item in enumerate("abc"))]
+    dataset = prepare.run(config(write_catalogue(tmp_path, log, items=list("abcde"))))
+    assert dataset.user_ids == ["three"]
+    assert dataset.meta["counts"][-1] == {
+        "step": "1-core, users with 3 interactions",
+        "users": 1,
+        "items": 3,
+        "interactions": 3,
+    }
+
+
+def test_every_step_is_counted(tmp_path: Path) -> None:
+    log = [(f"u{n}", item, place) for n in range(4) for place, item in enumerate("abcd")]  # 16, the core
+    log += [(f"w{n}", item, place) for n in range(2) for place, item in enumerate("efg")]  # 6, the core of their own
+    log += [("u0", "a", 0), ("u0", "a", 9)]  # a copy, and the same item at another time
+    log += [("u1", "unknown", 1), ("u2", "no title", 1), ("visitor", "blank title", 1), ("u3", "no image", 1)]
+    items = [*"abcdefg", "no title", "blank title", "no image", "lonely"]
+    paths = write_catalogue(tmp_path, log, items=items, without_image=("no image",))
+    title = pl.col("item_id").replace_strict({"no title": None, "blank title": " \t\n"}, default="title")
+    pl.read_parquet(paths["items"]).with_columns(title=title).write_parquet(paths["items"])
+    counts = prepare.run(config(paths, core=2)).meta["counts"]
+    assert [tuple(step.values()) for step in counts] == [
+        ("as read", 7, 11, 28),
+        ("interactions of known items", 7, 11, 27),
+        ("items with a title", 6, 9, 25),
+        ("items with an image", 6, 8, 24),
+        ("exact duplicates removed", 6, 8, 23),
+        ("2-core, users with 3 interactions", 6, 7, 23),
+    ]
+
+
+def test_the_catalogues_other_columns_and_its_order_are_kept(tmp_path: Path) -> None:
+    log = [("u", item, n) for n, item in enumerate("abcd")]
+    log += [("v", item, n) for n, item in enumerate("ayd")]
+    paths = write_catalogue(tmp_path, log, items=list("dxcbya"), without_image=("x",))
+    dataset = prepare.run(config(paths, candidates=1))
+    assert dataset.items.column_names == ["item_id", "title", "image_path", "price"]
+    assert dataset.items.to_pylist()[1] == {
+        "item_id": "c",
+        "title": "title of c",
+        "image_path": "c.jpg",
+        "price": 2,
+    }
+    assert dataset.item_ids == list("dcbya")
+
+
+# --- candidates ---------------------------------------------------------------------------------------------
+
+
+def some_sequences(users: int, items: int, seed: int = 0) -> Sequences:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 30, users)
+    return Sequences(
+        random.integers(0, items, lengths.sum()).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)])
+    )
+
+
+@pytest.mark.parametrize(("items", "count"), [(131, 100), (300, 100), (5000, 100), (40, 5)])
+def test_candidates_are_the_first_new_untouched_items_of_each_users_stream(items: int, count: int) -> None:
+    sequences = some_sequences(200, items)
+    drawn = draw_candidates(sequences, range(200), items, count, seed=3)
+    for user in range(200):
+        touched = set(sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist())
+        stream = random_items(np.array([user]), items, 3, 4000)[0].tolist()
+        assert drawn[user].tolist() == [item for item in dict.fromkeys(stream) if item not in touched][:count]
+
+
+def test_candidates_do_not_depend_on_how_users_are_cut() -> None:
+    sequences = some_sequences(500, 700)
+    whole = draw_candidates(sequences, range(500), 700, 50, seed=1)
+    parts = [draw_candidates(sequences, range(a, min(a + 37, 500)), 700, 50, seed=1) for a in range(0, 500, 37)]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_candidates_are_uniform_over_the_untouched_items() -> None:
+    users, items, count = 20_000, 60, 10
+    sequences = Sequences(np.tile(np.arange(20, dtype=np.int32), users), np.arange(users + 1) * 20)
+    drawn = draw_candidates(sequences, range(users), items, count, seed=5)
+    often = np.bincount(drawn.ravel(), minlength=items)
+    assert often[:20].sum() == 0
+    expected = users * count / 40
+    # drawing without replacement makes counts less variable than a multinomial's
+    assert ((often[20:] - expected) ** 2 / expected).sum() < 72.1  # χ², 39 degrees of freedom, 0.1 %
+    together = np.isin(drawn, [20, 59]).all(axis=1).sum() + (np.isin(drawn, [20, 59]).sum(axis=1) == 2).sum()
+    assert abs(together - users * (10 * 9) / (40 * 39)) < 5 * np.sqrt(users * 90 / 1560)
+
+
+def test_every_position_and_seed_has_a_stream_of_its_own() -> None:
+    first = random_items(np.arange(200), 1 << 30, 0, 50)
+    second = random_items(np.arange(200), 1 << 30, 1, 50)
+    assert len(np.unique(np.concatenate([first, second]))) > 19_990
+    assert np.array_equal(random_items(np.array([17]), 1 << 30, 1, 20)[0], second[17, :20])
+    assert first.min() >= 0
+    assert first.max() < 1 << 30
+
+
+def test_the_streams_are_splitmix64_of_seed_user_and_position() -> None:
+    def mix(state: int) -> int:
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    for seed, user, place in ((0, 0, 0), (1, 0, 3), (2**31 - 1, 999_999, 2)):
+        bits = mix((mix((seed + 1) * golden % 2**64) + (user * 2**32 + place) * golden) % 2**64)
+        assert random_items(np.array([user]), 12_345, seed, 4)[0, place] == (bits >> 11) * 12_345 >> 53
+    assert mix(golden) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 from state 0, as published
+
+
+def test_stored_candidates_are_untouched_distinct_and_the_same_in_every_run(tmp_path: Path) -> None:
+    paths = write_catalogue(tmp_path, a_log(users=60, items=80, length=9))
+    dataset = prepare.run(config(paths, candidates=20, candidate_seeds=(4, 0)))
+    again = prepare.run(config({**paths, "out": tmp_path / "again"}, candidates=20, candidate_seeds=(0, 4)))
+    assert dataset.candidate_seeds == [0, 4]
+    assert not np.array_equal(dataset.negatives(0), dataset.negatives(4))
+    for seed in (0, 4):
+        drawn = dataset.negatives(seed)
+        assert drawn.shape == (len(dataset.user_ids), 20)
+        assert np.array_equal(drawn, again.negatives(seed))
+        for row, user in zip(drawn, dataset.sequences.to_pylist(), strict=True):
+            assert len(set(row.tolist())) == 20
+            assert not {dataset.item_ids[i] for i in row} & {*user["train"], user["valid"], user["test"]}
+
+
+def test_a_user_who_touched_too_much_is_named_with_the_number_that_would_work(tmp_path: Path) -> None:
+    log = [("all", f"i{n}", n) for n in range(8)] + [("few", f"i{n}", n) for n in range(3)]
+    log += [("few", "i0", 9)] * 3
+    paths = write_catalogue(tmp_path, log, items=[f"i{n}" for n in range(8)])
+    with pytest.raises(DataError, match="user 'all' has 0 left"):
+        prepare.run(config(paths))
+    log = [("most", f"i{n}", n) for n in range(8)] + [("few", f"i{n}", n) for n in range(6, 10)]
+    paths = write_catalogue(tmp_path, log)
+    with pytest.raises(DataError, match=r"1 of 2 users .* user 'most' has 2 left.*--candidates 2 or less"):
+        prepare.run(config(paths, candidates=3))
+    assert not paths["out"].exists()
+    assert prepare.run(config(paths, candidates=2)).negatives(0).shape == (2, 2)
+
+
+def test_repeats_do_not_count_as_touched_twice() -> None:
+    sequences = Sequences(np.array([0, 1, 0, 1, 0, 2, 3, 4], np.int32), np.array([0, 5, 8]))
+    assert untouched_counts(sequences, 6).tolist() == [4, 3]
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, Path]:
+    return write_catalogue(tmp_path, a_log(users=30, items=25, length=8))
+
+
+def test_files_have_the_promised_columns_for_any_reader(paths: dict[str, Path]) -> None:
+    prepare.run(config(paths))
+    texts = pa.list_(pa.field("element", pa.string()))
+    shapes = {
+        "items.parquet": [("item_id", pa.string()), ("title", pa.string()), ("image_path", pa.string())],
+        "sequences.parquet": [
+            ("user_id", pa.string()),
+            ("train", texts),
+            ("valid", pa.string()),
+            ("test", pa.string()),
+        ],
+        "negatives.parquet": [("seed", pa.int32()), ("user_id", pa.string()), ("negatives", texts)],
+    }
+    for name, columns in shapes.items():
+        table = pq.read_table(paths["out"] / name)
+        assert [(field.name, field.type) for field in table.schema][: len(columns)] == columns
+    negatives = pl.read_parquet(paths["out"] / "negatives.parquet")
+    assert negatives.schema == {"seed": pl.Int32, "user_id": pl.String, "negatives": pl.List(pl.String)}
+    users = pl.read_parquet(paths["out"] / "sequences.parquet")["user_id"].to_list()
+    assert negatives.select("seed", "user_id").rows() == [(seed, user) for seed in (0, 1) for user in users]
+
+
+def test_candidates_are_stored_as_codes_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_USERS_PER_GROUP", 16)
+    long_ids = [(u, f"{i}-{'x' * 200}", t) for u, i, t in a_log(users=40, items=60, length=8)]
+    paths = write_catalogue(tmp_path, long_ids)
+    dataset = prepare.run(config(paths, candidates=30))
+    file = pq.ParquetFile(paths["out"] / "negatives.parquet")
+    assert file.metadata.num_row_groups == 2 * 3
+    for group in range(file.metadata.num_row_groups):
+        column = file.metadata.row_group(group).column(2)
+        assert column.path_in_schema == "negatives.list.element"
+        assert column.has_dictionary_page
+        assert "PLAIN_DICTIONARY" in column.encodings or "RLE_DICTIONARY" in column.encodings
+    assert (paths["out"] / "negatives.parquet").stat().st_size < 2 * 40 * 30 * 20
+    assert np.array_equal(
+        dataset.negatives(1), prepare.run(config(paths, candidates=30, candidate_seeds=(1,))).negatives(1)
+    )
+
+
+def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
+    meta = prepare.run(config(paths, core=2, max_history=7, name="Tiny")).meta
+    assert meta["name"] == "Tiny"
+    assert meta["max_history"] == 7
+    assert meta["schema_version"] == 1
+    assert meta["negatives"] == {"count": 2, "seeds": [0, 1]}
+    assert meta["paper"] is None
+    assert meta["rules"]["core"] == 2
+    assert meta["average_length"] == meta["interactions"] / meta["users"]
+    assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * meta["items"])
+    for name in ("items.parquet", "sequences.parquet", "negatives.parquet"):
+        assert meta["sha256"][name] == schema.sha256_file(paths["out"] / name)
+    assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "dataset.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("Toys", "Toys"),
+        ("toys_and_games", "Toys"),
+        ("Beauty", "Beauty"),
+        ("Clothing_Shoes_and_Jewelry", "Clothing"),
+        ("SPORTS-and-Outdoors", "Sports"),
+        ("All_Beauty", None),
+        ("movies", None),
+        ("", None),
+    ],
+)
+def test_the_papers_datasets_are_known_by_their_short_and_long_names(name: str, paper: str | None) -> None:
+    assert prepare.paper_name(name) == paper
+
+
+def test_the_counts_stand_next_to_the_papers(paths: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    meta = prepare.run(config({**paths, "out": paths["out"].with_name("Toys_and_Games")})).meta
+    assert meta["name"] == "Toys_and_Games"
+    assert meta["paper"]["users"] == 15921 and meta["paper"]["items"] == 8383
+    assert meta["paper"]["interactions"] == 108336
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.search(r"the paper's Toys\s+│\s+15,921\s+│\s+8,383\s+│\s+108,336", output.err)
+    assert re.search(r"as read\s+│\s+30\s+│", output.err)
+
+
+def test_the_image_root_is_relative_only_inside_the_dataset_folder(paths: dict[str, Path]) -> None:
+    outside = prepare.run(config(paths))
+    assert outside.meta["image_root"] == str(paths["images"].resolve())
+    inside = paths["out"].with_name("with-images")
+    inside.mkdir()
+    images = paths["images"].rename(inside / "images")
+    dataset = prepare.run(config({**paths, "images": images, "out": inside}))
+    assert dataset.meta["image_root"] == "images"
+    moved = Dataset(inside.rename(inside.with_name("moved")))
+    assert (moved.image_root / moved.image_paths[0]).is_file()
+
+
+def test_a_rerun_writes_the_same_bytes_and_another_setting_replaces_them(paths: dict[str, Path]) -> None:
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in paths["out"].iterdir()}
+
+    prepare.run(config(paths))
+    first = contents()
+    prepare.run(config(paths))
+    assert contents() == first
+    assert prepare.run(config(paths, core=3)).meta["rules"]["core"] == 3
+    assert contents()["sequences.parquet"] != first["sequences.parquet"]
+
+
+def test_a_failing_run_leaves_the_old_dataset_as_it_was(paths: dict[str, Path]) -> None:
+    prepare.run(config(paths))
+    before = {path.name: path.read_bytes() for path in paths["out"].iterdir()}
+    with pytest.raises(DataError):
+        prepare.run(config(paths, candidates=10_000))
+    assert {path.name: path.read_bytes() for path in paths["out"].iterdir()} == before
+
+
+def test_a_folder_that_is_no_dataset_is_not_touched(paths: dict[str, Path]) -> None:
+    paths["out"].mkdir()
+    (paths["out"] / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"not empty and not a dataset folder: it holds thesis\.tex"):
+        prepare.run(config(paths))
+    assert [path.name for path in paths["out"].iterdir()] == ["thesis.tex"]
+
+
+def test_an_input_is_never_overwritten(paths: dict[str, Path]) -> None:
+    out = paths["items"].parent
+    before = paths["items"].read_bytes()
+    with pytest.raises(ConfigError, match=r"would overwrite the input items\.parquet"):
+        prepare.run(config({**paths, "out": out}))
+    assert paths["items"].read_bytes() == before
+
+
+def test_a_file_in_the_way_and_a_closed_folder_are_config_errors(paths: dict[str, Path]) -> None:
+    paths["out"].write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare.run(config(paths))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        prepare.run(config({**paths, "out": paths["out"] / "below"}))
+
+
+def test_a_killed_run_leaves_no_dataset_and_the_next_run_finishes_it(paths: dict[str, Path]) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from vlm2rec.pipelines import cli, prepare\n"
+        "prepare.schema.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.argv = ['vlm2rec', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    prepare.run(config(paths))
+    done = {path.name: path.read_bytes() for path in paths["out"].iterdir()}
+    killed = subprocess.run([sys.executable, "-c", script, *flags(paths)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (paths["out"] / "dataset.json").exists()
+    prepare.run(config(paths))
+    assert {path.name: path.read_bytes() for path in paths["out"].iterdir()} == done
+
+
+def test_an_interrupted_run_cleans_up_and_says_so_by_its_exit_code(paths: dict[str, Path]) -> None:
+    script = (
+        "import sys, time\n"
+        "from vlm2rec.pipelines import cli, prepare\n"
+        "def slow(*_):\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(60)\n"
+        "prepare.read_log = slow\n"
+        "sys.argv = ['vlm2rec', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *flags(paths)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "working\n"
+            with pytest.raises(ConfigError, match="another `vlm2rec prepare` is writing"):
+                prepare.run(config(paths))
+            child.send_signal(number)
+            assert child.wait(timeout=20) == code
+        assert not paths["out"].exists()
+
+
+def test_the_folder_of_scratch_files_does_not_stay(paths: dict[str, Path]) -> None:
+    log = pl.read_parquet(paths["interactions"])
+    packed = paths["interactions"].with_name("log.csv.gz")
+    packed.write_bytes(gzip.compress(log.write_csv().encode()))
+    whole = prepare.run(config(paths)).sequences
+    assert prepare.run(config({**paths, "interactions": packed})).sequences == whole
+    assert not (paths["out"] / prepare.WORKING_FOLDER).exists()
+
+
+# --- every kind of input, through the command line ----------------------------------------------------------
+
+
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> tuple[int, str]:
+    """Run `vlm2rec` in this process; return its exit code and what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", ["vlm2rec", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    return int(stopped.value.code or 0), output.err
+
+
+def test_the_command_runs_with_default_flags_in_a_process_of_its_own(tmp_path: Path) -> None:
+    paths = write_catalogue(tmp_path, a_log(users=60, items=200, length=30))
+    arguments = [part for key, value in paths.items() for part in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("vlm2rec"), "prepare", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "5-core" in done.stderr
+    dataset = Dataset(paths["out"])
+    assert dataset.max_history == 10
+    assert dataset.candidate_seeds == [0, 1, 2, 3, 4]
+    assert dataset.negatives(4).shape == (len(dataset.user_ids), 100)
+
+
+def test_amazon_2014_files_make_the_same_dataset_as_plain_ones(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = prepare.run(config(paths))
+    folder = paths["items"].parent
+    items = pl.read_parquet(paths["items"])
+    meta = "".join(repr({"asin": i, "title": t, "imUrl": "http://x"}) + "\n" for i, t, _ in items.rows())
+    log = "".join(
+        json.dumps({"reviewerID": u, "asin": i, "unixReviewTime": t}) + "\n"
+        for u, i, t in pl.read_parquet(paths["interactions"]).rows()
+    )
+    (folder / "meta_Toys.json.gz").write_bytes(gzip.compress(meta.encode()))
+    (folder / "reviews_Toys_5.json.gz").write_bytes(gzip.compress(log.encode()))
+    amazon = {"items": folder / "meta_Toys.json.gz", "interactions": folder / "reviews_Toys_5.json.gz"}
+    code, text = run_cli(monkeypatch, capsys, flags({**paths, **amazon, "out": folder / "amazon"}))
+    assert code == 0
+    assert "items: Amazon 2014 metadata (Python literal lines), 25 rows" in text
+    assert "interactions: Amazon 2014 reviews (JSON lines), 240 rows" in text
+    made = Dataset(folder / "amazon")
+    assert made.sequences == plain.sequences
+    assert made.item_ids == plain.item_ids
+    assert np.array_equal(made.negatives(1), plain.negatives(1))
+
+
+@dataclasses.dataclass
+class Broken:
+    """One way to break the input: what to change, the exit code, and words of the message."""
+
+    code: int
+    words: tuple[str, ...]
+    flags: dict[str, object] = dataclasses.field(default_factory=dict)
+    items: bytes | None = None
+    interactions: bytes | None = None
+    remove_images: bool = False
+
+
+ITEMS = b"item_id,title\n" + b"".join(b"%c,title\n" % letter for letter in b"abcdef")
+LOG = b"user_id,item_id,timestamp\n" + b"".join(
+    b"%c,%c,%d\n" % (user, item, item) for user in b"uvw" for item in b"abcd"
+)
+BROKEN = {
+    "nothing is broken": Broken(0, ("average length 4.0",)),
+    "items missing": Broken(3, ("nowhere.csv is not there",), {"items": "nowhere.csv"}),
+    "interactions missing": Broken(3, ("nowhere.csv is not there",), {"interactions": "nowhere.csv"}),
+    "images missing": Broken(3, ("nowhere is not there", "img2dataset"), {"images": "nowhere"}),
+    "items empty": Broken(3, ("items.csv is empty",), items=b""),
+    "only a header": Broken(3, ("no interactions",), interactions=b"user_id,item_id,timestamp\n"),
+    "wrong item column": Broken(
+        3, ("no column 'item_id' (did you mean 'itemid'?)", "--item-id-column"), items=ITEMS.replace(b"item_", b"item")
+    ),
+    "wrong time column": Broken(3, ("no column 'time'", "--time-column"), {"time-column": "time"}),
+    "latin-1": Broken(3, ("not UTF-8", "line 3"), items=ITEMS.replace(b"b,title", b"b,caf\xe9")),
+    "utf-16": Broken(3, ("UTF-16",), interactions=LOG.decode().encode("utf-16")),
+    "duplicate item": Broken(3, ("item id 'a' stands in rows 1 and 7",), items=ITEMS + b"a,again\n"),
+    "null user": Broken(3, ("row 13 ", "no user_id"), interactions=LOG + b",a,1\n"),
+    "null time": Broken(3, ("row 13 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
+    "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
+    "no titles": Broken(
+        3,
+        ("step 'items with a title' leaves nothing of 3 users, 6 items and 12 interactions",),
+        items=ITEMS.replace(b"title\n", b" \n").replace(b"item_id, ", b"item_id,title"),
+    ),
+    "two catalogues": Broken(
+        3,
+        ("step 'interactions of known items' leaves nothing", "['7.0', '8.0']", "['a', 'b', 'c']"),
+        interactions=b"user_id,item_id,timestamp\nu,7.0,1\nu,8.0,2\n",
+    ),
+    "core too high": Broken(3, ("step '9-core' leaves nothing of 3 users", "--core (now 9)"), {"core": 9}),
+    "too few candidates": Broken(3, ("--candidates 2 or less",), {"candidates": 3}),
+    "seed twice": Broken(2, ("candidate_seeds is [1, 1]",), {"candidate-seeds": "1,1"}),
+    "seed below zero": Broken(2, ("candidate_seeds is [-1]",), {"candidate-seeds": "-1"}),
+    "core zero": Broken(2, ("core = '0'",), {"core": 0}),
+    "one column for two": Broken(2, ("are the same",), {"user-id-column": "item_id"}),
+    "output is a file": Broken(2, ("is a file",), {"out": "items.csv"}),
+    "output is foreign": Broken(2, ("not a dataset folder",), {"out": "images"}),
+    "unknown key": Broken(2, ("'cores'", "did you mean 'core'"), {"set": "cores=5"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_input_is_one_paragraph_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    case = BROKEN[name]
+    (tmp_path / "images").mkdir()
+    for letter in "abcdef":
+        (tmp_path / f"images/{letter}.jpg").write_bytes(b"x")
+    if case.remove_images:
+        for path in (tmp_path / "images").iterdir():
+            path.rename(path.with_suffix(".txt"))
+    (tmp_path / "items.csv").write_bytes(ITEMS if case.items is None else case.items)
+    (tmp_path / "log.csv").write_bytes(LOG if case.interactions is None else case.interactions)
+    monkeypatch.chdir(tmp_path)
+    given = {
+        name: Path(path) for name, path in (("items", "items.csv"), ("interactions", "log.csv"), ("images", "images"))
+    }
+    before = sorted(tmp_path.iterdir())
+    code, text = run_cli(monkeypatch, capsys, flags({**given, "out": Path("data")}, **case.flags))
+    assert code == case.code, text
+    flat = " ".join(text.split())
+    for word in case.words:
+        assert word in flat, text
+    if code:
+        assert sorted(tmp_path.iterdir()) == before
+        message = text[text.index("vlm2rec: ") :]
+        assert message.count("\n") == 1
+        assert "To fix it" in message
