@@ -105,7 +105,8 @@ def plan_index(embeddings: Path, *, column: str = schema.FUSED, kind: str = "aut
     queries = min(sample, rows)
     work = 4 * (train_rows * dim + queries * (dim + 2 * BATCH)) + 12 * BATCH * dim
     seconds = _seconds(factory, rows, dim, train_rows, queries)
-    return IndexPlan(kind, factory, rows, dim, train_rows, size, size + work + 200 * rows, seconds)
+    memory = 2 * size + work + 200 * rows  # twice: FAISS moves to a larger array while it grows
+    return IndexPlan(kind, factory, rows, dim, train_rows, size, memory, seconds)
 
 
 def bytes_per_vector(factory: str, dim: int) -> float:

@@ -44,7 +44,7 @@ class FolderDataset(SequentialDataset):
         }
         for field, kind in columns:
             self.set_field_property(field, kind, FeatureSource.INTERACTION, 1)
-        self.inter_feat = pd.DataFrame({field: values for (field, _), values in columns.items()})
+        self.inter_feat: Any = pd.DataFrame({field: values for (field, _), values in columns.items()})
         self.user_feat = None
         self.item_feat = None
         unseen = np.setdiff1d(np.arange(len(item_ids)), rows)

@@ -82,7 +82,7 @@ def write_dataset(
 
 
 def cyclic_sequences(item_ids: Sequence[str], users: int, seed: int = 0, longest: int = 12) -> list[list[str]]:
-    """Return sequences of distinct items in which item i is mostly followed by item i + 1, so that a model can learn."""
+    """Return sequences of distinct items in which item i is mostly followed by item i + 1: a model can learn that."""
     generator = np.random.default_rng(seed)
     count = len(item_ids)
     sequences = []

@@ -152,15 +152,15 @@ def test_no_history_holds_anything_from_after_its_target(tmp_path: Path) -> None
 
 
 def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: Path) -> None:
-    log = [("two", "a", 1), ("two", "b", 2), *(("three", item, n) for n, item in enumerate("abc"))]
-    dataset = prepare.run(config(write_catalogue(tmp_path, log, items=list("abcde"))))
-    assert dataset.user_ids == ["three"]
-    assert dataset.meta["counts"][-1] == {
-        "step": "1-core, users with 3 interactions",
-        "users": 1,
-        "items": 3,
-        "interactions": 3,
-    }
+    log = [("two", "a", 1), ("two", "e", 2), ("one", "f", 1)]
+    log += [("abc", item, n) for n, item in enumerate("abc")] + [("bcd", item, n) for n, item in enumerate("bcd")]
+    dataset = prepare.run(config(write_catalogue(tmp_path, log), candidates=1))
+    assert dataset.user_ids == ["abc", "bcd"]
+    assert dataset.item_ids == list("abcd")
+    assert [tuple(step.values()) for step in dataset.meta["counts"]][-2:] == [
+        ("exact duplicates removed", 4, 6, 9),
+        ("1-core, users with 3 interactions", 2, 4, 6),
+    ]
 
 
 def test_every_step_is_counted(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_rerun_writes_the_same_bytes_and_another_setting_replaces_them(paths: 
     first = contents()
     prepare.run(config(paths))
     assert contents() == first
-    assert prepare.run(config(paths, core=3)).meta["rules"]["core"] == 3
+    assert prepare.run(config(paths, core=6)).meta["rules"]["core"] == 6
     assert contents()["sequences.parquet"] != first["sequences.parquet"]
 
 
@@ -565,10 +565,12 @@ class Broken:
 
 ITEMS = b"item_id,title\n" + b"".join(b"%c,title\n" % letter for letter in b"abcdef")
 LOG = b"user_id,item_id,timestamp\n" + b"".join(
-    b"%c,%c,%d\n" % (user, item, item) for user in b"uvw" for item in b"abcd"
+    b"%s,%c,%d\n" % (user, item, item)
+    for user, items in ((b"u", b"abcd"), (b"v", b"abcd"), (b"w", b"abcd"), (b"x", b"efa"))
+    for item in items
 )
 BROKEN = {
-    "nothing is broken": Broken(0, ("average length 4.0",)),
+    "nothing is broken": Broken(0, ("average length 3.8",)),
     "items missing": Broken(3, ("nowhere.csv is not there",), {"items": "nowhere.csv"}),
     "interactions missing": Broken(3, ("nowhere.csv is not there",), {"interactions": "nowhere.csv"}),
     "images missing": Broken(3, ("nowhere is not there", "img2dataset"), {"images": "nowhere"}),
@@ -581,12 +583,12 @@ BROKEN = {
     "latin-1": Broken(3, ("not UTF-8", "line 3"), items=ITEMS.replace(b"b,title", b"b,caf\xe9")),
     "utf-16": Broken(3, ("UTF-16",), interactions=LOG.decode().encode("utf-16")),
     "duplicate item": Broken(3, ("item id 'a' stands in rows 1 and 7",), items=ITEMS + b"a,again\n"),
-    "null user": Broken(3, ("row 13 ", "no user_id"), interactions=LOG + b",a,1\n"),
-    "null time": Broken(3, ("row 13 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
+    "null user": Broken(3, ("row 16 ", "no user_id"), interactions=LOG + b",a,1\n"),
+    "null time": Broken(3, ("row 16 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
     "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
     "no titles": Broken(
         3,
-        ("step 'items with a title' leaves nothing of 3 users, 6 items and 12 interactions",),
+        ("step 'items with a title' leaves nothing of 4 users, 6 items and 15 interactions",),
         items=ITEMS.replace(b"title\n", b" \n").replace(b"item_id, ", b"item_id,title"),
     ),
     "two catalogues": Broken(
@@ -594,11 +596,11 @@ BROKEN = {
         ("step 'interactions of known items' leaves nothing", "['7.0', '8.0']", "['a', 'b', 'c']"),
         interactions=b"user_id,item_id,timestamp\nu,7.0,1\nu,8.0,2\n",
     ),
-    "core too high": Broken(3, ("step '9-core' leaves nothing of 3 users", "--core (now 9)"), {"core": 9}),
+    "core too high": Broken(3, ("step '9-core' leaves nothing of 4 users", "--core (now 9)"), {"core": 9}),
     "too few candidates": Broken(3, ("--candidates 2 or less",), {"candidates": 3}),
     "seed twice": Broken(2, ("candidate_seeds is [1, 1]",), {"candidate-seeds": "1,1"}),
     "seed below zero": Broken(2, ("candidate_seeds is [-1]",), {"candidate-seeds": "-1"}),
-    "core zero": Broken(2, ("core = '0'",), {"core": 0}),
+    "core zero": Broken(2, ("core = 0",), {"core": 0}),
     "one column for two": Broken(2, ("are the same",), {"user-id-column": "item_id"}),
     "output is a file": Broken(2, ("is a file",), {"out": "items.csv"}),
     "output is foreign": Broken(2, ("not a dataset folder",), {"out": "images"}),

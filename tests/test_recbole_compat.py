@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ def atomic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def arguments(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A command line RecBole can read: pytest's own would be taken for its settings."""
     monkeypatch.setattr(sys, "argv", ["program"])
-    yield monkeypatch
+    return monkeypatch
 
 
 def config(folder: Path, out: Path, **more: Any) -> Any:
@@ -121,7 +120,7 @@ def test_pandas_3_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_recbole_is_an_error_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "recbole.config", None)
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps recbole==1.2.1 thop"):
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps recbole==1\.2\.1 thop"):
         recbole_compat.require_recbole()
 
 

@@ -101,7 +101,7 @@ def test_with_trainable_the_same_rows_start_an_ordinary_table(
     model: str, data: Dataset, embeddings: Path, vectors: np.ndarray, tmp_path: Path
 ) -> None:
     settings = TINY | {"model": model, "item_embedding_init": str(embeddings)}
-    frozen, _, dataset = build(settings, data, tmp_path / "a")
+    frozen, _, _ = build(settings, data, tmp_path / "a")
     trained, _, _ = build(settings | {"item_embedding_trainable": True}, data, tmp_path / "b")
     assert type(trained.item_embedding) is torch.nn.Embedding
     assert trained.item_embedding.weight.requires_grad
