@@ -1,4 +1,4 @@
-"""What RecBole 1.2.1, the last release, needs on a current stack. Each cure is in force only while RecBole runs.
+"""What RecBole 1.2.1, the last release, needs on a current stack. The cures are in force only while RecBole runs.
 
 1. `recbole.quick_start` imports Ray Tune, and RecBole pins a Ray that no current Python has. Nothing here imports
    quick_start: `recbole.config`, `.data`, `.model` and `.trainer` do the same work without Ray, so RecBole is
@@ -12,6 +12,8 @@
    number: `require_recbole` refuses pandas 3.
 5. Cross-entropy (the default loss of SASRec, GRU4Rec and BERT4Rec) stops with a ValueError unless
    `train_neg_sample_args` is set to nothing: `without_negative_sampling` says when to do so.
+6. Importing any sequential model imports SINE, whose file turns on autograd's anomaly detection for the whole process:
+   a stack trace is taken at every operation, and training takes about twice the time. `require_recbole` undoes that.
 
 Besides, RecBole reads `sys.argv` on its own (`--key=value` there beats every file), sets CUDA_VISIBLE_DEVICES for the
 whole process, logs to the root logger, and writes `./log_tensorboard`: `cured` keeps all that away from the caller.
@@ -52,15 +54,21 @@ _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 
 def require_recbole() -> None:
     """Raise `MissingDependencyError` unless RecBole and a pandas below 3 can be imported."""
+    import torch
+
+    detecting = torch.is_anomaly_enabled()
     try:
         import pandas
         import recbole.config
         import recbole.data
+        import recbole.model.sequential_recommender
         import recbole.trainer  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"RecBole cannot be imported ({error})", "RecBole 1.2.1 beside vlm2rec", INSTALL
         ) from None
+    finally:
+        torch.autograd.set_detect_anomaly(detecting)
     if int(pandas.__version__.split(".")[0]) >= 3:
         raise MissingDependencyError(
             f"pandas {pandas.__version__} is installed",
@@ -81,6 +89,7 @@ def cured(folder: Path) -> Iterator[None]:
             stack.enter_context(cure)
         stack.enter_context(_tensorboard_in(folder / "tensorboard"))
         stack.enter_context(_without_library_warnings())
+        stack.enter_context(_without_anomaly_detection())
         yield
 
 
@@ -183,7 +192,7 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
     opened: list[Any] = []
 
     def writer(logger: logging.Logger) -> Any:
-        opened.append(SummaryWriter(str(folder)))  # type: ignore[no-untyped-call]
+        opened.append(SummaryWriter(str(folder)))
         return opened[-1]
 
     original, trainer.get_tensorboard = trainer.get_tensorboard, writer
@@ -193,6 +202,15 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
         trainer.get_tensorboard = original
         for each in opened:
             each.close()
+
+
+@contextmanager
+def _without_anomaly_detection() -> Iterator[None]:
+    import recbole.model.sequential_recommender  # noqa: F401
+    from torch.autograd import set_detect_anomaly
+
+    with set_detect_anomaly(False):
+        yield
 
 
 @contextmanager

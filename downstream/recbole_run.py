@@ -343,7 +343,7 @@ def _dataset(config: Any, folder: Dataset | None) -> Any:
 def _watched(trainer: Any) -> Any:
     """Return RecBole's trainer class, made to report and to keep its checkpoint at one place."""
 
-    class Watched(trainer):  # type: ignore[misc]
+    class Watched(trainer):
         def __init__(self, config: Any, model: Any, out: Path, course: Course, watcher: Watcher) -> None:
             super().__init__(config, model)
             # RecBole names checkpoints by model and second: two runs could overwrite each other

@@ -127,8 +127,9 @@ class Dataset:
 
     def rows_of(self, item_ids: pa.Array | pa.ChunkedArray | list[str]) -> np.ndarray:
         """Return the rows in `items.parquet` of `item_ids`, int32; raise `ArtifactError` on an unknown id."""
-        wanted = pa.array(item_ids, pa.string()) if isinstance(item_ids, list) else item_ids
-        rows = pc.index_in(wanted, value_set=self.items[schema.ITEM_ID])
+        # the cast: other writers of Parquet mark their strings as large, and index_in wants one type on both sides
+        wanted = pa.array(item_ids, pa.string()) if isinstance(item_ids, list) else item_ids.cast(pa.string())
+        rows = pc.index_in(wanted, value_set=self.items[schema.ITEM_ID].cast(pa.string()))
         if rows.null_count:
             unknown = pc.filter(wanted, pc.is_null(rows))[0].as_py()
             raise ArtifactError(

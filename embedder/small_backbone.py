@@ -321,7 +321,8 @@ class Lesson:
     def logits(self, kind: str, rows: Sequence[Sequence[int]], pictures: Sequence[Image.Image], chat: bool) -> Tensor:
         """Return the scores of the answer's first token for prompts of items `rows`, (B, V)."""
         backbone = self.chat if chat else self.backbone
-        seen = iter(self._look(pictures)) if pictures else iter(())
+        self.seen = self._look(pictures) if pictures else []
+        seen = iter(self.seen)
         prompts = []
         for of_one_prompt in rows:
             images = [next(seen) for _ in of_one_prompt] if kind != "text" else []
@@ -378,11 +379,17 @@ def train(lesson, items, rows, settings, watch):
         logits = lesson.logits(s.kind, s.rows, pictures, s.chat)
         target = torch.stack([lesson.target(p) for p in s.rows])
         loss = F.cross_entropy(logits, target)
+        main = loss
+        if AUX and lesson.seen:
+            pooled = torch.stack([f.tokens.mean(0) for f in lesson.seen])
+            pooled = F.rms_norm(pooled, pooled.shape[-1:])
+            t2 = torch.stack([lesson.target([r]) for p in s.rows for r in p])
+            loss = loss + AUX * F.cross_entropy(lesson.head(pooled), t2)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        watch(step, s.kind, float(loss.detach()))
+        watch(step, s.kind, float(main.detach()))
     return step
 
 

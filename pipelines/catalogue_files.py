@@ -645,6 +645,8 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
+        if "No space left" in str(error):
+            raise DataError(f"the disk is full: no space to unpack {path}", "", "make room where --out is") from None
         if kind == "CSV":
             _explain_csv(path)
         raise DataError(

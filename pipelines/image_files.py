@@ -22,7 +22,7 @@ def find_images(root: Path, items: pl.DataFrame) -> pl.Series:
     once each; no file is opened. URLs, absolute paths elsewhere, `..` and links that lead out of `root` are no image.
 
     Raises:
-        DataError: `root` is not a folder, or not one item has an image.
+        DataError: `root` is not a folder, `image_path` is no text, or not one item has an image.
     """
     if not root.is_dir():
         raise DataError(
@@ -32,7 +32,13 @@ def find_images(root: Path, items: pl.DataFrame) -> pl.Series:
         )
     real_root = Path(os.path.realpath(root))
     if IMAGE_PATH in items.columns:
-        given = items[IMAGE_PATH].cast(pl.String).to_list()
+        if items.schema[IMAGE_PATH] not in (pl.String, pl.Null):
+            raise DataError(
+                f"column {IMAGE_PATH!r} of the items holds {items.schema[IMAGE_PATH]}",
+                "one path as text for each item",
+                "store one path per item, or rename the column to go by <item_id>.jpg",
+            )
+        given = items[IMAGE_PATH].to_list()
         found = _images_by_path(real_root, [_inside(path, real_root) for path in given])
     else:
         by_id = _images_by_name(real_root)

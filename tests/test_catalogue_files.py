@@ -483,3 +483,12 @@ def test_an_image_root_that_is_not_there_says_where_pictures_come_from(tmp_path:
         images_of(tmp_path / "nowhere", ["1"])
     with pytest.raises(DataError, match="not a folder"):
         images_of(write(tmp_path / "file", b""), ["1"])
+
+
+def test_an_image_path_column_of_another_type_and_a_catalogue_without_pictures_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "9.jpg", b"x")
+    with pytest.raises(DataError, match="'image_path' of the items holds List"):
+        find_images(tmp_path, pl.DataFrame({"item_id": ["9"], "image_path": [["9.jpg"]]}))
+    urls = pl.DataFrame({"item_id": ["1"], "imUrl": ["http://x/1.jpg"]})
+    with pytest.raises(DataError, match=r"holds 9\.jpg.*1\.jpg.*img2dataset.*column 'imUrl'"):
+        find_images(tmp_path, urls)

@@ -140,15 +140,20 @@ def test_time_decides_and_not_the_files_order(tmp_path: Path) -> None:
 
 
 def test_no_history_holds_anything_from_after_its_target(tmp_path: Path) -> None:
-    log = a_log(users=50, items=40, length=12, seed=3)
-    times = {(u, i): [t for v, j, t in log if (v, j) == (u, i)] for u, i, _ in log}
-    dataset = prepare.run(config(write_catalogue(tmp_path, log)))
+    log = list({(u, i): (u, i, t) for u, i, t in a_log(users=50, items=40, length=12, seed=3)}.values())
+    times = {(u, i): t for u, i, t in log}
+    dataset = prepare.run(config(write_catalogue(tmp_path, log), max_history=5))
+    compared = 0
     for split in ("valid", "test"):
         histories = dataset.histories(split)
         for number, user in enumerate(histories.user_ids):
-            target = dataset.item_ids[histories.targets[number]]
-            for row in histories.of(number):
-                assert min(times[user, dataset.item_ids[row]]) <= max(times[user, target])
+            target = times[user, dataset.item_ids[histories.targets[number]]]
+            seen = [times[user, dataset.item_ids[row]] for row in histories.of(number)]
+            later = [t for (u, _), t in times.items() if u == user and t > target]
+            assert seen == sorted(seen) and seen[-1] <= target
+            assert len(later) <= (split == "valid")
+            compared += len(seen)
+    assert compared > 400
 
 
 def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: Path) -> None:

@@ -148,6 +148,27 @@ def test_sampling_is_switched_off_for_cross_entropy_only_where_the_settings_are_
     assert recbole_compat.without_negative_sampling(settings, defaults) is expected
 
 
+# --- 6 anomaly detection ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("import recbole.model.sequential_recommender", "True"), ("recbole_compat.require_recbole()", "False")],
+)
+def test_importing_a_recbole_model_still_slows_autograd_down_and_the_cure_lifts_that(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    script = f"""
+import torch
+from pathlib import Path
+from vlm2rec.downstream import recbole_compat
+{before}
+with recbole_compat.cured(Path({str(tmp_path)!r})):
+    print(torch.is_anomaly_enabled())
+print(torch.is_anomaly_enabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", after], done.stderr
+
+
 # --- side effects -------------------------------------------------------------------------------------------
 def test_recbole_still_reads_the_command_line_and_the_cure_hides_it(
     atomic: Path, tmp_path: Path, arguments: pytest.MonkeyPatch
