@@ -71,13 +71,14 @@ def command(
     for item in dataclasses.fields(cls):
         kind: Any = _flag_type(hints[item.name])
         required = item.default is dataclasses.MISSING
-        text = item.metadata["help"] + (" [required]" if required else "")
+        default = _default_text(item.default)
+        text = item.metadata["help"] + (" Required." if required else f" Default: {default}." if default else "")
         if item.name == positional:
             option: Any = typer.Argument(help=text, show_default=False)
         else:
             name = "--" + item.name.replace("_", "-")
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
-            option = typer.Option(name, help=text, show_default=_default_text(item.default) or False)
+            option = typer.Option(name, help=text, show_default=False)
         parameters.append(
             inspect.Parameter(
                 item.name,
