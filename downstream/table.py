@@ -109,11 +109,24 @@ def read_batches(
             )
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                _require_vectors(file.schema_arrow, column, dim, path)
                 for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
                     vectors, present = _to_numpy(batch[column], dim)
                     yield batch[schema.ITEM_ID].to_pylist(), vectors, present
         except (pa.ArrowException, OSError) as error:
             raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
+
+
+def _require_vectors(found: pa.Schema, column: str, dim: int, path: Path) -> None:
+    """Raise `ArtifactError` unless the shard has `item_id` and vectors of the manifest's length in `column`."""
+    schema.require_columns(found.names, [schema.ITEM_ID, column], str(path), _EXPORT_AGAIN)
+    kind = found.field(column).type
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size != dim:
+        raise ArtifactError(
+            f"column {column!r} of {path} is {kind}",
+            f"vectors of length {dim}, as {schema.MANIFEST_FILE} says",
+            _EXPORT_AGAIN,
+        )
 
 
 def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:

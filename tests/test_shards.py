@@ -169,7 +169,7 @@ def test_hashing_the_input_neither_hangs_on_a_fifo_nor_leaves_the_root(tmp_path:
 
 # --- a shard ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("storage", ["float32", "float16"])
-def test_vectors_are_stored_byte_split_zstd_without_dictionary_and_checksummed(tmp_path: Path, storage: str) -> None:
+def test_vectors_are_stored_byte_split_zstd_and_without_dictionary(tmp_path: Path, storage: str) -> None:
     plan = plan_of(storage=storage)
     shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     group = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata.row_group(0)
@@ -180,10 +180,18 @@ def test_vectors_are_stored_byte_split_zstd_without_dictionary_and_checksummed(t
         assert "RLE_DICTIONARY" not in column.encodings and not column.has_dictionary_page
         assert column.compression == "ZSTD"
 
-    whole = bytearray((tmp_path / "part-00000.parquet").read_bytes())
-    whole[columns["fused.list.element"].data_page_offset + 60] ^= 1
-    (tmp_path / "flipped.parquet").write_bytes(whole)
-    with pytest.raises((pa.ArrowException, OSError)):
+
+def test_page_checksums_find_a_flipped_bit_that_reads_without_complaint(tmp_path: Path) -> None:
+    plan = plan_of(2000, 2000)
+    vectors = np.random.default_rng(0).normal(size=(2000, DIM)).astype(np.float32)  # mantissas do not compress
+    table = shards.shard_table(plan, 0, dict.fromkeys(schema.VIEWS, vectors), ["ok"] * 2000, [None] * 2000)
+    shards.publish(tmp_path, plan, 0, table, 1.0)
+    column = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata.row_group(0).column(1)
+    flipped = bytearray((tmp_path / "part-00000.parquet").read_bytes())
+    flipped[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    (tmp_path / "flipped.parquet").write_bytes(flipped)
+    assert not pq.read_table(tmp_path / "flipped.parquet", page_checksum_verification=False).equals(table)
+    with pytest.raises(OSError, match="checksum"):
         pq.read_table(tmp_path / "flipped.parquet", page_checksum_verification=True)
 
 
