@@ -1,7 +1,6 @@
 # The same targets serve people and CI. `make demo` and `make test` do their own set-up.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread per library: RecBole's and torch's small kernels lose time to a second one on a busy box.
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install demo test lint types bench clean
@@ -20,8 +19,10 @@ install: .venv/installed
 demo: install
 	$(BIN)/vlm2rec demo --out runs/demo
 
+# Whole files go to workers, so that what a file builds once is built once. One thread each: two that wait for one
+# another on a busy machine are slower than one.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,9 @@
 With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained Linear)
 and is then trained row by row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
 
+`vlm2rec train-recommender --config that.yaml` obeys these lines. A script that drives RecBole itself calls `install()`
+first; a relative folder is looked up from the working directory, as RecBole's own `data_path` is.
+
 Row i holds the vector of the item that RecBole calls i. Row 0, RecBole's padding, is zero. BERT4Rec's last row is its
 mask token: no item, so it keeps RecBole's random start and is trained in either mode.
 """

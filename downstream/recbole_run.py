@@ -12,6 +12,7 @@ only), recbole.log and tensorboard/. metrics.json is written last.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -192,7 +193,6 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
-    recbole_plugin.read_flag(settings)
     model = settings.get("model")
     if model not in recbole_plugin.MODELS:
         raise ConfigError(
@@ -200,6 +200,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             f"one of {', '.join(recbole_plugin.MODELS)}",
             "give --model, or a `model:` line in the YAML",
         )
+    recbole_plugin.read_flag(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
             "no data is named",
@@ -235,8 +236,10 @@ def _recbole_config(
     forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False}
     if folder is not None:
         forced |= _DATA_SETTINGS | {"eval_args": _SPLIT | {"mode": _eval_args(settings).get("mode", "full")}}
-    if recbole_compat.without_negative_sampling(settings, _model_defaults(settings["model"])):
+    if needs_no_negatives(settings):
         forced["train_neg_sample_args"] = None
+    if "gpu_id" not in settings and "CUDA_VISIBLE_DEVICES" in os.environ:
+        forced["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]  # RecBole would take the machine's first GPU
     # Everything goes to RecBole in files: strings in its `config_dict` are handed to eval().
     # JSON is YAML with all strings quoted, so that RecBole reads no number out of a path.
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,15 +256,28 @@ def _recbole_config(
         with _refusals("the settings"):
             config = Config(config_file_list=files)
     if device != "auto":
-        config["device"] = torch.device(device)
+        config["device"] = _usable_device(device)
     return config
 
 
-def _model_defaults(model: str) -> dict[str, Any]:
+def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
+    """Return whether a run adds `train_neg_sample_args: null`, without which RecBole stops at cross-entropy."""
+    recbole_compat.require_recbole()
     import recbole
 
-    path = Path(recbole.__file__).parent / "properties" / "model" / f"{model}.yaml"
-    return read_settings(path)
+    path = Path(recbole.__file__).parent / "properties" / "model" / f"{settings.get('model')}.yaml"
+    return path.is_file() and recbole_compat.without_negative_sampling(settings, read_settings(path))
+
+
+def _usable_device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name.partition(":")[0], False):
+        raise ConfigError(
+            f"device {name!r} is not available here",
+            f"one of {', '.join(kind for kind, found in there.items() if found)}, or auto",
+            "change --device",
+        )
+    return torch.device(name)
 
 
 @contextmanager
@@ -448,8 +464,8 @@ def evaluate(
     from vlm2rec.downstream.recbole_dataset import recbole_ids
 
     seeds = list(seeds) or folder.candidate_seeds
-    rankings = _Rankings(folder, {seed: folder.negatives(seed) for seed in seeds})
-    popular = _Rankings(folder, rankings.negatives)
+    task = _Task(folder, {seed: folder.negatives(seed) for seed in seeds})
+    rankings, popular = _Rankings(task), _Rankings(task)
     frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)
     for part, scores in user_scores(model, config, folder, numbers):
@@ -504,24 +520,31 @@ def _padded(
     return lists, lengths
 
 
-class _Rankings:
-    """Collects per-user metrics of one scorer, block by block."""
+class _Task:
+    """What is ranked for whom: each user's target, candidates, and items that the full ranking leaves out."""
 
     def __init__(self, folder: Dataset, negatives: Mapping[int, np.ndarray]) -> None:
         self.user_ids = folder.user_ids
         self.negatives = negatives
         self.targets = folder.histories("test").targets
         self.seen, self.offsets = ranking.seen_items(folder.train_sequences(), folder.histories("valid").targets)
-        self.blocks: dict[int | None, list[dict[str, np.ndarray]]] = {seed: [] for seed in (*negatives, None)}
+
+
+class _Rankings:
+    """Collects per-user metrics of one scorer, block by block."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self.blocks: dict[int | None, list[dict[str, np.ndarray]]] = {seed: [] for seed in (*task.negatives, None)}
 
     def add(self, part: slice, scores: np.ndarray) -> None:
-        targets = self.targets[part]
+        targets = self.task.targets[part]
         users = np.arange(len(targets))
-        for seed, rows in self.negatives.items():
+        for seed, rows in self.task.negatives.items():
             metrics = ranking.user_metrics(scores[users, targets], scores[users[:, None], rows[part]])
             self.blocks[seed].append(metrics)
-        offsets = self.offsets[part.start : part.stop + 1]
-        seen = self.seen[offsets[0] : offsets[-1]]
+        offsets = self.task.offsets[part.start : part.stop + 1]
+        seen = self.task.seen[offsets[0] : offsets[-1]]
         counts = ranking.counts_among_all(scores, targets, seen, offsets - offsets[0])
         self.blocks[None].append(ranking.expected_metrics(*counts))
 
@@ -531,7 +554,7 @@ class _Rankings:
 
     def means(self) -> dict[str, Any]:
         """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator) and `full`."""
-        of_seed = [ranking.mean_over_users(self.users(seed)) for seed in self.negatives]
+        of_seed = [ranking.mean_over_users(self.users(seed)) for seed in self.task.negatives]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         return {
             "candidates": {name: statistics.mean(each) for name, each in values.items()},
@@ -543,9 +566,9 @@ class _Rankings:
         return [self._table(seed) for seed in self.blocks]
 
     def _table(self, seed: int | None) -> pa.Table:
-        count = len(self.user_ids)
+        count = len(self.task.user_ids)
         columns = {
-            schema.USER_ID: pa.array(self.user_ids, pa.string()),
+            schema.USER_ID: pa.array(self.task.user_ids, pa.string()),
             "protocol": pa.array(["full" if seed is None else "candidates"] * count, pa.string()),
             schema.SEED: pa.array([seed] * count, pa.int32()),
             "view": pa.nulls(count, pa.string()),

@@ -53,6 +53,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HEAD_SIZE = 32
+AUX=0
+TEXTS=4
 VDEPTH = 3
 INIT = 0.02
 B2 = 0.98
@@ -357,7 +359,7 @@ def draw_step(random: np.random.Generator, rows: np.ndarray, pictured: np.ndarra
     kind = str(random.choice(list(KINDS), p=list(KINDS.values())))
     length = int(random.choice(list(ITEMS_IN_A_PROMPT), p=list(ITEMS_IN_A_PROMPT.values())))
     pool = rows if kind == "text" else pictured
-    prompts = max(1, batch_size // length)
+    prompts = max(1, (batch_size * (TEXTS if kind == "text" else 1)) // length)
     chosen = random.choice(pool, size=(prompts, length), replace=prompts * length > len(pool))
     return Step(kind, chosen.tolist(), bool(random.random() < CHAT_SHARE))
 

@@ -235,7 +235,20 @@ def make_page(found: RunFolder, drawn: dict[str, Markup]) -> Page:
     )
     if found.dataset and pictures:
         _add_items(page, found.dataset, pictures)
+    page.notes = [*_absent(page), *found.notes]
     return page
+
+
+def _absent(page: Page) -> list[str]:
+    """Say which parts the page does not have, and which command would give them."""
+    parts = {
+        "how long the stages took: there is no demo.json": page.stages,
+        "Task 1 and the geometry: there is no output of `vlm2rec evaluate`": page.task1,
+        "Task 2: there is no output of `vlm2rec train-recommender`": page.task2,
+        "loss curves: there is no output of `vlm2rec finetune`": "learning" in page.figures,
+        "neighbours: there is no output of `vlm2rec export-items` with a dataset": page.neighbourhoods,
+    }
+    return [text for text, present in parts.items() if not present]
 
 
 def _add_items(page: Page, dataset: Dataset, pictures: Pictures) -> None:
@@ -328,9 +341,8 @@ def _differences(found: RunFolder, model: str, runs: Mapping[str, Json]) -> list
         except Vlm2RecError as error:
             found.notes.append(str(error))
             continue
-        lines.append(
-            f"VLM2Rec − {method_name(other)}: {difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-        )
+        mean, low, high = (f"{value:+.3f}".replace("-", "−") for value in difference)
+        lines.append(f"VLM2Rec − {method_name(other)}: {mean} [{low}, {high}]")
     return lines
 
 
@@ -473,7 +485,7 @@ def _neighbourhoods(found: RunFolder) -> list[Neighbourhood]:
     """Look up the same items in every embeddings folder, the last method of the tables first."""
     if found.dataset is None:
         if found.embeddings:
-            found.notes.append("Neighbours need titles and pictures, and there is no dataset folder.")
+            found.notes.append("neighbours need titles and pictures, and there is no dataset folder")
         return []
     parts: list[Neighbourhood] = []
     queries: list[int] | None = None
@@ -529,12 +541,13 @@ def _short(value: float | None, digits: int = 3) -> str:
     """`0.4121` → `.412`; nothing → `–`."""
     if value is None:
         return "–"
-    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}".replace("-", "−")
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def _duration(seconds: float) -> str:
     if seconds < 10:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 

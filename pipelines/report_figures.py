@@ -255,16 +255,8 @@ def _grouped_bars(axes: Axes, rows: Mapping[str, Sequence[tuple[float, float]]],
         axes.errorbar(left, values, np.nan_to_num(errors), fmt="none", ecolor=INK, elinewidth=0.8)
         for x, value, error in zip(left, values, np.nan_to_num(errors), strict=True):
             if _number(value):
-                bold = "bold" if method == VLM2REC else "normal"
-                axes.annotate(
-                    _short(value),
-                    (x, value + error),
-                    (0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7.5,
-                    weight=bold,
-                )
+                top = (x, value + error)
+                axes.annotate(_short(value), top, (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
     axes.set_xticks(places, groups)
     axes.grid(axis="x", visible=False)
     axes.spines["left"].set_visible(False)

@@ -140,10 +140,10 @@ def _announce(config: TrainRecommenderConfig, theirs: Mapping[str, Any], folder:
                 f"{config.config}: {', '.join(ignored)} have no effect beside --data, whose folder is filtered and"
                 " split already."
             )
-    elif "train_neg_sample_args" not in theirs:
+    elif recbole_run.needs_no_negatives(dict(theirs) | {"model": config.model or theirs.get("model")}):
         console.log.print(
-            f"{config.config} does not say train_neg_sample_args: taken as none, which cross-entropy needs"
-            " (RecBole alone would stop here). With loss_type BPR RecBole's own default holds."
+            f"{config.config} has no train_neg_sample_args: taken as null, which its cross-entropy needs"
+            " (RecBole alone would stop here)."
         )
 
 
@@ -154,6 +154,8 @@ class _Display:
         self._stack = ExitStack()
         self._advance: Callable[[int], None] = lambda count: None
         self._metric = ""
+        self._epochs = 0
+        self._seconds = 0.0
 
     def __enter__(self) -> _Display:
         return self
@@ -162,7 +164,7 @@ class _Display:
         self._stack.close()
 
     def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
-        self._metric = valid_metric
+        self._metric, self._epochs = valid_metric, epochs
         self._advance = self._stack.enter_context(
             console.progress(f"training, {epochs} epochs at most", epochs * batches)
         )
@@ -171,8 +173,12 @@ class _Display:
         self._advance(1)
 
     def epoch(self, epoch: recbole_run.Epoch) -> None:
+        self._seconds += epoch.seconds
+        left = self._seconds / epoch.number * (self._epochs - epoch.number) / 60
         score = "" if epoch.score is None else f"  valid {self._metric} {epoch.score:.4f}"
-        console.log.print(f"epoch {epoch.number}  loss {epoch.loss:.4f}{score}  {epoch.seconds:.1f} s")
+        console.log.print(
+            f"epoch {epoch.number}  loss {epoch.loss:.4f}{score}  {epoch.seconds:.1f} s, {left:.1f} min left at most"
+        )
 
 
 def _summarise(outcome: recbole_run.Outcome) -> None:

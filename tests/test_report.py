@@ -384,7 +384,9 @@ def test_one_evaluation_alone_makes_a_report(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "my-eval", 0.3)
     text = " ".join(read(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")).texts)
     assert "my-eval" in text
-    assert text.count("Left out") == 3  # recommenders, curves, neighbours
+    assert "Task 2: there is no output of `vlm2rec train-recommender`" in text
+    assert "loss curves: there is no output of `vlm2rec finetune`" in text
+    assert "What text, image and both together find" not in text
     assert ".300" in text
 
 

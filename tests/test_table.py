@@ -88,7 +88,8 @@ def test_a_flipped_bit_is_refused(folder: Path) -> None:
     shard = folder / "part-00001.parquet"
     chunk = pq.ParquetFile(shard).metadata.row_group(0).column(1)  # the vectors of `fused`
     content = bytearray(shard.read_bytes())
-    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0x10
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[begin + chunk.total_compressed_size - 1] ^= 0x10
     shard.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"part-00001\.parquet is damaged"):
         EmbeddingTable.open(folder)

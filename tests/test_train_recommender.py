@@ -82,11 +82,9 @@ import json, sys, types
 import numpy as np
 np.float_, np.complex_, np.unicode_ = np.float64, np.complex128, np.str_
 arguments, sys.argv = sys.argv, sys.argv[:1]
-try:
-    from ray import tune
-except ImportError:
-    sys.modules["ray"] = types.ModuleType("ray")
-    sys.modules["ray"].tune = sys.modules["ray.tune"] = types.ModuleType("ray.tune")
+# run_recbole does not use Ray Tune, but its file imports it
+sys.modules["ray"], sys.modules["ray.tune"] = types.ModuleType("ray"), types.ModuleType("ray.tune")
+sys.modules["ray"].tune = sys.modules["ray.tune"]
 from recbole.quick_start import run_recbole
 results = {}
 for model in ("SASRec", "GRU4Rec", "BERT4Rec"):
@@ -563,3 +561,19 @@ def test_a_yaml_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"r\.yaml"):
         train_recommender.run(TrainRecommenderConfig(config=tmp_path / "r.yaml", out=tmp_path / "out"))
+
+
+def test_a_device_that_is_not_there_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = TrainRecommenderConfig(data=data, model="SASRec", device="cuda", out=tmp_path)
+    with pytest.raises(ConfigError, match="'cuda' is not available"):
+        train_recommender.run(config)
+
+
+def test_recbole_takes_the_gpu_the_environment_names(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = TrainRecommenderConfig(data=data, model="SASRec", out=tmp_path)
+    assert effective(config, tmp_path)["gpu_id"] == "3"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
