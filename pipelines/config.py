@@ -72,14 +72,16 @@ class MakeBackboneConfig:
         " categories, else the title.",
         None,
     )
+    item_id_column: str = setting("Item id column.", "item_id")
+    title_column: str = setting("Title column.", "title")
     hidden_size: Positive = setting("Width of the language model.", 128)
     layers: Positive = setting("Layers of the language model.", 4)
     vocabulary: Positive = setting("Size of the byte-level BPE vocabulary.", 4000)
-    max_pixels: Positive = setting("Largest image area the model's processor lets through.", 112 * 112)
-    minutes: PositiveFloat = setting("Training stops after this many minutes.", 2.0)
-    max_steps: Count = setting("Training stops after this many steps; 0 leaves random weights.", 1500)
-    batch_size: Positive = setting("Prompts in a training step.", 32)
-    learning_rate: PositiveFloat = setting("AdamW learning rate.", 2e-3)
+    max_pixels: Positive = setting("Largest image area the model's processor lets through.", 84 * 84)
+    minutes: PositiveFloat = setting("Training stops after this many minutes, if max_steps does not end it.", 2.5)
+    max_steps: Count = setting("Training stops after this many steps; 0 leaves random weights.", 1000)
+    batch_size: Positive = setting("Items in a training step; four times as many where only titles are asked.", 16)
+    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
     seed: Count = setting("Seed of weights and order.", 0)
 
 
