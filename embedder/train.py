@@ -311,7 +311,8 @@ class _Watch(TrainerCallback):
         self._latest |= logs or {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Report the step."""
+        """Report the step; the last one is a point of the curves whatever `log_steps` is."""
+        control.should_log |= state.global_step == state.max_steps
         self._on_step(state.global_step, state.max_steps, self._latest)
 
     def finish(self, state: TrainerState) -> Training:

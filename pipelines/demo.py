@@ -41,6 +41,8 @@ MODELS = ("SASRec", "GRU4Rec")
 LEARNING_RATE = 1e-3  # of the small backbone's adapter; the paper's 1e-5 is for three billion parameters
 BATCH_SIZE = 8
 VALID_USERS = 100
+CAPTIONED_PRODUCTS = 800
+CAPTIONED_USERS = 1  # a catalogue has users; these have nothing to do
 LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 WRITTEN_BY = "vlm2rec demo"
 
@@ -100,9 +102,12 @@ def plan(config: DemoConfig) -> list[Stage]:
     """Return the stages in order; each reads what earlier ones wrote."""
     run = config.out
     catalogue, data, backbone = run / "catalogue", run / "data", run / "backbone"
+    # the backbone learns from products of its own: a model that has read the captions of those it is tested on knows
+    # their looks by their titles
+    captioned = run / "captioned"
     backbone_config = settings.MakeBackboneConfig(
-        items=catalogue / "items.parquet",
-        images=catalogue / "images",
+        items=captioned / "items.parquet",
+        images=captioned / "images",
         out=backbone,
         minutes=config.backbone_minutes,
         seed=config.seed,
@@ -114,10 +119,16 @@ def plan(config: DemoConfig) -> list[Stage]:
             "catalogue",
             lambda: draw_catalogue(catalogue, config.products, config.users, config.seed),
         ),
+        Stage(
+            "draw captioned products",
+            f"{CAPTIONED_PRODUCTS} others, for the backbone to learn from",
+            "captioned",
+            lambda: draw_catalogue(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, config.seed + 1),
+        ),
         Stage("prepare", "k-core, leave-one-out, candidate sets", "data", lambda: _prepare(catalogue, data)),
         Stage(
             "make-backbone",
-            "a small Qwen2.5-VL that reads these titles and pictures",
+            "a small Qwen2.5-VL that reads such titles and pictures",
             "backbone",
             _call("make_backbone", backbone_config),
         ),
