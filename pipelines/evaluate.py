@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from vlm2rec.downstream.geometry import geometry_from_rows
@@ -238,16 +237,15 @@ def users_block(user_ids: list[str], protocol: str, seed: int | None, view: str 
 
 
 def print_metrics(result: dict[str, Any]) -> None:
-    """Print the ranking metrics to stdout."""
+    """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for protocol in ("candidates", "full"):
-        for name in CUTOFF_NAMES:
-            table.add_column(f"{name}\n{protocol}", justify="right")
+    for name in ("", "ranked among", *CUTOFF_NAMES):
+        table.add_column(name, justify="right" if name in CUTOFF_NAMES else "left")
     for pair in result["candidates"]:
-        cells = [f"{result[protocol][pair][name]:.4f}" for protocol in ("candidates", "full") for name in CUTOFF_NAMES]
-        table.add_row(pair, *cells)
-    Console().print(table)
+        for protocol, name in (("candidates", pair), ("full", "")):
+            cells = [f"{result[protocol][pair][metric]:.4f}" for metric in CUTOFF_NAMES]
+            table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
+    log.print(table)
 
 
 def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
