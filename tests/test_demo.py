@@ -80,7 +80,7 @@ def test_demo_json_tells_what_ran_how_long_and_with_which_settings(finished: tup
     record = read(out / "demo.json")
     assert record["finished"] is True
     assert record["settings"] == {**SMALL, "seed": 0}
-    assert len(record["stages"]) == 25
+    assert len(record["stages"]) == 26
     assert [stage["stage"] for stage in record["stages"]][-3:] == ["build-index", "search", "report"]
     assert all(stage["seconds"] >= 0 for stage in record["stages"])
     assert record["seconds"] == pytest.approx(sum(stage["seconds"] for stage in record["stages"]), rel=0.05)
@@ -182,5 +182,5 @@ def test_no_two_stages_write_the_same_output(tmp_path: Path) -> None:
     stages = demo.plan(DemoConfig(out=tmp_path))
     outputs = [stage.output for stage in stages if stage.output]
     assert len(outputs) == len(set(outputs))
-    assert outputs[:3] == ["catalogue", "data", "backbone"]
+    assert outputs[:4] == ["catalogue", "captioned", "data", "backbone"]
     assert outputs[-1] == "report.html"

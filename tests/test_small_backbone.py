@@ -217,6 +217,11 @@ def test_an_answer_is_one_token_of_its_own() -> None:
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+        def decode(self, ids: list[int]) -> str:
+            return tokenizer.decode(ids)
+
+    assert len(answer_tokens(Plain(), ("1995", "teal"))) == 1
+    assert len(answer_tokens(Plain(), ("1995",))) == 1
     answers = answer_tokens(Plain(), ("striped", "teal", "dotted", "orange"))
     assert len(set(answers)) == 4
     assert [tokenizer.decode([answer]) for answer in answers] == [" striped", " teal", " dotted", " orange"]
