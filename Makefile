@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo study test lint types bench clean
 
 install: .venv/installed
 
@@ -18,6 +18,12 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/vlm2rec demo --out runs/demo
+
+# Every table and figure of the paper on the drawn catalogue: about an hour on two cores, interrupted and gone on with
+# as one likes. One thread: two that wait for one another on a busy machine are slower than one.
+# `make study QUICK=1` runs a few steps of everything, to see that it works.
+study: install
+	OMP_NUM_THREADS=1 $(BIN)/vlm2rec study --demo --out runs/study$(if $(QUICK),-quick --quick)
 
 # Whole files go to workers, so that what a file builds once is built once, in the order of their names: the demo, the
 # longest, starts early. One thread each: two that wait for one another on a busy machine are slower than one.

@@ -1,4 +1,4 @@
-"""Alignment, uniformity and separability of user and item vectors (Eqs. 4-5 of the VLM2Rec paper). NumPy only."""
+"""Alignment, uniformity, separability (Eqs. 4-5 of the VLM2Rec paper) and rank of vectors. NumPy only."""
 
 from __future__ import annotations
 
@@ -60,6 +60,33 @@ def geometry_from_rows(
             "(U, d), (I, d), (U,) and (U, N)",
         )
     return _geometry(users, negatives.shape[1], lambda part: (items[positives[part]], items[negatives[part]]), eps)
+
+
+def effective_rank(vectors: np.ndarray) -> float:
+    """Return in how many directions vectors vary: exp of the entropy of their principal components' shares of variance.
+
+    Vectors are L2-normalised and centred first, so that the direction which all of them share does not count: this
+    says how evenly the cloud spreads over directions, and U of `geometry` how wide it is. Between 1 (all on a line)
+    and min(n - 1, d); 0 where all vectors are the same.
+
+    Args:
+        vectors: n vectors, (n, d).
+
+    Raises:
+        DataError: not a table of vectors, no vector, or one that is not finite.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
+        raise DataError(f"vectors {vectors.shape}, or one that is not finite", "(n, d) finite vectors")
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = vectors / np.where(length > 0, length, 1)
+    variance = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+    # float32 vectors that should be equal differ by 1e-7, in every direction alike
+    if variance.sum() <= 1e-12 * len(rows):
+        return 0.0
+    share = variance / variance.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 _BLOCK = 2**22  # float64 numbers of a gathered block: 32 MB

@@ -1,15 +1,24 @@
-"""The table a recommender starts from: frozen vectors behind one trained Linear. Tensors in, tensors out."""
+"""The table a recommender starts from: frozen vectors behind one or two trained layers. Tensors in, tensors out.
+
+Three adapters: `linear`, one Linear(d → width), the paper's; `two-linear`, two Linears without activation, as LLMEmb
+and SDA have it; `mlp`, two with GELU between. The hidden layer has d / 2 units, and no fewer than `width`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Adapter = Literal["linear", "two-linear", "mlp"]
+ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 PAD_ROW = 0
 _NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean length, has no direction of its own
+# GELU of a standard normal variable has mean 1 / (2√π) and this standard deviation
+_GELU_MEAN, _GELU_SPREAD = 0.5 / math.sqrt(math.pi), 0.5879
 
 
 def standardise(vectors: Tensor) -> Tensor:
@@ -32,35 +41,60 @@ def standardise(vectors: Tensor) -> Tensor:
 
 
 class ItemEmbedding(nn.Module):
-    """Stands in for a recommender's `nn.Embedding`: row i is Linear(vector of item i).
+    """Stands in for a recommender's `nn.Embedding`: row i is the adapter's output for the vector of item i.
 
     Recommenders call the table in two ways, `table(indices)` for inputs and `table.weight` for the output matrix, and
     both give the same rows. Row 0, the padding, is zero. Rows beyond the vectors (BERT4Rec's mask) are trained
     parameters, as no item stands behind them.
 
-    The vectors are not part of the state: a checkpoint holds the Linear and the extra rows only.
+    The vectors are not part of the state: a checkpoint holds the adapter and the extra rows only.
     """
 
     vectors: Tensor
     extra: nn.Parameter | None
 
-    def __init__(self, vectors: Tensor, width: int, spread: float, extra: Tensor | None = None) -> None:
-        """Start the Linear so that the adapted rows are spread like the id table they replace.
+    def __init__(
+        self,
+        vectors: Tensor,
+        width: int,
+        spread: float,
+        extra: Tensor | None = None,
+        adapter: Adapter = "linear",
+    ) -> None:
+        """Start the adapter so that the adapted rows are spread like the id table they replace.
 
         Args:
             vectors: (N, d) rows of length 1 (see `standardise`); row 0 stands for the padding and is never used.
             width: length of an adapted row.
             spread: standard deviation of an element of an adapted row at the start.
             extra: (K, width) start values of rows N ... N + K - 1.
+            adapter: which layers.
         """
         super().__init__()
         self.register_buffer("vectors", vectors, persistent=False)
-        self.linear = nn.Linear(vectors.shape[1], width)
-        # a row of length 1 times weights of this spread has elements of this spread
-        nn.init.normal_(self.linear.weight, std=spread)
-        nn.init.zeros_(self.linear.bias)
+        dim = vectors.shape[1]
+        units = max(width, dim // 2)
+        self.hidden = None if adapter == "linear" else nn.Linear(dim, units)
+        self.activation = nn.GELU() if adapter == "mlp" else nn.Identity()
+        self.linear = nn.Linear(dim if self.hidden is None else units, width)
+        self._start(spread)
         self.register_parameter("extra", None if extra is None else nn.Parameter(extra.detach().clone()))
         self._cached: Tensor | None = None
+
+    def _start(self, spread: float) -> None:
+        nn.init.zeros_(self.linear.bias)
+        if self.hidden is None:
+            # a row of length 1 times weights of this spread has elements of this spread
+            nn.init.normal_(self.linear.weight, std=spread)
+            return
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.normal_(self.hidden.weight)  # so the hidden units of a row of length 1 are standard normal
+        bent = isinstance(self.activation, nn.GELU)
+        share = math.sqrt(self.hidden.out_features) * (_GELU_SPREAD if bent else 1.0)
+        nn.init.normal_(self.linear.weight, std=spread / share)
+        if bent:
+            with torch.no_grad():  # an offset common to all rows would make the first steps explode
+                self.linear.bias.copy_(-_GELU_MEAN * self.linear.weight.sum(1))
 
     @property
     def num_embeddings(self) -> int:
@@ -90,7 +124,7 @@ class ItemEmbedding(nn.Module):
         return F.embedding(places, self._rows(rows))
 
     def train(self, mode: bool = True) -> ItemEmbedding:
-        """Switch the mode and forget the cached table: the Linear is about to change, or has changed."""
+        """Switch the mode and forget the cached table: the adapter is about to change, or has changed."""
         self._cached = None
         return super().train(mode)
 
@@ -98,14 +132,18 @@ class ItemEmbedding(nn.Module):
         return not self.training and not torch.is_grad_enabled()
 
     def _table(self) -> Tensor:
-        items = self.linear(self.vectors[1:])  # (N - 1, width)
+        items = self._adapt(self.vectors[1:])  # (N - 1, width)
         parts = [items.new_zeros(1, self.embedding_dim), items]
         return torch.cat(parts if self.extra is None else [*parts, self.extra])
+
+    def _adapt(self, vectors: Tensor) -> Tensor:
+        """Map (n, d) to (n, width)."""
+        return self.linear(vectors if self.hidden is None else self.activation(self.hidden(vectors)))
 
     def _rows(self, rows: Tensor) -> Tensor:
         """Adapt distinct `rows` (R,) to (R, width)."""
         last = len(self.vectors) - 1
-        adapted = self.linear(self.vectors[rows.clamp(max=last)])
+        adapted = self._adapt(self.vectors[rows.clamp(max=last)])
         adapted = adapted.masked_fill((rows == PAD_ROW)[:, None], 0.0)
         if self.extra is not None:
             beyond = self.extra[(rows - last - 1).clamp(min=0)]

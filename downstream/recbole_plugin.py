@@ -2,10 +2,12 @@
 
     item_embedding_init: path/to/embeddings   # the flag; without it RecBole stays as it is
     item_embedding_column: fused              # fused | text | image
-    item_embedding_trainable: false           # false: frozen vectors behind a trained Linear; true: a trained table
+    item_embedding_trainable: false           # false: frozen vectors behind a trained adapter; true: a trained table
     item_embedding_missing: error             # error | mean | random: items without a vector
+    item_embedding_adapter: linear            # linear | two-linear | mlp: the layers between vector and recommender
+    item_embedding_pca: 256                   # the vectors' first principal components; left out: all of the vectors
 
-With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained Linear)
+With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained adapter)
 and is then trained row by row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
 
 `vlm2rec train-recommender --config that.yaml` obeys these lines. A script that drives RecBole itself calls `install()`
@@ -27,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm2rec.downstream.item_embedding import ItemEmbedding, standardise
+from vlm2rec.downstream.item_embedding import ADAPTERS, Adapter, ItemEmbedding, standardise
+from vlm2rec.downstream.principal_components import principal_components
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, did_you_mean
@@ -38,7 +41,9 @@ INIT = "item_embedding_init"
 COLUMN = "item_embedding_column"
 TRAINABLE = "item_embedding_trainable"
 MISSING = "item_embedding_missing"
-KEYS = (INIT, COLUMN, TRAINABLE, MISSING)
+ADAPTER = "item_embedding_adapter"
+PCA = "item_embedding_pca"
+KEYS = (INIT, COLUMN, TRAINABLE, MISSING, ADAPTER, PCA)
 FILLS = ("error", "mean", "random")
 
 
@@ -50,6 +55,8 @@ class EmbeddingStart:
     column: str = schema.FUSED
     trainable: bool = False
     missing: str = "error"
+    adapter: Adapter = "linear"
+    pca: int | None = None
 
 
 def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
@@ -77,6 +84,8 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
         column=_checked(given, COLUMN, lambda v: v in schema.VIEWS, f"one of {', '.join(schema.VIEWS)}", schema.FUSED),
         trainable=_checked(given, TRAINABLE, lambda value: isinstance(value, bool), "true or false", False),
         missing=_checked(given, MISSING, lambda value: value in FILLS, f"one of {', '.join(FILLS)}", "error"),
+        adapter=_checked(given, ADAPTER, lambda value: value in ADAPTERS, f"one of {', '.join(ADAPTERS)}", "linear"),
+        pca=_checked(given, PCA, _count_or_none, "a number of components from 1, or nothing", None),
     )
 
 
@@ -85,6 +94,10 @@ def _checked(given: Mapping[str, Any], key: str, fits: Callable[[Any], bool], ex
     if not fits(value):
         raise ConfigError(f"{key}: {value!r}", expected, "correct the value")
     return value
+
+
+def _count_or_none(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
 
 
 def install() -> None:
@@ -119,7 +132,10 @@ def item_tokens(dataset: Any) -> list[str]:
 
 
 def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) -> None:
-    """Replace the item table of a RecBole model, and set `model.items_without_vector` to how many were filled.
+    """Replace the item table of a RecBole model.
+
+    Sets `model.items_without_vector` to how many were filled, and `model.pca_explained` to the share of the vectors'
+    variance that `item_embedding_pca` kept, None without it.
 
     Args:
         model: has an `item_embedding` of at least len(tokens) + 1 rows.
@@ -128,26 +144,32 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) 
         seed: of the vectors that `missing: random` draws.
     """
     table = EmbeddingTable.open(start.folder, start.column)
-    vectors, missing = aligned_vectors(table, tokens, start, seed)
+    vectors, missing, explained = aligned_vectors(table, tokens, start, seed)
     stock = model.item_embedding.weight.detach()
     beyond = stock[len(tokens) + 1 :]  # BERT4Rec's mask token
-    adapter = ItemEmbedding(vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None)
+    adapter = ItemEmbedding(vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None, start.adapter)
     if start.trainable:
         with torch.no_grad():
             model.item_embedding.weight.copy_(adapter.weight)
     else:
         model.item_embedding = adapter
-    model.items_without_vector = missing
+    model.items_without_vector, model.pca_explained = missing, explained
 
 
-def aligned_vectors(table: EmbeddingTable, tokens: list[str], start: EmbeddingStart, seed: int) -> tuple[Tensor, int]:
-    """Return standardised vectors with a zero row 0 for the padding, (len(tokens) + 1, d), and how many were filled.
+def aligned_vectors(
+    table: EmbeddingTable, tokens: list[str], start: EmbeddingStart, seed: int
+) -> tuple[Tensor, int, float | None]:
+    """Return standardised vectors with a zero row 0 for the padding, (len(tokens) + 1, d), how many were filled, and
+    the share of variance that `start.pca` kept.
+
+    Components are those of the items that are trained on, each once.
 
     A `mean` fill has length 0 after centring, so these items all look the same; a `random` fill has a direction of its
     own.
 
     Raises:
         ArtifactError: an item has no vector and the policy is `error`, a vector is not finite, or all are equal.
+        ConfigError: `start.pca` is more than the vectors have directions.
     """
     rows = table.rows_of(tokens)
     found = rows >= 0
@@ -159,29 +181,34 @@ def aligned_vectors(table: EmbeddingTable, tokens: list[str], start: EmbeddingSt
             "a vector for every item of the dataset",
             f"export the dataset these items come from, or fill them with `{MISSING}: mean` (`--missing mean`)",
         )
-    vectors = torch.zeros(len(tokens) + 1, table.dim)
+    usable, explained = _usable(table.vectors[rows[found]], start)
+    vectors = torch.zeros(len(tokens) + 1, usable.shape[1])
     known = torch.from_numpy(np.flatnonzero(found) + 1)
-    vectors[known] = _usable(torch.from_numpy(table.vectors[rows[found]]), start)
+    vectors[known] = usable
     if start.missing == "random":
         unknown = torch.from_numpy(np.flatnonzero(~found) + 1)
-        drawn = torch.randn(len(unknown), table.dim, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(len(unknown), usable.shape[1], generator=torch.Generator().manual_seed(seed))
         vectors[unknown] = torch.nn.functional.normalize(drawn, dim=1)
-    return vectors, int((~found).sum())
+    return vectors, int((~found).sum()), explained
 
 
-def _usable(vectors: Tensor, start: EmbeddingStart) -> Tensor:
+def _usable(vectors: np.ndarray, start: EmbeddingStart) -> tuple[Tensor, float | None]:
+    """Return the vectors (n, d) reduced and standardised, and the share of variance kept."""
     where = f"{start.folder}, column {start.column},"
     if not len(vectors):
         raise ArtifactError(
             f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
         )
-    if not torch.isfinite(vectors).all():
+    if not np.isfinite(vectors).all():
         raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
-    ready = standardise(vectors)
+    ready, explained = standardise(torch.from_numpy(vectors)), None
     if len(ready) > 1 and not ready.any():
         raise ArtifactError(
             f"{where} has the same vector for every item",
             "vectors that differ",
             "look at the training of the adapter: its space has collapsed",
         )
-    return ready
+    if start.pca is not None:
+        reduced, explained = principal_components(vectors, start.pca).project(vectors)
+        ready = standardise(torch.from_numpy(reduced))
+    return ready, explained

@@ -420,6 +420,8 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "model": config["model"],
         "start": "id" if start is None else start.column,
         "mode": None if start is None else ("table" if start.trainable else "adapter"),
+        "adapter": None if start is None else start.adapter,
+        "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
         "embeddings": None if start is None else str(start.folder),
         "users": trained.users,
         "items": trained.items,
@@ -440,6 +442,10 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
             for e in course.epochs
         ],
     }
+
+
+def _reduction(model: Any, components: int) -> dict[str, Any]:
+    return {"components": components, "explained": round(model.pca_explained, 6)}
 
 
 # --- our protocol -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError
 
-_EXPORT_AGAIN = "run the same `vlm2rec export-items` command again: it redoes what is missing or damaged"
+_EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
 
 
 @dataclass(frozen=True)

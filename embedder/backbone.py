@@ -1,8 +1,9 @@
-"""A vision-language model as an encoder: prompts in, last-token vectors out. One path for all families.
+"""A vision-language or text model as an encoder: prompts in, last-token vectors out. One path for all families.
 
 The path: the family's own tokenizer and image processor, the inner model without its language-model head, right
 padding, explicit position ids (M-RoPE where the family has it), the last position taken from the mask.
 The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
+A causal text model takes the same path with text prompts alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from vlm2rec.embedder.errors import ConfigError, ModelError
@@ -92,9 +93,11 @@ class Backbone:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
         place = device if isinstance(device, torch.device) else pick_device(device)
         number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
+        text_only = processor.family.text_only
+        loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         try:
-            with _quiet_if(Path(source).is_dir()):
-                model, info = AutoModelForImageTextToText.from_pretrained(
+            with quiet_if(Path(source).is_dir()):
+                model, info = loader.from_pretrained(
                     source,
                     revision=revision or "main",
                     dtype=number,
@@ -109,8 +112,9 @@ class Backbone:
                 "safetensors weights that fit its config.json",
                 "download the model folder again",
             ) from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        # text encoders are often published without the head, which is never used here
+        missing = sorted(key for key in info["missing_keys"] if not (text_only and key.startswith("lm_head.")))
+        if missing:
             raise ModelError(
                 f"{source!r} lacks {len(missing)} weights, among them {missing[0]}",
                 "a complete model",
@@ -123,6 +127,11 @@ class Backbone:
     def body(self) -> Any:
         """The model without its language-model head; LoRA layers live inside it."""
         return self.model.model
+
+    @property
+    def language_model(self) -> Any:
+        """The layers that LoRA adapts: the body without the vision tower; of a text model the body itself."""
+        return getattr(self.body, "language_model", self.body)
 
     @property
     def dim(self) -> int:
@@ -166,7 +175,9 @@ class Backbone:
             text = first + "".join(
                 f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
             )
-        ids = self.tokenizer(text)["input_ids"]
+        # a chat template may have written the begin-of-sequence token already; the tokenizer must not add another
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        ids = self.tokenizer(text, add_special_tokens=not begun)["input_ids"]
         limit = self.model.config.get_text_config().max_position_embeddings
         if len(ids) > limit:
             note = getattr(self.processor.family, "note", "")
@@ -266,7 +277,7 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]
 
 
 @contextmanager
-def _quiet_if(local: bool) -> Iterator[None]:
+def quiet_if(local: bool) -> Iterator[None]:
     """Hide transformers' progress bars for a local model; a download should show its own."""
     shown = logging.is_progress_bar_enabled()
     if local:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode
 
 FusionMode = Literal["external", "internal"]
+ViewChoice = Literal["both", "text", "image"]
 ITEMS_AT_ONCE = 256  # images whose features are held on the device together
 
 
@@ -43,11 +44,29 @@ class EncoderSettings:
     prompt_mode: PromptMode = "raw"
     max_pixels: int = 224 * 224
     max_title_tokens: int = 64
+    views: ViewChoice = "both"  # one modality alone: its vector is the fused vector, the other one is not read
+
+    def __post_init__(self) -> None:
+        if self.fusion == "internal" and self.views != "both":
+            raise ConfigError(
+                f"--fusion internal with --views {self.views}: the interleaved prompt holds titles and images",
+                "--fusion external, or --views both",
+                "change one of the two",
+            )
 
     @property
-    def views(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
         """Columns of the embedding table that are filled."""
-        return schema.VIEWS if self.fusion == "external" else (schema.FUSED,)
+        if self.fusion == "internal":
+            return (schema.FUSED,)
+        return schema.VIEWS if self.views == "both" else (schema.FUSED, self.views)
+
+    @classmethod
+    def of_export(cls, exported: Mapping[str, Any]) -> EncoderSettings:
+        """Return the settings of a finished export, from the `settings` of its manifest."""
+        known = {field.name: exported[field.name] for field in fields(cls) if field.name in exported}
+        modalities = schema.modalities_of(exported.get("views", schema.VIEWS))
+        return cls(**(known | {"views": modalities[0] if len(modalities) == 1 else "both"}))
 
     @classmethod
     def resolve(cls, adapter: Path | None, **given: Any) -> EncoderSettings:
@@ -104,6 +123,7 @@ class ItemEncoder:
         prompt_mode: PromptMode | None = None,
         max_pixels: int | None = None,
         max_title_tokens: int | None = None,
+        views: ViewChoice | None = None,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 4096,
@@ -114,7 +134,7 @@ class ItemEncoder:
 
         Raises:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
-            ConfigError: a setting contradicts the adapter's.
+            ConfigError: a setting contradicts the adapter's, or a text model is asked for images.
         """
         given = {
             "fusion": fusion,
@@ -122,6 +142,7 @@ class ItemEncoder:
             "prompt_mode": prompt_mode,
             "max_pixels": max_pixels,
             "max_title_tokens": max_title_tokens,
+            "views": views,
         }
         settings = EncoderSettings.resolve(adapter, **given)
         provenance = encoder_settings(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
@@ -155,7 +176,12 @@ class ItemEncoder:
     @property
     def views(self) -> tuple[str, ...]:
         """Columns of the embedding table that this encoder fills."""
-        return self.encoder_settings.views
+        return self.encoder_settings.columns
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Which of text and image this encoder takes; it never looks at the other."""
+        return schema.modalities_of(self.views)
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
@@ -163,8 +189,8 @@ class ItemEncoder:
 
         Args:
             titles: n titles.
-            images: n RGB images; where there is none, the item has no image vector, and with external fusion its
-                fused vector is the text vector alone.
+            images: n RGB images; where there is none, the item has no image vector, and with external fusion of
+                both views its fused vector is the text vector alone.
         """
         if len(titles) != len(images):
             raise ValueError(f"{len(titles)} titles and {len(images)} images")
@@ -178,12 +204,12 @@ class ItemEncoder:
         return EncodedItems(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(EncodedItems)))
 
     def _encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
-        prepared = [self.backbone.prepare_title(title) for title in titles]
+        with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
+        prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
         truncated = np.array([cut for _, cut in prepared], bool)
-        seen = [row for row, image in enumerate(images) if isinstance(image, Image.Image)]
+        pictures = {row: image for row, image in enumerate(images) if with_image and isinstance(image, Image.Image)}
         features: list[ImageFeatures | None] = [None] * len(titles)
-        pictures = [image for image in images if isinstance(image, Image.Image)]
-        for row, feature in zip(seen, self.backbone.look(pictures), strict=True):
+        for row, feature in zip(pictures, self.backbone.look(list(pictures.values())), strict=True):
             features[row] = feature
         views = self.encode_sequences(
             [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
@@ -201,8 +227,10 @@ class ItemEncoder:
         Gradients flow where the backbone has trainable weights and grad mode is on.
 
         Args:
-            titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first.
-            images: features of each sequence's images (`Backbone.look`); an empty list where there are none.
+            titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first; not read by an encoder
+                of images alone.
+            images: features of each sequence's images (`Backbone.look`); an empty list where there are none. Not read
+                by an encoder of titles alone.
             token_budget: padded tokens in one batch; default: the encoder's.
         """
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
@@ -215,16 +243,22 @@ class ItemEncoder:
                 schema.TEXT: absent,
                 schema.IMAGE: absent.clone(),
             }
-        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row])) for row in range(count)}
+        with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row])) for row in range(count) if with_text}
         pictures = {
             row: backbone.tokenize(prompts.image_prompt(len(images[row])), images[row])
             for row in range(count)
-            if images[row]
+            if with_image and images[row]
         }
         text, image = self._encode_rows(texts, count, budget), self._encode_rows(pictures, count, budget)
+        return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
+
+    def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
+        """Return the fused vectors: the sum, or the one view that is there."""
+        if self.encoder_settings.views != "both":
+            return text if self.encoder_settings.views == schema.TEXT else image
         with_image = ~image.isnan().any(dim=1, keepdim=True)
-        fused = torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
-        return {schema.FUSED: fused, schema.TEXT: text, schema.IMAGE: image}
+        return torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
 
     def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int, budget: int) -> Tensor:
         """Encode prompts in batches of at most `budget` padded tokens; rows without a prompt are NaN."""
@@ -259,18 +293,25 @@ def encoder_settings(
     """
     settings = EncoderSettings.resolve(adapter, **given)
     processor = load_processor(backbone, revision, settings.max_pixels)
+    model_type = read_model_config(backbone, revision)["model_type"]
+    if processor.family.text_only and settings.views != schema.TEXT:
+        raise ConfigError(
+            f"{backbone} is a text model ({model_type}), and --views {settings.views} needs one that sees images",
+            "--views text with a text model",
+            "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
+        )
     return {
         "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
         "revision": revision,
         "backbone_hash": lora.backbone_hash(backbone, revision),
-        "model_type": read_model_config(backbone, revision)["model_type"],
+        "model_type": model_type,
         "adapter": None if adapter is None else lora.adapter_hash(adapter),
         "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template),
         "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
         "pooling": "last",
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
-        "views": list(settings.views),
         **asdict(settings),
+        "views": list(settings.columns),  # not the setting's one word: readers look for columns
     }
 
 

@@ -82,6 +82,7 @@ def input_settings(
     image_paths: Sequence[str],
     image_root: Path,
     images_by: Literal["mtime", "bytes"] = "mtime",
+    modalities: Sequence[str] = schema.MODALITIES,
 ) -> dict[str, Any]:
     """Return hashes of the ordered input, for the settings: another order, title or image is another export.
 
@@ -91,15 +92,16 @@ def input_settings(
         image_paths: Paths below the root, in order.
         image_root: Folder of the images.
         images_by: `mtime` tells a changed image by its size and modification time, `bytes` by its content.
+        modalities: Of what the vectors are made: titles or images that no vector depends on are left out, unread.
     """
-    describe = _image_stamp if images_by == "mtime" else _image_digest
-    return {
-        "items": len(item_ids),
-        "item_ids": _hash_strings(item_ids),
-        "titles": _hash_strings(titles),
-        "images": _hash_strings(f"{path}\0{describe(image_root, path)}" for path in image_paths),
-        "images_by": images_by,
-    }
+    settings: dict[str, Any] = {"items": len(item_ids), "item_ids": _hash_strings(item_ids)}
+    if schema.TEXT in modalities:
+        settings["titles"] = _hash_strings(titles)
+    if schema.IMAGE in modalities:
+        describe = _image_stamp if images_by == "mtime" else _image_digest
+        settings["images"] = _hash_strings(f"{path}\0{describe(image_root, path)}" for path in image_paths)
+        settings["images_by"] = images_by
+    return settings
 
 
 def _image_stamp(root: Path, relative: str) -> str:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from vlm2rec.embedder import schema
 from vlm2rec.embedder.backbone import IMAGES_AT_ONCE, Backbone, ImageFeatures
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.images import ImageError, open_image
@@ -73,6 +75,19 @@ class Items:
             self._cached_bytes -= self._features.popitem(last=False)[1].bytes
 
 
+def encode(
+    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]], token_budget: int | None = None
+) -> dict[str, Tensor]:
+    """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent views.
+
+    Titles and images that the encoder's views do not take are not touched.
+    """
+    nothing: list[list[str]] = [[] for _ in sequences]
+    titles = [items.titles(rows) for rows in sequences] if schema.TEXT in encoder.modalities else nothing
+    images = items.features(sequences) if schema.IMAGE in encoder.modalities else [[] for _ in sequences]
+    return encoder.encode_sequences(titles, images, token_budget)
+
+
 @torch.no_grad()
 def encode_rows(
     encoder: ItemEncoder,
@@ -87,8 +102,7 @@ def encode_rows(
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
         batch = sequences[start : start + SEQUENCES_AT_ONCE]
-        titles = [items.titles(rows) for rows in batch]
-        for view, vectors in encoder.encode_sequences(titles, items.features(batch)).items():
+        for view, vectors in encode(encoder, items, batch).items():
             parts.setdefault(view, []).append(vectors.float().cpu().numpy())
         advance(len(batch))
     return {view: np.concatenate(blocks) for view, blocks in parts.items()}

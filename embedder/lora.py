@@ -32,8 +32,8 @@ from vlm2rec.embedder.backbone import Backbone
 from vlm2rec.embedder.errors import ModelError
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
-# so a list of bare names would adapt them silently.
-LORA_TARGETS = r".*\blanguage_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+# so a list of bare names would adapt them silently. Text models have their layers right below `model`.
+LORA_TARGETS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SETTINGS_FILE = "vlm2rec.json"
@@ -53,10 +53,10 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none")
     wrapped = _wrap(backbone, config)
-    adapted = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    stray = [name for name in adapted if "language_model" not in name]
+    inside = {id(parameter) for parameter in backbone.language_model.parameters()}
+    stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
     if stray:
-        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "language_model layers only")
+        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "its layers only")
     return wrapped
 
 
@@ -310,8 +310,9 @@ LoRA adapter on `{settings["backbone"]}`, fine-tuned on the histories of `{setti
 ({settings["dataset"]["samples"]} samples, {settings["training"]["steps"]} steps, seed {settings["training"]["seed"]}).
 The backbone's licence applies: {settings["licence"]}.
 
-Prompt mode `{encoder["prompt_mode"]}`, fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}), images up to
-{encoder["max_pixels"]} pixels, titles up to {encoder["max_title_tokens"]} tokens, last-token pooling.
+Views `{encoder["views"]}`, prompt mode `{encoder["prompt_mode"]}`, fusion `{encoder["fusion"]}`
+({encoder["fusion_norm"]}), images up to {encoder["max_pixels"]} pixels, titles up to {encoder["max_title_tokens"]}
+tokens, last-token pooling.
 
 | best validation | |
 |---|---|

@@ -1,9 +1,10 @@
-"""The processors of the five model families: tokenizer and image processor, the same pixels on every machine.
+"""The processors of the model families: tokenizer and image processor, the same pixels on every machine.
 
 Images always go through the PIL backend. torchvision's own resize differs in the third decimal, so a table exported
 on a machine that has torchvision would not quite fit one exported on a machine that has none; and the release for
 CPU is often missing or broken. transformers' AutoProcessor insists on torchvision for the video part of four
 families, which nobody needs here: the family's own processor is put together without it.
+Causal text models have a tokenizer only; `TextProcessor` lets them take the same path.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Family:
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
     note: str = ""  # said to the user when the family is loaded
     stacked_features: bool = False  # the model wants its image features as one tensor, not as a tuple
+    text_only: bool = False  # a causal text model: no images, no processor
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -55,13 +57,41 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
+# causal text models whose layers have the names of Llama's
+TEXT_FAMILIES: Mapping[str, Family] = {
+    model_type: Family(model_type, processor="", placeholder="", area_budget=False, text_only=True)
+    for model_type in ("qwen2", "qwen3", "llama", "mistral")
+}
+
 _MODEL_FOLDER = (
     "a model folder with config.json, weights, tokenizer.json and preprocessor_config.json or processor_config.json"
 )
+_TOKENIZER_AGAIN = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
 _SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least the bytes
 
 
-def load_processor(source: str | Path, revision: str | None = None, max_pixels: int = 224 * 224) -> ProcessorMixin:
+@dataclass(frozen=True)
+class TextProcessor:
+    """What a causal text model has in place of a processor."""
+
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's template, the default one if it has several by name; None without one."""
+        template: Any = self.tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        """Apply the template to messages whose contents are lists of text parts: text models take one string each."""
+        plain = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]
+        return self.tokenizer.apply_chat_template(plain, **options)
+
+
+def load_processor(
+    source: str | Path, revision: str | None = None, max_pixels: int = 224 * 224
+) -> ProcessorMixin | TextProcessor:
     """Return the family's own processor, without its video part, on the PIL backend.
 
     Args:
@@ -70,7 +100,8 @@ def load_processor(source: str | Path, revision: str | None = None, max_pixels: 
         max_pixels: Largest image area in pixels for families with an area budget; a smaller limit of the model's own
             processor wins. Families of fixed image size ignore it.
 
-    The result has the attribute `family`. Code of the model repository is never run.
+    The result has the attribute `family`; of a causal text model it is a `TextProcessor`. Code of the model repository
+    is never run.
 
     Raises:
         ModelError: no such model, an unknown family, or a tokenizer or image processor that does not belong to it.
@@ -80,11 +111,13 @@ def load_processor(source: str | Path, revision: str | None = None, max_pixels: 
 
     source = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
     family = family_of(source, revision)
-    _require_files(Path(source))
+    _require_files(Path(source), family)
     where = {"revision": revision or "main", "trust_remote_code": False}
-    family_class = getattr(transformers, family.processor)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+        if family.text_only:
+            return _checked_text(TextProcessor(tokenizer, family), str(source))
+        family_class = getattr(transformers, family.processor)
         image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **where)
         settings, _ = family_class.get_processor_dict(source, revision=revision or "main")
         settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
@@ -105,18 +138,19 @@ def family_of(source: str | Path, revision: str | None = None) -> Family:
 
     Raises:
         ModelError: no such folder or hub model, no readable `config.json`, or a `model_type` that is none of
-            `FAMILIES`.
+            `FAMILIES` and `TEXT_FAMILIES`.
     """
     model_type = str(read_model_config(source, revision).get("model_type"))
-    if model_type not in FAMILIES:
-        hint = did_you_mean(model_type, FAMILIES)
+    known = {**FAMILIES, **TEXT_FAMILIES}
+    if model_type not in known:
+        hint = did_you_mean(model_type, known)
         raise ModelError(
             f"{source} is a model of type {model_type!r}{hint}",
-            f"one of {', '.join(FAMILIES)}",
+            f"one of {', '.join(FAMILIES)}, or for --views text one of {', '.join(TEXT_FAMILIES)}",
             "choose a vision-language model of one of these families; of InternVL the repositories whose names end"
             " in -hf",
         )
-    return FAMILIES[model_type]
+    return known[model_type]
 
 
 def read_model_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -174,11 +208,11 @@ def _hub_config(source: str, revision: str | None) -> dict[str, Any]:
     return dict(config)
 
 
-def _require_files(folder: Path) -> None:
+def _require_files(folder: Path, family: Family) -> None:
     """Name what a local model folder lacks; a hub id, which is no folder here, passes."""
     tokenizer = ("tokenizer.json", "vocab.json", "tokenizer.model")
     images = ("preprocessor_config.json", "processor_config.json")
-    for names in (tokenizer, images):
+    for names in (tokenizer,) if family.text_only else (tokenizer, images):
         if folder.is_dir() and not any((folder / name).is_file() for name in names):
             raise ModelError(f"{folder} has no {names[0]}", _MODEL_FOLDER, "download the whole model folder again")
 
@@ -250,26 +284,34 @@ def _restore(model_type: str, state: dict[str, Any]) -> Any:
 def _check(processor: Any, source: str) -> None:
     """Refuse what transformers loads without a word: an empty tokenizer, missing image tokens or sizes."""
     family, tokenizer = processor.family, processor.tokenizer
-    again = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
-    if len(tokenizer) < _SMALLEST_TOKENIZER:
-        raise ModelError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens (its tokenizer.json is missing or empty)",
-            f"the tokenizer of a {family.model_type} model, with at least {_SMALLEST_TOKENIZER} tokens",
-            again,
-        )
+    _check_tokenizer(tokenizer, family, source)
     token, token_id = processor.image_token, processor.image_token_id
     ids = tokenizer.encode(token, add_special_tokens=False)
     if ids != [token_id] or token_id == tokenizer.unk_token_id:
         raise ModelError(
             f"the image token {token!r} of {source} is split into {len(ids)} tokens",
             f"one token: the special tokens of a {family.model_type} model",
-            again,
+            _TOKENIZER_AGAIN,
         )
     if getattr(processor, "patch_size", 0) is None:  # LLaVA keeps it outside the image processor
         raise ModelError(
             f"the processor of {source} does not know the patch size",
             "a processor_config.json with patch_size, vision_feature_select_strategy and num_additional_image_tokens",
             "download the model folder again; it needs processor_config.json",
+        )
+
+
+def _checked_text(processor: TextProcessor, source: str) -> TextProcessor:
+    _check_tokenizer(processor.tokenizer, processor.family, source)
+    return processor
+
+
+def _check_tokenizer(tokenizer: Any, family: Family, source: str) -> None:
+    if len(tokenizer) < _SMALLEST_TOKENIZER:
+        raise ModelError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens (its tokenizer.json is missing or empty)",
+            f"the tokenizer of a {family.model_type} model, with at least {_SMALLEST_TOKENIZER} tokens",
+            _TOKENIZER_AGAIN,
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def embedding_schema(dim: int, dtype: str = "float32", metadata: dict[str, str] 
         ],
         metadata=metadata,
     )
+
+
+def modalities_of(views: Sequence[str]) -> tuple[str, ...]:
+    """Return which of text and image the vectors of a table with these views are made of.
+
+    A table of one modality has `fused` equal to it: (fused, text) is made of titles alone. One interleaved prompt
+    leaves only `fused`, which is made of both.
+    """
+    return tuple(view for view in MODALITIES if view in views) or MODALITIES
 
 
 _VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
@@ -126,7 +136,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(
         folder / MANIFEST_FILE,
         f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
-        "run the same `vlm2rec export-items` command again: it continues where it stopped",
+        "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped",
     )
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:

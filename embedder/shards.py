@@ -43,7 +43,7 @@ ROW_GROUP_ROWS = 8192
 _READ_ROWS = 2048
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_GO_ON = "run the same `vlm2rec export-items` command again: it continues where it stopped"
+_GO_ON = "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped"
 _LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +27,20 @@ from transformers import (
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ModelError
-from vlm2rec.embedder.items import Items
+from vlm2rec.embedder.gradients import TOTAL, gradient_alignment, modality_losses
+from vlm2rec.embedder.items import Items, encode
 from vlm2rec.embedder.lora import restore, trainable
 from vlm2rec.embedder.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
+from vlm2rec.embedder.monitor import Collapse, Probe, collapses
 from vlm2rec.embedder.pooling import norm_ratio
 from vlm2rec.embedder.samples import Sample, Samples
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS = "trainable.safetensors"
 _BEST = "best.safetensors"
+# keys that only a row of the probe and only one of the gradients has: how many users it was measured on
+_PROBE = "probe_users"
+_GRADIENTS = "batch_users"
 _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its memory is needed anyway
 
 
@@ -60,35 +67,42 @@ class HistoryModel(nn.Module):
         """Switch dropout of the language model's LoRA layers; the frozen vision tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.backbone.model.eval()
-        self.encoder.backbone.body.language_model.train(mode)
+        self.encoder.backbone.language_model.train(mode)
         return self
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32."""
-        titles = [self.items.titles(rows) for rows in sequences]
-        return self.encoder.encode_sequences(titles, self.items.features(sequences), _TRAIN_BUDGET)
+        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent."""
+        return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
 
-    def forward(self, histories: list[list[int]], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch and what to log of it.
+    @property
+    def has_both_modalities(self) -> bool:
+        """Whether text and image have vectors of their own."""
+        return {*schema.MODALITIES} <= {*self.encoder.views}
+
+    def forward(
+        self, histories: list[list[int]], targets: Tensor, with_gradients: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
 
         Args:
             histories: B lists of item rows.
             targets: (B,) item rows; a target that several users share is encoded once.
+            with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
+                weights (`gradient_alignment`); the loss and its graph stay as they are.
         """
         users = self.encode(histories)
         distinct, place = targets.unique(return_inverse=True)
         encoded = self.encode([[int(row)] for row in distinct])
         items = {view: vectors[place] for view, vectors in encoded.items()}
         log: dict[str, Tensor] = {"effective_negatives": effective_negatives(targets).float().mean()}
-        if self.encoder.encoder_settings.fusion == "external":
+        if self.has_both_modalities:
             log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
             log["norm_ratio_item"] = norm_ratio(items[schema.TEXT], items[schema.IMAGE]).mean()
         if self.loss is None:
             total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
-            if self.encoder.encoder_settings.fusion == "external":
-                others = other_items(targets)
-                for view in schema.MODALITIES:
-                    log[f"margin_{view}"] = margins(cosines(users[view], items[view]), others).mean()
+            others = other_items(targets)
+            own = [view for view in schema.MODALITIES if view in self.encoder.views]
+            log |= _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
         else:
             parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
             total = parts.total
@@ -96,13 +110,23 @@ class HistoryModel(nn.Module):
                 "wpcl": parts.wpcl,
                 "crtr": parts.crtr,
                 "weight": parts.weight.mean(),
-                "margin_text": parts.margin_text.mean(),
-                "margin_image": parts.margin_image.mean(),
-                "weak_is_image": (parts.margin_image < parts.margin_text).float().mean(),
+                **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
                 "alpha": self.loss.alpha,
                 "beta": self.loss.beta,
             }
-        return total, {name: value.detach() for name, value in log.items()}
+        alignment: dict[str, float] = {}
+        if with_gradients:
+            losses = {TOTAL: total, **modality_losses(users, items, targets, self.tau)}
+            alignment = gradient_alignment(losses, [p for p in self.wrapped.parameters() if p.requires_grad])
+        return total, {name: value.detach() for name, value in log.items()}, alignment
+
+
+def _margins_to_log(by_view: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each view's mean margin and, where there are two, the share of users whose weak modality is the image."""
+    log = {f"margin_{view}": margin.mean() for view, margin in by_view.items()}
+    if len(by_view) == len(schema.MODALITIES):
+        log["weak_is_image"] = (by_view[schema.IMAGE] < by_view[schema.TEXT]).float().mean()
+    return log
 
 
 @dataclass(frozen=True)
@@ -120,18 +144,25 @@ class TrainingSettings:
     gradient_checkpointing: bool
     checkpoint_steps: int
     log_steps: int
+    gradient_steps: int = 0
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run left: its curves, its steps, and the validation of the weights that were kept."""
+    """What a run left: its curves, its steps, and the validation of the weights that were kept.
 
-    curves: dict[str, list[dict[str, float]]]
+    `curves` are rows with a `step` each, the number of steps that the weights had seen: `valid`, `probe` (as in
+    `monitor`), `gradients` (as `gradient_alignment` returns) and `warnings` (as `Collapse`). `train` rows are means
+    over the steps since the row before.
+    """
+
+    curves: dict[str, list[dict[str, Any]]]
     steps: int
     best: dict[str, float]
 
 
 Validate = Callable[[], dict[str, float]]
+OnCollapse = Callable[[list[Collapse]], None]  # those that one probe shows for the first time
 OnStep = Callable[[int, int, dict[str, float]], None]  # step, of steps, latest log
 
 
@@ -143,11 +174,24 @@ def train(
     validate: Validate,
     on_step: OnStep = lambda step, steps, log: None,
     resume: bool = True,
+    probe: Probe | None = None,
+    on_collapse: OnCollapse = lambda noticed: None,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
     Checkpoints go to `out/checkpoints` and are continued from when `resume` is set; they are removed by the caller
-    once the adapter is saved.
+    once the adapter is saved. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+
+    Args:
+        model: what to train.
+        samples: users and their next items.
+        out: folder for checkpoints.
+        settings: how long and how fast.
+        validate: ranks the validation items with the weights of the moment.
+        on_step: told of every step.
+        resume: go on from the last checkpoint.
+        probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
+        on_collapse: told of views that collapse, at the probe that shows it.
 
     Raises:
         ModelError: the loss is not finite (names the step and the users), or a checkpoint does not fit.
@@ -159,7 +203,7 @@ def train(
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
-        _checkpointing(backbone.body.language_model, "enable", {"use_reentrant": False})
+        _checkpointing(backbone.language_model, "enable", {"use_reentrant": False})
     steps_an_epoch = math.ceil(len(samples) / settings.batch_size)
     total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
     arguments = TrainingArguments(
@@ -183,7 +227,7 @@ def train(
         use_cpu=backbone.device.type == "cpu",
         dataloader_pin_memory=False,
     )
-    watch = _Watch(model, samples, folder, validate, on_step)
+    watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
     trainer = _HistoryTrainer(
         model=model,
         args=arguments,
@@ -191,12 +235,13 @@ def train(
         train_dataset=samples,
         optimizers=(_optimizer(model, settings), None),
         callbacks=[watch],
+        gradient_steps=settings.gradient_steps,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
-        _checkpointing(backbone.body.language_model, "disable")
+        _checkpointing(backbone.language_model, "disable")
     return watch.finish(trainer.state)
 
 
@@ -227,20 +272,25 @@ def _optimizer(model: HistoryModel, settings: TrainingSettings) -> torch.optim.A
 class _HistoryTrainer(Trainer):
     """transformers' Trainer with our loss, our log and checkpoints that hold trained weights only."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, gradient_steps: int, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._gradient_steps = gradient_steps
         self._parts: list[dict[str, Tensor]] = []
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
-        loss, log = model(inputs["histories"], inputs["targets"])
+        step = self.state.global_step
+        due = self._gradient_steps > 0 and step % self._gradient_steps == 0
+        loss, log, alignment = model(inputs["histories"], inputs["targets"], with_gradients=due)
         if not torch.isfinite(loss):
             raise ModelError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, with users (rows of"
+                f"the loss is {loss.item()} at step {step + 1}, with users (rows of"
                 f" sequences.parquet) {inputs['users']}",
                 "a finite loss",
                 "lower --learning-rate, raise the temperatures, or use --dtype float32",
             )
         self._parts.append(log)
+        if due:
+            self.state.log_history.append({"step": step, _GRADIENTS: len(inputs["users"]), **alignment})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -265,20 +315,24 @@ class _Watch(TrainerCallback):
     """Validates at the end of each epoch, keeps the best weights, and reports every step."""
 
     def __init__(
-        self, model: HistoryModel, samples: Samples, folder: Path, validate: Validate, on_step: OnStep
+        self,
+        model: HistoryModel,
+        samples: Samples,
+        folder: Path,
+        validate: Validate,
+        on_step: OnStep,
+        probe: Probe | None,
+        on_collapse: OnCollapse,
     ) -> None:
         self._model, self._samples, self._folder = model, samples, folder
         self._validate, self._on_step = validate, on_step
+        self._probe, self._on_collapse = probe, on_collapse
         self._latest: dict[str, float] = {}
 
     def validate(self, state: TrainerState, keep: bool = True) -> None:
         """Rank the validation items and, if this is the best so far, keep the weights."""
-        # validation must not shift the random numbers of training: dropout would differ after a resume
-        random = torch.random.get_rng_state()
-        self._model.eval()
-        with torch.no_grad():
+        with self._aside():
             metrics = self._validate()
-        torch.random.set_rng_state(random)
         before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
         state.log_history.append({"step": state.global_step, **metrics})
         if keep and metrics["N@20"] > max(before, default=-math.inf):
@@ -286,10 +340,35 @@ class _Watch(TrainerCallback):
             safetensors.torch.save_file(trainable(self._model), temporary)
             temporary.replace(self._folder / _BEST)
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Measure without a trace: what is drawn here must not shift the dropout of the next step."""
+        device = self._model.encoder.backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            self._model.eval()  # the trainer goes back to training mode before every step
+            yield
+
+    def _probes(self, state: TrainerState) -> list[dict[str, float]]:
+        """Return what this probe has measured so far; rows over another number of users are another probe's."""
+        return [row for row in state.log_history if self._probe and row.get(_PROBE) == self._probe.users]
+
+    def probe(self, state: TrainerState) -> None:
+        """Measure the probe, and say so when it shows that a view collapses."""
+        assert self._probe is not None
+        started = time.perf_counter()
+        with self._aside():
+            row = self._probe.measure()
+        row |= {"step": state.global_step, _PROBE: self._probe.users, "seconds": time.perf_counter() - started}
+        state.log_history.append(row)
+        if noticed := [found for found in collapses(self._probes(state)) if found.step == state.global_step]:
+            self._on_collapse(noticed)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Validate the untrained model, so that the curve shows what training added."""
         if state.global_step == 0:
             self.validate(state, keep=False)
+        if self._probe and not self._probes(state):
+            self.probe(state)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let `random` samples choose this epoch's positions."""
@@ -314,6 +393,9 @@ class _Watch(TrainerCallback):
         """Report the step; the last one is a point of the curves whatever `log_steps` is."""
         control.should_log |= state.global_step == state.max_steps
         self._on_step(state.global_step, state.max_steps, self._latest)
+        last = state.global_step == state.max_steps
+        if self._probe and (last or state.global_step % self._probe.interval(state.max_steps) == 0):
+            self.probe(state)
 
     def finish(self, state: TrainerState) -> Training:
         """Put the best weights back and return the curves."""
@@ -321,7 +403,14 @@ class _Watch(TrainerCallback):
         self._model.eval()
         valid = [row for row in state.log_history if "N@20" in row]
         best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
-        curves = {"train": [row for row in state.log_history if "loss" in row], "valid": valid}
+        probes = self._probes(state)
+        curves = {
+            "train": [row for row in state.log_history if "loss" in row],
+            "valid": valid,
+            "probe": probes,
+            "gradients": [row for row in state.log_history if _GRADIENTS in row],
+            "warnings": [asdict(collapse) for collapse in collapses(probes)],
+        }
         return Training(curves, state.global_step, best)
 
 

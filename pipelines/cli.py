@@ -186,6 +186,24 @@ def export_items(config: settings.ExportConfig) -> None:
     _stage("export_items").run(config)
 
 
+@command(settings.ImportVectorsConfig)
+def import_vectors(config: settings.ImportVectorsConfig) -> None:
+    """Turn vectors of yours (Parquet, npy) into an embeddings folder."""
+    _stage("import_vectors").run(config)
+
+
+@command(settings.EncodeFrozenConfig)
+def encode_frozen(config: settings.EncodeFrozenConfig) -> None:
+    """Encode every item with a small frozen encoder: sentence-transformers, CLIP, SigLIP."""
+    _stage("encode_frozen").run(config)
+
+
+@command(settings.EncodePromptedConfig)
+def encode_prompted(config: settings.EncodePromptedConfig) -> None:
+    """Encode every item by asking a vision-language model about it, without fine-tuning."""
+    _stage("encode_prompted").run(config)
+
+
 @command(settings.VerifyConfig, positional="embeddings")
 def verify(config: settings.VerifyConfig) -> None:
     """Check an embeddings folder against its manifest."""
@@ -214,6 +232,12 @@ def build_index(config: settings.BuildIndexConfig) -> None:
 def search(config: settings.SearchConfig) -> None:
     """Print the nearest neighbours of an item."""
     _stage("build_index").search(config)
+
+
+@command(settings.StudyConfig, own_config_key=True)
+def study(config: settings.StudyConfig) -> None:
+    """Run methods x seeds, and draw every table and figure of the paper from the results."""
+    _stage("study").run(config)
 
 
 @command(settings.ReportConfig)

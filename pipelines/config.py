@@ -8,6 +8,7 @@ which checks types and bounds, is loaded when a command runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,11 +30,14 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 LossName = Literal["vlm2rec", "sft"]
 PromptMode = Literal["raw", "chat"]
 FusionMode = Literal["external", "internal"]
+ViewChoice = Literal["both", "text", "image"]
 FusionNorm = Literal["raw", "normalised"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 SamplesMode = Literal["last", "random", "all"]
 ImagePolicy = Literal["fail", "null", "text_only"]
+
+_BACKBONE = "Hub id or local folder of a vision-language model; with --views text also of a causal text model."
 
 
 def setting(text: str, default: Any = MISSING) -> Any:
@@ -90,7 +94,7 @@ class FinetuneConfig:
     """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one."""
 
     data: Path = setting("Dataset folder.")
-    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
     loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
@@ -102,7 +106,12 @@ class FinetuneConfig:
     learnable: bool = setting("Learn α and β; off keeps them fixed.", True)
     stop_gradient: bool = setting("Stop the gradient at the strong modality's margin (Eq. 8).", True)
     penalty: bool = setting("Weigh the negatives by w_pen (Eq. 9); off is WPCL without penalty.", True)
+    wpcl: bool = setting("Add WPCL (Eq. 10); off leaves λ·CRTR alone.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
+    views: ViewChoice = setting(
+        "both; or text or image alone, with --loss sft: fused is then that view, and the other modality is not read.",
+        "both",
+    )
     fusion: FusionMode = setting("external: two prompts, summed; internal: one interleaved prompt.", "external")
     fusion_norm: FusionNorm = setting("raw: sum as the paper; normalised: unit vectors first.", "raw")
     prompt_mode: PromptMode = setting("raw: the prompt as printed; chat: in the chat template.", "raw")
@@ -128,6 +137,12 @@ class FinetuneConfig:
     device: DeviceName = setting("Where to run.", "auto")
     checkpoint_steps: Positive = setting("Steps between checkpoints.", 100)
     log_steps: Positive = setting("Steps between points of the training curves.", 10)
+    probe_users: Count = setting("Validation users on whom collapse is watched during training; 0 watches none.", 32)
+    probe_steps: Count = setting("Steps between two looks at them; 0 is a twentieth of the run, at least 10.", 0)
+    gradient_steps: Count = setting(
+        "Compare the gradients of loss, text and image every so many steps; such a step takes twice as long. 0: never.",
+        0,
+    )
     resume: bool = setting("Go on from the last checkpoint in --out; off starts anew.", True)
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
 
@@ -137,10 +152,13 @@ class ExportConfig:
     """Settings of `vlm2rec export-items`."""
 
     data: Path = setting("Dataset folder.")
-    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    backbone: str = setting(_BACKBONE)
     out: Path = setting("Embeddings folder to write.")
     adapter: Path | None = setting("Adapter folder of `finetune`; without it the vanilla backbone.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
+    views: ViewChoice | None = setting(
+        "both; or text or image alone: fused is then that view. Default: the adapter's, else both.", None
+    )
     fusion: FusionMode | None = setting("Default: the adapter's, else external.", None)
     fusion_norm: FusionNorm | None = setting("Default: the adapter's, else raw.", None)
     prompt_mode: PromptMode | None = setting("Default: the adapter's, else raw.", None)
@@ -155,6 +173,76 @@ class ExportConfig:
     )
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportVectorsConfig:
+    """Settings of `vlm2rec import-vectors`."""
+
+    data: Path = setting("Dataset folder.")
+    file: Path = setting("Vectors: Parquet with ids and lists of numbers, or an .npy matrix of shape (items, d).")
+    out: Path = setting("Embeddings folder to write.")
+    ids: Path | None = setting("Ids of an .npy's rows: .npy, .txt (one a line), or Parquet with the id column.", None)
+    in_item_order: bool = setting(
+        "Row i of the .npy is item i of items.parquet; in place of --ids, and only where the counts agree.", False
+    )
+    item_id_column: str = setting("Id column of a Parquet file.", "item_id")
+    column: str | None = setting(
+        "Vector column of a Parquet file; default: those called fused, text or image, else the only one there is.", None
+    )
+    view: Literal["fused", "text", "image"] = setting("What a single column or an .npy holds.", "fused")
+    fusion_norm: FusionNorm = setting("How fused is made where the file has text and image alone; as finetune.", "raw")
+    pca: Positive | None = setting("Reduce to this many principal components.", None)
+    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    max_failures: Fraction = setting("Exit code 6 when a larger share of the items has no vector.", 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeFrozenConfig:
+    """Settings of `vlm2rec encode-frozen`."""
+
+    data: Path = setting("Dataset folder.")
+    encoder: Path = setting("Model folder: sentence-transformers or another text encoder, CLIP, SigLIP.")
+    out: Path = setting("Embeddings folder to write.")
+    kind: Literal["auto", "sentence", "clip"] = setting(
+        "sentence: titles alone; clip: titles and images in one space; auto: what the folder holds.", "auto"
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = setting(
+        "Which token states make the vector of a title; auto: as the folder's modules say, else mean.", "auto"
+    )
+    fusion_norm: FusionNorm = setting("raw: text + image; normalised: unit vectors first.", "raw")
+    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    on_image_error: ImagePolicy = setting("As for export-items.", "null")
+    images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
+    dtype: DtypeName = setting("As for export-items.", "float32")
+    device: DeviceName = setting("Where to run.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodePromptedConfig:
+    """Settings of `vlm2rec encode-prompted`."""
+
+    data: Path = setting("Dataset folder.")
+    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    out: Path = setting("Embeddings folder to write.")
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    instruction: str | None = setting("The question asked of every item; default: six attributes in JSON.", None)
+    prompt_mode: Literal["auto", "raw", "chat"] = setting(
+        "chat: in the model's chat template; raw: without; auto: chat if it has one.", "auto"
+    )
+    max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
+    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
+    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
+    dtype: DtypeName = setting("As for export-items.", "auto")
     device: DeviceName = setting("Where to run.", "auto")
 
 
@@ -203,6 +291,10 @@ class TrainRecommenderConfig:
         "adapter: frozen vectors behind a trained Linear; table: start the item table from them and train it.",
         "adapter",
     )
+    adapter: Literal["linear", "two-linear", "mlp"] = setting(
+        "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU between.", "linear"
+    )
+    pca: Positive | None = setting("Reduce the vectors to this many principal components first.", None)
     missing: Literal["error", "mean", "random"] = setting("Items without a vector: refuse, or fill and count.", "error")
     config: Path | None = setting("A RecBole YAML; its keys win over our defaults.", None)
     max_epochs: Positive = setting("Most epochs.", 200)
@@ -261,6 +353,25 @@ class DemoConfig:
     seed: Count = setting("Seed of the catalogue and of every stage.", 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Settings of `vlm2rec study`; its methods and their settings stand in a YAML of their own."""
+
+    out: Path = setting("Study folder; the same command goes on with an unfinished study.")
+    data: Path | None = setting("Dataset folder; needed unless --report-only or --demo.", None)
+    backbone: str | None = setting("Hub id or local folder of a vision-language model; needed as --data is.", None)
+    config: Path | None = setting("YAML of the study: analyses, methods, settings. Default: the paper's.", None)
+    methods: tuple[str, ...] = setting("Run these methods of the YAML only.", ())
+    analyses: tuple[str, ...] = setting("Run these analyses of the YAML only.", ())
+    seeds: tuple[int, ...] = setting("Seeds of every analysis; default: those of the YAML.", ())
+    demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and study them.", False)
+    quick: bool = setting("A few steps of everything, to see that it works; the numbers mean nothing.", False)
+    plan_only: bool = setting("Print what would run and how long it may take; run nothing.", False)
+    report_only: bool = setting("Draw the report anew from the Parquet files of a study.", False)
+    redo: bool = setting("Run the cells again whose settings changed; off refuses them.", False)
+    device: DeviceName = setting("Where to run.", "auto")
+
+
 def read_config(
     cls: type[Config],
     file: Path | None = None,
@@ -283,11 +394,10 @@ def read_config(
         values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.default is MISSING and f.name not in values:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             flag = f"--{f.name.replace('_', '-')}"
-            raise ConfigError(
-                f"{flag} is missing", f.metadata["help"].rstrip("."), f"give {flag}, or put it in --config"
-            )
+            text = f.metadata.get("help", f.name)
+            raise ConfigError(f"{flag} is missing", text.rstrip("."), f"give {flag}, or put it in --config")
     return _validate(cls, values)
 
 
@@ -334,7 +444,7 @@ def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(cls).validate_python(values)
+        return _checker(cls).validate_python(values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "settings"
@@ -343,6 +453,14 @@ def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
             f"{_type_text(cls, key)}",
             f"change --{key.replace('_', '-')}",
         ) from None
+
+
+@functools.cache
+def _checker(cls: Any) -> Any:
+    """Return pydantic's checker of a config class; making one takes a hundred times as long as a check."""
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
 
 
 def _type_text(cls: type, key: str) -> str:

@@ -72,7 +72,7 @@ def run(config: DemoConfig) -> Path:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "finished": False,
         "settings": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
-        "versions": _versions(),
+        "versions": library_versions(),
         "stages": [],
         "seconds": 0.0,
     }
@@ -271,7 +271,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what comes out."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

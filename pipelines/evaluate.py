@@ -130,7 +130,13 @@ def _encode_histories(
     from vlm2rec.embedder.items import Items, encode_rows
 
     exported = manifest["settings"]
-    settings = {name: exported[name] for name in asdict(EncoderSettings()) if name in exported}
+    if "source" in exported:  # vectors of users' own, of a frozen encoder or of a question about one item
+        raise ArtifactError(
+            f"--backbone with {config.embeddings}, whose vectors come from another source ({exported['source']})",
+            "a table of export-items, whose encoder reads whole histories too",
+            "leave --backbone out: a user is then the mean of the history's items",
+        )
+    settings = asdict(EncoderSettings.of_export(exported))
     assert config.backbone is not None
     encoder = ItemEncoder.load(
         config.backbone,

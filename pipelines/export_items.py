@@ -33,6 +33,7 @@ ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
 READERS = min(8, os.cpu_count() or 1)
 _ENCODER_ARGUMENTS = (
     "revision",
+    "views",
     "fusion",
     "fusion_norm",
     "prompt_mode",
@@ -42,7 +43,7 @@ _ENCODER_ARGUMENTS = (
     "device",
 )
 
-Picture = Image.Image | ImageError
+Picture = Image.Image | ImageError | None  # None: the encoder takes no images
 
 
 class Encoder(Protocol):
@@ -86,8 +87,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
         on_image_error=config.on_image_error,
         images_by=config.images_by,
     )
-    _print_summary(manifest, config.out)
-    _check_failures(manifest, config.out, config.max_failures)
+    print_summary(manifest, config.out)
+    check_failures(manifest, config.out, config.max_failures)
     return manifest
 
 
@@ -116,11 +117,18 @@ def export(
     """
     if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
         raise ConfigError(
-            "--on-image-error text_only needs a text vector, and internal fusion has none",
-            "fail or null with internal fusion",
-            "choose one of these, or external fusion",
+            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
+            "fail or null with these",
+            "choose one of the two, or external fusion of both views",
         )
-    inputs = input_settings(dataset.item_ids, dataset.titles, dataset.image_paths, dataset.image_root, images_by)
+    inputs = input_settings(
+        dataset.item_ids,
+        dataset.titles,
+        dataset.image_paths,
+        dataset.image_root,
+        images_by,
+        schema.modalities_of(settings["views"]),
+    )
     choices = {"storage": storage, "on_image_error": on_image_error}
     plan = plan_shards(dataset.item_ids, shard_size, {**settings, **choices, **inputs})
     with writing(out):
@@ -224,7 +232,7 @@ def _encode_shard(
 ) -> pa.Table:
     policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
     parts: list[Rows] = []
-    with closing(_read_images(dataset, _pieces(plan.rows(number)), plan.settings["max_pixels"])) as pieces:
+    with closing(_images_of(dataset, plan, number)) as pieces:
         for rows, images in pieces:
             if policy == "fail":
                 _require_images(dataset, rows, images)
@@ -242,6 +250,16 @@ def _encode_shard(
 
 def _pieces(rows: range) -> list[range]:
     return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
+
+
+def _images_of(dataset: Dataset, plan: Plan, number: int) -> Generator[tuple[range, list[Picture]]]:
+    """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
+    pieces = _pieces(plan.rows(number))
+    if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
+        yield from _read_images(dataset, pieces, plan.settings["max_pixels"])
+    else:
+        for rows in pieces:
+            yield rows, [None] * len(rows)
 
 
 def _read_images(dataset: Dataset, pieces: Iterable[range], max_pixels: int) -> Generator[tuple[range, list[Picture]]]:
@@ -291,7 +309,8 @@ def _same_settings(encoder: Encoder, expected: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
-def _print_summary(manifest: Mapping[str, Any], out: Path) -> None:
+def print_summary(manifest: Mapping[str, Any], out: Path) -> None:
+    """Print what an embeddings folder holds."""
     timed = [shard for shard in manifest["shards"] if shard["seconds"]]
     seconds = sum(shard["seconds"] for shard in timed)
     rate = f", {sum(shard['rows'] for shard in timed) / seconds:.1f} items/s" if seconds else ""
@@ -307,7 +326,8 @@ def _print_summary(manifest: Mapping[str, Any], out: Path) -> None:
     )
 
 
-def _check_failures(manifest: Mapping[str, Any], out: Path, max_failures: float) -> None:
+def check_failures(manifest: Mapping[str, Any], out: Path, max_failures: float) -> None:
+    """Raise `FailureLimitError` when more than that share of the items failed."""
     failed, items = manifest["counts"][schema.STATUS_FAILED], manifest["num_items"]
     if failed > max_failures * items:
         raise FailureLimitError(

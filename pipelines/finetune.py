@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -31,12 +31,16 @@ from vlm2rec.embedder.lora import (
 from vlm2rec.embedder.losses import VLM2RecLoss
 from vlm2rec.embedder.samples import Samples
 from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Training, TrainingSettings, train
+from vlm2rec.pipelines.collapse_probe import make_probe, told, warning
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import log, progress, summary
 
 _RUN_FILE = "run.json"
 # these may differ between a run and its continuation: they do not change what is learned
-_FREE = ("out", "resume", "device", "checkpoint_steps", "log_steps")
+_FREE = (
+    *("out", "resume", "device", "checkpoint_steps", "log_steps"),
+    *("probe_users", "probe_steps", "gradient_steps"),
+)
 
 
 def run(config: FinetuneConfig) -> Training | None:
@@ -49,6 +53,7 @@ def run(config: FinetuneConfig) -> Training | None:
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
+        views=config.views,
         fusion=config.fusion,
         fusion_norm=config.fusion_norm,
         prompt_mode=config.prompt_mode,
@@ -74,6 +79,8 @@ def run(config: FinetuneConfig) -> Training | None:
             validate,
             _reporter(advance),
             config.resume,
+            make_probe(config, dataset, encoder),
+            lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
         )
     titles, images = canary_items()
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
@@ -90,6 +97,20 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError(
             "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
             "--fusion external, or --loss sft",
+            "change one of the two",
+        )
+    if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
+        raise ConfigError(
+            f"--gradient-steps with --fusion {config.fusion} and --views {config.views}: it compares the gradients of"
+            " text and image vectors, and one of them or both are not there",
+            "--fusion external and --views both",
+            "change them, or leave --gradient-steps out",
+        )
+    if config.views != "both" and config.loss == "vlm2rec":
+        raise ConfigError(
+            f"--views {config.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) hold a text"
+            " and an image vector of each user and item against each other, and one view has nothing to balance",
+            "--loss sft (InfoNCE) with one view, or --views both",
             "change one of the two",
         )
     if config.out.exists() and not config.out.is_dir():
@@ -116,6 +137,7 @@ def _loss(config: FinetuneConfig) -> VLM2RecLoss | None:
         config.penalty,
         config.crtr,
         fusion_norm=config.fusion_norm,
+        wpcl=config.wpcl,
     )
 
 
@@ -132,6 +154,7 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
         gradient_checkpointing=config.gradient_checkpointing,
         checkpoint_steps=config.checkpoint_steps,
         log_steps=config.log_steps,
+        gradient_steps=config.gradient_steps,
     )
 
 
@@ -159,10 +182,13 @@ def _is_finished(config: FinetuneConfig) -> bool:
 
 
 def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
+    # a run begun before a setting existed did what is now its default
+    defaults = {field.name: field.default for field in fields(config)}
     for name, value in _identity(config).items():
-        if before.get(name) != value:
+        begun = before.get(name, defaults[name])
+        if begun != value:
             raise ConfigError(
-                f"{config.out} was begun with {name} = {before.get(name)!r}, now it is {value!r}",
+                f"{config.out} was begun with {name} = {begun!r}, now it is {value!r}",
                 "the same settings, to go on with that run",
                 "give another --out, or --no-resume to start anew",
             )
@@ -234,6 +260,7 @@ def _provenance(
             "effective_negatives": training.curves["train"][-1]["effective_negatives"]
             if training.curves["train"]
             else None,
+            "collapse": training.curves["warnings"],
         },
         "dataset": {
             "name": dataset.name,
@@ -255,6 +282,10 @@ def _summarise(config: FinetuneConfig, samples: Samples, items: Items, training:
         "adapter": config.out,
         "curves": config.out / CURVES_FILE,
     }
+    if probes := training.curves["probe"]:
+        rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
+    if training.curves["warnings"]:
+        rows["collapse"] = told(training.curves["warnings"])
     if items.unreadable:
         name, reason = next(iter(items.unreadable.items()))
         rows["unreadable images"] = f"{len(items.unreadable)}, shown as white; item {name}: {reason}"

@@ -140,6 +140,7 @@ class Page:
     task1: MetricsTable | None
     task2: list[MetricsTable]
     geometry: list[GeometryRow]
+    collapses: list[tuple[str, str]]
     figures: dict[str, Markup]
     neighbourhoods: list[Neighbourhood]
     index: Json | None
@@ -203,7 +204,10 @@ def draw_figures(found: RunFolder) -> list[figures.Picture]:
     if found.recommenders:
         drawn.append(figures.recommender_bars(found.recommenders))
     if found.curves:
-        drawn.append(figures.learning_curves({m: found.curves[m] for m in in_order(list(found.curves))}))
+        ordered = {method: found.curves[method] for method in in_order(list(found.curves))}
+        drawn.append(figures.learning_curves(ordered))
+        if any(run.get("probe") or run.get("gradients") for run in ordered.values()):
+            drawn.append(figures.collapse_curves(ordered))
     return drawn
 
 
@@ -226,6 +230,7 @@ def make_page(found: RunFolder, drawn: dict[str, Markup]) -> Page:
         task1=task1,
         task2=task2,
         geometry=_geometry(found),
+        collapses=_collapses(found),
         figures=drawn,
         neighbourhoods=_neighbourhoods(found),
         index=found.index,
@@ -393,6 +398,16 @@ def _geometry(found: RunFolder) -> list[GeometryRow]:
                 cells = [_number(values.get(name)) for name in ("A_pos", "A_neg", "U", "S")]
                 rows.append(GeometryRow(method, method_name(method), view, cells))
     return rows
+
+
+def _collapses(found: RunFolder) -> list[tuple[str, str]]:
+    """Return what the collapse monitor noticed, as (method, text)."""
+    lines = []
+    for method in in_order(list(found.curves)):
+        for entry in found.curves[method].get("warnings", []):
+            end = "to the end" if entry.get("until") is None else f"until step {entry['until']}"
+            lines.append((method, f"from step {entry.get('step')} {end}: {entry.get('message')}"))
+    return lines
 
 
 # --- what ran -----------------------------------------------------------------------------------------------

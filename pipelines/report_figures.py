@@ -215,6 +215,38 @@ def learning_curves(curves: Mapping[str, Json]) -> Picture:
         return _saved(figure, "learning", "Training loss, validation, margins and penalty over the training steps")
 
 
+def collapse_curves(curves: Mapping[str, Json]) -> Picture:
+    """Separability and effective rank on the fixed probe, the weak modality, and gradient alignment, over the steps."""
+    methods = list(curves)
+    dashes: dict[str, Any] = {schema.TEXT: "solid", schema.IMAGE: (0, (4, 2)), schema.FUSED: (0, (1, 1.5))}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 5.2), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
+        (separability, rank), (weak, alignment) = figure.subplots(2, 2)
+        for method in methods:
+            run, colour, label = curves[method], colour_of(method, methods), _label(method)
+            for view, style in dashes.items():
+                thin = view == schema.FUSED
+                _curve(separability, run.get("probe", []), f"S_{view}", colour, style, f"{label}, {view}", thin)
+                _curve(rank, run.get("probe", []), f"rank_{view}", colour, style, f"{label}, {view}", thin)
+                _curve(
+                    alignment, run.get("gradients", []), f"cos_total_{view}", colour, style, f"{label}, {view}", thin
+                )
+            _curve(weak, run.get("train", []), "weak_is_image", colour, "solid", label)
+        for axes, title, label in (
+            (separability, "Separability of each view, on the probe", "$S$: above 1 tells apart"),
+            (rank, "Effective rank of the items, on the probe", "directions"),
+            (weak, "Whose weak modality is the image", "share of a batch’s users"),
+            (alignment, "Gradient of the loss against each modality’s own", "cosine"),
+        ):
+            axes.set_title(title)
+            axes.set_ylabel(label)
+            axes.set_xlabel("training step")
+            _curve_legend(axes)
+        return _saved(
+            figure, "learning-collapse", "Separability, effective rank, weak modality and gradient alignment by step"
+        )
+
+
 def _curve_legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.margins(y=0.12)

@@ -99,6 +99,10 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
         settings[recbole_plugin.TRAINABLE] = config.mode == "table"
     if "missing" in changed:
         settings[recbole_plugin.MISSING] = config.missing
+    if "adapter" in changed:
+        settings[recbole_plugin.ADAPTER] = config.adapter
+    if "pca" in changed:
+        settings[recbole_plugin.PCA] = config.pca
     return settings
 
 
@@ -183,7 +187,10 @@ class _Display:
 
 def _summarise(outcome: recbole_run.Outcome) -> None:
     metrics = outcome.metrics
-    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']})"
+    layers = "" if metrics["adapter"] in (None, "linear") else f", {metrics['adapter']}"
+    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']}{layers})"
+    if metrics["pca"]:
+        start += f", {metrics['pca']['components']} components with {metrics['pca']['explained']:.1%} of the variance"
     rows: dict[str, object] = {
         "start": start,
         "users, items": f"{metrics['users']:,}, {metrics['items']:,}",

@@ -28,8 +28,8 @@ def run(config: VerifyConfig) -> None:
         raise ArtifactError(
             f"{folder} has {len(problems)} problems: {'; '.join(map(str, problems[:SHOWN]))}{more}",
             "the files as export-items wrote them",
-            "run the same `vlm2rec export-items` command again: it writes missing and damaged shards anew; remove files"
-            " that do not belong there",
+            "run the command that wrote it (`vlm2rec export-items`, for one) again: it writes damaged shards"
+            " anew; remove files that do not belong there",
         )
     manifest = schema.read_manifest(folder)
     ranks = effective_ranks(folder)

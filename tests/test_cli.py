@@ -30,11 +30,15 @@ COMMANDS = {
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
+    "import-vectors": config.ImportVectorsConfig,
+    "encode-frozen": config.EncodeFrozenConfig,
+    "encode-prompted": config.EncodePromptedConfig,
     "verify": config.VerifyConfig,
     "evaluate": config.EvaluateConfig,
     "train-recommender": config.TrainRecommenderConfig,
     "build-index": config.BuildIndexConfig,
     "search": config.SearchConfig,
+    "study": config.StudyConfig,
     "report": config.ReportConfig,
     "doctor": None,
 }
@@ -149,7 +153,15 @@ REQUIRED = {"out": "somewhere", "data": "data", "embeddings": "emb", "backbone":
 
 
 def required_values(cls: type) -> dict[str, Any]:
-    values = {**REQUIRED, "interactions": "x", "index": "idx", "item": "1", "run": "run"}
+    values = {
+        **REQUIRED,
+        "interactions": "x",
+        "index": "idx",
+        "item": "1",
+        "run": "run",
+        "file": "v.npy",
+        "encoder": "clip",
+    }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
 
 

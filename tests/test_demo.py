@@ -97,7 +97,7 @@ def test_the_report_prints_the_numbers_that_the_stages_measured(finished: tuple[
         for metric in ("H@10", "H@20", "N@10", "N@20"):
             assert f">{values[metric]:.3f}".replace(">0.", ">.") in text
     assert "Left out" not in text
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert len(re.findall(r"\.p\d+ \{ background-image: url\(data:", page)) > 30
     for title in pl.read_parquet(out / "data" / "items.parquet")["title"].head(1):
         assert title in text

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm2rec.downstream.geometry import geometry, geometry_from_rows
+from vlm2rec.downstream.geometry import effective_rank, geometry, geometry_from_rows
 from vlm2rec.embedder.errors import DataError
 
 
@@ -110,3 +110,33 @@ def test_impossible_input_is_refused() -> None:
     items[negatives[0, 0]] = np.nan
     with pytest.raises(DataError, match="not finite"):
         geometry_from_rows(users, items, positives, negatives)
+
+
+def test_effective_rank_counts_directions_that_are_used_alike() -> None:
+    axes = np.concatenate([np.eye(8), -np.eye(8)])
+    for used in (1, 3, 8):
+        assert effective_rank(5 * axes[:, :8][np.abs(axes[:, :used]).any(axis=1)]) == pytest.approx(used)
+    # variances 4 and 1 about the mean: exp of the entropy of (.8, .2)
+    angle = np.array([[2.0, 0], [-2.0, 0], [0, 1.0], [0, -1.0]]) * 1e-4
+    cloud = np.concatenate([np.ones((4, 1)), angle], axis=1)
+    assert effective_rank(cloud) == pytest.approx(0.8**-0.8 * 0.2**-0.2, rel=1e-6)
+
+
+def test_effective_rank_ignores_length_and_the_common_direction() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(50, 6))
+    assert effective_rank(rows * generator.uniform(1, 9, (50, 1))) == pytest.approx(effective_rank(rows))
+    narrow = np.concatenate([100 * np.ones((50, 1)), rows], axis=1)
+    assert 5 < effective_rank(narrow) <= 6
+
+
+def test_effective_rank_of_equal_vectors_is_0_whatever_their_rounding() -> None:
+    noise = np.random.default_rng(0).normal(size=(20, 8))
+    assert effective_rank((np.ones((20, 8)) + 1e-8 * noise).astype(np.float32)) == 0.0
+    assert effective_rank(np.zeros((3, 4))) == 0.0
+
+
+@pytest.mark.parametrize("wrong", [np.ones(4), np.empty((0, 4)), np.array([[1.0, np.nan]])])
+def test_effective_rank_refuses_what_is_not_a_table_of_numbers(wrong: np.ndarray) -> None:
+    with pytest.raises(DataError):
+        effective_rank(wrong)

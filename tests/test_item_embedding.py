@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm2rec.downstream.item_embedding import ItemEmbedding, standardise
+from vlm2rec.downstream.item_embedding import Adapter, ItemEmbedding, standardise
 
 
 def vectors(rows: int = 9, dim: int = 6) -> Tensor:
@@ -139,3 +139,49 @@ def test_adapted_rows_start_with_the_spread_of_the_table_they_replace() -> None:
     module = ItemEmbedding(drawn, width=128, spread=0.02)
     assert float(module.weight[1:].detach().std()) == pytest.approx(0.02, rel=0.05)
     assert not module.linear.bias.any()
+
+
+# --- two layers -------------------------------------------------------------------------------------------------
+def two_layers(adapter: Adapter, width: int = 4) -> ItemEmbedding:
+    torch.manual_seed(1)
+    return ItemEmbedding(vectors(), width=width, spread=0.02, adapter=adapter)
+
+
+def test_two_linears_have_half_the_vectors_units_between_them_and_no_activation() -> None:
+    module = ItemEmbedding(vectors(dim=20), width=4, spread=0.02, adapter="two-linear")
+    first, second = module.hidden, module.linear
+    assert first is not None and (first.in_features, first.out_features, second.in_features) == (20, 10, 10)
+    expected = second(vectors(dim=20) @ first.weight.T + first.bias)
+    assert torch.allclose(module.weight[1:], expected[1:], atol=1e-6)
+
+
+def test_the_hidden_layer_is_never_narrower_than_the_row() -> None:
+    module = two_layers("mlp", width=5)
+    assert module.hidden is not None and module.hidden.out_features == 5
+
+
+def test_the_mlp_bends_between_its_layers() -> None:
+    module = two_layers("mlp")
+    assert module.hidden is not None
+    expected = module.linear(torch.nn.functional.gelu(module.hidden(vectors())))
+    assert torch.allclose(module.weight[1:], expected[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ["two-linear", "mlp"])
+def test_two_layers_start_centred_and_with_the_spread_of_the_table_they_replace(adapter: Adapter) -> None:
+    torch.manual_seed(0)
+    drawn = torch.nn.functional.normalize(torch.randn(2000, 256), dim=1)
+    rows = ItemEmbedding(drawn, width=128, spread=0.02, adapter=adapter).weight[1:].detach()
+    assert float(rows.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(rows.mean(0).norm() / rows.norm(dim=1).mean()) < 0.12  # no offset that all rows share
+
+
+@pytest.mark.parametrize("adapter", ["two-linear", "mlp"])
+def test_two_layers_give_lookup_and_weight_the_same_rows_and_train_both(adapter: Adapter) -> None:
+    module = two_layers(adapter)
+    indices = torch.tensor([[0, 3, 8], [3, 3, 1]])
+    assert torch.allclose(module(indices), module.weight[indices], atol=1e-7)
+    assert not module(torch.tensor([0])).any()
+    (module(indices) ** 2).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
+    assert list(module.state_dict()) == ["hidden.weight", "hidden.bias", "linear.weight", "linear.bias"]

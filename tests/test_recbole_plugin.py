@@ -271,16 +271,16 @@ def test_missing_items_are_refused_by_default(holed: Path) -> None:
 
 def test_a_mean_fill_is_the_centre_and_counted(holed: Path) -> None:
     table = EmbeddingTable.open(holed)
-    vectors, filled = aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed, missing="mean"), seed=0)
+    vectors, filled, _ = aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed, missing="mean"), seed=0)
     assert filled == 2
     assert vectors.tolist() == [[0, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
 
 
 def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
     table, start = EmbeddingTable.open(holed), EmbeddingStart(holed, missing="random")
-    vectors, filled = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
-    again, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
-    other, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=1)
+    vectors, filled, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
+    again, _, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
+    other, _, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=1)
     assert filled == 2
     assert torch.allclose(vectors[2:4].norm(dim=1), torch.ones(2))
     assert torch.equal(vectors, again) and not torch.equal(vectors[2], other[2])
@@ -304,6 +304,55 @@ def test_infinite_vectors_are_refused(tmp_path: Path) -> None:
         aligned_vectors(EmbeddingTable.open(tmp_path / "odd"), ["a", "b"], EmbeddingStart(tmp_path / "odd"), seed=0)
 
 
+# --- fewer dimensions ---------------------------------------------------------------------------------------
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """Twenty items and a stranger far away, of which the dataset knows nothing."""
+    vectors = np.random.default_rng(0).normal(size=(21, 6)).astype(np.float32)
+    vectors[20] = 1000
+    write_embeddings(tmp_path / "wide", [*(f"i{row}" for row in range(20)), "stranger"], vectors)
+    return tmp_path / "wide"
+
+
+def test_components_are_those_of_the_datasets_own_items_and_their_share_is_told(wide: Path) -> None:
+    table, tokens = EmbeddingTable.open(wide), [f"i{row}" for row in range(20)]
+    vectors, _, explained = aligned_vectors(table, tokens, EmbeddingStart(wide, pca=3), seed=0)
+    known = table.vectors[:20].astype(np.float64)
+    _, lengths, directions = np.linalg.svd(known - known.mean(0))
+    expected = (known - known.mean(0)) @ directions[:3].T
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.abs(vectors[1:].numpy()), np.abs(expected), atol=1e-4)
+    assert explained == pytest.approx((lengths[:3] ** 2).sum() / (lengths**2).sum(), abs=1e-5)
+    assert aligned_vectors(table, tokens, EmbeddingStart(wide), seed=0)[2] is None
+
+
+def test_random_fills_have_the_length_of_the_reduced_vectors(wide: Path) -> None:
+    start = EmbeddingStart(wide, missing="random", pca=2)
+    vectors, filled, _ = aligned_vectors(EmbeddingTable.open(wide), [f"i{row}" for row in range(22)], start, seed=0)
+    assert (tuple(vectors.shape), filled) == ((23, 2), 2)
+    assert torch.allclose(vectors[21:].norm(dim=1), torch.ones(2))
+
+
+def test_more_components_than_there_are_is_refused(wide: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 6"):
+        aligned_vectors(EmbeddingTable.open(wide), [f"i{row}" for row in range(20)], EmbeddingStart(wide, pca=7), 0)
+
+
+@MODELS
+@pytest.mark.parametrize("adapter", ["two-linear", "mlp"])
+def test_every_model_trains_through_two_layers_over_components(
+    model: str, adapter: str, data: Dataset, embeddings: Path, tmp_path: Path
+) -> None:
+    flag = {"item_embedding_init": str(embeddings), "item_embedding_adapter": adapter, "item_embedding_pca": 3}
+    outcome = recbole_run.run(TINY | {"model": model} | flag, tmp_path / "run", data=data, device="cpu")
+    table = outcome.model.item_embedding
+    assert (table.hidden.in_features, table.hidden.out_features, table.embedding_dim) == (3, 16, 16)
+    assert (outcome.metrics["adapter"], outcome.metrics["pca"]["components"]) == (adapter, 3)
+    assert 0 < outcome.metrics["pca"]["explained"] < 1
+    start = build(TINY | {"model": model} | flag, data, tmp_path / "untrained")[0].item_embedding
+    assert not torch.equal(start.hidden.weight, table.hidden.weight.cpu())
+
+
 # --- reading the flag ---------------------------------------------------------------------------------------
 def test_the_flag_is_off_when_it_is_not_there() -> None:
     assert read_flag({"model": "SASRec", "embedding_size": 64}) is None
@@ -324,6 +373,10 @@ def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
         ({"item_embedding_init": "e", "item_embedding_column": "images"}, "one of fused, text, image"),
         ({"item_embedding_init": "e", "item_embedding_trainable": "no"}, "true or false"),
         ({"item_embedding_init": "e", "item_embedding_missing": "zero"}, "one of error, mean, random"),
+        ({"item_embedding_init": "e", "item_embedding_adapter": "two"}, "one of linear, two-linear, mlp"),
+        ({"item_embedding_init": "e", "item_embedding_pca": 0}, "a number of components"),
+        ({"item_embedding_init": "e", "item_embedding_pca": True}, "a number of components"),
+        ({"item_embedding_pca": 8}, "item_embedding_pca without item_embedding_init"),
         ({"item_embedding_init": 7}, "a path"),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_manifest_is_not_written_while_a_shard_is_missing(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=r"part-00001\.parquet"):
             shards.finish(tmp_path / "out", plan, done)
     assert "manifest.json" not in names(tmp_path / "out")
-    with pytest.raises(ArtifactError, match="run the same"):
+    with pytest.raises(ArtifactError, match="run the command that wrote it"):
         schema.read_manifest(tmp_path / "out")
 
 
@@ -575,7 +575,7 @@ except ArtifactError as error:
 """
     full = child(code, tmp_path / "out")
     told, errors = full.communicate()
-    assert "File too large" in told and "run the same" in told, errors
+    assert "File too large" in told and "run the command that wrote it" in told, errors
     assert [name for name in names(tmp_path / "out") if name.endswith((".tmp", ".parquet", ".lock"))] == []
     assert finished_export(tmp_path / "out", plan_of(items=4000, shard_size=2000))["num_items"] == 4000
 

@@ -84,7 +84,7 @@ def test_it_names_what_held_out_titles_and_pictures_show(made: Path) -> None:
     assert told["training"]["text"]["items"] == told["training"]["image"]["items"] == 30
     for kind in ("text", "image"):
         score = told["training"][kind]
-        assert score["accuracy"] >= 0.9
+        assert score["accuracy"] > 0.8
         assert score["majority"] < 0.6
 
 

@@ -367,6 +367,20 @@ def test_metrics_hold_what_the_report_reads(data: Path, embeddings: Path, tmp_pa
     assert [point["epoch"] for point in metrics["curve"]] == [1, 2]
 
 
+def test_adapter_and_pca_flags_reach_the_model_and_its_metrics(
+    data: Path, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainRecommenderConfig(
+        data=data, model="SASRec", embeddings=embeddings, out=tmp_path, adapter="mlp", pca=5, **SMALL
+    )
+    metrics = train_recommender.run(config)
+    assert (metrics["adapter"], metrics["pca"]["components"]) == ("mlp", 5)
+    assert state(tmp_path)["item_embedding.hidden.weight"].shape == (16, 5)
+    assert "fused vectors (adapter, mlp), 5 components with" in capsys.readouterr().err
+    plain = train_recommender.run(TrainRecommenderConfig(data=data, model="SASRec", out=tmp_path / "id", **SMALL))
+    assert (plain["adapter"], plain["pca"]) == (None, None)
+
+
 def test_a_run_can_be_repeated_and_the_seed_matters(data: Path, embeddings: Path, tmp_path: Path) -> None:
     runs = []
     for number, seed in enumerate((1, 1, 2)):

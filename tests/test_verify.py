@@ -223,7 +223,7 @@ def test_a_newer_schema_and_an_unfinished_folder_are_refused(folder: Path) -> No
     with pytest.raises(ArtifactError, match="schema version 2"):
         verify(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="run the same"):
+    with pytest.raises(ArtifactError, match="run the command that wrote it"):
         verify(folder)
 
 

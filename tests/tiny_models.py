@@ -1,6 +1,7 @@
-"""Tiny random models of the five families, as ordinary model folders in the form the published ones have.
+"""Tiny random models of every family, as ordinary model folders in the form the published ones have.
 
 Real transformers classes, hidden size 64, two layers, a vision tower of two layers; seeded; a second or two each.
+Causal text models are those of `TEXT_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+TEXT_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 
 LINES = [
     "Describe this item text sequence in one word, 0) red wooden chair, 1) small blue lamp",
@@ -35,6 +37,14 @@ QWEN_TEMPLATE = (
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# text models take one string as content; a list of parts would be printed as Python
+QWEN_TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_TEXT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -47,6 +57,8 @@ LLAVA_TEMPLATE = (
 def tiny_model(family: str, folder: Path) -> Path:
     """Write a tiny random model of `family` into `folder` and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if family in TEXT_FAMILIES:
+        return _tiny_text_model(family, folder)
     ids = {"llava": _llama_tokenizer, "internvl": _internvl_tokenizer}.get(family, _qwen_tokenizer)(folder)
     config, image_processor = {
         "qwen2_5_vl": _qwen2_5_vl,
@@ -60,6 +72,24 @@ def tiny_model(family: str, folder: Path) -> Path:
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         model.save_pretrained(folder)
+    return folder
+
+
+def _tiny_text_model(family: str, folder: Path) -> Path:
+    if family.startswith("qwen"):
+        ids = _byte_level_bpe(folder, QWEN_TOKENS[:3], {"chat_template": QWEN_TEXT_TEMPLATE})
+        text = _text(ids, tie_word_embeddings=True)
+    else:
+        ids = _llama_tokenizer(folder)
+        _begin_with(folder, "<s>", ids)
+        (folder / "chat_template.jinja").write_text(LLAMA_TEXT_TEMPLATE)
+        text = _text(ids, bos_token_id=1, eos_token_id=2, pad_token_id=ids["<pad>"], max_position_embeddings=4096)
+    if family == "qwen3":
+        text["head_dim"] = 16
+    config = transformers.AutoConfig.for_model(family, **text)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -119,6 +149,15 @@ def _llama_tokenizer(folder: Path) -> dict[str, int]:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     _write(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **tokens})
     return tokenizer.get_vocab()
+
+
+def _begin_with(folder: Path, token: str, ids: dict[str, int]) -> None:
+    """Let the tokenizer itself put `token` first, as Llama 3's does."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, ids[token])])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    _write(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 # --- configs and image processors ---------------------------------------------------------------------------

@@ -1,0 +1,252 @@
+"""`vlm2rec import-vectors`: vectors that others made become an embeddings folder, as complete as an export.
+
+Every item of the dataset has a row: its vectors, or the reason why it has none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from vlm2rec.downstream.principal_components import principal_components
+from vlm2rec.embedder import schema, shards
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ConfigError, DataError
+from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards
+from vlm2rec.embedder.pooling import FusionNorm, fuse
+from vlm2rec.embedder.writer_lock import writing
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.config import ImportVectorsConfig
+from vlm2rec.pipelines.export_items import check_failures, print_summary
+from vlm2rec.pipelines.vector_files import VectorFile, read_ids, read_npy, read_parquet, require_finite
+
+SOURCE = "vectors"  # the manifest's settings.source
+
+Views = dict[str, np.ndarray]  # view → (I, d) float32, rows of NaN where an item has none
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each item."""
+
+    status: list[str]
+    error: list[str | None]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """(I,) bool: the item has vectors."""
+        return np.array([status != schema.STATUS_FAILED for status in self.status], bool)
+
+
+def run(config: ImportVectorsConfig) -> dict[str, Any]:
+    """Write the embeddings folder and return its manifest.
+
+    Raises:
+        ConfigError: settings that do not go together, or more principal components than there are.
+        DataError: a file that cannot be read, ids that stand twice, NaN, vectors of different lengths, or not a
+            single id of the dataset.
+        ArtifactError: the output folder is of another import, in use, not writable, or full.
+        FailureLimitError: the folder is complete, but more items than `max_failures` allows have no vector.
+    """
+    start = time.perf_counter()
+    dataset = Dataset(config.data)
+    source = _read(config, dataset)
+    rows = _rows_of(dataset.item_ids, source, config.file)
+    require_finite(source, rows[rows >= 0], config.file)
+    found = {view: _take(vectors, source.present[view], rows) for view, vectors in source.views.items()}
+    views, made_of = with_fused(found, config.fusion_norm)
+    outcomes = judge(views, rows >= 0)
+    settings: dict[str, Any] = {
+        "source": SOURCE,
+        "file": config.file.name,
+        "file_sha256": schema.sha256_file(config.file),
+        "ids_sha256": schema.sha256_file(config.ids) if config.ids else None,
+        "columns": source.columns,
+        "fused": made_of,
+        "extra_ids": len(source.item_ids) - int((rows >= 0).sum()),
+        "pca": None,
+    }
+    if config.pca is not None:
+        views, settings["pca"] = reduce_views(views, outcomes.usable, config.pca)
+    _require_fit(views, config.storage)
+    settings |= {
+        "dim": int(views[schema.FUSED].shape[1]),
+        "views": [view for view in schema.VIEWS if view in views],
+        "storage": config.storage,
+        "items": len(dataset.item_ids),
+        "item_ids": fingerprint({"item_ids": dataset.item_ids}),
+    }
+    plan = plan_shards(dataset.item_ids, config.shard_size, settings)
+    manifest = _write(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
+    _report(config, manifest, views)
+    check_failures(manifest, config.out, config.max_failures)
+    return manifest
+
+
+def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
+    suffix = config.file.suffix
+    if suffix == ".parquet":
+        if config.ids or config.in_item_order:
+            raise ConfigError(
+                f"{'--ids' if config.ids else '--in-item-order'} beside a Parquet file",
+                "ids in the file itself, where they cannot lose their vectors",
+                "leave it out, and name the id column with --item-id-column",
+            )
+        return read_parquet(config.file, config.item_id_column, config.column, config.view)
+    if suffix != ".npy":
+        raise ConfigError(
+            f"--file {config.file} ends in {suffix!r}",
+            ".parquet or .npy; nothing that has to be unpickled",
+            "save the vectors as one of these",
+        )
+    if config.column:
+        raise ConfigError("--column beside an .npy", "--view, as an .npy has no columns", "leave --column out")
+    if bool(config.ids) == config.in_item_order:
+        raise ConfigError(
+            "both --ids and --in-item-order" if config.ids else "an .npy without ids",
+            "--ids FILE, or --in-item-order if row i is item i of items.parquet",
+            "give one of the two",
+        )
+    if config.ids is None:
+        where = f"{config.data / schema.ITEMS_FILE}"
+        return read_npy(config.file, dataset.item_ids, config.view, where)
+    return read_npy(config.file, read_ids(config.ids, config.item_id_column), config.view, str(config.ids))
+
+
+def _rows_of(item_ids: Sequence[str], source: VectorFile, file: Path) -> np.ndarray:
+    """Return the source's row of each item, (I,) int64; -1 where it has none."""
+    found = pc.index_in(pa.array(item_ids, pa.string()), value_set=pa.array(source.item_ids, pa.string()))
+    rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    if (rows < 0).all():
+        theirs = ", ".join(map(repr, source.item_ids[:3])) or "none at all"
+        raise DataError(
+            f"none of the {len(source.item_ids)} ids of {file} is an item; they begin with {theirs}",
+            f"ids such as {', '.join(map(repr, item_ids[:3]))}",
+            "give the vectors the item ids of the catalogue",
+        )
+    return rows
+
+
+def _take(vectors: np.ndarray, present: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.where(((rows >= 0) & present[rows])[:, None], vectors[rows], np.float32(np.nan))
+
+
+def _require_fit(views: Views, storage: str) -> None:
+    limit = float(np.finfo(storage).max)
+    for view, vectors in views.items():
+        if (np.abs(vectors) > limit).any():
+            raise ConfigError(
+                f"{view} vectors hold values too large for --storage {storage}",
+                f"at most {limit:g}",
+                "use --storage float32, or scale the vectors",
+            )
+
+
+def with_fused(found: Mapping[str, np.ndarray], norm: FusionNorm) -> tuple[Views, str]:
+    """Return the views with `fused` among them, and how it was made.
+
+    Without a fused column it is text + image, or the only view there is, as in an export of one modality. An item
+    without image has its text vector as fused vector.
+    """
+    if schema.FUSED in found:
+        return dict(found), "as given"
+    if len(found) == 1:
+        (view,) = found
+        return {schema.FUSED: found[view], view: found[view]}, view
+    text, image = found[schema.TEXT], found[schema.IMAGE]
+    fused = fuse(torch.from_numpy(text), torch.from_numpy(image), norm).numpy()
+    without_image = np.isnan(image).all(1)
+    fused[without_image] = text[without_image]
+    return {schema.FUSED: fused, schema.TEXT: text, schema.IMAGE: image}, f"text + image, {norm}"
+
+
+def judge(views: Views, known: np.ndarray) -> Outcomes:
+    """Return each item's status; an item that lacks more than its image vector is a failure, its other views dropped.
+
+    Args:
+        views: changed in place: rows of failures become NaN.
+        known: (I,) the source has a row for the item.
+    """
+    absent = {view: np.asarray(np.isnan(vectors).all(1)) for view, vectors in views.items()}
+    needed = [view for view in views if view != schema.IMAGE or schema.TEXT not in views]
+    failed = np.logical_or.reduce([absent[view] for view in needed])
+    text_only = absent[schema.IMAGE] & ~failed if schema.IMAGE in views else np.zeros(len(known), bool)
+    for vectors in views.values():
+        vectors[failed] = np.nan
+    status: list[str] = []
+    error: list[str | None] = []
+    for row in range(len(known)):
+        lacking = [view for view in views if absent[view][row]]
+        if failed[row]:
+            status.append(schema.STATUS_FAILED)
+            error.append(f"no {', '.join(lacking)} vector in the file" if known[row] else "the file lacks this id")
+        else:
+            status.append(schema.STATUS_TEXT_ONLY if text_only[row] else schema.STATUS_OK)
+            error.append("no image vector in the file" if text_only[row] else None)
+    return Outcomes(status, error)
+
+
+def reduce_views(views: Views, usable: np.ndarray, count: int) -> tuple[Views, dict[str, Any]]:
+    """Project every view on the first `count` principal components of the fused vectors.
+
+    One set of directions for all views keeps them comparable (t2f, v2f) and keeps fused = text + image; each view is
+    centred on its own mean.
+
+    Returns:
+        The views, (I, count), and what the manifest says of it: length before, share of variance kept by view.
+    """
+    components = principal_components(views[schema.FUSED][usable], count)
+    reduced, explained = {}, {}
+    for view, vectors in views.items():
+        present = ~np.isnan(vectors).any(1)
+        reduced[view] = np.full((len(vectors), count), np.nan, np.float32)
+        reduced[view][present], kept = components.project(vectors[present])
+        explained[view] = round(kept, 4)
+    dim = int(views[schema.FUSED].shape[1])
+    return reduced, {"components": count, "from_dim": dim, "explained": explained}
+
+
+def _write(out: Path, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float) -> dict[str, Any]:
+    with writing(out):
+        finished = shards.begin(out, plan)
+        unfinished = [number for number in range(len(plan)) if number not in finished]
+        shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
+        for number in unfinished:
+            part = slice(plan.rows(number).start, plan.rows(number).stop)
+            table = shards.shard_table(
+                plan,
+                number,
+                {view: vectors[part] for view, vectors in views.items()},
+                outcomes.status[part],
+                outcomes.error[part],
+            )
+            finished[number] = shards.publish(out, plan, number, table, seconds / len(unfinished))
+        return shards.finish(out, plan, finished, dataset.path)
+
+
+def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Views) -> None:
+    print_summary(manifest, config.out)
+    settings = manifest["settings"]
+    if settings["extra_ids"]:
+        console.log.print(f"{settings['extra_ids']:,} ids of {config.file} are no items of the dataset: left out")
+    if settings["pca"]:
+        kept = ", ".join(f"{view} {share:.1%}" for view, share in settings["pca"]["explained"].items())
+        console.log.print(
+            f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep of the variance: {kept}"
+        )
+    for view, vectors in views.items():
+        if empty := int((vectors == 0).all(1).sum()):
+            console.log.print(
+                f"warning: {empty:,} {view} vectors are zero throughout; leave such items out or set them to null, if"
+                " zero stands for a missing vector",
+                style="yellow",
+                markup=False,
+            )

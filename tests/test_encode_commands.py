@@ -1,0 +1,219 @@
+"""`vlm2rec encode-frozen` and `encode-prompted`: complete folders that say what made them, and that readers take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_encoders import CLIP_DIM, WIDTH, sentence_folder, tiny_clip
+from tiny_models import tiny_model
+
+from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
+from vlm2rec.embedder.images import open_image
+from vlm2rec.embedder.prompted import INSTRUCTION, PromptedEncoder, prompted_settings, question
+from vlm2rec.embedder.prompts import PromptMode, render
+from vlm2rec.embedder.schema import read_manifest
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines import cli, encode_frozen, encode_prompted, evaluate
+from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, EvaluateConfig
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sentence_folder(tmp_path_factory.mktemp("sentence"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def vlm2rec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Run a command with default flags in this process; it has to succeed and to leave stdout alone."""
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["vlm2rec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code or 0, capsys.readouterr().out) == (0, "")
+
+    return run
+
+
+def copy_of(data: Path, folder: Path) -> Path:
+    """Copy a dataset folder so that its images can be damaged."""
+    shutil.copytree(data, folder)
+    meta = json.loads((folder / "dataset.json").read_text())
+    shutil.copytree(Dataset(data).image_root, folder / "pictures")
+    (folder / "dataset.json").write_text(json.dumps(meta | {"image_root": "pictures"}))
+    return folder
+
+
+def pictures(dataset: Dataset, rows: range, max_pixels: int) -> list[Image.Image]:
+    return [open_image(dataset.image_root, dataset.image_paths[row], max_pixels) for row in rows]
+
+
+# --- frozen encoders --------------------------------------------------------------------------------------------
+def test_clip_with_default_flags_fills_three_views_of_every_item(
+    drawn_dataset: Path, clip: Path, tmp_path: Path, vlm2rec: Callable[..., None]
+) -> None:
+    vlm2rec("encode-frozen", "--data", drawn_dataset, "--encoder", clip, "--out", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert (manifest["views"], manifest["dim"]) == (["fused", "text", "image"], CLIP_DIM)
+    assert manifest["num_items"] == len(Dataset(drawn_dataset).item_ids)
+    assert manifest["counts"]["failed"] == 0
+    assert {key: manifest["settings"][key] for key in ("source", "encoder", "model_type", "dtype")} == {
+        "source": "clip",
+        "encoder": clip.name,
+        "model_type": "clip",
+        "dtype": "float32",
+    }
+
+
+def test_a_text_encoder_with_default_flags_never_opens_an_image(
+    drawn_dataset: Path, sentence: Path, tmp_path: Path, vlm2rec: Callable[..., None]
+) -> None:
+    data = copy_of(drawn_dataset, tmp_path / "data")
+    shutil.rmtree(data / "pictures")
+    vlm2rec("encode-frozen", "--data", data, "--encoder", sentence, "--out", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert (manifest["views"], manifest["dim"], manifest["counts"]["failed"]) == (["fused", "text"], WIDTH, 0)
+    assert manifest["settings"]["modules"] == ["Transformer", "Pooling", "Normalize"]
+    fused, text = (EmbeddingTable.open(tmp_path / "out", view).vectors for view in ("fused", "text"))
+    np.testing.assert_array_equal(fused, text)
+
+
+def test_a_broken_image_is_a_row_with_a_reason(drawn_dataset: Path, clip: Path, tmp_path: Path) -> None:
+    data = copy_of(drawn_dataset, tmp_path / "data")
+    (data / "pictures" / Dataset(data).image_paths[3]).write_bytes(b"")
+    with pytest.raises(FailureLimitError, match="complete, but 1 of"):
+        encode_frozen.run(EncodeFrozenConfig(data=data, encoder=clip, out=tmp_path / "null", device="cpu"))
+    assert verify(tmp_path / "null") == []
+    manifest = encode_frozen.run(
+        EncodeFrozenConfig(data=data, encoder=clip, out=tmp_path / "text", device="cpu", on_image_error="text_only")
+    )
+    assert manifest["counts"]["text_only"] == 1
+    assert verify(tmp_path / "text") == []
+
+
+def test_the_same_run_again_loads_no_model_and_another_one_is_refused(
+    drawn_dataset: Path, sentence: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncodeFrozenConfig(data=drawn_dataset, encoder=sentence, out=tmp_path / "out", device="cpu")
+    first = encode_frozen.run(config)
+    monkeypatch.setattr(encode_frozen, "load_frozen", lambda *args, **more: pytest.fail("the model was loaded"))
+    assert encode_frozen.run(config) == first
+    with pytest.raises(ArtifactError, match="pooling was"):
+        encode_frozen.run(EncodeFrozenConfig(**{**vars(config), "pooling": "cls"}))
+
+
+def test_task_1_takes_such_a_table_and_refuses_a_backbone_that_did_not_make_it(
+    drawn_dataset: Path, clip: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    encode_frozen.run(EncodeFrozenConfig(data=drawn_dataset, encoder=clip, out=tmp_path / "table", device="cpu"))
+    config = EvaluateConfig(data=drawn_dataset, embeddings=tmp_path / "table", out=tmp_path / "out")
+    result = evaluate.run(config)
+    assert (list(result["candidates"]), result["users_from"]) == (["f2f", "t2f", "v2f", "t2t", "v2v"], "mean")
+    with pytest.raises(ArtifactError, match=r"another source \(clip\).*leave --backbone out"):
+        evaluate.run(EvaluateConfig(**{**vars(config), "backbone": str(tiny("qwen2_5_vl"))}))
+
+
+# --- zero-shot prompting ----------------------------------------------------------------------------------------
+def test_a_prompted_table_has_one_vector_an_item_and_says_what_was_asked(
+    drawn_dataset: Path, tiny: Tiny, tmp_path: Path, vlm2rec: Callable[..., None]
+) -> None:
+    out, backbone = tmp_path / "out", tiny("qwen2_5_vl")
+    vlm2rec("encode-prompted", "--data", drawn_dataset, "--backbone", backbone, "--out", out)
+    manifest = read_manifest(out)
+    assert verify(out) == []
+    assert (manifest["views"], manifest["counts"]["failed"]) == (["fused"], 0)
+    stored = manifest["settings"]
+    assert (stored["source"], stored["instruction"], stored["prompt_mode"]) == ("prompt", INSTRUCTION, "chat")
+    result = evaluate.run(EvaluateConfig(data=drawn_dataset, embeddings=out, out=tmp_path / "task1"))
+    assert (list(result["candidates"]), result["users_from"]) == (["f2f"], "mean")
+    with pytest.raises(ArtifactError, match=r"another source \(prompt\)"):
+        evaluate.run(EvaluateConfig(data=drawn_dataset, embeddings=out, out=tmp_path / "task1", backbone=str(backbone)))
+
+
+@pytest.mark.parametrize("mode", ["raw", "chat"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_the_vector_is_the_stock_models_state_at_the_end_of_the_question(
+    drawn_dataset: Path, tiny: Tiny, family: str, mode: PromptMode
+) -> None:
+    dataset, asked = Dataset(drawn_dataset), "What is it?"
+    encoder = PromptedEncoder.load(
+        str(tiny(family)), instruction=asked, prompt_mode=mode, max_pixels=56 * 56, dtype="float32", device="cpu"
+    )
+    images = pictures(dataset, range(3), 56 * 56)
+    found = encoder.encode_items(dataset.titles[:3], images)
+    processor = encoder.backbone.processor
+    for row, image in enumerate(images):
+        text = render(question(dataset.titles[row], asked, mode), mode, processor)
+        assert asked in text and dataset.titles[row] in text
+        assert text.endswith("Answer:") == (mode == "raw")
+        inputs = processor(text=[text], images=[image], return_tensors="pt")
+        with torch.no_grad():
+            stock = encoder.backbone.model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        np.testing.assert_allclose(found.fused[row], stock, atol=1e-4)
+    assert np.isnan(found.text).all() and np.isnan(found.image).all()
+
+
+def test_an_item_without_image_is_a_failure_row(drawn_dataset: Path, tiny: Tiny, tmp_path: Path) -> None:
+    data = copy_of(drawn_dataset, tmp_path / "data")
+    (data / "pictures" / Dataset(data).image_paths[3]).unlink()
+    manifest = encode_prompted.run(
+        EncodePromptedConfig(
+            data=data, backbone=str(tiny("qwen2_5_vl")), out=tmp_path / "out", device="cpu", max_failures=0.1
+        )
+    )
+    assert manifest["counts"]["failed"] == 1
+    assert verify(tmp_path / "out") == []
+
+
+def test_settings_are_known_before_the_weights_and_change_with_the_question(tiny: Tiny) -> None:
+    folder = str(tiny("qwen2_5_vl"))
+    settings = prompted_settings(folder, device="cpu")
+    assert PromptedEncoder.load(folder, device="cpu").settings == json.loads(json.dumps(settings)) == settings
+    hashes = {
+        prompted_settings(folder, instruction=asked, prompt_mode=mode)["prompt_hash"]
+        for asked in (None, "What is it?")
+        for mode in ("raw", "chat")
+    }
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instruction": "  "}, "--instruction '  '"),
+        ({"instruction": "What is <|image_pad|>?"}, "a question in words"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prompted_settings(str(tiny("qwen2_5_vl")), **settings)
+
+
+def test_chat_needs_a_template_and_auto_does_without(tmp_path: Path) -> None:
+    folder = tiny_model("qwen2_5_vl", tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert prompted_settings(str(folder))["prompt_mode"] == "raw"
+    with pytest.raises(ConfigError, match="no chat template"):
+        prompted_settings(str(folder), prompt_mode="chat")

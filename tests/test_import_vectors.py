@@ -1,0 +1,349 @@
+"""`vlm2rec import-vectors`: every item gets its own vector or a reason, whatever order, type or shape the file has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from recommender_world import ODD_IDS, cyclic_sequences, write_dataset
+
+from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, Vlm2RecError
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines import cli, evaluate, import_vectors
+from vlm2rec.pipelines.config import EvaluateConfig, ImportVectorsConfig
+
+ITEMS = [*ODD_IDS, *(f"i{number}" for number in range(16))]
+DIM = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("world") / "data", cyclic_sequences(ITEMS, 12), ITEMS)
+
+
+def drawn(rows: int = len(ITEMS), dim: int = DIM, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
+
+
+def parquet(path: Path, ids: Sequence[Any], **columns: Any) -> Path:
+    """Write a Parquet file; a column is a matrix, or rows with None for null."""
+    arrays = {name: pa.array(list(values)) for name, values in columns.items()}
+    pq.write_table(pa.table({"item_id": pa.array(list(ids)), **arrays}), path)
+    return path
+
+
+def npy(path: Path, values: Any) -> Path:
+    np.save(path, values)
+    return path
+
+
+def run(data: Path, file: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    return import_vectors.run(ImportVectorsConfig(data=data, file=file, out=out, **settings))
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["item_id"]: row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()}
+
+
+# --- which vector becomes whose ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_shuffled_file_gives_every_item_its_own_vector_in_a_complete_folder(
+    data: Path, tmp_path: Path, storage: str
+) -> None:
+    vectors, order = drawn(), np.random.default_rng(1).permutation(len(ITEMS))
+    file = parquet(tmp_path / "v.parquet", [ITEMS[i] for i in order], vector=vectors[order])
+    manifest = run(data, file, tmp_path / "out", shard_size=7, storage=storage)
+    assert verify(tmp_path / "out") == []
+    assert manifest["counts"]["ok"] == manifest["num_items"] == len(ITEMS)
+    assert (manifest["views"], manifest["dim"], len(manifest["shards"])) == (["fused"], DIM, 5)
+    table = EmbeddingTable.open(tmp_path / "out")
+    assert table.item_ids == ITEMS
+    np.testing.assert_allclose(table.vectors, vectors, rtol=2e-3 if storage == "float16" else 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float32()),
+        pa.list_(pa.float64()),
+        pa.large_list(pa.float16()),
+        pa.list_(pa.float32(), 2),
+        pa.list_(pa.int8(), 2),
+    ],
+    ids=str,
+)
+def test_every_list_type_is_read_and_a_null_becomes_a_row_with_a_reason(
+    data: Path, tmp_path: Path, kind: pa.DataType
+) -> None:
+    values: list[list[int] | None] = [[row, -row] for row in range(len(ITEMS))]
+    values[3] = values[20] = None
+    table = pa.table({"item_id": ITEMS, "v": pa.array(values, kind)})
+    pq.write_table(table.slice(0, 11), tmp_path / "a.parquet")
+    with pq.ParquetWriter(tmp_path / "v.parquet", table.schema) as writer:  # row groups become chunks
+        for start in range(0, len(ITEMS), 11):
+            writer.write_table(table.slice(start, 11))
+    manifest = run(data, tmp_path / "v.parquet", tmp_path / "out", max_failures=0.1)
+    found = rows(tmp_path / "out")
+    assert [found[item]["fused"] for item in ITEMS] == values
+    assert {item: row["error"] for item, row in found.items() if row["error"]} == {
+        ITEMS[3]: "no fused vector in the file",
+        ITEMS[20]: "no fused vector in the file",
+    }
+    assert (manifest["counts"]["ok"], manifest["counts"]["failed"]) == (len(ITEMS) - 2, 2)
+    assert verify(tmp_path / "out") == []
+
+
+def test_missing_items_are_failures_and_unknown_ids_are_counted(data: Path, tmp_path: Path) -> None:
+    file = parquet(tmp_path / "v.parquet", [*ITEMS[1:], "stranger", "I0"], vector=drawn(len(ITEMS) + 1))
+    with pytest.raises(FailureLimitError, match=r"complete, but 1 of 30 items failed \(3.3%\)"):
+        run(data, file, tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    manifest = schema.read_manifest(tmp_path / "out")
+    assert (manifest["counts"]["failed"], manifest["settings"]["extra_ids"]) == (1, 2)
+    assert rows(tmp_path / "out")[ITEMS[0]]["error"] == "the file lacks this id"
+
+
+def test_numeric_ids_are_the_ids_as_written(tmp_path: Path) -> None:
+    ids = [str(number) for number in range(10, 30)]
+    data = write_dataset(tmp_path / "data", cyclic_sequences(ids, 5), ids)
+    file = parquet(tmp_path / "v.parquet", range(10, 30), vector=np.eye(20, dtype=np.float32))
+    run(data, file, tmp_path / "out")
+    assert rows(tmp_path / "out")["13"]["fused"] == np.eye(20)[3].tolist()
+
+
+# --- views ------------------------------------------------------------------------------------------------------
+def test_text_and_image_columns_are_summed_and_an_item_without_image_keeps_its_text(data: Path, tmp_path: Path) -> None:
+    text, image = drawn(seed=1), drawn(seed=2)
+    pictures = [None if row == 4 else list(vector) for row, vector in enumerate(image)]
+    manifest = run(data, parquet(tmp_path / "v.parquet", ITEMS, text=text, image=pictures), tmp_path / "out")
+    found = rows(tmp_path / "out")
+    np.testing.assert_array_equal(found[ITEMS[5]]["fused"], text[5] + image[5])
+    assert found[ITEMS[4]]["fused"] == found[ITEMS[4]]["text"] == text[4].tolist()
+    assert (found[ITEMS[4]]["image"], found[ITEMS[4]]["status"]) == (None, "text_only")
+    assert manifest["views"] == ["fused", "text", "image"]
+    assert verify(tmp_path / "out") == []
+
+
+def test_normalised_fusion_adds_unit_vectors(data: Path, tmp_path: Path) -> None:
+    text, image = drawn(seed=1), 100 * drawn(seed=2)
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=text, image=image)
+    run(data, file, tmp_path / "out", fusion_norm="normalised")
+    expected = text[7] / np.linalg.norm(text[7]) + image[7] / np.linalg.norm(image[7])
+    np.testing.assert_allclose(rows(tmp_path / "out")[ITEMS[7]]["fused"], expected, atol=1e-6)
+
+
+def test_a_fused_column_is_taken_as_it_is(data: Path, tmp_path: Path) -> None:
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=drawn(seed=1), image=drawn(seed=2), fused=drawn(seed=3))
+    run(data, file, tmp_path / "out")
+    assert rows(tmp_path / "out")[ITEMS[9]]["fused"] == drawn(seed=3)[9].tolist()
+
+
+def test_an_item_without_text_is_a_failure_with_no_vector_at_all(data: Path, tmp_path: Path) -> None:
+    titles = [None if row == 2 else list(vector) for row, vector in enumerate(drawn(seed=1))]
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=titles, image=drawn(seed=2))
+    run(data, file, tmp_path / "out", max_failures=1)
+    row = rows(tmp_path / "out")[ITEMS[2]]
+    assert row["error"] == "no fused, text vector in the file"
+    assert (row["fused"], row["text"], row["image"]) == (None, None, None)
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("view", ["text", "image"])
+def test_a_single_modality_is_its_own_fused_vector(data: Path, tmp_path: Path, view: str) -> None:
+    file = parquet(tmp_path / "v.parquet", ITEMS, bert=drawn(), other=drawn(seed=1))
+    manifest = run(data, file, tmp_path / "out", column="bert", view=view)
+    row = rows(tmp_path / "out")[ITEMS[6]]
+    assert row["fused"] == row[view] == drawn()[6].tolist()
+    assert manifest["views"] == ["fused", view]
+    assert verify(tmp_path / "out") == []
+
+
+# --- npy --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", ["npy", "txt", "parquet"])
+def test_an_npy_takes_its_ids_from_a_second_file(data: Path, tmp_path: Path, form: str) -> None:
+    order = np.random.default_rng(1).permutation(len(ITEMS))
+    ids = [ITEMS[i] for i in order]
+    if form == "npy":
+        path = npy(tmp_path / "ids.npy", np.array(ids))
+    elif form == "txt":
+        path = tmp_path / "ids.txt"
+        path.write_text("\n".join(ids) + "\n", encoding="utf-8")
+    else:
+        path = parquet(tmp_path / "ids.parquet", ids)
+    run(data, npy(tmp_path / "v.npy", drawn()[order].astype(np.float64)), tmp_path / "out", ids=path)
+    np.testing.assert_array_equal(EmbeddingTable.open(tmp_path / "out").vectors, drawn())
+
+
+def test_row_i_is_item_i_only_where_the_user_says_so_and_the_counts_agree(data: Path, tmp_path: Path) -> None:
+    file = npy(tmp_path / "v.npy", drawn())
+    with pytest.raises(ConfigError, match=r"an .npy without ids.*--in-item-order"):
+        run(data, file, tmp_path / "out")
+    run(data, file, tmp_path / "out", in_item_order=True)
+    np.testing.assert_array_equal(EmbeddingTable.open(tmp_path / "out").vectors, drawn())
+    with pytest.raises(DataError, match=r"has 31 rows and .*items.parquet has 30: row 0 may be a padding row"):
+        run(data, npy(tmp_path / "padded.npy", drawn(31)), tmp_path / "other", in_item_order=True)
+
+
+# --- PCA --------------------------------------------------------------------------------------------------------
+def test_pca_reduces_all_views_alike_and_says_what_it_kept(data: Path, tmp_path: Path) -> None:
+    text, image = drawn(seed=1) * np.arange(1, DIM + 1), drawn(seed=2)
+    file = parquet(tmp_path / "v.parquet", ITEMS[1:], text=text[1:], image=image[1:])
+    manifest = run(data, file, tmp_path / "out", pca=3, max_failures=0.1)
+    tables = {view: EmbeddingTable.open(tmp_path / "out", view).vectors[1:] for view in schema.VIEWS}
+    assert manifest["dim"] == tables["fused"].shape[1] == 3
+    np.testing.assert_allclose(tables["fused"], tables["text"] + tables["image"], atol=1e-4)
+    np.testing.assert_allclose(tables["fused"].mean(0), 0, atol=1e-5)
+    fused = (text + image)[1:].astype(np.float64)
+    values = np.linalg.svd(fused - fused.mean(0), compute_uv=False) ** 2
+    stored = manifest["settings"]["pca"]
+    assert (stored["components"], stored["from_dim"], set(stored["explained"])) == (3, DIM, set(schema.VIEWS))
+    assert stored["explained"]["fused"] == pytest.approx(values[:3].sum() / values.sum(), abs=1e-4)
+    assert verify(tmp_path / "out") == []
+
+
+def test_more_components_than_dimensions_is_an_error(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"at most {DIM}"):
+        run(data, npy(tmp_path / "v.npy", drawn()), tmp_path / "out", in_item_order=True, pca=DIM + 1)
+    assert not (tmp_path / "out").exists()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+def broken(value: float, row: slice | int = 3) -> np.ndarray:
+    vectors = drawn().astype(np.float64)
+    vectors[row, 0 if isinstance(row, int) else slice(None)] = value
+    return vectors
+
+
+def ragged() -> list[list[float]]:
+    return [[1.0] * (4 if row == 5 else 3) for row in range(len(ITEMS))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"v": broken(np.nan)}, "NaN or infinity in the fused vectors of 1 items, the first is item 'null'"),
+        ({"v": broken(np.nan, slice(3, 4))}, "NaN or infinity in the fused vectors of 1 items"),
+        ({"v": broken(np.inf)}, "NaN or infinity"),
+        ({"v": broken(1e300)}, "NaN or infinity"),
+        ({"v": ragged()}, "different lengths: item '007' has 3, item 'nan' has 4"),
+        ({"v": pa.array([[]] * len(ITEMS), pa.list_(pa.float32()))}, "empty vector"),
+        ({"text": drawn(dim=3), "image": drawn(dim=4)}, "different lengths: text 3, image 4"),
+        ({"a": drawn(), "b": drawn()}, "2 columns of lists of numbers: a, b"),
+        ({"a": [1.0] * len(ITEMS)}, "0 columns of lists of numbers"),
+        ({"a": [["x"]] * len(ITEMS)}, "0 columns of lists of numbers"),
+        ({"v": pa.nulls(len(ITEMS), pa.list_(pa.float32()))}, "null throughout"),
+    ],
+)
+def test_vectors_that_cannot_be_used_are_named_and_nothing_is_written(
+    data: Path, tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    arrays = {name: c if isinstance(c, pa.Array) else pa.array(list(c)) for name, c in columns.items()}
+    pq.write_table(pa.table({"item_id": ITEMS, **arrays}), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "v.parquet", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["i0", *ITEMS[1:]], r"1 ids stand twice .* 'i0'"),
+        ([None, *ITEMS[1:]], "1 ids .* are null"),
+        ([float(row) for row in range(len(ITEMS))], "ids .* are double"),
+        ([f"x{row}" for row in range(len(ITEMS))], r"none of the 30 ids .* begin with 'x0', 'x1', 'x2'.*'007', '7'"),
+    ],
+)
+def test_ids_that_cannot_be_used_are_named(data: Path, tmp_path: Path, ids: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        run(data, parquet(tmp_path / "v.parquet", ids, vector=drawn()), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"item_id_column": "item"}, DataError, "no column 'item' .did you mean 'item_id'"),
+        ({"column": "vectr"}, DataError, "no column 'vectr' .did you mean 'vector'"),
+        ({"column": "item_id"}, DataError, "is string"),
+        ({"ids": Path("ids.txt")}, ConfigError, "--ids beside a Parquet file"),
+        ({"in_item_order": True}, ConfigError, "--in-item-order beside a Parquet file"),
+    ],
+)
+def test_settings_that_do_not_fit_a_parquet_file_are_refused(
+    data: Path, tmp_path: Path, settings: dict[str, Any], error: type[Vlm2RecError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(data, parquet(tmp_path / "v.parquet", ITEMS, vector=drawn()), tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros(5), "shape"),
+        (np.zeros((30, 0)), "shape"),
+        (np.array([["a", "b"]] * 30), "shape"),
+        (np.array([{}], dtype=object), "pickled objects are never loaded"),
+        (drawn(29), "has 29 rows"),
+        (np.full((30, 2), np.nan), "NaN or infinity"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused(data: Path, tmp_path: Path, values: Any, message: str) -> None:
+    np.save(tmp_path / "v.npy", values, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "v.npy", tmp_path / "out", in_item_order=True)
+
+
+def test_other_files_are_refused_by_name_before_anything_is_opened(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.pkl").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(ConfigError, match=r"ends in '.pkl'"):
+        run(data, tmp_path / "v.pkl", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--ids .* ends in '.csv'"):
+        run(data, npy(tmp_path / "v.npy", drawn()), tmp_path / "out", ids=tmp_path / "ids.csv")
+    with pytest.raises(ConfigError, match="both --ids and --in-item-order"):
+        run(data, tmp_path / "v.npy", tmp_path / "out", ids=tmp_path / "ids.txt", in_item_order=True)
+    with pytest.raises(DataError, match="is not a file"):
+        run(data, tmp_path / "none.parquet", tmp_path / "out")
+    with pytest.raises(ConfigError, match="too large for --storage float16"):
+        run(data, npy(tmp_path / "v.npy", drawn() * 1e6), tmp_path / "out", in_item_order=True, storage="float16")
+
+
+# --- the folder in use ------------------------------------------------------------------------------------------
+def test_the_same_import_again_keeps_the_folder_and_another_one_is_refused(data: Path, tmp_path: Path) -> None:
+    file = npy(tmp_path / "v.npy", drawn())
+    first = run(data, file, tmp_path / "out", in_item_order=True)
+    assert run(data, file, tmp_path / "out", in_item_order=True) == first
+    (tmp_path / "out" / "part-00000.parquet").write_bytes(b"")
+    run(data, file, tmp_path / "out", in_item_order=True)
+    assert verify(tmp_path / "out") == []
+    with pytest.raises(ArtifactError, match="file_sha256 was"):
+        run(data, npy(tmp_path / "v.npy", drawn(seed=9)), tmp_path / "out", in_item_order=True)
+
+
+def test_task_1_ranks_imported_vectors(data: Path, tmp_path: Path) -> None:
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=drawn(seed=1), image=drawn(seed=2))
+    run(data, file, tmp_path / "embeddings")
+    result = evaluate.run(EvaluateConfig(data=data, embeddings=tmp_path / "embeddings", out=tmp_path / "out"))
+    assert list(result["candidates"]) == ["f2f", "t2f", "v2f", "t2t", "v2v"]
+    assert (result["users_from"], result["missing"]) == ("mean", 0)
+
+
+def test_the_command_with_default_flags(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = parquet(tmp_path / "v.parquet", [*ITEMS, "extra"], vector=[*drawn(29), [0.0] * DIM, drawn(1)[0]])
+    arguments = ["import-vectors", "--data", data, "--file", file, "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["vlm2rec", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert (ended.value.code or 0, said.out) == (0, "")
+    assert "1 ids of" in said.err
+    assert "1 fused vectors are zero throughout" in " ".join(said.err.split())
+    assert verify(tmp_path / "out") == []

@@ -1,0 +1,219 @@
+"""The study's YAML: what it may say, and the steps that come of it. Nothing runs here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.study_methods import SOURCES, Cell, Study, Target, cells, read_study
+
+HOME = Target("home", Path("/data/home"))
+THERE = Target("there", Path("/data/there"), "cross-0-")
+
+
+def study(tmp_path: Path, users: int | None = None, **keys: Any) -> Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    return read_study(StudyConfig(out=tmp_path / "out", config=file), users=users)
+
+
+def laid_out(found: Study, domains: tuple[Target, ...] = ()) -> dict[tuple[str, int | None], Cell]:
+    laid = cells(found, Path("out"), HOME, domains, "BB", "cpu")
+    assert len({cell.folder for cell in laid}) == len(laid)
+    return {(cell.method.name, cell.seed): cell for cell in laid}
+
+
+def names(cell: Cell) -> list[str]:
+    return [step.name for step in cell.steps]
+
+
+def test_the_default_study_holds_the_papers_rows_ablations_and_grids() -> None:
+    found = read_study(StudyConfig(out=Path("out")))
+    rows = {method.paper for method in found.methods}
+    assert {"ID", "VLM vanilla (int.)", "VLM vanilla (ext.)", "VLM SFT (int.)", "VLM SFT (ext.)", "VLM2Rec"} <= rows
+    assert {"LLM vanilla", "LLM SFT", "VLM prompt"} <= rows
+    assert {"w/o WPCL", "w/o stop-gradient", "w/o w_pen", "w/o CRTR"} <= rows
+    grid = {(method.varies, method.finetune[method.varies]) for method in found.methods if method.varies}
+    assert grid == {
+        *{("users", value) for value in (128, 256, 512, 1024)},
+        *{("tau_wpcl", value) for value in (0.05, 0.5, 1.0)},  # 0.1 is the method itself
+        *{("tau_crtr", value) for value in (0.001, 0.01, 1.0)},
+        *{("lam", value) for value in (0.1, 1.0)},
+    }
+
+
+def test_every_step_of_the_default_study_is_a_setting_of_its_command() -> None:
+    laid = laid_out(read_study(StudyConfig(out=Path("out"))), (THERE,))
+    assert {seed for name, seed in laid if name == "VLM2Rec"} == {0, 1, 2, 3, 4}
+    assert names(laid["VLM2Rec", 0]) == [
+        *("adapter", "embeddings", "evaluate", "recommender-SASRec", "recommender-GRU4Rec"),
+        *("cross-0-embeddings", "cross-0-evaluate", "cross-0-recommender-SASRec"),
+    ]
+    for cell in laid.values():
+        for step in cell.steps:
+            assert step.folder.parent in (cell.folder, cell.folder.parent / "seed-any")
+
+
+def test_the_demo_study_is_the_same_with_fewer_runs_at_the_sides() -> None:
+    demo = read_study(StudyConfig(out=Path("out"), demo=True), users=600)
+    plain = read_study(StudyConfig(out=Path("out")), users=600)
+    assert [m.name for m in demo.methods] == [m.name for m in plain.methods]
+    assert demo.plan["main"] == plain.plan["main"]
+    assert demo.plan["sensitivity"].seeds == (0,) and demo.plan["sensitivity"].tasks == (1,)
+    assert demo.finetune["learning_rate"] == 1e-3
+
+
+def test_an_ablation_changes_one_setting_and_nothing_else() -> None:
+    laid = laid_out(read_study(StudyConfig(out=Path("out"))))
+    full = dataclasses.asdict(laid["VLM2Rec", 0].steps[0].config)
+    changed = {
+        "VLM2Rec w/o WPCL": {"wpcl": False},
+        "VLM2Rec w/o stop-gradient": {"stop_gradient": False},
+        "VLM2Rec w/o w_pen": {"penalty": False},
+        "VLM2Rec w/o CRTR": {"crtr": False},
+        "VLM2Rec (tau_crtr=0.01)": {"tau_crtr": 0.01},
+        "VLM2Rec (K=128)": {"users": 128},
+    }
+    for name, difference in changed.items():
+        other = dataclasses.asdict(laid[name, 0].steps[0].config)
+        found = {key: value for key, value in other.items() if value != full[key] and key not in ("out",)}
+        assert {key: value for key, value in found.items() if key != "gradient_steps"} == difference
+
+
+def test_what_no_random_number_enters_is_made_once_and_read_by_every_seed() -> None:
+    laid = laid_out(read_study(StudyConfig(out=Path("out"))))
+    vanilla = laid["VLM vanilla (external)", None]
+    assert names(vanilla) == ["embeddings", "evaluate"]
+    for seed in range(5):
+        steps = laid["VLM vanilla (external)", seed].steps
+        assert [step.name for step in steps] == ["recommender-SASRec", "recommender-GRU4Rec"]
+        assert {step.config.embeddings for step in steps} == {vanilla.steps[0].folder}
+        assert {step.config.seed for step in steps} == {seed}
+
+
+def test_cells_run_seed_by_seed() -> None:
+    laid = cells(read_study(StudyConfig(out=Path("out"))), Path("out"), HOME, (), "BB", "cpu")
+    seeds = [-1 if cell.seed is None else cell.seed for cell in laid]
+    assert seeds == sorted(seeds)
+
+
+def test_an_analysis_asks_only_for_its_own_seeds_tasks_and_models(tmp_path: Path) -> None:
+    found = study(
+        tmp_path,
+        analyses=["main", "ablation"],
+        plan={
+            "main": {"seeds": [3], "tasks": [1], "models": []},
+            "ablation": {"seeds": [3, 4], "tasks": [2], "models": ["GRU4Rec"]},
+        },
+        methods=[
+            {"name": "VLM2Rec", "source": "finetune", "analyses": ["main", "ablation"]},
+            {"name": "SFT", "source": "finetune", "finetune": {"loss": "sft"}},
+            {"name": "w/o", "source": "finetune", "analyses": ["ablation"], "finetune": {"crtr": False}},
+        ],
+        grids=[],
+    )
+    laid = laid_out(found)
+    assert names(laid["VLM2Rec", 3]) == ["adapter", "embeddings", "evaluate", "recommender-GRU4Rec"]
+    assert names(laid["VLM2Rec", 4]) == ["adapter", "embeddings", "recommender-GRU4Rec"]
+    assert names(laid["SFT", 3]) == ["adapter", "embeddings", "evaluate"]
+    assert ("SFT", 4) not in laid
+    assert names(laid["w/o", 3]) == ["adapter", "embeddings", "recommender-GRU4Rec"]
+
+
+def test_vectors_of_yours_enter_with_pca_and_a_two_layer_adapter(tmp_path: Path) -> None:
+    yours = {"name": "yours", "source": "vectors", "file": "v.parquet", "pca": 32, "adapter": "mlp"}
+    laid = laid_out(study(tmp_path, more_methods=[yours]))
+    assert len(laid) > 100  # beside the default methods
+    embed, rank = laid["yours", None].steps
+    assert (embed.command, embed.config.file, embed.config.pca) == ("import-vectors", Path("v.parquet"), 32)
+    assert rank.config.backbone is None  # Task 1 takes the mean of the history
+    assert {step.config.adapter for step in laid["yours", 0].steps} == {"mlp"}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "command"),
+    [
+        ("sentence-transformers", {"folder": "m"}, "encode-frozen"),
+        ("clip", {"folder": "m"}, "encode-frozen"),
+        ("prompt", {}, "encode-prompted"),
+        ("backbone", {"export": {"views": "text"}}, "export-items"),
+    ],
+)
+def test_each_source_has_its_command(tmp_path: Path, source: str, options: dict[str, Any], command: str) -> None:
+    found = study(tmp_path, more_methods=[{"name": "new", "source": source, **options}])
+    assert laid_out(found)["new", None].steps[0].command == command
+
+
+def test_backbones_are_a_grid_of_the_reference(tmp_path: Path) -> None:
+    found = study(tmp_path, backbones=["/models/small", "/models/large"])
+    laid = laid_out(found)
+    assert laid["VLM2Rec on large", 0].steps[0].config.backbone == "/models/large"
+    assert laid["VLM2Rec on large", 0].steps[0].config.gradient_steps == 0
+    assert found.method("VLM2Rec on small").analyses == ("families",)
+    assert "families" in found.method("VLM2Rec").analyses
+
+
+def test_few_shot_leaves_out_what_the_dataset_has_no_users_for(tmp_path: Path) -> None:
+    found = study(tmp_path, users=300)
+    assert [m.finetune["users"] for m in found.methods if m.varies == "users"] == [128, 256]
+    assert found.notes == tuple(f"few-shot K = {k} is left out: there are 300 users" for k in (512, 1024))
+
+
+def test_a_file_is_laid_over_the_default(tmp_path: Path) -> None:
+    found = study(tmp_path, finetune={"epochs": 1.0}, plan={"main": {"seeds": [7]}})
+    assert found.finetune == {"epochs": 1.0}
+    assert found.plan["main"].seeds == (7,)
+    assert found.plan["ablation"].seeds == (0, 1, 2, 3, 4)
+    assert len(found.methods) == len(read_study(StudyConfig(out=tmp_path)).methods)
+
+
+def test_flags_choose_seeds_analyses_and_methods(tmp_path: Path) -> None:
+    found = read_study(StudyConfig(out=tmp_path, seeds=(5, 6), analyses=("main",)))
+    assert {asked.seeds for asked in found.plan.values()} == {(5, 6)}
+    assert found.analyses == ("main",)
+    assert [m.name for m in found.picked(("vlm2rec", "SFT (external)"))] == ["SFT (external)", "VLM2Rec"]
+    assert {seed for _, seed in laid_out(found)} == {None, 5, 6}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"methodz": []}, r"unknown key 'methodz'.*did you mean 'methods'"),
+        ({"methods": [{"name": "VLM2Rec", "source": "finetun"}], "grids": []}, r"source 'finetun'.*'finetune'"),
+        ({"more_methods": [{"source": "id"}]}, "a mapping with name and source"),
+        ({"more_methods": [{"name": "vlm2rec!", "source": "id"}]}, "share the folder 'vlm2rec'"),
+        ({"plan": {"main": {"seed": [0]}}}, r"unknown setting 'seed'.*did you mean 'seeds'"),
+        ({"plan": {"main": {"models": ["SASREC"]}}}, "plan.main"),
+        ({"analyses": ["ablatoin"]}, r"'ablatoin'.*did you mean 'ablation'"),
+        ({"grids": [{"analysis": "sensitivity", "of": "VLM2Rec", "varies": "tau", "values": [1]}]}, "varies 'tau'"),
+        ({"grids": [{"analysis": "sensitivity", "of": "X", "varies": "lam", "values": [1]}]}, "called 'X'"),
+        ({"reference": "mine"}, "no method is called 'mine'"),
+        ({"finetune": {"learning_rat": 1}}, r"unknown setting 'learning_rat'.*'learning_rate'"),
+        ({"recommender": {"max_epochs": "many"}}, "max_epochs"),
+        ({"more_methods": [{"name": "v", "source": "vectors"}]}, "--file is missing"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_before_anything_runs(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        laid_out(study(tmp_path, **keys))
+
+
+def test_a_method_that_does_not_exist_cannot_be_picked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'VLM2Rec'"):
+        read_study(StudyConfig(out=tmp_path)).picked(("VLM2rek",))
+
+
+def test_vectors_that_know_only_one_catalogue_cannot_go_elsewhere(tmp_path: Path) -> None:
+    yours = {"name": "yours", "source": "vectors", "file": "v.npy", "analyses": ["main", "cross-domain"]}
+    with pytest.raises(ConfigError, match="items it has not seen"):
+        laid_out(study(tmp_path, more_methods=[yours]), (THERE,))
+
+
+def test_every_source_is_documented_by_a_method_or_a_test() -> None:
+    assert set(SOURCES) == {"id", "backbone", "finetune", "vectors", "sentence-transformers", "clip", "prompt"}
