@@ -446,6 +446,7 @@ def _about(
         "candidate sets": len(data.candidate_seeds),
         "candidates": data.meta["negatives"]["count"],
         "domains": [target.name for target in domains],
+        "shared users": sum(len({*data.user_ids}.intersection(datasets[t.name].user_ids)) for t in domains),
         "buckets": [name for name, _, _ in buckets(study.cold_start)],
         "plan": {name: asdict(asked) for name, asked in study.plan.items() if name in study.analyses},
         "finetune": study.finetune,

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +18,14 @@ import polars as pl
 import pytest
 import scipy.stats
 import yaml
+from study_world import Tiny, settings
 
 from vlm2rec.downstream.ranking import bound_check
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import finetune, prepare, study, study_cells, study_report, study_results
 from vlm2rec.pipelines.catalogue import draw_catalogue
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
-
-Tiny = Callable[[str], Path]
-METHODS: list[dict[str, Any]] = [
-    {"name": "ID", "source": "id", "paper": "ID"},
-    {"name": "vanilla", "source": "backbone", "paper": "VLM vanilla (ext.)"},
-    {
-        "name": "SFT",
-        "source": "finetune",
-        "analyses": ["main", "ablation"],
-        "finetune": {"loss": "sft", "gradient_steps": 1},
-        "paper": "VLM SFT (ext.)",
-    },
-    {"name": "w/o CRTR", "source": "finetune", "analyses": ["ablation"], "finetune": {"crtr": False}},
-    {
-        "name": "VLM2Rec",
-        "source": "finetune",
-        "analyses": ["main", "ablation", "cross-domain"],
-        "finetune": {"gradient_steps": 1},
-        "paper": "VLM2Rec",
-    },
-]
-SMALL: dict[str, Any] = {
-    "methods": METHODS,
-    "grids": [{"analysis": "sensitivity", "of": "VLM2Rec", "varies": "lam", "values": [0.1, 0.5]}],
-    "finetune": {
-        "max_steps": 2,
-        "learning_rate": 0.01,
-        "max_pixels": 3136,
-        "valid_users": 5,
-        "probe_users": 4,
-        "log_steps": 1,
-        "gradient_checkpointing": False,
-    },
-    "recommender": {"max_epochs": 1, "eval_step": 1, "hidden_size": 16},
-    "export": {},
-    "cold_start": [2, 4],
-    "plan": {
-        "main": {"seeds": [0, 1], "tasks": [1, 2], "models": ["SASRec"]},
-        "ablation": {"seeds": [0], "tasks": [1], "models": []},
-        "sensitivity": {"seeds": [0], "tasks": [1], "models": []},
-        "cross-domain": {"seeds": [0], "tasks": [1], "models": []},
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +49,6 @@ def other_domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder / "data"
-
-
-def settings(tiny: Tiny, data: Path, folder: Path, flags: dict[str, Any] | None = None, **keys: Any) -> StudyConfig:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.yaml").write_text(yaml.safe_dump(SMALL | keys))
-    values: dict[str, Any] = {
-        "out": folder / "study",
-        "data": data,
-        "backbone": str(tiny("qwen2_5_vl")),
-        "config": folder / "study.yaml",
-        "device": "cpu",
-        **(flags or {}),
-    }
-    return StudyConfig(**values)
 
 
 @pytest.fixture(scope="module")
@@ -239,24 +182,6 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     )
     order = ["task", "protocol", "view", "user_group", "metric"]
     assert ours.sort(order)["value"].to_list() == theirs.sort(order)["value"].to_list()
-
-
-def test_a_step_that_fails_leaves_out_only_what_needs_it(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    methods = [
-        {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
-        {"name": "VLM2Rec", "source": "backbone"},
-    ]
-    plan = {"main": {"seeds": [0], "tasks": [1, 2], "models": ["SASRec"]}}
-    config = settings(tiny, drawn_dataset, tmp_path, methods=methods, grids=[], analyses=["main"], plan=plan)
-    with pytest.raises((DataError, ConfigError), match=r"absent\.parquet"):
-        study.run(config)
-    results = pl.read_parquet(config.out / "results.parquet")
-    assert set(results["method"]) == {"VLM2Rec"}
-    assert set(results["task"]) == {1, 2}
-    assert (config.out / "report.html").is_file()
-    assert "failed" in capsys.readouterr().err
 
 
 # --- what is in the tables ----------------------------------------------------------------------------------
@@ -463,40 +388,3 @@ def test_titles_from_the_catalogue_are_escaped(finished: Path, tmp_path: Path) -
     )
     page = study_report.run(tmp_path).read_text(encoding="utf-8")
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-
-
-# --- the command --------------------------------------------------------------------------------------------
-
-
-def test_a_plan_is_printed_and_nothing_is_written(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    study.run(settings(tiny, drawn_dataset, tmp_path, {"plan_only": True, "quick": True}))
-    assert not (tmp_path / "study").exists()
-    printed = capsys.readouterr().err
-    assert "0 done before" in printed and "finetune" in printed and "about" in printed
-
-
-def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds no study\.json"):
-        study.run(StudyConfig(out=tmp_path, data=drawn_dataset, backbone=str(tiny("qwen2_5_vl"))))
-    with pytest.raises(ConfigError, match="--data is missing"):
-        study.run(StudyConfig(out=tmp_path / "new", backbone="x"))
-    with pytest.raises(ArtifactError, match=r"results\.parquet does not exist"):
-        study.run(StudyConfig(out=tmp_path, report_only=True))
-
-
-def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
-) -> None:
-    flags = {"quick": True, "methods": ("SFT (external)", "VLM2Rec"), "analyses": ("main",)}
-    config = StudyConfig(
-        out=tmp_path / "study", data=drawn_dataset, backbone=str(tiny("qwen2_5_vl")), device="cpu", **flags
-    )
-    report = study.run(config)
-    results = pl.read_parquet(config.out / "results.parquet")
-    assert set(results["method"]) == {"SFT (external)", "VLM2Rec"}
-    assert set(results["seed"]) == {0, 1}
-    assert set(results["model"].drop_nulls()) == {"SASRec", "GRU4Rec"}
-    assert "numbers mean nothing" in report.read_text(encoding="utf-8")

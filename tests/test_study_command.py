@@ -1,0 +1,65 @@
+"""`vlm2rec study`: what it refuses, what it says before it starts, and what a failing step leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from study_world import Tiny, settings
+
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.pipelines import study
+from vlm2rec.pipelines.config import StudyConfig
+
+
+def test_a_step_that_fails_leaves_out_only_what_needs_it(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = [
+        {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
+        {"name": "VLM2Rec", "source": "backbone"},
+    ]
+    plan = {"main": {"seeds": [0], "tasks": [1, 2], "models": ["SASRec"]}}
+    config = settings(tiny, drawn_dataset, tmp_path, methods=methods, grids=[], analyses=["main"], plan=plan)
+    with pytest.raises((DataError, ConfigError), match=r"absent\.parquet"):
+        study.run(config)
+    results = pl.read_parquet(config.out / "results.parquet")
+    assert set(results["method"]) == {"VLM2Rec"}
+    assert set(results["task"]) == {1, 2}
+    assert (config.out / "report.html").is_file()
+    assert "failed" in capsys.readouterr().err
+
+
+def test_a_plan_is_printed_and_nothing_is_written(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.run(settings(tiny, drawn_dataset, tmp_path, {"plan_only": True, "quick": True}))
+    assert not (tmp_path / "study").exists()
+    printed = capsys.readouterr().err
+    assert "0 done before" in printed and "finetune" in printed and "about" in printed
+
+
+def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds no study\.json"):
+        study.run(StudyConfig(out=tmp_path, data=drawn_dataset, backbone=str(tiny("qwen2_5_vl"))))
+    with pytest.raises(ConfigError, match="--data is missing"):
+        study.run(StudyConfig(out=tmp_path / "new", backbone="x"))
+    with pytest.raises(ArtifactError, match=r"results\.parquet does not exist"):
+        study.run(StudyConfig(out=tmp_path, report_only=True))
+
+
+def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    flags = {"quick": True, "methods": ("SFT (external)", "VLM2Rec"), "analyses": ("main",)}
+    config = StudyConfig(
+        out=tmp_path / "study", data=drawn_dataset, backbone=str(tiny("qwen2_5_vl")), device="cpu", **flags
+    )
+    report = study.run(config)
+    results = pl.read_parquet(config.out / "results.parquet")
+    assert set(results["method"]) == {"SFT (external)", "VLM2Rec"}
+    assert set(results["seed"]) == {0, 1}
+    assert set(results["model"].drop_nulls()) == {"SASRec", "GRU4Rec"}
+    assert "numbers mean nothing" in report.read_text(encoding="utf-8")
