@@ -29,7 +29,8 @@ def n20(run: Path, folder: str) -> float:
 def test_it_ends_well_and_names_its_report(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     run, done = demo
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == ""
+    assert done.stdout.startswith("rank\titem_id\tcosine\ttitle\n1\tP")  # what `search` found, and nothing else
+    assert len(done.stdout.splitlines()) == 6
     assert "Traceback" not in done.stderr
     assert f"Open {(run / 'report.html').resolve()}" in done.stderr
     assert (run / "report.html").stat().st_size > 500_000
