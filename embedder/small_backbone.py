@@ -2,10 +2,8 @@
 
 It is for the demo, for tests and for trying settings out; it knows nothing outside its catalogue. An encoder reads
 the last token of a prompt that asks for one word, so that is what is trained: at that token, cross-entropy against
-the words that describe the items, every one as likely as the others. In expectation this is next-token training on
-a word drawn at random. What the last hidden state has to tell is then what the words tell. A picture is described by
-its caption; where the title stands in the prompt, its own words count as well: a title that is not read word by word
-would be told from others by its caption alone.
+the words of the items' captions, every one as likely as the others. In expectation this is next-token training on a
+word drawn at random. What the last hidden state has to tell is then what the words tell.
 
 The vision tower starts from nothing too, and through the language model alone hardly any gradient reaches it in a few
 hundred steps. So the mean of an image's tokens has to name the words as well, through the same output matrix.
@@ -119,7 +117,6 @@ class CaptionedItem:
 
     title: str
     words: tuple[str, ...]  # distinct words of its caption
-    title_words: tuple[str, ...]  # distinct words of its title; may be empty
     picture: np.ndarray | None = None  # (H, W, 3) uint8, already of the size the processor gives it
 
 
@@ -347,46 +344,41 @@ class Lesson:
         self.chat = Backbone(backbone.model, backbone.processor, "chat", backbone.max_title_tokens)
         self.items = items
         self.titles = [backbone.prepare_title(item.title)[0] for item in items]
-        seen = [answer_tokens(backbone.tokenizer, item.words) for item in items]
-        read = [answer_tokens(backbone.tokenizer, item.title_words) for item in items]
-        told = [list(dict.fromkeys(caption + title)) for caption, title in zip(seen, read, strict=True)]
-        self.tokens = {"text": told, "item": told, "image": seen}  # of the answers to each kind of prompt
+        self.tokens = [answer_tokens(backbone.tokenizer, item.words) for item in items]
         self.head: Any = backbone.model.get_output_embeddings()
 
-    def target(self, kind: str, rows: Sequence[int]) -> Tensor:
+    def target(self, rows: Sequence[int]) -> Tensor:
         """Return the answer to a prompt of items `rows`: every word of an item equally likely, items equal, (V,)."""
         target = torch.zeros(self.head.weight.shape[0])
         for row in rows:
-            tokens = self.tokens[kind][row]
-            target.index_add_(0, torch.tensor(tokens), torch.full((len(tokens),), 1.0 / (len(rows) * len(tokens))))
+            share = torch.full((len(self.tokens[row]),), 1.0 / (len(rows) * len(self.tokens[row])))
+            target.index_add_(0, torch.tensor(self.tokens[row]), share)
         return target
 
-    def targets(self, kind: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def targets(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Return the answers to several prompts, (B, V)."""
-        return torch.stack([self.target(kind, rows) for rows in prompts])
+        return torch.stack([self.target(rows) for rows in prompts])
 
     def loss(self, step: Step, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the loss of one step, a scalar: of the answers, and of the images' own tokens where there are any."""
         images = self._look(pictures) if pictures else []
-        loss = F.cross_entropy(self._logits(step, images), self.targets(step.kind, step.rows))
+        loss = F.cross_entropy(self._logits(step, images), self.targets(step.rows))
         if images:
             of_images = torch.stack([image.tokens.mean(dim=0) for image in images])  # (images, d)
             of_images = F.rms_norm(of_images, of_images.shape[-1:])
-            own_words = self.targets("image", [[row] for rows in step.rows for row in rows])
+            own_words = self.targets([[row] for rows in step.rows for row in rows])
             loss = loss + F.cross_entropy(self.head(of_images), own_words)
         return loss
 
     @torch.no_grad()
-    def score(self, rows: Sequence[int], kind: str, learnt: np.ndarray) -> Score | None:
-        """Ask for each of the items `rows` alone, in raw mode; None if there is no item. `learnt` were trained on."""
-        counts = Counter(token for row in learnt for token in self.tokens[kind][row])
-        majority_token = counts.most_common(1)[0][0]
+    def score(self, rows: Sequence[int], kind: str, majority_token: int) -> Score | None:
+        """Ask for each of the items `rows` alone, in raw mode; None if there is no item."""
         losses, hits, majority = [], [], []
         for start in range(0, len(rows), SCORED_AT_ONCE):
             step = Step(kind, [[row] for row in rows[start : start + SCORED_AT_ONCE]], chat=False)
             pictures = [] if kind == "text" else [self._still(row) for (row,) in step.rows]
             logits = self._logits(step, self._look(pictures) if pictures else [])
-            targets = self.targets(kind, step.rows)
+            targets = self.targets(step.rows)
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             hits.append(targets.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0] > 0)
             majority.append(targets[:, majority_token] > 0)
@@ -449,12 +441,14 @@ def train(
     model = backbone.model.requires_grad_(True)
     steps = _train(lesson, learnt, settings, random, watch or (lambda step, loss: None))
     model.requires_grad_(False)
+    counts = Counter(token for row in learnt for token in lesson.tokens[row])
+    majority = counts.most_common(1)[0][0]
     pictured = [int(row) for row in tested if items[row].picture is not None]
     return Training(
         steps=steps,
         seconds=time.monotonic() - started,
-        text=lesson.score(tested[:LARGEST_TEST].tolist(), "text", learnt),
-        image=lesson.score(pictured[:LARGEST_TEST], "image", learnt),
+        text=lesson.score(tested[:LARGEST_TEST].tolist(), "text", majority),
+        image=lesson.score(pictured[:LARGEST_TEST], "image", majority),
     )
 
 

@@ -52,9 +52,8 @@ def run(config: MakeBackboneConfig) -> Path:
     )
     _refuse_foreign(config.out)
     catalogue, column = _read_catalogue(config)
-    titles = catalogue[schema.TITLE].to_list()
-    words, title_words = caption_words(catalogue["caption"].to_list()), caption_words(titles)
-    tokenizer = train_tokenizer(titles, words, settings.vocabulary)
+    words = caption_words(catalogue["caption"].to_list())
+    tokenizer = train_tokenizer(catalogue[schema.TITLE].to_list(), words, settings.vocabulary)
 
     work = config.out.with_name(f".{config.out.name}.unfinished")
     if work.exists():
@@ -63,7 +62,7 @@ def run(config: MakeBackboneConfig) -> Path:
     try:
         write_random_model(work, tokenizer, settings)
         backbone = Backbone.load(str(work), max_pixels=settings.max_pixels, dtype="float32", device="cpu")
-        items = _with_pictures(config.images, catalogue, list(zip(words, title_words, strict=True)), backbone)
+        items = _with_pictures(config.images, catalogue, words, backbone)
         training = _train(backbone, items, settings)
         save_weights(backbone.model, work)
         vocabulary = len({word for of_item in words for word in of_item})
@@ -137,24 +136,21 @@ def _as_text(frame: pl.DataFrame, column: str) -> pl.Series:
 
 
 def _with_pictures(
-    root: Path, catalogue: pl.DataFrame, words: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], backbone: Backbone
+    root: Path, catalogue: pl.DataFrame, words: Sequence[tuple[str, ...]], backbone: Backbone
 ) -> list[CaptionedItem]:
-    """Read every picture once, small; an item whose picture is missing or unreadable is learnt from its title.
-
-    `words` are those of each item's caption and title.
-    """
+    """Read every picture once, small; an item whose picture is missing or unreadable is learnt from its title."""
     items: list[CaptionedItem] = []
     unreadable: list[str] = []
     with console.progress("reading pictures", catalogue.height) as advance:
         rows = zip(catalogue[schema.TITLE], catalogue[schema.IMAGE_PATH], words, strict=True)
-        for title, path, (of_caption, of_title) in rows:
+        for title, path, of_item in rows:
             picture: np.ndarray | None = None
             if path is not None:
                 try:
                     picture = read_picture(root, path, backbone.processor)
                 except ImageError as error:
                     unreadable.append(f"{path} ({error})")
-            items.append(CaptionedItem(title, of_caption, of_title, picture))
+            items.append(CaptionedItem(title, of_item, picture))
             advance(1)
     if unreadable:
         console.log.print(
