@@ -193,10 +193,14 @@ class Backbone:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
-            features += self._look(images[start : start + IMAGES_AT_ONCE])
+            features += self.look_at_once(images[start : start + IMAGES_AT_ONCE])
         return features
 
-    def _look(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+    def look_at_once(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+        """Run the vision tower over RGB images in one call.
+
+        Unlike `look`, gradients flow to the tower where its weights are trainable and grad mode is on.
+        """
         inputs = self.processor.image_processor(images=list(images), return_tensors="pt")
         inputs = {k: v.to(self.device) for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)

@@ -12,7 +12,6 @@ hundred steps. So the mean of an image's tokens has to name the words as well, t
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -30,7 +29,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from vlm2rec.embedder.backbone import Backbone, ImageFeatures
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.backbone import Backbone, ImageFeatures, quiet_if
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.embedder.images import open_image
 from vlm2rec.embedder.prompts import (
@@ -199,7 +199,7 @@ def write_random_model(folder: Path, tokenizer: Tokenizer, settings: SmallBackbo
     """Write an ordinary Qwen2.5-VL model folder with random weights drawn from the seed."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    schema.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -211,7 +211,7 @@ def write_random_model(folder: Path, tokenizer: Tokenizer, settings: SmallBackbo
         },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write_json(folder / "preprocessor_config.json", _image_processor(settings.max_pixels))
+    schema.write_json(folder / "preprocessor_config.json", _image_processor(settings.max_pixels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = transformers.Qwen2_5_VLForConditionalGeneration(_config(tokenizer.get_vocab(), settings))
@@ -220,13 +220,8 @@ def write_random_model(folder: Path, tokenizer: Tokenizer, settings: SmallBackbo
 
 def save_weights(model: Any, folder: Path) -> None:
     """Write config.json and safetensors weights, without transformers' own progress bars."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with quiet_if(True):
         model.save_pretrained(folder)
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _config(ids: dict[str, int], settings: SmallBackboneSettings) -> Any:
@@ -286,10 +281,6 @@ def _image_processor(max_pixels: int) -> dict[str, Any]:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -361,7 +352,7 @@ class Lesson:
 
     def loss(self, step: Step, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the loss of one step, a scalar: of the answers, and of the images' own tokens where there are any."""
-        images = self._look(pictures) if pictures else []
+        images = self.backbone.look_at_once(pictures) if pictures else []
         loss = F.cross_entropy(self._logits(step, images), self.targets(step.rows))
         if images:
             of_images = torch.stack([image.tokens.mean(dim=0) for image in images])  # (images, d)
@@ -377,7 +368,7 @@ class Lesson:
         for start in range(0, len(rows), SCORED_AT_ONCE):
             step = Step(kind, [[row] for row in rows[start : start + SCORED_AT_ONCE]], chat=False)
             pictures = [] if kind == "text" else [self._still(row) for (row,) in step.rows]
-            logits = self._logits(step, self._look(pictures) if pictures else [])
+            logits = self._logits(step, self.backbone.look_at_once(pictures) if pictures else [])
             targets = self.targets(step.rows)
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             hits.append(targets.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0] > 0)
@@ -402,15 +393,6 @@ class Lesson:
             return image_prompt(len(rows))
         titles = [self.titles[row] for row in rows]
         return text_prompt(titles) if kind == "text" else item_prompt(titles)
-
-    def _look(self, pictures: Sequence[Image.Image]) -> list[ImageFeatures]:
-        """Run the vision tower with gradients, unlike `Backbone.look`."""
-        inputs = self.backbone.processor.image_processor(images=list(pictures), return_tensors="pt")
-        output = self.backbone.body.get_image_features(
-            pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"], return_dict=True
-        )
-        grids = inputs["image_grid_thw"]
-        return [ImageFeatures(tokens, (), grids[i]) for i, tokens in enumerate(output.pooler_output)]
 
     def _still(self, row: int) -> Image.Image:
         picture = self.items[row].picture
@@ -514,7 +496,7 @@ def rate(step: int, steps: int, elapsed: float) -> float:
 
 def write_provenance(folder: Path, settings: SmallBackboneSettings, training: Training, items: int, words: int) -> None:
     """Say in the model folder where the model comes from; loaders of models ignore this file."""
-    _write_json(
+    schema.write_json(
         folder / PROVENANCE_FILE,
         {
             "written_by": WRITTEN_BY,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.frozen_encoders import frozen_settings, load_frozen
 from vlm2rec.pipelines.config import EncodeFrozenConfig
-from vlm2rec.pipelines.export_items import check_failures, export, print_summary
+from vlm2rec.pipelines.export_items import export_as_told
 
 
 def run(config: EncodeFrozenConfig) -> dict[str, Any]:
@@ -26,16 +25,9 @@ def run(config: EncodeFrozenConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "device": config.device,
     }
-    manifest = export(
-        Dataset(config.data),
-        config.out,
+    return export_as_told(
+        config,
         frozen_settings(config.encoder, **given),
         lambda: load_frozen(config.encoder, token_budget=config.token_budget, **given),
-        shard_size=config.shard_size,
-        storage=config.storage,
-        on_image_error=config.on_image_error,
-        images_by=config.images_by,
+        config.on_image_error,
     )
-    print_summary(manifest, config.out)
-    check_failures(manifest, config.out, config.max_failures)
-    return manifest

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.prompted import PromptedEncoder, prompted_settings
 from vlm2rec.pipelines.config import EncodePromptedConfig
-from vlm2rec.pipelines.export_items import check_failures, export, print_summary
+from vlm2rec.pipelines.export_items import export_as_told
 
 
 def run(config: EncodePromptedConfig) -> dict[str, Any]:
@@ -30,15 +29,9 @@ def run(config: EncodePromptedConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "device": config.device,
     }
-    manifest = export(
-        Dataset(config.data),
-        config.out,
+    return export_as_told(
+        config,
         prompted_settings(config.backbone, **given),
         lambda: PromptedEncoder.load(config.backbone, token_budget=config.token_budget, **given),
-        shard_size=config.shard_size,
-        storage=config.storage,
-        images_by=config.images_by,
+        "null",
     )
-    print_summary(manifest, config.out)
-    check_failures(manifest, config.out, config.max_failures)
-    return manifest

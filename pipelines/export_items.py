@@ -27,7 +27,7 @@ from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
 from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.config import ExportConfig, ImagePolicy
+from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
 
 ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
 READERS = min(8, os.cpu_count() or 1)
@@ -75,16 +75,37 @@ def run(config: ExportConfig) -> dict[str, Any]:
         ArtifactError: the output folder is of another export, in use, not writable, or full.
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
-    dataset = Dataset(config.data)
     given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
-    manifest = export(
-        dataset,
-        config.out,
+    return export_as_told(
+        config,
         encoder_settings(config.backbone, config.adapter, **given),
         lambda: ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given),
+        config.on_image_error,
+    )
+
+
+def export_as_told(
+    config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig,
+    settings: Mapping[str, Any],
+    load_encoder: Callable[[], Encoder],
+    on_image_error: ImagePolicy,
+) -> dict[str, Any]:
+    """Do what every command with an encoder does: export, print what came out, and refuse too many failures.
+
+    Args:
+        config: the command's settings.
+        settings: as of `export`.
+        load_encoder: as of `export`.
+        on_image_error: as of `export`.
+    """
+    manifest = export(
+        Dataset(config.data),
+        config.out,
+        settings,
+        load_encoder,
         shard_size=config.shard_size,
         storage=config.storage,
-        on_image_error=config.on_image_error,
+        on_image_error=on_image_error,
         images_by=config.images_by,
     )
     print_summary(manifest, config.out)

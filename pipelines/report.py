@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vlm2rec.downstream.ranking import paired_bootstrap
@@ -167,10 +166,10 @@ def run(config: ReportConfig) -> Path:
     drawn = draw_figures(found)
     page = make_page(found, {picture.name: Markup(picture.inline()) for picture in drawn})
     out.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(out, render(page))
+    schema.write_text(out, render(page))
     for picture in drawn:
         (out.parent / "figures").mkdir(exist_ok=True)
-        _write_text(out.parent / "figures" / f"{picture.name}.svg", picture.svg)
+        schema.write_text(out.parent / "figures" / f"{picture.name}.svg", picture.svg)
     for note in found.notes:
         log.print(f"left out: {note}", style="yellow", markup=False, soft_wrap=True)
     size = out.stat().st_size
@@ -179,7 +178,20 @@ def run(config: ReportConfig) -> Path:
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML; every text that comes from a file is escaped."""
+    """Return the page as HTML."""
+    filters: dict[str, Callable[..., Any]] = {
+        "short": _short,
+        "seconds": _duration,
+        "count": lambda value: f"{value:,}",
+        "method": method_name,
+    }
+    return page_template("report.html.j2", filters).render(
+        page=page, metrics=METRICS, floor=figures.RANDOM_FLOOR, views=VIEW_ORDER, among=AMONG
+    )
+
+
+def page_template(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
+    """Return a template of this folder; every text that comes from a file is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -187,10 +199,8 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=_short, seconds=_duration, count=lambda value: f"{value:,}", method=method_name)
-    return environment.get_template("report.html.j2").render(
-        page=page, metrics=METRICS, floor=figures.RANDOM_FLOOR, views=VIEW_ORDER, among=AMONG
-    )
+    environment.filters.update(filters)
+    return environment.get_template(name)
 
 
 def draw_figures(found: RunFolder) -> list[figures.Picture]:
@@ -543,13 +553,6 @@ def _neighbourhood(dataset: Dataset, method: str, folder: Path, queries: list[in
 def _refuse_folder(out: Path) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder", "the name of an HTML file", f"give --out {out / 'report.html'}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _short(value: float | None, digits: int = 3) -> str:

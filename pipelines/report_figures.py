@@ -208,10 +208,7 @@ def learning_curves(curves: Mapping[str, Json]) -> Picture:
             (margins, "Margin of each modality", "cosine of next item − mean of others"),
             (penalty, "Penalty on the negatives", "factor"),
         ):
-            axes.set_title(title)
-            axes.set_ylabel(label)
-            axes.set_xlabel("training step")
-            _curve_legend(axes)
+            _finish_curves(axes, title, label)
         return _saved(figure, "learning", "Training loss, validation, margins and penalty over the training steps")
 
 
@@ -238,13 +235,18 @@ def collapse_curves(curves: Mapping[str, Json]) -> Picture:
             (weak, "Whose weak modality is the image", "share of a batch’s users"),
             (alignment, "Gradient of the loss against each modality’s own", "cosine"),
         ):
-            axes.set_title(title)
-            axes.set_ylabel(label)
-            axes.set_xlabel("training step")
-            _curve_legend(axes)
+            _finish_curves(axes, title, label)
         return _saved(
             figure, "learning-collapse", "Separability, effective rank, weak modality and gradient alignment by step"
         )
+
+
+def _finish_curves(axes: Axes, title: str, label: str) -> None:
+    """Name a panel of curves over the steps, and its axes."""
+    axes.set_title(title)
+    axes.set_ylabel(label)
+    axes.set_xlabel("training step")
+    _curve_legend(axes)
 
 
 def _curve_legend(axes: Axes) -> None:

@@ -110,21 +110,43 @@ def view_bars(results: Results) -> Drawn | None:
 
 def gradients(results: Results) -> Drawn | None:
     """Fig. 1b: cosines of the update with each modality's own gradient over the steps."""
-    rows = results.frames["curves"].filter(pl.col("kind") == "gradients")
+    labels = {f"cos_total_{view}": (view, f"cos(total, {view})") for view in schema.MODALITIES}
+    figure = _over_steps(results, "gradients", labels, "cosine", {"y": 0, "linewidth": 0.8})
+    alt = "Alignment of the update with the text and the image gradient"
+    return None if figure is None else _saved(figure, "fig1b-gradients", alt)
+
+
+def _over_steps(
+    results: Results,
+    kind: str,
+    labels: Mapping[str, tuple[str, str]],
+    unit: str,
+    line: Mapping[str, Any],
+) -> Figure | None:
+    """Draw curves of one kind, a panel a method; None where no method has any.
+
+    Args:
+        results: the study's tables.
+        kind: of the rows of `curves`.
+        labels: name of a curve → view whose style it takes, and label.
+        unit: of the y axis.
+        line: of the horizontal line to compare with.
+    """
+    rows = results.frames["curves"].filter(pl.col("kind") == kind)
     methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
     if not methods:
         return None
     figure, panels = _panels(1, len(methods), 2.9, sharey=True)
     for axes, method in zip(panels, methods, strict=True):
-        for view in schema.MODALITIES:
-            mine = rows.filter((pl.col("method") == method) & (pl.col("name") == f"cos_total_{view}"))
-            _band(axes, mine, colours(results)[method], VIEW_STYLES[view], f"cos(total, {view})")
+        for name, (view, label) in labels.items():
+            mine = rows.filter((pl.col("method") == method) & (pl.col("name") == name))
+            _band(axes, mine, colours(results)[method], VIEW_STYLES[view], label)
+        axes.axhline(color=MUTED, **line)
         axes.set_title(_plain(method))
         axes.set_xlabel("training step")
-        axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.legend(fontsize=8, labelcolor=MUTED)
-    panels[0].set_ylabel("cosine")
-    return _saved(figure, "fig1b-gradients", "Alignment of the update with the text and the image gradient")
+    panels[0].set_ylabel(unit)
+    return figure
 
 
 def cold_start(results: Results) -> Drawn | None:
@@ -264,21 +286,10 @@ def geometry_dots(results: Results) -> Drawn | None:
 
 def collapse(results: Results) -> Drawn | None:
     """Separability of each view on a fixed probe while training goes on."""
-    rows = results.frames["curves"].filter(pl.col("kind") == "probe")
-    methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
-    if not methods:
-        return None
-    figure, panels = _panels(1, len(methods), 2.9, sharey=True)
-    for axes, method in zip(panels, methods, strict=True):
-        for view in schema.VIEWS:
-            mine = rows.filter((pl.col("method") == method) & (pl.col("name") == f"S_{view}"))
-            _band(axes, mine, colours(results)[method], VIEW_STYLES[view], view)
-        axes.axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_title(_plain(method))
-        axes.set_xlabel("training step")
-        axes.legend(fontsize=8, labelcolor=MUTED)
-    panels[0].set_ylabel("separability $S$ on the probe")
-    return _saved(figure, "collapse", "Separability of each view during training")
+    labels = {f"S_{view}": (view, view) for view in schema.VIEWS}
+    line = {"y": 1, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+    figure = _over_steps(results, "probe", labels, "separability $S$ on the probe", line)
+    return None if figure is None else _saved(figure, "collapse", "Separability of each view during training")
 
 
 def ablation_bars(results: Results) -> Drawn | None:

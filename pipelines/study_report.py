@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vlm2rec.embedder import schema
 from vlm2rec.pipelines import study_figures
 from vlm2rec.pipelines import study_tables as tables
+from vlm2rec.pipelines.report import VIEW_ORDER, page_template
 from vlm2rec.pipelines.study_claims import HOLDS, Claim, claims
 from vlm2rec.pipelines.study_methods import Json
 from vlm2rec.pipelines.study_results import COMPARED
 from vlm2rec.pipelines.study_tables import Cell, Results, Sheet, number
 
 TEMPLATE = "study_report.html.j2"
-VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 
 
 @dataclass(frozen=True)
@@ -100,23 +98,13 @@ def run(out: Path) -> Path:
         (folder / f"{each.name}.svg").write_text(each.picture.svg, encoding="utf-8")
         (folder / f"{each.name}.png").write_bytes(each.png)
     report = out / "report.html"
-    temporary = report.with_name(f".{report.name}.{os.getpid()}.tmp")
-    temporary.write_text(render(page), encoding="utf-8")
-    temporary.replace(report)
+    schema.write_text(report, render(page))
     return report
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML; every text that comes from a file is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number)
-    return environment.get_template(TEMPLATE).render(page=page, views=VIEW_ORDER, holds=HOLDS)
+    """Return the page as HTML."""
+    return page_template(TEMPLATE, {"number": number}).render(page=page, views=VIEW_ORDER, holds=HOLDS)
 
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
