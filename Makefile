@@ -1,6 +1,7 @@
 # The same targets serve people and CI. `make demo` and `make test` do their own set-up.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install demo study test lint types bench clean
@@ -23,7 +24,7 @@ demo: install
 # as one likes. One thread: two that wait for one another on a busy machine are slower than one.
 # `make study QUICK=1` runs a few steps of everything, to see that it works.
 study: install
-	OMP_NUM_THREADS=1 $(BIN)/vlm2rec study --demo --out runs/study$(if $(QUICK),-quick --quick)
+	OMP_NUM_THREADS=1 $(BIN)/vlm2rec study --demo --jobs $(JOBS) --out runs/study$(if $(QUICK),-quick --quick)
 
 # Whole files go to workers, so that what a file builds once is built once, in the order of their names: the demo, the
 # longest, starts early. One thread each: two that wait for one another on a busy machine are slower than one.

@@ -368,6 +368,7 @@ class StudyConfig:
     quick: bool = setting("A few steps of everything, to see that it works; the numbers mean nothing.", False)
     plan_only: bool = setting("Print what would run and how long it may take; run nothing.", False)
     report_only: bool = setting("Draw the report anew from the Parquet files of a study.", False)
+    jobs: Positive = setting("Steps at a time, each in a process with its share of the cores; 1 on a single GPU.", 1)
     redo: bool = setting("Run the cells again whose settings changed; off refuses them.", False)
     device: DeviceName = setting("Where to run.", "auto")
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from rich.table import Table
@@ -26,6 +23,7 @@ from vlm2rec.pipelines.console import log, summary
 from vlm2rec.pipelines.demo import library_versions
 from vlm2rec.pipelines.study_laboratory import draw_laboratory
 from vlm2rec.pipelines.study_methods import CROSS_DOMAIN, Cell, Json, Step, Study, Target, cells, read_study
+from vlm2rec.pipelines.study_workers import workers
 
 STUDY_FILE = "study.json"
 WRITTEN_BY = "vlm2rec study"
@@ -116,18 +114,18 @@ def run(config: StudyConfig) -> Path:
         _require_material(config)
         if config.plan_only:
             course, wanted = _planned(config)
-            _announce(course, wanted, course.unfinished(wanted))
+            _announce(course, wanted, course.unfinished(wanted), config.jobs)
             return config.out
     with writing(config.out):
         config = draw_laboratory(config) if config.demo else config
         course, wanted = _planned(config)
         _settle_changes(course, config.redo)
         todo = course.unfinished(wanted)
-        _announce(course, wanted, todo)
+        _announce(course, wanted, todo, config.jobs)
         if config.plan_only:
             return config.out
         _remember(course, config)
-        failures = _run_steps(course, todo)
+        failures = _run_steps(course, todo, config.jobs)
         study_results.collect(course.study, course.out, course.cells, course.home, course.domains)
         report = study_report.run(config.out)
     _summarise(course, wanted, failures, report)
@@ -268,49 +266,50 @@ def _remember(course: Course, config: StudyConfig) -> None:
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def _run_steps(course: Course, todo: Sequence[tuple[Cell, Step]]) -> list[Failure]:
-    """Run the steps one after the other; a failure leaves out what depends on it and nothing else."""
+def _run_steps(course: Course, todo: Sequence[tuple[Cell, Step]], jobs: int) -> list[Failure]:
+    """Run the steps in order, `jobs` at a time; a failure leaves out what depends on it and nothing else."""
     failures: list[Failure] = []
     without: set[Path] = set()
-    begun = time.perf_counter()
-    round_of = todo[0][0].seed if todo else None
-    for number, (cell, step) in enumerate(todo, 1):
-        if without.intersection(step.after):
-            without.add(step.folder)
-            continue
-        if cell.seed != round_of:  # a round is complete: the tables hold one more seed of every method
-            study_results.collect(course.study, course.out, course.cells, course.home, course.domains)
-            round_of = cell.seed
-        left = sum(course.pace.of(s, course.datasets[s.config.data]) for _, s in todo[number - 1 :])
-        _headline(number, len(todo), cell, step, time.perf_counter() - begun, left)
-        try:
-            _run_step(course, cell, step)
-        except Vlm2RecError as error:
-            log.print(f"  failed: {error}", style="red", markup=False, soft_wrap=True)
-            failures.append(Failure(cell, step, error))
-            without.add(step.folder)
+    waiting, under_way = list(todo), list[tuple[Cell, Step]]()
+    begun, number = time.perf_counter(), 0
+    with workers(jobs) as hands:
+        while waiting or under_way:
+            while hands.free and (work := _next_to_start(waiting, under_way, without)) is not None:
+                waiting.remove(work)
+                number += 1
+                left = sum(course.pace.of(s, course.datasets[s.config.data]) for _, s in (work, *waiting, *under_way))
+                _headline(number, len(todo), *work, time.perf_counter() - begun, left / jobs)
+                study_cells.begin(*work, course.settings(work[1]))
+                under_way.append(work)
+                hands.start(work)
+            if not under_way:
+                break  # what is left depends on what failed
+            (cell, step), outcome = hands.next()
+            under_way.remove((cell, step))
+            if isinstance(outcome, Vlm2RecError):
+                log.print(f"  failed: {outcome}", style="red", markup=False, soft_wrap=True)
+                failures.append(Failure(cell, step, outcome))
+                without.add(step.folder)
+                continue
+            study_cells.end(cell, step, outcome)
+            if study_cells.records(cell.folder)[step.name]["attempts"] == 1:
+                course.pace.add(step, outcome, course.datasets[step.config.data])
+            if not any(cell.seed == other.seed for other, _ in (*waiting, *under_way)):
+                # a round is complete: the tables hold one more seed of every method
+                study_results.collect(course.study, course.out, course.cells, course.home, course.domains)
     return failures
 
 
-def _run_step(course: Course, cell: Cell, step: Step) -> None:
-    study_cells.begin(cell, step, course.settings(step))
-    resumed = study_cells.records(cell.folder)[step.name]["attempts"] > 1
-    started = time.perf_counter()
-    with _talking_to(cell.folder / study_cells.LOG_FILE, step):
-        import_module(f"vlm2rec.pipelines.{step.command.replace('-', '_')}").run(step.config)
-    seconds = time.perf_counter() - started
-    gc.collect()  # models are held in cycles: two at a time would be one too many
-    study_cells.end(cell, step, seconds)
-    if not resumed:
-        course.pace.add(step, seconds, course.datasets[step.config.data])
-
-
-@contextlib.contextmanager
-def _talking_to(path: Path, step: Step) -> Iterator[None]:
-    """Let a command talk to the cell's log: the terminal shows the study."""
-    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-        file.write(f"--- {step.name}: vlm2rec {step.command}\n")
-        yield
+def _next_to_start(
+    waiting: Sequence[tuple[Cell, Step]], under_way: Sequence[tuple[Cell, Step]], without: set[Path]
+) -> tuple[Cell, Step] | None:
+    """Return the first step that reads from nothing missing; a cell does one at a time, as it keeps one log."""
+    busy = {cell.folder for cell, _ in under_way}
+    missing = without | {step.folder for _, step in (*waiting, *under_way)}
+    for cell, step in waiting:
+        if cell.folder not in busy and not missing.intersection(step.after):
+            return cell, step
+    return None
 
 
 def _kind(step: Step) -> str:
@@ -334,7 +333,7 @@ def _work(step: Step, data: Dataset) -> float:
 # --- what the person sees -----------------------------------------------------------------------------------
 
 
-def _announce(course: Course, wanted: Sequence[Cell], todo: Sequence[tuple[Cell, Step]]) -> None:
+def _announce(course: Course, wanted: Sequence[Cell], todo: Sequence[tuple[Cell, Step]], jobs: int) -> None:
     """Say what will run and how long it may take."""
     _learn_pace(course)
     rows: dict[str, tuple[set[str], int, int, float]] = {}
@@ -347,8 +346,8 @@ def _announce(course: Course, wanted: Sequence[Cell], todo: Sequence[tuple[Cell,
     for name in ("step", "methods", "runs", "about"):
         table.add_column(name, justify="left" if name == "step" else "right")
     for kind, (methods, count, _, seconds) in rows.items():
-        table.add_row(kind, str(len(methods)), str(count), clock(seconds))
-    total = sum(row[3] for row in rows.values())
+        table.add_row(kind, str(len(methods)), str(count), clock(seconds / jobs))
+    total = sum(row[3] for row in rows.values()) / jobs
     steps = sum(len(cell.steps) for cell in wanted)
     table.add_row("all", "", str(len(todo)), clock(total), style="bold")
     names = {cell.method.name for cell in wanted}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -157,15 +158,16 @@ def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
         study.run(settings(tiny, drawn_dataset, folder, flags, **keys))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
-    tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
+    tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path, jobs: int
 ) -> None:
     keys = {"analyses": ["main"], "plan": {"main": {"seeds": [1], "tasks": [1, 2], "models": ["SASRec"]}}}
-    config = settings(tiny, drawn_dataset, tmp_path, {"methods": ("SFT",)}, **keys)
+    config = settings(tiny, drawn_dataset, tmp_path, {"methods": ("SFT",), "jobs": jobs}, **keys)
     command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "study"]
     for name in ("out", "data", "backbone", "config", "device"):
         command += [f"--{name}", str(getattr(config, name))]
-    with subprocess.Popen([*command, "--methods", "SFT"], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, "--methods", "SFT", "--jobs", str(jobs)], stderr=subprocess.DEVNULL) as process:
         steps = config.out / "sft" / "seed-1" / "steps.json"
         while process.poll() is None and not (steps.is_file() and "embeddings" in json.loads(steps.read_text())):
             time.sleep(0.02)
@@ -173,6 +175,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     assert process.returncode == -signal.SIGKILL
     killed = json.loads(steps.read_text())
     assert killed["adapter"]["finished"] and "recommender-SASRec" not in killed
+    assert not _others_with_open_files_in(config.out)
     study.run(config)
     resumed = json.loads(steps.read_text())
     assert resumed["adapter"]["mark"] == killed["adapter"]["mark"]
@@ -182,6 +185,20 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     )
     order = ["task", "protocol", "view", "user_group", "metric"]
     assert ours.sort(order)["value"].to_list() == theirs.sort(order)["value"].to_list()
+
+
+def _others_with_open_files_in(folder: Path, patience: float = 5.0) -> set[str]:
+    """Return the processes that still write to a folder; those that end within `patience` seconds do not count."""
+    until = time.monotonic() + patience
+    while True:
+        found = set()
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                if str(folder) in str(link.readlink()):
+                    found.add(link.parts[2])
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
 
 
 # --- what is in the tables ----------------------------------------------------------------------------------
