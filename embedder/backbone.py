@@ -1,7 +1,7 @@
 """A vision-language or text model as an encoder: prompts in, last-token vectors out. One path for all families.
 
-The path: the family's own tokenizer and image processor, the inner model without its language-model head, right
-padding, explicit position ids (M-RoPE where the family has it), the last position taken from the mask.
+The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
+packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state.
 The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
 A causal text model takes the same path with text prompts alone.
 """
@@ -18,17 +18,19 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from vlm2rec.embedder import packing
 from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.pooling import last_token
+from vlm2rec.embedder.packing import FixedBlocks, Layout, Prefix, common_start
 from vlm2rec.embedder.processor import image_tokens, load_processor, neutralise
-from vlm2rec.embedder.prompts import Prompt, PromptMode, render
+from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, PromptMode, render
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 IMAGES_AT_ONCE = 32  # images in one call of the vision tower
+_FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class ImageFeatures:
     tokens: Tensor  # (n, d)
     deepstack: tuple[Tensor, ...]  # one (n, d) for each early layer Qwen3-VL feeds; empty for the others
     grid: Tensor | None  # (3,) frames, rows, columns of patches, for M-RoPE; None for families without it
+
+    def to(self, device: torch.device) -> ImageFeatures:
+        """Return the features on a device; the grid stays on the CPU, where positions are computed."""
+        return ImageFeatures(self.tokens.to(device), tuple(layer.to(device) for layer in self.deepstack), self.grid)
 
     @property
     def bytes(self) -> int:
@@ -51,6 +57,7 @@ class EncodedPrompt:
 
     ids: list[int]
     images: tuple[ImageFeatures, ...] = ()
+    shared: int = 0  # leading tokens that every prompt of this kind starts with
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,8 +74,10 @@ class Backbone:
         self.tokenizer = processor.tokenizer
         self.prompt_mode: PromptMode = prompt_mode
         self.max_title_tokens = max_title_tokens
-        # right padding whatever the family's own choice: positions are explicit and the last one is read from the mask
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self._starts: dict[str, tuple[int, ...]] = {}
+        self._prefixes: dict[tuple[int, ...], Prefix] | None = None
+        packing.prepare(model, self.language_model)
 
     @classmethod
     def load(
@@ -175,9 +184,7 @@ class Backbone:
             text = first + "".join(
                 f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
             )
-        # a chat template may have written the begin-of-sequence token already; the tokenizer must not add another
-        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids = self.tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        ids = self._ids(text)
         limit = self.model.config.get_text_config().max_position_embeddings
         if len(ids) > limit:
             note = getattr(self.processor.family, "note", "")
@@ -186,14 +193,35 @@ class Backbone:
                 f"at most {limit} tokens, the positions of this backbone",
                 "prepare the data with a smaller --max-history, or choose another backbone",
             )
-        return EncodedPrompt(ids, tuple(images))
+        return EncodedPrompt(ids, tuple(images), self._shared(prompt, ids))
+
+    def _ids(self, text: str) -> list[int]:
+        # a chat template may have written the begin-of-sequence token already; the tokenizer must not add another
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+    def _shared(self, prompt: Prompt, ids: list[int]) -> int:
+        """Return how many leading tokens are the same in every prompt of this kind."""
+        first = prompt[0] or ""
+        if first in CONSTANT_STARTS:  # everything before the first image
+            return ids.index(self.image_token_id) if self.image_token_id in ids else 0
+        start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
+        if start is None:
+            return 0
+        if start not in self._starts:
+            # what follows may join the last letters of the start in one token, so the start is looked for, not cut off
+            texts = (render((start + title,), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
+            self._starts[start] = common_start([self._ids(text) for text in texts])
+        known = self._starts[start]
+        return len(known) if tuple(ids[: len(known)]) == known and len(known) < len(ids) else 0
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
-        for start in range(0, len(images), IMAGES_AT_ONCE):
-            features += self.look_at_once(images[start : start + IMAGES_AT_ONCE])
+        with FixedBlocks():  # what is kept of an image must not depend on those it was looked at with
+            for start in range(0, len(images), IMAGES_AT_ONCE):
+                features += self.look_at_once(images[start : start + IMAGES_AT_ONCE])
         return features
 
     def look_at_once(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
@@ -217,20 +245,64 @@ class Backbone:
             for i, tokens in enumerate(output.pooler_output)
         ]
 
+    def share_prefixes(self, share: bool = True) -> None:
+        """From now on encode the start of each kind of prompt once, or every time: while weights change.
+
+        To be called again when a weight has changed.
+        """
+        self._prefixes = {} if share else None
+
     def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Return the final-layer state of each prompt's last token, (B, d), in the model's dtype (Eq. 1).
 
-        Gradients flow to the language model's trainable weights if there are any and grad mode is on.
+        The prompts lie in one packed row: none of them changes another's vector. Gradients flow to the language
+        model's trainable weights if there are any and grad mode is on.
         """
+        if self._prefixes is None or torch.is_grad_enabled():
+            return self._encode_packed(prompts, None)
+        by_start: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
+        vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
+        place = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
+        return torch.empty_like(torch.cat(vectors)).index_copy(0, place, torch.cat(vectors))
+
+    def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
+        """Encode prompts that all begin with `start`, whose keys and values are made once."""
+        shared = len(start) if start else 0
         ids, mask = self._pad(prompts)
         images = [image for prompt in prompts for image in prompt.images]
-        arguments: dict[str, Any] = {"position_ids": self._positions(ids, mask, images)}
+        positions = self._positions(ids, mask, images)[..., shared:]
+        own = mask[:, shared:] == 1  # (B, T - shared)
+        arguments: dict[str, Any] = {"input_ids": ids[:, shared:][own][None], "position_ids": positions[..., own]}
+        arguments["position_ids"] = arguments["position_ids"].unsqueeze(-2)  # (3, 1, T) or (1, T)
         if images:
             arguments["mm_encoder_outputs"] = {"image": self._vision_output(images)}
-        output = self.body(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **arguments)
-        return last_token(output.last_hidden_state, mask)
+        if start:
+            arguments["past_key_values"] = self._prefix(start).cache()
+        layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device)
+        return self._last_states(layout, **arguments)
+
+    def _last_states(self, layout: Layout, **arguments: Any) -> Tensor:
+        with packing.packed(layout) as keywords:
+            output = self.body(use_cache=False, return_dict=True, **arguments, **keywords)
+        states: Tensor = output.last_hidden_state[0]
+        return states if len(states) == len(layout.lengths) else states[layout.last]
+
+    def _prefix(self, start: tuple[int, ...]) -> Prefix:
+        assert self._prefixes is not None
+        if start not in self._prefixes:
+            cache = DynamicCache()
+            row = torch.tensor([start], device=self.device)
+            place = torch.arange(len(start), device=self.device)[None]
+            self._last_states(
+                Layout((len(start),), device=self.device), input_ids=row, position_ids=place, past_key_values=cache
+            )
+            self._prefixes[start] = Prefix(start, tuple((layer.keys, layer.values) for layer in cache.layers))
+        return self._prefixes[start]
 
     def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask as a padded batch, (B, T) each: what positions are computed from."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.pad_id)  # (B, T)
         mask = torch.zeros_like(ids)
@@ -258,6 +330,11 @@ class Backbone:
         ]
         stacked = self.processor.family.stacked_features
         return SimpleNamespace(pooler_output=torch.stack(tokens) if stacked else tokens, deepstack_features=deepstack)
+
+    @property
+    def image_layers(self) -> int:
+        """How many layers of tokens an image has: the merged ones, and those that Qwen3-VL feeds to early layers."""
+        return 1 + len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
 
     def image_length(self, width: int, height: int) -> int:
         """Return how many tokens an image of that size becomes."""

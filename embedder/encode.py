@@ -20,18 +20,22 @@ from vlm2rec.embedder.backbone import (
     DtypeName,
     EncodedPrompt,
     ImageFeatures,
-    batches_by_tokens,
     pick_device,
     pick_dtype,
 )
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.packing import FixedBlocks, packed_rows
 from vlm2rec.embedder.pooling import FusionNorm, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode
+from vlm2rec.embedder.vision_cache import NewImage, VisionCache
 
 FusionMode = Literal["external", "internal"]
 ViewChoice = Literal["both", "text", "image"]
+Picture = Image.Image | NewImage | ImageFeatures | ImageError | None
+"""An image as an item encoder takes it: the picture, what a vision cache knows of it, why there is none, or nothing."""
+
 ITEMS_AT_ONCE = 256  # images whose features are held on the device together
 
 
@@ -110,6 +114,7 @@ class ItemEncoder:
         self.encoder_settings = settings
         self.provenance = provenance
         self.token_budget = token_budget
+        self.vision_cache: VisionCache | None = None
 
     @classmethod
     def load(
@@ -155,11 +160,13 @@ class ItemEncoder:
             dtype=dtype,
             device=device,
         )
+        model.share_prefixes()
         encoder = cls(model, settings, provenance, token_budget)
         if adapter is not None:
             canary = lora.read_canary(adapter)
             before = encoder.encode_items(canary.titles, canary.images)
             lora.merge_adapter(model, adapter)
+            model.share_prefixes()
             lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
         return encoder
 
@@ -184,13 +191,13 @@ class ItemEncoder:
         return schema.modalities_of(self.views)
 
     @torch.no_grad()
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Encode items one by one: the sequence prompts with a single item at index 0.
 
         Args:
             titles: n titles.
-            images: n RGB images; where there is none, the item has no image vector, and with external fusion of
-                both views its fused vector is the text vector alone.
+            images: n RGB images, or what `vision_cache.read` returns for one; where there is none, the item has no
+                image vector, and with external fusion of both views its fused vector is the text vector alone.
         """
         if len(titles) != len(images):
             raise ValueError(f"{len(titles)} titles and {len(images)} images")
@@ -203,18 +210,34 @@ class ItemEncoder:
             return EncodedItems(nothing, nothing, nothing, np.empty(0, bool))
         return EncodedItems(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(EncodedItems)))
 
-    def _encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def _encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
         prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
         truncated = np.array([cut for _, cut in prepared], bool)
-        pictures = {row: image for row, image in enumerate(images) if with_image and isinstance(image, Image.Image)}
-        features: list[ImageFeatures | None] = [None] * len(titles)
-        for row, feature in zip(pictures, self.backbone.look(list(pictures.values())), strict=True):
-            features[row] = feature
-        views = self.encode_sequences(
-            [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
-        )
+        features = self.look(images) if with_image else [None] * len(titles)
+        with FixedBlocks():  # no neighbour changes a bit
+            views = self.encode_sequences(
+                [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
+            )
         return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
+        """Return the features of each image, None where there is none; new ones go into the vision cache."""
+        device = self.backbone.device
+        found: list[ImageFeatures | None] = [
+            image.to(device) if isinstance(image, ImageFeatures) else None for image in images
+        ]
+        unseen = {row: image for row, image in enumerate(images) if isinstance(image, Image.Image | NewImage)}
+        pictures = [image.image if isinstance(image, NewImage) else image for image in unseen.values()]
+        new: dict[bytes, ImageFeatures] = {}
+        for (row, image), feature in zip(unseen.items(), self.backbone.look(pictures), strict=True):
+            found[row] = feature
+            if isinstance(image, NewImage):
+                new[image.key] = feature
+        if self.vision_cache is not None and new:
+            self.vision_cache.add(list(new), list(new.values()))
+        return found
 
     def encode_sequences(
         self,
@@ -231,7 +254,7 @@ class ItemEncoder:
                 of images alone.
             images: features of each sequence's images (`Backbone.look`); an empty list where there are none. Not read
                 by an encoder of titles alone.
-            token_budget: padded tokens in one batch; default: the encoder's.
+            token_budget: tokens in one packed row; default: the encoder's.
         """
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
         if self.encoder_settings.fusion == "internal":
@@ -261,11 +284,11 @@ class ItemEncoder:
         return torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
 
     def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int, budget: int) -> Tensor:
-        """Encode prompts in batches of at most `budget` padded tokens; rows without a prompt are NaN."""
+        """Encode prompts in packed rows of at most `budget` tokens; rows without a prompt are NaN."""
         rows = list(by_row)
         order: list[int] = []
         vectors: list[Tensor] = []
-        for batch in batches_by_tokens([len(by_row[row]) for row in rows], budget):
+        for batch in packed_rows([len(by_row[row]) for row in rows], budget):
             vectors.append(self.backbone.encode([by_row[rows[i]] for i in batch]).float())
             order += [rows[i] for i in batch]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)

@@ -19,9 +19,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from vlm2rec.embedder import lora, schema
 from vlm2rec.embedder.backbone import DeviceName, DtypeName, batches_by_tokens, pick_device, pick_dtype, quiet_if
-from vlm2rec.embedder.encode import EncodedItems, to_numpy
+from vlm2rec.embedder.encode import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.images import ImageError
 from vlm2rec.embedder.pooling import FusionNorm, fuse, unit
 from vlm2rec.embedder.processor import neutralise, read_model_config
 from vlm2rec.embedder.sentence_modules import (
@@ -52,7 +51,7 @@ class FrozenEncoder(Protocol):
     def settings(self) -> dict[str, Any]:
         """Everything that decides a vector, as JSON."""
 
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n items."""
 
 
@@ -267,7 +266,7 @@ class SentenceEncoder:
         return self._settings
 
     @torch.no_grad()
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n titles; `images` are not looked at, and the image vectors are NaN."""
         ids, truncated = self.titles.tokenize(titles)
         vectors = torch.empty(len(titles), self._settings["dim"])
@@ -311,7 +310,7 @@ class ClipEncoder:
         return self._settings
 
     @torch.no_grad()
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return text, image and fused vectors of n items; without an image, fused is the text vector alone."""
         text, truncated = self._encode_titles(titles)
         image = torch.full_like(text, torch.nan)

@@ -7,6 +7,7 @@ a TIFF reader), and the size in the header is checked before a single pixel is d
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -61,15 +62,31 @@ def open_image(root: Path, relative: str, target_pixels: int | None = None) -> I
     Raises:
         ImageError: the image cannot be used. Nothing else is raised for a bad file.
     """
+    return decode(io.BytesIO(read_file(root, relative)), target_pixels)
+
+
+def read_file(root: Path, relative: str) -> bytes:
+    """Return the bytes of a file below the root, or raise `ImageError`."""
     path = locate(root, relative)
-    _ignore_pillow_warnings()
     try:
         with path.open("rb") as file:
-            return _decode(file, target_pixels)
-    except ImageError:
-        raise
+            content = file.read(MAX_BYTES + 1)
     except PermissionError:
         raise ImageError("the image may not be read (permission denied)") from None
+    except OSError as error:
+        raise ImageError(f"the image cannot be read ({error.strerror or error})") from None
+    if len(content) > MAX_BYTES:  # it has grown since its size was looked up
+        raise ImageError(f"the image file has more than {MAX_BYTES} bytes, which is the most that is read")
+    return content
+
+
+def decode(file: BinaryIO, target_pixels: int | None = None) -> Image.Image:
+    """Return the picture in a file's bytes; see `open_image`."""
+    _ignore_pillow_warnings()
+    try:
+        return _decode(file, target_pixels)
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise nearly every type on a hostile file
         raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
 

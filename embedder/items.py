@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder import schema
-from vlm2rec.embedder.backbone import IMAGES_AT_ONCE, Backbone, ImageFeatures
+from vlm2rec.embedder.backbone import IMAGES_AT_ONCE, ImageFeatures
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.images import ImageError, open_image
 
 if TYPE_CHECKING:
-    from vlm2rec.embedder.encode import ItemEncoder
+    from vlm2rec.embedder.encode import ItemEncoder, Picture
 
 SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
 
@@ -30,8 +30,9 @@ class Items:
     on when one of its pictures is broken. (An export, where a row must be right by itself, records a failure instead.)
     """
 
-    def __init__(self, dataset: Dataset, backbone: Backbone, max_pixels: int, cache_bytes: int = 2 * 2**30) -> None:
-        self._dataset, self._backbone, self._max_pixels = dataset, backbone, max_pixels
+    def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
+        self._dataset, self._encoder = dataset, encoder
+        self._backbone, self._max_pixels = encoder.backbone, encoder.encoder_settings.max_pixels
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._titles: dict[int, str] = {}
         self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
@@ -53,13 +54,17 @@ class Items:
         missing = [row for row in wanted if row not in found]
         for start in range(0, len(missing), IMAGES_AT_ONCE):
             rows = missing[start : start + IMAGES_AT_ONCE]
-            found |= dict(zip(rows, self._backbone.look([self._open(row) for row in rows]), strict=True))
+            looked_at = self._encoder.look([self._open(row) for row in rows])
+            found |= {row: feature for row, feature in zip(rows, looked_at, strict=True) if feature is not None}
         self._remember(found)
         return [[found[int(row)] for row in rows] for rows in sequences]
 
-    def _open(self, row: int) -> Image.Image:
+    def _open(self, row: int) -> Picture:
+        root, path, cache = self._dataset.image_root, self._dataset.image_paths[row], self._encoder.vision_cache
         try:
-            return open_image(self._dataset.image_root, self._dataset.image_paths[row], self._max_pixels)
+            if cache is not None:
+                return cache.read(root, path, self._max_pixels)
+            return open_image(root, path, self._max_pixels)
         except ImageError as error:
             self.unreadable[self._dataset.item_ids[row]] = str(error)
             return Image.new("RGB", (112, 112), "white")

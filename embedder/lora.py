@@ -61,6 +61,7 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
 
 
 def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
+    backbone.share_prefixes(False)  # what is kept of them holds for the weights of the moment
     try:
         with warnings.catch_warnings():
             # PEFT still asks for `is_gradient_checkpointing`, of which newer transformers warn

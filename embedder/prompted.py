@@ -18,9 +18,8 @@ from PIL import Image
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.backbone import Backbone, DeviceName, DtypeName, batches_by_tokens
-from vlm2rec.embedder.encode import EncodedItems, encoder_settings, to_numpy
+from vlm2rec.embedder.encode import EncodedItems, Picture, encoder_settings, to_numpy
 from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.images import ImageError
 from vlm2rec.embedder.processor import TextProcessor, load_processor
 from vlm2rec.embedder.prompts import IMAGE_HERE, Prompt, PromptMode
 
@@ -92,7 +91,7 @@ class PromptedEncoder:
         return self._settings
 
     @torch.no_grad()
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return fused vectors of n items, NaN where there is no image; text and image vectors are all NaN."""
         backbone = self.backbone
         prepared = [backbone.prepare_title(title) for title in titles]

@@ -18,6 +18,10 @@ IMAGE_HERE: Final = None
 TEXT_INSTRUCTION = "Describe this item text sequence in one word, "
 IMAGE_INSTRUCTION = "Describe this item image sequence in one word, "
 ITEM_INSTRUCTION = "Describe this item sequence in one word, "
+CONSTANT_STARTS: Final = tuple(
+    f"{instruction}0) " for instruction in (TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION)
+)
+"""What prompts of one kind all begin with."""
 
 
 def text_prompt(titles: Sequence[str]) -> Prompt:

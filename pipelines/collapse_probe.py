@@ -34,7 +34,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     place = place.reshape(count, -1)
     sequences = [histories.of(int(user)).tolist() for user in users]
     # items of its own: an image looked at here, in another batch, would reach the training with other rounding
-    items = Items(dataset, encoder.backbone, config.max_pixels, _CACHE)
+    items = Items(dataset, encoder, _CACHE)
 
     def measure() -> dict[str, float]:
         user_vectors = encode_rows(encoder, items, sequences)

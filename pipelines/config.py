@@ -134,6 +134,10 @@ class FinetuneConfig:
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
     gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
     dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
+    vision_cache: str = setting(
+        "Where the vision tower's tokens are kept: auto (in the dataset folder, if there is room), off, or a folder.",
+        "auto",
+    )
     device: DeviceName = setting("Where to run.", "auto")
     checkpoint_steps: Positive = setting("Steps between checkpoints.", 100)
     log_steps: Positive = setting("Steps between points of the training curves.", 10)
@@ -173,6 +177,10 @@ class ExportConfig:
     )
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
+    vision_cache: str = setting(
+        "Where the vision tower's tokens are kept: auto (in the dataset folder, if there is room), off, or a folder.",
+        "auto",
+    )
     device: DeviceName = setting("Where to run.", "auto")
 
 
@@ -275,6 +283,10 @@ class EvaluateConfig:
     )
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     dtype: DtypeName = setting("As for export-items.", "auto")
+    vision_cache: str = setting(
+        "Where the vision tower's tokens are kept: auto (in the dataset folder, if there is room), off, or a folder.",
+        "auto",
+    )
     device: DeviceName = setting("Where to run.", "auto")
 
 

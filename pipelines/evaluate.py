@@ -128,6 +128,7 @@ def _encode_histories(
     """Return the sequence encoder's user vectors; the encoder must be the one that made the table."""
     from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder
     from vlm2rec.embedder.items import Items, encode_rows
+    from vlm2rec.pipelines.vision_cache import use_vision_cache
 
     exported = manifest["settings"]
     if "source" in exported:  # vectors of users' own, of a frozen encoder or of a question about one item
@@ -148,7 +149,8 @@ def _encode_histories(
         **(settings if config.adapter is None else {}),
     )
     _require_same_encoder(encoder.settings, exported, config)
-    items = Items(dataset, encoder.backbone, encoder.encoder_settings.max_pixels)
+    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
+    items = Items(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
     with progress("encode histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)

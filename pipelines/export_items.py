@@ -17,17 +17,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from vlm2rec.embedder import schema, shards
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, encoder_settings
+from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_settings
 from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
 from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.vision_cache import VisionCache
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
+from vlm2rec.pipelines.vision_cache import use_vision_cache
 
 ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
 READERS = min(8, os.cpu_count() or 1)
@@ -43,8 +44,6 @@ _ENCODER_ARGUMENTS = (
     "device",
 )
 
-Picture = Image.Image | ImageError | None  # None: the encoder takes no images
-
 
 class Encoder(Protocol):
     """What `export` needs of an encoder; `ItemEncoder` is one."""
@@ -53,7 +52,7 @@ class Encoder(Protocol):
     def settings(self) -> dict[str, Any]:
         """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
 
-    def encode_items(self, titles: Sequence[str], images: Sequence[Image.Image | ImageError | None]) -> EncodedItems:
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n items; rows of NaN where a view is absent."""
 
 
@@ -79,9 +78,15 @@ def run(config: ExportConfig) -> dict[str, Any]:
     return export_as_told(
         config,
         encoder_settings(config.backbone, config.adapter, **given),
-        lambda: ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given),
+        lambda: _load(config, given),
         config.on_image_error,
     )
+
+
+def _load(config: ExportConfig, given: Mapping[str, Any]) -> ItemEncoder:
+    encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+    use_vision_cache(config.vision_cache, Dataset(config.data), encoder, config.backbone, config.revision)
+    return encoder
 
 
 def export_as_told(
@@ -253,7 +258,8 @@ def _encode_shard(
 ) -> pa.Table:
     policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
     parts: list[Rows] = []
-    with closing(_images_of(dataset, plan, number)) as pieces:
+    cache = encoder.vision_cache if isinstance(encoder, ItemEncoder) else None
+    with closing(_images_of(dataset, plan, number, cache)) as pieces:
         for rows, images in pieces:
             if policy == "fail":
                 _require_images(dataset, rows, images)
@@ -273,22 +279,28 @@ def _pieces(rows: range) -> list[range]:
     return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
 
 
-def _images_of(dataset: Dataset, plan: Plan, number: int) -> Generator[tuple[range, list[Picture]]]:
+def _images_of(
+    dataset: Dataset, plan: Plan, number: int, cache: VisionCache | None
+) -> Generator[tuple[range, list[Picture]]]:
     """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
     pieces = _pieces(plan.rows(number))
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
-        yield from _read_images(dataset, pieces, plan.settings["max_pixels"])
+        yield from _read_images(dataset, pieces, plan.settings["max_pixels"], cache)
     else:
         for rows in pieces:
             yield rows, [None] * len(rows)
 
 
-def _read_images(dataset: Dataset, pieces: Iterable[range], max_pixels: int) -> Generator[tuple[range, list[Picture]]]:
+def _read_images(
+    dataset: Dataset, pieces: Iterable[range], max_pixels: int, cache: VisionCache | None
+) -> Generator[tuple[range, list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
     root = dataset.image_root
 
     def read(row: int) -> Picture:
         try:
+            if cache is not None:
+                return cache.read(root, dataset.image_paths[row], max_pixels)
             return open_image(root, dataset.image_paths[row], max_pixels)
         except ImageError as error:
             return error

@@ -34,11 +34,12 @@ from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Training, Training
 from vlm2rec.pipelines.collapse_probe import make_probe, told, warning
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import log, progress, summary
+from vlm2rec.pipelines.vision_cache import use_vision_cache
 
 _RUN_FILE = "run.json"
 # these may differ between a run and its continuation: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -65,7 +66,8 @@ def run(config: FinetuneConfig) -> Training | None:
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
     samples = Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
-    items = Items(dataset, encoder.backbone, config.max_pixels)
+    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
+    items = Items(dataset, encoder)
     wrapped = add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
     model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl)
     _remember_run(config)

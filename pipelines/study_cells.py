@@ -24,7 +24,7 @@ from vlm2rec.pipelines.study_methods import Cell, Json, Step
 STEPS_FILE = "steps.json"
 LOG_FILE = "log.txt"
 # these may differ between a run and its continuation: they change neither vectors nor metrics
-_FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget"}
+_FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
 
 
 @dataclass(frozen=True)

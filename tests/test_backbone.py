@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, batches_by_tokens, pick_device, pick_dtype
@@ -57,18 +58,26 @@ def test_a_prompt_alone_equals_the_same_prompt_in_any_batch(tiny: Tiny, family: 
     assert (alone[2] - alone[3]).abs().max() > 1e-2, "one image and ten images must not look alike"
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared prefix"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_equal_the_stock_models_last_hidden_state(tiny: Tiny, family: str, mode: PromptMode) -> None:
+def test_vectors_equal_the_stock_models_last_hidden_state(
+    tiny: Tiny, family: str, mode: PromptMode, shared: bool
+) -> None:
     backbone = Backbone.load(str(tiny(family)), prompt_mode=mode, device="cpu")
-    for encoded, prompt, images in mixed_prompts(backbone, drawn_images(4), 4):
+    backbone.share_prefixes(shared)
+    stock = AutoModelForImageTextToText.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    mixed = mixed_prompts(backbone, drawn_images(4), 4)
+    assert all((encoded.shared > 5) for encoded, _, _ in mixed)
+    with torch.no_grad():
+        ours = backbone.encode([encoded for encoded, _, _ in mixed])
+    for (encoded, prompt, images), vector in zip(mixed, ours, strict=True):
         text = prompts.render(prompt, mode, backbone.processor)
         inputs = backbone.processor(text=[text], images=images or None, return_tensors="pt")
         with torch.no_grad():
-            stock = backbone.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
-            ours = backbone.encode([encoded])
+            expected = stock(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
         assert inputs["input_ids"][0].tolist() == encoded.ids
-        assert (stock - ours).abs().max() <= 1e-4
+        assert (expected - vector).abs().max() <= 2e-5
 
 
 def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:

@@ -112,7 +112,7 @@ def test_a_probe_row_is_the_geometry_of_seeded_validation_users_and_their_first_
 
     histories = dataset.histories("valid")
     users = np.sort(np.random.default_rng([0, 4]).choice(len(histories), 5, replace=False))
-    items = Items(dataset, encoder.backbone, config.max_pixels)
+    items = Items(dataset, encoder)
     user_vectors = encode_rows(encoder, items, [histories.of(int(user)).tolist() for user in users])["image"]
     everything = encode_rows(encoder, items, [[item] for item in range(len(dataset.item_ids))])["image"]
     negatives = dataset.negatives(0)[users, :4]

@@ -112,7 +112,7 @@ def test_a_cosine_with_a_gradient_of_zero_is_left_out() -> None:
 def model(tiny: Callable[[str], Path], drawn_dataset: Path) -> HistoryModel:
     """A tiny Qwen2.5-VL whose LoRA matrices B are not zero, as they are before training: gradients reach A too."""
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device="cpu")
-    items = Items(Dataset(drawn_dataset), encoder.backbone, 56 * 56)
+    items = Items(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -1,0 +1,249 @@
+"""Prompts laid end to end in one row, each attending to itself alone: no padding, and no neighbour in a vector.
+
+Three savings over a padded batch, all exact:
+
+- *packed*: the row holds the tokens of the prompts and nothing else; attention runs over each prompt by itself.
+- *shared prefix*: the instruction at the start of every prompt is encoded once, and its keys and values are what every
+  prompt attends to. Only while no weight changes.
+- *last layer*: its MLP and the final norm see last tokens only; nothing reads the others.
+
+`FixedBlocks` makes a vector the same to the last bit whatever else is encoded with it.
+
+The model's own code runs. `prepare` registers an attention function for the language model and one for a vision tower
+with windows, and lets the last layer finish early; all three act only where a `Layout` is handed to the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+LANGUAGE_ATTENTION = "vlm2rec_packed"
+# transformers hands the bounds of the windows to attention functions with this word in their name, and calls others
+# once for every window of every image
+VISION_ATTENTION = "vlm2rec_flash_windows"
+LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
+
+ROWS_IN_BLOCK = 512  # of a linear layer on the CPU; 3 % slower than 2,048 at once
+
+_packing: ContextVar[bool] = ContextVar("packing", default=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How prompts lie in a packed row: one after the other, `lengths[i]` tokens each, behind a shared prefix."""
+
+    lengths: tuple[int, ...]
+    prefix: int = 0  # tokens of the shared prefix, which lie in the cache and not in the row
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Return (count, length) of neighbours of equal length, which are attended in one call."""
+        return [(len(list(same)), length) for length, same in groupby(self.lengths)]
+
+    @property
+    def last(self) -> Tensor:
+        """Return where each prompt's last token lies in the row, (n,)."""
+        return self._once("last", lambda: torch.tensor(self.lengths).cumsum(0) - 1)
+
+    def mask(self, length: int) -> Tensor:
+        """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
+        return self._once(
+            length, lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(diagonal=self.prefix)
+        )
+
+    def _once(self, key: Any, make: Any) -> Tensor:
+        # every layer asks for the same
+        if key not in self._made:
+            self._made[key] = make().to(self.device)
+        return self._made[key]
+
+
+def packed_rows(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Yield lists of positions whose lengths add up to at most `budget`, shortest first; a longer one comes alone."""
+    row: list[int] = []
+    tokens = 0
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if row and tokens + lengths[position] > budget:
+            yield row
+            row, tokens = [], 0
+        row.append(position)
+        tokens += lengths[position]
+    if row:
+        yield row
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens that start every prompt of a kind, with the keys and values that each layer made of them."""
+
+    ids: tuple[int, ...]
+    states: tuple[tuple[Tensor, Tensor], ...]  # per layer, keys and values (1, heads, tokens, width)
+
+    def cache(self) -> DynamicCache:
+        """Return the prefix as a cache of its own: a model appends to what it is given."""
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.states):
+            cache.update(keys, values, number)
+        return cache
+
+
+def prepare(model: Any, language_model: Any) -> None:
+    """Let a model take packed rows; without a layout it works as before.
+
+    Args:
+        model: a model of transformers with or without a vision tower.
+        language_model: its decoder, with `layers`.
+    """
+    language_model.config._attn_implementation = LANGUAGE_ATTENTION
+    vision = getattr(model.config, "vision_config", None)
+    tower = getattr(model.model, "visual", None)
+    if vision is not None and tower is not None:
+        tower.config._attn_implementation = VISION_ATTENTION
+    last = language_model.layers[-1]
+    fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
+    pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
+    if pre_norm and fed_later < len(language_model.layers):
+        last.forward = types.MethodType(functools.partial(_finish_early, usual=last.forward), last)
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the keyword arguments that make a model's forward treat its row as packed."""
+    token = _packing.set(True)
+    try:
+        yield {LAYOUT: layout}
+    finally:
+        _packing.reset(token)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend each prompt of a packed row to the prefix and to itself; (1, heads, T, width) to (1, T, heads, width)."""
+    layout: Layout | None = rest.pop(LAYOUT, None)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    prefix = layout.prefix
+    causal = {"is_causal": not prefix, "dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
+    start = 0
+    parts = []
+    for count, length in layout.runs:
+        own = [
+            _heads(_side_by_side(states, begin, count, length), query)
+            for states, begin in ((query, start), (key, prefix + start), (value, prefix + start))
+        ]
+        if prefix:
+            own[1:] = [
+                torch.cat([_heads(states[:, :, :prefix], query).expand(count, -1, -1, -1), mine], dim=2)
+                for states, mine in zip((key, value), own[1:], strict=True)
+            ]
+        mask = layout.mask(length) if prefix else None
+        part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
+        parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
+        start += count * length
+    return torch.cat(parts)[None], None
+
+
+def _side_by_side(states: Tensor, start: int, count: int, length: int) -> Tensor:
+    """Return neighbours of equal length out of (1, heads, T, width) as (count, heads, length, width)."""
+    return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _heads(states: Tensor, query: Tensor) -> Tensor:
+    """Repeat keys or values, (n, fewer heads, length, width), where several query heads share one."""
+    groups = query.shape[1] // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def _attend_windows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
+    """Attend within windows of a vision tower, neighbours of equal size in one call; shapes as in `_attend`."""
+    bounds: Tensor = rest["cu_seq_lens_q"]
+    start = 0
+    parts = []
+    for count, length in Layout(tuple(bounds.diff().tolist())).runs:
+        windows = [_side_by_side(states, start, count, length) for states in (query, key, value)]
+        part = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], scale=rest["scaling"])
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return torch.cat(parts)[None], None
+
+
+def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
+    """Return no mask for a packed row, whose layout says who sees whom; else the usual one."""
+    return None if _packing.get() else sdpa_mask(*arguments, **settings)
+
+
+AttentionInterface.register(LANGUAGE_ATTENTION, _attend)
+AttentionInterface.register(VISION_ATTENTION, _attend_windows)
+AttentionMaskInterface.register(LANGUAGE_ATTENTION, _mask)
+
+
+# --- the last layer -----------------------------------------------------------------------------------------
+
+_PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments: Any) -> Tensor:
+    """Do what a pre-norm decoder layer does, and hand on the last token of each prompt alone, (1, n, d)."""
+    layout: Layout | None = arguments.get(LAYOUT)
+    if layout is None:
+        return usual(hidden_states, **arguments)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
+    state = hidden_states[:, layout.last] + attended[:, layout.last]
+    return state + layer.mlp(layer.post_attention_layernorm(state))
+
+
+# --- bit for bit --------------------------------------------------------------------------------------------
+
+
+class FixedBlocks(TorchFunctionMode):
+    """Gives linear layers on the CPU their rows in blocks of one size, in float32.
+
+    Libraries sum in an order that depends on how many rows a product has: with blocks of a fixed size, what becomes of
+    a row does not depend on how many others there are. Other devices and dtypes pass unchanged. Without gradients.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is not F.linear or args[0].device.type != "cpu" or args[0].dtype != torch.float32 or args[0].dim() < 2:
+            return func(*args, **kwargs)
+        rows, *weights = args
+        flat = rows.flatten(0, -2)  # (n, in)
+        blocks = [F.linear(block, *weights, **kwargs) for block in flat.split(ROWS_IN_BLOCK)[:-1]]
+        rest = flat[len(blocks) * ROWS_IN_BLOCK :]
+        padded = F.pad(rest, (0, 0, 0, ROWS_IN_BLOCK - len(rest)))
+        blocks.append(F.linear(padded, *weights, **kwargs)[: len(rest)])
+        return torch.cat(blocks).unflatten(0, rows.shape[:-1])
+
+
+def common_start(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the longest start that all rows share."""
+    same = []
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        same.append(tokens[0])
+    return tuple(same)

@@ -1,0 +1,157 @@
+"""What the frozen vision tower said of each image, kept on disk: computed once for every training and every export.
+
+A cache folder holds one folder for each tower that filled it, named after everything that decides its tokens: weights,
+image processor and number format. In there every writer has a segment of its own:
+
+    about.json                     what decides the tokens, in words
+    segment-<id>.tokens            tokens, image after image, in the tower's own number format: nothing is rounded
+    segment-<id>.index             a record for each image, written after its tokens
+
+An image is known by the SHA-256 of its file, so a changed image is looked at again, and one that two items share is
+kept once. Any number of processes may read and write; a killed writer leaves at most tokens without a record. Each
+record has a checksum: tokens that do not match theirs are looked at again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.backbone import Backbone, ImageFeatures
+from vlm2rec.embedder.images import decode, read_file
+
+_FORMAT = 1
+_RECORD = np.dtype(
+    [
+        ("image", "V32"),  # SHA-256 of the file
+        ("offset", "<u8"),
+        ("tokens", "<u4"),
+        ("layers", "<u4"),  # the merged tokens, and one layer more for each that Qwen3-VL feeds
+        ("grid", "<i4", (3,)),  # zeros for families without it
+        ("checksum", "<u4"),
+    ]
+)
+_BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}  # NumPy has no bfloat16
+
+
+@dataclass(frozen=True)
+class NewImage:
+    """An image that is not in the cache yet."""
+
+    key: bytes
+    image: Image.Image
+
+
+class VisionCache:
+    """Tokens of one vision tower on disk. Use `VisionCache.open`."""
+
+    def __init__(self, folder: Path, dim: int, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dim, self.dtype = dim, dtype
+        # an image may stand in several segments: two writers looked at it at once, or one of them is damaged
+        self._known: dict[bytes, list[tuple[Path, np.void]]] = {}
+        self._maps: dict[Path, np.ndarray] = {}
+        self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # written with the first image
+        for path in sorted(folder.glob("segment-*.index")):
+            whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
+            for record in np.fromfile(path, _RECORD, count=whole):
+                self._known.setdefault(record["image"].tobytes(), []).append((path.with_suffix(".tokens"), record))
+
+    @classmethod
+    def open(cls, root: Path, backbone: Backbone, weights: str) -> VisionCache:
+        """Open the part of `root` that belongs to a backbone's vision tower.
+
+        Args:
+            root: cache folder; made if it is not there.
+            backbone: as loaded.
+            weights: what identifies its weights (`lora.backbone_hash`).
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        about = {
+            "format": _FORMAT,
+            "weights": weights,
+            "image_processor": backbone.processor.image_processor.to_dict(),
+            "dtype": str(backbone.model.dtype).removeprefix("torch."),
+            "dim": backbone.dim,
+        }
+        text = json.dumps(about, sort_keys=True, default=str)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "about.json").is_file():
+            schema.write_text(folder / "about.json", json.dumps(json.loads(text), indent=2) + "\n")
+        return cls(folder, backbone.dim, backbone.model.dtype)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def image_bytes(self, tokens: int, layers: int = 1) -> int:
+        """Return how many bytes an image of that many merged tokens takes."""
+        return layers * tokens * self.dim * self.dtype.itemsize + _RECORD.itemsize
+
+    def read(self, root: Path, relative: str, target_pixels: int | None = None) -> ImageFeatures | NewImage:
+        """Return what is known of the image at `root / relative`, or the image itself if nothing is.
+
+        Raises:
+            ImageError: as `images.open_image`.
+        """
+        content = read_file(root, relative)
+        key = hashlib.sha256(content).digest()
+        return self.find(key) or NewImage(key, decode(io.BytesIO(content), target_pixels))
+
+    def find(self, key: bytes) -> ImageFeatures | None:
+        """Return the features of the image with that SHA-256, on the CPU, or None."""
+        for path, record in self._known.get(key, ()):
+            tokens, layers = int(record["tokens"]), int(record["layers"])
+            size = layers * tokens * self.dim * self.dtype.itemsize
+            content = self._bytes(path, int(record["offset"]), size)
+            if content is not None and zlib.crc32(content.tobytes()) == record["checksum"]:
+                values = torch.from_numpy(content.copy()).view(self.dtype).view(layers, tokens, self.dim)
+                grid = torch.from_numpy(record["grid"].astype(np.int64)) if record["grid"].any() else None
+                return ImageFeatures(values[0], tuple(values[1:]), grid)
+        return None
+
+    def add(self, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
+        """Keep what the tower said of new images."""
+        records = np.zeros(len(keys), _RECORD)
+        with self._segment.open("ab") as tokens:
+            for record, key, feature in zip(records, keys, features, strict=True):
+                layers = [_bits(layer) for layer in (feature.tokens, *feature.deepstack)]
+                content = np.concatenate(layers).tobytes()
+                record["image"], record["offset"] = np.void(key), tokens.tell()
+                record["tokens"], record["layers"] = len(feature.tokens), len(layers)
+                record["grid"] = 0 if feature.grid is None else feature.grid.numpy()
+                record["checksum"] = zlib.crc32(content)
+                tokens.write(content)
+        with self._segment.with_suffix(".index").open("ab") as index:  # only now: its tokens are there
+            index.write(records.tobytes())
+        for key, record in zip(keys, records, strict=True):
+            self._known.setdefault(key, []).append((self._segment, record))
+
+    def _bytes(self, path: Path, start: int, size: int) -> np.ndarray | None:
+        """Return a stretch of a segment, or None where it is shorter than its index says."""
+        mapped = self._maps.get(path)
+        if mapped is None or len(mapped) < start + size:  # it has grown since
+            if not path.is_file() or path.stat().st_size < start + size:
+                return None
+            mapped = self._maps[path] = np.memmap(path, np.uint8, "r")
+        return np.asarray(mapped[start : start + size])
+
+
+def _bits(values: Tensor) -> np.ndarray:
+    """Return a tensor's bits as integers of the same size, on the CPU."""
+    flat = values.detach().cpu().contiguous().flatten()
+    return np.asarray(flat.view(torch.uint8).numpy().view(_BITS[values.dtype]))

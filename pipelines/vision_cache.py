@@ -1,0 +1,76 @@
+"""`--vision-cache`: whether and where the frozen vision tower's tokens are kept, and how much room they take."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.images import ImageError, locate
+from vlm2rec.embedder.lora import backbone_hash
+from vlm2rec.embedder.vision_cache import VisionCache
+from vlm2rec.pipelines.console import log
+
+AUTO, OFF = "auto", "off"
+FOLDER = "vision-cache"
+MOST_BYTES = 64 * 2**30  # of a cache that nobody asked for
+_SAMPLE = 64  # images whose size is looked up for the estimate
+
+
+def use_vision_cache(setting: str, dataset: Dataset, encoder: ItemEncoder, source: str, revision: str | None) -> None:
+    """Give the encoder a cache as `--vision-cache` says, and tell how large it will be before anything is written.
+
+    With `auto` it lies in the dataset folder, if it takes no more than 64 GiB and half of what is free there.
+
+    Args:
+        setting: auto, off, or a folder.
+        dataset: whose images will be looked at.
+        encoder: whose vision tower it is.
+        source: hub id or folder of the backbone.
+        revision: of a hub backbone.
+    """
+    if setting == OFF or schema.IMAGE not in encoder.modalities:
+        return
+    root = dataset.path / FOLDER if setting == AUTO else Path(setting)
+    try:
+        cache = VisionCache.open(root, encoder.backbone, backbone_hash(source, revision))
+        free = shutil.disk_usage(cache.folder).free
+    except OSError as error:
+        log.print(f"vision cache: {root} cannot be written ({error.strerror}); images are looked at every time")
+        return
+    images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
+    missing = max(0, images - len(cache)) * expected // max(1, images)
+    where = f"{root} ({len(cache):,} of {images:,} images are there)"
+    if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
+        log.print(
+            f"vision cache: {_size(expected)} would be needed in {where}, and {_size(free)} are free: images are looked"
+            " at every time. A folder with more room: --vision-cache DIR",
+            soft_wrap=True,
+        )
+        return
+    log.print(f"vision cache: about {_size(expected)} in {where}; --vision-cache off does without", soft_wrap=True)
+    encoder.vision_cache = cache
+
+
+def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) -> int:
+    """Estimate the size of the cache with all images of a dataset in it from a few of them."""
+    count = len(dataset.item_ids)
+    sizes = []
+    for row in np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int):
+        try:
+            with Image.open(locate(dataset.image_root, dataset.image_paths[row])) as image:
+                sizes.append(
+                    cache.image_bytes(encoder.backbone.image_length(*image.size), encoder.backbone.image_layers)
+                )
+        except (ImageError, OSError, ValueError, Image.DecompressionBombError):
+            continue  # a broken image takes no room
+    return round(count * float(np.mean(sizes))) if sizes else 0
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,139 @@
+"""Packed rows: nothing lost, nothing shared that should not be, and not a bit of a vector from its neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from vlm2rec.embedder import lora, packing, prompts
+from vlm2rec.embedder.backbone import Backbone
+from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.packing import FixedBlocks, Layout, packed_rows
+
+Tiny = Callable[[str], Path]
+TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)"]
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500))
+def test_every_prompt_is_in_one_row_and_no_row_is_too_long(lengths: list[int], budget: int) -> None:
+    rows = list(packed_rows(lengths, budget))
+    assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_attention_is_that_of_each_prompt_alone(prefix: int) -> None:
+    torch.manual_seed(0)
+    lengths = (3, 3, 1, 7, 3)
+    query = torch.randn(1, 4, sum(lengths), 8)
+    key, value = torch.randn(2, 1, 2, prefix + sum(lengths), 8)  # two heads for four: each is shared by two
+    layout = Layout(lengths, prefix)
+    packed, _ = packing._attend(torch.nn.Module(), query, key, value, None, scaling=0.3, packed_layout=layout)
+    start = 0
+    for length in lengths:
+        own = torch.cat([torch.arange(prefix), torch.arange(prefix + start, prefix + start + length)])
+        k, v = (states[:, :, own].repeat_interleave(2, dim=1) for states in (key, value))
+        scores = 0.3 * query[:, :, start : start + length] @ k.transpose(2, 3)
+        seen = torch.ones(length, prefix + length).tril(prefix).bool()
+        expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        torch.testing.assert_close(packed[:, start : start + length], expected.transpose(1, 2))
+        start += length
+    assert layout.last.tolist() == [2, 5, 6, 13, 16]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+def test_windows_of_the_vision_tower_are_attended_as_one_by_one(tiny: Tiny, family: str) -> None:
+    backbone = Backbone.load(str(tiny(family)), device="cpu")
+    stock = AutoModelForImageTextToText.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    random = np.random.default_rng(0)
+    sizes = [(140, 84), (84, 84), (200, 112), (84, 84)]  # the first and third end in windows of other sizes
+    images = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    inputs = backbone.processor.image_processor(images=images, return_tensors="pt")
+    with torch.no_grad():
+        expected = stock.model.get_image_features(**inputs, return_dict=True).pooler_output
+    assert backbone.model.model.visual.config._attn_implementation == packing.VISION_ATTENTION
+    assert stock.model.visual.config._attn_implementation == "sdpa"
+    for ours, theirs in zip(backbone.look(images), expected, strict=True):
+        torch.testing.assert_close(ours.tokens, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "qwen3", "llama"])
+def test_a_prepared_model_still_does_what_its_own_code_does(tiny: Tiny, family: str) -> None:
+    loader = AutoModelForCausalLM if family in ("qwen3", "llama") else AutoModelForImageTextToText
+    backbone = Backbone.load(str(tiny(family)), device="cpu")
+    stock = loader.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 9, 3, 7, 8], [0, 0, 4, 6, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids, attention_mask=mask).logits for model in (backbone.model, stock))
+        written = [
+            m.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (backbone.model, stock)
+        ]
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert torch.equal(*written)
+
+
+def test_a_shared_prefix_is_forgotten_when_weights_begin_to_change(tiny: Tiny) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+    before = encoder.encode_items(TITLES, [None] * 4).text
+    wrapped = lora.add_lora(encoder.backbone, rank=4, alpha=8, dropout=0.0, seed=0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    prompt = encoder.backbone.tokenize(prompts.text_prompt(TITLES[:1]))
+    with torch.no_grad():
+        expected = encoder.backbone.encode([prompt])[0].numpy()
+    after = encoder.encode_items(TITLES, [None] * 4).text
+    assert np.abs(after - before).max() > 1e-2
+    np.testing.assert_allclose(after[0], expected, atol=1e-6)
+
+
+def test_a_title_that_changes_the_tokens_of_the_instruction_goes_without_the_prefix(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
+    odd, plain = (backbone.tokenize(prompts.text_prompt([title])) for title in ("", "Red mug"))
+    odd = dataclasses.replace(odd, shared=0)
+    with torch.no_grad():
+        whole = backbone.encode([odd, plain])
+        backbone.share_prefixes()
+        mixed = backbone.encode([odd, plain])
+    torch.testing.assert_close(mixed, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_packed_rows_are_those_of_single_prompts(tiny: Tiny) -> None:
+    backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
+    weight = backbone.language_model.layers[0].self_attn.q_proj.weight
+    weight.requires_grad_(True)
+    features = backbone.look([Image.new("RGB", (84, 84), "red")])
+    encoded = [backbone.tokenize(prompts.text_prompt(TITLES[:n])) for n in (1, 3)]
+    encoded.append(backbone.tokenize(prompts.image_prompt(1), features))
+    (together,) = torch.autograd.grad(backbone.encode(encoded).square().sum(), weight)
+    alone = sum(torch.autograd.grad(backbone.encode([p]).square().sum(), weight)[0] for p in encoded)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fixed_blocks_give_a_row_the_same_bits_in_any_company(threads: int) -> None:
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layer = torch.nn.Linear(1536, 512)
+        rows = torch.randn(1, 1300, 1536)
+        with torch.no_grad(), FixedBlocks():
+            together = layer(rows)
+            for start, stop in ((0, 1), (7, 40), (500, 1012), (600, 1300)):
+                assert torch.equal(layer(rows[:, start:stop]), together[:, start:stop])
+        torch.testing.assert_close(together, F.linear(rows, layer.weight, layer.bias), atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
