@@ -61,7 +61,7 @@ class VLM2RecLoss(nn.Module):
         self,
         tau_wpcl: float = 0.1,
         tau_crtr: float = 0.1,
-        lam: float = 0.5,
+        lam: float = 0.1,
         alpha: float = 1.0,
         beta: float = 1.0,
         learnable: bool = True,

@@ -100,7 +100,7 @@ class FinetuneConfig:
     loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
-    lam: NonNegative = setting("Weight of CRTR (λ).", 0.5)
+    lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
     alpha: PositiveFloat = setting("Initial sensitivity of the penalty (α).", 1.0)
     beta: PositiveFloat = setting("Initial scale of the penalty (β).", 1.0)
     learnable: bool = setting("Learn α and β; off keeps them fixed.", True)

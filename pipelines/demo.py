@@ -21,7 +21,7 @@ from rich.table import Table
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.pipelines import config as settings
-from vlm2rec.pipelines.catalogue import draw_catalogue
+from vlm2rec.pipelines.catalogue import CatalogueSettings, draw_catalogue
 from vlm2rec.pipelines.config import DemoConfig
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.report_folder import (
@@ -98,8 +98,16 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
-def plan(config: DemoConfig) -> list[Stage]:
-    """Return the stages in order; each reads what earlier ones wrote."""
+def plan(
+    config: DemoConfig, drawn: CatalogueSettings | None = None, backbone_steps: int | None = None
+) -> list[Stage]:
+    """Return the stages in order; each reads what earlier ones wrote.
+
+    Args:
+        config: sizes, steps and seed.
+        drawn: how hard pictures and titles are and how users choose; default: the catalogue's own.
+        backbone_steps: most steps of the small backbone; default: as many as fit into its minutes.
+    """
     run = config.out
     catalogue, data, backbone = run / "catalogue", run / "data", run / "backbone"
     # the backbone learns from products of its own: a model that has read the captions of those it is tested on knows
@@ -111,19 +119,20 @@ def plan(config: DemoConfig) -> list[Stage]:
         out=backbone,
         minutes=config.backbone_minutes,
         seed=config.seed,
+        **({} if backbone_steps is None else {"max_steps": backbone_steps}),
     )
     stages = [
         Stage(
             "draw the catalogue",
             f"{config.products} products, {config.users} users",
             "catalogue",
-            lambda: draw_catalogue(catalogue, config.products, config.users, config.seed),
+            lambda: draw_catalogue(catalogue, config.products, config.users, config.seed, drawn),
         ),
         Stage(
             "draw captioned products",
             f"{CAPTIONED_PRODUCTS} others, for the backbone to learn from",
             "captioned",
-            lambda: draw_catalogue(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, config.seed + 1),
+            lambda: draw_catalogue(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, config.seed + 1, drawn),
         ),
         Stage("prepare", "k-core, leave-one-out, candidate sets", "data", lambda: _prepare(catalogue, data)),
         Stage(

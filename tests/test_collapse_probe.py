@@ -193,7 +193,7 @@ def test_the_advice_fits_the_loss_and_the_rule(tiny: Tiny, tmp_path: Path) -> No
     sft = dataclasses.replace(vlm2rec, loss="sft")
     assert warning([behind], sft).startswith("Collapse at step 30: what was seen. Try --loss vlm2rec")
     assert "a larger --beta (it starts at 1)" in warning([behind], vlm2rec)
-    assert "seen; what was seen. Try a smaller --lam (now 0.5)" in warning([behind, narrow], vlm2rec)
+    assert "seen; what was seen. Try a smaller --lam (now 0.1)" in warning([behind, narrow], vlm2rec)
     assert "--lam" not in warning([narrow], sft) and "--learning-rate below 0.001" in warning([narrow], sft)
 
 
