@@ -29,7 +29,8 @@ from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, PromptMode, render
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-IMAGES_AT_ONCE = 32  # images in one call of the vision tower
+# images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
+IMAGES_AT_ONCE = {"cpu": 8, "mps": 32, "cuda": 64}
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -49,6 +50,14 @@ class ImageFeatures:
     def bytes(self) -> int:
         """Memory of the tensors."""
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deepstack))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """An image as the vision tower takes it: resized, normalised and cut up."""
+
+    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families that cut the image up themselves
+    grid: Tensor | None  # (1, 3) frames, rows, columns of patches
 
 
 @dataclass(frozen=True)
@@ -215,23 +224,44 @@ class Backbone:
         known = self._starts[start]
         return len(known) if tuple(ids[: len(known)]) == known and len(known) < len(ids) else 0
 
+    def patch(self, image: Image.Image) -> Patches:
+        """Return an RGB image as the vision tower takes it, on the CPU. Safe to call from threads."""
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+        return Patches(inputs["pixel_values"], inputs.get("image_grid_thw"))
+
     @torch.no_grad()
-    def look(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+    def look(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
+        step = IMAGES_AT_ONCE[self.device.type]
         with FixedBlocks():  # what is kept of an image must not depend on those it was looked at with
-            for start in range(0, len(images), IMAGES_AT_ONCE):
-                features += self.look_at_once(images[start : start + IMAGES_AT_ONCE])
+            for start in range(0, len(images), step):
+                features += self._look_with_less(images[start : start + step])
         return features
 
-    def look_at_once(self, images: Sequence[Image.Image]) -> list[ImageFeatures]:
+    def _look_with_less(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+        """Look at the images in halves where the memory does not suffice."""
+        try:
+            return self.look_at_once(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise out_of_memory("an image") from None
+        torch.cuda.empty_cache()
+        half = len(images) // 2
+        return self._look_with_less(images[:half]) + self._look_with_less(images[half:])
+
+    def look_at_once(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the vision tower over RGB images in one call.
 
         Unlike `look`, gradients flow to the tower where its weights are trainable and grad mode is on.
         """
-        inputs = self.processor.image_processor(images=list(images), return_tensors="pt")
-        inputs = {k: v.to(self.device) for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        patched = [image if isinstance(image, Patches) else self.patch(image) for image in images]
+        values = torch.cat([each.values for each in patched])
+        inputs = {"pixel_values": values.to(self.device, self.model.dtype)}
+        if patched[0].grid is not None:
+            inputs["image_grid_thw"] = torch.cat([each.grid for each in patched if each.grid is not None]).to(
+                self.device
+            )
         output = self.body.get_image_features(**inputs, return_dict=True)
         grids = inputs.get("image_grid_thw")
         deepstack = getattr(output, "deepstack_features", None) or ()  # layers of tuples, one tensor an image
@@ -368,6 +398,26 @@ def quiet_if(local: bool) -> Iterator[None]:
     finally:
         if local and shown:
             logging.enable_progress_bar()
+
+
+def out_of_memory(what: str) -> ModelError:
+    """Return the error of a model for which not even one prompt or image fits."""
+    return ModelError(
+        f"the memory of the device does not suffice for {what} beside the model",
+        "room for the model and one prompt",
+        "use --dtype bfloat16, a smaller --max-pixels or backbone, or a larger device",
+    )
+
+
+def pick_token_budget(backbone: Backbone) -> int:
+    """Return how many tokens to pack in one row: what keeps the device busy and fits into its memory."""
+    if backbone.device.type != "cuda":
+        return 1024 if backbone.device.type == "cpu" else 4096  # of a CPU's cache more is no use
+    free, _ = torch.cuda.mem_get_info(backbone.device)
+    text = backbone.model.config.get_text_config()
+    # between two layers: gate, up and their product, then queries, keys, values, residuals and their copies
+    per_token = backbone.model.dtype.itemsize * (4 * text.intermediate_size + 12 * text.hidden_size)
+    return max(1024, min(16_384, int(0.3 * free) // per_token))
 
 
 def pick_device(name: DeviceName) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,21 +21,26 @@ from vlm2rec.embedder.backbone import (
     DtypeName,
     EncodedPrompt,
     ImageFeatures,
+    Patches,
+    out_of_memory,
     pick_device,
     pick_dtype,
+    pick_token_budget,
 )
 from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.packing import FixedBlocks, packed_rows
 from vlm2rec.embedder.pooling import FusionNorm, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode
 from vlm2rec.embedder.vision_cache import NewImage, VisionCache
 
+logger = logging.getLogger(__name__)
+
 FusionMode = Literal["external", "internal"]
 ViewChoice = Literal["both", "text", "image"]
-Picture = Image.Image | NewImage | ImageFeatures | ImageError | None
-"""An image as an item encoder takes it: the picture, what a vision cache knows of it, why there is none, or nothing."""
+Picture = Image.Image | Patches | NewImage | ImageFeatures | ImageError | None
+"""An image as an item encoder takes it: as a picture, cut up, known to a vision cache or not, broken, or not there."""
 
 ITEMS_AT_ONCE = 256  # images whose features are held on the device together
 
@@ -108,12 +114,12 @@ class ItemEncoder:
     """Encodes items and histories with one backbone, with or without an adapter. Use `ItemEncoder.load`."""
 
     def __init__(
-        self, backbone: Backbone, settings: EncoderSettings, provenance: dict[str, Any], token_budget: int = 4096
+        self, backbone: Backbone, settings: EncoderSettings, provenance: dict[str, Any], token_budget: int = 0
     ) -> None:
         self.backbone = backbone
         self.encoder_settings = settings
         self.provenance = provenance
-        self.token_budget = token_budget
+        self.token_budget = token_budget or pick_token_budget(backbone)
         self.vision_cache: VisionCache | None = None
 
     @classmethod
@@ -131,11 +137,12 @@ class ItemEncoder:
         views: ViewChoice | None = None,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
-        token_budget: int = 4096,
+        token_budget: int = 0,
     ) -> ItemEncoder:
         """Load a backbone, merge the adapter into it if one is given, and check the adapter's canary vectors.
 
-        Settings left at None are the adapter's, or the defaults of `EncoderSettings` without an adapter.
+        Settings left at None are the adapter's, or the defaults of `EncoderSettings` without an adapter; a token
+        budget of 0 is one that suits the device.
 
         Raises:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
@@ -221,6 +228,20 @@ class ItemEncoder:
             )
         return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
 
+    def open_image(self, root: Path, relative: str) -> Picture:
+        """Read an image and cut it up, or find what the vision cache knows of it. Safe to call from threads.
+
+        Raises:
+            ImageError: as `images.open_image`.
+        """
+        pixels = self.encoder_settings.max_pixels
+        if self.vision_cache is None:
+            return self.backbone.patch(open_image(root, relative, pixels))
+        found = self.vision_cache.read(root, relative, pixels)
+        if isinstance(found, NewImage) and isinstance(found.image, Image.Image):
+            return NewImage(found.key, self.backbone.patch(found.image))
+        return found
+
     @torch.no_grad()
     def look(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
         """Return the features of each image, None where there is none; new ones go into the vision cache."""
@@ -228,7 +249,7 @@ class ItemEncoder:
         found: list[ImageFeatures | None] = [
             image.to(device) if isinstance(image, ImageFeatures) else None for image in images
         ]
-        unseen = {row: image for row, image in enumerate(images) if isinstance(image, Image.Image | NewImage)}
+        unseen = {row: image for row, image in enumerate(images) if isinstance(image, Image.Image | Patches | NewImage)}
         pictures = [image.image if isinstance(image, NewImage) else image for image in unseen.values()]
         new: dict[bytes, ImageFeatures] = {}
         for (row, image), feature in zip(unseen.items(), self.backbone.look(pictures), strict=True):
@@ -289,13 +310,28 @@ class ItemEncoder:
         order: list[int] = []
         vectors: list[Tensor] = []
         for batch in packed_rows([len(by_row[row]) for row in rows], budget):
-            vectors.append(self.backbone.encode([by_row[rows[i]] for i in batch]).float())
+            vectors.append(self._encode_with_less([by_row[rows[i]] for i in batch]).float())
             order += [rows[i] for i in batch]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
         if not vectors:
             return result
         # out of place, so that gradients pass
         return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
+
+    def _encode_with_less(self, batch: Sequence[EncodedPrompt]) -> Tensor:
+        """Encode prompts in halves where the memory does not suffice, and take smaller rows from then on."""
+        try:
+            return self.backbone.encode(batch)
+        except torch.OutOfMemoryError:
+            if torch.is_grad_enabled():
+                raise  # what is kept for the gradients would not become less
+            if len(batch) == 1:
+                raise out_of_memory(f"a prompt of {len(batch[0])} tokens") from None
+        torch.cuda.empty_cache()
+        self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
+        logger.warning("out of memory: rows of %d tokens from now on", self.token_budget)
+        half = len(batch) // 2
+        return torch.cat([self._encode_with_less(batch[:half]), self._encode_with_less(batch[half:])])
 
 
 def encoder_settings(

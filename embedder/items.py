@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder import schema
-from vlm2rec.embedder.backbone import IMAGES_AT_ONCE, ImageFeatures
+from vlm2rec.embedder.backbone import ImageFeatures
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.images import ImageError
 
 if TYPE_CHECKING:
     from vlm2rec.embedder.encode import ItemEncoder, Picture
 
+IMAGES_AT_ONCE = 64  # opened, and looked at, together
 SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
 
 
@@ -32,7 +33,7 @@ class Items:
 
     def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
         self._dataset, self._encoder = dataset, encoder
-        self._backbone, self._max_pixels = encoder.backbone, encoder.encoder_settings.max_pixels
+        self._backbone = encoder.backbone
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._titles: dict[int, str] = {}
         self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
@@ -60,11 +61,8 @@ class Items:
         return [[found[int(row)] for row in rows] for rows in sequences]
 
     def _open(self, row: int) -> Picture:
-        root, path, cache = self._dataset.image_root, self._dataset.image_paths[row], self._encoder.vision_cache
         try:
-            if cache is not None:
-                return cache.read(root, path, self._max_pixels)
-            return open_image(root, path, self._max_pixels)
+            return self._encoder.open_image(self._dataset.image_root, self._dataset.image_paths[row])
         except ImageError as error:
             self.unreadable[self._dataset.item_ids[row]] = str(error)
             return Image.new("RGB", (112, 112), "white")

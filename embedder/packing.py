@@ -230,13 +230,25 @@ class FixedBlocks(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.linear or args[0].device.type != "cpu" or args[0].dtype != torch.float32 or args[0].dim() < 2:
             return func(*args, **kwargs)
-        rows, *weights = args
-        flat = rows.flatten(0, -2)  # (n, in)
-        blocks = [F.linear(block, *weights, **kwargs) for block in flat.split(ROWS_IN_BLOCK)[:-1]]
-        rest = flat[len(blocks) * ROWS_IN_BLOCK :]
-        padded = F.pad(rest, (0, 0, 0, ROWS_IN_BLOCK - len(rest)))
-        blocks.append(F.linear(padded, *weights, **kwargs)[: len(rest)])
-        return torch.cat(blocks).unflatten(0, rows.shape[:-1])
+        return _in_blocks(*args, **kwargs)
+
+
+def _in_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what a linear layer makes of rows (..., in), (..., out)."""
+    flat = rows.flatten(0, -2)  # (n, in)
+    found = flat.new_empty(len(flat), len(weight))
+    whole = len(flat) // ROWS_IN_BLOCK * ROWS_IN_BLOCK
+    for start in range(0, whole, ROWS_IN_BLOCK):
+        _product(flat[start : start + ROWS_IN_BLOCK], weight, bias, found[start : start + ROWS_IN_BLOCK])
+    if whole < len(flat):
+        rest = F.pad(flat[whole:], (0, 0, 0, whole + ROWS_IN_BLOCK - len(flat)))
+        block = _product(rest, weight, bias, flat.new_empty(ROWS_IN_BLOCK, len(weight)))
+        found[whole:] = block[: len(flat) - whole]
+    return found.unflatten(0, rows.shape[:-1])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
 
 
 def common_start(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:

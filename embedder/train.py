@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -53,13 +54,20 @@ class HistoryModel(nn.Module):
         items: titles and image features.
         loss: `VLM2RecLoss`, or None for plain InfoNCE.
         tau: temperature of InfoNCE.
+        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
     """
 
     def __init__(
-        self, encoder: ItemEncoder, wrapped: PeftModel, items: Items, loss: VLM2RecLoss | None, tau: float
+        self,
+        encoder: ItemEncoder,
+        wrapped: PeftModel,
+        items: Items,
+        loss: VLM2RecLoss | None,
+        tau: float,
+        chunk_users: int = 0,
     ) -> None:
         super().__init__()
-        self.encoder, self.items, self.tau = encoder, items, tau
+        self.encoder, self.items, self.tau, self.chunk_users = encoder, items, tau, chunk_users
         self.wrapped = wrapped
         self.loss = loss
 
@@ -71,8 +79,18 @@ class HistoryModel(nn.Module):
         return self
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent."""
-        return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
+        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent.
+
+        With `chunk_users`, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the
+        same dropout, when the loss over the whole batch has said what becomes of them.
+        """
+        if not self.chunk_users or not torch.is_grad_enabled():
+            return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
+        parts: list[dict[str, Tensor]] = [
+            checkpoint(encode, self.encoder, self.items, chunk, _TRAIN_BUDGET, use_reentrant=False)
+            for chunk in _chunks(sequences, self.chunk_users)
+        ]
+        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
 
     @property
     def has_both_modalities(self) -> bool:
@@ -119,6 +137,10 @@ class HistoryModel(nn.Module):
             losses = {TOTAL: total, **modality_losses(users, items, targets, self.tau)}
             alignment = gradient_alignment(losses, [p for p in self.wrapped.parameters() if p.requires_grad])
         return total, {name: value.detach() for name, value in log.items()}, alignment
+
+
+def _chunks(sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
 
 
 def _margins_to_log(by_view: dict[str, Tensor]) -> dict[str, Tensor]:

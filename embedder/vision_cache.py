@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder import schema
-from vlm2rec.embedder.backbone import Backbone, ImageFeatures
+from vlm2rec.embedder.backbone import Backbone, ImageFeatures, Patches
 from vlm2rec.embedder.images import decode, read_file
 
 _FORMAT = 1
@@ -51,7 +51,7 @@ class NewImage:
     """An image that is not in the cache yet."""
 
     key: bytes
-    image: Image.Image
+    image: Image.Image | Patches
 
 
 class VisionCache:

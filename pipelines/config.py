@@ -125,6 +125,9 @@ class FinetuneConfig:
     warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
     schedule: Literal["constant", "linear", "cosine"] = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting("Users in a batch, on one device.", 8)
+    chunk_users: Count = setting(
+        "Users encoded at a time (GradCache): memory is that of a chunk, negatives are those of the batch; 0: all.", 0
+    )
     epochs: PositiveFloat = setting("Epochs.", 3.0)
     max_steps: Count = setting("Stop after this many steps; 0 trains all epochs.", 0)
     samples: SamplesMode = setting(
@@ -169,7 +172,7 @@ class ExportConfig:
     max_pixels: Positive | None = setting("Default: the adapter's, else 224² (50176).", None)
     max_title_tokens: Positive | None = setting("Default: the adapter's, else 64.", None)
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("fail: stop; null: a failure row; text_only: text vector alone.", "null")
     images_by: Literal["mtime", "bytes"] = setting(
@@ -281,7 +284,7 @@ class EvaluateConfig:
     missing: Literal["error", "zero"] = setting(
         "Items without a vector: refuse, or give them cosine 0 and count.", "error"
     )
-    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
+    token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
     dtype: DtypeName = setting("As for export-items.", "auto")
     vision_cache: str = setting(
         "Where the vision tower's tokens are kept: auto (in the dataset folder, if there is room), off, or a folder.",

@@ -98,9 +98,7 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
-def plan(
-    config: DemoConfig, drawn: CatalogueSettings | None = None, backbone_steps: int | None = None
-) -> list[Stage]:
+def plan(config: DemoConfig, drawn: CatalogueSettings | None = None, backbone_steps: int | None = None) -> list[Stage]:
     """Return the stages in order; each reads what earlier ones wrote.
 
     Args:
@@ -119,8 +117,9 @@ def plan(
         out=backbone,
         minutes=config.backbone_minutes,
         seed=config.seed,
-        **({} if backbone_steps is None else {"max_steps": backbone_steps}),
     )
+    if backbone_steps is not None:
+        backbone_config = dataclasses.replace(backbone_config, max_steps=backbone_steps)
     stages = [
         Stage(
             "draw the catalogue",

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +24,6 @@ from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_
 from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
 from vlm2rec.embedder.images import ImageError, open_image
-from vlm2rec.embedder.vision_cache import VisionCache
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
@@ -164,8 +163,7 @@ def export(
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
             try:
                 encoder = _same_settings(load_encoder(), settings)
-                for number, table, seconds in _encoded(encoder, dataset, plan, unfinished):
-                    finished[number] = shards.publish(out, plan, number, table, seconds)
+                _publish_all(encoder, dataset, out, plan, unfinished, finished)
             except (KeyboardInterrupt, SystemExit):
                 console.log.print(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -175,6 +173,47 @@ def export(
         elif (out / schema.MANIFEST_FILE).exists():
             console.log.print(f"{out} is already complete")
         return shards.finish(out, plan, finished, dataset.path)
+
+
+def _publish_all(
+    encoder: Encoder, dataset: Dataset, out: Path, plan: Plan, numbers: Sequence[int], finished: dict[int, shards.Shard]
+) -> None:
+    """Encode shard after shard while a thread writes the one before; `finished` holds what is published, whatever ends.
+
+    At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
+    """
+    waits = Waits()
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
+        at_work: tuple[int, Future[shards.Shard]] | None = None
+
+        def settle() -> None:
+            if at_work is not None:
+                started = time.perf_counter()
+                finished[at_work[0]] = at_work[1].result()
+                waits.for_disk += time.perf_counter() - started
+
+        try:
+            for number, table, seconds in _encoded(encoder, dataset, plan, numbers, waits):
+                settle()
+                at_work = number, writer.submit(shards.publish, out, plan, number, table, seconds)
+        finally:
+            settle()
+    console.log.print(str(waits))
+
+
+@dataclass
+class Waits:
+    """Where an export spent its time, in seconds."""
+
+    begun: float = field(default_factory=time.perf_counter)
+    for_images: float = 0.0
+    for_disk: float = 0.0
+
+    def __str__(self) -> str:
+        """Say which side waited for which."""
+        total = max(time.perf_counter() - self.begun, 1e-9)
+        images, disk = self.for_images / total, self.for_disk / total
+        return f"the model waited {images:.0%} of the time for images and {disk:.0%} for the disk"
 
 
 def encode_rows(
@@ -237,14 +276,14 @@ def _status(failed: bool, without_image: bool, truncated: bool) -> str:
 
 
 def _encoded(
-    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int]
+    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int], waits: Waits
 ) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, table and seconds."""
     total = sum(len(plan.rows(number)) for number in numbers)
     with console.progress("encoding items", total) as advance:
         for count, number in enumerate(numbers, 1):
             start = time.perf_counter()
-            table = _encode_shard(encoder, dataset, plan, number, advance)
+            table = _encode_shard(encoder, dataset, plan, number, advance, waits)
             seconds = time.perf_counter() - start
             yield number, table, seconds
             if not console.log.is_terminal:  # no bar is drawn: a log file gets a line a shard
@@ -254,12 +293,11 @@ def _encoded(
 
 
 def _encode_shard(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None]
+    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None], waits: Waits
 ) -> pa.Table:
     policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
     parts: list[Rows] = []
-    cache = encoder.vision_cache if isinstance(encoder, ItemEncoder) else None
-    with closing(_images_of(dataset, plan, number, cache)) as pieces:
+    with closing(_images_of(encoder, dataset, plan, number, waits)) as pieces:
         for rows, images in pieces:
             if policy == "fail":
                 _require_images(dataset, rows, images)
@@ -280,30 +318,42 @@ def _pieces(rows: range) -> list[range]:
 
 
 def _images_of(
-    dataset: Dataset, plan: Plan, number: int, cache: VisionCache | None
+    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, waits: Waits
 ) -> Generator[tuple[range, list[Picture]]]:
     """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
     pieces = _pieces(plan.rows(number))
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
-        yield from _read_images(dataset, pieces, plan.settings["max_pixels"], cache)
+        opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
+        yield from _read_images(dataset, pieces, opener, waits)
     else:
         for rows in pieces:
             yield rows, [None] * len(rows)
 
 
+Opener = Callable[[Path, str], Picture]
+
+
+def _plain_opener(max_pixels: int) -> Opener:
+    return lambda root, relative: open_image(root, relative, max_pixels)
+
+
 def _read_images(
-    dataset: Dataset, pieces: Iterable[range], max_pixels: int, cache: VisionCache | None
+    dataset: Dataset, pieces: Iterable[range], opener: Opener, waits: Waits
 ) -> Generator[tuple[range, list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
     root = dataset.image_root
 
     def read(row: int) -> Picture:
         try:
-            if cache is not None:
-                return cache.read(root, dataset.image_paths[row], max_pixels)
-            return open_image(root, dataset.image_paths[row], max_pixels)
+            return opener(root, dataset.image_paths[row])
         except ImageError as error:
             return error
+
+    def collect(futures: Sequence[Future[Picture]]) -> list[Picture]:
+        started = time.perf_counter()
+        images = [future.result() for future in futures]
+        waits.for_images += time.perf_counter() - started
+        return images
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="image")
     ahead: deque[tuple[range, list[Future[Picture]]]] = deque()
@@ -312,9 +362,9 @@ def _read_images(
             ahead.append((piece, [pool.submit(read, row) for row in piece]))
             if len(ahead) == 2:
                 rows, futures = ahead.popleft()
-                yield rows, [future.result() for future in futures]
+                yield rows, collect(futures)
         for rows, futures in ahead:
-            yield rows, [future.result() for future in futures]
+            yield rows, collect(futures)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -69,7 +69,7 @@ def run(config: FinetuneConfig) -> Training | None:
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     items = Items(dataset, encoder)
     wrapped = add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl)
+    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users)
     _remember_run(config)
     validate = _validation(config, dataset, encoder, items)
     with progress(f"finetune {config.loss}", None) as advance:

@@ -88,7 +88,7 @@ def test_every_cell_holds_the_folders_of_the_single_commands(finished: Path) -> 
         *(f"{name}/seed-{seed}/recommender-SASRec" for name in ("id", "vanilla") for seed in (0, 1)),
         "vanilla/seed-any/evaluate",
         "without-crtr/seed-0/evaluate",
-        "vlm2rec-lambda-0.1/seed-0/evaluate",
+        "vlm2rec-lambda-0.5/seed-0/evaluate",
         "vlm2rec/seed-0/cross-0-evaluate",
     }
     for cell in trained:

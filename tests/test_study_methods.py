@@ -44,7 +44,7 @@ def test_the_default_study_holds_the_papers_rows_ablations_and_grids() -> None:
         *{("users", value) for value in (128, 256, 512, 1024)},
         *{("tau_wpcl", value) for value in (0.05, 0.5, 1.0)},  # 0.1 is the method itself
         *{("tau_crtr", value) for value in (0.001, 0.01, 1.0)},
-        *{("lam", value) for value in (0.1, 1.0)},
+        *{("lam", value) for value in (0.5, 1.0)},
     }
 
 
