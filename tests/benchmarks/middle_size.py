@@ -30,7 +30,7 @@ class Shape:
     vision_layers: int = 12
     vision_inner: int = 1368
     vision_heads: int = 8
-    vocabulary: int = 4000
+    vocabulary: int = 151_936  # of Qwen2.5; the tokenizer here uses the first few thousand
 
     @property
     def language_weights(self) -> int:
@@ -46,14 +46,14 @@ class Shape:
 
 def write_model(folder: Path, titles: list[str], shape: Shape, seed: int = 0) -> None:
     """Write a model folder with random weights and a tokenizer that has seen the titles."""
-    tokenizer = small_backbone.train_tokenizer(titles, [("word",)], shape.vocabulary)
+    tokenizer = small_backbone.train_tokenizer(titles, [("word",)], 4000)
     settings = small_backbone.SmallBackboneSettings(hidden_size=64, layers=1, max_pixels=224 * 224, seed=seed)
     small_backbone.write_random_model(folder, tokenizer, settings)  # the files around the weights
     ids = tokenizer.get_vocab()
     head = shape.width // shape.heads
     config = transformers.Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(ids),
+            "vocab_size": shape.vocabulary,
             "hidden_size": shape.width,
             "intermediate_size": shape.inner,
             "num_hidden_layers": shape.layers,

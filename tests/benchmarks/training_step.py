@@ -61,6 +61,7 @@ def write_dataset(folder: Path, titles: list[str], pictures: list[Image.Image]) 
             images=folder / "images",
             out=folder / "data",
             core=1,
+            candidates=5,
         )
     )
 
