@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,23 +22,41 @@ _NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean lengt
 _GELU_MEAN, _GELU_SPREAD = 0.5 / math.sqrt(math.pi), 0.5879
 
 
-def standardise(vectors: Tensor) -> Tensor:
+_BLOCK = 512  # rows that are centred together, and stay in the processor's cache meanwhile
+
+
+def standardise(vectors: Tensor, rows: np.ndarray | None = None, out: Tensor | None = None) -> Tensor:
     """Centre the vectors on their mean and give each length 1.
 
     Vectors of a language model share a large common offset. Left in, every item looks the same to a fresh Linear and
     the first optimiser steps, which all push along that offset, make the loss explode.
 
     Args:
-        vectors: (N, d), finite.
+        vectors: (M, d), finite.
+        rows: which of them are meant, and in which order, (N,); default: all.
+        out: (N, d) float32 to write to; default: a new one. Tables are large: what is written in place is read once.
 
     Returns:
         (N, d) float32 with rows of length 1; rows that equal the mean have length 0.
     """
-    vectors = vectors.float()
-    centred = vectors - vectors.mean(0, dtype=torch.float64).float()
-    lengths = centred.norm(dim=1, keepdim=True)  # (N, 1)
-    scale = vectors.norm(dim=1).mean()
-    return torch.where(lengths > _NO_LENGTH * scale, centred / lengths.clamp_min(1e-30), 0.0)
+    chosen = np.arange(len(vectors)) if rows is None else rows
+    blocks = [torch.from_numpy(chosen[start : start + _BLOCK]) for start in range(0, len(chosen), _BLOCK)]
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    lengths = torch.zeros((), dtype=torch.float64)
+    for block in blocks:  # few rows are summed in float32, the sums in float64: as exact, and no copy of the table
+        part = vectors[block].float()
+        total += part.sum(0)
+        lengths += part.norm(dim=1).sum()
+    mean, scale = (total / max(1, len(chosen))).float(), float(lengths) / max(1, len(chosen))
+    found = torch.empty(len(chosen), vectors.shape[1]) if out is None else out
+    start = 0
+    for block in blocks:
+        centred = vectors[block].float() - mean
+        length = centred.norm(dim=1, keepdim=True)  # (block, 1)
+        factor = torch.where(length > _NO_LENGTH * scale, 1 / length.clamp_min(1e-30), 0.0)
+        torch.mul(centred, factor, out=found[start : start + len(block)])
+        start += len(block)
+    return found
 
 
 class ItemEmbedding(nn.Module):

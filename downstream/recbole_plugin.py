@@ -181,10 +181,12 @@ def aligned_vectors(
             "a vector for every item of the dataset",
             f"export the dataset these items come from, or fill them with `{MISSING}: mean` (`--missing mean`)",
         )
-    usable, explained = _usable(table.vectors[rows[found]], start)
-    vectors = torch.zeros(len(tokens) + 1, usable.shape[1])
-    known = torch.from_numpy(np.flatnonzero(found) + 1)
-    vectors[known] = usable
+    usable, explained = _usable(table.vectors, rows[found], start)
+    if found.all():
+        vectors = usable
+    else:
+        vectors = torch.zeros(len(tokens) + 1, usable.shape[1])
+        vectors[torch.from_numpy(np.flatnonzero(found) + 1)] = usable[1:]
     if start.missing == "random":
         unknown = torch.from_numpy(np.flatnonzero(~found) + 1)
         drawn = torch.randn(len(unknown), usable.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -192,23 +194,32 @@ def aligned_vectors(
     return vectors, int((~found).sum()), explained
 
 
-def _usable(vectors: np.ndarray, start: EmbeddingStart) -> tuple[Tensor, float | None]:
-    """Return the vectors (n, d) reduced and standardised, and the share of variance kept."""
+def _usable(vectors: np.ndarray, rows: np.ndarray, start: EmbeddingStart) -> tuple[Tensor, float | None]:
+    """Return the chosen rows reduced and standardised, below a row of zeros, and the share of variance kept."""
     where = f"{start.folder}, column {start.column},"
-    if not len(vectors):
+    if not len(rows):
         raise ArtifactError(
             f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
         )
-    if not np.isfinite(vectors).all():
-        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
-    ready, explained = standardise(torch.from_numpy(vectors)), None
-    if len(ready) > 1 and not ready.any():
+    explained = None
+    if start.pca is not None:
+        _require_finite(vectors[rows], where)
+        vectors, explained = principal_components(vectors[rows], start.pca).project(vectors[rows])
+        rows = np.arange(len(rows))
+    ready = torch.zeros(len(rows) + 1, vectors.shape[1])
+    standardise(torch.from_numpy(vectors), rows, ready[1:])
+    lengths = ready.norm(dim=1)
+    if not lengths.isfinite().all():
+        _require_finite(vectors[rows], where)
+    if len(rows) > 1 and not lengths.any():
         raise ArtifactError(
             f"{where} has the same vector for every item",
             "vectors that differ",
             "look at the training of the adapter: its space has collapsed",
         )
-    if start.pca is not None:
-        reduced, explained = principal_components(vectors, start.pca).project(vectors)
-        ready = standardise(torch.from_numpy(reduced))
     return ready, explained
+
+
+def _require_finite(vectors: np.ndarray, where: str) -> None:
+    if not np.isfinite(vectors).all():
+        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")

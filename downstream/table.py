@@ -17,6 +17,8 @@ from vlm2rec.embedder.errors import ArtifactError, ConfigError
 
 _EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
 
+_BATCH = 1024  # rows read at a time: what is copied is still in the processor's cache
+
 
 @dataclass(frozen=True)
 class EmbeddingTable:
@@ -46,18 +48,21 @@ class EmbeddingTable:
         folder = Path(folder)
         manifest = schema.read_manifest(folder)
         ids: list[str] = []
-        blocks, masks = [], []
-        for batch_ids, vectors, present in read_batches(folder, column):
+        expected = sum(int(shard["rows"]) for shard in manifest["shards"])
+        vectors, present = np.empty((expected, int(manifest["dim"])), np.float32), np.empty(expected, bool)
+        for batch_ids, batch, there in read_batches(folder, column, _BATCH):
+            rows = slice(len(ids), len(ids) + len(batch_ids))
+            if rows.stop > expected:
+                break
+            vectors[rows], present[rows] = batch, there
             ids.extend(batch_ids)
-            blocks.append(vectors)
-            masks.append(present)
-        table = cls(
-            ids,
-            np.concatenate(blocks) if blocks else np.empty((0, int(manifest["dim"])), np.float32),
-            np.concatenate(masks) if masks else np.empty(0, bool),
-            column,
-            manifest,
-        )
+        if len(ids) != expected:
+            raise ArtifactError(
+                f"the shards of {folder} do not hold the {expected} rows that {schema.MANIFEST_FILE} counts",
+                "the folder as exported",
+                _EXPORT_AGAIN,
+            )
+        table = cls(ids, vectors, present, column, manifest)
         if not table.present.any():
             raise ArtifactError(
                 f"{folder} has no vector in column {column!r} ({len(ids)} rows, all null)",
@@ -133,7 +138,7 @@ def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.n
     # `.flatten()` would drop null rows and shift every id after them: read the values and mark the nulls
     present = column.is_valid().to_numpy(zero_copy_only=False)
     flat = column.values.slice(column.offset * dim, len(column) * dim)
-    vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), dim)
+    vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(column), dim)
     if not present.all():
         vectors = np.where(present[:, None], vectors, np.nan).astype(np.float32)
     return vectors, present

@@ -1,0 +1,115 @@
+"""A table of item vectors ready for a recommender: our Parquet folder beside RecBole's own text file.
+
+python tests/benchmarks/table_loading.py [--rows 10000] [--dim 2048] [--large 100000]
+
+RecBole reads pretrained vectors from a text file (`item_id:token  item_emb:float_seq`) into its item features, and its
+sequence models then take them from `get_preload_weight`. Ours are read, brought into the order of RecBole's ids and
+standardised. The text file takes 20 kB a row, so the two are compared at `--rows`, and ours is timed at `--large` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from embedding_folder import write_embeddings
+
+from vlm2rec.downstream import recbole_compat
+from vlm2rec.downstream.recbole_plugin import EmbeddingStart, aligned_vectors
+from vlm2rec.downstream.table import EmbeddingTable
+
+
+def as_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round as an export on a GPU does, (n, d) float32."""
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+def write_text_files(folder: Path, vectors: np.ndarray) -> None:
+    """Write a RecBole dataset whose items have vectors in a text file."""
+    folder.mkdir(parents=True)
+    with (folder / "text.itememb").open("w") as file:
+        file.write("iid:token\titem_emb:float_seq\n")
+        for number, vector in enumerate(vectors):
+            file.write(f"i{number}\t{' '.join(f'{value:.7g}' for value in vector)}\n")
+    with (folder / "text.inter").open("w") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for number in range(len(vectors)):
+            file.write(f"u{number // 10}\ti{number}\t{number}\n")
+
+
+def theirs(folder: Path) -> tuple[float, np.ndarray]:
+    """Return the CPU seconds until RecBole's vectors are ready, and the vectors by RecBole's item number."""
+    from recbole.config import Config
+    from recbole.data import create_dataset
+
+    settings: dict[str, Any] = {
+        "data_path": str(folder.parent),
+        "dataset": folder.name,
+        "additional_feat_suffix": ["itememb"],
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"], "itememb": ["iid", "item_emb"]},
+        "alias_of_item_id": ["iid"],
+        "preload_weight": {"iid": "item_emb"},
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+    }
+    config = Config(model="SASRec", dataset=folder.name, config_dict=settings)
+    begun = time.process_time()
+    vectors = create_dataset(config).get_preload_weight("iid")
+    return time.process_time() - begun, vectors
+
+
+def ours(folder: Path, tokens: list[str]) -> tuple[float, np.ndarray]:
+    """Return the CPU seconds until our vectors are ready, and the vectors by RecBole's item number."""
+    begun = time.process_time()
+    start = EmbeddingStart(folder=folder, column="fused")
+    table = EmbeddingTable.open(folder, "fused")
+    vectors, _, _ = aligned_vectors(table, tokens, start, 0)
+    return time.process_time() - begun, vectors.numpy()
+
+
+def main() -> None:
+    """Time both and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--large", type=int, default=100_000)
+    chosen = parser.parse_args()
+    recbole_compat.require_recbole()
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(temporary)
+        with recbole_compat.cured(folder):
+            vectors = as_bfloat16(random.normal(size=(chosen.rows, chosen.dim)))
+            tokens = [f"i{number}" for number in range(chosen.rows)]
+            write_text_files(folder / "text", vectors)
+            write_embeddings(folder / "embeddings", tokens, vectors)
+            slow, text = theirs(folder / "text")
+            fast, table = ours(folder / "embeddings", tokens)
+        known = text[np.abs(text).sum(1) > 0]
+        print(
+            f"{chosen.rows:,} × {chosen.dim}: text file {slow:.1f} s, Parquet folder {fast:.2f} s: {slow / fast:.0f} x"
+        )
+        print(f"  vectors found: {len(known):,} and {int((np.abs(table[1:]).sum(1) > 0).sum()):,} of {chosen.rows:,}")
+        del text, table, known
+        tokens = [f"i{number}" for number in range(chosen.large)]
+        write_embeddings(folder / "large", tokens, as_bfloat16(random.normal(size=(chosen.large, chosen.dim))))
+        seconds, _ = ours(folder / "large", tokens)
+        longer = slow * chosen.large / chosen.rows
+        print(
+            f"{chosen.large:,} × {chosen.dim}: Parquet folder {seconds:.1f} s; text file in proportion {longer:.0f} s,"
+        )
+        print(f"  {longer / seconds:.0f} times as long")
+
+
+if __name__ == "__main__":
+    main()
