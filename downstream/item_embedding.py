@@ -22,40 +22,36 @@ _NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean lengt
 _GELU_MEAN, _GELU_SPREAD = 0.5 / math.sqrt(math.pi), 0.5879
 
 
-_BLOCK = 512  # rows that are centred together, and stay in the processor's cache meanwhile
+_BLOCK = 256  # rows that are centred together, and stay in the processor's cache meanwhile
 
 
-def standardise(vectors: Tensor, rows: np.ndarray | None = None, out: Tensor | None = None) -> Tensor:
+def standardise(vectors: Tensor, given: np.ndarray | None = None, in_place: bool = False) -> Tensor:
     """Centre the vectors on their mean and give each length 1.
 
     Vectors of a language model share a large common offset. Left in, every item looks the same to a fresh Linear and
     the first optimiser steps, which all push along that offset, make the loss explode.
 
     Args:
-        vectors: (M, d), finite.
-        rows: which of them are meant, and in which order, (N,); default: all.
-        out: (N, d) float32 to write to; default: a new one. Tables are large: what is written in place is read once.
+        vectors: (N, d), finite.
+        given: which rows are vectors, (N,) bool; the others are zero and stay so. Default: all.
+        in_place: write over `vectors`, which are float32 then: tables are large.
 
     Returns:
         (N, d) float32 with rows of length 1; rows that equal the mean have length 0.
     """
-    chosen = np.arange(len(vectors)) if rows is None else rows
-    blocks = [torch.from_numpy(chosen[start : start + _BLOCK]) for start in range(0, len(chosen), _BLOCK)]
-    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
-    lengths = torch.zeros((), dtype=torch.float64)
-    for block in blocks:  # few rows are summed in float32, the sums in float64: as exact, and no copy of the table
-        part = vectors[block].float()
-        total += part.sum(0)
-        lengths += part.norm(dim=1).sum()
-    mean, scale = (total / max(1, len(chosen))).float(), float(lengths) / max(1, len(chosen))
-    found = torch.empty(len(chosen), vectors.shape[1]) if out is None else out
-    start = 0
-    for block in blocks:
-        centred = vectors[block].float() - mean
-        length = centred.norm(dim=1, keepdim=True)  # (block, 1)
+    count = len(vectors) if given is None else int(given.sum())
+    found = vectors if in_place else vectors.to(torch.float32, copy=True)
+    # few rows are summed in float32 and their sums in float64: exact enough, and no second copy of the table
+    blocks = found.split(_BLOCK)
+    mean = (sum((block.sum(0).double() for block in blocks), torch.zeros(())) / max(1, count)).float()
+    scale = sum(float(block.norm(dim=1).sum()) for block in blocks) / max(1, count)
+    for number, block in enumerate(blocks):
+        block -= mean
+        length = block.norm(dim=1, keepdim=True)  # (block, 1)
         factor = torch.where(length > _NO_LENGTH * scale, 1 / length.clamp_min(1e-30), 0.0)
-        torch.mul(centred, factor, out=found[start : start + len(block)])
-        start += len(block)
+        if given is not None:
+            factor *= torch.from_numpy(given[number * _BLOCK : number * _BLOCK + len(block), None])
+        block *= factor
     return found
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlm2rec.downstream.item_embedding import ADAPTERS, Adapter, ItemEmbedding, standardise
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, did_you_mean
 
@@ -143,8 +143,7 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) 
         tokens: ids of items 1, 2, ...
         seed: of the vectors that `missing: random` draws.
     """
-    table = EmbeddingTable.open(start.folder, start.column)
-    vectors, missing, explained = aligned_vectors(table, tokens, start, seed)
+    vectors, missing, explained = aligned_vectors(tokens, start, seed)
     stock = model.item_embedding.weight.detach()
     beyond = stock[len(tokens) + 1 :]  # BERT4Rec's mask token
     adapter = ItemEmbedding(vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None, start.adapter)
@@ -156,9 +155,7 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) 
     model.items_without_vector, model.pca_explained = missing, explained
 
 
-def aligned_vectors(
-    table: EmbeddingTable, tokens: list[str], start: EmbeddingStart, seed: int
-) -> tuple[Tensor, int, float | None]:
+def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tuple[Tensor, int, float | None]:
     """Return standardised vectors with a zero row 0 for the padding, (len(tokens) + 1, d), how many were filled, and
     the share of variance that `start.pca` kept.
 
@@ -171,8 +168,13 @@ def aligned_vectors(
         ArtifactError: an item has no vector and the policy is `error`, a vector is not finite, or all are equal.
         ConfigError: `start.pca` is more than the vectors have directions.
     """
-    rows = table.rows_of(tokens)
-    found = rows >= 0
+    where = f"{start.folder}, column {start.column},"
+    vectors = torch.zeros(len(tokens) + 1, int(schema.read_manifest(start.folder)["dim"]))
+    found = read_in_order(start.folder, start.column, tokens, vectors[1:].numpy())
+    if not found.any():
+        raise ArtifactError(
+            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
+        )
     if start.missing == "error" and not found.all():
         lacking = [tokens[i] for i in np.flatnonzero(~found)[:5]]
         raise ArtifactError(
@@ -181,45 +183,23 @@ def aligned_vectors(
             "a vector for every item of the dataset",
             f"export the dataset these items come from, or fill them with `{MISSING}: mean` (`--missing mean`)",
         )
-    usable, explained = _usable(table.vectors, rows[found], start)
-    if found.all():
-        vectors = usable
-    else:
-        vectors = torch.zeros(len(tokens) + 1, usable.shape[1])
-        vectors[torch.from_numpy(np.flatnonzero(found) + 1)] = usable[1:]
-    if start.missing == "random":
-        unknown = torch.from_numpy(np.flatnonzero(~found) + 1)
-        drawn = torch.randn(len(unknown), usable.shape[1], generator=torch.Generator().manual_seed(seed))
-        vectors[unknown] = torch.nn.functional.normalize(drawn, dim=1)
-    return vectors, int((~found).sum()), explained
-
-
-def _usable(vectors: np.ndarray, rows: np.ndarray, start: EmbeddingStart) -> tuple[Tensor, float | None]:
-    """Return the chosen rows reduced and standardised, below a row of zeros, and the share of variance kept."""
-    where = f"{start.folder}, column {start.column},"
-    if not len(rows):
-        raise ArtifactError(
-            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
-        )
+    if not vectors.norm(dim=1).isfinite().all() and not vectors.isfinite().all():  # a length may overflow by itself
+        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
     explained = None
     if start.pca is not None:
-        _require_finite(vectors[rows], where)
-        vectors, explained = principal_components(vectors[rows], start.pca).project(vectors[rows])
-        rows = np.arange(len(rows))
-    ready = torch.zeros(len(rows) + 1, vectors.shape[1])
-    standardise(torch.from_numpy(vectors), rows, ready[1:])
-    lengths = ready.norm(dim=1)
-    if not lengths.isfinite().all():
-        _require_finite(vectors[rows], where)
-    if len(rows) > 1 and not lengths.any():
+        known = vectors[1:].numpy()[found]
+        reduced, explained = principal_components(known, start.pca).project(known)
+        vectors = torch.zeros(len(tokens) + 1, start.pca)
+        vectors[torch.from_numpy(np.flatnonzero(found) + 1)] = torch.from_numpy(reduced).float()
+    standardise(vectors[1:], found, in_place=True)
+    if found.sum() > 1 and not vectors.norm(dim=1).any():
         raise ArtifactError(
             f"{where} has the same vector for every item",
             "vectors that differ",
             "look at the training of the adapter: its space has collapsed",
         )
-    return ready, explained
-
-
-def _require_finite(vectors: np.ndarray, where: str) -> None:
-    if not np.isfinite(vectors).all():
-        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
+    if start.missing == "random":
+        unknown = torch.from_numpy(np.flatnonzero(~found) + 1)
+        drawn = torch.randn(len(unknown), vectors.shape[1], generator=torch.Generator().manual_seed(seed))
+        vectors[unknown] = torch.nn.functional.normalize(drawn, dim=1)
+    return vectors, int((~found).sum()), explained

@@ -64,11 +64,7 @@ class EmbeddingTable:
             )
         table = cls(ids, vectors, present, column, manifest)
         if not table.present.any():
-            raise ArtifactError(
-                f"{folder} has no vector in column {column!r} ({len(ids)} rows, all null)",
-                "at least one vector",
-                "choose another column, or look at the status and error columns of the export",
-            )
+            raise _nothing_in(folder, column)
         return table
 
     def rows_of(self, item_ids: list[str] | pa.Array) -> np.ndarray:
@@ -90,6 +86,43 @@ class EmbeddingTable:
                 "export the same dataset these items come from, or mend the failed items and export again",
             )
         return self.vectors[rows]
+
+
+def read_in_order(folder: Path, column: str, item_ids: list[str], vectors: np.ndarray) -> np.ndarray:
+    """Read the vectors of some items straight to where they are wanted; the table itself is never in memory.
+
+    Args:
+        folder: a finished embeddings folder.
+        column: which view.
+        item_ids: M different ids.
+        vectors: (M, d) float32 to fill; rows of items without a vector are left as they are.
+
+    Returns:
+        Which items have a vector, (M,) bool.
+
+    Raises:
+        ArtifactError: as `EmbeddingTable.open`.
+    """
+    place = {item_id: row for row, item_id in enumerate(item_ids)}
+    found = np.zeros(len(item_ids), bool)
+    anything = False
+    for ids, batch, present in read_batches(folder, column, _BATCH):
+        rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
+        anything = anything or bool(present.any())
+        wanted = present & (rows >= 0)
+        vectors[rows[wanted]] = batch[wanted]
+        found[rows[wanted]] = True
+    if not anything:
+        raise _nothing_in(folder, column)
+    return found
+
+
+def _nothing_in(folder: Path, column: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} has no vector in column {column!r}: all its rows are null",
+        "at least one vector",
+        "choose another column, or look at the status and error columns of the export",
+    )
 
 
 def read_batches(

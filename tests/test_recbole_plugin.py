@@ -264,23 +264,21 @@ def holed(tmp_path: Path) -> Path:
 
 
 def test_missing_items_are_refused_by_default(holed: Path) -> None:
-    table = EmbeddingTable.open(holed)
     with pytest.raises(ArtifactError, match=r"2 of 4 items, among them 'c', 'd'.*--missing mean"):
-        aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed), seed=0)
+        aligned_vectors(["a", "c", "d", "b"], EmbeddingStart(holed), seed=0)
 
 
 def test_a_mean_fill_is_the_centre_and_counted(holed: Path) -> None:
-    table = EmbeddingTable.open(holed)
-    vectors, filled, _ = aligned_vectors(table, ["a", "c", "d", "b"], EmbeddingStart(holed, missing="mean"), seed=0)
+    vectors, filled, _ = aligned_vectors(["a", "c", "d", "b"], EmbeddingStart(holed, missing="mean"), seed=0)
     assert filled == 2
     assert vectors.tolist() == [[0, 0, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
 
 
 def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
-    table, start = EmbeddingTable.open(holed), EmbeddingStart(holed, missing="random")
-    vectors, filled, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
-    again, _, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=0)
-    other, _, _ = aligned_vectors(table, ["a", "c", "d", "b"], start, seed=1)
+    start = EmbeddingStart(holed, missing="random")
+    vectors, filled, _ = aligned_vectors(["a", "c", "d", "b"], start, seed=0)
+    again, _, _ = aligned_vectors(["a", "c", "d", "b"], start, seed=0)
+    other, _, _ = aligned_vectors(["a", "c", "d", "b"], start, seed=1)
     assert filled == 2
     assert torch.allclose(vectors[2:4].norm(dim=1), torch.ones(2))
     assert torch.equal(vectors, again) and not torch.equal(vectors[2], other[2])
@@ -289,19 +287,19 @@ def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
 
 def test_a_table_of_another_dataset_is_refused(holed: Path) -> None:
     with pytest.raises(ArtifactError, match="knows none of the dataset's items"):
-        aligned_vectors(EmbeddingTable.open(holed), ["x", "y"], EmbeddingStart(holed, missing="mean"), seed=0)
+        aligned_vectors(["x", "y"], EmbeddingStart(holed, missing="mean"), seed=0)
 
 
 def test_a_collapsed_table_is_refused(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "flat", ["a", "b"], np.ones((2, 3), np.float32))
     with pytest.raises(ArtifactError, match="the same vector for every item"):
-        aligned_vectors(EmbeddingTable.open(tmp_path / "flat"), ["a", "b"], EmbeddingStart(tmp_path / "flat"), seed=0)
+        aligned_vectors(["a", "b"], EmbeddingStart(tmp_path / "flat"), seed=0)
 
 
 def test_infinite_vectors_are_refused(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "odd", ["a", "b"], np.array([[1, 2], [np.inf, 0]], np.float32))
     with pytest.raises(ArtifactError, match="not finite"):
-        aligned_vectors(EmbeddingTable.open(tmp_path / "odd"), ["a", "b"], EmbeddingStart(tmp_path / "odd"), seed=0)
+        aligned_vectors(["a", "b"], EmbeddingStart(tmp_path / "odd"), seed=0)
 
 
 # --- fewer dimensions ---------------------------------------------------------------------------------------
@@ -316,26 +314,26 @@ def wide(tmp_path: Path) -> Path:
 
 def test_components_are_those_of_the_datasets_own_items_and_their_share_is_told(wide: Path) -> None:
     table, tokens = EmbeddingTable.open(wide), [f"i{row}" for row in range(20)]
-    vectors, _, explained = aligned_vectors(table, tokens, EmbeddingStart(wide, pca=3), seed=0)
+    vectors, _, explained = aligned_vectors(tokens, EmbeddingStart(wide, pca=3), seed=0)
     known = table.vectors[:20].astype(np.float64)
     _, lengths, directions = np.linalg.svd(known - known.mean(0))
     expected = (known - known.mean(0)) @ directions[:3].T
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(np.abs(vectors[1:].numpy()), np.abs(expected), atol=1e-4)
     assert explained == pytest.approx((lengths[:3] ** 2).sum() / (lengths**2).sum(), abs=1e-5)
-    assert aligned_vectors(table, tokens, EmbeddingStart(wide), seed=0)[2] is None
+    assert aligned_vectors(tokens, EmbeddingStart(wide), seed=0)[2] is None
 
 
 def test_random_fills_have_the_length_of_the_reduced_vectors(wide: Path) -> None:
     start = EmbeddingStart(wide, missing="random", pca=2)
-    vectors, filled, _ = aligned_vectors(EmbeddingTable.open(wide), [f"i{row}" for row in range(22)], start, seed=0)
+    vectors, filled, _ = aligned_vectors([f"i{row}" for row in range(22)], start, seed=0)
     assert (tuple(vectors.shape), filled) == ((23, 2), 2)
     assert torch.allclose(vectors[21:].norm(dim=1), torch.ones(2))
 
 
 def test_more_components_than_there_are_is_refused(wide: Path) -> None:
     with pytest.raises(ConfigError, match="at most 6"):
-        aligned_vectors(EmbeddingTable.open(wide), [f"i{row}" for row in range(20)], EmbeddingStart(wide, pca=7), 0)
+        aligned_vectors([f"i{row}" for row in range(20)], EmbeddingStart(wide, pca=7), 0)
 
 
 @MODELS

@@ -25,7 +25,6 @@ from embedding_folder import write_embeddings
 
 from vlm2rec.downstream import recbole_compat
 from vlm2rec.downstream.recbole_plugin import EmbeddingStart, aligned_vectors
-from vlm2rec.downstream.table import EmbeddingTable
 
 
 def as_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -70,9 +69,7 @@ def theirs(folder: Path) -> tuple[float, np.ndarray]:
 def ours(folder: Path, tokens: list[str]) -> tuple[float, np.ndarray]:
     """Return the CPU seconds until our vectors are ready, and the vectors by RecBole's item number."""
     begun = time.process_time()
-    start = EmbeddingStart(folder=folder, column="fused")
-    table = EmbeddingTable.open(folder, "fused")
-    vectors, _, _ = aligned_vectors(table, tokens, start, 0)
+    vectors, _, _ = aligned_vectors(tokens, EmbeddingStart(folder=folder, column="fused"), 0)
     return time.process_time() - begun, vectors.numpy()
 
 
