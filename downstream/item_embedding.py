@@ -43,11 +43,13 @@ def standardise(vectors: Tensor, given: np.ndarray | None = None, in_place: bool
     found = vectors if in_place else vectors.to(torch.float32, copy=True)
     # few rows are summed in float32 and their sums in float64: exact enough, and no second copy of the table
     blocks = found.split(_BLOCK)
-    mean = (sum((block.sum(0).double() for block in blocks), torch.zeros(())) / max(1, count)).float()
-    scale = sum(float(block.norm(dim=1).sum()) for block in blocks) / max(1, count)
+    sums = torch.stack([block.sum(0) for block in blocks]) if blocks else torch.zeros(1, vectors.shape[1])
+    mean = (sums.double().sum(0) / max(1, count)).float()
+    # how long a vector is on average, offset included, told by a few: what is shorter by six orders is rounding
+    scale = float(found[:: max(1, len(found) // 1000)].norm(dim=1).max()) if len(found) else 0.0
     for number, block in enumerate(blocks):
         block -= mean
-        length = block.norm(dim=1, keepdim=True)  # (block, 1)
+        length = torch.linalg.vector_norm(block, dim=1, keepdim=True)  # (block, 1)
         factor = torch.where(length > _NO_LENGTH * scale, 1 / length.clamp_min(1e-30), 0.0)
         if given is not None:
             factor *= torch.from_numpy(given[number * _BLOCK : number * _BLOCK + len(block), None])

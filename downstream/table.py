@@ -110,8 +110,11 @@ def read_in_order(folder: Path, column: str, item_ids: list[str], vectors: np.nd
         rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
         anything = anything or bool(present.any())
         wanted = present & (rows >= 0)
-        vectors[rows[wanted]] = batch[wanted]
-        found[rows[wanted]] = True
+        if not wanted.all():
+            rows, batch = rows[wanted], batch[wanted]
+        in_order = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+        vectors[slice(rows[0], rows[-1] + 1) if in_order else rows] = batch
+        found[rows] = True
     if not anything:
         raise _nothing_in(folder, column)
     return found

@@ -16,6 +16,8 @@ with windows, and lets the last layer finish early; all three act only where a `
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,8 @@ LAYOUT = "packed_layout"  # keyword under which the model passes the layout down
 
 ROWS_IN_BLOCK = 512  # of a linear layer on the CPU; 3 % slower than 2,048 at once
 
+logger = logging.getLogger(__name__)
+
 _packing: ContextVar[bool] = ContextVar("packing", default=False)
 
 
@@ -61,6 +65,26 @@ class Layout:
     def last(self) -> Tensor:
         """Return where each prompt's last token lies in the row, (n,)."""
         return self._once("last", lambda: torch.tensor(self.lengths).cumsum(0) - 1)
+
+    def bounds(self, before: int) -> Tensor:
+        """Return where prompts begin and end if `before` tokens precede each, (n + 1,) int32."""
+        return self._once(
+            ("bounds", before),
+            lambda: torch.tensor([0, *(before + length for length in self.lengths)]).cumsum(0).to(torch.int32),
+        )
+
+    @property
+    def keys(self) -> Tensor:
+        """Return which keys each prompt sees, one prompt after the other: the prefix and its own."""
+
+        def make() -> Tensor:
+            prefix, start, found = torch.arange(self.prefix), self.prefix, []
+            for length in self.lengths:
+                found += [prefix, torch.arange(start, start + length)]
+                start += length
+            return torch.cat(found)
+
+        return self._once("keys", make)
 
     def mask(self, length: int) -> Tensor:
         """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
@@ -143,6 +167,13 @@ def _attend(
     layout: Layout | None = rest.pop(LAYOUT, None)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    if not rest.get("dropout") and _kernel_works(query.device, query.dtype, query.shape[-1]):
+        return _attend_by_kernel(query, key, value, layout, rest.get("scaling")), None
+    return _attend_by_runs(query, key, value, layout, **rest), None
+
+
+def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rest: Any) -> Tensor:
+    """Attend with torch's general attention, neighbours of equal length in one call."""
     prefix = layout.prefix
     causal = {"is_causal": not prefix, "dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
     start = 0
@@ -161,7 +192,7 @@ def _attend(
         part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
-    return torch.cat(parts)[None], None
+    return torch.cat(parts)[None]
 
 
 def _side_by_side(states: Tensor, start: int, count: int, length: int) -> Tensor:
@@ -180,6 +211,10 @@ def _attend_windows(
 ) -> tuple[Tensor, None]:
     """Attend within windows of a vision tower, neighbours of equal size in one call; shapes as in `_attend`."""
     bounds: Tensor = rest["cu_seq_lens_q"]
+    if _kernel_works(query.device, query.dtype, query.shape[-1]):
+        longest = rest["max_length_q"]
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        return _kernel(q, k, v, (bounds, bounds), (longest, longest), rest["scaling"], causal=False)[None], None
     start = 0
     parts = []
     for count, length in Layout(tuple(bounds.diff().tolist())).runs:
@@ -188,6 +223,68 @@ def _attend_windows(
         parts.append(part.transpose(1, 2).flatten(0, 1))
         start += count * length
     return torch.cat(parts)[None], None
+
+
+def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
+    """Attend with torch's kernel for rows of different lengths, all in one call: on a GPU, in half precision."""
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, width)
+    if layout.prefix:
+        k, v = k[layout.keys], v[layout.keys]
+    longest = max(layout.lengths)
+    bounds = layout.bounds(0), layout.bounds(layout.prefix)
+    return _kernel(q, k, v, bounds, (longest, layout.prefix + longest), scale, causal=True)[None]
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+    causal: bool,
+) -> Tensor:
+    """Call `varlen_attn`, whose arguments have changed between releases of torch; (T, heads, width)."""
+    from torch.nn.attention import varlen
+
+    known = inspect.signature(varlen.varlen_attn).parameters
+    settings: dict[str, Any] = {"scale": scale}
+    if "window_size" in known:  # nothing to the right of a token is seen
+        settings["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        settings["is_causal"] = causal
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        settings["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    found: Any = varlen.varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), *bounds, *longest, **settings)
+    return torch.as_tensor(found)
+
+
+@functools.cache
+def _kernel_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Tell whether this torch has that kernel for this GPU, and it gives what the general attention gives."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    layout = Layout((5, 5, 17, 2), 3, device)
+    random = torch.Generator(device).manual_seed(0)
+    query = torch.randn(1, 4, 29, width, dtype=dtype, device=device, generator=random)
+    key, value = torch.randn(2, 1, 2, 32, width, dtype=dtype, device=device, generator=random)
+    try:
+        with torch.no_grad():
+            expected = _attend_by_runs(query, key, value, layout, scaling=width**-0.5)
+            found = _attend_by_kernel(query, key, value, layout, width**-0.5)
+        with torch.enable_grad():
+            asked = query.clone().requires_grad_()
+            _attend_by_kernel(asked, key, value, layout, width**-0.5).float().sum().backward()
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        logger.warning("torch's kernel for packed rows is not used: %s", error)
+        return False
+    off = float((found.float() - expected.float()).abs().max())
+    if off > 0.02:
+        logger.warning("torch's kernel for packed rows is not used: it is off by %.3f", off)
+    return off <= 0.02
 
 
 def _mask(*arguments: Any, **settings: Any) -> Tensor | None:

@@ -191,7 +191,7 @@ def _commit(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write_parquet(table, file)
+            write_parquet(table, file)
             file.flush()
             os.fsync(file.fileno())
         if not pq.read_table(temporary, page_checksum_verification=True).equals(table):
@@ -205,11 +205,12 @@ def _commit(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
     return shard
 
 
-def _write_parquet(table: pa.Table, file: Any) -> None:
+def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_ROWS) -> None:
+    """Write a shard's table to a path or an open file, in the encoding of all shards."""
     pq.write_table(
         table,
         file,
-        row_group_size=ROW_GROUP_ROWS,
+        row_group_size=row_group_size,
         compression="zstd",
         compression_level=1,
         # exponents of neighbouring floats are alike, mantissas are not: stored byte by byte they compress. The

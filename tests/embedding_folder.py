@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
+from vlm2rec.embedder.shards import ROW_GROUP_ROWS, write_parquet
 
 View = np.ndarray | None
 
@@ -62,7 +62,7 @@ def write_embeddings(
         ]
         path = folder / schema.shard_name(number)
         table = pa.Table.from_arrays(columns, schema=schema.embedding_schema(dim, dtype))
-        pq.write_table(table, path, row_group_size=row_group_size, write_page_checksum=True)
+        write_parquet(table, path, row_group_size or ROW_GROUP_ROWS)
         shards.append(
             {
                 "file": path.name,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlm2rec.embedder import lora, packing, prompts
@@ -49,6 +50,39 @@ def test_attention_is_that_of_each_prompt_alone(prefix: int) -> None:
         torch.testing.assert_close(packed[:, start : start + length], expected.transpose(1, 2))
         start += length
     assert layout.last.tolist() == [2, 5, 6, 13, 16]
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
+    """What torch's GPU kernel documents, in a loop: nobody can run the kernel itself without a GPU."""
+    parts = []
+    for row in range(len(cu_q) - 1):
+        own = [t[b[row] : b[row + 1]] for t, b in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        assert len(own[0]) <= max_q and len(own[1]) <= max_k
+        if enable_gqa:
+            own[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in own[1:]]
+        scores = scale * torch.einsum("qhd,khd->hqk", own[0], own[1])
+        if window_size == (-1, 0):  # the last query sees the last key
+            scores = scores.masked_fill(~torch.ones_like(scores[0]).tril(len(own[1]) - len(own[0])).bool(), -torch.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), own[2]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_the_gpu_kernel_is_given_what_it_documents(monkeypatch: pytest.MonkeyPatch, prefix: int, gqa: bool) -> None:
+    def without_gqa(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, is_causal=False):  # type: ignore[no-untyped-def]
+        return plain_varlen(
+            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0) if is_causal else (-1, -1)
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen if gqa else without_gqa)
+    torch.manual_seed(0)
+    layout = Layout((3, 3, 1, 7, 3), prefix)
+    query = torch.randn(1, 4, 17, 8)
+    key, value = torch.randn(2, 1, 2, prefix + 17, 8)
+    expected = packing._attend_by_runs(query, key, value, layout, scaling=0.3)
+    torch.testing.assert_close(packing._attend_by_kernel(query, key, value, layout, 0.3), expected)
+    assert not packing._kernel_works(torch.device("cpu"), torch.bfloat16, 8)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
