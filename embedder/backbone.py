@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -304,18 +303,35 @@ class Backbone:
         images = [image for prompt in prompts for image in prompt.images]
         positions = self._positions(ids, mask, images)[..., shared:]
         own = mask[:, shared:] == 1  # (B, T - shared)
-        arguments: dict[str, Any] = {"input_ids": ids[:, shared:][own][None], "position_ids": positions[..., own]}
-        arguments["position_ids"] = arguments["position_ids"].unsqueeze(-2)  # (3, 1, T) or (1, T)
-        if images:
-            arguments["mm_encoder_outputs"] = {"image": self._vision_output(images)}
+        row = ids[:, shared:][own][None]  # (1, T)
+        arguments: dict[str, Any] = {"position_ids": positions[..., own].unsqueeze(-2)}  # (3, 1, T) or (1, T)
         if start:
             arguments["past_key_values"] = self._prefix(start).cache()
         layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device)
-        return self._last_states(layout, **arguments)
+        return self._last_states(layout, row, images, **arguments)
 
-    def _last_states(self, layout: Layout, **arguments: Any) -> Tensor:
+    def _last_states(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
+        """Run the language model over a packed row of token ids, (1, T), with its images' tokens in their places.
+
+        The language model is called itself: how the models around it take features of images that were looked at
+        before has changed from release to release of transformers, and what is not known there is silently ignored.
+        """
+        embedded = self.language_model.get_input_embeddings()(row)  # (1, T, d)
+        if images:
+            place = row == self.image_token_id  # (1, T)
+            tokens = torch.cat([image.tokens for image in images]).to(embedded)
+            if int(place.sum()) != len(tokens):
+                raise ValueError(f"the prompts have room for {int(place.sum())} image tokens, {len(tokens)} were given")
+            embedded = embedded.masked_scatter(place.unsqueeze(-1), tokens)
+            if images[0].deepstack:
+                arguments["visual_pos_masks"] = place
+                arguments["deepstack_visual_embeds"] = [
+                    torch.cat(layer).to(embedded) for layer in zip(*(image.deepstack for image in images), strict=True)
+                ]
         with packing.packed(layout) as keywords:
-            output = self.body(use_cache=False, return_dict=True, **arguments, **keywords)
+            output = self.language_model(
+                inputs_embeds=embedded, use_cache=False, return_dict=True, **arguments, **keywords
+            )
         states: Tensor = output.last_hidden_state[0]
         return states if len(states) == len(layout.lengths) else states[layout.last]
 
@@ -325,9 +341,8 @@ class Backbone:
             cache = DynamicCache()
             row = torch.tensor([start], device=self.device)
             place = torch.arange(len(start), device=self.device)[None]
-            self._last_states(
-                Layout((len(start),), device=self.device), input_ids=row, position_ids=place, past_key_values=cache
-            )
+            layout = Layout((len(start),), device=self.device)
+            self._last_states(layout, row, (), position_ids=place, past_key_values=cache)
             self._prefixes[start] = Prefix(start, tuple((layer.keys, layer.values) for layer in cache.layers))
         return self._prefixes[start]
 
@@ -351,15 +366,6 @@ class Backbone:
         grids = torch.stack([image.grid for image in images if image.grid is not None])
         positions, _ = self.body.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
         return positions
-
-    def _vision_output(self, images: Sequence[ImageFeatures]) -> SimpleNamespace:
-        """Return the images' features in the form in which the model's own vision tower hands them over."""
-        tokens = tuple(image.tokens.to(self.device) for image in images)
-        deepstack = [
-            tuple(part.to(self.device) for part in layer) for layer in zip(*(i.deepstack for i in images), strict=True)
-        ]
-        stacked = self.processor.family.stacked_features
-        return SimpleNamespace(pooler_output=torch.stack(tokens) if stacked else tokens, deepstack_features=deepstack)
 
     @property
     def image_layers(self) -> int:

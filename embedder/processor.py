@@ -33,7 +33,6 @@ class Family:
     placeholder: str  # stands for one image in a prompt, wrapped as the family's chat template wraps it
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
     note: str = ""  # said to the user when the family is loaded
-    stacked_features: bool = False  # the model wants its image features as one tensor, not as a tuple
     text_only: bool = False  # a causal text model: no images, no processor
 
 
@@ -46,7 +45,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("qwen2_5_vl", "Qwen2_5_VLProcessor", _QWEN_IMAGE, area_budget=True),
         Family("qwen3_vl", "Qwen3VLProcessor", _QWEN_IMAGE, area_budget=True),
         # the processor adds <img> and </img> itself
-        Family("internvl", "InternVLProcessor", "<IMG_CONTEXT>", area_budget=False, stacked_features=True),
+        Family("internvl", "InternVLProcessor", "<IMG_CONTEXT>", area_budget=False),
         Family(
             "llava",
             "LlavaProcessor",
