@@ -256,7 +256,9 @@ class Backbone:
         """
         patched = [image if isinstance(image, Patches) else self.patch(image) for image in images]
         values = torch.cat([each.values for each in patched])
-        inputs = {"pixel_values": values.to(self.device, self.model.dtype)}
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # copied while the GPU still works on the images before
+        inputs = {"pixel_values": values.to(self.device, self.model.dtype, non_blocking=True)}
         if patched[0].grid is not None:
             inputs["image_grid_thw"] = torch.cat([each.grid for each in patched if each.grid is not None]).to(
                 self.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlm2rec.embedder import lora, packing, prompts
-from vlm2rec.embedder.backbone import Backbone
+from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, ImageFeatures
 from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.errors import ModelError
 from vlm2rec.embedder.packing import FixedBlocks, Layout, packed_rows
 
 Tiny = Callable[[str], Path]
@@ -171,3 +172,42 @@ def test_fixed_blocks_give_a_row_the_same_bits_in_any_company(threads: int) -> N
         torch.testing.assert_close(together, F.linear(rows, layer.weight, layer.bias), atol=1e-4, rtol=1e-4)
     finally:
         torch.set_num_threads(before)
+
+
+# --- when memory runs out ------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_rows_and_loses_nothing(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+    images = [Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green", "black")]
+    expected = encoder.encode_items(TITLES, images)
+    rows, pictures = Backbone.encode, Backbone.look_at_once
+
+    def small(self: Backbone, batch: Sequence[EncodedPrompt]) -> torch.Tensor:
+        if sum(len(prompt) for prompt in batch) > 60:
+            raise torch.OutOfMemoryError("no room")
+        return rows(self, batch)
+
+    def one(self: Backbone, batch: Sequence[Image.Image]) -> list[ImageFeatures]:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return pictures(self, batch)
+
+    monkeypatch.setattr(Backbone, "encode", small)
+    monkeypatch.setattr(Backbone, "look_at_once", one)
+    found = encoder.encode_items(TITLES, images)
+    for view in ("fused", "text", "image"):
+        np.testing.assert_array_equal(getattr(found, view), getattr(expected, view))
+    assert encoder.token_budget <= 60 and "out of memory: rows of" in caplog.text
+
+
+def test_a_prompt_that_does_not_fit_by_itself_is_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+    monkeypatch.setattr(Backbone, "encode", never)
+    with pytest.raises(ModelError, match="does not suffice for a prompt of"):
+        encoder.encode_items(TITLES, [None] * 4)

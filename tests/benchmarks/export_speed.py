@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -91,7 +92,9 @@ def sentence_transformers(folder: Path, titles: list[str], pictures: list[Image.
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     except ImportError:
         return None
-    transformer = Transformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]})
+    own = load_processor(str(folder), None, 224 * 224)  # transformers' own loader wants torchvision, for videos
+    with patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: own):
+        transformer = Transformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]})
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
     texts = ["".join(p or "" for p in prompts.text_prompt([title])) for title in titles]
