@@ -412,7 +412,8 @@ def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[
     )
     try:
         deadline = time.monotonic() + 100
-        while not ready.exists():
+        # a thread writes the first shard while the second is encoded: its record is the last thing it writes
+        while not (ready.exists() and (config.out / "part-00000.json").exists()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)

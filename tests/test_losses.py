@@ -68,7 +68,7 @@ def reference(
     *,
     tau_wpcl: float = 0.1,
     tau_crtr: float = 0.1,
-    lam: float = 0.5,
+    lam: float = 0.1,
     alpha: float = 1.0,
     beta: float = 1.0,
     penalty: bool = True,
