@@ -43,10 +43,11 @@ def standardise(vectors: Tensor, given: np.ndarray | None = None, in_place: bool
     found = vectors if in_place else vectors.to(torch.float32, copy=True)
     # few rows are summed in float32 and their sums in float64: exact enough, and no second copy of the table
     blocks = found.split(_BLOCK)
-    sums = torch.stack([block.sum(0) for block in blocks]) if blocks else torch.zeros(1, vectors.shape[1])
-    mean = (sums.double().sum(0) / max(1, count)).float()
-    # how long a vector is on average, offset included, told by a few: what is shorter by six orders is rounding
-    scale = float(found[:: max(1, len(found) // 1000)].norm(dim=1).max()) if len(found) else 0.0
+    total, lengths = torch.zeros(vectors.shape[1], dtype=torch.float64), 0.0
+    for block in blocks:
+        total += block.sum(0)
+        lengths += float(torch.linalg.vector_norm(block, dim=1).sum())
+    mean, scale = (total / max(1, count)).float(), lengths / max(1, count)
     for number, block in enumerate(blocks):
         block -= mean
         length = torch.linalg.vector_norm(block, dim=1, keepdim=True)  # (block, 1)

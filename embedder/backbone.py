@@ -8,11 +8,11 @@ A causal text model takes the same path with text prompts alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -26,6 +26,8 @@ from vlm2rec.embedder.packing import FixedBlocks, Layout, Prefix, common_start
 from vlm2rec.embedder.processor import image_tokens, load_processor, neutralise
 from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, PromptMode, render
 
+T = TypeVar("T")
+R = TypeVar("R")
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 # images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
@@ -235,19 +237,9 @@ class Backbone:
         step = IMAGES_AT_ONCE[self.device.type]
         with FixedBlocks():  # what is kept of an image must not depend on those it was looked at with
             for start in range(0, len(images), step):
-                features += self._look_with_less(images[start : start + step])
+                for found in in_halves(self.look_at_once, images[start : start + step], lambda _: "an image"):
+                    features += found
         return features
-
-    def _look_with_less(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
-        """Look at the images in halves where the memory does not suffice."""
-        try:
-            return self.look_at_once(images)
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise out_of_memory("an image") from None
-        torch.cuda.empty_cache()
-        half = len(images) // 2
-        return self._look_with_less(images[:half]) + self._look_with_less(images[half:])
 
     def look_at_once(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the vision tower over RGB images in one call.
@@ -296,7 +288,8 @@ class Backbone:
             by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
         vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
         place = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
-        return torch.empty_like(torch.cat(vectors)).index_copy(0, place, torch.cat(vectors))
+        found = torch.cat(vectors)
+        return torch.empty_like(found).index_copy_(0, place, found)
 
     def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
         """Encode prompts that all begin with `start`, whose keys and values are made once."""
@@ -345,7 +338,7 @@ class Backbone:
             place = torch.arange(len(start), device=self.device)[None]
             layout = Layout((len(start),), device=self.device)
             self._last_states(layout, row, (), position_ids=place, past_key_values=cache)
-            self._prefixes[start] = Prefix(start, tuple((layer.keys, layer.values) for layer in cache.layers))
+            self._prefixes[start] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
         return self._prefixes[start]
 
     def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
@@ -379,18 +372,22 @@ class Backbone:
         return image_tokens(self.processor, width, height)
 
 
-def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yield lists of positions whose padded size `count × longest` stays within `budget`, shortest prompts first.
+def batches_by_tokens(lengths: Sequence[int], budget: int, padded: bool = True) -> Iterator[list[int]]:
+    """Yield lists of positions whose size stays within `budget` tokens, shortest prompts first.
 
-    A prompt longer than the budget comes alone. Neighbours have nearly the same length, so little is padded.
+    The size is the padded one, `count × longest`, or without padding the sum of the lengths. A prompt longer than the
+    budget comes alone. Neighbours have nearly the same length, so little is padded.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batch: list[int] = []
-    for position in order:
-        if batch and lengths[position] * (len(batch) + 1) > budget:
+    tokens = 0
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[position]
+        size = length * (len(batch) + 1) if padded else tokens + length
+        if batch and size > budget:
             yield batch
-            batch = []
+            batch, size = [], length
         batch.append(position)
+        tokens = size
     if batch:
         yield batch
 
@@ -408,13 +405,38 @@ def quiet_if(local: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def out_of_memory(what: str) -> ModelError:
-    """Return the error of a model for which not even one prompt or image fits."""
-    return ModelError(
-        f"the memory of the device does not suffice for {what} beside the model",
-        "room for the model and one prompt",
-        "use --dtype bfloat16, a smaller --max-pixels or backbone, or a larger device",
-    )
+def in_halves(
+    work: Callable[[Sequence[T]], R],
+    batch: Sequence[T],
+    named: Callable[[T], str],
+    smaller: Callable[[Sequence[T]], None] = lambda batch: None,
+) -> list[R]:
+    """Return what `work` makes of a batch, in parts where the device's memory does not suffice for the whole.
+
+    Args:
+        work: done without gradients; what is kept for them would not become less.
+        batch: in order.
+        named: what one of them is, for the message.
+        smaller: told of each batch that was too large.
+
+    Raises:
+        ModelError: a single one does not fit.
+    """
+    try:
+        return [work(batch)]
+    except torch.OutOfMemoryError:
+        if torch.is_grad_enabled():
+            raise
+        if len(batch) == 1:
+            raise ModelError(
+                f"the memory of the device does not suffice for {named(batch[0])} beside the model",
+                "room for the model and one prompt",
+                "use --dtype bfloat16, a smaller --max-pixels or backbone, or a larger device",
+            ) from None
+    torch.cuda.empty_cache()
+    smaller(batch)
+    half = len(batch) // 2
+    return [found for part in (batch[:half], batch[half:]) for found in in_halves(work, part, named, smaller)]
 
 
 def pick_token_budget(backbone: Backbone) -> int:

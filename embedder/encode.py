@@ -22,14 +22,15 @@ from vlm2rec.embedder.backbone import (
     EncodedPrompt,
     ImageFeatures,
     Patches,
-    out_of_memory,
+    batches_by_tokens,
+    in_halves,
     pick_device,
     pick_dtype,
     pick_token_budget,
 )
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.embedder.images import ImageError, open_image
-from vlm2rec.embedder.packing import FixedBlocks, packed_rows
+from vlm2rec.embedder.packing import FixedBlocks
 from vlm2rec.embedder.pooling import FusionNorm, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode
@@ -309,8 +310,10 @@ class ItemEncoder:
         rows = list(by_row)
         order: list[int] = []
         vectors: list[Tensor] = []
-        for batch in packed_rows([len(by_row[row]) for row in rows], budget):
-            vectors.append(self._encode_with_less([by_row[rows[i]] for i in batch]).float())
+        for batch in batches_by_tokens([len(by_row[row]) for row in rows], budget, padded=False):
+            chosen = [by_row[rows[i]] for i in batch]
+            parts = in_halves(self.backbone.encode, chosen, _tokens_of, self._take_smaller_rows)
+            vectors += [part.float() for part in parts]
             order += [rows[i] for i in batch]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
         if not vectors:
@@ -318,20 +321,13 @@ class ItemEncoder:
         # out of place, so that gradients pass
         return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
 
-    def _encode_with_less(self, batch: Sequence[EncodedPrompt]) -> Tensor:
-        """Encode prompts in halves where the memory does not suffice, and take smaller rows from then on."""
-        try:
-            return self.backbone.encode(batch)
-        except torch.OutOfMemoryError:
-            if torch.is_grad_enabled():
-                raise  # what is kept for the gradients would not become less
-            if len(batch) == 1:
-                raise out_of_memory(f"a prompt of {len(batch[0])} tokens") from None
-        torch.cuda.empty_cache()
+    def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
         logger.warning("out of memory: rows of %d tokens from now on", self.token_budget)
-        half = len(batch) // 2
-        return torch.cat([self._encode_with_less(batch[:half]), self._encode_with_less(batch[half:])])
+
+
+def _tokens_of(prompt: EncodedPrompt) -> str:
+    return f"a prompt of {len(prompt)} tokens"
 
 
 def encoder_settings(

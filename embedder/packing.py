@@ -99,25 +99,10 @@ class Layout:
         return self._made[key]
 
 
-def packed_rows(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yield lists of positions whose lengths add up to at most `budget`, shortest first; a longer one comes alone."""
-    row: list[int] = []
-    tokens = 0
-    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if row and tokens + lengths[position] > budget:
-            yield row
-            row, tokens = [], 0
-        row.append(position)
-        tokens += lengths[position]
-    if row:
-        yield row
-
-
 @dataclass(frozen=True)
 class Prefix:
-    """The tokens that start every prompt of a kind, with the keys and values that each layer made of them."""
+    """The keys and values that each layer made of the tokens that start every prompt of a kind."""
 
-    ids: tuple[int, ...]
     states: tuple[tuple[Tensor, Tensor], ...]  # per layer, keys and values (1, heads, tokens, width)
 
     def cache(self) -> DynamicCache:

@@ -43,7 +43,6 @@ _RECORD = np.dtype(
         ("checksum", "<u4"),
     ]
 )
-_BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}  # NumPy has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class VisionCache:
         folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "about.json").is_file():
-            schema.write_text(folder / "about.json", json.dumps(json.loads(text), indent=2) + "\n")
+            schema.write_json(folder / "about.json", json.loads(text))
         return cls(folder, backbone.dim, backbone.model.dtype)
 
     def __len__(self) -> int:
@@ -118,8 +117,8 @@ class VisionCache:
             tokens, layers = int(record["tokens"]), int(record["layers"])
             size = layers * tokens * self.dim * self.dtype.itemsize
             content = self._bytes(path, int(record["offset"]), size)
-            if content is not None and zlib.crc32(content.tobytes()) == record["checksum"]:
-                values = torch.from_numpy(content.copy()).view(self.dtype).view(layers, tokens, self.dim)
+            if content is not None and zlib.crc32(content) == record["checksum"]:
+                values = torch.frombuffer(content, dtype=self.dtype).view(layers, tokens, self.dim)
                 grid = torch.from_numpy(record["grid"].astype(np.int64)) if record["grid"].any() else None
                 return ImageFeatures(values[0], tuple(values[1:]), grid)
         return None
@@ -129,8 +128,8 @@ class VisionCache:
         records = np.zeros(len(keys), _RECORD)
         with self._segment.open("ab") as tokens:
             for record, key, feature in zip(records, keys, features, strict=True):
-                layers = [_bits(layer) for layer in (feature.tokens, *feature.deepstack)]
-                content = np.concatenate(layers).tobytes()
+                layers = [_bytes_of(layer) for layer in (feature.tokens, *feature.deepstack)]
+                content = b"".join(layers)
                 record["image"], record["offset"] = np.void(key), tokens.tell()
                 record["tokens"], record["layers"] = len(feature.tokens), len(layers)
                 record["grid"] = 0 if feature.grid is None else feature.grid.numpy()
@@ -141,17 +140,15 @@ class VisionCache:
         for key, record in zip(keys, records, strict=True):
             self._known.setdefault(key, []).append((self._segment, record))
 
-    def _bytes(self, path: Path, start: int, size: int) -> np.ndarray | None:
-        """Return a stretch of a segment, or None where it is shorter than its index says."""
+    def _bytes(self, path: Path, start: int, size: int) -> bytearray | None:
+        """Return a copy of a stretch of a segment, or None where it is shorter than its index says."""
         mapped = self._maps.get(path)
         if mapped is None or len(mapped) < start + size:  # it has grown since
             if not path.is_file() or path.stat().st_size < start + size:
                 return None
             mapped = self._maps[path] = np.memmap(path, np.uint8, "r")
-        return np.asarray(mapped[start : start + size])
+        return bytearray(mapped[start : start + size])
 
 
-def _bits(values: Tensor) -> np.ndarray:
-    """Return a tensor's bits as integers of the same size, on the CPU."""
-    flat = values.detach().cpu().contiguous().flatten()
-    return np.asarray(flat.view(torch.uint8).numpy().view(_BITS[values.dtype]))
+def _bytes_of(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16

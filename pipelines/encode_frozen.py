@@ -28,6 +28,6 @@ def run(config: EncodeFrozenConfig) -> dict[str, Any]:
     return export_as_told(
         config,
         frozen_settings(config.encoder, **given),
-        lambda: load_frozen(config.encoder, token_budget=config.token_budget, **given),
+        lambda _: load_frozen(config.encoder, token_budget=config.token_budget, **given),
         config.on_image_error,
     )

@@ -32,6 +32,6 @@ def run(config: EncodePromptedConfig) -> dict[str, Any]:
     return export_as_told(
         config,
         prompted_settings(config.backbone, **given),
-        lambda: PromptedEncoder.load(config.backbone, token_budget=config.token_budget, **given),
+        lambda _: PromptedEncoder.load(config.backbone, token_budget=config.token_budget, **given),
         "null",
     )

@@ -77,21 +77,21 @@ def run(config: ExportConfig) -> dict[str, Any]:
     return export_as_told(
         config,
         encoder_settings(config.backbone, config.adapter, **given),
-        lambda: _load(config, given),
+        lambda dataset: _load(config, dataset, given),
         config.on_image_error,
     )
 
 
-def _load(config: ExportConfig, given: Mapping[str, Any]) -> ItemEncoder:
+def _load(config: ExportConfig, dataset: Dataset, given: Mapping[str, Any]) -> ItemEncoder:
     encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
-    use_vision_cache(config.vision_cache, Dataset(config.data), encoder, config.backbone, config.revision)
+    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     return encoder
 
 
 def export_as_told(
     config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig,
     settings: Mapping[str, Any],
-    load_encoder: Callable[[], Encoder],
+    load_encoder: Callable[[Dataset], Encoder],
     on_image_error: ImagePolicy,
 ) -> dict[str, Any]:
     """Do what every command with an encoder does: export, print what came out, and refuse too many failures.
@@ -99,14 +99,15 @@ def export_as_told(
     Args:
         config: the command's settings.
         settings: as of `export`.
-        load_encoder: as of `export`.
+        load_encoder: as of `export`, for the dataset that the settings name.
         on_image_error: as of `export`.
     """
+    dataset = Dataset(config.data)
     manifest = export(
-        Dataset(config.data),
+        dataset,
         config.out,
         settings,
-        load_encoder,
+        lambda: load_encoder(dataset),
         shard_size=config.shard_size,
         storage=config.storage,
         on_image_error=on_image_error,

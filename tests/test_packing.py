@@ -17,10 +17,10 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlm2rec.embedder import lora, packing, prompts
-from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, ImageFeatures
+from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, ImageFeatures, batches_by_tokens
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ModelError
-from vlm2rec.embedder.packing import FixedBlocks, Layout, packed_rows
+from vlm2rec.embedder.packing import FixedBlocks, Layout
 
 Tiny = Callable[[str], Path]
 TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)"]
@@ -28,7 +28,7 @@ TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)"]
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500))
 def test_every_prompt_is_in_one_row_and_no_row_is_too_long(lengths: list[int], budget: int) -> None:
-    rows = list(packed_rows(lengths, budget))
+    rows = list(batches_by_tokens(lengths, budget, padded=False))
     assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
 

@@ -246,11 +246,11 @@ class Packed:
         return self._rows(texts) + self._rows(pictures)
 
     def _rows(self, prompts: list[Any]) -> Tensor:
-        from vlm2rec.embedder.packing import packed_rows
+        from vlm2rec.embedder.backbone import batches_by_tokens
 
         found = torch.empty(len(prompts), self.shape.width, device=self.backbone.device)
         with torch.no_grad():
-            for row in packed_rows([len(prompt) for prompt in prompts], self.budget):
+            for row in batches_by_tokens([len(prompt) for prompt in prompts], self.budget, padded=False):
                 found[row] = self.backbone.encode([prompts[i] for i in row]).float()
         return found
 
