@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_lora import draw_lora
 from torch import Tensor
 
 from vlm2rec.embedder.dataset import Dataset
@@ -28,11 +29,7 @@ def model(tiny: Tiny, drawn_dataset: Path) -> HistoryModel:
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device="cpu")
     items = Items(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    draw_lora(wrapped, "lora_", 0.1, seed=1)
     return HistoryModel(encoder, wrapped, items, VLM2RecLoss(0.5, 0.5), 0.5)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_lora import draw_lora
 from torch import Tensor
 
 from vlm2rec.embedder import schema
@@ -114,10 +115,7 @@ def model(tiny: Callable[[str], Path], drawn_dataset: Path) -> HistoryModel:
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device="cpu")
     items = Items(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in lora_weights(wrapped):
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    draw_lora(wrapped, "lora_", 0.1, seed=1)
     return HistoryModel(encoder, wrapped, items, VLM2RecLoss(0.5, 0.5, stop_gradient=False), 0.5)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from drawn_lora import draw_lora
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -26,11 +27,7 @@ def write_adapter(backbone: Path, folder: Path, scale: float = 0.02) -> np.ndarr
     """Write an adapter with random B matrices; returns the canary vectors it gives."""
     encoder = ItemEncoder.load(str(backbone), dtype="float32", device="cpu")
     wrapped = lora.add_lora(encoder.backbone, rank=4, alpha=8, dropout=0.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    draw_lora(wrapped, "lora_B", scale, seed=0)
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
     settings = {"encoder": vars(encoder.encoder_settings)}

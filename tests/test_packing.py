@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn_lora import draw_lora
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -122,10 +123,7 @@ def test_a_shared_prefix_is_forgotten_when_weights_begin_to_change(tiny: Tiny) -
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
     before = encoder.encode_items(TITLES, [None] * 4).text
     wrapped = lora.add_lora(encoder.backbone, rank=4, alpha=8, dropout=0.0, seed=0)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    draw_lora(wrapped, "lora_B", 0.05, seed=0)
     prompt = encoder.backbone.tokenize(prompts.text_prompt(TITLES[:1]))
     with torch.no_grad():
         expected = encoder.backbone.encode([prompt])[0].numpy()

@@ -25,8 +25,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from middle_size import Shape, read_items, write_model
+from middle_size import MIDDLE, read_items, write_model
 from PIL import Image
+from qwen_shape import Shape
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
@@ -126,14 +127,8 @@ def useful_operations(encoder: ItemEncoder, titles: list[str], known: list[Any],
             backbone.tokenize(prompts.text_prompt([title])),
             backbone.tokenize(prompts.image_prompt(1), [image]),
         ):
-            own = len(prompt) - prompt.shared
-            seen = own * prompt.shared + own * (own + 1) / 2
-            language += 2 * shape.language_weights * own + 4 * shape.width * shape.layers * seen
-        patches = 4 * len(image.tokens)
-        full = 2  # layers with full attention; the others look at 64 patches at a time
-        seen = full * patches**2 + (shape.vision_layers - full) * patches * 64
-        vision += 2 * shape.vision_weights * patches + 4 * shape.vision_width * seen
-        vision += 2 * len(image.tokens) * (4 * shape.vision_width) * (4 * shape.vision_width + shape.width)  # merger
+            language += shape.language_operations(len(prompt) - prompt.shared, prompt.shared)
+        vision += shape.vision_operations(len(image.tokens))
     return language + vision, language
 
 
@@ -155,11 +150,11 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--count", type=int, default=192, help="items that vlm2rec encodes; the others encode fewer")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--layers", type=int, default=MIDDLE.layers)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    shape = Shape(layers=chosen.layers)
+    shape = dataclasses.replace(MIDDLE, layers=chosen.layers)
     titles, pictures = read_items(chosen.items, chosen.images, chosen.count)
     few = max(8, len(titles) // 6)
     with tempfile.TemporaryDirectory() as temporary:

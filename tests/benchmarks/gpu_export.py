@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from qwen_shape import Shape
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -53,92 +54,13 @@ def import_vlm2rec() -> None:
         sys.path.insert(0, str(links.parent))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Qwen2.5-VL-3B."""
-
-    width: int = 2048
-    layers: int = 36
-    inner: int = 11008
-    heads: int = 16
-    kv_heads: int = 2
-    vocabulary: int = 151_936
-    vision_width: int = 1280
-    vision_layers: int = 32
-    vision_inner: int = 3420
-    vision_heads: int = 16
-    full_layers: tuple[int, ...] = (7, 15, 23, 31)
-    side: int = 224
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.side // 14) ** 2
-
-    @property
-    def tokens(self) -> int:
-        """Merged tokens of an image."""
-        return self.patches // 4
-
-    @property
-    def language_weights(self) -> int:
-        """Weights of the language model's linear layers."""
-        kv_width = self.width * self.kv_heads // self.heads
-        return self.layers * (2 * self.width**2 + 2 * self.width * kv_width + 3 * self.width * self.inner)
-
-    def language_operations(self, own: int, prefix: int) -> float:
-        """Operations of a prompt with `own` tokens behind a shared prefix."""
-        seen = own * prefix + own * (own + 1) / 2
-        return 2 * self.language_weights * own + 4 * self.width * self.layers * seen
-
-    @property
-    def vision_operations(self) -> float:
-        """Operations of the vision tower for an image."""
-        weights = self.vision_layers * (4 * self.vision_width**2 + 3 * self.vision_width * self.vision_inner)
-        full = len(self.full_layers)
-        seen = full * self.patches**2 + (self.vision_layers - full) * self.patches * 64
-        merger = self.tokens * 4 * self.vision_width * (4 * self.vision_width + self.width)
-        return 2 * weights * self.patches + 4 * self.vision_width * seen + 2 * merger
-
-
 TINY = Shape(128, 3, 256, 4, 2, 2000, 64, 4, 128, 4, (1, 3), 112)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a model with random weights."""
-    head = shape.width // shape.heads
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": shape.vocabulary,
-            "hidden_size": shape.width,
-            "intermediate_size": shape.inner,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
-            },
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": PAD,
-        },
-        vision_config={
-            "depth": shape.vision_layers,
-            "hidden_size": shape.vision_width,
-            "intermediate_size": shape.vision_inner,
-            "num_heads": shape.vision_heads,
-            "out_hidden_size": shape.width,
-            "window_size": 112,
-            "fullatt_block_indexes": list(shape.full_layers),
-        },
-        tie_word_embeddings=True,
-        image_token_id=IMAGE,
-        video_token_id=5,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
+    ids = {"image": IMAGE, "video": 5, "vision_start": VISION_START, "vision_end": VISION_END, "eos": None, "pad": PAD}
+    config = shape.config(ids)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
@@ -291,7 +213,7 @@ def compare_exports(model: Any, shape: Shape, count: int, device: torch.device) 
     behind = len(image_ids(shape)) - len(IMAGE_PREFIX)
     language = sum(shape.language_operations(n, len(PREFIX)) for n in own)
     language += count * shape.language_operations(behind, len(IMAGE_PREFIX))
-    everything = language + count * shape.vision_operations
+    everything = language + count * shape.vision_operations(shape.tokens)
     rate = product_rate(device, model.dtype)
     print(f"matrix product: {rate / 1e12:.2f} TFLOP/s; useful work: {everything / count / 1e12:.4f} TFLOP an item")
     naive(model, items, shape, 2)

@@ -12,6 +12,7 @@ Each way runs in a process of its own, so that the peak of one is not that of th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -24,7 +25,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from middle_size import Shape, read_items, write_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from drawn_lora import draw_lora
+from middle_size import MIDDLE, read_items, write_model
 from PIL import Image
 
 from vlm2rec.embedder import prompts
@@ -71,11 +75,7 @@ def build(folder: Path) -> tuple[HistoryModel, list[list[int]], torch.Tensor]:
     encoder = ItemEncoder.load(str(folder / "model"), dtype="float32", device="cpu")
     dataset = Dataset(folder / "data")
     wrapped = add_lora(encoder.backbone, 16, 32.0, 0.0, 0)
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=random))
+    draw_lora(wrapped, "lora_B", 0.01, seed=1)
     model = HistoryModel(encoder, wrapped, Items(dataset, encoder), VLM2RecLoss(), 0.1)
     sequences = dataset.train_sequences()[:USERS]
     histories = [[int(row) for row in items[-HISTORY - 1 : -1]] for items in sequences]
@@ -146,7 +146,7 @@ def main() -> None:
         folder = Path(temporary)
         titles, pictures = read_items(chosen.items, chosen.images, 60)
         write_dataset(folder, titles, pictures)
-        write_model(folder / "model", titles, Shape(layers=chosen.layers))
+        write_model(folder / "model", titles, dataclasses.replace(MIDDLE, layers=chosen.layers))
         found = {}
         for way in ("naive", "vlm2rec"):
             command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
