@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,8 @@ from vlm2rec.embedder.errors import ArtifactError, ConfigError
 _EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
 
 _BATCH = 1024  # rows read at a time: what is copied is still in the processor's cache
+_READERS = min(8, os.cpu_count() or 1)
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,27 @@ class EmbeddingTable:
         """
         folder = Path(folder)
         manifest = schema.read_manifest(folder)
-        ids: list[str] = []
-        expected = sum(int(shard["rows"]) for shard in manifest["shards"])
+        counts = [int(shard["rows"]) for shard in manifest["shards"]]
+        starts, expected = np.cumsum([0, *counts]), sum(counts)
         vectors, present = np.empty((expected, int(manifest["dim"])), np.float32), np.empty(expected, bool)
-        for batch_ids, batch, there in read_batches(folder, column, _BATCH):
-            rows = slice(len(ids), len(ids) + len(batch_ids))
-            if rows.stop > expected:
-                break
-            vectors[rows], present[rows] = batch, there
-            ids.extend(batch_ids)
-        if len(ids) != expected:
+
+        def read(number: int) -> list[str]:
+            ids: list[str] = []
+            for batch_ids, batch, there in _read_shard(folder, manifest, number, column, _BATCH):
+                rows = slice(starts[number] + len(ids), starts[number] + len(ids) + len(batch_ids))
+                ids.extend(batch_ids)
+                if len(ids) <= counts[number]:
+                    vectors[rows], present[rows] = batch, there
+            return ids
+
+        by_shard = _every_shard(manifest, column, read)
+        if [len(ids) for ids in by_shard] != counts:
             raise ArtifactError(
                 f"the shards of {folder} do not hold the {expected} rows that {schema.MANIFEST_FILE} counts",
                 "the folder as exported",
                 _EXPORT_AGAIN,
             )
-        table = cls(ids, vectors, present, column, manifest)
+        table = cls([item_id for ids in by_shard for item_id in ids], vectors, present, column, manifest)
         if not table.present.any():
             raise _nothing_in(folder, column)
         return table
@@ -103,19 +112,24 @@ def read_in_order(folder: Path, column: str, item_ids: list[str], vectors: np.nd
     Raises:
         ArtifactError: as `EmbeddingTable.open`.
     """
+    manifest = schema.read_manifest(folder)
     place = {item_id: row for row, item_id in enumerate(item_ids)}
     found = np.zeros(len(item_ids), bool)
-    anything = False
-    for ids, batch, present in read_batches(folder, column, _BATCH):
-        rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
-        anything = anything or bool(present.any())
-        wanted = present & (rows >= 0)
-        if not wanted.all():
-            rows, batch = rows[wanted], batch[wanted]
-        in_order = len(rows) > 0 and bool((np.diff(rows) == 1).all())
-        vectors[slice(rows[0], rows[-1] + 1) if in_order else rows] = batch
-        found[rows] = True
-    if not anything:
+
+    def read(number: int) -> bool:
+        anything = False
+        for ids, batch, present in _read_shard(folder, manifest, number, column, _BATCH):
+            rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
+            anything = anything or bool(present.any())
+            wanted = present & (rows >= 0)
+            if not wanted.all():
+                rows, batch = rows[wanted], batch[wanted]
+            in_order = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+            vectors[slice(rows[0], rows[-1] + 1) if in_order else rows] = batch
+            found[rows] = True
+        return anything
+
+    if not any(_every_shard(manifest, column, read)):
         raise _nothing_in(folder, column)
     return found
 
@@ -136,26 +150,44 @@ def read_batches(
     Memory is that of one batch, whatever the catalogue's size. Each shard's size is held against the manifest and
     Parquet's page checksums are checked on the way; `vlm2rec verify` also compares SHA-256.
     """
+    _require_view(column)
+    manifest = schema.read_manifest(folder)
+    for number in range(len(manifest["shards"])):
+        yield from _read_shard(folder, manifest, number, column, batch_size)
+
+
+def _every_shard(manifest: Mapping[str, Any], column: str, read: Callable[[int], _Read]) -> list[_Read]:
+    """Read the shards in several threads, as decoding leaves Python's lock alone; results come in the shards' order."""
+    _require_view(column)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="shard") as pool:
+        return list(pool.map(read, range(len(manifest["shards"]))))
+
+
+def _require_view(column: str) -> None:
     if column not in schema.VIEWS:
         raise ConfigError(f"{column!r} is not a view", f"one of {', '.join(schema.VIEWS)}", "correct the column's name")
-    manifest = schema.read_manifest(folder)
-    dim = int(manifest["dim"])
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise ArtifactError(
-                f"{path} is missing or has another size than the manifest says",
-                f"{shard['bytes']} bytes",
-                _EXPORT_AGAIN,
-            )
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                _require_vectors(file.schema_arrow, column, dim, path)
-                for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
-                    vectors, present = _to_numpy(batch[column], dim)
-                    yield batch[schema.ITEM_ID].to_pylist(), vectors, present
-        except (pa.ArrowException, OSError) as error:
-            raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
+
+
+def _read_shard(
+    folder: Path, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Stream one shard as `read_batches` does."""
+    shard, dim = manifest["shards"][number], int(manifest["dim"])
+    path = folder / shard["file"]
+    if not path.is_file() or path.stat().st_size != shard["bytes"]:
+        raise ArtifactError(
+            f"{path} is missing or has another size than the manifest says",
+            f"{shard['bytes']} bytes",
+            _EXPORT_AGAIN,
+        )
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _require_vectors(file.schema_arrow, column, dim, path)
+            for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
+                vectors, present = _to_numpy(batch[column], dim)
+                yield batch[schema.ITEM_ID].to_pylist(), vectors, present
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
 
 
 def _require_vectors(found: pa.Schema, column: str, dim: int, path: Path) -> None:
