@@ -10,7 +10,8 @@ Three savings over a padded batch, all exact:
 `FixedBlocks` makes a vector the same to the last bit whatever else is encoded with it.
 
 The model's own code runs. `prepare` registers an attention function for the language model and one for a vision tower
-with windows, and lets the last layer finish early; all three act only where a `Layout` is handed to the model.
+with windows, and lets the last layer finish early, which act only where a `Layout` is handed to the model; and it lets
+a vision tower take its patches through a linear layer.
 """
 
 from __future__ import annotations
@@ -125,6 +126,9 @@ def prepare(model: Any, language_model: Any) -> None:
     tower = getattr(model.model, "visual", None)
     if vision is not None and tower is not None:
         tower.config._attn_implementation = VISION_ATTENTION
+        patches = getattr(getattr(tower, "patch_embed", None), "proj", None)
+        if isinstance(patches, nn.Conv3d) and patches.kernel_size == patches.stride:
+            patches.forward = types.MethodType(_project, patches)  # type: ignore[method-assign]
     last = language_model.layers[-1]
     fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
     pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
@@ -280,6 +284,18 @@ def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
 AttentionInterface.register(LANGUAGE_ATTENTION, _attend)
 AttentionInterface.register(VISION_ATTENTION, _attend_windows)
 AttentionMaskInterface.register(LANGUAGE_ATTENTION, _mask)
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+
+def _project(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
+    """Do what a convolution does whose kernel covers each patch once, (n, channels, *kernel) to (n, d, 1, 1, 1).
+
+    It is a linear layer then, and several times as fast as one on a CPU.
+    """
+    found = F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return found[..., None, None, None]
 
 
 # --- the last layer -----------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def sentence_transformers(folder: Path, titles: list[str], pictures: list[Image.
 
 def ours(folder: Path, titles: list[str], pictures: list[Image.Image], dtype: str, shape: Shape) -> list[Run]:
     """Encode with vlm2rec, then once more with the images' features known."""
-    encoder = ItemEncoder.load(str(folder), dtype=dtype, device="cpu", token_budget=1024)  # type: ignore[arg-type]
+    encoder = ItemEncoder.load(str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     encoder.encode_items(titles[:2], pictures[:2])  # the shared prefixes
     cold = measured("vlm2rec", dtype, len(titles), lambda: encoder.encode_items(titles, pictures).fused)
     known = encoder.look(pictures)
