@@ -17,6 +17,9 @@ from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import DataError
 from vlm2rec.embedder.images import ImageError, locate, path_below_root
 
+ImagesBy = Literal["mtime", "bytes"]
+INPUT_SETTINGS = ("items", "item_ids", "titles", "images", "images_by")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,14 +31,19 @@ class Plan:
     item_ids: list[str]
     shard_size: int
     settings: dict[str, Any]
+    bounds: tuple[int, ...]  # shard i holds the rows from bounds[i] to bounds[i + 1]
+    inputs: Inputs | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.item_ids) // self.shard_size)
+        return len(self.bounds) - 1
 
     def rows(self, number: int) -> range:
         """Return the positions in `item_ids` of shard `number`."""
-        start = number * self.shard_size
-        return range(start, min(start + self.shard_size, len(self.item_ids)))
+        return range(self.bounds[number], self.bounds[number + 1])
+
+    def made_from(self, rows: Iterable[int]) -> list[str | None]:
+        """Return the column `input` of some positions: what each row is made from."""
+        return [None if self.inputs is None else self.inputs.of(row) for row in rows]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,14 +52,29 @@ class Plan:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Arrow schema of every shard, with the settings as file metadata."""
-        texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(self.settings).items()}
-        texts["vlm2rec.fingerprint"] = self.fingerprint
+        """Arrow schema of every shard; the settings that decide a vector, whatever the items, are file metadata."""
+        settings = without_inputs(self.settings)
+        texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(settings).items()}
+        texts["vlm2rec.fingerprint"] = fingerprint(settings)
         return schema.embedding_schema(self.settings["dim"], self.settings["storage"], texts)
 
 
-def plan_shards(item_ids: Sequence[str], shard_size: int, settings: Mapping[str, Any]) -> Plan:
+def plan_shards(
+    item_ids: Sequence[str],
+    shard_size: int,
+    settings: Mapping[str, Any],
+    inputs: Inputs | None = None,
+    begun: Sequence[int] = (),
+) -> Plan:
     """Return the plan of an export.
+
+    Args:
+        item_ids: the items in order.
+        shard_size: items in one shard.
+        settings: everything that decides a vector; what `inputs` say of the items is added.
+        inputs: what the items are made from.
+        begun: rows of the shards that an export into this folder has planned before (`shards.rows_of_shards`): where
+            items were appended, its last shard stays as short as it is.
 
     Raises:
         DataError: an id is null, no string, or stands twice.
@@ -67,8 +90,13 @@ def plan_shards(item_ids: Sequence[str], shard_size: int, settings: Mapping[str,
             "every item id once",
             "remove the double rows and prepare the dataset again",
         )
-    full = {"schema_version": schema.SCHEMA_VERSION, **settings}
-    return Plan(ids, shard_size, json.loads(_canonical(full)))
+    full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
+    bounds = [0]
+    for rows in begun if sum(begun) <= len(ids) else ():
+        bounds.append(bounds[-1] + rows)
+    while bounds[-1] < len(ids):
+        bounds.append(min(bounds[-1] + shard_size, len(ids)))
+    return Plan(ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs)
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -76,15 +104,57 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(settings).encode()).hexdigest()
 
 
-def input_settings(
+def without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without those that say which items they are: what decides a vector of any item."""
+    return {key: value for key, value in settings.items() if key not in INPUT_SETTINGS}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the vectors of an export are made from, in order; None where they do not depend on it."""
+
+    item_ids: Sequence[str]
+    titles: Sequence[str] | None
+    image_paths: Sequence[str] | None
+    stamps: Sequence[str] | None  # of each image: size and time, or SHA-256
+    images_by: ImagesBy
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Hashes of the ordered input, for the settings: another order, title or image is another export."""
+        found: dict[str, Any] = {"items": len(self.item_ids), "item_ids": _hash_strings(self.item_ids)}
+        if self.titles is not None:
+            found["titles"] = _hash_strings(self.titles)
+        if self.image_paths is not None and self.stamps is not None:
+            images = zip(self.image_paths, self.stamps, strict=True)
+            found["images"] = _hash_strings(f"{path}\0{stamp}" for path, stamp in images)
+            found["images_by"] = self.images_by
+        return found
+
+    def of(self, row: int) -> str:
+        """Return the hash of one item's title and image, 32 hexadecimal digits."""
+        parts = [] if self.titles is None else [self.titles[row]]
+        if self.image_paths is not None and self.stamps is not None:
+            # a file of the same content may lie elsewhere; one of the same size and time may not
+            parts += [self.stamps[row]] if self.images_by == "bytes" else [self.image_paths[row], self.stamps[row]]
+        return _hash_strings(parts)[:32]
+
+    def first(self, count: int) -> Inputs:
+        """Return the inputs of the first items."""
+        lists = (self.item_ids, self.titles, self.image_paths, self.stamps)
+        ids, titles, paths, stamps = (None if values is None else values[:count] for values in lists)
+        return Inputs(ids or [], titles, paths, stamps, self.images_by)
+
+
+def read_inputs(
     item_ids: Sequence[str],
     titles: Sequence[str],
     image_paths: Sequence[str],
     image_root: Path,
-    images_by: Literal["mtime", "bytes"] = "mtime",
+    images_by: ImagesBy = "mtime",
     modalities: Sequence[str] = schema.MODALITIES,
-) -> dict[str, Any]:
-    """Return hashes of the ordered input, for the settings: another order, title or image is another export.
+) -> Inputs:
+    """Return what vectors are made from.
 
     Args:
         item_ids: Ids in order.
@@ -94,14 +164,15 @@ def input_settings(
         images_by: `mtime` tells a changed image by its size and modification time, `bytes` by its content.
         modalities: Of what the vectors are made: titles or images that no vector depends on are left out, unread.
     """
-    settings: dict[str, Any] = {"items": len(item_ids), "item_ids": _hash_strings(item_ids)}
-    if schema.TEXT in modalities:
-        settings["titles"] = _hash_strings(titles)
-    if schema.IMAGE in modalities:
-        describe = _image_stamp if images_by == "mtime" else _image_digest
-        settings["images"] = _hash_strings(f"{path}\0{describe(image_root, path)}" for path in image_paths)
-        settings["images_by"] = images_by
-    return settings
+    looked_at = schema.IMAGE in modalities
+    describe = _image_stamp if images_by == "mtime" else _image_digest
+    return Inputs(
+        item_ids,
+        titles if schema.TEXT in modalities else None,
+        image_paths if looked_at else None,
+        [describe(image_root, path) for path in image_paths] if looked_at else None,
+        images_by,
+    )
 
 
 def _image_stamp(root: Path, relative: str) -> str:

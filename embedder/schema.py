@@ -47,6 +47,7 @@ VIEWS = (FUSED, TEXT, IMAGE)
 MODALITIES = (TEXT, IMAGE)
 STATUS = "status"
 ERROR = "error"
+INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
 MANIFEST_FILE = "manifest.json"
 
 STATUS_OK = "ok"  # every requested view is there
@@ -65,6 +66,7 @@ def embedding_schema(dim: int, dtype: str = "float32", metadata: dict[str, str] 
             *(pa.field(view, vector) for view in VIEWS),
             pa.field(STATUS, pa.string(), nullable=False),
             pa.field(ERROR, pa.string()),
+            pa.field(INPUT, pa.string()),
         ],
         metadata=metadata,
     )

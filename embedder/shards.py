@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
-from vlm2rec.embedder.export_plan import Plan, flatten
+from vlm2rec.embedder.export_plan import INPUT_SETTINGS, Plan, flatten
 from vlm2rec.embedder.writer_lock import LOCK_FILE
 
 STATE_FILE = "export.json"
@@ -61,31 +61,57 @@ class Shard:
     seconds: float  # spent on encoding it
 
 
-def begin(folder: Path, plan: Plan) -> dict[int, Shard]:
+def rows_of_shards(folder: Path) -> list[int]:
+    """Return the rows of each shard that an export into this folder has planned; none where there is no export."""
+    known = _known(folder)
+    if known is None:
+        return []
+    return [shard["rows"] for shard in known["shards"]] if "shards" in known else list(known.get("rows", []))
+
+
+def known_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that an export into this folder was begun or finished with, None where there is none."""
+    known = _known(folder)
+    return None if known is None else dict(known.get("settings", {}))
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest, or what stands in its place while an export is unfinished, or None."""
+    if (folder / schema.MANIFEST_FILE).exists():
+        return schema.read_manifest(folder)
+    if (folder / STATE_FILE).exists():
+        return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+    return None
+
+
+def begin(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]:
     """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
 
     To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
     damaged shards, naming them in the log.
 
+    Args:
+        folder: the embeddings folder.
+        plan: what is to be in it.
+        revise: the plan may be over other inputs than what lies there: items were appended, titles or images changed.
+            The caller says which rows are then to be made anew.
+
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
+    known = _known(folder)
     complete = (folder / schema.MANIFEST_FILE).exists()
-    if complete:
-        known = schema.read_manifest(folder)
-        recorded = _manifest_shards(known)
-        _refuse_changed(folder, known, plan)
-    elif (folder / STATE_FILE).exists():
-        known = schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
-        recorded = _recorded_shards(folder, plan)
-        _refuse_changed(folder, known, plan)
-    else:
+    if known is None:
         recorded = {}
         _refuse_foreign(folder)
+    else:
+        _refuse_changed(folder, known, plan, revise)
+        recorded = _manifest_shards(known) if complete else _recorded_shards(folder, plan)
     _remove_temporaries(folder)
     sound = {n: shard for n, shard in recorded.items() if not _damage(folder, n, shard)}
     adopted = {} if complete else _adopt(folder, plan, [n for n in range(len(plan)) if n not in recorded])
-    if complete and len(sound) == len(plan):
+    as_planned = known is not None and known.get("settings") == plan.settings
+    if complete and len(sound) == len(plan) and as_planned:
         _remove_records(folder, plan)
         return sound
     with _disk(folder):
@@ -158,23 +184,27 @@ def require_space(folder: Path, plan: Plan, items: int) -> None:
 
 
 def shard_table(
-    plan: Plan, number: int, vectors: Mapping[str, np.ndarray], status: Sequence[str], error: Sequence[str | None]
+    plan: Plan,
+    rows: Sequence[int],
+    vectors: Mapping[str, np.ndarray],
+    status: Sequence[str],
+    error: Sequence[str | None],
 ) -> pa.Table:
-    """Return the Arrow table of one shard.
+    """Return the Arrow table of one shard, or of some rows of one.
 
     Args:
         plan: The plan.
-        number: Which shard.
+        rows: Which n positions of the plan.
         vectors: (n, d) for each view; a row of NaN becomes null, a view that is not given is null throughout.
         status: One of `schema.STATUSES` for each row.
         error: The reason, or None, for each row.
     """
-    ids = [plan.item_ids[row] for row in plan.rows(number)]
+    ids = [plan.item_ids[row] for row in rows]
     columns = [pa.array(ids, pa.string())]
     for view in schema.VIEWS:
         kind = plan.schema.field(view).type
         columns.append(_vector_array(vectors[view], kind) if view in vectors else pa.nulls(len(ids), kind))
-    columns += [pa.array(list(status), pa.string()), pa.array(list(error), pa.string())]
+    columns += [pa.array(list(values), pa.string()) for values in (status, error, plan.made_from(rows))]
     return pa.Table.from_arrays(columns, schema=plan.schema)
 
 
@@ -196,6 +226,7 @@ def _commit(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
             os.fsync(file.fileno())
         if not pq.read_table(temporary, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
+        _record_path(folder, number).unlink(missing_ok=True)  # of the shard that this one replaces
         temporary.replace(path)
         schema.sync_folder(folder)
     finally:
@@ -237,11 +268,12 @@ def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
-            wanted = [plan.item_ids[row] for row in plan.rows(number)]
+            rows = plan.rows(number)
+            wanted = [plan.item_ids[row] for row in rows], plan.made_from(rows)
             content = read_rows(path, plan.settings["dim"], plan.settings["views"]) if as_planned else None
         except (pa.ArrowException, OSError):
             content = None
-        if content is None or content.ids != wanted or content.problems:
+        if content is None or (content.ids, content.inputs) != wanted or content.problems:
             logger.warning("%s is not a shard of this export: it is written again", path)
             path.unlink()
             continue
@@ -266,6 +298,7 @@ def _state(plan: Plan) -> dict[str, Any]:
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
+        "rows": [len(plan.rows(number)) for number in range(len(plan))],
     }
 
 
@@ -294,7 +327,7 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
         ) from None
 
 
-def _refuse_changed(folder: Path, known: Mapping[str, Any], plan: Plan) -> None:
+def _refuse_changed(folder: Path, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
     """Raise `ArtifactError` naming every setting that differs from those the folder was begun with."""
     version = known.get("schema_version")
     if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
@@ -303,19 +336,34 @@ def _refuse_changed(folder: Path, known: Mapping[str, Any], plan: Plan) -> None:
             f"a version up to {schema.SCHEMA_VERSION}",
             "go on with the vlm2rec that began it, or choose a new --out folder",
         )
-    old = flatten({"shard_size": known.get("shard_size"), **known.get("settings", {})})
-    new = flatten({"shard_size": plan.shard_size, **plan.settings})
-    changed = [
-        f"{key} was {_shown(old, key)}, now {_shown(new, key)}"
+    changed = differences(
+        {"shard_size": known.get("shard_size"), **known.get("settings", {})},
+        {"shard_size": plan.shard_size, **plan.settings},
+    )
+    if revise:
+        changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
+    if changed:
+        fix = "set these back to go on with it, or choose a new --out folder"
+        if changed.keys() <= {*INPUT_SETTINGS}:
+            fix += (
+                "; where items were appended, --extend makes the new ones; where titles or images have changed,"
+                " --retry-failed makes these anew"
+            )
+        raise ArtifactError(
+            f"{folder} was begun with other settings: {'; '.join(changed.values())}",
+            "the settings it was begun with, so that all its vectors are comparable",
+            fix,
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that differ, nested ones under dotted keys, each with a text that says how."""
+    old, new = flatten(old), flatten(new)
+    return {
+        key: f"{key} was {_shown(old, key)}, now {_shown(new, key)}"
         for key in dict.fromkeys([*old, *new])
         if key not in old or key not in new or old[key] != new[key]
-    ]
-    if changed:
-        raise ArtifactError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}",
-            "the settings it was begun with, so that all its vectors are comparable",
-            "set these back to go on with it, or choose a new --out folder",
-        )
+    }
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
@@ -383,17 +431,19 @@ class ShardContent:
 
     ids: list[str]
     status: list[str]
+    inputs: list[str | None]
     problems: list[str]
 
 
 def read_rows(path: Path, dim: int, views: Sequence[str]) -> ShardContent:
     """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
-    content = ShardContent([], [], [])
+    content = ShardContent([], [], [], [])
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(_READ_ROWS):
             status = batch[schema.STATUS].to_pylist()
             content.ids.extend(batch[schema.ITEM_ID].to_pylist())
             content.status.extend(status)
+            content.inputs.extend(batch[schema.INPUT].to_pylist())
             content.problems.extend(_row_problems(batch, np.array(status, object), dim, views))
     return content
 

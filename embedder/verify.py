@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
-from vlm2rec.embedder.export_plan import duplicates, fingerprint
+from vlm2rec.embedder.export_plan import duplicates, fingerprint, without_inputs
 from vlm2rec.embedder.shards import ShardContent, is_temporary, read_rows, vectors_of
 from vlm2rec.embedder.writer_lock import LOCK_FILE
 
@@ -138,7 +138,7 @@ def _verify_shard(
         if not found.equals(schema.embedding_schema(manifest["dim"], manifest["dtype"])):
             return [f"has other columns or another dimension than {manifest['dtype']}[{manifest['dim']}]"], None
         stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
-        if stamp is not None and stamp.decode() != manifest["fingerprint"]:
+        if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
             return ["was written with other settings than the manifest's"], None
         content = read_rows(path, manifest["dim"], manifest["views"])
     except (pa.ArrowException, OSError) as error:

@@ -210,6 +210,12 @@ def verify(config: settings.VerifyConfig) -> None:
     _stage("verify").run(config)
 
 
+@command(settings.FailuresConfig, positional="embeddings")
+def failures(config: settings.FailuresConfig) -> None:
+    """List the items that failed, and why, as CSV on stdout."""
+    _stage("failures").run(config)
+
+
 @command(settings.EvaluateConfig)
 def evaluate(config: settings.EvaluateConfig) -> None:
     """Task 1: rank items by similarity to the user's vector."""

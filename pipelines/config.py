@@ -178,6 +178,11 @@ class ExportConfig:
     images_by: Literal["mtime", "bytes"] = setting(
         "What tells a changed image when an export goes on: size and time, or content (reads every file).", "mtime"
     )
+    extend: bool = setting("Items were appended to the dataset: keep what is there, make the new ones.", False)
+    retry_failed: bool = setting("Make anew what failed, and what has changed since; keep the rest.", False)
+    changed_since: Path | None = setting(
+        "Finished embeddings folder: its vectors are taken over for items whose title and image are the same.", None
+    )
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
     vision_cache: str = setting(
@@ -229,6 +234,9 @@ class EncodeFrozenConfig:
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("As for export-items.", "null")
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    extend: bool = setting("As for export-items.", False)
+    retry_failed: bool = setting("As for export-items.", False)
+    changed_since: Path | None = setting("As for export-items.", None)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "float32")
     device: DeviceName = setting("Where to run.", "auto")
@@ -252,6 +260,9 @@ class EncodePromptedConfig:
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    extend: bool = setting("As for export-items.", False)
+    retry_failed: bool = setting("As for export-items.", False)
+    changed_since: Path | None = setting("As for export-items.", None)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "auto")
     device: DeviceName = setting("Where to run.", "auto")
@@ -260,6 +271,13 @@ class EncodePromptedConfig:
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Settings of `vlm2rec verify`."""
+
+    embeddings: Path = setting("Embeddings folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailuresConfig:
+    """Settings of `vlm2rec failures`."""
 
     embeddings: Path = setting("Embeddings folder.")
 

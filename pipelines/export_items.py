@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import deque
@@ -20,9 +21,10 @@ import pyarrow as pa
 
 from vlm2rec.embedder import schema, shards
 from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.earlier_rows import EarlierRows
 from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_settings
-from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
-from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
+from vlm2rec.embedder.export_plan import ImagesBy, Inputs, Plan, plan_shards, read_inputs
 from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
@@ -112,10 +114,40 @@ def export_as_told(
         storage=config.storage,
         on_image_error=on_image_error,
         images_by=config.images_by,
+        reuse=Reuse(config.extend, config.retry_failed, config.changed_since),
     )
     print_summary(manifest, config.out)
     check_failures(manifest, config.out, config.max_failures)
     return manifest
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What of earlier work is kept where the input has changed; by default, a changed input is refused.
+
+    Args:
+        extend: items were appended to those of the folder.
+        retry_failed: make anew what failed, and what has changed since.
+        changed_since: a finished embeddings folder whose vectors are taken over for items that have not changed.
+    """
+
+    extend: bool = False
+    retry_failed: bool = False
+    changed_since: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two sources of the same vectors."""
+        if self.changed_since and (self.extend or self.retry_failed):
+            raise ConfigError(
+                "--changed-since beside --extend or --retry-failed",
+                "one of them: --changed-since fills a new folder, the others go on with the one there is",
+                "leave one out",
+            )
+
+    @property
+    def revises(self) -> bool:
+        """Whether a folder may be of other inputs."""
+        return self.extend or self.retry_failed
 
 
 def export(
@@ -127,7 +159,8 @@ def export(
     shard_size: int = 4096,
     storage: Literal["float32", "float16"] = "float32",
     on_image_error: ImagePolicy = "null",
-    images_by: Literal["mtime", "bytes"] = "mtime",
+    images_by: ImagesBy = "mtime",
+    reuse: Reuse = Reuse(),
 ) -> dict[str, Any]:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -140,6 +173,7 @@ def export(
         storage: Number format on disk.
         on_image_error: What becomes of an item whose image cannot be used.
         images_by: What tells that an image has changed since an interrupted run.
+        reuse: What is kept where the input has changed.
     """
     if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
         raise ConfigError(
@@ -147,7 +181,7 @@ def export(
             "fail or null with these",
             "choose one of the two, or external fusion of both views",
         )
-    inputs = input_settings(
+    inputs = read_inputs(
         dataset.item_ids,
         dataset.titles,
         dataset.image_paths,
@@ -156,15 +190,24 @@ def export(
         schema.modalities_of(settings["views"]),
     )
     choices = {"storage": storage, "on_image_error": on_image_error}
-    plan = plan_shards(dataset.item_ids, shard_size, {**settings, **choices, **inputs})
+    plan = plan_shards(
+        dataset.item_ids,
+        shard_size,
+        {**settings, **choices},
+        inputs,
+        shards.rows_of_shards(out) if out.is_dir() else (),
+    )
     with writing(out):
-        finished = shards.begin(out, plan)
-        unfinished = [number for number in range(len(plan)) if number not in finished]
-        if unfinished:
-            shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
+        if reuse.revises:
+            _require_same_start(out, inputs, reuse)
+        finished = shards.begin(out, plan, reuse.revises)
+        earlier = _earlier_rows(out, plan, finished, reuse)
+        work = _work(plan, finished, earlier, reuse)
+        if work:
+            shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
             try:
-                encoder = _same_settings(load_encoder(), settings)
-                _publish_all(encoder, dataset, out, plan, unfinished, finished)
+                make = _Maker(dataset, plan, lambda: _same_settings(load_encoder(), settings), earlier)
+                _publish_all(make, out, work, finished)
             except (KeyboardInterrupt, SystemExit):
                 console.log.print(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -176,14 +219,62 @@ def export(
         return shards.finish(out, plan, finished, dataset.path)
 
 
-def _publish_all(
-    encoder: Encoder, dataset: Dataset, out: Path, plan: Plan, numbers: Sequence[int], finished: dict[int, shards.Shard]
-) -> None:
+def _require_same_start(out: Path, inputs: Inputs, reuse: Reuse) -> None:
+    """Raise `ArtifactError` unless the folder's items are the first ones of the input, as the choices promise."""
+    known = shards.known_settings(out)
+    if known is None:
+        return
+    count = int(known["items"])
+    first = inputs.first(count).settings if count <= len(inputs.item_ids) else None
+    if first is None or first["item_ids"] != known["item_ids"]:
+        raise ArtifactError(
+            f"{out} holds {count} items, which are not the first {count} of the dataset's {len(inputs.item_ids)}",
+            "the same items in the same order, and new ones after them",
+            "export into a new folder; --changed-since takes over what has not changed",
+        )
+    if len(inputs.item_ids) > count and not reuse.extend:
+        raise ArtifactError(
+            f"{out} holds {count} items, the dataset {len(inputs.item_ids)}",
+            "the same items",
+            "add --extend, which makes the new ones too",
+        )
+    changed = [key for key in first if key != "items" and first[key] != known.get(key)]
+    if changed and not reuse.retry_failed:
+        raise ArtifactError(
+            f"the {' and '.join(changed)} of items that {out} holds have changed",
+            "new items after those that are there, and nothing else",
+            "add --retry-failed, which makes what has changed anew",
+        )
+
+
+def _earlier_rows(out: Path, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse) -> EarlierRows | None:
+    if reuse.changed_since is not None:
+        return EarlierRows.of_export(reuse.changed_since, plan)
+    if reuse.retry_failed and finished:
+        return EarlierRows(out, [shard.file for shard in finished.values()])
+    return None
+
+
+def _work(
+    plan: Plan, finished: Mapping[int, shards.Shard], earlier: EarlierRows | None, reuse: Reuse
+) -> dict[int, np.ndarray]:
+    """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
+    work = {}
+    for number in range(len(plan)):
+        if number in finished and not reuse.retry_failed:
+            continue
+        rows = plan.rows(number)
+        held = np.full(len(rows), -1) if earlier is None else earlier.find(plan, rows)
+        if number not in finished or (held < 0).any():
+            work[number] = held
+    return work
+
+
+def _publish_all(make: _Maker, out: Path, work: Mapping[int, np.ndarray], finished: dict[int, shards.Shard]) -> None:
     """Encode shard after shard while a thread writes the one before; `finished` holds what is published, whatever ends.
 
     At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
     """
-    waits = Waits()
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
         at_work: tuple[int, Future[shards.Shard]] | None = None
 
@@ -191,15 +282,15 @@ def _publish_all(
             if at_work is not None:
                 started = time.perf_counter()
                 finished[at_work[0]] = at_work[1].result()
-                waits.for_disk += time.perf_counter() - started
+                make.waits.for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _encoded(encoder, dataset, plan, numbers, waits):
+            for number, table, seconds in _made(make, work):
                 settle()
-                at_work = number, writer.submit(shards.publish, out, plan, number, table, seconds)
+                at_work = number, writer.submit(shards.publish, out, make.plan, number, table, seconds)
         finally:
             settle()
-    console.log.print(str(waits))
+    console.log.print(str(make.waits))
 
 
 @dataclass
@@ -276,59 +367,85 @@ def _status(failed: bool, without_image: bool, truncated: bool) -> str:
     return schema.STATUS_TRUNCATED if truncated else schema.STATUS_OK
 
 
-def _encoded(
-    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int], waits: Waits
-) -> Iterator[tuple[int, pa.Table, float]]:
+def _made(make: _Maker, work: Mapping[int, np.ndarray]) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, table and seconds."""
-    total = sum(len(plan.rows(number)) for number in numbers)
+    total = sum(int((held < 0).sum()) for held in work.values())
     with console.progress("encoding items", total) as advance:
-        for count, number in enumerate(numbers, 1):
+        for count, (number, held) in enumerate(work.items(), 1):
             start = time.perf_counter()
-            table = _encode_shard(encoder, dataset, plan, number, advance, waits)
+            table = make.shard(number, held, advance)
             seconds = time.perf_counter() - start
             yield number, table, seconds
             if not console.log.is_terminal:  # no bar is drawn: a log file gets a line a shard
+                encoded = int((held < 0).sum())
+                kept = f" and {len(held) - encoded} taken over" if encoded < len(held) else ""
                 console.log.print(
-                    f"shard {count} of {len(numbers)}: {table.num_rows} items, {table.num_rows / seconds:.1f} items/s"
+                    f"shard {count} of {len(work)}: {encoded} items{kept}, {encoded / seconds:.1f} items/s"
                 )
 
 
-def _encode_shard(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None], waits: Waits
-) -> pa.Table:
-    policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
-    parts: list[Rows] = []
-    with closing(_images_of(encoder, dataset, plan, number, waits)) as pieces:
-        for rows, images in pieces:
-            if policy == "fail":
-                _require_images(dataset, rows, images)
-            titles = [dataset.titles[row] or "" for row in rows]
-            parts.append(encode_rows(encoder, titles, images, policy, storage))
-            advance(len(rows))
-    return shards.shard_table(
-        plan,
-        number,
-        {view: np.concatenate([part.vectors[view] for part in parts]) for view in plan.settings["views"]},
-        [status for part in parts for status in part.status],
-        [error for part in parts for error in part.error],
-    )
+class _Maker:
+    """Makes the shards of a plan: encodes what is new, and takes over what is not. Loads the encoder when it must.
+
+    Args:
+        dataset: the items.
+        plan: which of them in which shard.
+        load_encoder: called once, if there is something to encode.
+        earlier: where other rows are taken from.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, load_encoder: Callable[[], Encoder], earlier: EarlierRows | None = None
+    ) -> None:
+        self.dataset, self.plan, self.earlier, self.waits = dataset, plan, earlier, Waits()
+        self._encoder = functools.cache(load_encoder)
+
+    def shard(self, number: int, held: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+        """Return the table of a shard; `held` says where earlier rows lie, -1 for those to encode."""
+        rows = np.array(self.plan.rows(number))
+        new = self._encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
+        if self.earlier is None or (held < 0).all():
+            assert new is not None
+            return new
+        known = self.earlier.take(held[held >= 0]).cast(self.plan.schema)
+        both = known if new is None else pa.concat_tables([new, known])
+        return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
+
+    def _encoded(self, rows: Sequence[int], advance: Callable[[int], None]) -> pa.Table:
+        policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
+        encoder, dataset = self._encoder(), self.dataset
+        parts: list[Rows] = []
+        with closing(_images_of(encoder, dataset, self.plan, rows, self.waits)) as pieces:
+            for piece, images in pieces:
+                if policy == "fail":
+                    _require_images(dataset, piece, images)
+                titles = [dataset.titles[row] or "" for row in piece]
+                parts.append(encode_rows(encoder, titles, images, policy, storage))
+                advance(len(piece))
+        return shards.shard_table(
+            self.plan,
+            rows,
+            {view: np.concatenate([part.vectors[view] for part in parts]) for view in self.plan.settings["views"]},
+            [status for part in parts for status in part.status],
+            [error for part in parts for error in part.error],
+        )
 
 
-def _pieces(rows: range) -> list[range]:
+def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
     return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
 
 
 def _images_of(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, waits: Waits
-) -> Generator[tuple[range, list[Picture]]]:
-    """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
-    pieces = _pieces(plan.rows(number))
+    encoder: Encoder, dataset: Dataset, plan: Plan, rows: Sequence[int], waits: Waits
+) -> Generator[tuple[Sequence[int], list[Picture]]]:
+    """Yield pieces of some rows with their images; without opening any where the vectors are of text alone."""
+    pieces = _pieces(rows)
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
         yield from _read_images(dataset, pieces, opener, waits)
     else:
-        for rows in pieces:
-            yield rows, [None] * len(rows)
+        for piece in pieces:
+            yield piece, [None] * len(piece)
 
 
 Opener = Callable[[Path, str], Picture]
@@ -339,8 +456,8 @@ def _plain_opener(max_pixels: int) -> Opener:
 
 
 def _read_images(
-    dataset: Dataset, pieces: Iterable[range], opener: Opener, waits: Waits
-) -> Generator[tuple[range, list[Picture]]]:
+    dataset: Dataset, pieces: Iterable[Sequence[int]], opener: Opener, waits: Waits
+) -> Generator[tuple[Sequence[int], list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
     root = dataset.image_root
 
@@ -357,7 +474,7 @@ def _read_images(
         return images
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="image")
-    ahead: deque[tuple[range, list[Future[Picture]]]] = deque()
+    ahead: deque[tuple[Sequence[int], list[Future[Picture]]]] = deque()
     try:
         for piece in pieces:
             ahead.append((piece, [pool.submit(read, row) for row in piece]))
@@ -370,7 +487,7 @@ def _read_images(
         pool.shutdown(cancel_futures=True)
 
 
-def _require_images(dataset: Dataset, rows: range, images: Sequence[Picture]) -> None:
+def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Picture]) -> None:
     for row, image in zip(rows, images, strict=True):
         if isinstance(image, ImageError):
             raise DataError(
@@ -417,5 +534,6 @@ def check_failures(manifest: Mapping[str, Any], out: Path, max_failures: float) 
         raise FailureLimitError(
             f"the export is complete, but {failed} of {items} items failed ({failed / items:.1%})",
             f"at most {max_failures:.1%}",
-            f"look at the error column in {out}, mend these items and export again, or raise --max-failures",
+            f"`vlm2rec failures {out}` lists them; mend these items and run the command again with"
+            " --retry-failed, or raise --max-failures",
         )

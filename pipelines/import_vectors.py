@@ -223,7 +223,7 @@ def _write(out: Path, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dat
             part = slice(plan.rows(number).start, plan.rows(number).stop)
             table = shards.shard_table(
                 plan,
-                number,
+                plan.rows(number),
                 {view: vectors[part] for view, vectors in views.items()},
                 outcomes.status[part],
                 outcomes.error[part],

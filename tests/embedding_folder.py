@@ -59,6 +59,7 @@ def write_embeddings(
             *(_vectors(given[name], len(ids[rows]), rows, dim, dtype) for name in schema.VIEWS),
             pa.array(status[rows].tolist(), pa.string()),
             pa.array(["unreadable image" if gone else None for gone in absent[rows]], pa.string()),
+            pa.nulls(len(ids[rows]), pa.string()),
         ]
         path = folder / schema.shard_name(number)
         table = pa.Table.from_arrays(columns, schema=schema.embedding_schema(dim, dtype))

@@ -23,7 +23,7 @@ import pytest
 
 from vlm2rec.embedder import schema, shards
 from vlm2rec.embedder.errors import ArtifactError, DataError
-from vlm2rec.embedder.export_plan import Plan, fingerprint, input_settings, plan_shards
+from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards, read_inputs
 from vlm2rec.embedder.writer_lock import LOCK_FILE, writing
 
 DIM = 6
@@ -59,7 +59,7 @@ def table_of(plan: Plan, number: int) -> pa.Table:
         vectors[failed] = np.nan
     status = np.where(failed, "failed", np.where(blind, "text_only", "ok")).tolist()
     error = [None if name == "ok" else "unreadable" for name in status]
-    return shards.shard_table(plan, number, {"fused": fused, "text": text, "image": image}, status, error)
+    return shards.shard_table(plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error)
 
 
 def publish_all(folder: Path, plan: Plan, numbers: Iterator[int] | range | None = None) -> dict[int, shards.Shard]:
@@ -126,11 +126,11 @@ def test_order_titles_and_images_of_the_input_are_told_apart(tmp_path: Path) -> 
     for name in paths:
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(1, 1))
-    known = input_settings(ids, titles, paths, tmp_path)
-    assert known == input_settings(ids, titles, paths, tmp_path)
+    known = read_inputs(ids, titles, paths, tmp_path).settings
+    assert known == read_inputs(ids, titles, paths, tmp_path).settings
 
     def changed(*arguments: Any) -> set[str]:
-        found = input_settings(*arguments)
+        found = read_inputs(*arguments).settings
         return {key for key in known if found[key] != known[key]}
 
     assert changed(ids[::-1], titles[::-1], paths[::-1], tmp_path) == {"item_ids", "titles", "images"}
@@ -148,11 +148,11 @@ def test_order_titles_and_images_of_the_input_are_told_apart(tmp_path: Path) -> 
 
 def test_by_content_a_copied_image_is_the_same_and_an_edited_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"12345")
-    known = input_settings(["a"], ["one"], ["a.png"], tmp_path, "bytes")
+    known = read_inputs(["a"], ["one"], ["a.png"], tmp_path, "bytes").settings
     os.utime(tmp_path / "a.png", ns=(2, 2))
-    assert input_settings(["a"], ["one"], ["a.png"], tmp_path, "bytes") == known
+    assert read_inputs(["a"], ["one"], ["a.png"], tmp_path, "bytes").settings == known
     (tmp_path / "a.png").write_bytes(b"54321")
-    assert input_settings(["a"], ["one"], ["a.png"], tmp_path, "bytes")["images"] != known["images"]
+    assert read_inputs(["a"], ["one"], ["a.png"], tmp_path, "bytes").settings["images"] != known["images"]
 
 
 @pytest.mark.parametrize("images_by", ["mtime", "bytes"])
@@ -162,9 +162,9 @@ def test_hashing_the_input_neither_hangs_on_a_fifo_nor_leaves_the_root(tmp_path:
     os.mkfifo(root / "pipe.png")
     (tmp_path / "secret.png").write_bytes(b"1")
     paths = ["pipe.png", "missing.png", "../secret.png", "http://example.org/a.png"]
-    before = input_settings(list("abcd"), list("abcd"), paths, root, images_by)
+    before = read_inputs(list("abcd"), list("abcd"), paths, root, images_by).settings
     (tmp_path / "secret.png").write_bytes(b"22")
-    assert input_settings(list("abcd"), list("abcd"), paths, root, images_by) == before
+    assert read_inputs(list("abcd"), list("abcd"), paths, root, images_by).settings == before
 
 
 # --- a shard ------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_vectors_are_stored_byte_split_zstd_and_without_dictionary(tmp_path: Pat
 def test_page_checksums_find_a_flipped_bit_that_reads_without_complaint(tmp_path: Path) -> None:
     plan = plan_of(2000, 2000)
     vectors = np.random.default_rng(0).normal(size=(2000, DIM)).astype(np.float32)  # mantissas do not compress
-    table = shards.shard_table(plan, 0, dict.fromkeys(schema.VIEWS, vectors), ["ok"] * 2000, [None] * 2000)
+    table = shards.shard_table(plan, plan.rows(0), dict.fromkeys(schema.VIEWS, vectors), ["ok"] * 2000, [None] * 2000)
     shards.publish(tmp_path, plan, 0, table, 1.0)
     column = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata.row_group(0).column(1)
     flipped = bytearray((tmp_path / "part-00000.parquet").read_bytes())
@@ -209,6 +209,7 @@ def test_ids_and_vectors_share_a_row_and_absent_vectors_are_null(tmp_path: Path)
         "image": None,
         "status": "failed",
         "error": "unreadable",
+        "input": None,
     }
     assert rows[9]["text"] == pytest.approx([np.sin(9 + k) for k in range(DIM)], abs=1e-6)
 
@@ -226,7 +227,7 @@ def test_file_metadata_say_where_the_vectors_come_from(tmp_path: Path) -> None:
         "prompt_hash": "cc",
         "dim": "6",
         "schema_version": "1",
-        "fingerprint": plan.fingerprint,
+        "fingerprint": fingerprint({key: value for key, value in plan.settings.items() if key != "items"}),
     }
     assert {key: found[f"vlm2rec.{key}"] for key in expected} == expected
 
@@ -237,7 +238,7 @@ def test_a_vector_with_nan_or_infinity_is_never_written() -> None:
         vectors = np.ones((2, DIM), np.float32)
         vectors[1, 3] = bad
         with pytest.raises(ValueError, match="NaN or infinity"):
-            shards.shard_table(plan, 0, {"fused": vectors}, ["ok", "ok"], [None, None])
+            shards.shard_table(plan, plan.rows(0), {"fused": vectors}, ["ok", "ok"], [None, None])
 
 
 def test_the_same_shard_twice_is_one_file_with_the_same_bytes(tmp_path: Path) -> None:

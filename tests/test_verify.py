@@ -55,7 +55,7 @@ def table_of(plan: Plan, number: int) -> pa.Table:
         vectors[failed] = np.nan
     status = ["truncated" if r == 1 else "text_only" if r == 4 else "failed" if r == 6 else "ok" for r in rows]
     error = ["unreadable" if r in (4, 6) else None for r in rows]
-    return shards.shard_table(plan, number, {"fused": fused, "text": text, "image": image}, status, error)
+    return shards.shard_table(plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error)
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:

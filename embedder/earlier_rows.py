@@ -1,0 +1,88 @@
+"""Rows of an earlier export whose vectors are still right: same item, same title and image, same settings. No torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.export_plan import Plan, without_inputs
+from vlm2rec.embedder.shards import differences
+
+_SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were exported
+
+
+class EarlierRows:
+    """Which items an embeddings folder has vectors of, what they were made from, and the rows themselves.
+
+    Args:
+        folder: an embeddings folder.
+        files: its shards.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self.folder, self.files = folder, list(files)
+        columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
+        parts = [pq.read_table(folder / name, columns=columns, page_checksum_verification=True) for name in self.files]
+        self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
+        table = pa.concat_tables(parts)
+        self._ids, self._inputs = (table[name].combine_chunks() for name in (schema.ITEM_ID, schema.INPUT))
+        self._has_vector = pc.not_equal(table[schema.STATUS], schema.STATUS_FAILED).to_numpy()
+        self._shard = functools.lru_cache(_SHARDS_IN_MEMORY)(self._read_shard)
+
+    @classmethod
+    def of_export(cls, folder: Path, plan: Plan) -> EarlierRows:
+        """Open a finished embeddings folder whose vectors are comparable with those of a plan.
+
+        Raises:
+            ArtifactError: unfinished, made with other settings, or its rows do not say what they were made from.
+        """
+        manifest = schema.read_manifest(folder)
+        changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
+        if manifest["settings"].get("images_by", plan.settings.get("images_by")) != plan.settings.get("images_by"):
+            changed["images_by"] = f"images_by was {manifest['settings']['images_by']!r}"
+        if changed:
+            raise ArtifactError(
+                f"{folder} was made with other settings: {'; '.join(changed.values())}",
+                "the settings of this export, so that its vectors are comparable with the new ones",
+                "export everything, without --changed-since, or set these back",
+            )
+        files = [shard["file"] for shard in manifest["shards"]]
+        if any(schema.INPUT not in pq.read_schema(folder / name).names for name in files):
+            raise ArtifactError(
+                f"the rows of {folder} do not say what they were made from",
+                f"a column {schema.INPUT!r}",
+                "export everything, without --changed-since",
+            )
+        return cls(folder, files)
+
+    def find(self, plan: Plan, rows: Sequence[int]) -> np.ndarray:
+        """Return where each of some items of a plan lies here, (n,) int64.
+
+        That is -1 for an item that is new, that failed, or whose title or image has changed.
+        """
+        wanted = pa.array([plan.item_ids[row] for row in rows], pa.string())
+        found = pc.fill_null(pc.index_in(wanted, value_set=self._ids), -1).to_numpy().astype(np.int64)
+        known = found >= 0
+        inputs = np.array(plan.made_from(rows), object)
+        same = self._inputs.take(pa.array(found[known])).to_numpy(zero_copy_only=False) == inputs[known]
+        found[known] = np.where(same & self._has_vector[found[known]], found[known], -1)
+        return found
+
+    def take(self, positions: np.ndarray) -> pa.Table:
+        """Return whole rows by what `find` said of them, in that order."""
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        numbers = np.unique(shards)
+        parts = [self._shard(int(n)).take(positions[shards == n] - self._starts[n]) for n in numbers]
+        place = np.concatenate([np.flatnonzero(shards == n) for n in numbers])
+        return pa.concat_tables(parts).take(np.argsort(place))
+
+    def _read_shard(self, number: int) -> pa.Table:
+        return pq.read_table(self.folder / self.files[number], page_checksum_verification=True)

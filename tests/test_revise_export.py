@@ -1,0 +1,266 @@
+"""An export whose catalogue has changed: what is still right is kept, the rest is made, and nothing is mixed up."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from PIL import Image
+
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import EncodedItems
+from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines import failures
+from vlm2rec.pipelines.config import FailuresConfig
+from vlm2rec.pipelines.export_items import Reuse, export
+
+BROKEN = (3, 11)
+
+
+def square(folder: Path, row: int, shade: int = 90) -> None:
+    """Put a grey image in the place of an item's image."""
+    Image.fromarray(np.full((60, 60, 3), shade, np.uint8)).save(folder / "images" / f"{row}.png")
+
+
+def append_items(folder: Path, items: int) -> Dataset:
+    """Add items after those that are there."""
+    old = pq.read_table(folder / "items.parquet")
+    new = {
+        "item_id": [f"{row:03d}" for row in range(old.num_rows, items)],
+        "title": [f"new chair {row}" for row in range(old.num_rows, items)],
+        "image_path": [f"{row}.png" for row in range(old.num_rows, items)],
+    }
+    for row in range(old.num_rows, items):
+        square(folder, row, row)
+    pq.write_table(pa.concat_tables([old, pa.table(new)]), folder / "items.parquet")
+    return Dataset(folder)
+
+
+def edit_items(folder: Path, change: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
+    """Change the columns of the items."""
+    table = pq.read_table(folder / "items.parquet").to_pydict()
+    pq.write_table(pa.table(change(table)), folder / "items.parquet")
+    return Dataset(folder)
+
+
+def exported(data: Dataset, out: Path, **choices: Any) -> list[str]:
+    """Export in shards of eight, and return the titles that were encoded."""
+    encoder = ShadeEncoder()
+    export(data, out, encoder.settings, lambda: encoder, shard_size=8, **choices)
+    assert verify(out) == []
+    return [title for call in encoder.calls for title in call]
+
+
+# --- appended items -----------------------------------------------------------------------------------------
+def test_extend_keeps_the_shards_and_encodes_the_new_items_alone(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    before = parts(out)
+    data = append_items(folder, 33)
+    assert exported(data, out, reuse=Reuse(extend=True)) == [f"new chair {row}" for row in range(ITEMS, 33)]
+    assert {name: parts(out)[name] for name in before} == before
+    assert [row["item_id"] for row in rows_of(out)] == data.item_ids
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    assert exported(data, out) == []  # the folder is what the same command without the flag goes on with
+
+
+def test_without_the_flag_appended_items_are_refused_with_the_flag_s_name(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data")
+    exported(Dataset(folder), tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"items was 20, now 21.*--extend makes the new ones"):
+        exported(append_items(folder, 21), tmp_path / "out")
+    with pytest.raises(ArtifactError, match="--extend"):
+        exported(Dataset(folder), tmp_path / "out", reuse=Reuse(retry_failed=True))
+
+
+def test_extend_refuses_items_that_are_not_the_first_ones(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    data = edit_items(folder, lambda table: {name: values[::-1] for name, values in table.items()})
+    with pytest.raises(ArtifactError, match="are not the first 20"):
+        exported(data, out, reuse=Reuse(extend=True))
+    fewer = edit_items(folder, lambda table: {name: values[:10] for name, values in table.items()})
+    with pytest.raises(ArtifactError, match="are not the first 20 of the dataset's 10"):
+        exported(fewer, out, reuse=Reuse(extend=True))
+
+
+def test_extend_refuses_titles_that_have_changed_meanwhile(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    edit_items(folder, lambda table: {**table, "title": ["another", *table["title"][1:]]})
+    data = append_items(folder, 22)
+    with pytest.raises(ArtifactError, match=r"titles of items that .* holds have changed.*--retry-failed"):
+        exported(data, out, reuse=Reuse(extend=True))
+    assert exported(data, out, reuse=Reuse(extend=True, retry_failed=True)) == [
+        "another",
+        "new chair 20",
+        "new chair 21",
+    ]
+
+
+def test_an_interrupted_extension_goes_on(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    data = append_items(folder, 40)
+
+    class Stopped(ShadeEncoder):
+        def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+            if "new chair 30" in titles:
+                raise KeyboardInterrupt
+            return super().encode_items(titles, images)
+
+    with pytest.raises(KeyboardInterrupt):
+        export(data, out, Stopped().settings, Stopped, shard_size=8, reuse=Reuse(extend=True))
+    assert not (out / "manifest.json").exists()
+    assert exported(data, out, reuse=Reuse(extend=True)) == [f"new chair {row}" for row in range(28, 40)]
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+# --- failed items -------------------------------------------------------------------------------------------
+def test_fault_18_after_mending_an_image_retry_failed_encodes_that_row_alone(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data", broken=BROKEN), tmp_path / "out"
+    exported(Dataset(folder), out)
+    untouched = parts(out)["part-00002.parquet"]
+    square(folder, 3)
+    assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == ["red chair 3"]
+    assert [row["item_id"] for row in rows_of(out) if row["status"] == "failed"] == ["011"]
+    assert parts(out)["part-00002.parquet"] == untouched
+    square(folder, 11)
+    assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == ["wooden chair 11"]
+    exported(Dataset(folder), tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []
+
+
+def test_retry_failed_also_makes_anew_what_has_changed_and_the_text_only_rows(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data", broken=BROKEN), tmp_path / "out"
+    exported(Dataset(folder), out, on_image_error="text_only")
+    square(folder, 3)
+    edit_items(folder, lambda table: {**table, "title": ["another", *table["title"][1:]]})
+    again = exported(Dataset(folder), out, on_image_error="text_only", reuse=Reuse(retry_failed=True))
+    assert again == ["another", "red chair 3"]
+    assert [row["status"] for row in rows_of(out)].count("text_only") == 1
+
+
+def test_killed_while_failed_rows_are_made_the_same_command_finishes(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data", broken=BROKEN), tmp_path / "out"
+    exported(Dataset(folder), out)
+    for row in BROKEN:
+        square(folder, row)
+    code = """
+import os, signal, sys
+from pathlib import Path
+from chairs import ShadeEncoder
+from vlm2rec.embedder import shards
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.pipelines.export_items import Reuse, export
+describe = shards._describe
+def dies(path, *rest):
+    if path.name == "part-00001.parquet":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return describe(path, *rest)
+shards._describe = dies
+encoder = ShadeEncoder()
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8,
+       reuse=Reuse(retry_failed=True))
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(out)], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []  # the last shard was there: adopted
+    exported(Dataset(folder), tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+# --- another folder -----------------------------------------------------------------------------------------
+def test_changed_since_takes_over_what_is_the_same_in_any_order(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", broken=BROKEN)
+    exported(Dataset(folder), tmp_path / "monday")
+    square(folder, 5)  # another image
+    order = [7, 19, 0, *range(8, 19), 5, 3]
+
+    def change(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found = {name: [values[row] for row in order] for name, values in table.items()}
+        found["title"][2] = "another title"
+        return {name: [*values, new] for (name, values), new in zip(found.items(), ["x", "new", "5.png"], strict=True)}
+
+    data = edit_items(folder, change)
+    again = exported(data, tmp_path / "tuesday", reuse=Reuse(changed_since=tmp_path / "monday"))
+    assert sorted(again) == sorted(["another title", "wooden chair 5", "new"])
+    exported(data, tmp_path / "whole")
+    assert rows_of(tmp_path / "tuesday") == rows_of(tmp_path / "whole")
+
+
+def test_with_nothing_changed_no_model_is_loaded(tmp_path: Path) -> None:
+    data = Dataset(write_dataset(tmp_path / "data"))
+    exported(data, tmp_path / "monday")
+
+    def never() -> ShadeEncoder:
+        raise AssertionError("the model must not be loaded")
+
+    reuse = Reuse(changed_since=tmp_path / "monday")
+    export(data, tmp_path / "tuesday", ShadeEncoder().settings, never, shard_size=6, reuse=reuse)
+    assert rows_of(tmp_path / "tuesday") == rows_of(tmp_path / "monday")
+
+
+def test_by_content_an_image_that_moved_is_the_same(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data")
+    exported(Dataset(folder), tmp_path / "monday", images_by="bytes")
+    (folder / "images" / "0.png").rename(folder / "images" / "zero.png")
+    data = edit_items(folder, lambda table: {**table, "image_path": ["zero.png", *table["image_path"][1:]]})
+    reuse = Reuse(changed_since=tmp_path / "monday")
+    assert exported(data, tmp_path / "tuesday", images_by="bytes", reuse=reuse) == []
+    with pytest.raises(ArtifactError, match="images_by was 'bytes'"):
+        exported(data, tmp_path / "wednesday", images_by="mtime", reuse=reuse)
+
+
+def test_changed_since_refuses_vectors_of_another_model(tmp_path: Path) -> None:
+    data = Dataset(write_dataset(tmp_path / "data"))
+    exported(data, tmp_path / "monday")
+    encoder = ShadeEncoder()
+    encoder.settings["model"] = "another"
+    with pytest.raises(ArtifactError, match="model was 'shade', now 'another'"):
+        export(
+            data, tmp_path / "out", encoder.settings, lambda: encoder, reuse=Reuse(changed_since=tmp_path / "monday")
+        )
+
+
+def test_two_sources_of_the_same_vectors_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--changed-since beside"):
+        Reuse(extend=True, changed_since=Path("monday"))
+
+
+# --- the list of failures -----------------------------------------------------------------------------------
+def test_failures_are_listed_with_what_is_needed_to_mend_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Dataset(write_dataset(tmp_path / "data", broken=BROKEN))
+    exported(data, tmp_path / "out")
+    failures.run(FailuresConfig(embeddings=tmp_path / "out"))
+    printed = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert [(row["item_id"], row["status"], row["title"]) for row in rows] == [
+        ("003", "failed", "red chair 3"),
+        ("011", "failed", "wooden chair 11"),
+    ]
+    assert all("not a JPEG" in row["error"] for row in rows)
+    assert [Path(row["image_path"]).read_bytes() for row in rows] == [b"<html>404</html>"] * 2
+    assert "2 of 20 items" in printed.err and "--retry-failed" in printed.err
