@@ -178,6 +178,7 @@ class ExportConfig:
     images_by: Literal["mtime", "bytes"] = setting(
         "What tells a changed image when an export goes on: size and time, or content (reads every file).", "mtime"
     )
+    image_timeout: PositiveFloat = setting("Seconds after which an image that cannot be read is given up.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
     vision_cache: str = setting(
@@ -229,6 +230,7 @@ class EncodeFrozenConfig:
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("As for export-items.", "null")
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "float32")
     device: DeviceName = setting("Where to run.", "auto")
@@ -252,6 +254,7 @@ class EncodePromptedConfig:
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "auto")
     device: DeviceName = setting("Where to run.", "auto")

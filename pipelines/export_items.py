@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,6 +28,7 @@ from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
+from vlm2rec.pipelines.image_readers import Readers, Reading
 from vlm2rec.pipelines.vision_cache import use_vision_cache
 
 ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
@@ -112,6 +114,7 @@ def export_as_told(
         storage=config.storage,
         on_image_error=on_image_error,
         images_by=config.images_by,
+        image_timeout=config.image_timeout,
     )
     print_summary(manifest, config.out)
     check_failures(manifest, config.out, config.max_failures)
@@ -128,6 +131,7 @@ def export(
     storage: Literal["float32", "float16"] = "float32",
     on_image_error: ImagePolicy = "null",
     images_by: Literal["mtime", "bytes"] = "mtime",
+    image_timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -140,6 +144,7 @@ def export(
         storage: Number format on disk.
         on_image_error: What becomes of an item whose image cannot be used.
         images_by: What tells that an image has changed since an interrupted run.
+        image_timeout: Seconds after which the read of an image is given up.
     """
     if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
         raise ConfigError(
@@ -164,7 +169,8 @@ def export(
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
             try:
                 encoder = _same_settings(load_encoder(), settings)
-                _publish_all(encoder, dataset, out, plan, unfinished, finished)
+                with closing(Readers(READERS, image_timeout)) as readers:
+                    _publish_all(encoder, dataset, out, plan, unfinished, finished, readers)
             except (KeyboardInterrupt, SystemExit):
                 console.log.print(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -177,44 +183,39 @@ def export(
 
 
 def _publish_all(
-    encoder: Encoder, dataset: Dataset, out: Path, plan: Plan, numbers: Sequence[int], finished: dict[int, shards.Shard]
+    encoder: Encoder,
+    dataset: Dataset,
+    out: Path,
+    plan: Plan,
+    numbers: Sequence[int],
+    finished: dict[int, shards.Shard],
+    readers: Readers,
 ) -> None:
     """Encode shard after shard while a thread writes the one before; `finished` holds what is published, whatever ends.
 
     At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
     """
-    waits = Waits()
+    begun, for_disk = time.perf_counter(), 0.0
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
         at_work: tuple[int, Future[shards.Shard]] | None = None
 
         def settle() -> None:
+            nonlocal for_disk
             if at_work is not None:
                 started = time.perf_counter()
                 finished[at_work[0]] = at_work[1].result()
-                waits.for_disk += time.perf_counter() - started
+                for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _encoded(encoder, dataset, plan, numbers, waits):
+            for number, table, seconds in _encoded(encoder, dataset, plan, numbers, readers):
                 settle()
                 at_work = number, writer.submit(shards.publish, out, plan, number, table, seconds)
         finally:
             settle()
-    console.log.print(str(waits))
-
-
-@dataclass
-class Waits:
-    """Where an export spent its time, in seconds."""
-
-    begun: float = field(default_factory=time.perf_counter)
-    for_images: float = 0.0
-    for_disk: float = 0.0
-
-    def __str__(self) -> str:
-        """Say which side waited for which."""
-        total = max(time.perf_counter() - self.begun, 1e-9)
-        images, disk = self.for_images / total, self.for_disk / total
-        return f"the model waited {images:.0%} of the time for images and {disk:.0%} for the disk"
+    total = max(time.perf_counter() - begun, 1e-9)
+    console.log.print(
+        f"the model waited {readers.waited / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
+    )
 
 
 def encode_rows(
@@ -277,14 +278,14 @@ def _status(failed: bool, without_image: bool, truncated: bool) -> str:
 
 
 def _encoded(
-    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int], waits: Waits
+    encoder: Encoder, dataset: Dataset, plan: Plan, numbers: Sequence[int], readers: Readers
 ) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, table and seconds."""
     total = sum(len(plan.rows(number)) for number in numbers)
     with console.progress("encoding items", total) as advance:
         for count, number in enumerate(numbers, 1):
             start = time.perf_counter()
-            table = _encode_shard(encoder, dataset, plan, number, advance, waits)
+            table = _encode_shard(encoder, dataset, plan, number, advance, readers)
             seconds = time.perf_counter() - start
             yield number, table, seconds
             if not console.log.is_terminal:  # no bar is drawn: a log file gets a line a shard
@@ -294,17 +295,16 @@ def _encoded(
 
 
 def _encode_shard(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None], waits: Waits
+    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, advance: Callable[[int], None], readers: Readers
 ) -> pa.Table:
     policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
     parts: list[Rows] = []
-    with closing(_images_of(encoder, dataset, plan, number, waits)) as pieces:
-        for rows, images in pieces:
-            if policy == "fail":
-                _require_images(dataset, rows, images)
-            titles = [dataset.titles[row] or "" for row in rows]
-            parts.append(encode_rows(encoder, titles, images, policy, storage))
-            advance(len(rows))
+    for rows, images in _images_of(encoder, dataset, plan, number, readers):
+        if policy == "fail":
+            _require_images(dataset, rows, images)
+        titles = [dataset.titles[row] or "" for row in rows]
+        parts.append(encode_rows(encoder, titles, images, policy, storage))
+        advance(len(rows))
     return shards.shard_table(
         plan,
         number,
@@ -319,13 +319,13 @@ def _pieces(rows: range) -> list[range]:
 
 
 def _images_of(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, waits: Waits
-) -> Generator[tuple[range, list[Picture]]]:
+    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, readers: Readers
+) -> Iterator[tuple[range, list[Picture]]]:
     """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
     pieces = _pieces(plan.rows(number))
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
-        yield from _read_images(dataset, pieces, opener, waits)
+        yield from _read_images(dataset, pieces, opener, readers)
     else:
         for rows in pieces:
             yield rows, [None] * len(rows)
@@ -339,35 +339,25 @@ def _plain_opener(max_pixels: int) -> Opener:
 
 
 def _read_images(
-    dataset: Dataset, pieces: Iterable[range], opener: Opener, waits: Waits
-) -> Generator[tuple[range, list[Picture]]]:
+    dataset: Dataset, pieces: Iterable[range], opener: Opener, readers: Readers
+) -> Iterator[tuple[range, list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
     root = dataset.image_root
 
-    def read(row: int) -> Picture:
+    def take(reading: Reading[Picture]) -> Picture:
         try:
-            return opener(root, dataset.image_paths[row])
+            return readers.take(reading)
         except ImageError as error:
             return error
 
-    def collect(futures: Sequence[Future[Picture]]) -> list[Picture]:
-        started = time.perf_counter()
-        images = [future.result() for future in futures]
-        waits.for_images += time.perf_counter() - started
-        return images
-
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="image")
-    ahead: deque[tuple[range, list[Future[Picture]]]] = deque()
-    try:
-        for piece in pieces:
-            ahead.append((piece, [pool.submit(read, row) for row in piece]))
-            if len(ahead) == 2:
-                rows, futures = ahead.popleft()
-                yield rows, collect(futures)
-        for rows, futures in ahead:
-            yield rows, collect(futures)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    ahead: deque[tuple[range, list[Reading[Picture]]]] = deque()
+    for piece in pieces:
+        ahead.append((piece, [readers.ask(partial(opener, root, dataset.image_paths[row])) for row in piece]))
+        if len(ahead) == 2:
+            rows, readings = ahead.popleft()
+            yield rows, [take(reading) for reading in readings]
+    for rows, readings in ahead:
+        yield rows, [take(reading) for reading in readings]
 
 
 def _require_images(dataset: Dataset, rows: range, images: Sequence[Picture]) -> None:
