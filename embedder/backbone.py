@@ -275,6 +275,10 @@ class Backbone:
         """
         self._prefixes = {} if share else None
 
+    def forget_prefixes(self) -> None:
+        """Encode the starts of prompts anew from here on, if they are shared: weights have changed."""
+        self.share_prefixes(self._prefixes is not None)
+
     def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Return the final-layer state of each prompt's last token, (B, d), in the model's dtype (Eq. 1).
 
@@ -424,8 +428,8 @@ def in_halves(
     """
     try:
         return [work(batch)]
-    except torch.OutOfMemoryError:
-        if torch.is_grad_enabled():
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or not _out_of_memory(error):
             raise
         if len(batch) == 1:
             raise ModelError(
@@ -437,6 +441,11 @@ def in_halves(
     smaller(batch)
     half = len(batch) // 2
     return [found for part in (batch[:half], batch[half:]) for found in in_halves(work, part, named, smaller)]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch has no type of its own for what its allocator on the CPU raises
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def pick_token_budget(backbone: Backbone) -> int:

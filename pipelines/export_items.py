@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,6 +227,8 @@ def encode_rows(
 ) -> Rows:
     """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
 
+    NaN and infinity get a second chance: alone, and in float32.
+
     With the policy `text_only` an item without image has its text vector as fused vector, with the others none at all.
     """
     bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
@@ -258,11 +260,13 @@ def encode_rows(
         encode(wanted)
     reasons: dict[int, str] = {row: str(image) for row, image in bad.items()}
     failed = set(bad) - set(wanted)
-    for row in [row for row in wanted if unusable(row)]:
-        encode([row])  # a neighbour in the batch may have caused it
-        if reason := unusable(row):
-            failed.add(row)
-            reasons[row] = reason
+    if broken := [row for row in wanted if unusable(row)]:
+        with encoder.in_float32() if isinstance(encoder, ItemEncoder) else nullcontext():
+            for row in broken:
+                encode([row])  # a neighbour in the batch may have caused it
+                if reason := unusable(row):
+                    failed.add(row)
+                    reasons[row] = reason
     for view in views:
         vectors[view][list(failed)] = np.nan
     status = [_status(row in failed, row in bad, bool(truncated[row])) for row in range(len(titles))]
