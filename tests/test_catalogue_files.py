@@ -112,7 +112,7 @@ def test_parquet_items_keep_their_other_columns_and_types(tmp_path: Path) -> Non
         (pl.Series([7, 8], dtype=pl.UInt8), ["7", "8"]),
     ],
 )
-def test_ids_of_any_type_become_text_without_a_decimal_point(
+def test_fault_36_ids_of_any_type_become_text_without_a_decimal_point(
     tmp_path: Path, ids: pl.Series, expected: list[str]
 ) -> None:
     pl.DataFrame({"item_id": ids, "title": ["x", "y"]}).write_parquet(tmp_path / "items.parquet")
@@ -388,7 +388,7 @@ def test_a_broken_interactions_file_is_a_data_error_that_names_the_row(
         assert word in str(caught.value), str(caught.value)
 
 
-def test_wrong_encoding_far_inside_a_csv_is_found(tmp_path: Path) -> None:
+def test_fault_34_wrong_encoding_far_inside_a_csv_is_found(tmp_path: Path) -> None:
     lines = [b"user_id,item_id,timestamp"] + [b"u%d,i,%d" % (n, n) for n in range(50_000)]
     lines[40_000] = "usér,i,1".encode("latin-1")
     with pytest.raises(DataError, match="line 40,001, byte 3 "):
@@ -440,7 +440,7 @@ def test_images_are_found_by_id_and_the_best_ending_wins(tmp_path: Path) -> None
     ]
 
 
-def test_ids_never_become_paths(tmp_path: Path) -> None:
+def test_fault_36_ids_never_become_paths(tmp_path: Path) -> None:
     write(tmp_path / "secret.jpg", b"x")
     write(tmp_path / "root/b/2.jpg", b"x")
     write(tmp_path / "root/1.jpg", b"x")

@@ -35,7 +35,7 @@ def test_fused_is_the_sum_of_text_and_image(encoder: ItemEncoder) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava"])
-def test_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family: str) -> None:
+def test_fault_41_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family: str) -> None:
     encoder = ItemEncoder.load(str(tiny(family)), dtype="float32", device="cpu")
     images = drawn_images(5)
     together = encoder.encode_items(TITLES, images)
@@ -75,7 +75,7 @@ def test_internal_fusion_fills_the_fused_view_alone(tiny: Tiny) -> None:
     assert np.isnan(items.text).all() and np.isnan(items.image).all()
 
 
-def test_bfloat16_agrees_with_float32_in_direction(tiny: Tiny, encoder: ItemEncoder) -> None:
+def test_fault_41_bfloat16_agrees_with_float32_in_direction(tiny: Tiny, encoder: ItemEncoder) -> None:
     half = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cpu")
     a, b = (e.encode_items(TITLES, drawn_images(5)).fused for e in (half, encoder))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)

@@ -107,7 +107,7 @@ def test_every_item_comes_out_once_and_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("items", [1, 7, 8, 9])
-def test_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
+def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", items)), ShadeEncoder()
     manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
     assert manifest["num_items"] == items and len(rows_of(tmp_path / "out")) == items
@@ -186,7 +186,7 @@ def test_an_encoder_with_one_view_leaves_the_others_null(tmp_path: Path) -> None
         ("pipe.png", "not a regular file"),
     ],
 )
-def test_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
+def test_fault_30_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
     folder = write_dataset(tmp_path / "data", items=3, image_path=["0.png", path, "2.png"])
     os.mkfifo(folder / "images" / "pipe.png")
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
@@ -197,7 +197,7 @@ def test_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, rea
     assert reason in found[1]["error"]
 
 
-def test_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
+def test_fault_33_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
     ids = ["007", "NA", "null", "a/b/../c", "🪑", "אבג", "a\0b", " ", "7" * 100]
     titles = ["", " ", None, "🪑" * 10_000, "שלום", "a\0b", "<|im_end|>", "\n", "x"]
     folder = write_dataset(tmp_path / "data", items=9, item_id=ids, title=titles)
@@ -207,7 +207,7 @@ def test_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
     assert manifest["counts"]["ok"] == 9
 
 
-def test_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_fault_36_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", items=3, item_id=["a", "b", "a"])
     with pytest.raises(DataError, match="'a'"):
         export(Dataset(folder), tmp_path / "out", ShadeEncoder().settings, never)
@@ -215,7 +215,7 @@ def test_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_number_is_computed_again_alone_and_else_fails_the_row_only(value: float) -> None:
+def test_fault_38_a_bad_number_is_computed_again_alone_and_else_fails_the_row_only(value: float) -> None:
     image = Image.new("RGB", (8, 8), "red")
     spoil = {"in company": lambda batch: value if batch > 1 else 5.0, "always": lambda batch: value}
     encoder = ShadeEncoder(spoil=spoil)
@@ -250,7 +250,7 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 
 
-def test_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_model(
+def test_fault_03_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
@@ -265,7 +265,7 @@ def test_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_mode
     assert verify(tmp_path / "out") == []
 
 
-def test_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
+def test_fault_10_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
     before = parts(tmp_path / "out")
@@ -293,7 +293,7 @@ def test_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> 
         (lambda folder: rewrite(folder, edit_title), "titles was"),
     ],
 )
-def test_what_would_mix_two_exports_is_refused_by_name(
+def test_fault_15_what_would_mix_two_exports_is_refused_by_name(
     tmp_path: Path, change: Callable[[Path], dict[str, Any] | None], key: str
 ) -> None:
     folder, encoder = write_dataset(tmp_path / "data"), ShadeEncoder()
@@ -322,7 +322,7 @@ def test_an_encoder_that_is_not_what_was_planned_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("1"), lambda path: path.symlink_to("/proc/nowhere")])
-def test_an_output_that_cannot_be_written_is_refused_before_the_model_loads(
+def test_fault_06_an_output_that_cannot_be_written_is_refused_before_the_model_loads(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     data = Dataset(write_dataset(tmp_path / "data"))
@@ -360,7 +360,7 @@ def test_the_real_encoder_writes_its_own_vectors(config: ExportConfig) -> None:
     assert verify(config.out) == []
 
 
-def test_batch_size_may_change_between_runs_and_pixels_may_not(config: ExportConfig) -> None:
+def test_fault_14_batch_size_may_change_between_runs_and_pixels_may_not(config: ExportConfig) -> None:
     export_items.run(config)
     (config.out / "part-00001.parquet").unlink()
     before = parts(config.out)
@@ -423,7 +423,7 @@ def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[
     return process.returncode, " ".join(told.split())
 
 
-def test_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
+def test_fault_01_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
     config: ExportConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     code, _ = stopped(config, tmp_path / "ready", signal.SIGKILL)
@@ -440,7 +440,7 @@ def test_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
+def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
     config: ExportConfig, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
     code, told = stopped(config, tmp_path / "ready", number)

@@ -135,7 +135,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Tiny, drawn_dataset: Path,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
+def test_fault_48_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -161,6 +161,8 @@ def test_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
         assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
 
 
-def test_a_loss_that_is_not_finite_stops_naming_step_and_users(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+def test_fault_50_a_loss_that_is_not_finite_stops_naming_step_and_users(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"the loss is nan at step \d+, with users .*\[\d+, "):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "nan", learning_rate=1e30, max_steps=20))
