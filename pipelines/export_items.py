@@ -25,10 +25,12 @@ from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_
 from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
 from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
 from vlm2rec.pipelines.image_readers import Readers, Reading
+from vlm2rec.pipelines.verify import warn_of_collapse
 from vlm2rec.pipelines.vision_cache import use_vision_cache
 
 ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
@@ -117,6 +119,7 @@ def export_as_told(
         image_timeout=config.image_timeout,
     )
     print_summary(manifest, config.out)
+    warn_of_collapse(effective_ranks(config.out))
     check_failures(manifest, config.out, config.max_failures)
     return manifest
 

@@ -178,18 +178,27 @@ def test_an_encoder_with_one_view_leaves_the_others_null(tmp_path: Path) -> None
     ("path", "reason"),
     [
         ("../secret.png", "out of the image root"),
+        ("../../x", "out of the image root"),
         ("/etc/hostname", "out of the image root"),
+        ("out.png", "out of the image root"),
         ("http://example.org/a.png", "URL"),
         ("missing.png", "does not exist"),
         ("", "no image path"),
         (None, "no image path"),
         ("pipe.png", "not a regular file"),
+        ("folder.png", "not a regular file"),
+        pytest.param("shut.png", "permission", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read")),
     ],
 )
 def test_fault_30_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
     folder = write_dataset(tmp_path / "data", items=3, image_path=["0.png", path, "2.png"])
-    os.mkfifo(folder / "images" / "pipe.png")
+    images = folder / "images"
+    os.mkfifo(images / "pipe.png")
+    (images / "folder.png").mkdir()
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
+    (images / "out.png").symlink_to(folder / "secret.png")
+    Image.new("RGB", (9, 9)).save(images / "shut.png")
+    (images / "shut.png").chmod(0)
     encoder = ShadeEncoder()
     export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
     found = rows_of(tmp_path / "out")
@@ -250,18 +259,23 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 
 
-def test_fault_03_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    monkeypatch.setattr(export_items.shards, "finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
-    monkeypatch.undo()
+def test_fault_03_killed_before_the_manifest_the_rerun_only_finalises_without_a_model(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_export_items import Dataset, ShadeEncoder, export, export_items
+export_items.shards.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+encoder = ShadeEncoder()
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8)
+"""
+    data = write_dataset(tmp_path / "data")
+    killed = subprocess.run([sys.executable, "-c", code, str(data), str(tmp_path / "out")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = parts(tmp_path / "out")
-    manifest = export(data, tmp_path / "out", encoder.settings, never, shard_size=8)
-    assert manifest["num_items"] == ITEMS and parts(tmp_path / "out") == before
+    manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().settings, never, shard_size=8)
+    assert manifest["num_items"] == ITEMS and len(before) == 3 and parts(tmp_path / "out") == before
     assert verify(tmp_path / "out") == []
 
 
@@ -303,6 +317,22 @@ def test_fault_15_what_would_mix_two_exports_is_refused_by_name(
     with pytest.raises(ArtifactError) as refusal:
         export(Dataset(folder), tmp_path / "out", encoder.settings, never, **settings)
     assert key in str(refusal.value)
+
+
+def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
+    monkeypatch.setattr(export_items.shards.metadata, "version", lambda name: "0.0.1")
+    first = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    monkeypatch.undo()
+    (out / "part-00001.parquet").unlink()
+    again = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    assert first["versions"]["vlm2rec"] == "0.0.1" != again["versions"]["vlm2rec"]
+    assert first["fingerprint"] == again["fingerprint"] and verify(out) == []
+    (out / "manifest.json").write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
+    with pytest.raises(ArtifactError, match="schema version 2"):
+        export(data, out, encoder.settings, never, shard_size=8)
 
 
 def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -360,12 +390,16 @@ def test_the_real_encoder_writes_its_own_vectors(config: ExportConfig) -> None:
     assert verify(config.out) == []
 
 
-def test_fault_14_batch_size_may_change_between_runs_and_pixels_may_not(config: ExportConfig) -> None:
-    export_items.run(config)
-    (config.out / "part-00001.parquet").unlink()
+def test_fault_14_batch_size_threads_and_cache_may_change_between_runs_and_pixels_may_not(
+    config: ExportConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = export_items.run(config)
+    assert not {"device", "token_budget", "vision_cache", "image_timeout"} & set(manifest["settings"])
     before = parts(config.out)
-    export_items.run(replace(config, token_budget=40))
-    assert {name: parts(config.out)[name] for name in before} == before and verify(config.out) == []
+    (config.out / "part-00001.parquet").unlink()
+    monkeypatch.setattr(export_items, "READERS", 1)
+    export_items.run(replace(config, token_budget=40, vision_cache="off", image_timeout=5.0))
+    assert parts(config.out) == before and verify(config.out) == []
     with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):
         export_items.run(replace(config, max_pixels=56 * 56))
     with pytest.raises(ArtifactError, match=r"prompt_hash was .*prompt_mode was 'raw', now 'chat'"):
