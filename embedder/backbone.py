@@ -177,9 +177,12 @@ class Backbone:
         text = " ".join(title.replace("\0", " ").split())[: 64 * self.max_title_tokens]
         text = neutralise(self.tokenizer, text)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if len(encoding["input_ids"]) <= self.max_title_tokens:
+        places, most = encoding["offset_mapping"], self.max_title_tokens
+        if len(places) <= most:
             return text, False
-        return text[: encoding["offset_mapping"][self.max_title_tokens - 1][1]].rstrip(), True
+        while most > 0 and places[most][0] < places[most - 1][1]:  # in the middle of a character of several bytes
+            most -= 1
+        return text[: places[most - 1][1] if most else 0].rstrip(), True
 
     def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
         """Return the prompt's token ids, with as many image tokens for each image as it has features."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -327,7 +327,6 @@ def _samples() -> list[bytes]:
     return files
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from(_samples()), flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 255)), max_size=8)
 )
