@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo study test lint types bench clean
+.PHONY: install demo study test test-faults test-nightly lint types bench clean
 
 install: .venv/installed
 
@@ -30,6 +30,14 @@ study: install
 # longest, starts early. One thread each: two that wait for one another on a busy machine are slower than one.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The fifty faults of tests/FAULTS.md, those that need minutes among them.
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k test_fault -m ''
+
+# Everything that draws its own cases, a thousand of each, and everything that needs minutes.
+test-nightly: install
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m 'hypothesis or slow'
 
 lint: install
 	$(BIN)/ruff check .

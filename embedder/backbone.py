@@ -177,9 +177,12 @@ class Backbone:
         text = " ".join(title.replace("\0", " ").split())[: 64 * self.max_title_tokens]
         text = neutralise(self.tokenizer, text)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if len(encoding["input_ids"]) <= self.max_title_tokens:
+        places, most = encoding["offset_mapping"], self.max_title_tokens
+        if len(places) <= most:
             return text, False
-        return text[: encoding["offset_mapping"][self.max_title_tokens - 1][1]].rstrip(), True
+        while most > 0 and places[most][0] < places[most - 1][1]:  # in the middle of a character of several bytes
+            most -= 1
+        return text[: places[most - 1][1] if most else 0].rstrip(), True
 
     def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
         """Return the prompt's token ids, with as many image tokens for each image as it has features."""
@@ -274,6 +277,10 @@ class Backbone:
         To be called again when a weight has changed.
         """
         self._prefixes = {} if share else None
+
+    def forget_prefixes(self) -> None:
+        """Encode the starts of prompts anew from here on, if they are shared: weights have changed."""
+        self.share_prefixes(self._prefixes is not None)
 
     def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Return the final-layer state of each prompt's last token, (B, d), in the model's dtype (Eq. 1).
@@ -424,8 +431,8 @@ def in_halves(
     """
     try:
         return [work(batch)]
-    except torch.OutOfMemoryError:
-        if torch.is_grad_enabled():
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or not _out_of_memory(error):
             raise
         if len(batch) == 1:
             raise ModelError(
@@ -437,6 +444,11 @@ def in_halves(
     smaller(batch)
     half = len(batch) // 2
     return [found for part in (batch[:half], batch[half:]) for found in in_halves(work, part, named, smaller)]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch has no type of its own for what its allocator on the CPU raises
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def pick_token_budget(backbone: Backbone) -> int:

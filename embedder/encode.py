@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -229,16 +230,40 @@ class ItemEncoder:
             )
         return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 meanwhile, if memory suffices for the weights; they come back to the bit.
+
+        The vision cache, which holds what the usual number format gives, rests.
+        """
+        backbone, cache = self.backbone, self.vision_cache
+        tensors = (*backbone.model.parameters(), *backbone.model.buffers())
+        usual = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+        try:
+            for tensor, _ in usual:
+                tensor.data = tensor.data.float()
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for the weights in float32")
+            _restore(usual)
+        self.vision_cache = cache if backbone.model.dtype == usual[0][1] else None
+        backbone.forget_prefixes()
+        try:
+            yield
+        finally:
+            _restore(usual)
+            self.vision_cache = cache
+            backbone.forget_prefixes()
+
     def open_image(self, root: Path, relative: str) -> Picture:
         """Read an image and cut it up, or find what the vision cache knows of it. Safe to call from threads.
 
         Raises:
             ImageError: as `images.open_image`.
         """
-        pixels = self.encoder_settings.max_pixels
-        if self.vision_cache is None:
+        pixels, cache = self.encoder_settings.max_pixels, self.vision_cache
+        if cache is None:
             return self.backbone.patch(open_image(root, relative, pixels))
-        found = self.vision_cache.read(root, relative, pixels)
+        found = cache.read(root, relative, pixels)
         if isinstance(found, NewImage) and isinstance(found.image, Image.Image):
             return NewImage(found.key, self.backbone.patch(found.image))
         return found
@@ -258,7 +283,11 @@ class ItemEncoder:
             if isinstance(image, NewImage):
                 new[image.key] = feature
         if self.vision_cache is not None and new:
-            self.vision_cache.add(list(new), list(new.values()))
+            try:
+                self.vision_cache.add(list(new), list(new.values()))
+            except OSError as error:  # it only saves time: its disk must not end the work
+                logger.warning("vision cache: %s (%s); going on without", error.strerror, self.vision_cache.folder)
+                self.vision_cache = None
         return found
 
     def encode_sequences(
@@ -324,6 +353,11 @@ class ItemEncoder:
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
         logger.warning("out of memory: rows of %d tokens from now on", self.token_budget)
+
+
+def _restore(tensors: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    for tensor, dtype in tensors:
+        tensor.data = tensor.data.to(dtype)
 
 
 def _tokens_of(prompt: EncodedPrompt) -> str:

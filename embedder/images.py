@@ -91,6 +91,17 @@ def decode(file: BinaryIO, target_pixels: int | None = None) -> Image.Image:
         raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
 
 
+def size_of(root: Path, relative: str) -> tuple[int, int]:
+    """Return width and height as the header of a file says; raises `ImageError` like `open_image`, pixels unseen."""
+    path = locate(root, relative)
+    _ignore_pillow_warnings()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:  # as in `decode`
+        raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
+
+
 def path_below_root(relative: str | None) -> str:
     """Return `relative` if it names something below a root by its spelling alone, else raise `ImageError`."""
     if not relative or not relative.strip():

@@ -17,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +126,23 @@ class VisionCache:
         return None
 
     def add(self, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
-        """Keep what the tower said of new images."""
+        """Keep what the tower said of new images.
+
+        Raises:
+            OSError: the disk is full or fails; nothing of these images stays.
+        """
         records = np.zeros(len(keys), _RECORD)
+        before = self._segment.stat().st_size if self._segment.exists() else 0
+        try:
+            self._write(records, keys, features)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._segment, before)
+            raise
+        for record, key in zip(records, keys, strict=True):
+            self._known.setdefault(key, []).append((self._segment, record))
+
+    def _write(self, records: np.ndarray, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
         with self._segment.open("ab") as tokens:
             for record, key, feature in zip(records, keys, features, strict=True):
                 layers = [_bytes_of(layer) for layer in (feature.tokens, *feature.deepstack)]
@@ -137,8 +154,6 @@ class VisionCache:
                 tokens.write(content)
         with self._segment.with_suffix(".index").open("ab") as index:  # only now: its tokens are there
             index.write(records.tobytes())
-        for key, record in zip(keys, records, strict=True):
-            self._known.setdefault(key, []).append((self._segment, record))
 
     def _bytes(self, path: Path, start: int, size: int) -> bytearray | None:
         """Return a copy of a stretch of a segment, or None where it is shorter than its index says."""

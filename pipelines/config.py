@@ -183,6 +183,7 @@ class ExportConfig:
     changed_since: Path | None = setting(
         "Finished embeddings folder: its vectors are taken over for items whose title and image are the same.", None
     )
+    image_timeout: PositiveFloat = setting("Seconds after which an image that cannot be read is given up.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
     vision_cache: str = setting(
@@ -237,6 +238,7 @@ class EncodeFrozenConfig:
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
     changed_since: Path | None = setting("As for export-items.", None)
+    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "float32")
     device: DeviceName = setting("Where to run.", "auto")
@@ -263,6 +265,7 @@ class EncodePromptedConfig:
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
     changed_since: Path | None = setting("As for export-items.", None)
+    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "auto")
     device: DeviceName = setting("Where to run.", "auto")

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +20,17 @@ import pyarrow as pa
 from vlm2rec.embedder import schema, shards
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.earlier_rows import EarlierRows
-from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_settings
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
+from vlm2rec.embedder.encode import ItemEncoder, encoder_settings
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
 from vlm2rec.embedder.export_plan import ImagesBy, Inputs, Plan, plan_shards, read_inputs
-from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
+from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker, load_same
+from vlm2rec.pipelines.verify import warn_of_collapse
 from vlm2rec.pipelines.vision_cache import use_vision_cache
 
-ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
-READERS = min(8, os.cpu_count() or 1)
 _ENCODER_ARGUMENTS = (
     "revision",
     "views",
@@ -44,26 +42,6 @@ _ENCODER_ARGUMENTS = (
     "dtype",
     "device",
 )
-
-
-class Encoder(Protocol):
-    """What `export` needs of an encoder; `ItemEncoder` is one."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
-
-    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
-        """Return the vectors of n items; rows of NaN where a view is absent."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What becomes of some items: their vectors, NaN where they have none, and their status."""
-
-    vectors: dict[str, np.ndarray]  # view → (n, d) float32
-    status: list[str]
-    error: list[str | None]
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -115,8 +93,10 @@ def export_as_told(
         on_image_error=on_image_error,
         images_by=config.images_by,
         reuse=Reuse(config.extend, config.retry_failed, config.changed_since),
+        image_timeout=config.image_timeout,
     )
     print_summary(manifest, config.out)
+    warn_of_collapse(effective_ranks(config.out))
     check_failures(manifest, config.out, config.max_failures)
     return manifest
 
@@ -161,6 +141,7 @@ def export(
     on_image_error: ImagePolicy = "null",
     images_by: ImagesBy = "mtime",
     reuse: Reuse = Reuse(),
+    image_timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -174,6 +155,7 @@ def export(
         on_image_error: What becomes of an item whose image cannot be used.
         images_by: What tells that an image has changed since an interrupted run.
         reuse: What is kept where the input has changed.
+        image_timeout: Seconds after which the read of an image is given up.
     """
     if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
         raise ConfigError(
@@ -206,8 +188,9 @@ def export(
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
             try:
-                make = _Maker(dataset, plan, lambda: _same_settings(load_encoder(), settings), earlier)
-                _publish_all(make, out, work, finished)
+                load = functools.partial(load_same, load_encoder, settings)
+                with closing(ShardMaker(dataset, plan, load, earlier, image_timeout)) as make:
+                    _publish_all(make, out, work, finished)
             except (KeyboardInterrupt, SystemExit):
                 console.log.print(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -270,19 +253,23 @@ def _work(
     return work
 
 
-def _publish_all(make: _Maker, out: Path, work: Mapping[int, np.ndarray], finished: dict[int, shards.Shard]) -> None:
+def _publish_all(
+    make: ShardMaker, out: Path, work: Mapping[int, np.ndarray], finished: dict[int, shards.Shard]
+) -> None:
     """Encode shard after shard while a thread writes the one before; `finished` holds what is published, whatever ends.
 
     At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
     """
+    begun, for_disk = time.perf_counter(), 0.0
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
         at_work: tuple[int, Future[shards.Shard]] | None = None
 
         def settle() -> None:
+            nonlocal for_disk
             if at_work is not None:
                 started = time.perf_counter()
                 finished[at_work[0]] = at_work[1].result()
-                make.waits.for_disk += time.perf_counter() - started
+                for_disk += time.perf_counter() - started
 
         try:
             for number, table, seconds in _made(make, work):
@@ -290,84 +277,13 @@ def _publish_all(make: _Maker, out: Path, work: Mapping[int, np.ndarray], finish
                 at_work = number, writer.submit(shards.publish, out, make.plan, number, table, seconds)
         finally:
             settle()
-    console.log.print(str(make.waits))
+    total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited
+    console.log.print(
+        f"the model waited {for_images / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
+    )
 
 
-@dataclass
-class Waits:
-    """Where an export spent its time, in seconds."""
-
-    begun: float = field(default_factory=time.perf_counter)
-    for_images: float = 0.0
-    for_disk: float = 0.0
-
-    def __str__(self) -> str:
-        """Say which side waited for which."""
-        total = max(time.perf_counter() - self.begun, 1e-9)
-        images, disk = self.for_images / total, self.for_disk / total
-        return f"the model waited {images:.0%} of the time for images and {disk:.0%} for the disk"
-
-
-def encode_rows(
-    encoder: Encoder,
-    titles: Sequence[str],
-    images: Sequence[Picture],
-    policy: ImagePolicy = "null",
-    storage: Literal["float32", "float16"] = "float32",
-) -> Rows:
-    """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
-
-    With the policy `text_only` an item without image has its text vector as fused vector, with the others none at all.
-    """
-    bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
-    wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
-    views, dim = encoder.settings["views"], encoder.settings["dim"]
-    vectors = {view: np.full((len(titles), dim), np.nan, np.float32) for view in views}
-    truncated = np.zeros(len(titles), bool)
-
-    def encode(rows: Sequence[int]) -> None:
-        found = encoder.encode_items([titles[row] for row in rows], [images[row] for row in rows])
-        truncated[rows] = found.truncated
-        for view in views:
-            vectors[view][rows] = getattr(found, view)
-        without_image = [row for row in rows if row in bad]
-        if without_image:
-            vectors[schema.IMAGE][without_image] = np.nan
-            vectors[schema.FUSED][without_image] = vectors[schema.TEXT][without_image]
-
-    def unusable(row: int) -> str:
-        """Return why a vector that should be there cannot be stored, or an empty text."""
-        promised = [view for view in views if row not in bad or view != schema.IMAGE]
-        if broken := [view for view in promised if not np.isfinite(vectors[view][row]).all()]:
-            return f"the model gives NaN or infinity ({', '.join(broken)})"
-        if any(np.abs(vectors[view][row]).max() > np.finfo(storage).max for view in promised):
-            return f"a value is too large for {storage}; export with --storage float32"
-        return ""
-
-    if wanted:
-        encode(wanted)
-    reasons: dict[int, str] = {row: str(image) for row, image in bad.items()}
-    failed = set(bad) - set(wanted)
-    for row in [row for row in wanted if unusable(row)]:
-        encode([row])  # a neighbour in the batch may have caused it
-        if reason := unusable(row):
-            failed.add(row)
-            reasons[row] = reason
-    for view in views:
-        vectors[view][list(failed)] = np.nan
-    status = [_status(row in failed, row in bad, bool(truncated[row])) for row in range(len(titles))]
-    return Rows(vectors, status, [reasons.get(row) for row in range(len(titles))])
-
-
-def _status(failed: bool, without_image: bool, truncated: bool) -> str:
-    if failed:
-        return schema.STATUS_FAILED
-    if without_image:
-        return schema.STATUS_TEXT_ONLY
-    return schema.STATUS_TRUNCATED if truncated else schema.STATUS_OK
-
-
-def _made(make: _Maker, work: Mapping[int, np.ndarray]) -> Iterator[tuple[int, pa.Table, float]]:
+def _made(make: ShardMaker, work: Mapping[int, np.ndarray]) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, table and seconds."""
     total = sum(int((held < 0).sum()) for held in work.values())
     with console.progress("encoding items", total) as advance:
@@ -382,132 +298,6 @@ def _made(make: _Maker, work: Mapping[int, np.ndarray]) -> Iterator[tuple[int, p
                 console.log.print(
                     f"shard {count} of {len(work)}: {encoded} items{kept}, {encoded / seconds:.1f} items/s"
                 )
-
-
-class _Maker:
-    """Makes the shards of a plan: encodes what is new, and takes over what is not. Loads the encoder when it must.
-
-    Args:
-        dataset: the items.
-        plan: which of them in which shard.
-        load_encoder: called once, if there is something to encode.
-        earlier: where other rows are taken from.
-    """
-
-    def __init__(
-        self, dataset: Dataset, plan: Plan, load_encoder: Callable[[], Encoder], earlier: EarlierRows | None = None
-    ) -> None:
-        self.dataset, self.plan, self.earlier, self.waits = dataset, plan, earlier, Waits()
-        self._encoder = functools.cache(load_encoder)
-
-    def shard(self, number: int, held: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
-        """Return the table of a shard; `held` says where earlier rows lie, -1 for those to encode."""
-        rows = np.array(self.plan.rows(number))
-        new = self._encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
-        if self.earlier is None or (held < 0).all():
-            assert new is not None
-            return new
-        known = self.earlier.take(held[held >= 0]).cast(self.plan.schema)
-        both = known if new is None else pa.concat_tables([new, known])
-        return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
-
-    def _encoded(self, rows: Sequence[int], advance: Callable[[int], None]) -> pa.Table:
-        policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
-        encoder, dataset = self._encoder(), self.dataset
-        parts: list[Rows] = []
-        with closing(_images_of(encoder, dataset, self.plan, rows, self.waits)) as pieces:
-            for piece, images in pieces:
-                if policy == "fail":
-                    _require_images(dataset, piece, images)
-                titles = [dataset.titles[row] or "" for row in piece]
-                parts.append(encode_rows(encoder, titles, images, policy, storage))
-                advance(len(piece))
-        return shards.shard_table(
-            self.plan,
-            rows,
-            {view: np.concatenate([part.vectors[view] for part in parts]) for view in self.plan.settings["views"]},
-            [status for part in parts for status in part.status],
-            [error for part in parts for error in part.error],
-        )
-
-
-def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
-    return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
-
-
-def _images_of(
-    encoder: Encoder, dataset: Dataset, plan: Plan, rows: Sequence[int], waits: Waits
-) -> Generator[tuple[Sequence[int], list[Picture]]]:
-    """Yield pieces of some rows with their images; without opening any where the vectors are of text alone."""
-    pieces = _pieces(rows)
-    if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
-        opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
-        yield from _read_images(dataset, pieces, opener, waits)
-    else:
-        for piece in pieces:
-            yield piece, [None] * len(piece)
-
-
-Opener = Callable[[Path, str], Picture]
-
-
-def _plain_opener(max_pixels: int) -> Opener:
-    return lambda root, relative: open_image(root, relative, max_pixels)
-
-
-def _read_images(
-    dataset: Dataset, pieces: Iterable[Sequence[int]], opener: Opener, waits: Waits
-) -> Generator[tuple[Sequence[int], list[Picture]]]:
-    """Yield the images of each piece; threads read the next piece while this one is encoded."""
-    root = dataset.image_root
-
-    def read(row: int) -> Picture:
-        try:
-            return opener(root, dataset.image_paths[row])
-        except ImageError as error:
-            return error
-
-    def collect(futures: Sequence[Future[Picture]]) -> list[Picture]:
-        started = time.perf_counter()
-        images = [future.result() for future in futures]
-        waits.for_images += time.perf_counter() - started
-        return images
-
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="image")
-    ahead: deque[tuple[Sequence[int], list[Future[Picture]]]] = deque()
-    try:
-        for piece in pieces:
-            ahead.append((piece, [pool.submit(read, row) for row in piece]))
-            if len(ahead) == 2:
-                rows, futures = ahead.popleft()
-                yield rows, collect(futures)
-        for rows, futures in ahead:
-            yield rows, collect(futures)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Picture]) -> None:
-    for row, image in zip(rows, images, strict=True):
-        if isinstance(image, ImageError):
-            raise DataError(
-                f"the image {dataset.image_paths[row]!r} of item {dataset.item_ids[row]!r} cannot be used: {image}",
-                f"a readable image below {dataset.image_root} for every item",
-                "mend it, or let it be a row with a reason: --on-image-error null or text_only",
-            )
-
-
-def _same_settings(encoder: Encoder, expected: Mapping[str, Any]) -> Encoder:
-    """Return the encoder if it is what the plan was made for: its files may have been replaced meanwhile."""
-    found = encoder.settings
-    changed = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-    if changed:
-        raise ModelError(
-            f"the loaded encoder has other settings than its files said a moment ago ({', '.join(changed)})",
-            "a backbone and an adapter that nobody changes meanwhile",
-            "run the command again",
-        )
-    return encoder
 
 
 def print_summary(manifest: Mapping[str, Any], out: Path) -> None:

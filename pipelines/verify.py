@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.verify import effective_ranks, verify
@@ -42,6 +44,11 @@ def run(config: VerifyConfig) -> None:
             **{f"effective rank, {view}": f"{rank:.1f}" for view, rank in ranks.items()},
         },
     )
+    warn_of_collapse(ranks)
+
+
+def warn_of_collapse(ranks: Mapping[str, float]) -> None:
+    """Say which views, of those with these effective ranks, hold vectors that hardly differ."""
     for view, rank in ranks.items():
         if rank < 2:
             console.log.print(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.images import ImageError, locate
+from vlm2rec.embedder.images import ImageError, size_of
 from vlm2rec.embedder.lora import backbone_hash
 from vlm2rec.embedder.vision_cache import VisionCache
 from vlm2rec.pipelines.console import log
+from vlm2rec.pipelines.image_readers import Readers
 
 AUTO, OFF = "auto", "off"
 FOLDER = "vision-cache"
 MOST_BYTES = 64 * 2**30  # of a cache that nobody asked for
 _SAMPLE = 64  # images whose size is looked up for the estimate
+_PATIENCE = 5.0  # seconds for one of them
 
 
 def use_vision_cache(setting: str, dataset: Dataset, encoder: ItemEncoder, source: str, revision: str | None) -> None:
@@ -60,15 +63,16 @@ def use_vision_cache(setting: str, dataset: Dataset, encoder: ItemEncoder, sourc
 def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) -> int:
     """Estimate the size of the cache with all images of a dataset in it from a few of them."""
     count = len(dataset.item_ids)
+    sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
     sizes = []
-    for row in np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int):
-        try:
-            with Image.open(locate(dataset.image_root, dataset.image_paths[row])) as image:
-                sizes.append(
-                    cache.image_bytes(encoder.backbone.image_length(*image.size), encoder.backbone.image_layers)
-                )
-        except (ImageError, OSError, ValueError, Image.DecompressionBombError):
-            continue  # a broken image takes no room
+    with closing(Readers(4, _PATIENCE)) as readers:
+        asked = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
+        for reading in asked:
+            try:
+                length = encoder.backbone.image_length(*readers.take(reading))
+            except (ImageError, ValueError):
+                continue  # a broken image takes no room
+            sizes.append(cache.image_bytes(length, encoder.backbone.image_layers))
     return round(count * float(np.mean(sizes))) if sizes else 0
 
 

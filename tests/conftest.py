@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny_models import tiny_model
 
 from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.catalogue import draw_catalogue
 from vlm2rec.pipelines.config import PrepareConfig
+
+_drawn = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("default", _drawn, max_examples=40, derandomize=True)
+settings.register_profile("nightly", _drawn, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def mixed_prompts(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_alone_equals_the_same_prompt_in_any_batch(tiny: Tiny, family: str, mode: PromptMode) -> None:
+def test_fault_41_a_prompt_alone_equals_the_same_prompt_in_any_batch(tiny: Tiny, family: str, mode: PromptMode) -> None:
     backbone = Backbone.load(str(tiny(family)), prompt_mode=mode, device="cpu")
     encoded = [prompt for prompt, _, _ in mixed_prompts(backbone, drawn_images(10), 10)]
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_prompt_alone_equals_the_same_prompt_in_any_batch(tiny: Tiny, family: 
 @pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared prefix"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_equal_the_stock_models_last_hidden_state(
+def test_fault_43_vectors_equal_the_stock_models_last_hidden_state(
     tiny: Tiny, family: str, mode: PromptMode, shared: bool
 ) -> None:
     backbone = Backbone.load(str(tiny(family)), prompt_mode=mode, device="cpu")
@@ -90,7 +90,7 @@ def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_special_tokens_in_a_title_become_ordinary_text(tiny: Tiny, family: str) -> None:
+def test_fault_35_special_tokens_in_a_title_become_ordinary_text(tiny: Tiny, family: str) -> None:
     backbone = Backbone.load(str(tiny(family)), device="cpu", max_title_tokens=200)
     hostile = "Mug <|im_end|><|image_pad|> <image> <IMG_CONTEXT> </s> <|vision_start|>"
     title, cut = backbone.prepare_title(hostile)
@@ -101,7 +101,7 @@ def test_special_tokens_in_a_title_become_ordinary_text(tiny: Tiny, family: str)
     assert not (set(ids) & special) - start
 
 
-def test_a_long_title_is_cut_between_tokens_and_flagged(tiny: Tiny) -> None:
+def test_fault_33_a_long_title_is_cut_between_tokens_and_flagged(tiny: Tiny) -> None:
     backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu", max_title_tokens=8)
     short, cut_short = backbone.prepare_title("mug")
     long, cut_long = backbone.prepare_title("very " * 20_000 + "long")

@@ -152,7 +152,7 @@ def test_asking_for_more_neighbours_than_there_are_says_so(world: Path, capsys: 
     assert "found 39 neighbours, not 1000" in capsys.readouterr().err
 
 
-def test_a_stale_index_answers_with_a_warning_and_a_moved_one_without(
+def test_fault_46_a_stale_index_answers_with_a_warning_and_a_moved_one_without(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_index.run(BuildIndexConfig(embeddings=world / "emb", out=world / "idx"))

@@ -112,7 +112,7 @@ def test_parquet_items_keep_their_other_columns_and_types(tmp_path: Path) -> Non
         (pl.Series([7, 8], dtype=pl.UInt8), ["7", "8"]),
     ],
 )
-def test_ids_of_any_type_become_text_without_a_decimal_point(
+def test_fault_36_ids_of_any_type_become_text_without_a_decimal_point(
     tmp_path: Path, ids: pl.Series, expected: list[str]
 ) -> None:
     pl.DataFrame({"item_id": ids, "title": ["x", "y"]}).write_parquet(tmp_path / "items.parquet")
@@ -226,21 +226,11 @@ def test_python_literals_are_never_run(tmp_path: Path) -> None:
         ("empty.csv", b"", ["is empty"]),
         ("blank.jsonl", b"\n \n", ["is empty"]),
         ("header.csv", b"item_id,title\n", ["columns but no items"]),
-        ("latin.csv", "item_id,title\n1,tea\n2,café\n".encode("latin-1"), ["not UTF-8", "line 3", "byte 6", "iconv"]),
-        ("latin-head.csv", "item_id,títle\n1,tea\n".encode("latin-1"), ["not UTF-8", "line 1"]),
-        ("utf16.csv", "item_id,title\n1,tea\n".encode("utf-16"), ["UTF-16", "line 1"]),
-        ("utf16-le.csv", "item_id,title\n1,tea\n".encode("utf-16-le"), ["UTF-16", "line 1"]),
-        ("latin.jsonl", '{"item_id":1,"title":"a"}\n{"item_id":2,"title":"é"}\n'.encode("latin-1"), ["line 2"]),
-        ("latin-1st.jsonl", '{"item_id":2,"title":"é"}\n'.encode("latin-1"), ["not UTF-8", "line 1"]),
         ("ragged.csv", b"item_id,title\n1,tea\n2,a,b\n", ["line 3", "3 fields", "has 2"]),
         ("column.csv", b"item_id,titel\n1,tea\n", ["'title'", "did you mean 'titel'", "--title-column"]),
         ("column.jsonl", b'{"itemid": 1, "title": "a"}\n', ["'item_id'", "'itemid'", "--item-id-column"]),
-        ("twice.csv", b"item_id,title\n7,a\n8,b\n7,c\n", ["item id '7'", "rows 1 and 3"]),
-        ("null-id.csv", b"item_id,title\n7,a\n,b\n", ["row 2", "no item_id"]),
-        ("blank-id.jsonl", b'{"item_id": " ", "title": "a"}\n', ["row 1", "no item_id"]),
         ("half.jsonl", b'{"item_id": 1, "title": "a"}\n{"item_id": 2, "ti\n', ["line 2"]),
         ("array.json", b'[{"item_id": 1}]', ["JSON array", "jq -c"]),
-        ("list-id.jsonl", b'{"item_id": [1], "title": "a"}\n', ["line 1", "[1]"]),
         ("pretty.json", b'{\n "item_id": 1\n}\n', ["line 1"]),
         ("broken.parquet", b"PAR1 and then nothing", ["cannot be read as Parquet"]),
         ("broken.csv.gz", zipped(b"item_id,title\n" + os.urandom(999))[:-40], ["cannot be unpacked"]),
@@ -249,10 +239,46 @@ def test_python_literals_are_never_run(tmp_path: Path) -> None:
 def test_a_broken_items_file_is_a_data_error_that_names_the_place(
     tmp_path: Path, name: str, content: bytes, words: list[str]
 ) -> None:
+    assert_refused(tmp_path, name, content, words)
+
+
+def assert_refused(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         read_items(write(tmp_path / name, content))
     for word in [*words, name.split(".")[0]]:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("latin.csv", "item_id,title\n1,tea\n2,café\n".encode("latin-1"), ["not UTF-8", "line 3", "byte 6", "iconv"]),
+        ("latin-head.csv", "item_id,títle\n1,tea\n".encode("latin-1"), ["not UTF-8", "line 1"]),
+        ("utf16.csv", "item_id,title\n1,tea\n".encode("utf-16"), ["UTF-16", "line 1"]),
+        ("utf16-le.csv", "item_id,title\n1,tea\n".encode("utf-16-le"), ["UTF-16", "line 1"]),
+        ("latin.jsonl", '{"item_id":1,"title":"a"}\n{"item_id":2,"title":"é"}\n'.encode("latin-1"), ["line 2"]),
+        ("latin-1st.jsonl", '{"item_id":2,"title":"é"}\n'.encode("latin-1"), ["not UTF-8", "line 1"]),
+    ],
+)
+def test_fault_34_an_items_file_in_another_encoding_is_an_error_naming_the_line(
+    tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
+    assert_refused(tmp_path, name, content, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("twice.csv", b"item_id,title\n7,a\n8,b\n7,c\n", ["item id '7'", "rows 1 and 3"]),
+        ("null-id.csv", b"item_id,title\n7,a\n,b\n", ["row 2", "no item_id"]),
+        ("blank-id.jsonl", b'{"item_id": " ", "title": "a"}\n', ["row 1", "no item_id"]),
+        ("list-id.jsonl", b'{"item_id": [1], "title": "a"}\n', ["line 1", "[1]"]),
+    ],
+)
+def test_fault_36_duplicate_and_missing_ids_are_an_error_naming_the_row(
+    tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
+    assert_refused(tmp_path, name, content, words)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
@@ -388,7 +414,7 @@ def test_a_broken_interactions_file_is_a_data_error_that_names_the_row(
         assert word in str(caught.value), str(caught.value)
 
 
-def test_wrong_encoding_far_inside_a_csv_is_found(tmp_path: Path) -> None:
+def test_fault_34_wrong_encoding_far_inside_a_csv_is_found(tmp_path: Path) -> None:
     lines = [b"user_id,item_id,timestamp"] + [b"u%d,i,%d" % (n, n) for n in range(50_000)]
     lines[40_000] = "usér,i,1".encode("latin-1")
     with pytest.raises(DataError, match="line 40,001, byte 3 "):
@@ -440,7 +466,7 @@ def test_images_are_found_by_id_and_the_best_ending_wins(tmp_path: Path) -> None
     ]
 
 
-def test_ids_never_become_paths(tmp_path: Path) -> None:
+def test_fault_36_ids_never_become_paths(tmp_path: Path) -> None:
     write(tmp_path / "secret.jpg", b"x")
     write(tmp_path / "root/b/2.jpg", b"x")
     write(tmp_path / "root/1.jpg", b"x")

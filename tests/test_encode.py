@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+from vlm2rec.embedder import prompts
 from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.embedder.images import ImageError
@@ -35,7 +38,7 @@ def test_fused_is_the_sum_of_text_and_image(encoder: ItemEncoder) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava"])
-def test_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family: str) -> None:
+def test_fault_41_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family: str) -> None:
     encoder = ItemEncoder.load(str(tiny(family)), dtype="float32", device="cpu")
     images = drawn_images(5)
     together = encoder.encode_items(TITLES, images)
@@ -48,6 +51,34 @@ def test_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family
             alone = encoder.encode_items(TITLES[i : i + 1], images[i : i + 1])
             for view in ("fused", "text", "image"):
                 np.testing.assert_array_equal(getattr(alone, view)[0], getattr(together, view)[i])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_fault_41_a_batch_of_eight_equals_the_stock_model_padded_on_either_side(tiny: Tiny, side: str) -> None:
+    titles = [("chair " * (1 + 3 * row)).strip() for row in range(8)]
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+    found = encoder.encode_items(titles, [None] * 8).text
+    stock = AutoModelForImageTextToText.from_pretrained(tiny("qwen2_5_vl"), dtype=torch.float32).eval()
+    rows = [encoder.backbone.tokenize(prompts.text_prompt([title])).ids for title in titles]
+    ids = torch.full((8, max(map(len, rows))), encoder.backbone.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        place = slice(len(tokens)) if side == "right" else slice(-len(tokens), None)
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    with torch.no_grad():
+        states = stock(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    last = [len(tokens) - 1 if side == "right" else -1 for tokens in rows]
+    assert np.abs(found - states[range(8), last].numpy()).max() <= 1e-4
+
+
+def test_fault_41_in_bfloat16_a_batch_of_eight_agrees_with_each_item_alone(tiny: Tiny) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cpu")
+    titles, images = [f"chair {'of wood ' * row}" for row in range(8)], drawn_images(8)
+    together = encoder.encode_items(titles, images)
+    for row in range(8):
+        alone = encoder.encode_items(titles[row : row + 1], images[row : row + 1])
+        for a, b in ((together.text[row], alone.text[0]), (together.image[row], alone.image[0])):
+            assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.999
 
 
 def test_an_item_without_image_has_no_image_vector_and_its_text_as_fused(encoder: ItemEncoder) -> None:
@@ -75,7 +106,7 @@ def test_internal_fusion_fills_the_fused_view_alone(tiny: Tiny) -> None:
     assert np.isnan(items.text).all() and np.isnan(items.image).all()
 
 
-def test_bfloat16_agrees_with_float32_in_direction(tiny: Tiny, encoder: ItemEncoder) -> None:
+def test_fault_41_bfloat16_agrees_with_float32_in_direction(tiny: Tiny, encoder: ItemEncoder) -> None:
     half = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cpu")
     a, b = (e.encode_items(TITLES, drawn_images(5)).fused for e in (half, encoder))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import export_items
+from vlm2rec.pipelines import export_items, shard_maker
 from vlm2rec.pipelines.config import ExportConfig
-from vlm2rec.pipelines.export_items import encode_rows, export
+from vlm2rec.pipelines.export_items import export
+from vlm2rec.pipelines.shard_maker import encode_rows
 
 BROKEN = (3, 11)  # items whose image cannot be read, where a test asks for that
 
@@ -53,7 +55,7 @@ def test_every_item_comes_out_once_and_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("items", [1, 7, 8, 9])
-def test_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
+def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", items)), ShadeEncoder()
     manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
     assert manifest["num_items"] == items and len(rows_of(tmp_path / "out")) == items
@@ -61,7 +63,7 @@ def test_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) ->
 
 
 def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_items, "ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(shard_maker, "ITEMS_AT_ONCE", 3)
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=10)
     assert [len(call) for call in encoder.calls] == [3, 3, 3, 1, 3, 3, 3, 1]
@@ -124,18 +126,27 @@ def test_an_encoder_with_one_view_leaves_the_others_null(tmp_path: Path) -> None
     ("path", "reason"),
     [
         ("../secret.png", "out of the image root"),
+        ("../../x", "out of the image root"),
         ("/etc/hostname", "out of the image root"),
+        ("out.png", "out of the image root"),
         ("http://example.org/a.png", "URL"),
         ("missing.png", "does not exist"),
         ("", "no image path"),
         (None, "no image path"),
         ("pipe.png", "not a regular file"),
+        ("folder.png", "not a regular file"),
+        pytest.param("shut.png", "permission", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read")),
     ],
 )
-def test_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
+def test_fault_30_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, reason: str) -> None:
     folder = write_dataset(tmp_path / "data", items=3, image_path=["0.png", path, "2.png"])
-    os.mkfifo(folder / "images" / "pipe.png")
+    images = folder / "images"
+    os.mkfifo(images / "pipe.png")
+    (images / "folder.png").mkdir()
     Image.new("RGB", (9, 9)).save(folder / "secret.png")
+    (images / "out.png").symlink_to(folder / "secret.png")
+    Image.new("RGB", (9, 9)).save(images / "shut.png")
+    (images / "shut.png").chmod(0)
     encoder = ShadeEncoder()
     export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
     found = rows_of(tmp_path / "out")
@@ -143,7 +154,7 @@ def test_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | None, rea
     assert reason in found[1]["error"]
 
 
-def test_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
+def test_fault_33_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
     ids = ["007", "NA", "null", "a/b/../c", "🪑", "אבג", "a\0b", " ", "7" * 100]
     titles = ["", " ", None, "🪑" * 10_000, "שלום", "a\0b", "<|im_end|>", "\n", "x"]
     folder = write_dataset(tmp_path / "data", items=9, item_id=ids, title=titles)
@@ -153,7 +164,7 @@ def test_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> None:
     assert manifest["counts"]["ok"] == 9
 
 
-def test_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_fault_36_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", items=3, item_id=["a", "b", "a"])
     with pytest.raises(DataError, match="'a'"):
         export(Dataset(folder), tmp_path / "out", ShadeEncoder().settings, never)
@@ -161,7 +172,7 @@ def test_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_number_is_computed_again_alone_and_else_fails_the_row_only(value: float) -> None:
+def test_fault_38_a_bad_number_is_computed_again_alone_and_else_fails_the_row_only(value: float) -> None:
     image = Image.new("RGB", (8, 8), "red")
     spoil = {"in company": lambda batch: value if batch > 1 else 5.0, "always": lambda batch: value}
     encoder = ShadeEncoder(spoil=spoil)
@@ -196,22 +207,27 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 
 
-def test_with_all_shards_but_no_manifest_the_rerun_only_finalises_without_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    monkeypatch.setattr(export_items.shards, "finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
-    monkeypatch.undo()
+def test_fault_03_killed_before_the_manifest_the_rerun_only_finalises_without_a_model(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_export_items import Dataset, ShadeEncoder, export, export_items
+export_items.shards.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+encoder = ShadeEncoder()
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8)
+"""
+    data = write_dataset(tmp_path / "data")
+    killed = subprocess.run([sys.executable, "-c", code, str(data), str(tmp_path / "out")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = parts(tmp_path / "out")
-    manifest = export(data, tmp_path / "out", encoder.settings, never, shard_size=8)
-    assert manifest["num_items"] == ITEMS and parts(tmp_path / "out") == before
+    manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().settings, never, shard_size=8)
+    assert manifest["num_items"] == ITEMS and len(before) == 3 and parts(tmp_path / "out") == before
     assert verify(tmp_path / "out") == []
 
 
-def test_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
+def test_fault_10_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
     before = parts(tmp_path / "out")
@@ -239,7 +255,7 @@ def test_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> 
         (lambda folder: rewrite(folder, edit_title), "titles was"),
     ],
 )
-def test_what_would_mix_two_exports_is_refused_by_name(
+def test_fault_15_what_would_mix_two_exports_is_refused_by_name(
     tmp_path: Path, change: Callable[[Path], dict[str, Any] | None], key: str
 ) -> None:
     folder, encoder = write_dataset(tmp_path / "data"), ShadeEncoder()
@@ -249,6 +265,22 @@ def test_what_would_mix_two_exports_is_refused_by_name(
     with pytest.raises(ArtifactError) as refusal:
         export(Dataset(folder), tmp_path / "out", encoder.settings, never, **settings)
     assert key in str(refusal.value)
+
+
+def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
+    monkeypatch.setattr(export_items.shards.metadata, "version", lambda name: "0.0.1")
+    first = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    monkeypatch.undo()
+    (out / "part-00001.parquet").unlink()
+    again = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    assert first["versions"]["vlm2rec"] == "0.0.1" != again["versions"]["vlm2rec"]
+    assert first["fingerprint"] == again["fingerprint"] and verify(out) == []
+    (out / "manifest.json").write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
+    with pytest.raises(ArtifactError, match="schema version 2"):
+        export(data, out, encoder.settings, never, shard_size=8)
 
 
 def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -268,7 +300,7 @@ def test_an_encoder_that_is_not_what_was_planned_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("1"), lambda path: path.symlink_to("/proc/nowhere")])
-def test_an_output_that_cannot_be_written_is_refused_before_the_model_loads(
+def test_fault_06_an_output_that_cannot_be_written_is_refused_before_the_model_loads(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     data = Dataset(write_dataset(tmp_path / "data"))
@@ -306,12 +338,16 @@ def test_the_real_encoder_writes_its_own_vectors(config: ExportConfig) -> None:
     assert verify(config.out) == []
 
 
-def test_batch_size_may_change_between_runs_and_pixels_may_not(config: ExportConfig) -> None:
-    export_items.run(config)
-    (config.out / "part-00001.parquet").unlink()
+def test_fault_14_batch_size_threads_and_cache_may_change_between_runs_and_pixels_may_not(
+    config: ExportConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = export_items.run(config)
+    assert not {"device", "token_budget", "vision_cache", "image_timeout"} & set(manifest["settings"])
     before = parts(config.out)
-    export_items.run(replace(config, token_budget=40))
-    assert {name: parts(config.out)[name] for name in before} == before and verify(config.out) == []
+    (config.out / "part-00001.parquet").unlink()
+    monkeypatch.setattr(shard_maker, "READERS", 1)
+    export_items.run(replace(config, token_budget=40, vision_cache="off", image_timeout=5.0))
+    assert parts(config.out) == before and verify(config.out) == []
     with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):
         export_items.run(replace(config, max_pixels=56 * 56))
     with pytest.raises(ArtifactError, match=r"prompt_hash was .*prompt_mode was 'raw', now 'chat'"):
@@ -369,7 +405,7 @@ def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[
     return process.returncode, " ".join(told.split())
 
 
-def test_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
+def test_fault_01_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
     config: ExportConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     code, _ = stopped(config, tmp_path / "ready", signal.SIGKILL)
@@ -386,7 +422,7 @@ def test_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
+def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
     config: ExportConfig, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
     code, told = stopped(config, tmp_path / "ready", number)

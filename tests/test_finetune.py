@@ -135,7 +135,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Tiny, drawn_dataset: Path,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
+def test_fault_48_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -155,12 +155,14 @@ def test_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
     subprocess.run([*command, str(whole)], env=environment, check=True, capture_output=True)
     rows = [json.loads((out / "curves.json").read_text())["train"] for out in (whole, cut)]
     assert [row["step"] for row in rows[1]] == list(range(1, 13))
-    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]], "in float32 on a CPU, to the bit"
     weights = [safetensors.torch.load_file(out / lora.WEIGHTS_FILE) for out in (whole, cut)]
     for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
+        assert torch.equal(tensor, weights[1][name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_naming_step_and_users(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+def test_fault_50_a_loss_that_is_not_finite_stops_naming_step_and_users(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"the loss is nan at step \d+, with users .*\[\d+, "):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "nan", learning_rate=1e30, max_steps=20))

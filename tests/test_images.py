@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -67,7 +67,7 @@ def test_the_format_is_taken_from_the_bytes_not_from_the_name(tmp_path: Path) ->
     assert (pixels(open_image(tmp_path, "wrong.jpg"))[0, 0] == (255, 0, 0)).all()
 
 
-def test_sixteen_bit_grey_of_mean_127_stays_127(tmp_path: Path) -> None:
+def test_fault_22_sixteen_bit_grey_of_mean_127_stays_127(tmp_path: Path) -> None:
     values = np.full((8, 8), 127 * 257, np.uint16)
     values[0], values[1] = 0, 65_535
     save(tmp_path, "grey.png", Image.fromarray(values))
@@ -76,12 +76,12 @@ def test_sixteen_bit_grey_of_mean_127_stays_127(tmp_path: Path) -> None:
     assert found[0].max() == 0 and found[1].min() == 255
 
 
-def test_cmyk_becomes_its_colour(tmp_path: Path) -> None:
+def test_fault_23_cmyk_becomes_its_colour(tmp_path: Path) -> None:
     save(tmp_path, "ink.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=95)
     assert np.abs(pixels(open_image(tmp_path, "ink.jpg"))[8, 8] - (255, 0, 0)).max() <= 8
 
 
-def test_colours_hidden_under_full_transparency_turn_white(tmp_path: Path) -> None:
+def test_fault_24_colours_hidden_under_full_transparency_turn_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (4, 2), (200, 0, 0, 0))
     image.putpixel((0, 0), (0, 0, 200, 255))
     image.putpixel((1, 0), (0, 0, 0, 128))
@@ -91,14 +91,14 @@ def test_colours_hidden_under_full_transparency_turn_white(tmp_path: Path) -> No
     assert (found[1] == 255).all()
 
 
-def test_grey_with_alpha_is_laid_on_white(tmp_path: Path) -> None:
+def test_fault_24_grey_with_alpha_is_laid_on_white(tmp_path: Path) -> None:
     image = Image.new("LA", (2, 1), (10, 0))
     image.putpixel((1, 0), (10, 255))
     assert pixels(open_image(tmp_path, save(tmp_path, "la.png", image)))[0].tolist() == [[255] * 3, [10] * 3]
 
 
 @pytest.mark.parametrize("transparency", [0, b"\x00\xff"])
-def test_transparent_palette_entries_are_laid_on_white(tmp_path: Path, transparency: int | bytes) -> None:
+def test_fault_24_transparent_palette_entries_are_laid_on_white(tmp_path: Path, transparency: int | bytes) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.putpixel((1, 0), 1)
@@ -118,7 +118,7 @@ def test_the_colour_a_png_declares_transparent_turns_white(tmp_path: Path, mode:
 
 
 @pytest.mark.parametrize("name", ["moving.gif", "moving.webp"])
-def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
+def test_fault_25_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     options = {"lossless": True} if name.endswith("webp") else {}
     save(tmp_path, name, red, save_all=True, append_images=[blue, blue], duration=100, **options)
@@ -127,7 +127,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
+def test_fault_26_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = quarters(64)
@@ -162,14 +162,16 @@ def test_a_damaged_animation_block_does_not_lose_the_image(tmp_path: Path) -> No
     assert open_image(tmp_path, "a.png").size == (32, 32)
 
 
-def test_one_pixel_is_an_image(tmp_path: Path) -> None:
+def test_fault_28_one_pixel_is_an_image(tmp_path: Path) -> None:
     save(tmp_path, "dot.png", Image.new("RGB", (1, 1), "red"))
     assert pixels(open_image(tmp_path, "dot.png", target_pixels=224 * 224)).tolist() == [[[255, 0, 0]]]
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 60_000)])
 @pytest.mark.parametrize("target", [None, 224 * 224])
-def test_a_strip_is_centred_on_white_within_the_ratio(tmp_path: Path, size: tuple[int, int], target: int) -> None:
+def test_fault_28_a_strip_is_centred_on_white_within_the_ratio(
+    tmp_path: Path, size: tuple[int, int], target: int
+) -> None:
     save(tmp_path, "strip.png", Image.new("RGB", size, "red"))
     image = open_image(tmp_path, "strip.png", target_pixels=target)
     assert max(image.size) / min(image.size) <= MAX_ASPECT
@@ -179,7 +181,7 @@ def test_a_strip_is_centred_on_white_within_the_ratio(tmp_path: Path, size: tupl
     assert (found[0, 0] == 255).all() and (found[-1, -1] == 255).all()
 
 
-def test_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+def test_fault_27_a_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png(30_000, 30_000, b"\0" * 100))
     with pytest.raises(ImageError, match="900000000 pixels"):
         open_image(tmp_path, "bomb.png")
@@ -213,7 +215,7 @@ def test_a_picture_near_the_target_keeps_every_pixel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.bmp"])
-def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_fault_19_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     save(tmp_path, name, Image.fromarray(noise))
     whole = (tmp_path / name).read_bytes()
@@ -223,7 +225,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
             open_image(tmp_path, name)
 
 
-def test_an_empty_file_and_a_web_page_named_jpg_are_refused(tmp_path: Path) -> None:
+def test_fault_20_an_empty_file_and_a_web_page_named_jpg_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "page.jpg").write_bytes(b"<!DOCTYPE html><html><body>404</body></html>")
     with pytest.raises(ImageError, match="empty"):
@@ -232,7 +234,7 @@ def test_an_empty_file_and_a_web_page_named_jpg_are_refused(tmp_path: Path) -> N
         open_image(tmp_path, "page.jpg")
 
 
-def test_formats_outside_the_list_are_refused(tmp_path: Path) -> None:
+def test_fault_29_formats_outside_the_list_are_refused(tmp_path: Path) -> None:
     quarters().save(tmp_path / "a.tiff")
     Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tiff")
     quarters().save(tmp_path / "a.ppm")
@@ -246,7 +248,7 @@ def test_formats_outside_the_list_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("relative", ["/etc/hostname", "../secret.png", "a/../../secret.png", "~/x.png"])
-def test_a_path_that_leads_out_of_the_root_is_refused(tmp_path: Path, relative: str) -> None:
+def test_fault_30_a_path_that_leads_out_of_the_root_is_refused(tmp_path: Path, relative: str) -> None:
     root = tmp_path / "root"
     (root / "a").mkdir(parents=True)
     quarters().save(tmp_path / "secret.png")
@@ -254,7 +256,7 @@ def test_a_path_that_leads_out_of_the_root_is_refused(tmp_path: Path, relative: 
         open_image(root, relative)
 
 
-def test_a_link_may_stay_inside_the_root_but_not_leave_it(tmp_path: Path) -> None:
+def test_fault_30_a_link_may_stay_inside_the_root_but_not_leave_it(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "deep").mkdir(parents=True)
     quarters().save(tmp_path / "secret.png")
@@ -279,18 +281,18 @@ def test_a_root_that_is_itself_a_link_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("relative", ["http://example.org/a.png", "https://example.org/a.png", "file:///etc/hostname"])
-def test_a_url_is_refused_unread(tmp_path: Path, relative: str) -> None:
+def test_fault_30_a_url_is_refused_unread(tmp_path: Path, relative: str) -> None:
     with pytest.raises(ImageError, match="URL"):
         open_image(tmp_path, relative)
 
 
 @pytest.mark.parametrize("relative", ["", "  ", "a\0.png", "missing.png", "x" * 5000, "\ud800.png", "none/a.png"])
-def test_a_path_that_names_nothing_is_refused(tmp_path: Path, relative: str) -> None:
+def test_fault_30_a_path_that_names_nothing_is_refused(tmp_path: Path, relative: str) -> None:
     with pytest.raises(ImageError):
         open_image(tmp_path, relative)
 
 
-def test_a_folder_and_a_fifo_are_refused_without_a_hang(tmp_path: Path) -> None:
+def test_fault_30_a_folder_and_a_fifo_are_refused_without_a_hang(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     reasons: list[str] = []
@@ -309,7 +311,7 @@ def test_a_folder_and_a_fifo_are_refused_without_a_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+def test_fault_30_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "shut.png", quarters())
     (tmp_path / "shut.png").chmod(0)
     with pytest.raises(ImageError, match="permission"):
@@ -325,11 +327,10 @@ def _samples() -> list[bytes]:
     return files
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from(_samples()), flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 255)), max_size=8)
 )
-def test_flipped_bytes_give_an_image_or_a_reason_and_nothing_else(
+def test_fault_21_flipped_bytes_give_an_image_or_a_reason_and_nothing_else(
     tmp_path: Path, file: bytes, flips: list[tuple[int, int]]
 ) -> None:
     damaged = bytearray(file)

@@ -350,7 +350,7 @@ def test_a_quantised_index_takes_the_query_from_the_embeddings_while_they_are_un
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
-def test_a_stale_index_is_told_from_a_fresh_one(tmp_path: Path) -> None:
+def test_fault_46_a_stale_index_is_told_from_a_fresh_one(tmp_path: Path) -> None:
     emb, vectors = tmp_path / "emb", clustered(40, 8)
     write_embeddings(emb, names(40), vectors, settings={"adapter": "a"})
     build_index(emb, tmp_path / "idx")

@@ -77,7 +77,7 @@ def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str,
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
 
-def test_renamed_keys_are_refused(tiny: Tiny, adapter: Path) -> None:
+def test_fault_42_renamed_keys_are_refused(tiny: Tiny, adapter: Path) -> None:
     rewrite(adapter, lambda w: {name.replace("language_model", "text_model"): tensor for name, tensor in w.items()})
     with pytest.raises(ModelError, match="28 keys missing, 28 unexpected"):
         load(tiny, adapter)
@@ -89,13 +89,13 @@ def test_one_missing_key_is_refused(tiny: Tiny, adapter: Path) -> None:
         load(tiny, adapter)
 
 
-def test_an_adapter_of_zeros_is_refused(tiny: Tiny, adapter: Path) -> None:
+def test_fault_42_an_adapter_of_zeros_is_refused(tiny: Tiny, adapter: Path) -> None:
     rewrite(adapter, lambda w: {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in w.items()})
     with pytest.raises(ModelError, match="no effect"):
         load(tiny, adapter)
 
 
-def test_another_base_is_refused(tiny: Tiny, adapter: Path) -> None:
+def test_fault_42_another_base_is_refused(tiny: Tiny, adapter: Path) -> None:
     with pytest.raises(ModelError, match=r"does not fit this backbone|other vectors"):
         load(tiny, adapter, "qwen2_vl")
 

@@ -175,7 +175,7 @@ def test_fixed_blocks_give_a_row_the_same_bits_in_any_company(threads: int) -> N
 # --- when memory runs out ------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_halves_the_rows_and_loses_nothing(
+def test_fault_40_out_of_memory_halves_the_rows_and_loses_nothing(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")

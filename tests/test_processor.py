@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import FAMILIES
@@ -171,9 +171,8 @@ _PIECES = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(_PIECES) | st.text(max_size=3), max_size=12).map("".join))
-def test_no_title_can_make_a_special_token(tiny: Tiny, title: str) -> None:
+def test_fault_35_no_title_can_make_a_special_token(tiny: Tiny, title: str) -> None:
     tokenizer = _qwen_tokenizer(tiny)
     added = set(tokenizer.get_added_vocab().values())
     assert set(tokenizer.encode(title)) & added or neutralise(tokenizer, title) == title  # ordinary text is kept

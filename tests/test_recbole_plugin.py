@@ -263,7 +263,7 @@ def holed(tmp_path: Path) -> Path:
     return tmp_path / "holed"
 
 
-def test_missing_items_are_refused_by_default(holed: Path) -> None:
+def test_fault_46_missing_items_are_refused_by_default(holed: Path) -> None:
     with pytest.raises(ArtifactError, match=r"2 of 4 items, among them 'c', 'd'.*--missing mean"):
         aligned_vectors(["a", "c", "d", "b"], EmbeddingStart(holed), seed=0)
 
@@ -285,7 +285,7 @@ def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
     assert not torch.equal(vectors[2], vectors[3])
 
 
-def test_a_table_of_another_dataset_is_refused(holed: Path) -> None:
+def test_fault_46_a_table_of_another_dataset_is_refused(holed: Path) -> None:
     with pytest.raises(ArtifactError, match="knows none of the dataset's items"):
         aligned_vectors(["x", "y"], EmbeddingStart(holed, missing="mean"), seed=0)
 

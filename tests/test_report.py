@@ -306,7 +306,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
     assert "@import" not in page
 
 
-def test_hostile_titles_are_text_and_nothing_else(page: str) -> None:
+def test_fault_47_hostile_titles_are_text_and_nothing_else(page: str) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     parsed = read(page)

@@ -65,7 +65,7 @@ def exported(data: Dataset, out: Path, **choices: Any) -> list[str]:
 
 
 # --- appended items -----------------------------------------------------------------------------------------
-def test_extend_keeps_the_shards_and_encodes_the_new_items_alone(tmp_path: Path) -> None:
+def test_fault_15_extend_keeps_the_shards_and_encodes_the_new_items_alone(tmp_path: Path) -> None:
     folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
     exported(Dataset(folder), out)
     before = parts(out)

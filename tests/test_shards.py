@@ -101,13 +101,13 @@ def wait_for(path: Path) -> None:
 
 # --- plan ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("items", "sizes"), [(0, []), (1, [1]), (3, [3]), (4, [4]), (5, [4, 1]), (8, [4, 4])])
-def test_every_item_stands_in_exactly_one_shard(items: int, sizes: list[int]) -> None:
+def test_fault_37_every_item_stands_in_exactly_one_shard(items: int, sizes: list[int]) -> None:
     plan = plan_of(items, 4)
     assert [len(plan.rows(n)) for n in range(len(plan))] == sizes
     assert [row for n in range(len(plan)) for row in plan.rows(n)] == list(range(items))
 
 
-def test_duplicate_null_and_numeric_ids_are_refused() -> None:
+def test_fault_36_duplicate_null_and_numeric_ids_are_refused() -> None:
     with pytest.raises(DataError, match="'b'"):
         plan_shards(["a", "b", "b"], 2, SETTINGS)
     for ids in (["a", None], ["a", 7]):
@@ -241,7 +241,7 @@ def test_a_vector_with_nan_or_infinity_is_never_written() -> None:
             shards.shard_table(plan, plan.rows(0), {"fused": vectors}, ["ok", "ok"], [None, None])
 
 
-def test_the_same_shard_twice_is_one_file_with_the_same_bytes(tmp_path: Path) -> None:
+def test_fault_09_the_same_shard_twice_is_one_file_with_the_same_bytes(tmp_path: Path) -> None:
     plan = plan_of()
     first = shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     before = parts(tmp_path)
@@ -265,7 +265,7 @@ def test_a_finished_folder_holds_parts_and_manifest_and_nothing_else(tmp_path: P
         assert shard["bytes"] == (tmp_path / "out" / shard["file"]).stat().st_size
 
 
-def test_an_export_of_no_items_is_a_manifest_alone(tmp_path: Path) -> None:
+def test_fault_37_an_export_of_no_items_is_a_manifest_alone(tmp_path: Path) -> None:
     assert finished_export(tmp_path / "out", plan_of(0))["shards"] == []
     assert names(tmp_path / "out") == ["manifest.json"]
 
@@ -306,7 +306,9 @@ def test_a_begun_export_goes_on_after_its_finished_shards(tmp_path: Path) -> Non
 
 
 # --- killed -------------------------------------------------------------------------------------------------
-def test_killed_while_a_shard_is_written_leaves_no_part_and_the_rerun_equals_a_whole_run(tmp_path: Path) -> None:
+def test_fault_01_killed_while_a_shard_is_written_leaves_no_part_and_the_rerun_equals_a_whole_run(
+    tmp_path: Path,
+) -> None:
     code = """
 out = Path(sys.argv[1]); plan = plan_of()
 with writing(out):
@@ -330,7 +332,7 @@ with writing(out):
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
 
 
-def test_killed_between_rename_and_record_the_shard_is_checked_and_adopted(tmp_path: Path) -> None:
+def test_fault_02_killed_between_rename_and_record_the_shard_is_checked_and_adopted(tmp_path: Path) -> None:
     code = """
 out = Path(sys.argv[1]); plan = plan_of()
 with writing(out):
@@ -352,7 +354,7 @@ with writing(out):
 
 
 @pytest.mark.parametrize("damage", ["other settings", "other items", "truncated", "flipped", "no parquet"])
-def test_an_unrecorded_part_that_is_not_what_was_planned_is_written_again(
+def test_fault_02_an_unrecorded_part_that_is_not_what_was_planned_is_written_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, out = plan_of(), tmp_path / "out"
@@ -400,7 +402,7 @@ def test_killed_after_the_manifest_only_leftovers_are_swept(tmp_path: Path) -> N
 # --- damage -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_shard_is_named_and_alone_written_again(
+def test_fault_10_a_damaged_shard_is_named_and_alone_written_again(
     tmp_path: Path, complete: bool, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, out = plan_of(), tmp_path / "out"
@@ -457,7 +459,7 @@ def test_an_unreadable_record_costs_nothing_but_a_look_at_its_shard(tmp_path: Pa
         ({"fresh": 1}, "not set", "1"),
     ],
 )
-def test_a_changed_setting_is_refused_naming_key_old_and_new(
+def test_fault_13_a_changed_setting_is_refused_naming_key_old_and_new(
     tmp_path: Path, complete: bool, change: dict[str, Any], old: str, new: str
 ) -> None:
     plan, out = plan_of(), tmp_path / "out"
@@ -475,7 +477,7 @@ def test_a_changed_setting_is_refused_naming_key_old_and_new(
     assert names(out) == before
 
 
-def test_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
+def test_fault_12_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
     plan, out = plan_of(), tmp_path / "out"
     with writing(out):
         shards.begin(out, plan)
@@ -492,7 +494,7 @@ def test_a_folder_with_other_files_is_refused_untouched(tmp_path: Path) -> None:
     assert names(tmp_path) == ["items.parquet"]
 
 
-def test_an_output_that_is_a_file_or_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_fault_06_an_output_that_is_a_file_or_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("1")
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/vlm2rec")):
         with pytest.raises(ArtifactError, match="choose another --out"), writing(out):
@@ -500,13 +502,13 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_output_is_refused(tmp_path: Path) -> None:
+def test_fault_06_a_read_only_output_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     with pytest.raises(ArtifactError, match="Permission denied"), writing(tmp_path):
         pass
 
 
-def test_a_read_only_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_06_a_read_only_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -522,7 +524,7 @@ def test_a_run_that_comes_to_nothing_leaves_no_empty_folder(tmp_path: Path) -> N
 
 
 # --- the disk -----------------------------------------------------------------------------------------------
-def test_a_rename_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_07_a_rename_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, failures = Path.replace, iter([True])
 
     def flaky(self: Path, target: Path) -> Path:
@@ -537,7 +539,7 @@ def test_a_rename_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_keeps_failing_is_an_error_and_nothing_is_committed(
+def test_fault_07_a_disk_that_keeps_failing_is_an_error_and_nothing_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     calls = []
@@ -564,7 +566,7 @@ def test_a_shard_that_does_not_read_back_is_not_committed(tmp_path: Path, monkey
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_told_in_words_and_the_rerun_works(tmp_path: Path) -> None:
+def test_fault_05_a_full_disk_is_told_in_words_and_the_rerun_works(tmp_path: Path) -> None:
     code = """
 import resource
 out = Path(sys.argv[1]); plan = plan_of(items=4000, shard_size=2000)
@@ -581,7 +583,7 @@ except ArtifactError as error:
     assert finished_export(tmp_path / "out", plan_of(items=4000, shard_size=2000))["num_items"] == 4000
 
 
-def test_too_little_space_is_seen_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_05_too_little_space_is_seen_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(items=1_000_000, shard_size=4096)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10 * 2**20))
     shards.require_space(tmp_path, plan, 100_000)  # 6.9 MiB
@@ -590,7 +592,7 @@ def test_too_little_space_is_seen_before_the_start(tmp_path: Path, monkeypatch: 
 
 
 # --- one writer ---------------------------------------------------------------------------------------------
-def test_a_second_writer_is_refused_while_the_first_lives_and_takes_over_when_it_is_killed(
+def test_fault_08_a_second_writer_is_refused_while_the_first_lives_and_takes_over_when_it_is_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -621,7 +623,7 @@ def test_two_writers_in_one_process_are_refused_too(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_FILE).exists()
 
 
-def test_a_lock_of_another_host_is_left_to_the_user(tmp_path: Path) -> None:
+def test_fault_08_a_lock_of_another_host_is_left_to_the_user(tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text('{"host": "elsewhere", "pid": 4711}')
     with (
         pytest.raises(ArtifactError, match=r"process 4711 on host elsewhere.*delete .*export\.lock"),

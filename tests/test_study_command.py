@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +13,9 @@ from study_world import Tiny, settings
 
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import study
-from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
+from vlm2rec.pipelines.study_methods import Cell, Method, Step
+from vlm2rec.pipelines.study_workers import workers
 
 
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
@@ -63,3 +68,14 @@ def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
     assert set(results["seed"]) == {0, 1}
     assert set(results["model"].drop_nulls()) == {"SASRec", "GRU4Rec"}
     assert "numbers mean nothing" in report.read_text(encoding="utf-8")
+
+
+def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), "manifest.json", ())
+    cell = Cell(Method(name="any", source="backbone"), 0, tmp_path, (step,))
+    with workers(2) as pool:
+        pool.start((cell, step))
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ArtifactError, match=r"a worker of the study was killed.*give the same command again"):
+            pool.next()

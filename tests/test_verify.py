@@ -104,7 +104,7 @@ def test_a_folder_from_another_hand_that_keeps_the_contract_has_no_problem(tmp_p
     assert verify(tmp_path / "fused only") == []
 
 
-def test_a_single_flipped_bit_anywhere_is_found(folder: Path) -> None:
+def test_fault_10_a_single_flipped_bit_anywhere_is_found(folder: Path) -> None:
     whole = (folder / "part-00001.parquet").read_bytes()
     for place in (4, len(whole) // 3, len(whole) // 2, len(whole) - 5):
         flipped = bytearray(whole)
@@ -113,7 +113,7 @@ def test_a_single_flipped_bit_anywhere_is_found(folder: Path) -> None:
         assert found(folder) == ("part-00001.parquet: its bytes have changed since it was written (SHA-256 differs)")
 
 
-def test_missing_and_truncated_shards_are_each_named(folder: Path) -> None:
+def test_fault_11_missing_and_truncated_shards_are_each_named(folder: Path) -> None:
     (folder / "part-00000.parquet").unlink()
     whole = (folder / "part-00002.parquet").read_bytes()
     (folder / "part-00002.parquet").write_bytes(whole[:-7])
@@ -123,7 +123,7 @@ def test_missing_and_truncated_shards_are_each_named(folder: Path) -> None:
     ]
 
 
-def test_foreign_files_are_named_and_hidden_ones_of_others_are_not(folder: Path) -> None:
+def test_fault_11_foreign_files_are_named_and_hidden_ones_of_others_are_not(folder: Path) -> None:
     for name in ("part-00099.parquet", "notes.txt", ".part-00001.parquet.77.tmp", ".DS_Store"):
         (folder / name).write_bytes(b"1")
     (folder / "more").mkdir()
@@ -218,7 +218,7 @@ def test_a_manifest_that_lacks_a_key_is_a_problem_and_no_crash(folder: Path, key
     assert f"{key} is missing" in found(folder)
 
 
-def test_a_newer_schema_and_an_unfinished_folder_are_refused(folder: Path) -> None:
+def test_fault_12_a_newer_schema_and_an_unfinished_folder_are_refused(folder: Path) -> None:
     change_manifest(folder, schema_version=2)
     with pytest.raises(ArtifactError, match="schema version 2"):
         verify(folder)
@@ -240,7 +240,9 @@ def test_the_effective_rank_is_the_number_of_directions_in_use(tmp_path: Path) -
     assert ranks["image"] == 0
 
 
-def test_collapsed_vectors_are_a_warning_and_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fault_39_collapsed_vectors_are_a_warning_and_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ids = [f"i{n}" for n in range(32)]
     write_embeddings(tmp_path / "emb", ids, np.ones((32, 4), np.float32))
     stage.run(VerifyConfig(embeddings=tmp_path / "emb"))

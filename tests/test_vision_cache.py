@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chairs import write_dataset
 from PIL import Image
-from test_export_items import write_dataset
 
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.backbone import Backbone, ImageFeatures
