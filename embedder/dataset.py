@@ -61,6 +61,10 @@ class Dataset:
                 "install a newer vlm2rec, or prepare again with this one",
             )
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+        """Let another process read the folder itself: what is in memory may be large."""
+        return Dataset, (self.path,)
+
     def _setting(self, key: str) -> Any:
         if key not in self.meta:
             raise ArtifactError(

@@ -34,6 +34,10 @@ class Plan:
     bounds: tuple[int, ...]  # shard i holds the rows from bounds[i] to bounds[i + 1]
     inputs: Inputs | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the Arrow schema out: pickled, its lists forget that their elements are never null."""
+        return {key: value for key, value in self.__dict__.items() if key != "schema"}
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 

@@ -2,7 +2,7 @@
 
 What lies in the folder, in the order it is written:
 
-    export.lock                              host and pid of the live writer
+    export.lock                              host and pid of the live writer; one of each worker where several write
     export.json                              the settings, before the first shard
     part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
     manifest.json                            last; it takes over the records, and export.json goes
@@ -19,9 +19,10 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -36,7 +37,7 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.export_plan import INPUT_SETTINGS, Plan, flatten
-from vlm2rec.embedder.writer_lock import LOCK_FILE
+from vlm2rec.embedder.writer_lock import Share, is_lock
 
 STATE_FILE = "export.json"
 ROW_GROUP_ROWS = 8192
@@ -84,7 +85,7 @@ def _known(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def begin(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]:
+def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
     """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
 
     To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
@@ -95,31 +96,45 @@ def begin(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]:
         plan: what is to be in it.
         revise: the plan may be over other inputs than what lies there: items were appended, titles or images changed.
             The caller says which rows are then to be made anew.
+        share: look after these shards alone; other writers are at work on the others.
 
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
     known = _known(folder)
-    complete = (folder / schema.MANIFEST_FILE).exists()
     if known is None:
-        recorded = {}
-        _refuse_foreign(folder)
-    else:
+        try:
+            _refuse_foreign(folder)
+        except ArtifactError:
+            known = _known(folder) if share else None  # another worker has begun meanwhile
+            if known is None:
+                raise
+    complete = (folder / schema.MANIFEST_FILE).exists()
+    recorded: dict[int, Shard] = {}
+    if known is not None:
         _refuse_changed(folder, known, plan, revise)
-        recorded = _manifest_shards(known) if complete else _recorded_shards(folder, plan)
-    _remove_temporaries(folder)
-    sound = {n: shard for n, shard in recorded.items() if not _damage(folder, n, shard)}
-    adopted = {} if complete else _adopt(folder, plan, [n for n in range(len(plan)) if n not in recorded])
+        recorded = _manifest_shards(known) if "shards" in known else recorded_shards(folder, plan)
+    mine = shards_of(plan, share)
+    _remove_temporaries(folder, mine if share else None)
+    sound = {n: shard for n, shard in recorded.items() if n not in mine or not _damage(folder, n, shard)}
+    adopted = {} if complete else _adopt(folder, plan, [n for n in mine if n not in recorded])
     as_planned = known is not None and known.get("settings") == plan.settings
     if complete and len(sound) == len(plan) and as_planned:
-        _remove_records(folder, plan)
+        if not share:
+            _remove_records(folder, plan)
         return sound
     with _disk(folder):
         schema.write_json(folder / STATE_FILE, _state(plan))
         for number, shard in (sound | adopted).items():
-            schema.write_json(_record_path(folder, number), asdict(shard))
+            if number in mine or not _record_path(folder, number).exists():
+                schema.write_json(_record_path(folder, number), asdict(shard))
         (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
     return dict(sorted((sound | adopted).items()))
+
+
+def shards_of(plan: Plan, share: Share | None) -> range:
+    """Return the numbers of the shards that a worker makes; all of them without a share."""
+    return range(len(plan)) if share is None else range(share.worker, len(plan), share.workers)
 
 
 def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
@@ -133,7 +148,7 @@ def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
             return _commit(folder, plan, number, table, seconds)
         except OSError as error:
             if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
-                _remove_temporaries(folder)
+                _remove_temporaries(folder, [number])
                 raise _disk_error(folder, error) from None
             logger.warning("%s: %s; trying again", folder / schema.shard_name(number), error)
             time.sleep(0.2 * 2**attempt)
@@ -306,7 +321,8 @@ def _record_path(folder: Path, number: int) -> Path:
     return (folder / schema.shard_name(number)).with_suffix(".json")
 
 
-def _recorded_shards(folder: Path, plan: Plan) -> dict[int, Shard]:
+def recorded_shards(folder: Path, plan: Plan) -> dict[int, Shard]:
+    """Return the shards of an unfinished export that are written and recorded, whoever wrote them."""
     found = {}
     for number in range(len(plan)):
         try:
@@ -372,7 +388,7 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    strange = [p.name for p in sorted(folder.iterdir()) if p.name != LOCK_FILE and not is_temporary(p.name)]
+    strange = [p.name for p in sorted(folder.iterdir()) if not is_lock(p.name) and not is_temporary(p.name)]
     if strange:
         raise ArtifactError(
             f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
@@ -383,13 +399,17 @@ def _refuse_foreign(folder: Path) -> None:
 
 def is_temporary(name: str) -> bool:
     """Tell whether a file name is that of an unfinished write of ours."""
-    return name.startswith((".part-", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")) and name.endswith(".tmp")
+    ours = (".part-", ".export.lock.", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")
+    return name.startswith(ours) and name.endswith(".tmp")
 
 
-def _remove_temporaries(folder: Path) -> None:
+def _remove_temporaries(folder: Path, mine: Collection[int] | None = None) -> None:
+    """Remove what dead writers left half-written; where others are at work, only what belongs to these shards."""
     for path in folder.iterdir():
         if is_temporary(path.name):
-            path.unlink()
+            number = re.match(r"\.part-(\d+)\.", path.name)
+            if mine is None or (number and int(number[1]) in mine):
+                path.unlink(missing_ok=True)
 
 
 def _remove_records(folder: Path, plan: Plan) -> None:
@@ -403,7 +423,6 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _remove_temporaries(folder)
         raise _disk_error(folder, error) from None
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.export_plan import duplicates, fingerprint, without_inputs
 from vlm2rec.embedder.shards import ShardContent, is_temporary, read_rows, vectors_of
-from vlm2rec.embedder.writer_lock import LOCK_FILE
+from vlm2rec.embedder.writer_lock import is_lock
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,13 @@ def verify(folder: Path) -> list[Problem]:
         problems.append(Problem("all shards", f"{len(twice)} ids stand twice, among them {twice[:5]}"))
     if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums cannot be right
         problems += [Problem(schema.MANIFEST_FILE, what) for what in _sum_problems(manifest, status)]
-    known = {schema.MANIFEST_FILE, LOCK_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
+    known = {schema.MANIFEST_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
     for path in sorted(folder.iterdir()):
-        if path.name not in known and (not path.name.startswith(".") or is_temporary(path.name)):
+        if (
+            path.name not in known
+            and not is_lock(path.name)
+            and (not path.name.startswith(".") or is_temporary(path.name))
+        ):
             problems.append(Problem(path.name, "is not part of this export"))
     return problems
 

@@ -191,6 +191,12 @@ class ExportConfig:
         "auto",
     )
     device: DeviceName = setting("Where to run.", "auto")
+    num_workers: Positive = setting("Processes that make shards at the same time, or Ray tasks.", 1)
+    worker: Count | None = setting(
+        "Be this one of --num-workers, from 0, and make its shards alone: for Slurm arrays and Kubernetes jobs.", None
+    )
+    gpus: Count = setting("As many processes on this machine, each with a GPU of its own.", 0)
+    engine: Literal["local", "ray"] = setting("Processes of this machine, or tasks of a Ray cluster.", "local")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from vlm2rec.pipelines.config import EncodeFrozenConfig
 from vlm2rec.pipelines.export_items import export_as_told
 
 
-def run(config: EncodeFrozenConfig) -> dict[str, Any]:
+def run(config: EncodeFrozenConfig) -> dict[str, Any] | None:
     """Encode every item of a dataset and return the manifest; an interrupted run goes on where it stopped.
 
     Raises:

@@ -9,7 +9,7 @@ from vlm2rec.pipelines.config import EncodePromptedConfig
 from vlm2rec.pipelines.export_items import export_as_told
 
 
-def run(config: EncodePromptedConfig) -> dict[str, Any]:
+def run(config: EncodePromptedConfig) -> dict[str, Any] | None:
     """Encode every item of a dataset and return the manifest; an interrupted run goes on where it stopped.
 
     An item without a readable image is a failure row: title and image are asked about together.

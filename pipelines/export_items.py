@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
-from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker, load_same
+from vlm2rec.pipelines.export_engines import ALONE, Held, Job, Scale
+from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker
 from vlm2rec.pipelines.verify import warn_of_collapse
 from vlm2rec.pipelines.vision_cache import use_vision_cache
 
@@ -44,8 +45,10 @@ _ENCODER_ARGUMENTS = (
 )
 
 
-def run(config: ExportConfig) -> dict[str, Any]:
+def run(config: ExportConfig) -> dict[str, Any] | None:
     """Export every item of a dataset and return the manifest; an interrupted export goes on where it stopped.
+
+    One of several workers that somebody else has started returns None while others have not made all their shards.
 
     Raises:
         DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
@@ -57,12 +60,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
     return export_as_told(
         config,
         encoder_settings(config.backbone, config.adapter, **given),
-        lambda dataset: _load(config, dataset, given),
+        functools.partial(_load, config, given),
         config.on_image_error,
+        Scale(config.engine, config.num_workers, config.worker, config.gpus),
     )
 
 
-def _load(config: ExportConfig, dataset: Dataset, given: Mapping[str, Any]) -> ItemEncoder:
+def _load(config: ExportConfig, given: Mapping[str, Any], dataset: Dataset) -> ItemEncoder:
     encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     return encoder
@@ -73,7 +77,8 @@ def export_as_told(
     settings: Mapping[str, Any],
     load_encoder: Callable[[Dataset], Encoder],
     on_image_error: ImagePolicy,
-) -> dict[str, Any]:
+    scale: Scale = ALONE,
+) -> dict[str, Any] | None:
     """Do what every command with an encoder does: export, print what came out, and refuse too many failures.
 
     Args:
@@ -81,20 +86,27 @@ def export_as_told(
         settings: as of `export`.
         load_encoder: as of `export`, for the dataset that the settings name.
         on_image_error: as of `export`.
+        scale: as of `export`.
+
+    Returns:
+        The manifest; None where workers are at work that somebody else has started.
     """
     dataset = Dataset(config.data)
     manifest = export(
         dataset,
         config.out,
         settings,
-        lambda: load_encoder(dataset),
+        functools.partial(load_encoder, dataset),
         shard_size=config.shard_size,
         storage=config.storage,
         on_image_error=on_image_error,
         images_by=config.images_by,
         reuse=Reuse(config.extend, config.retry_failed, config.changed_since),
         image_timeout=config.image_timeout,
+        scale=scale,
     )
+    if manifest is None:
+        return None
     print_summary(manifest, config.out)
     warn_of_collapse(effective_ranks(config.out))
     check_failures(manifest, config.out, config.max_failures)
@@ -142,7 +154,8 @@ def export(
     images_by: ImagesBy = "mtime",
     reuse: Reuse = Reuse(),
     image_timeout: float = 60.0,
-) -> dict[str, Any]:
+    scale: Scale = ALONE,
+) -> dict[str, Any] | None:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
     Args:
@@ -156,6 +169,10 @@ def export(
         images_by: What tells that an image has changed since an interrupted run.
         reuse: What is kept where the input has changed.
         image_timeout: Seconds after which the read of an image is given up.
+        scale: Who makes the shards. With other workers or Ray, `load_encoder` has to be one that can be pickled.
+
+    Returns:
+        The manifest; None for one of several workers, while others have not made all their shards.
     """
     if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
         raise ConfigError(
@@ -179,18 +196,18 @@ def export(
         inputs,
         shards.rows_of_shards(out) if out.is_dir() else (),
     )
-    with writing(out):
+    with writing(out, scale.share):
         if reuse.revises:
             _require_same_start(out, inputs, reuse)
-        finished = shards.begin(out, plan, reuse.revises)
+        finished = shards.begin(out, plan, reuse.revises, scale.share)
         earlier = _earlier_rows(out, plan, finished, reuse)
-        work = _work(plan, finished, earlier, reuse)
+        work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
+            source = None if earlier is None else (earlier.folder, earlier.files)
+            job = Job(dataset, out, plan, load_encoder, settings, source, image_timeout)
             try:
-                load = functools.partial(load_same, load_encoder, settings)
-                with closing(ShardMaker(dataset, plan, load, earlier, image_timeout)) as make:
-                    _publish_all(make, out, work, finished)
+                _publish_all(job, work, finished, scale)
             except (KeyboardInterrupt, SystemExit):
                 console.log.print(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -199,6 +216,14 @@ def export(
                 raise
         elif (out / schema.MANIFEST_FILE).exists():
             console.log.print(f"{out} is already complete")
+        if scale.share is not None:
+            finished |= shards.recorded_shards(out, plan)
+            if not (out / schema.MANIFEST_FILE).exists() and (missing := len(plan) - len(finished)):
+                console.log.print(
+                    f"worker {scale.worker} of {scale.num_workers} has made its shards; {missing} of {len(plan)} are"
+                    " still to be made by others, the last of whom completes the folder"
+                )
+                return None
         return shards.finish(out, plan, finished, dataset.path)
 
 
@@ -239,11 +264,15 @@ def _earlier_rows(out: Path, plan: Plan, finished: Mapping[int, shards.Shard], r
 
 
 def _work(
-    plan: Plan, finished: Mapping[int, shards.Shard], earlier: EarlierRows | None, reuse: Reuse
+    plan: Plan,
+    numbers: Iterable[int],
+    finished: Mapping[int, shards.Shard],
+    earlier: EarlierRows | None,
+    reuse: Reuse,
 ) -> dict[int, np.ndarray]:
     """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
     work = {}
-    for number in range(len(plan)):
+    for number in numbers:
         if number in finished and not reuse.retry_failed:
             continue
         rows = plan.rows(number)
@@ -253,10 +282,25 @@ def _work(
     return work
 
 
-def _publish_all(
-    make: ShardMaker, out: Path, work: Mapping[int, np.ndarray], finished: dict[int, shards.Shard]
-) -> None:
-    """Encode shard after shard while a thread writes the one before; `finished` holds what is published, whatever ends.
+def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale: Scale) -> None:
+    """Have all shards made; `finished` holds what is published, whatever ends."""
+    engine = scale.engine_to_use
+    if engine is None:
+        with closing(job.maker()) as make:
+            _publish_here(make, job.out, work, finished)
+        return
+    begun = time.perf_counter()
+    with console.progress("encoding items", sum(map(len, work.values()))) as advance:
+        for count, (number, shard) in enumerate(engine.make(job, work), 1):
+            finished[number] = shard
+            advance(shard.rows)
+            if not console.log.is_terminal:
+                rate = shard.rows * count / (time.perf_counter() - begun)
+                console.log.print(f"shard {count} of {len(work)}: {shard.rows} items, about {rate:.1f} items/s in all")
+
+
+def _publish_here(make: ShardMaker, out: Path, work: Held, finished: dict[int, shards.Shard]) -> None:
+    """Encode shard after shard while a thread writes the one before.
 
     At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
     """

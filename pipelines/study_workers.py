@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vlm2rec.embedder.errors import ArtifactError, Vlm2RecError
+from vlm2rec.pipelines.processes import end_with_parent, shared_cores
 from vlm2rec.pipelines.study_cells import LOG_FILE
 from vlm2rec.pipelines.study_methods import Cell, Step
 
@@ -56,8 +55,8 @@ def workers(count: int) -> Iterator[Workers]:
     if count == 1:
         yield _Here()
         return
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
-    with _shared_cores(count):
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
+    with shared_cores(count):
         try:
             yield _Pool(pool, count)
         except BaseException:
@@ -110,29 +109,3 @@ class _Pool:
                 "workers that live until the study ends",
                 "give the same command again: it goes on where it was; with a smaller --jobs it takes less memory",
             ) from None
-
-
-def _end_with_parent() -> None:
-    """Let no worker write to a study that nobody leads any more."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _shared_cores(count: int) -> Iterator[None]:
-    """Give the workers their share of the cores: threads that outnumber them wait for one another."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = before or str(max(1, (os.cpu_count() or 1) // count))
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
