@@ -71,20 +71,10 @@ def begin(folder: Path, plan: Plan) -> dict[int, Shard]:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
     complete = (folder / schema.MANIFEST_FILE).exists()
-    if complete:
-        known = schema.read_manifest(folder)
-        recorded = _manifest_shards(known)
-        _refuse_changed(folder, known, plan)
-    elif (folder / STATE_FILE).exists():
-        known = schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
-        recorded = _recorded_shards(folder, plan)
-        _refuse_changed(folder, known, plan)
-    else:
-        recorded = {}
-        _refuse_foreign(folder)
+    known = recorded(folder, plan)
     _remove_temporaries(folder)
-    sound = {n: shard for n, shard in recorded.items() if not _damage(folder, n, shard)}
-    adopted = {} if complete else _adopt(folder, plan, [n for n in range(len(plan)) if n not in recorded])
+    sound = {n: shard for n, shard in known.items() if not _damage(folder, n, shard)}
+    adopted = {} if complete else _adopt(folder, plan, [n for n in range(len(plan)) if n not in known])
     if complete and len(sound) == len(plan):
         _remove_records(folder, plan)
         return sound
@@ -94,6 +84,25 @@ def begin(folder: Path, plan: Plan) -> dict[int, Shard]:
             schema.write_json(_record_path(folder, number), asdict(shard))
         (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
     return dict(sorted((sound | adopted).items()))
+
+
+def recorded(folder: Path, plan: Plan) -> dict[int, Shard]:
+    """Return the shards that are recorded as finished, unseen; nothing is changed, and the folder need not exist.
+
+    Raises:
+        ArtifactError: the folder belongs to an export with other settings, or to something else.
+    """
+    if (folder / schema.MANIFEST_FILE).exists():
+        known = schema.read_manifest(folder)
+        _refuse_changed(folder, known, plan)
+        return _manifest_shards(known)
+    if (folder / STATE_FILE).exists():
+        known = schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+        _refuse_changed(folder, known, plan)
+        return _recorded_shards(folder, plan)
+    if folder.is_dir():
+        _refuse_foreign(folder)
+    return {}
 
 
 def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:

@@ -186,6 +186,7 @@ class ExportConfig:
         "auto",
     )
     device: DeviceName = setting("Where to run.", "auto")
+    dry_run: bool = setting("Encode a few items, print what the whole would take, and write nothing.", False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,12 @@ from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture, encoder_
 from vlm2rec.embedder.errors import ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.export_plan import Plan, input_settings, plan_shards
 from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.lora import backbone_licence
 from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
+from vlm2rec.pipelines.export_estimate import estimate, told
 from vlm2rec.pipelines.image_readers import Readers, Reading
 from vlm2rec.pipelines.verify import warn_of_collapse
 from vlm2rec.pipelines.vision_cache import use_vision_cache
@@ -71,6 +73,8 @@ class Rows:
 def run(config: ExportConfig) -> dict[str, Any]:
     """Export every item of a dataset and return the manifest; an interrupted export goes on where it stopped.
 
+    With `dry_run` nothing is written: what would be done is measured, printed and returned.
+
     Raises:
         DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
         ModelError, ConfigError: as `ItemEncoder.load`.
@@ -78,9 +82,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
     given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
+    settings = encoder_settings(config.backbone, config.adapter, **given)
+    if config.dry_run:
+        return _dry_run(config, settings, given)
     return export_as_told(
         config,
-        encoder_settings(config.backbone, config.adapter, **given),
+        settings,
         lambda dataset: _load(config, dataset, given),
         config.on_image_error,
     )
@@ -90,6 +97,22 @@ def _load(config: ExportConfig, dataset: Dataset, given: Mapping[str, Any]) -> I
     encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     return encoder
+
+
+def _dry_run(config: ExportConfig, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
+    dataset = Dataset(config.data)
+    plan = _plan(dataset, settings, config.shard_size, config.storage, config.on_image_error, config.images_by)
+    encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+
+    def encode(rows: range) -> None:
+        with closing(Readers(READERS, config.image_timeout)) as readers:
+            for piece, images in _images_of(encoder, dataset, plan, [rows], readers):
+                encode_rows(encoder, [dataset.titles[row] or "" for row in piece], images, "null", config.storage)
+
+    found = estimate(plan, config.out, encode, encoder.backbone.device)
+    console.summary("dry run: nothing was written", told(found) | {"licence": backbone_licence(config.backbone)})
+    return found
 
 
 def export_as_told(
@@ -149,22 +172,7 @@ def export(
         images_by: What tells that an image has changed since an interrupted run.
         image_timeout: Seconds after which the read of an image is given up.
     """
-    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
-        raise ConfigError(
-            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
-            "fail or null with these",
-            "choose one of the two, or external fusion of both views",
-        )
-    inputs = input_settings(
-        dataset.item_ids,
-        dataset.titles,
-        dataset.image_paths,
-        dataset.image_root,
-        images_by,
-        schema.modalities_of(settings["views"]),
-    )
-    choices = {"storage": storage, "on_image_error": on_image_error}
-    plan = plan_shards(dataset.item_ids, shard_size, {**settings, **choices, **inputs})
+    plan = _plan(dataset, settings, shard_size, storage, on_image_error, images_by)
     with writing(out):
         finished = shards.begin(out, plan)
         unfinished = [number for number in range(len(plan)) if number not in finished]
@@ -183,6 +191,32 @@ def export(
         elif (out / schema.MANIFEST_FILE).exists():
             console.log.print(f"{out} is already complete")
         return shards.finish(out, plan, finished, dataset.path)
+
+
+def _plan(
+    dataset: Dataset,
+    settings: Mapping[str, Any],
+    shard_size: int,
+    storage: str,
+    on_image_error: ImagePolicy,
+    images_by: Literal["mtime", "bytes"],
+) -> Plan:
+    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
+        raise ConfigError(
+            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
+            "fail or null with these",
+            "choose one of the two, or external fusion of both views",
+        )
+    inputs = input_settings(
+        dataset.item_ids,
+        dataset.titles,
+        dataset.image_paths,
+        dataset.image_root,
+        images_by,
+        schema.modalities_of(settings["views"]),
+    )
+    choices = {"storage": storage, "on_image_error": on_image_error}
+    return plan_shards(dataset.item_ids, shard_size, {**settings, **choices, **inputs})
 
 
 def _publish_all(
@@ -306,7 +340,7 @@ def _encode_shard(
 ) -> pa.Table:
     policy, storage = plan.settings["on_image_error"], plan.settings["storage"]
     parts: list[Rows] = []
-    for rows, images in _images_of(encoder, dataset, plan, number, readers):
+    for rows, images in _images_of(encoder, dataset, plan, _pieces(plan.rows(number)), readers):
         if policy == "fail":
             _require_images(dataset, rows, images)
         titles = [dataset.titles[row] or "" for row in rows]
@@ -326,10 +360,9 @@ def _pieces(rows: range) -> list[range]:
 
 
 def _images_of(
-    encoder: Encoder, dataset: Dataset, plan: Plan, number: int, readers: Readers
+    encoder: Encoder, dataset: Dataset, plan: Plan, pieces: Sequence[range], readers: Readers
 ) -> Iterator[tuple[range, list[Picture]]]:
-    """Yield pieces of a shard's rows with their images; without opening any where the vectors are of text alone."""
-    pieces = _pieces(plan.rows(number))
+    """Yield pieces of the rows with their images; without opening any where the vectors are of text alone."""
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
         yield from _read_images(dataset, pieces, opener, readers)
