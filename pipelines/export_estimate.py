@@ -31,8 +31,8 @@ def estimate(plan: Plan, out: Path, encode: Callable[[range], object], device: t
 
     Returns:
         items, items_left, shards, shards_left, bytes_left (on disk, before compression), bytes_free, sample (items
-        that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will take),
-        gpu_bytes (the peak so far, None off CUDA).
+        that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
+        take), gpu_bytes (the peak so far, None off CUDA).
 
     Raises:
         ArtifactError: the folder is of an export with other settings.
