@@ -101,19 +101,8 @@ def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = 
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
-    known = _known(folder)
-    if known is None:
-        try:
-            _refuse_foreign(folder)
-        except ArtifactError:
-            known = _known(folder) if share else None  # another worker has begun meanwhile
-            if known is None:
-                raise
+    known, recorded = _look(folder, plan, revise, share)
     complete = (folder / schema.MANIFEST_FILE).exists()
-    recorded: dict[int, Shard] = {}
-    if known is not None:
-        _refuse_changed(folder, known, plan, revise)
-        recorded = _manifest_shards(known) if "shards" in known else recorded_shards(folder, plan)
     mine = shards_of(plan, share)
     _remove_temporaries(folder, mine if share else None)
     sound = {n: shard for n, shard in recorded.items() if n not in mine or not _damage(folder, n, shard)}
@@ -130,6 +119,33 @@ def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = 
                 schema.write_json(_record_path(folder, number), asdict(shard))
         (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
     return dict(sorted((sound | adopted).items()))
+
+
+def recorded(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]:
+    """Return the shards that are recorded as finished, unseen; nothing is changed, and the folder need not exist.
+
+    Raises:
+        ArtifactError: as `begin`.
+    """
+    return _look(folder, plan, revise, None)[1] if folder.is_dir() else {}
+
+
+def _look(
+    folder: Path, plan: Plan, revise: bool, share: Share | None
+) -> tuple[dict[str, Any] | None, dict[int, Shard]]:
+    """Return what the folder says of itself, and the shards that it records."""
+    known = _known(folder)
+    if known is None:
+        try:
+            _refuse_foreign(folder)
+        except ArtifactError:
+            known = _known(folder) if share else None  # another worker has begun meanwhile
+            if known is None:
+                raise
+    if known is None:
+        return None, {}
+    _refuse_changed(folder, known, plan, revise)
+    return known, _manifest_shards(known) if "shards" in known else recorded_shards(folder, plan)
 
 
 def shards_of(plan: Plan, share: Share | None) -> range:

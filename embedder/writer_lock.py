@@ -134,7 +134,11 @@ def _alive(descriptor: int, owner: dict[str, Any], path: Path) -> str:
         return ""
     # what the kernel says of a lock may hold for this host alone
     silent = _now(path.parent) - os.fstat(descriptor).st_mtime
-    return "" if silent > SILENCE else f"its last sign of life came {silent:.0f} s ago, and {SILENCE:.0f} s decide"
+    return (
+        ""
+        if silent > SILENCE
+        else f"its last sign of life came {silent:.0f} s ago: after {SILENCE:.0f} s it counts as dead"
+    )
 
 
 def _now(folder: Path) -> float:

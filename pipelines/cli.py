@@ -254,7 +254,7 @@ def report(config: settings.ReportConfig) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check Python, libraries, device and disk."""
+    """Check Python, libraries, device and disk, and export a few drawn items."""
     with _own_endings():
         _stage("doctor").run()
 

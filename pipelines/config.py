@@ -197,6 +197,7 @@ class ExportConfig:
     )
     gpus: Count = setting("As many processes on this machine, each with a GPU of its own.", 0)
     engine: Literal["local", "ray"] = setting("Processes of this machine, or tasks of a Ray cluster.", "local")
+    dry_run: bool = setting("Encode a few items, print what the whole would take, and write nothing.", False)
 
 
 @dataclass(frozen=True, kw_only=True)

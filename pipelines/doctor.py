@@ -1,6 +1,7 @@
-"""`vlm2rec doctor`: is this machine ready? Python, libraries, device, disk; one line each, with what to do.
+"""`vlm2rec doctor`: is this machine ready? Python, libraries, device, disk, a tiny export; a line each, with advice.
 
-Exit code 0 if every required library is there, in range and loads; 7 otherwise. Warnings never change it.
+Exit code 0 if every required library is there, in range and loads, and the export works; 7 otherwise. Warnings never
+change it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ except MissingDependencyError as error:
     raise SystemExit(f"{error.found}|{error.fix}")
 """
 
+_TINY_EXPORT = "from vlm2rec.pipelines.tiny_export import main; main()"
+
 
 class Check(NamedTuple):
     """One line of the table: what was looked at, how it stands, what was found, what to do about it."""
@@ -53,6 +56,7 @@ def run() -> list[Check]:
     """
     # these load whole libraries: each in a process of its own, while this one looks at the rest
     recbole = _start("-c", _RECBOLE)
+    tiny_export = _start("-c", _TINY_EXPORT)
     torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
     checks = [
         check_python(),
@@ -62,13 +66,14 @@ def run() -> list[Check]:
         check_threads(),
         check_recbole(recbole),
         *check_disks(),
+        check_export(tiny_export),
     ]
     _print(checks)
     failed = [check for check in checks if check.status == "fail"]
     if failed:
         raise MissingDependencyError(
             f"not ready: {', '.join(f'{check.name} ({check.found})' for check in failed)}",
-            "every required library in its range",
+            "every required library in its range, and an export that works",
             "; ".join(dict.fromkeys(check.advice for check in failed)),
         )
     return checks
@@ -182,6 +187,14 @@ def check_recbole(process: subprocess.Popen[str]) -> Check:
         listed = ", ".join(f"{other.name} ({other.found})" for other in wrong)
         return Check("RecBole", "warn", f"{version}; beside it: {listed}", "pip install 'vlm2rec[recbole]'")
     return Check("RecBole", "ok", str(version))
+
+
+def check_export(process: subprocess.Popen[str]) -> Check:
+    """Judge the attempt to export a few drawn items with a random backbone."""
+    _, error = process.communicate()
+    if process.returncode == 0:
+        return Check("tiny export", "ok", _last_line(error))
+    return Check("tiny export", "fail", _last_line(error), "mend what fails above; if nothing does, please report it")
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

@@ -23,11 +23,13 @@ from vlm2rec.embedder.earlier_rows import EarlierRows
 from vlm2rec.embedder.encode import ItemEncoder, encoder_settings
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
 from vlm2rec.embedder.export_plan import ImagesBy, Inputs, Plan, plan_shards, read_inputs
+from vlm2rec.embedder.lora import backbone_licence
 from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig, ImagePolicy
 from vlm2rec.pipelines.export_engines import ALONE, Held, Job, Scale
+from vlm2rec.pipelines.export_estimate import estimate, told
 from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker
 from vlm2rec.pipelines.verify import warn_of_collapse
 from vlm2rec.pipelines.vision_cache import use_vision_cache
@@ -48,7 +50,8 @@ _ENCODER_ARGUMENTS = (
 def run(config: ExportConfig) -> dict[str, Any] | None:
     """Export every item of a dataset and return the manifest; an interrupted export goes on where it stopped.
 
-    One of several workers that somebody else has started returns None while others have not made all their shards.
+    One of several workers that somebody else has started returns None while others have not made all their shards. With
+    `dry_run` nothing is written: what would be done is measured, printed and returned.
 
     Raises:
         DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
@@ -57,19 +60,37 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
     given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
-    return export_as_told(
-        config,
-        encoder_settings(config.backbone, config.adapter, **given),
-        functools.partial(_load, config, given),
-        config.on_image_error,
-        Scale(config.engine, config.num_workers, config.worker, config.gpus),
-    )
+    settings = encoder_settings(config.backbone, config.adapter, **given)
+    scale = Scale(config.engine, config.num_workers, config.worker, config.gpus)
+    if config.dry_run:
+        return _dry_run(config, settings, given, scale)
+    return export_as_told(config, settings, functools.partial(_load, config, given), config.on_image_error, scale)
 
 
 def _load(config: ExportConfig, given: Mapping[str, Any], dataset: Dataset) -> ItemEncoder:
     encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     return encoder
+
+
+def _dry_run(
+    config: ExportConfig, settings: Mapping[str, Any], given: Mapping[str, Any], scale: Scale
+) -> dict[str, Any]:
+    """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
+    dataset, out = Dataset(config.data), config.out
+    reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
+    plan = _plan(
+        dataset, out, settings, config.shard_size, config.storage, config.on_image_error, config.images_by, reuse
+    )
+    finished = shards.recorded(out, plan, reuse.revises)
+    earlier = _earlier_rows(out, plan, finished, reuse)
+    work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
+    rows = [plan.rows(number)[place] for number, held in work.items() for place in np.flatnonzero(held < 0)]
+    encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+    with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
+        found = estimate(plan, out, rows, len(work), maker.encoded, encoder.backbone.device)
+    console.summary("dry run: nothing was written", told(found) | {"licence": backbone_licence(config.backbone)})
+    return found
 
 
 def export_as_told(
@@ -174,31 +195,8 @@ def export(
     Returns:
         The manifest; None for one of several workers, while others have not made all their shards.
     """
-    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
-        raise ConfigError(
-            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
-            "fail or null with these",
-            "choose one of the two, or external fusion of both views",
-        )
-    inputs = read_inputs(
-        dataset.item_ids,
-        dataset.titles,
-        dataset.image_paths,
-        dataset.image_root,
-        images_by,
-        schema.modalities_of(settings["views"]),
-    )
-    choices = {"storage": storage, "on_image_error": on_image_error}
-    plan = plan_shards(
-        dataset.item_ids,
-        shard_size,
-        {**settings, **choices},
-        inputs,
-        shards.rows_of_shards(out) if out.is_dir() else (),
-    )
+    plan = _plan(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse)
     with writing(out, scale.share):
-        if reuse.revises:
-            _require_same_start(out, inputs, reuse)
         finished = shards.begin(out, plan, reuse.revises, scale.share)
         earlier = _earlier_rows(out, plan, finished, reuse)
         work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
@@ -225,6 +223,36 @@ def export(
                 )
                 return None
         return shards.finish(out, plan, finished, dataset.path)
+
+
+def _plan(
+    dataset: Dataset,
+    out: Path,
+    settings: Mapping[str, Any],
+    shard_size: int,
+    storage: str,
+    on_image_error: ImagePolicy,
+    images_by: ImagesBy,
+    reuse: Reuse,
+) -> Plan:
+    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
+        raise ConfigError(
+            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
+            "fail or null with these",
+            "choose one of the two, or external fusion of both views",
+        )
+    inputs = read_inputs(
+        dataset.item_ids,
+        dataset.titles,
+        dataset.image_paths,
+        dataset.image_root,
+        images_by,
+        schema.modalities_of(settings["views"]),
+    )
+    choices = {"storage": storage, "on_image_error": on_image_error}
+    if reuse.revises:
+        _require_same_start(out, inputs, reuse)
+    return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
 
 
 def _require_same_start(out: Path, inputs: Inputs, reuse: Reuse) -> None:

@@ -78,7 +78,7 @@ class ShardMaker:
     def shard(self, number: int, held: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
         """Return the table of a shard; `held` says where earlier rows lie, -1 for those to encode."""
         rows = np.array(self.plan.rows(number))
-        new = self._encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
+        new = self.encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
         if self.earlier is None or (held < 0).all():
             assert new is not None
             return new
@@ -86,7 +86,8 @@ class ShardMaker:
         both = known if new is None else pa.concat_tables([new, known])
         return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
 
-    def _encoded(self, rows: Sequence[int], advance: Callable[[int], None]) -> pa.Table:
+    def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
+        """Return the table of some items, all of them encoded."""
         policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
         encoder, dataset = self._encoder(), self.dataset
         parts: list[Rows] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -39,9 +40,10 @@ def test_a_ready_machine_passes_and_every_required_library_has_a_line(
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {text.split(">=")[0] for text in declared}
     assert {name: found.get(name) for name in names} == dict.fromkeys(names, "ok")
-    assert {"Python", "torchvision", "device", "threads", "RecBole", "disk here"} <= set(found)
+    assert {"Python", "torchvision", "device", "threads", "RecBole", "disk here", "tiny export"} <= set(found)
     assert "fail" not in found.values()
     assert finished.stderr == ""
+    assert re.search(r"tiny export +ok +20 items in \d+\.\d s, (bfloat16|float32), verified", finished.stdout)
 
 
 def test_the_device_line_is_what_the_commands_choose(finished: subprocess.CompletedProcess[str]) -> None:
@@ -81,6 +83,11 @@ def test_a_recbole_that_does_not_import_is_a_warning_with_the_command_that_mends
     assert "--no-deps recbole==1.2.1" in check.advice
 
 
+def test_an_export_that_does_not_work_is_a_failure_with_its_last_words() -> None:
+    check = doctor.check_export(doctor._start("-c", "raise OSError('no room for vectors')"))
+    assert (check.status, check.found) == ("fail", "OSError: no room for vectors")
+
+
 def test_a_missing_library_ends_with_exit_code_7_after_the_whole_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +98,7 @@ def test_a_missing_library_ends_with_exit_code_7_after_the_whole_table(
     # what loads whole libraries was tried above
     monkeypatch.setattr(doctor, "check_device", lambda: doctor.Check("device", "ok", "not asked"))
     monkeypatch.setattr(doctor, "_RECBOLE", "")
+    monkeypatch.setattr(doctor, "_TINY_EXPORT", "")
     with pytest.raises(MissingDependencyError, match=r"peft \(not installed\), polars \(not installed\)") as caught:
         doctor.run()
     assert caught.value.exit_code == 7

@@ -434,3 +434,35 @@ def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_ho
         "part-00000.json",
         "part-00000.parquet",
     ]
+
+
+# --- before the start ---------------------------------------------------------------------------------------
+def everything_below(*folders: Path) -> dict[Path, tuple[int, int]]:
+    found = {path: path.stat() for folder in folders for path in folder.rglob("*")}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
+
+
+def test_a_dry_run_says_what_is_left_what_it_takes_and_the_licence_and_touches_nothing(
+    config: ExportConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(config, dry_run=True, vision_cache="auto")
+    before = everything_below(config.data)
+    whole = export_items.run(asked)
+    assert everything_below(config.data) == before and not config.out.exists()
+    assert (whole["items_left"], whole["shards_left"], whole["bytes_left"]) == (20, 3, 20 * 3 * 64 * 4)
+    assert whole["sample"] == 20 and whole["seconds"] > 0 and whole["memory_bytes"] > 50 * 2**20
+    told = " ".join(capsys.readouterr().err.split())
+    assert "nothing was written" in told and "20 in 3 shards" in told and "licence not stated here" in told
+
+    export_items.run(config)
+    (config.out / "manifest.json").rename(config.data / "kept.json")
+    state = {name: json.loads((config.data / "kept.json").read_text())[name] for name in ("schema_version", "settings")}
+    (config.out / "export.json").write_text(json.dumps(state | {"shard_size": 8}))
+    shard = json.loads((config.data / "kept.json").read_text())["shards"][0]
+    (config.out / "part-00000.json").write_text(json.dumps(shard))
+    before = everything_below(config.data, config.out)
+    rest = export_items.run(asked)
+    assert (rest["items"], rest["items_left"], rest["shards_left"], rest["sample"]) == (20, 12, 2, 12)
+    assert everything_below(config.data, config.out) == before
+    with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):
+        export_items.run(replace(asked, max_pixels=56 * 56))
