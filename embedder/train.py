@@ -262,14 +262,13 @@ def train(
     settings: TrainingSettings,
     validate: Validate,
     on_step: OnStep = lambda step, steps, log: None,
-    resume: bool = True,
     probe: Probe | None = None,
     on_collapse: OnCollapse = lambda noticed: None,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
-    Checkpoints go to `out/checkpoints` and are continued from when `resume` is set; they are removed by the caller
-    once the adapter is saved. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+    Checkpoints go to `out/checkpoints` and are continued from; they are removed by the caller once the adapter is
+    saved, or before, to start anew. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
 
     Processes that train together (`distributed.joined`) call this alike, with `out` on a disk they share. A step's
     batch is the one that a single process would have with `batch_size` times their number; each takes an equal share
@@ -283,7 +282,6 @@ def train(
         validate: ranks the validation items with the weights of the moment; called by every process, as is `probe`,
             and to return the same in each.
         on_step: told of every step.
-        resume: go on from the last checkpoint.
         probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
         on_collapse: told of views that collapse, at the probe that shows it.
 
@@ -291,7 +289,7 @@ def train(
         ModelError: the loss is not finite (names the step and the users), or a checkpoint does not fit.
     """
     folder = out / CHECKPOINTS
-    checkpoint = distributed.from_main(_last_checkpoint(folder, resume) if distributed.is_main() else None)
+    checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
@@ -539,10 +537,8 @@ class _Watch(TrainerCallback):
         return Training(curves, state.global_step, best)
 
 
-def _last_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """Make the folder of checkpoints and return the newest finished one; what else lies there is removed."""
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Make the folder of checkpoints and return the newest finished one; those cut off halfway are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     finished = []
     for path in folder.glob("checkpoint-*"):

@@ -94,7 +94,6 @@ def _finetune(config: FinetuneConfig) -> Training | None:
             _training_settings(config),
             validate,
             _reporter(advance),
-            config.resume,
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
         )
