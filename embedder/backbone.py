@@ -8,6 +8,7 @@ A causal text model takes the same path with text prompts alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -463,19 +464,33 @@ def pick_token_budget(backbone: Backbone) -> int:
 
 
 def pick_device(name: DeviceName) -> torch.device:
-    """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    One of several processes that a launcher started takes the GPU that the launcher has numbered for it.
+    """
+    there: dict[DeviceName, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next(key for key, value in there.items() if value)
     if not there[name]:
         raise ConfigError(
             f"device {name!r} is not available in this torch ({torch.__version__})",
             f"one of {', '.join(key for key, value in there.items() if value)}",
             "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is there",
         )
-    return torch.device(name)
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name != "cuda" or local_rank is None:
+        return torch.device(name)
+    if int(local_rank) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this is process {local_rank}, counted from 0, of a machine with {torch.cuda.device_count()} GPUs",
+            "a GPU for every process",
+            "launch as many processes as there are GPUs, or give --device cpu",
+        )
+    return torch.device("cuda", int(local_rank))
 
 
 def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

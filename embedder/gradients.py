@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import distributed, schema
 from vlm2rec.embedder.losses import info_nce
 
 TOTAL = "total"
@@ -40,7 +40,8 @@ def modality_losses(
 def gradient_alignment(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
     """Return the cosine of every pair of losses' gradients, and the gradients' lengths.
 
-    The graph of the losses is left whole and no `.grad` is touched.
+    The graph of the losses is left whole and no `.grad` is touched. Processes that train together call this alike; the
+    gradients are then those of the losses that they have in common.
 
     Args:
         losses: scalars by name, such as `total`, `text`, `image`.
@@ -62,7 +63,8 @@ def gradient_alignment(losses: Mapping[str, Tensor], parameters: Sequence[Tensor
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     if not loss.requires_grad:
         return [None] * len(parameters)
-    return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    found = list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    return [None if gradient is None else distributed.mean(gradient) for gradient in found]
 
 
 def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:

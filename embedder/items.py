@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import distributed, schema
 from vlm2rec.embedder.backbone import ImageFeatures
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.images import ImageError
@@ -109,3 +109,18 @@ def encode_rows(
             parts.setdefault(view, []).append(vectors.float().cpu().numpy())
         advance(len(batch))
     return {view: np.concatenate(blocks) for view, blocks in parts.items()}
+
+
+def encode_rows_together(
+    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Do as `encode_rows`, each of the processes that train together encoding a share; all of them get all vectors."""
+    own = encode_rows(encoder, items, distributed.share(sequences))
+    if distributed.count() == 1:
+        return own
+    nothing = np.empty((0, encoder.dim), np.float32)  # fewer sequences than processes
+    device = encoder.backbone.device
+    return {
+        view: distributed.gather_shares(torch.from_numpy(own.get(view, nothing)).to(device)).cpu().numpy()
+        for view in schema.VIEWS
+    }

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -25,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import distributed, schema
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ModelError
 from vlm2rec.embedder.gradients import TOTAL, gradient_alignment, modality_losses
@@ -45,8 +49,13 @@ _GRADIENTS = "batch_users"
 _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its memory is needed anyway
 
 
+Negatives = Literal["local", "global"]
+
+
 class HistoryModel(nn.Module):
     """An encoder with LoRA, and the loss over a batch of users and their next items.
+
+    Where several processes train together, each gives its own users and items and computes the loss of all of them.
 
     Args:
         encoder: with LoRA layers in its backbone.
@@ -55,6 +64,9 @@ class HistoryModel(nn.Module):
         loss: `VLM2RecLoss`, or None for plain InfoNCE.
         tau: temperature of InfoNCE.
         chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+        negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
+            loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
+            one process with the whole batch).
     """
 
     def __init__(
@@ -65,9 +77,11 @@ class HistoryModel(nn.Module):
         loss: VLM2RecLoss | None,
         tau: float,
         chunk_users: int = 0,
+        negatives: Negatives = "local",
     ) -> None:
         super().__init__()
         self.encoder, self.items, self.tau, self.chunk_users = encoder, items, tau, chunk_users
+        self.negatives: Negatives = negatives
         self.wrapped = wrapped
         self.loss = loss
 
@@ -84,6 +98,8 @@ class HistoryModel(nn.Module):
         With `chunk_users`, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the
         same dropout, when the loss over the whole batch has said what becomes of them.
         """
+        if not sequences:
+            return self._encode_nothing()
         if not self.chunk_users or not torch.is_grad_enabled():
             return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
         parts: list[dict[str, Tensor]] = [
@@ -91,6 +107,11 @@ class HistoryModel(nn.Module):
             for chunk in _chunks(sequences, self.chunk_users)
         ]
         return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+
+    def _encode_nothing(self) -> dict[str, Tensor]:
+        """Return no rows, on which all trained weights depend: each process waits for the gradients of every other."""
+        zero = 0.0 * torch.stack([p.float().sum() for p in self.wrapped.parameters() if p.requires_grad]).sum()
+        return {view: zero.expand(0, self.encoder.dim) for view in schema.VIEWS}
 
     @property
     def has_both_modalities(self) -> bool:
@@ -102,8 +123,10 @@ class HistoryModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
 
+        With several processes all three are those of all their batches, and the same in each of them.
+
         Args:
-            histories: B lists of item rows.
+            histories: B lists of item rows, with several processes those of this one; there may be none.
             targets: (B,) item rows; a target that several users share is encoded once.
             with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
                 weights (`gradient_alignment`); the loss and its graph stay as they are.
@@ -112,6 +135,39 @@ class HistoryModel(nn.Module):
         distinct, place = targets.unique(return_inverse=True)
         encoded = self.encode([[int(row)] for row in distinct])
         items = {view: vectors[place] for view, vectors in encoded.items()}
+        batches = self._held_together(users, items, targets)
+        totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
+        sizes = [len(batch.targets) for batch in batches]
+        total, log = _mean([{TOTAL: total} for total in totals], sizes)[TOTAL], _mean(logs, sizes)
+        alignment: dict[str, float] = {}
+        if with_gradients:
+            parts = [modality_losses(batch.users, batch.items, batch.targets, self.tau) for batch in batches]
+            losses = {TOTAL: total, **_mean(parts, sizes)}
+            alignment = gradient_alignment(losses, [p for p in self.wrapped.parameters() if p.requires_grad])
+        return total, {name: value.detach() for name, value in log.items()}, alignment
+
+    def _held_together(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
+        """Return the users and items whose vectors are held against each other, of all processes."""
+        if distributed.count() == 1:
+            return [_Batch(users, items, targets)]
+        parts = distributed.gather(torch.stack([*users.values(), *items.values()], dim=1))  # (B, 2 · views, d) each
+        ids = distributed.gather(targets)
+        if self.negatives == "global":
+            parts, ids = [torch.cat(parts)], [torch.cat(ids)]
+        views = len(users)
+        return [
+            _Batch(
+                dict(zip(users, part[:, :views].unbind(1), strict=True)),
+                dict(zip(items, part[:, views:].unbind(1), strict=True)),
+                own,
+            )
+            for part, own in zip(parts, ids, strict=True)
+            if len(own)
+        ]
+
+    def _loss_of(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of users whose negatives are each other's targets, and what to log of it."""
+        users, items, targets = batch
         log: dict[str, Tensor] = {"effective_negatives": effective_negatives(targets).float().mean()}
         if self.has_both_modalities:
             log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
@@ -121,22 +177,33 @@ class HistoryModel(nn.Module):
             others = other_items(targets)
             own = [view for view in schema.MODALITIES if view in self.encoder.views]
             log |= _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
-        else:
-            parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
-            total = parts.total
-            log |= {
-                "wpcl": parts.wpcl,
-                "crtr": parts.crtr,
-                "weight": parts.weight.mean(),
-                **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
-                "alpha": self.loss.alpha,
-                "beta": self.loss.beta,
-            }
-        alignment: dict[str, float] = {}
-        if with_gradients:
-            losses = {TOTAL: total, **modality_losses(users, items, targets, self.tau)}
-            alignment = gradient_alignment(losses, [p for p in self.wrapped.parameters() if p.requires_grad])
-        return total, {name: value.detach() for name, value in log.items()}, alignment
+            return total, log
+        parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
+        return parts.total, log | {
+            "wpcl": parts.wpcl,
+            "crtr": parts.crtr,
+            "weight": parts.weight.mean(),
+            **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
+            "alpha": self.loss.alpha,
+            "beta": self.loss.beta,
+        }
+
+
+class _Batch(NamedTuple):
+    """B users and their target items: vectors by view, (B, d) each, and the items' rows, (B,)."""
+
+    users: dict[str, Tensor]
+    items: dict[str, Tensor]
+    targets: Tensor
+
+
+def _mean(rows: Sequence[dict[str, Tensor]], weights: Sequence[int]) -> dict[str, Tensor]:
+    """Return the weighted mean of rows of scalars."""
+    shares = [weight / sum(weights) for weight in weights]
+    return {
+        name: torch.stack([row[name] * share for row, share in zip(rows, shares, strict=True)]).sum()
+        for name in rows[0]
+    }
 
 
 def _chunks(sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
@@ -153,7 +220,7 @@ def _margins_to_log(by_view: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast to train; see `FinetuneConfig` for what each means."""
+    """How long and how fast to train; see `FinetuneConfig` for what each means. `batch_size` is that of a process."""
 
     learning_rate: float
     weight_decay: float
@@ -195,23 +262,26 @@ def train(
     settings: TrainingSettings,
     validate: Validate,
     on_step: OnStep = lambda step, steps, log: None,
-    resume: bool = True,
     probe: Probe | None = None,
     on_collapse: OnCollapse = lambda noticed: None,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
-    Checkpoints go to `out/checkpoints` and are continued from when `resume` is set; they are removed by the caller
-    once the adapter is saved. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+    Checkpoints go to `out/checkpoints` and are continued from; they are removed by the caller once the adapter is
+    saved, or before, to start anew. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+
+    Processes that train together (`distributed.joined`) call this alike, with `out` on a disk they share. A step's
+    batch is the one that a single process would have with `batch_size` times their number; each takes an equal share
+    of it, and of an epoch's shorter last batch too, so that no sample is left out or seen twice.
 
     Args:
         model: what to train.
         samples: users and their next items.
         out: folder for checkpoints.
         settings: how long and how fast.
-        validate: ranks the validation items with the weights of the moment.
+        validate: ranks the validation items with the weights of the moment; called by every process, as is `probe`,
+            and to return the same in each.
         on_step: told of every step.
-        resume: go on from the last checkpoint.
         probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
         on_collapse: told of views that collapse, at the probe that shows it.
 
@@ -219,14 +289,12 @@ def train(
         ModelError: the loss is not finite (names the step and the users), or a checkpoint does not fit.
     """
     folder = out / CHECKPOINTS
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
         _checkpointing(backbone.language_model, "enable", {"use_reentrant": False})
-    steps_an_epoch = math.ceil(len(samples) / settings.batch_size)
+    steps_an_epoch = math.ceil(len(samples) / (settings.batch_size * distributed.count()))
     total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -248,7 +316,14 @@ def train(
         disable_tqdm=True,
         use_cpu=backbone.device.type == "cpu",
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
     )
+    # without a launcher the trainer would split each batch over all GPUs by threads, which lists do not survive
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    if distributed.count() > 1:
+        # every process has read the same backbone: only what is trained needs to be sent around
+        frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
     trainer = _HistoryTrainer(
         model=model,
@@ -260,7 +335,8 @@ def train(
         gradient_steps=settings.gradient_steps,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _last_checkpoint(folder)
+    if distributed.rank():  # the trainer gave all the same seed: users at the same place would share their dropout
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
         _checkpointing(backbone.language_model, "disable")
@@ -273,10 +349,12 @@ def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *a
     (method or getattr(language_model, f"gradient_checkpointing_{action}"))(*arguments)
 
 
-def _collate(samples: list[Sample]) -> dict[str, Any]:
+def _collate(batch: list[Sample]) -> dict[str, Any]:
+    """Return this process's share of a batch of all."""
+    samples = distributed.share(batch)
     return {
         "histories": [[int(row) for row in sample.history] for sample in samples],
-        "targets": torch.tensor([sample.target for sample in samples]),
+        "targets": torch.tensor([sample.target for sample in samples], dtype=torch.int64),
         "users": [sample.user for sample in samples],
     }
 
@@ -299,6 +377,23 @@ class _HistoryTrainer(Trainer):
         self._gradient_steps = gradient_steps
         self._parts: list[dict[str, Tensor]] = []
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of all processes, in an order that depends on the seed alone; `_collate` takes a share.
+
+        Accelerate's own sharding repeats samples where an epoch does not divide evenly.
+        """
+        size = self.args.train_batch_size * distributed.count()
+        loader = DataLoader(self.train_dataset, size, shuffle=True, collate_fn=self.data_collator)
+        return prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            data_seed=self.args.seed,
+        )
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         step = self.state.global_step
         due = self._gradient_steps > 0 and step % self._gradient_steps == 0
@@ -312,7 +407,8 @@ class _HistoryTrainer(Trainer):
             )
         self._parts.append(log)
         if due:
-            self.state.log_history.append({"step": step, _GRADIENTS: len(inputs["users"]), **alignment})
+            users = sum(distributed.from_all(len(inputs["users"])))
+            self.state.log_history.append({"step": step, _GRADIENTS: users, **alignment})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -326,6 +422,10 @@ class _HistoryTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(trainable(self.model), folder / _WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        distributed.wait()  # `trainer_state.json` comes next and says that the checkpoint is whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(
@@ -357,7 +457,7 @@ class _Watch(TrainerCallback):
             metrics = self._validate()
         before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
         state.log_history.append({"step": state.global_step, **metrics})
-        if keep and metrics["N@20"] > max(before, default=-math.inf):
+        if keep and distributed.is_main() and metrics["N@20"] > max(before, default=-math.inf):
             temporary = self._folder / f".{_BEST}.tmp"
             safetensors.torch.save_file(trainable(self._model), temporary)
             temporary.replace(self._folder / _BEST)
@@ -421,6 +521,7 @@ class _Watch(TrainerCallback):
 
     def finish(self, state: TrainerState) -> Training:
         """Put the best weights back and return the curves."""
+        distributed.wait()
         restore(self._model, safetensors.torch.load_file(self._folder / _BEST), str(self._folder))
         self._model.eval()
         valid = [row for row in state.log_history if "N@20" in row]
@@ -437,7 +538,8 @@ class _Watch(TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest finished checkpoint; unfinished ones, cut off while they were written, are removed."""
+    """Make the folder of checkpoints and return the newest finished one; those cut off halfway are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
     finished = []
     for path in folder.glob("checkpoint-*"):
         # the trainer writes its state last

@@ -65,10 +65,19 @@ class VisionCache:
         self._known: dict[bytes, list[tuple[Path, np.void]]] = {}
         self._maps: dict[Path, np.ndarray] = {}
         self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # written with the first image
-        for path in sorted(folder.glob("segment-*.index")):
+        self._read: dict[Path, int] = {}  # records taken from each index
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Learn what other writers have added since."""
+        for path in sorted(self.folder.glob("segment-*.index")):
+            tokens, read = path.with_suffix(".tokens"), self._read.get(path, 0)
             whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
-            for record in np.fromfile(path, _RECORD, count=whole):
-                self._known.setdefault(record["image"].tobytes(), []).append((path.with_suffix(".tokens"), record))
+            if tokens == self._segment or whole <= read:
+                continue
+            for record in np.fromfile(path, _RECORD, count=whole - read, offset=read * _RECORD.itemsize):
+                self._known.setdefault(record["image"].tobytes(), []).append((tokens, record))
+            self._read[path] = whole
 
     @classmethod
     def open(cls, root: Path, backbone: Backbone, weights: str) -> VisionCache:
@@ -115,6 +124,8 @@ class VisionCache:
 
     def find(self, key: bytes) -> ImageFeatures | None:
         """Return the features of the image with that SHA-256, on the CPU, or None."""
+        if key not in self._known:
+            self._refresh()
         for path, record in self._known.get(key, ()):
             tokens, layers = int(record["tokens"]), int(record["layers"])
             size = layers * tokens * self.dim * self.dtype.itemsize

@@ -10,7 +10,7 @@ from vlm2rec.downstream.geometry import effective_rank, geometry_from_rows
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.items import Items, encode_rows
+from vlm2rec.embedder.items import Items, encode_rows_together
 from vlm2rec.embedder.monitor import Collapse, Probe
 from vlm2rec.pipelines.config import FinetuneConfig
 
@@ -37,8 +37,8 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     items = Items(dataset, encoder, _CACHE)
 
     def measure() -> dict[str, float]:
-        user_vectors = encode_rows(encoder, items, sequences)
-        item_vectors = encode_rows(encoder, items, [[int(row)] for row in rows])
+        user_vectors = encode_rows_together(encoder, items, sequences)
+        item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])
         row: dict[str, float] = {}
         for view in schema.VIEWS:
             row |= _measured(view, user_vectors[view], item_vectors[view], place)

@@ -124,7 +124,10 @@ class FinetuneConfig:
     weight_decay: NonNegative = setting("AdamW weight decay; never on α and β.", 0.01)
     warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
     schedule: Literal["constant", "linear", "cosine"] = setting("Learning rate after the warm-up.", "constant")
-    batch_size: Positive = setting("Users in a batch, on one device.", 8)
+    batch_size: Positive = setting("Users in a batch, on one device; N processes take N times as many a step.", 8)
+    negatives: Literal["local", "global"] = setting(
+        "With several processes: local: the targets of a process's own batch; global: those of all of them.", "local"
+    )
     chunk_users: Count = setting(
         "Users encoded at a time (GradCache): memory is that of a chunk, negatives are those of the batch; 0: all.", 0
     )

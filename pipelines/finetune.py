@@ -9,14 +9,15 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 
 from vlm2rec.downstream.ranking import candidate_scores, rank_metrics, unit_rows
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import distributed, schema
 from vlm2rec.embedder.backbone import DtypeName, pick_device
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.items import Items, encode_rows
+from vlm2rec.embedder.items import Items, encode_rows_together
 from vlm2rec.embedder.lora import (
     CURVES_FILE,
     SETTINGS_FILE,
@@ -45,8 +46,17 @@ _FREE = (
 
 
 def run(config: FinetuneConfig) -> Training | None:
-    """Fine-tune and write the adapter folder; returns None when a finished one with these settings is there."""
+    """Fine-tune and write the adapter folder; returns None when a finished one with these settings is there.
+
+    Processes that `torchrun` or `accelerate launch` started train together; the main one writes and talks.
+    """
     _check(config)
+    with distributed.joined(pick_device(config.device)):
+        log.quiet = not distributed.is_main()
+        return _finetune(config)
+
+
+def _finetune(config: FinetuneConfig) -> Training | None:
     dataset = Dataset(config.data)
     if _is_finished(config):
         log.print(f"{config.out} is already complete; give another --out, or --no-resume to train anew.")
@@ -65,11 +75,15 @@ def run(config: FinetuneConfig) -> Training | None:
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
+    if distributed.count() > 1:
+        log.print(
+            f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
+        )
     samples = Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     items = Items(dataset, encoder)
     wrapped = add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users)
+    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users, config.negatives)
     _remember_run(config)
     validate = _validation(config, dataset, encoder, items)
     with progress(f"finetune {config.loss}", None) as advance:
@@ -80,18 +94,31 @@ def run(config: FinetuneConfig) -> Training | None:
             _training_settings(config),
             validate,
             _reporter(advance),
-            config.resume,
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
         )
+    unreadable = {name: reason for part in distributed.from_all(items.unreadable) for name, reason in part.items()}
+    if distributed.is_main():
+        _save(config, dataset, samples, encoder, wrapped, training, licence)
+        _summarise(config, samples, unreadable, training)
+    return training
+
+
+def _save(
+    config: FinetuneConfig,
+    dataset: Dataset,
+    samples: Samples,
+    encoder: ItemEncoder,
+    wrapped: PeftModel,
+    training: Training,
+    licence: str,
+) -> None:
     titles, images = canary_items()
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
     settings = _provenance(config, dataset, samples, encoder, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
     save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
     shutil.rmtree(config.out / CHECKPOINTS)
-    _summarise(config, samples, items, training)
-    return training
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -161,18 +188,20 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 
 
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings that decide what is learned, in the form they take in JSON."""
-    return {
-        name: str(value.resolve()) if name == "data" else value
-        for name, value in asdict(config).items()
-        if name not in _FREE
-    }
+    """Return the settings that decide what is learned, and the number of processes, in the form they take in JSON."""
+    decisive = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    return {**decisive, "data": str(config.data.resolve()), "processes": distributed.count()}
+
+
+def _users_a_step(config: FinetuneConfig) -> int:
+    return config.batch_size * distributed.count()
 
 
 def _is_finished(config: FinetuneConfig) -> bool:
     if not config.resume:
-        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
-        (config.out / SETTINGS_FILE).unlink(missing_ok=True)
+        if distributed.is_main():
+            shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
+            (config.out / SETTINGS_FILE).unlink(missing_ok=True)
         return False
     if (config.out / SETTINGS_FILE).is_file():
         _refuse_change(config, read_adapter(config.out)["config"])
@@ -185,7 +214,7 @@ def _is_finished(config: FinetuneConfig) -> bool:
 
 def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     # a run begun before a setting existed did what is now its default
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults = {field.name: field.default for field in fields(config)} | {"processes": 1}
     for name, value in _identity(config).items():
         begun = before.get(name, defaults[name])
         if begun != value:
@@ -197,9 +226,10 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
 
 
 def _remember_run(config: FinetuneConfig) -> None:
-    folder = config.out / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    schema.write_json(folder / _RUN_FILE, _identity(config))
+    if distributed.is_main():
+        folder = config.out / CHECKPOINTS
+        folder.mkdir(parents=True, exist_ok=True)
+        schema.write_json(folder / _RUN_FILE, _identity(config) | {"users_a_step": _users_a_step(config)})
 
 
 def _validation(
@@ -217,8 +247,8 @@ def _validation(
     sequences = [histories.of(int(user)).tolist() for user in users]
 
     def validate() -> dict[str, float]:
-        user_vectors = encode_rows(encoder, items, sequences)[schema.FUSED]
-        item_vectors = encode_rows(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
+        user_vectors = encode_rows_together(encoder, items, sequences)[schema.FUSED]
+        item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
         scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), place[:, 0], place[:, 1:])
         return rank_metrics(*scores)
 
@@ -259,6 +289,8 @@ def _provenance(
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],
+            "processes": distributed.count(),
+            "users_a_step": _users_a_step(config),
             "effective_negatives": training.curves["train"][-1]["effective_negatives"]
             if training.curves["train"]
             else None,
@@ -275,7 +307,7 @@ def _provenance(
     }
 
 
-def _summarise(config: FinetuneConfig, samples: Samples, items: Items, training: Training) -> None:
+def _summarise(config: FinetuneConfig, samples: Samples, unreadable: dict[str, str], training: Training) -> None:
     first, last = training.curves["valid"][0], training.best
     rows: dict[str, object] = {
         "steps": f"{training.steps} (kept: step {last['step']:.0f})",
@@ -288,7 +320,7 @@ def _summarise(config: FinetuneConfig, samples: Samples, items: Items, training:
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
     if training.curves["warnings"]:
         rows["collapse"] = told(training.curves["warnings"])
-    if items.unreadable:
-        name, reason = next(iter(items.unreadable.items()))
-        rows["unreadable images"] = f"{len(items.unreadable)}, shown as white; item {name}: {reason}"
+    if unreadable:
+        name, reason = next(iter(unreadable.items()))
+        rows["unreadable images"] = f"{len(unreadable)}, shown as white; item {name}: {reason}"
     summary("Fine-tuning done", rows)

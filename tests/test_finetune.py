@@ -166,3 +166,15 @@ def test_fault_50_a_loss_that_is_not_finite_stops_naming_step_and_users(
 ) -> None:
     with pytest.raises(ModelError, match=r"the loss is nan at step \d+, with users .*\[\d+, "):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "nan", learning_rate=1e30, max_steps=20))
+
+
+def test_no_resume_starts_anew_and_its_own_settings_count_from_then_on(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    diverging = settings(tiny, drawn_dataset, tmp_path / "a", learning_rate=1e30, max_steps=20, resume=False)
+    with pytest.raises(ModelError):
+        finetune.run(diverging)
+    with pytest.raises(ConfigError, match=r"begun with learning_rate = 1e\+30, now it is 0.001"):
+        finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, resume=True))
+    anew = finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, max_steps=1))
+    assert anew is not None and anew.steps == 1

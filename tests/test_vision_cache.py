@@ -175,6 +175,18 @@ def test_several_writers_have_segments_of_their_own(backbone: Backbone, tmp_path
         assert found is not None and torch.equal(found.tokens, expected.tokens)
 
 
+def test_a_writer_finds_what_another_has_added_since(backbone: Backbone, tmp_path: Path) -> None:
+    features = backbone.look([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")])
+    first, second = (VisionCache.open(tmp_path, backbone, "weights") for _ in range(2))
+    for number, expected in enumerate(features):
+        key = bytes([number]) * 32
+        assert first.find(key) is None
+        second.add([key], [expected])
+        found = first.find(key)
+        assert found is not None and torch.equal(found.tokens, expected.tokens)
+        assert len(first) == len(second) == number + 1
+
+
 def test_a_cache_without_room_is_left_out_and_said(
     config: ExportConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
