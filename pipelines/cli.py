@@ -188,7 +188,13 @@ def export_items(config: settings.ExportConfig) -> None:
 
 @command(settings.ImportVectorsConfig)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
-    """Turn vectors of yours (Parquet, npy) into an embeddings folder."""
+    """Turn vectors of yours (Parquet, CSV, npy) into an embeddings folder."""
+    _stage("import_vectors").run(config)
+
+
+@command(settings.ImportVectorsConfig)
+def import_embeddings(config: settings.ImportVectorsConfig) -> None:
+    """Another name of import-vectors."""
     _stage("import_vectors").run(config)
 
 
@@ -232,6 +238,12 @@ def build_index(config: settings.BuildIndexConfig) -> None:
 def search(config: settings.SearchConfig) -> None:
     """Print the nearest neighbours of an item."""
     _stage("build_index").search(config)
+
+
+@command(settings.ConvertConfig, positional="embeddings")
+def convert(config: settings.ConvertConfig) -> None:
+    """Write the vectors in the form of another tool: MMRec, cornac, RecBole, npy, safetensors, Lance."""
+    _stage("convert").run(config)
 
 
 @command(settings.StudyConfig, own_config_key=True)
