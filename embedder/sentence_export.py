@@ -1,0 +1,155 @@
+"""A backbone with its adapter merged, as a folder that `sentence_transformers.SentenceTransformer(path)` opens.
+
+    config.json  model.safetensors  tokenizer.json ...     the merged model, its processor
+    chat_template.jinja                                    the prompts of an item
+    modules.json  sentence_bert_config.json  1_Pooling/    Transformer, then the last token's state
+
+No code of ours is in the folder, so none has to be trusted. sentence-transformers puts every input through the folder's
+chat template: this one turns a title into P_T and an image into P_V, with what `Backbone.prepare_title` does to a title
+except the cut to `max_title_tokens`, which a template cannot do. `encode(title)` is then the item's text vector and
+`encode(image)` its image vector; with external fusion their sum is the fused vector, with internal fusion
+`encode({"text": title, "image": image})` is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from pathlib import Path
+
+import transformers
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+from vlm2rec.embedder import prompts, schema
+from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.errors import ModelError
+from vlm2rec.embedder.processor import breakable_tokens
+from vlm2rec.embedder.prompts import Prompt
+
+_TITLE = "\ue000"  # a private character: no prompt or template holds it
+_MODULES = (
+    ("0", "", "sentence_transformers.models.Transformer"),
+    ("1", "1_Pooling", "sentence_transformers.models.Pooling"),
+)
+# what a processor keeps outside its parts: LLaVA's and InternVL's
+_PROCESSOR_SETTINGS = (
+    "image_seq_length",
+    "image_token",
+    "num_additional_image_tokens",
+    "patch_size",
+    "vision_feature_select_strategy",
+)
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> None:
+    """Write the folder.
+
+    Args:
+        encoder: on the CPU or a GPU, its adapter merged.
+        out: an existing folder.
+        card: its README.md.
+    """
+    backbone = encoder.backbone
+    backbone.model.save_pretrained(str(out))
+    _save_processor(encoder, out)
+    modules = [{"idx": int(name), "name": name, "path": path, "type": kind} for name, path, kind in _MODULES]
+    schema.write_text(out / "modules.json", json.dumps(modules, indent=2) + "\n")
+    modalities = dict.fromkeys(encoder.modalities, _FORWARD)
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {**modalities, "message": {**_FORWARD, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+    }
+    schema.write_json(out / "sentence_bert_config.json", transformer)
+    (out / "1_Pooling").mkdir()
+    pooling = {"embedding_dimension": encoder.dim, "pooling_mode": "lasttoken", "include_prompt": True}
+    schema.write_json(out / "1_Pooling" / "config.json", pooling)
+    schema.write_json(
+        out / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    schema.write_text(out / "README.md", card)
+
+
+def _save_processor(encoder: ItemEncoder, out: Path) -> None:
+    processor = encoder.backbone.processor
+    tokenizer = copy.deepcopy(encoder.backbone.tokenizer)
+    tokenizer.chat_template = chat_template(encoder)
+    tokenizer.save_pretrained(str(out))
+    family = processor.family
+    if family.text_only:
+        return
+    processor.image_processor.save_pretrained(str(out))
+    own = {name: getattr(processor, name) for name in _PROCESSOR_SETTINGS if hasattr(processor, name)}
+    schema.write_json(out / "processor_config.json", {"processor_class": family.processor, **own})
+    video = VIDEO_PROCESSOR_MAPPING_NAMES.get(family.model_type)
+    if video and "video_processor" in inspect.signature(getattr(transformers, family.processor).__init__).parameters:
+        # never used, but transformers' own loader asks for it
+        settings = {"video_processor_type": video, "processor_class": family.processor}
+        schema.write_json(out / "video_preprocessor_config.json", settings)
+
+
+def chat_template(encoder: ItemEncoder) -> str:
+    """Return the Jinja template that turns one user message, a title or an image or both, into the item's prompt."""
+    if encoder.encoder_settings.fusion == "internal":
+        forms = {"title is not none and images == 1": prompts.item_prompt([_TITLE])}
+    else:
+        both = {
+            schema.TEXT: ("title is not none and images == 0", prompts.text_prompt([_TITLE])),
+            schema.IMAGE: ("title is none and images == 1", prompts.image_prompt(1)),
+        }
+        forms = dict(both[modality] for modality in encoder.modalities)
+    tokens = breakable_tokens(encoder.backbone.tokenizer)
+    lines = [
+        "{%- set seen = namespace(title=none, images=0) -%}",
+        "{%- for message in messages -%}{%- if message['content'] is string -%}",
+        "{%- set seen.title = message['content'] -%}",
+        "{%- else -%}{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}",
+        "{%- set seen.images = seen.images + 1 -%}",
+        "{%- elif part['type'] == 'text' -%}{%- set seen.title = part['text'] -%}{%- endif -%}",
+        "{%- endfor -%}{%- endif -%}{%- endfor -%}",
+        "{%- if seen.title is not none -%}",
+        "{%- set seen.title = seen.title.replace('\\u0000', ' ').split() | join(' ') -%}",
+        f"{{%- for token in {_literal(tokens)} -%}}",  # as `neutralise` breaks them up
+        "{%- set seen.title = seen.title.replace(token, token[0] ~ ' ' ~ token[1:]) -%}{%- endfor -%}{%- endif -%}",
+        "{%- set title = seen.title -%}{%- set images = seen.images -%}",
+    ]
+    branch = "if"
+    for condition, prompt in forms.items():
+        before, title, after = _rendered(encoder, prompt).partition(_TITLE)
+        middle = " ~ title ~ " if title else " ~ "
+        lines.append(f"{{%- {branch} {condition} -%}}{{{{- {_literal(before)}{middle}{_literal(after)} -}}}}")
+        branch = "elif"
+    takes = "title and its image together" if encoder.encoder_settings.fusion == "internal" else "title or one image"
+    lines.append(f"{{%- else -%}}{{{{- raise_exception('this model takes one {takes}') -}}}}{{%- endif -%}}")
+    return "".join(lines)
+
+
+def _rendered(encoder: ItemEncoder, prompt: Prompt) -> str:
+    """Return a prompt as text that is tokenised to what the encoder makes of it."""
+    backbone, tokenizer = encoder.backbone, encoder.backbone.tokenizer
+    text = prompts.render(prompt, encoder.encoder_settings.prompt_mode, backbone.processor)
+    if not backbone.processor.family.text_only:  # a processor puts the mark of the beginning where it is missing
+        return text
+    wanted = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0"))["input_ids"]
+    # a tokenizer puts no mark before a template's text, and Llama's no space after a mark that stands in the text
+    for start in ("", tokenizer.bos_token or "", f"{tokenizer.bos_token or ''} "):
+        if tokenizer(start + text, add_special_tokens=False)["input_ids"] == wanted:
+            return start + text
+    raise ModelError(
+        "no chat template of this tokenizer gives the tokens of the prompt",
+        "a tokenizer that puts at most its mark of the beginning before a text",
+        "use vlm2rec itself to encode with this backbone",
+    )
+
+
+def _literal(value: str | list[str]) -> str:
+    """Return a value as a Jinja literal; ASCII alone, as a template may be read in any encoding."""
+    return json.dumps(value)
