@@ -14,12 +14,8 @@ except the cut to `max_title_tokens`, which a template cannot do. `encode(title)
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from pathlib import Path
-
-import transformers
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from vlm2rec.embedder import prompts, schema
 from vlm2rec.embedder.encode import ItemEncoder
@@ -78,6 +74,44 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
     schema.write_text(out / "README.md", card)
 
 
+def model_readme(encoder: ItemEncoder, backbone: str, adapter: str | None, licence: str) -> str:
+    """Return the README of the folder: where the model comes from, and how it is asked."""
+    encoder_settings = encoder.encoder_settings
+    if encoder_settings.fusion == "internal":
+        ask = 'model.encode({"text": title, "image": image})  # the item'
+    else:
+        calls = {schema.TEXT: "model.encode(title)", schema.IMAGE: "model.encode(image)"}
+        ask = "\n".join(f"{calls[modality]}  # the {modality} vector" for modality in encoder.modalities)
+        if len(encoder.modalities) == 2:
+            unit = " of both at length 1" if encoder_settings.fusion_norm == "normalised" else ""
+            ask += f"\n# their sum{unit} is the fused vector"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+license: other
+license_name: {json.dumps(licence)}
+tags: [vlm2rec, sentence-transformers, sequential-recommendation]
+---
+
+# Item embeddings of vlm2rec
+
+`{backbone}`{f" with the adapter `{adapter}` merged" if adapter else ""}. The backbone's licence applies: {licence}.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("THIS_FOLDER")
+{ask}
+```
+
+The chat template holds the prompts (mode `{encoder_settings.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
+{encoder_settings.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
+{encoder_settings.max_pixels} pixels, or the backbone's fixed size. Qwen and InternVL models need torchvision
+(`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from Pillow's, which
+vlm2rec takes.
+"""
+
+
 def _save_processor(encoder: ItemEncoder, out: Path) -> None:
     processor = encoder.backbone.processor
     tokenizer = copy.deepcopy(encoder.backbone.tokenizer)
@@ -89,11 +123,6 @@ def _save_processor(encoder: ItemEncoder, out: Path) -> None:
     processor.image_processor.save_pretrained(str(out))
     own = {name: getattr(processor, name) for name in _PROCESSOR_SETTINGS if hasattr(processor, name)}
     schema.write_json(out / "processor_config.json", {"processor_class": family.processor, **own})
-    video = VIDEO_PROCESSOR_MAPPING_NAMES.get(family.model_type)
-    if video and "video_processor" in inspect.signature(getattr(transformers, family.processor).__init__).parameters:
-        # never used, but transformers' own loader asks for it
-        settings = {"video_processor_type": video, "processor_class": family.processor}
-        schema.write_json(out / "video_preprocessor_config.json", settings)
 
 
 def chat_template(encoder: ItemEncoder) -> str:

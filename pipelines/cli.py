@@ -242,7 +242,7 @@ def search(config: settings.SearchConfig) -> None:
 
 @command(settings.ConvertConfig, positional="embeddings")
 def convert(config: settings.ConvertConfig) -> None:
-    """Write the vectors in the form of another tool: MMRec, cornac, RecBole, npy, safetensors, Lance."""
+    """Write vectors (or the model) for another tool: MMRec, cornac, RecBole, npy, Lance, sentence-transformers."""
     _stage("convert").run(config)
 
 

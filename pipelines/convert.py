@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, Missing, Sele
 from vlm2rec.downstream.staging import replace_folder, staging, sync, told_plainly
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 
@@ -51,6 +51,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     """
     manifest = schema.read_manifest(config.embeddings)
     check_out(config.out, config.to)
+    _refuse_idle_flags(config)
     form = FORMATS[config.to]
     columns = _columns(config, form, manifest)
     missing = _missing(config, form)
@@ -86,6 +87,13 @@ def check_out(out: Path, kind: str) -> None:
             f"a new or empty folder, or an earlier conversion to {kind} with nothing else in it",
             "choose another --out, or remove what is there; what a tool computed from earlier vectors is stale anyway",
         )
+
+
+def _refuse_idle_flags(config: ConvertConfig) -> None:
+    """Raise `ConfigError` for a setting that says nothing to this form."""
+    for flag, forms in _FLAGS_OF.items():
+        if getattr(config, flag) not in (None, (), "auto") and config.to not in forms:
+            raise ConfigError(f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", "leave it out")
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:
@@ -202,6 +210,39 @@ def _dataset(config: ConvertConfig) -> Dataset:
     return Dataset(config.data or Path(str(exported)))
 
 
+def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
+    from vlm2rec.embedder.lora import backbone_licence
+    from vlm2rec.embedder.sentence_export import model_readme, write_sentence_transformer
+
+    if config.backbone is None:
+        raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
+    exported = schema.read_manifest(config.embeddings)["settings"]
+    if "backbone_hash" not in exported:
+        raise ModelError(
+            f"the vectors of {config.embeddings} were not made by export-items", "an export of a backbone", "export one"
+        )
+    given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
+    # an adapter brings its settings; without one they are the export's
+    given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
+    found = encoder_settings(config.backbone, config.adapter, **given)
+    for name in ("backbone_hash", "adapter", "prompt_hash", *(field.name for field in fields(EncoderSettings))):
+        if found[name] != exported.get(name):
+            raise ModelError(
+                f"{config.embeddings} was exported with {name} {exported.get(name)!r}, this model has {found[name]!r}",
+                "the backbone and the adapter of the export",
+                "give these with --backbone, --revision and --adapter",
+            )
+    try:
+        encoder = ItemEncoder.load(config.backbone, config.adapter, **given)
+    except RuntimeError as error:
+        raise ModelError(f"the model cannot be loaded ({error})", "memory for the whole model", "free some") from error
+    licence = backbone_licence(config.backbone)
+    adapter = config.adapter.resolve().name if config.adapter else None
+    write_sentence_transformer(encoder, folder, model_readme(encoder, exported["backbone"], adapter, licence))
+    return []
+
+
 def _one(there: Sequence[str]) -> list[str]:
     return [schema.FUSED]
 
@@ -210,6 +251,14 @@ def _modalities(there: Sequence[str]) -> list[str]:
     return [view for view in there if view in schema.MODALITIES]
 
 
+_VECTORS = ("mmrec", "cornac", "recbole", "npy", "safetensors", "lance")
+_FLAGS_OF = {
+    "columns": _VECTORS,
+    "missing": _VECTORS,
+    "data": ("mmrec",),
+    "name": ("mmrec", "recbole"),
+    **dict.fromkeys(("backbone", "adapter", "revision"), (SENTENCE_TRANSFORMERS,)),
+}
 _SKIP_FIRST: tuple[Missing, ...] = ("skip", "mean", "error")
 FORMATS = {
     "mmrec": Format(
@@ -247,6 +296,9 @@ FORMATS = {
         _SKIP_FIRST,
         _whole(formats.write_safetensors),
         "safetensors.numpy.load_file('{out}/vectors.safetensors')",
+    ),
+    SENTENCE_TRANSFORMERS: Format(
+        list, 3, ("skip",), _sentence_transformers, "SentenceTransformer('{out}').encode([title, ...])"
     ),
     "lance": Format(list, 3, _SKIP_FIRST, _whole(formats.write_lance), "lance.dataset('{out}/items.lance')"),
 }
