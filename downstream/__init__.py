@@ -1,4 +1,23 @@
-"""downstream reads the table: ranking, geometry, RecBole, FAISS.
+"""downstream reads the table: ranking, geometry, RecBole, FAISS, other tools.
 
 Needs no transformers. From `vlm2rec.embedder` it imports `schema`, `dataset` and `errors` only.
+`from vlm2rec.downstream import EmbeddingTable` loads pyarrow and NumPy at that moment; importing the package alone
+loads nothing.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm2rec.downstream.table import EmbeddingTable
+
+__all__ = ["EmbeddingTable"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EmbeddingTable":
+        from vlm2rec.downstream.table import EmbeddingTable
+
+        return EmbeddingTable
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

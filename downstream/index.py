@@ -11,16 +11,11 @@ Row i of `items.faiss` is row i of `ids.parquet`: the items that have a usable v
 from __future__ import annotations
 
 import bisect
-import ctypes
 import difflib
 import hashlib
 import itertools
-import os
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -35,6 +30,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.downstream.index_plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.recall import NEIGHBOURS, cosines, drop_own, measure
+from vlm2rec.downstream.staging import replace_folder, staging, sync, told_plainly
 from vlm2rec.downstream.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
@@ -88,7 +84,7 @@ def build_index(
     """
     check_out(out)
     plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample)
-    with _staging(out) as folder:
+    with staging(out) as folder:
         begun = time.perf_counter()
         index = _trained_index(plan, embeddings, column, seed, watch)
         queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
@@ -213,84 +209,20 @@ def check_out(out: Path) -> None:
         )
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` to write to, made before the work starts; it is gone afterwards, whatever happens."""
-    mark = f".{out.name}.{socket.gethostname()}."
-    folder = out.with_name(f"{mark}{os.getpid()}.building")
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f"{mark}*.building"):  # of a build that was killed
-            if not _alive(left.name[len(mark) : -len(".building")]):
-                shutil.rmtree(left, ignore_errors=True)
-        folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # FAISS reports a full disk as RuntimeError
-        raise ConfigError(
-            f"{out} cannot be written ({error})", "a place you may write to, with room", "choose another --out"
-        ) from None
-
-
 def _publish(
     folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    with _writing(out):
+    with told_plainly(out):
         faiss.write_index(index, str(folder / INDEX_FILE))
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
         for name in (INDEX_FILE, IDS_FILE):
-            _sync(folder / name)
+            sync(folder / name)
         meta = {**meta, "bytes": (folder / INDEX_FILE).stat().st_size}
         schema.write_json(folder / META_FILE, meta)
-        _replace_folder(folder, out)
+        replace_folder(folder, out)
     return meta
-
-
-def _alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Put folder `new` at `target`; what was there is at `new` afterwards, or gone."""
-    if target.exists() and not _exchange(new, target):
-        aside = new.with_suffix(".replaced")
-        target.rename(aside)
-        new.rename(target)
-        aside.rename(new)
-    elif not target.exists():
-        new.rename(target)
-    schema.sync_folder(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, as Linux can; False where the system or file system cannot."""
-    try:
-        swap = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 # --- searching ------------------------------------------------------------------------------------------------

@@ -217,8 +217,9 @@ class Backbone:
     def _shared(self, prompt: Prompt, ids: list[int]) -> int:
         """Return how many leading tokens are the same in every prompt of this kind."""
         first = prompt[0] or ""
-        if first in CONSTANT_STARTS:  # everything before the first image
-            return ids.index(self.image_token_id) if self.image_token_id in ids else 0
+        if first in CONSTANT_STARTS:  # everything before the first image; after an empty title there is none
+            image = getattr(self.processor, "image_token_id", None)
+            return ids.index(image) if image in ids else 0
         start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
         if start is None:
             return 0

@@ -127,8 +127,8 @@ class ItemEncoder:
     @classmethod
     def load(
         cls,
-        backbone: str,
-        adapter: Path | None = None,
+        backbone: str | Path,
+        adapter: str | Path | None = None,
         *,
         revision: str | None = None,
         fusion: FusionMode | None = None,
@@ -158,6 +158,7 @@ class ItemEncoder:
             "max_title_tokens": max_title_tokens,
             "views": views,
         }
+        backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
         provenance = encoder_settings(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
         model = Backbone.load(

@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,35 +292,3 @@ def restore(module: torch.nn.Module, stored: dict[str, Tensor], where: str) -> N
     with torch.no_grad():
         for name, parameter in current.items():
             parameter.copy_(stored[name])
-
-
-def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
-    """Return the README of an adapter folder, with the front matter that PEFT and the hub read."""
-    encoder = settings["encoder"]
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics)
-    return f"""---
-base_model: {settings["backbone"]}
-library_name: peft
-tags: [vlm2rec, sequential-recommendation, embeddings]
----
-
-# vlm2rec adapter ({settings["training"]["loss"]})
-
-LoRA adapter on `{settings["backbone"]}`, fine-tuned on the histories of `{settings["dataset"]["name"]}`
-({settings["dataset"]["samples"]} samples, {settings["training"]["steps"]} steps, seed {settings["training"]["seed"]}).
-The backbone's licence applies: {settings["licence"]}.
-
-Views `{encoder["views"]}`, prompt mode `{encoder["prompt_mode"]}`, fusion `{encoder["fusion"]}`
-({encoder["fusion_norm"]}), images up to {encoder["max_pixels"]} pixels, titles up to {encoder["max_title_tokens"]}
-tokens, last-token pooling.
-
-| best validation | |
-|---|---|
-{rows}
-
-```sh
-vlm2rec export-items --data DATA --backbone {settings["backbone"]} --adapter THIS_FOLDER --out EMBEDDINGS
-```
-
-`canary.safetensors` holds generated items and their vectors: vlm2rec checks them on every load.
-"""

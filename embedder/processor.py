@@ -339,7 +339,7 @@ def neutralise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     A title that holds `<|im_end|>` must not end the prompt, and one that holds `<|image_pad|>` must not ask for an
     image. Other text comes back unchanged.
     """
-    pattern = _token_pattern(tuple(sorted(tokenizer.get_added_vocab())))
+    pattern = _token_pattern(tuple(breakable_tokens(tokenizer)))
     if pattern is None:
         return text
     while pattern.search(text):  # each round breaks every match; a break may in theory complete another token
@@ -347,10 +347,13 @@ def neutralise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text
 
 
+def breakable_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special and added tokens that a space can break, longest first; not those of one character."""
+    tokens = sorted(token for token in tokenizer.get_added_vocab() if len(token) > 1 and " " not in token)
+    return sorted(tokens, key=len, reverse=True)
+
+
 @lru_cache(maxsize=16)
 def _token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Match any of `tokens`, longest first. Tokens of one character, or with a space, cannot be broken by a space."""
-    breakable = [token for token in tokens if len(token) > 1 and " " not in token]
-    if not breakable:
-        return None
-    return re.compile("|".join(re.escape(token) for token in sorted(breakable, key=len, reverse=True)))
+    """Match any of `tokens`, the first that fits."""
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None

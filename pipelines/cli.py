@@ -191,7 +191,13 @@ def export_items(config: settings.ExportConfig) -> None:
 
 @command(settings.ImportVectorsConfig)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
-    """Turn vectors of yours (Parquet, npy) into an embeddings folder."""
+    """Turn vectors of yours (Parquet, CSV, npy) into an embeddings folder."""
+    _stage("import_vectors").run(config)
+
+
+@command(settings.ImportVectorsConfig)
+def import_embeddings(config: settings.ImportVectorsConfig) -> None:
+    """Another name of import-vectors."""
     _stage("import_vectors").run(config)
 
 
@@ -241,6 +247,12 @@ def build_index(config: settings.BuildIndexConfig) -> None:
 def search(config: settings.SearchConfig) -> None:
     """Print the nearest neighbours of an item."""
     _stage("build_index").search(config)
+
+
+@command(settings.ConvertConfig, positional="embeddings")
+def convert(config: settings.ConvertConfig) -> None:
+    """Write vectors (or the model) for another tool: MMRec, cornac, RecBole, npy, Lance, sentence-transformers."""
+    _stage("convert").run(config)
 
 
 @command(settings.StudyConfig, own_config_key=True)

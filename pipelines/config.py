@@ -208,15 +208,22 @@ class ImportVectorsConfig:
     """Settings of `vlm2rec import-vectors`."""
 
     data: Path = setting("Dataset folder.")
-    file: Path = setting("Vectors: Parquet with ids and lists of numbers, or an .npy matrix of shape (items, d).")
+    file: Path = setting(
+        "Vectors: Parquet with ids and lists of numbers, CSV or TSV with ids and one column for each dimension (or one"
+        " of lists), or an .npy matrix of shape (items, d)."
+    )
     out: Path = setting("Embeddings folder to write.")
-    ids: Path | None = setting("Ids of an .npy's rows: .npy, .txt (one a line), or Parquet with the id column.", None)
+    ids: Path | None = setting(
+        "Ids of an .npy's rows: .npy, .txt (one a line), .json (a list), or Parquet with the id column.", None
+    )
     in_item_order: bool = setting(
         "Row i of the .npy is item i of items.parquet; in place of --ids, and only where the counts agree.", False
     )
-    item_id_column: str = setting("Id column of a Parquet file.", "item_id")
+    item_id_column: str = setting("Id column of a Parquet or CSV file.", "item_id")
     column: str | None = setting(
-        "Vector column of a Parquet file; default: those called fused, text or image, else the only one there is.", None
+        "Vector column of a Parquet or CSV file; default: those called fused, text or image, else the only one there;"
+        " of a CSV without lists, all columns of numbers as one vector.",
+        None,
     )
     view: Literal["fused", "text", "image"] = setting("What a single column or an .npy holds.", "fused")
     fusion_norm: FusionNorm = setting("How fused is made where the file has text and image alone; as finetune.", "raw")
@@ -376,6 +383,33 @@ class SearchConfig:
     index: Path = setting("Index folder.")
     item: str = setting("Item id whose neighbours to print.")
     k: Positive = setting("How many neighbours.", 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Settings of `vlm2rec convert`."""
+
+    embeddings: Path = setting("Embeddings folder.")
+    to: Literal["mmrec", "cornac", "recbole", "npy", "safetensors", "lance", "sentence-transformers"] = setting(
+        "mmrec: a dataset for FREEDOM, LATTICE and others; cornac, npy, safetensors: matrix and ids; recbole:"
+        " .itememb; lance: a table; sentence-transformers: the merged model as a folder it opens."
+    )
+    out: Path = setting("Folder to write.")
+    columns: tuple[str, ...] = setting(
+        "Views that go out, of fused, text, image. Default: for mmrec text and image; for npy, safetensors and lance"
+        " all there are; for cornac and recbole, which hold one, fused.",
+        (),
+    )
+    missing: Literal["auto", "skip", "mean", "error"] = setting(
+        "Items that lack such a vector: leave them out, give them the mean vector, or refuse; listed in missing.csv"
+        " in any case. auto: mean for mmrec, cornac and recbole, skip for the others.",
+        "auto",
+    )
+    data: Path | None = setting("Dataset folder, for mmrec; default: the one of the export.", None)
+    name: str | None = setting("Name of the dataset, for mmrec and recbole; default: the name of --out.", None)
+    backbone: str | None = setting("For sentence-transformers: the backbone of the export.", None)
+    adapter: Path | None = setting("For sentence-transformers: the adapter of the export.", None)
+    revision: str | None = setting("For sentence-transformers: revision of a hub backbone.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

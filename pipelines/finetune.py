@@ -25,11 +25,11 @@ from vlm2rec.embedder.lora import (
     add_lora,
     backbone_licence,
     canary_items,
-    model_card,
     read_adapter,
     save_adapter,
 )
 from vlm2rec.embedder.losses import VLM2RecLoss
+from vlm2rec.embedder.model_card import model_card
 from vlm2rec.embedder.samples import Samples
 from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Training, TrainingSettings, train
 from vlm2rec.pipelines.collapse_probe import make_probe, told, warning

@@ -26,9 +26,12 @@ from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ImportVectorsConfig
 from vlm2rec.pipelines.export_items import check_failures, print_summary
-from vlm2rec.pipelines.vector_files import VectorFile, read_ids, read_npy, read_parquet, require_finite
+from vlm2rec.pipelines.vector_files import VectorFile, read_csv, read_ids, read_npy, read_parquet, require_finite
 
 SOURCE = "vectors"  # the manifest's settings.source
+
+READERS = {".parquet": ("Parquet", read_parquet), ".csv": ("CSV", read_csv), ".tsv": ("TSV", read_csv)}
+"""Files that hold ids beside their vectors: what they are called, and their reader."""
 
 Views = dict[str, np.ndarray]  # view → (I, d) float32, rows of NaN where an item has none
 
@@ -93,18 +96,18 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
 
 def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
     suffix = config.file.suffix
-    if suffix == ".parquet":
+    if suffix in READERS:
         if config.ids or config.in_item_order:
             raise ConfigError(
-                f"{'--ids' if config.ids else '--in-item-order'} beside a Parquet file",
+                f"{'--ids' if config.ids else '--in-item-order'} beside a {READERS[suffix][0]} file",
                 "ids in the file itself, where they cannot lose their vectors",
                 "leave it out, and name the id column with --item-id-column",
             )
-        return read_parquet(config.file, config.item_id_column, config.column, config.view)
+        return READERS[suffix][1](config.file, config.item_id_column, config.column, config.view)
     if suffix != ".npy":
         raise ConfigError(
             f"--file {config.file} ends in {suffix!r}",
-            ".parquet or .npy; nothing that has to be unpickled",
+            ".parquet, .csv, .tsv or .npy; nothing that has to be unpickled",
             "save the vectors as one of these",
         )
     if config.column:

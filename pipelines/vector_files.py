@@ -1,7 +1,8 @@
-"""Vectors that others made, read from Parquet or npy. Every file is checked before a single vector is used."""
+"""Vectors that others made, read from Parquet, CSV or npy. Every file is checked before a single vector is used."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
@@ -47,6 +49,35 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
     columns = _vector_columns(path, found, id_column, column, view)
     table = pq.read_table(path, columns=[id_column, *columns.values()])
     ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
+    return _views_of(path, table, ids, columns)
+
+
+def read_csv(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
+    """Read ids and vectors from a CSV file with a header, tab-separated if it is called .tsv.
+
+    Args:
+        path: The file.
+        id_column: Each id once; "007" and "NA" stay what they are.
+        column: Column of lists (`[0.1, 0.2]`) to read as `view`. None takes the columns called fused, text and image,
+            or the only column of lists; without lists all columns are numbers, and a row is a vector.
+        view: What a single column, or a row of numbers, holds.
+
+    Raises:
+        DataError: no such file or column, text in place of numbers, a vector that is there in part.
+    """
+    table = _csv_table(path, id_column, column)
+    ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
+    others = [name for name in table.column_names if name != id_column]
+    texts = [name for name in others if pa.types.is_string(table[name].type)]
+    if not texts:
+        vectors, present = _matrix(_rows(table.select(others), ids, path), ids, str(path))
+        return VectorFile(ids, {view: vectors}, {view: present}, {view: path.name})
+    lists = pa.table({name: _parsed(table[name], ids, f"column {name!r} of {path}") for name in texts})
+    columns = _vector_columns(path, lists.schema, id_column, column, view)
+    return _views_of(path, lists, ids, columns)
+
+
+def _views_of(path: Path, table: pa.Table, ids: list[str], columns: dict[str, str]) -> VectorFile:
     read = {name: _matrix(table[source], ids, f"column {source!r} of {path}") for name, source in columns.items()}
     lengths = {columns[name]: vectors.shape[1] for name, (vectors, _) in read.items()}
     if len(set(lengths.values())) > 1:
@@ -57,6 +88,66 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
         )
     views = {name: vectors for name, (vectors, _) in read.items()}
     return VectorFile(ids, views, {name: present for name, (_, present) in read.items()}, columns)
+
+
+def _csv_table(path: Path, id_column: str, column: str | None) -> pa.Table:
+    _require_file(path)
+    as_text = {name: pa.string() for name in (id_column, column) if name}
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    try:
+        table = pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=as_text, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+            ),
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as CSV ({error})", "UTF-8 with a header, and as many values in every row", _CONVERT
+        ) from None
+    _require_column(path, id_column, table.column_names, "--item-id-column")
+    if column is None:
+        return table
+    _require_column(path, column, table.column_names, "--column")
+    return table.select([id_column, column])
+
+
+def _parsed(texts: pa.ChunkedArray, ids: Sequence[str], where: str) -> pa.Array:
+    """Return texts such as `[0.1, 0.2]` as lists."""
+    values: list[list[float] | None] = []
+    for item_id, text in zip(ids, texts.to_pylist(), strict=True):
+        try:
+            values.append(None if text is None else [float(value) for value in json.loads(text)])
+        except (ValueError, TypeError):
+            raise DataError(
+                f"{where} holds {text[:40]!r} for item {item_id!r}",
+                "numbers, or lists of numbers such as [0.1, 0.2]",
+                "name the column of lists with --column, or leave other columns out of the file",
+            ) from None
+    return pa.array(values, pa.list_(pa.float32()))
+
+
+def _rows(table: pa.Table, ids: Sequence[str], path: Path) -> pa.ChunkedArray:
+    """Return the rows of a table of numbers as lists, null where a row is empty throughout."""
+    if not table.num_columns:
+        raise DataError(f"{path} has ids and nothing else", "a column for each dimension", _CONVERT)
+    for name in table.column_names:
+        kind = table[name].type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise DataError(f"column {name!r} of {path} is {kind}", "numbers", "leave it out of the file")
+    given = np.stack([column.is_valid().to_numpy() for column in table.columns], 1)  # (N, d)
+    in_part = np.flatnonzero(given.any(1) & ~given.all(1))
+    if len(in_part):
+        raise DataError(
+            f"{path} has {int(given[in_part[0]].sum())} of {given.shape[1]} numbers for item {ids[int(in_part[0])]!r}",
+            "all of them, or none where an item has no vector",
+            "mend the row",
+        )
+    matrix = np.stack([column.cast(pa.float32()).to_numpy() for column in table.columns], 1)
+    kind = pa.list_(pa.float32(), matrix.shape[1])
+    mask = pa.array(~given.any(1))
+    return pa.chunked_array([pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), type=kind, mask=mask)])
 
 
 def read_npy(path: Path, item_ids: Sequence[str], view: str, ids_from: str) -> VectorFile:
@@ -82,7 +173,7 @@ def read_npy(path: Path, item_ids: Sequence[str], view: str, ids_from: str) -> V
 
 
 def read_ids(path: Path, id_column: str) -> list[str]:
-    """Read ids in order: .npy of strings or whole numbers, .txt with one a line, or a column of a Parquet file.
+    """Read ids in order: .npy of strings or whole numbers, .txt with one a line, .json, or a column of a Parquet file.
 
     Raises:
         DataError: no such file, ids that are null or stand twice.
@@ -106,7 +197,15 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 ({error})", "one id a line", "save it as UTF-8") from None
         return _as_ids(pa.array(lines[:-1] if lines[-1] == "" else lines, pa.string()), str(path))
-    raise ConfigError(f"--ids {path} ends in {path.suffix!r}", ".npy, .txt or .parquet", "save the ids as one of these")
+    if path.suffix == ".json":
+        _require_file(path)
+        try:
+            return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
+    raise ConfigError(
+        f"--ids {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
+    )
 
 
 def require_finite(source: VectorFile, rows: np.ndarray, where: Path) -> None:

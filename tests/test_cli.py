@@ -31,6 +31,7 @@ COMMANDS = {
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
     "import-vectors": config.ImportVectorsConfig,
+    "import-embeddings": config.ImportVectorsConfig,
     "encode-frozen": config.EncodeFrozenConfig,
     "encode-prompted": config.EncodePromptedConfig,
     "verify": config.VerifyConfig,
@@ -39,6 +40,7 @@ COMMANDS = {
     "train-recommender": config.TrainRecommenderConfig,
     "build-index": config.BuildIndexConfig,
     "search": config.SearchConfig,
+    "convert": config.ConvertConfig,
     "study": config.StudyConfig,
     "report": config.ReportConfig,
     "doctor": None,
@@ -111,7 +113,7 @@ def test_help_of_every_command_shows_its_flags(name: str, vlm2rec: Run, monkeypa
     assert code == 0
     cls = COMMANDS[name]
     for field in dataclasses.fields(cls) if cls else ():
-        positional = name in ("verify", "failures") and field.name == "embeddings"
+        positional = name in ("verify", "failures", "convert") and field.name == "embeddings"
         flag = "EMBEDDINGS" if positional else "--" + field.name.replace("_", "-")
         assert flag.lower() in out.lower()
 
@@ -162,6 +164,7 @@ def required_values(cls: type) -> dict[str, Any]:
         "item": "1",
         "run": "run",
         "file": "v.npy",
+        "to": "npy",
         "encoder": "clip",
     }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}

@@ -100,8 +100,11 @@ def loaded_by(code: str) -> set[str]:
         "downstream.ranking",
         "downstream.geometry",
         "downstream.index",
+        "downstream.formats",
+        "downstream.mmrec",
         "pipelines.config",
         "pipelines.build_index",
+        "pipelines.convert",
     ],
 )
 def test_reading_the_table_needs_neither_torch_nor_transformers(module: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,94 @@ def test_the_command_with_default_flags(
     assert "1 ids of" in said.err
     assert "1 fused vectors are zero throughout" in " ".join(said.err.split())
     assert verify(tmp_path / "out") == []
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------
+def csv_file(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerow(header)
+        writer.writerows(lines)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_csv_of_numbers_gives_every_item_its_own_vector_whatever_its_id(
+    suffix: str, data: Path, tmp_path: Path
+) -> None:
+    vectors = drawn()
+    header = ["item_id", *(f"d{place}" for place in range(DIM))]
+    lines: list[list[Any]] = [[item, *map(repr, row.tolist())] for item, row in zip(ITEMS, vectors, strict=True)]
+    lines[5] = [ITEMS[5], *[""] * DIM]
+    # an empty id is null unless it is quoted, as the writer of a single empty field does not do
+    file = csv_file(tmp_path / f"v.{suffix}", header, [line for line in lines[::-1] if line[0]])
+    manifest = run(data, file, tmp_path / "out", max_failures=0.1, view="text")
+    found = rows(tmp_path / "out")
+    for item, vector in zip(ITEMS, vectors, strict=True):
+        expected = None if item in ("", ITEMS[5]) else vector.tolist()
+        assert (found[item]["text"], found[item]["fused"]) == (expected, expected)
+    assert found[ITEMS[5]]["error"] == "no fused, text vector in the file"
+    assert manifest["counts"]["failed"] == 2 and verify(tmp_path / "out") == []
+
+
+def test_a_csv_of_lists_is_read_as_its_columns_are_called(data: Path, tmp_path: Path) -> None:
+    text, image = drawn(seed=1), drawn(seed=2)
+    lines = [[item, str(a.tolist()), str(b.tolist()), "red"] for item, a, b in zip(ITEMS, text, image, strict=True)]
+    file = csv_file(tmp_path / "v.csv", ["item_id", "text", "image"], [line[:3] for line in lines if line[0]])
+    run(data, file, tmp_path / "out", max_failures=0.1)
+    found = rows(tmp_path / "out")
+    np.testing.assert_array_equal(np.float32(found["NA"]["image"]), image[ITEMS.index("NA")])
+    np.testing.assert_allclose(found["NA"]["fused"], (text + image)[ITEMS.index("NA")], rtol=1e-6)
+    other = csv_file(tmp_path / "w.csv", ["sku", "a", "b", "colour"], [line for line in lines if line[0]])
+    run(data, other, tmp_path / "b", item_id_column="sku", column="b", max_failures=0.1)
+    np.testing.assert_array_equal(np.float32(rows(tmp_path / "b")["007"]["fused"]), image[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("item_id,x,y\n007,1,2\n7,3,\n", "1 of 2 numbers for item '7'"),
+        ("item_id,x,name\n007,1,red\n", "holds 'red' for item '007'"),
+        ("item_id,x,day\n007,1,2020-01-01\n", "column 'day' of .* is date32"),
+        ("item_id,x\n007,1,2\n", "cannot be read as CSV"),
+        ("item_id\n007\n", "ids and nothing else"),
+        ("sku,x\n007,1\n", "has no column 'item_id'"),
+        ("item_id,x\n007,1\n007,2\n", "1 ids stand twice"),
+        ("item_id,x\n,1\n", "1 ids .* are null"),
+        ('item_id,v\n007,"[1, 2]"\n7,"[1]"\n', "different lengths"),
+        ("item_id,x\n007,nan\n", "NaN or infinity in the fused vectors of 1 items"),
+    ],
+)
+def test_a_csv_that_is_no_table_of_vectors_is_refused(text: str, message: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "v.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_csv_that_is_not_utf8_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.csv").write_bytes("item_id,x\nZürich,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"cannot be read as CSV|UTF"):
+        run(data, tmp_path / "v.csv", tmp_path / "out")
+
+
+def test_ids_of_an_npy_may_be_a_json_list(data: Path, tmp_path: Path) -> None:
+    vectors = drawn()
+    (tmp_path / "ids.json").write_text(json.dumps(ITEMS))
+    run(data, npy(tmp_path / "v.npy", vectors), tmp_path / "out", ids=tmp_path / "ids.json")
+    np.testing.assert_array_equal(EmbeddingTable.open(tmp_path / "out").vectors, vectors)
+    for broken in ("[1", '{"a": 1}', '["a", 1]'):
+        (tmp_path / "broken.json").write_text(broken)
+        with pytest.raises(DataError, match=r"broken\.json"):
+            run(data, tmp_path / "v.npy", tmp_path / "o", ids=tmp_path / "broken.json")
+
+
+def test_import_embeddings_is_the_same_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = npy(tmp_path / "v.npy", drawn())
+    arguments = ["--data", str(data), "--file", str(file), "--in-item-order", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["vlm2rec", "import-embeddings", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and EmbeddingTable.open(tmp_path / "out").item_ids == ITEMS

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream import index as index_module
-from vlm2rec.downstream import unit_vectors
+from vlm2rec.downstream import staging, unit_vectors
 from vlm2rec.downstream.index import ItemIndex, build_index
 from vlm2rec.downstream.index_plan import bytes_per_vector, choose_factory, plan_index
 from vlm2rec.downstream.recall import drop_own, exact_neighbours, measure
@@ -382,7 +381,7 @@ def test_a_rebuild_replaces_the_whole_index(tmp_path: Path) -> None:
 
 
 def test_a_rebuild_works_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
     test_a_rebuild_replaces_the_whole_index(tmp_path)
 
 

@@ -1,0 +1,252 @@
+"""An embeddings folder in the forms that other tools read, one function for each; MMRec's is in `mmrec`.
+
+    npy          fused.npy ...        item_ids.json           one matrix for each view
+    cornac       features.npy         item_ids.json           for ImageModality and FeatureModality
+    safetensors  vectors.safetensors  item_ids.json           one tensor for each view
+    recbole      NAME.itememb         recbole.yaml            text, read through `preload_weight`
+    lance        items.lance/                                 item_id and one vector column for each view
+
+Row i of every matrix is the item at position i of `item_ids.json`, a plain list of strings: ids may hold line breaks
+and anything else. Tables are streamed: a catalogue does not have to fit into memory, its ids do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.downstream.table import read_batches
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError, DataError, MissingDependencyError
+
+Missing = Literal["skip", "mean", "error"]
+IDS_FILE = "item_ids.json"
+LEFT_OUT = "left out"
+MEAN_VECTOR = "mean vector"
+_BATCH = 1024  # rows read at a time
+# what pandas, and so RecBole, reads as a missing value
+_NOT_AVAILABLE = frozenset(
+    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
+    | {"NULL", "NaN", "None", "n/a", "nan", "null"}
+)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """An item without a vector in some view, why, and what became of it."""
+
+    item_id: str
+    column: str
+    reason: str
+    outcome: str  # LEFT_OUT or MEAN_VECTOR
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of an embeddings folder that go out: those with a vector in every view, or filled up."""
+
+    folder: Path
+    columns: tuple[str, ...]
+    dim: int
+    kept: np.ndarray  # (N,) bool, in the folder's order
+    means: dict[str, np.ndarray]  # view → (d,) float32, the mean of the vectors there are
+    gaps: list[Gap]
+
+    def __len__(self) -> int:
+        return int(self.kept.sum())
+
+    def batches(self) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
+        """Yield ids and, for each view, their (n, d) float32 vectors, all finite, in the folder's order."""
+        start = 0
+        readers = [read_batches(self.folder, column, _BATCH) for column in self.columns]
+        for parts in zip(*readers, strict=True):
+            ids = parts[0][0]
+            kept = self.kept[start : start + len(ids)]
+            start += len(ids)
+            views = {}
+            for column, (_, vectors, present) in zip(self.columns, parts, strict=True):
+                whole = vectors if present.all() else np.where(present[:, None], vectors, self.means[column])
+                views[column] = whole if kept.all() else whole[kept]
+            yield [item_id for item_id, keep in zip(ids, kept, strict=True) if keep], views
+
+
+def select(folder: Path, columns: Sequence[str], missing: Missing) -> Selection:
+    """Look through an embeddings folder and say which items go out.
+
+    Args:
+        folder: a finished embeddings folder.
+        columns: which views.
+        missing: what becomes of an item that lacks one of them: `skip` leaves it out of all, `mean` gives it the mean
+            of the view's vectors, `error` refuses.
+
+    Raises:
+        ArtifactError: as `read_batches`, or no vector at all in a view.
+        DataError: items without a vector, and `missing` is `error`.
+    """
+    ids: list[str] = []
+    present: dict[str, np.ndarray] = {}
+    means: dict[str, np.ndarray] = {}
+    for column in columns:
+        masks: list[np.ndarray] = []
+        total: Any = 0.0
+        for batch_ids, vectors, there in read_batches(folder, column, _BATCH):
+            masks.append(there)
+            total = total + vectors[there].sum(0, dtype=np.float64)
+            if column == columns[0]:
+                ids += batch_ids
+        present[column] = np.concatenate(masks) if masks else np.zeros(0, bool)
+        if not present[column].any():
+            raise no_vectors(folder, column)
+        means[column] = np.asarray(total / present[column].sum(), np.float32)
+    complete = np.logical_and.reduce([present[column] for column in columns])
+    reasons = {} if complete.all() else read_reasons(folder)
+    outcome = MEAN_VECTOR if missing == "mean" else LEFT_OUT
+    gaps = [
+        Gap(ids[row], column, reasons.get(ids[row]) or f"no {column} vector", outcome)
+        for row in np.flatnonzero(~complete)
+        for column in columns
+        if not present[column][row]
+    ]
+    if missing == "error":
+        refuse(gaps)
+    kept = np.ones(len(ids), bool) if missing == "mean" else complete
+    if not kept.any():
+        raise ArtifactError(
+            f"no item of {folder} has a vector in each of {', '.join(columns)}",
+            "at least one",
+            "convert one column at a time",
+        )
+    return Selection(folder, tuple(columns), int(schema.read_manifest(folder)["dim"]), kept, means, gaps)
+
+
+def no_vectors(folder: Path, column: str) -> ArtifactError:
+    """Return the error of a view without a single vector."""
+    views = ", ".join(schema.read_manifest(folder).get("views", schema.VIEWS))
+    return ArtifactError(f"{folder} has no vector in column {column!r}", f"one of {views}", "choose another --columns")
+
+
+def refuse(gaps: Sequence[Gap]) -> None:
+    """Raise `DataError` naming the first item without a vector."""
+    if gaps:
+        raise DataError(
+            f"{len({gap.item_id for gap in gaps})} items lack a vector, the first is {gaps[0].item_id!r}:"
+            f" {gaps[0].column}, {gaps[0].reason}",
+            "a vector of every item",
+            "mend them and export again, or choose --missing mean or skip where the format allows it",
+        )
+
+
+def read_reasons(folder: Path) -> dict[str, str]:
+    """Return why items of an embeddings folder lack a vector, by id."""
+    reasons: dict[str, str] = {}
+    for shard in schema.read_manifest(folder)["shards"]:
+        table = pq.read_table(folder / shard["file"], columns=[schema.ITEM_ID, schema.ERROR])
+        table = table.filter(table[schema.ERROR].is_valid())
+        reasons.update(zip(table[schema.ITEM_ID].to_pylist(), table[schema.ERROR].to_pylist(), strict=True))
+    return reasons
+
+
+def write_npy(selection: Selection, out: Path) -> None:
+    """Write one `<view>.npy` for each view, (N, d) float32, and the ids of their rows."""
+    _write_matrices(selection, {column: out / f"{column}.npy" for column in selection.columns}, out / IDS_FILE)
+
+
+def write_cornac(selection: Selection, out: Path) -> None:
+    """Write `features.npy` and ids, as `ImageModality(features=..., ids=...)` takes them.
+
+    cornac moves rows to where its own numbering wants them, and an item it knows without a row of its own silently
+    keeps the row of another. So every item has one here: there is no `skip`.
+    """
+    (column,) = selection.columns
+    _write_matrices(selection, {column: out / "features.npy"}, out / IDS_FILE)
+
+
+def write_safetensors(selection: Selection, out: Path) -> None:
+    """Write `vectors.safetensors` with one (N, d) float32 tensor for each view, and the ids of their rows."""
+    from safetensors.numpy import save_file
+
+    files = {column: out / f".{column}.npy" for column in selection.columns}
+    _write_matrices(selection, files, out / IDS_FILE)
+    # mapped, not read: what is written comes from the page cache
+    tensors = {column: np.load(file, mmap_mode="r") for column, file in files.items()}
+    save_file(tensors, out / "vectors.safetensors", metadata={"item_ids": IDS_FILE})
+    for file in files.values():
+        file.unlink()
+
+
+def _write_matrices(selection: Selection, files: dict[str, Path], ids_file: Path) -> None:
+    # written in order, not mapped: a full disk is an error then, and no crash
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(selection), selection.dim)}
+    item_ids: list[str] = []
+    with ExitStack() as stack:
+        opened = {column: stack.enter_context(file.open("wb")) for column, file in files.items()}
+        for file in opened.values():
+            np.lib.format.write_array_header_1_0(file, header)
+        for ids, views in selection.batches():
+            for column, file in opened.items():
+                file.write(np.ascontiguousarray(views[column], "<f4").data)
+            item_ids += ids
+    ids_file.write_text(json.dumps(item_ids, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def write_recbole(selection: Selection, out: Path, name: str) -> list[Gap]:
+    """Write `<name>.itememb`, and the lines of a RecBole YAML that load it; return ids RecBole cannot hold.
+
+    RecBole reads ids such as "NA" or "null" as missing values and drops them: they are left out, and named.
+    """
+    (column,) = selection.columns
+    unfit = []
+    with (out / f"{name}.itememb").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+        rows.writerow(["vector_of:token", "item_vector:float_seq"])
+        numbers = " ".join(["%.9g"] * selection.dim)  # nine digits bring every float32 back
+        for ids, views in selection.batches():
+            for item_id, vector in zip(ids, views[column].tolist(), strict=True):
+                if item_id in _NOT_AVAILABLE:
+                    unfit.append(Gap(item_id, column, "RecBole reads this id as a missing value", LEFT_OUT))
+                else:
+                    rows.writerow([item_id, numbers % tuple(vector)])
+    (out / "recbole.yaml").write_text(
+        f"# with {name}.itememb beside {name}.inter; `dataset.get_preload_weight('vector_of')` is then the matrix,\n"
+        "# row i the vector of RecBole's item i\n"
+        "additional_feat_suffix: [itememb]\n"
+        "load_col: {inter: [user_id, item_id, timestamp], itememb: [vector_of, item_vector]}\n"
+        "alias_of_item_id: [vector_of]\n"
+        "preload_weight: {vector_of: item_vector}\n",
+        encoding="utf-8",
+    )
+    return unfit
+
+
+def write_lance(selection: Selection, out: Path) -> None:
+    """Write the Lance dataset `items.lance`; `lancedb.connect(out).open_table("items")` opens it as well."""
+    lance = require_lance()
+    vector = pa.list_(pa.float32(), selection.dim)
+    columns = pa.schema([(schema.ITEM_ID, pa.string()), *((column, vector) for column in selection.columns)])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for ids, views in selection.batches():
+            arrays = [pa.FixedSizeListArray.from_arrays(views[column].ravel(), type=vector) for column in views]
+            yield pa.RecordBatch.from_arrays([pa.array(ids, pa.string()), *arrays], schema=columns)
+
+    lance.write_dataset(pa.RecordBatchReader.from_batches(columns, batches()), str(out / "items.lance"))
+
+
+def require_lance() -> Any:
+    """Return the module `lance`, or raise `MissingDependencyError`."""
+    try:
+        import lance
+    except ImportError:
+        raise MissingDependencyError(
+            "the lance format needs pylance, which is not installed", "pylance", "pip install 'vlm2rec[lance]'"
+        ) from None
+    return lance

@@ -1,0 +1,457 @@
+"""`vlm2rec convert`: each form is read by the tool it is for, and no item without a vector passes silently."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from embedding_folder import write_embeddings
+from recommender_world import ODD_IDS, cyclic_sequences, write_atomic, write_dataset
+
+from vlm2rec.downstream import formats, recbole_compat, recbole_run
+from vlm2rec.embedder import schema
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, Vlm2RecError
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines import cli, convert, import_vectors
+from vlm2rec.pipelines.config import ConvertConfig, ImportVectorsConfig
+
+ODD = [*ODD_IDS, "line\nend", "Zürich, €"]
+ITEMS = [*ODD, *(f"i{number}" for number in range(20 - len(ODD)))]
+DIM = 6
+PICTURELESS = ["7", "i1"]  # text_only: no image vector
+FAILED = "a b"  # no vector at all
+UNTOUCHED = "i3"
+SEQUENCES = cyclic_sequences([item for item in ITEMS if item != UNTOUCHED], 30)
+
+
+def drawn(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(1, 1, (len(ITEMS), DIM)).astype(np.float32)
+
+
+TEXT, IMAGE = drawn(0), drawn(1)
+
+
+def row(item: str) -> int:
+    return ITEMS.index(item)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("world") / "data", SEQUENCES, ITEMS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """An embeddings folder of three shards in another order than the catalogue, with a stranger at its end."""
+    folder = tmp_path_factory.mktemp("whole") / "emb"
+    order = np.random.default_rng(3).permutation(len(ITEMS))
+    text, image = (np.concatenate([view[order], np.full((1, DIM), 9, np.float32)]) for view in (TEXT, IMAGE))
+    ids = [*(ITEMS[i] for i in order), "stranger"]
+    write_embeddings(folder, ids, text + image, text, image, shard_size=8, data=str(data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def holed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The same items in the catalogue's order; two have no image vector, one has none at all."""
+    folder = tmp_path_factory.mktemp("holed") / "emb"
+    text, image = TEXT.copy(), IMAGE.copy()
+    image[[row(item) for item in PICTURELESS]] = np.nan
+    text[row(FAILED)] = image[row(FAILED)] = np.nan
+    fused = np.where(np.isnan(image), text, text + image)
+    write_embeddings(folder, ITEMS, fused, text, image, shard_size=8, data=str(data))
+    return folder
+
+
+def run(embeddings: Path, to: str, out: Path, **settings: Any) -> dict[str, Any]:
+    return convert.run(ConvertConfig(embeddings=embeddings, to=to, out=out, **settings))  # type: ignore[arg-type]
+
+
+def listed(out: Path) -> list[tuple[str, str, str]]:
+    """Item, column and outcome of every line of missing.csv."""
+    with (out / "missing.csv").open(newline="", encoding="utf-8") as file:
+        return [(line["item_id"], line["column"], line["outcome"]) for line in csv.DictReader(file)]
+
+
+def ids_of(out: Path) -> list[str]:
+    loaded: list[str] = json.loads((out / "item_ids.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def mean_without(vectors: np.ndarray, *items: str) -> np.ndarray:
+    return np.delete(vectors, [row(item) for item in items], 0).mean(0, dtype=np.float64)
+
+
+# --- the embeddings folder itself -------------------------------------------------------------------------------
+def test_duckdb_reads_the_parquet_shards_as_they_are(holed: Path) -> None:
+    import duckdb
+
+    found = duckdb.sql(f"select item_id, text, status from '{holed}/*.parquet'").fetchall()
+    vectors = {item: vector for item, vector, _ in found}
+    assert sorted(vectors) == sorted(ITEMS)
+    assert vectors[FAILED] is None
+    np.testing.assert_array_equal(np.float32(vectors["007"]), TEXT[0])
+    vector = f"text::float[{DIM}]"  # DuckDB reads Parquet's fixed-size lists as lists
+    (nearest,) = duckdb.sql(
+        f"with items as (select item_id, {vector} as v from '{holed}/*.parquet' where text is not null)"
+        " select b.item_id from items a, items b where a.item_id = 'i1' and b.item_id <> 'i1'"
+        " order by array_cosine_similarity(a.v, b.v) desc limit 1"
+    ).fetchall()
+    unit = TEXT / np.linalg.norm(TEXT, axis=1, keepdims=True)
+    cosine = unit @ unit[row("i1")]
+    cosine[[row("i1"), row(FAILED)]] = -1
+    assert nearest == (ITEMS[int(cosine.argmax())],)
+
+
+def test_polars_reads_the_parquet_shards_as_they_are(holed: Path) -> None:
+    import polars
+
+    table = polars.read_parquet(holed / "*.parquet")
+    assert table["item_id"].to_list() == ITEMS
+    assert table.schema["image"] == polars.Array(polars.Float32, DIM)
+    assert table.filter(polars.col("image").is_null())["item_id"].to_list() == [
+        item for item in ITEMS if item in {*PICTURELESS, FAILED}
+    ]
+    np.testing.assert_array_equal(table["text"][0].to_numpy(), TEXT[0])
+
+
+# --- cornac -----------------------------------------------------------------------------------------------------
+def test_cornacs_vbpr_trains_on_the_matrix_and_every_item_keeps_its_own_row(whole: Path, tmp_path: Path) -> None:
+    from cornac.data import ImageModality
+    from cornac.eval_methods import BaseMethod
+    from cornac.models import VBPR
+
+    run(whole, "cornac", tmp_path / "out", columns=("image",))
+    features, ids = np.load(tmp_path / "out" / "features.npy"), ids_of(tmp_path / "out")
+    assert (features.shape, features.dtype) == ((21, DIM), np.float32)
+    split = {
+        name: [
+            (f"u{user}", item, 1.0) for user, items in enumerate(SEQUENCES) for item in (items[:-1], items[-1:])[part]
+        ]
+        for part, name in enumerate(("train_data", "test_data"))
+    }
+    modality = ImageModality(features=features, ids=ids, normalized=False)
+    method = BaseMethod.from_splits(**split, item_image=modality, exclude_unknowns=False, verbose=False)
+    known = method.train_set.iid_map
+    assert len(known) == len(ITEMS) - 1  # all that anybody touched
+    for item, place in known.items():
+        np.testing.assert_array_equal(modality.features[place], IMAGE[row(item)])
+    model = VBPR(k=4, k2=4, n_epochs=2, batch_size=20, use_gpu=False, verbose=False, seed=0).fit(method.train_set)
+    scores = model.score(0)
+    assert scores.shape == (len(known),) and np.isfinite(scores).all() and scores.std() > 0
+
+
+def test_cornac_gets_a_row_of_every_item_and_refuses_to_leave_one_out(holed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--missing skip with cornac"):
+        run(holed, "cornac", tmp_path / "out", missing="skip")
+    record = run(holed, "cornac", tmp_path / "out")
+    features, ids = np.load(tmp_path / "out" / "features.npy"), ids_of(tmp_path / "out")
+    assert ids == ITEMS
+    fused = TEXT + IMAGE
+    fused[[row(item) for item in PICTURELESS]] = TEXT[[row(item) for item in PICTURELESS]]
+    np.testing.assert_allclose(features[row(FAILED)], mean_without(fused, FAILED), rtol=1e-6)
+    np.testing.assert_array_equal(np.delete(features, row(FAILED), 0), np.delete(fused, row(FAILED), 0))
+    assert listed(tmp_path / "out") == [(FAILED, "fused", "mean vector")]
+    assert (record["mean_vector"], record["left_out"]) == ({"fused": 1}, 0)
+
+
+# --- RecBole ----------------------------------------------------------------------------------------------------
+def test_recbole_preloads_the_vector_of_each_of_its_items(holed: Path, tmp_path: Path) -> None:
+    from recbole.data import create_dataset
+
+    plain = [item for item in ITEMS if not set(item) & set('\t\n"')]  # RecBole's own .inter cannot hold the others
+    sequences = [[item for item in items if item in plain] for items in SEQUENCES]
+    write_atomic(tmp_path / "dataset", "mine", sequences, [f"u{user}" for user in range(len(sequences))])
+    run(holed, "recbole", tmp_path / "out", columns=("image",), name="mine")
+    (tmp_path / "out" / "mine.itememb").rename(tmp_path / "dataset" / "mine" / "mine.itememb")
+    settings = yaml.safe_load((tmp_path / "out" / "recbole.yaml").read_text())
+    settings |= {"data_path": str(tmp_path / "dataset"), "dataset": "mine", "model": "SASRec"}
+    with recbole_compat.cured(tmp_path):
+        config = recbole_run._recbole_config([settings], settings, None, tmp_path, "cpu")
+        dataset = create_dataset(config)
+    matrix = dataset.get_preload_weight("vector_of")
+    tokens = dataset.field2id_token["item_id"]
+    held = [item for item in tokens[1:] if item in plain]
+    assert matrix.shape == (len(tokens), DIM) and not matrix[0].any() and len(held) > 5
+    mean = mean_without(IMAGE, *PICTURELESS, FAILED)
+    for item in held:
+        wanted = mean if item in {*PICTURELESS, FAILED} else IMAGE[row(item)]
+        np.testing.assert_allclose(matrix[dataset.token2id("item_id", item)], wanted, rtol=1e-6)
+
+
+def test_ids_that_recbole_reads_as_missing_are_left_out_and_named(whole: Path, tmp_path: Path) -> None:
+    run(whole, "recbole", tmp_path / "out", name="mine")
+    lost = ["NA", "null", "None", "nan", ""]
+    assert sorted(item for item, _, _ in listed(tmp_path / "out")) == sorted(lost)
+    read = pd.read_csv(tmp_path / "out" / "mine.itememb", sep="\t", dtype=str)  # as RecBole does
+    assert read["vector_of:token"].notna().all()
+    assert set(read["vector_of:token"]) == {*ITEMS, "stranger"} - set(lost)
+    numbers = np.array([text.split() for text in read["item_vector:float_seq"]], np.float32)
+    (place,) = np.flatnonzero(read["vector_of:token"] == 'q"uote')
+    np.testing.assert_array_equal(numbers[place], (TEXT + IMAGE)[row('q"uote')])  # to the last bit
+
+
+def test_the_list_of_ids_that_look_missing_is_that_of_pandas() -> None:
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    assert set(formats._NOT_AVAILABLE) == set(STR_NA_VALUES)
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------
+def test_npy_holds_one_matrix_a_view_of_the_items_that_have_all_of_them(holed: Path, tmp_path: Path) -> None:
+    record = run(holed, "npy", tmp_path / "out")
+    ids = ids_of(tmp_path / "out")
+    assert ids == [item for item in ITEMS if item not in {*PICTURELESS, FAILED}]
+    for view, vectors in {"text": TEXT, "image": IMAGE, "fused": TEXT + IMAGE}.items():
+        np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{view}.npy"), vectors[[row(item) for item in ids]])
+    assert record["left_out"] == 3
+    assert set(listed(tmp_path / "out")) == {
+        *((item, "image", "left out") for item in PICTURELESS),
+        *((FAILED, view, "left out") for view in schema.VIEWS),
+    }
+
+
+def test_npy_comes_back_through_import_as_the_table_it_was(whole: Path, data: Path, tmp_path: Path) -> None:
+    run(whole, "npy", tmp_path / "out", columns=("fused",))
+    settings: dict[str, Any] = {"data": data, "file": tmp_path / "out" / "fused.npy"}
+    import_vectors.run(ImportVectorsConfig(**settings, ids=tmp_path / "out" / "item_ids.json", out=tmp_path / "emb"))
+    assert verify(tmp_path / "emb") == []
+    selection = formats.select(tmp_path / "emb", ["fused"], "error")
+    ids, views = next(selection.batches())
+    assert ids == ITEMS
+    np.testing.assert_array_equal(views["fused"], TEXT + IMAGE)
+
+
+def test_safetensors_holds_a_tensor_of_each_view(holed: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    run(holed, "safetensors", tmp_path / "out", columns=("text", "image"), missing="mean")
+    tensors = load_file(tmp_path / "out" / "vectors.safetensors")
+    assert set(tensors) == {"text", "image"} and ids_of(tmp_path / "out") == ITEMS
+    np.testing.assert_array_equal(np.delete(tensors["text"], row(FAILED), 0), np.delete(TEXT, row(FAILED), 0))
+    lacking = [row(item) for item in (*PICTURELESS, FAILED)]
+    mean = mean_without(IMAGE, *PICTURELESS, FAILED)
+    np.testing.assert_allclose(tensors["image"][lacking], [mean] * 3, rtol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "convert.json",
+        "item_ids.json",
+        "missing.csv",
+        "vectors.safetensors",
+    ]
+
+
+def test_lance_finds_the_nearest_item(whole: Path, tmp_path: Path) -> None:
+    import lance
+
+    run(whole, "lance", tmp_path / "out")
+    dataset = lance.dataset(str(tmp_path / "out" / "items.lance"))
+    assert dataset.count_rows() == len(ITEMS) + 1
+    found = dataset.to_table(nearest={"column": "image", "q": IMAGE[row("ünï")], "k": 1}, columns=["item_id", "text"])
+    assert found["item_id"].to_pylist() == ["ünï"]
+    np.testing.assert_array_equal(np.float32(found["text"].to_pylist()[0]), TEXT[row("ünï")])
+
+
+def test_without_pylance_lance_says_what_to_install(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vlm2rec\[lance\]'"):
+        run(whole, "lance", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- MMRec, by its own rules ------------------------------------------------------------------------------------
+def load_as_mmrec(folder: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray], int, int]:
+    """Load a dataset as MMRec does: by the keys of its YAML, with pandas and numpy."""
+    config = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    columns = [config["USER_ID_FIELD"], config["ITEM_ID_FIELD"], "x_label"]
+    frame = pd.read_csv(folder / config["inter_file_name"], usecols=columns, sep=config["field_separator"])
+    features = {
+        view: np.load(folder / config[f"{view}_feature_file"], allow_pickle=False)
+        for view in ("vision", "text")
+        if (folder / config[f"{view}_feature_file"]).is_file()
+    }
+    return frame, features, int(frame["userID"].max()) + 1, int(frame["itemID"].max()) + 1
+
+
+@pytest.mark.parametrize("table", ["whole", "holed"])
+def test_mmrec_finds_the_vectors_of_item_i_in_row_i(table: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    holes = {*PICTURELESS, FAILED} if table == "holed" else set()
+    run(request.getfixturevalue(table), "mmrec", tmp_path / "toys")
+    _, features, users, items = load_as_mmrec(tmp_path / "toys", "toys")
+    mapping = pd.read_csv(tmp_path / "toys" / "i_id_mapping.csv", sep="\t", keep_default_na=False, dtype=str)
+    number = dict(zip(mapping["asin"], mapping["itemID"].astype(int), strict=True))
+    assert sorted(number.values()) == list(range(items)) and set(number) == set(ITEMS) - {UNTOUCHED}
+    assert users == len(SEQUENCES)
+    for view, vectors, lacking in (("vision", IMAGE, holes), ("text", TEXT, holes & {FAILED})):
+        matrix = features[view]
+        assert (matrix.shape, matrix.dtype) == ((items, DIM), np.float32) and np.isfinite(matrix).all()
+        mean = mean_without(vectors, UNTOUCHED, *lacking)
+        for item, place in number.items():
+            np.testing.assert_allclose(matrix[place], mean if item in lacking else vectors[row(item)], rtol=1e-5)
+        # what FREEDOM and LATTICE do first: cosines between all rows, without a guard against length 0
+        unit = matrix / np.linalg.norm(matrix, axis=-1, keepdims=True)
+        assert np.isfinite(unit @ unit.T).all()
+
+
+def test_mmrecs_interactions_are_the_datasets_split(whole: Path, tmp_path: Path) -> None:
+    run(whole, "mmrec", tmp_path / "toys")
+    frame, _, _, _ = load_as_mmrec(tmp_path / "toys", "toys")
+    names = pd.read_csv(tmp_path / "toys" / "i_id_mapping.csv", sep="\t", keep_default_na=False, dtype=str)["asin"]
+    users = pd.read_csv(tmp_path / "toys" / "u_id_mapping.csv", sep="\t", dtype=str)
+    assert users["user_id"].tolist() == [f"u{user}" for user in range(30)] and list(users) == ["user_id", "userID"]
+    for user, sequence in enumerate(SEQUENCES):
+        mine = frame[frame["userID"] == user]
+        assert [names[item] for item in mine["itemID"]] == sequence
+        assert mine["x_label"].tolist() == [0] * (len(sequence) - 2) + [1, 2]
+    header = (tmp_path / "toys" / "toys.inter").read_text().splitlines()[0]
+    assert header == "userID\titemID\trating\ttimestamp\tx_label"
+    assert listed(tmp_path / "toys") == [(UNTOUCHED, "", "left out")]
+
+
+def test_mmrec_counts_an_item_the_export_does_not_know_and_a_zero_vector_as_missing(data: Path, tmp_path: Path) -> None:
+    text = TEXT.copy()
+    text[row("i0")] = 0
+    keep = [item != "i2" for item in ITEMS]
+    ids = [item for item in ITEMS if item != "i2"]
+    write_embeddings(tmp_path / "emb", ids, text[keep], text=text[keep], data=str(data))
+    record = run(tmp_path / "emb", "mmrec", tmp_path / "toys")
+    assert set(listed(tmp_path / "toys")) == {
+        ("i0", "text", "mean vector"),
+        ("i2", "text", "mean vector"),
+        (UNTOUCHED, "", "left out"),
+    }
+    assert record["columns"] == ["text"] and not (tmp_path / "toys" / "image_feat.npy").exists()
+    with pytest.raises(DataError, match="2 items lack a vector, the first is 'i0'"):
+        run(tmp_path / "emb", "mmrec", tmp_path / "strict", missing="error")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_mmrec_refuses_a_mean_of_zero_for_a_missing_vector(data: Path, tmp_path: Path) -> None:
+    vectors = np.tile(np.float32([[1.0], [-1.0]]), (len(ITEMS) // 2, DIM))
+    vectors[[row("i0"), row("i1")]] = np.nan  # one of each sign
+    vectors[row(UNTOUCHED)] = 5  # left out, so it does not count
+    vectors[row("i2")] = 0
+    write_embeddings(tmp_path / "emb", ITEMS, vectors, text=vectors, data=str(data))
+    with pytest.raises(DataError, match="the mean of the text vectors is zero, and 3 items have none"):
+        run(tmp_path / "emb", "mmrec", tmp_path / "toys")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": ("fused",)}, "MMRec's models fuse them"),
+        ({"missing": "skip"}, "--missing skip with mmrec"),
+        ({"name": "../up"}, "the dataset's name is '../up'"),
+    ],
+)
+def test_mmrec_refuses_what_it_has_no_place_for(
+    settings: dict[str, Any], message: str, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(whole, "mmrec", tmp_path / "toys", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mmrec_takes_the_dataset_of_the_export_or_the_one_it_is_given(whole: Path, data: Path, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "emb", ITEMS, TEXT, text=TEXT)  # of an export that names no dataset
+    with pytest.raises(ConfigError, match="does not say which dataset"):
+        run(tmp_path / "emb", "mmrec", tmp_path / "toys")
+    run(tmp_path / "emb", "mmrec", tmp_path / "toys", data=data)
+    assert (tmp_path / "toys" / "toys.inter").is_file()
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+def test_a_second_conversion_takes_the_place_of_the_first(whole: Path, holed: Path, tmp_path: Path) -> None:
+    run(holed, "npy", tmp_path / "out")
+    record = run(whole, "npy", tmp_path / "out", columns=("text",))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["convert.json", "item_ids.json", "text.npy"]
+    assert json.loads((tmp_path / "out" / "convert.json").read_text()) == record
+    assert record["fingerprint"] == schema.read_manifest(whole)["fingerprint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_but_a_conversion_to_the_same_form_is_replaced(whole: Path, tmp_path: Path) -> None:
+    run(whole, "npy", tmp_path / "out", columns=("text",))
+    with pytest.raises(ConfigError, match="holds a conversion to npy"):
+        run(whole, "cornac", tmp_path / "out")
+    (tmp_path / "out" / "mm_adj_freedomdsp_10_1.pt").touch()
+    with pytest.raises(ConfigError, match=r"holds mm_adj_freedomdsp_10_1\.pt"):
+        run(whole, "npy", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        run(whole, "npy", tmp_path / "file")
+    assert (tmp_path / "out" / "text.npy").is_file()
+
+
+@pytest.mark.parametrize("to", ["npy", "mmrec", "safetensors", "recbole", "lance"])
+def test_a_full_disk_leaves_the_earlier_conversion_and_nothing_beside_it(to: str, data: Path, tmp_path: Path) -> None:
+    wide = np.random.default_rng(0).normal(size=(len(ITEMS), 2048)).astype(np.float32)
+    write_embeddings(tmp_path / "emb", ITEMS, wide, text=wide, data=str(data))
+    out = tmp_path / "made" / "out"
+    arguments = ["vlm2rec", "convert", str(tmp_path / "emb"), "--to", to, "--out", str(out), "--columns", "text"]
+    # files of at most 100 kB, as a disk that fills up would have them
+    code = (
+        f"import resource, sys; sys.argv = {arguments!r}\n"
+        "from vlm2rec.pipelines import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.stdin.read()),) * 2)\ncli.main()"
+    )
+
+    def convert_with(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], input=str(limit), capture_output=True, text=True, check=False
+        )
+
+    first = convert_with(10**8)
+    assert first.returncode == 0, first.stderr
+    before = (out / "convert.json").read_text()
+    ran = convert_with(100_000)
+    assert ran.returncode == 2 and "cannot be written" in ran.stderr, ran.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "convert.json").read_text() == before
+
+
+@pytest.mark.parametrize("to", ["npy", "cornac", "safetensors", "recbole", "lance"])
+def test_missing_error_names_the_first_item_without_a_vector(to: str, holed: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 items lack a vector, the first is 'a b': text, unreadable image"):
+        run(holed, to, tmp_path / "out", columns=("text",), missing="error")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "columns", "error"),
+    [("npy", ("image",), ConfigError), ("cornac", ("text", "fused"), ConfigError), ("mmrec", (), ConfigError)],
+)
+def test_views_that_are_not_there_or_have_no_place_are_refused(
+    to: str, columns: tuple[str, ...], error: type[Vlm2RecError], tmp_path: Path
+) -> None:
+    write_embeddings(tmp_path / "emb", ITEMS, TEXT, text=TEXT if to == "cornac" else None)
+    with pytest.raises(error):
+        run(tmp_path / "emb", to, tmp_path / "out", columns=columns)
+
+
+def test_an_unfinished_embeddings_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "emb").mkdir()
+    with pytest.raises(ArtifactError, match=r"manifest.json does not exist"):
+        run(tmp_path / "emb", "npy", tmp_path / "out")
+
+
+def test_the_command_says_what_is_missing_and_how_to_read_the_rest(
+    holed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["convert", str(holed), "--to", "cornac", "--columns", "image", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["vlm2rec", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert not ended.value.code
+    assert "3 image, listed in missing.csv" in said and "ImageModality(features=np.load(" in said
