@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from vlm2rec.embedder.backbone import (
     pick_dtype,
     pick_token_budget,
 )
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.packing import FixedBlocks
 from vlm2rec.embedder.pooling import FusionNorm, fuse
@@ -123,6 +125,13 @@ class ItemEncoder:
         self.provenance = provenance
         self.token_budget = token_budget or pick_token_budget(backbone)
         self.vision_cache: VisionCache | None = None
+        self._loaded_with: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process load the same encoder, once, instead of sending it the weights."""
+        if self._loaded_with is None:
+            raise TypeError("an ItemEncoder that was not made by ItemEncoder.load cannot be pickled")
+        return _load_once, (*self._loaded_with, json.dumps(self.provenance, sort_keys=True))
 
     @classmethod
     def load(
@@ -172,6 +181,8 @@ class ItemEncoder:
         )
         model.share_prefixes()
         encoder = cls(model, settings, provenance, token_budget)
+        choices = {**given, "revision": revision, "dtype": dtype, "device": device, "token_budget": token_budget}
+        encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
             canary = lora.read_canary(adapter)
             before = encoder.encode_items(canary.titles, canary.images)
@@ -354,6 +365,23 @@ class ItemEncoder:
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
         logger.warning("out of memory: rows of %d tokens from now on", self.token_budget)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(backbone: str, adapter: Path | None, choices: tuple[Any, ...], provenance: str) -> ItemEncoder:
+    """Load the encoder that another process has pickled; every copy in this process is the same one.
+
+    Raises:
+        ModelError: its files are not those that the other process has loaded.
+    """
+    encoder = ItemEncoder.load(backbone, adapter, **dict(choices))
+    if json.dumps(encoder.provenance, sort_keys=True) != provenance:
+        raise ModelError(
+            f"{backbone} or its adapter {adapter} is another here than where the encoder was pickled",
+            "the same files, number format and device settings everywhere",
+            "share the folders, or give --dtype and --device explicitly",
+        )
+    return encoder
 
 
 def _restore(tensors: Sequence[tuple[Tensor, torch.dtype]]) -> None:

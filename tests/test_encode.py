@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.images import ImageError
 
 Tiny = Callable[[str], Path]
@@ -156,3 +160,32 @@ def test_defaults_agree_with_the_command_line(tiny: Tiny) -> None:
     flags = {f.name: f.default for f in fields(FinetuneConfig)}
     for name, value in vars(EncoderSettings()).items():
         assert flags[name] == value
+
+
+def test_a_pickled_encoder_is_loaded_once_by_another_process_and_gives_the_same_vectors(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu", max_pixels=112 * 112)
+    sent = pickle.dumps(encoder)
+    assert len(sent) < 20_000
+    code = """
+import pickle, sys
+import numpy as np
+content = open(sys.argv[1], "rb").read()
+encoder = pickle.loads(content)
+assert pickle.loads(content) is encoder
+np.save(sys.argv[2], encoder.encode_items(["red chair"], [None]).text)
+"""
+    (tmp_path / "encoder").write_bytes(sent)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "encoder"), str(tmp_path / "v.npy")], check=True)
+    assert np.array_equal(np.load(tmp_path / "v.npy"), encoder.encode_items(["red chair"], [None]).text)
+
+
+def test_an_encoder_whose_files_have_changed_is_not_unpickled(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("qwen2_5_vl"), folder)
+    sent = pickle.dumps(ItemEncoder.load(str(folder), dtype="float32", device="cpu"))
+    shutil.rmtree(folder)
+    shutil.copytree(tiny("qwen2_vl"), folder)
+    with pytest.raises(ModelError, match="is another here than where the encoder was pickled"):
+        pickle.loads(sent)

@@ -1,0 +1,115 @@
+"""An export as tasks of a real Ray cluster: nodes may go, and the folder is that of one process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import ray.cluster_utils
+import ray.data
+from chairs import ShadeEncoder, parts, write_dataset
+
+from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.encode import EncodedItems, ItemEncoder
+from vlm2rec.embedder.errors import ModelError
+from vlm2rec.embedder.verify import verify
+from vlm2rec.pipelines.export_engines import Scale
+from vlm2rec.pipelines.export_items import export
+
+SETTINGS = ShadeEncoder().settings
+SCALE = Scale(engine="ray", num_workers=2)
+
+
+class Slow(ShadeEncoder):
+    """Takes its time, and says on which node it was."""
+
+    def __init__(self, seen: Path) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+        (self.seen / ray.get_runtime_context().get_node_id()).touch()
+        time.sleep(1.0)
+        return super().encode_items(titles, images)
+
+
+class Refusing(ShadeEncoder):
+    """Cannot encode anything."""
+
+    def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+        raise ModelError("this model refuses", "one that does not", "take another")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes; the driver's own has no room for tasks."""
+    # the workers of Ray need this folder to unpickle the encoders above
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before or ""])
+    made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestRay:
+    """One cluster for all."""
+
+    def test_tasks_make_the_folder_of_one_process(self, cluster: Any, tmp_path: Path) -> None:
+        data = Dataset(write_dataset(tmp_path / "data"))
+        export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=3)
+        export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=3, scale=SCALE)
+        assert parts(tmp_path / "out") == parts(tmp_path / "whole") and verify(tmp_path / "out") == []
+
+    def test_what_a_task_complains_of_is_what_the_command_complains_of(self, cluster: Any, tmp_path: Path) -> None:
+        data = Dataset(write_dataset(tmp_path / "data"))
+        with pytest.raises(ModelError, match="this model refuses"):
+            export(data, tmp_path / "out", SETTINGS, Refusing, shard_size=3, scale=SCALE)
+
+    def test_a_node_that_is_lost_in_mid_export_costs_nothing_but_time(self, cluster: Any, tmp_path: Path) -> None:
+        data, seen = Dataset(write_dataset(tmp_path / "data", 24)), tmp_path / "seen"
+        seen.mkdir()
+        export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=2)
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+
+        def lose() -> None:
+            while second.node_id not in {path.name for path in seen.iterdir()}:
+                time.sleep(0.05)
+            cluster.remove_node(second, allow_graceful=False)
+
+        loss = threading.Thread(target=lose)
+        loss.start()
+        export(data, tmp_path / "out", SETTINGS, partial(Slow, seen), shard_size=2, scale=SCALE)
+        loss.join(60)
+        assert not loss.is_alive() and len(list(seen.iterdir())) == 2
+        assert parts(tmp_path / "out") == parts(tmp_path / "whole") and verify(tmp_path / "out") == []
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+    def test_an_encoder_works_inside_map_batches(self, cluster: Any, tiny: Callable[[str], Path]) -> None:
+        encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
+
+        def encode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            titles = list(batch["title"])
+            return {"title": batch["title"], "text": encoder.encode_items(titles, [None] * len(titles)).text}
+
+        titles = ["red chair", "small lamp", "red chair"]
+        rows = ray.data.from_items([{"title": title} for title in titles]).map_batches(encode, batch_size=1).take_all()
+        expected = encoder.encode_items(titles, [None] * 3).text
+        for row in rows:
+            assert np.array_equal(row["text"], expected[titles.index(row["title"])])
