@@ -1,6 +1,6 @@
 """SIGKILL an export 200 times: what is left after the last rerun is what one undisturbed run leaves.
 
-python tests/benchmarks/kill_storm.py --data DATA --backbone BB [--kills 200] [--seed 0]
+python tests/benchmarks/kill_storm.py [--data DATA --backbone BB] [--kills 200] [--seed 0]
 
 Each run of the export has one to four workers (`--worker i --num-workers n`), one of which is killed at a random
 moment, again and again until all are dead or done; then the next run goes on in the same folder with another number.
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from drawn_world import draw_world
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
@@ -79,16 +80,19 @@ def rows_of(folder: Path) -> pa.Table:
 def main() -> None:
     """Kill, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--backbone")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=int, default=64)
     chosen = parser.parse_args()
-    chance, ids = random.Random(chosen.seed), Dataset(chosen.data).item_ids
+    chance = random.Random(chosen.seed)
     kills = runs = folders = lost = doubled = different = left_over = problems = 0
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
+        if chosen.data is None or chosen.backbone is None:
+            chosen.data, chosen.backbone = draw_world(root, 1000)
+        ids = Dataset(chosen.data).item_ids
         config = ExportConfig(
             data=chosen.data,
             backbone=chosen.backbone,
