@@ -108,7 +108,7 @@ def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = 
     sound = {n: shard for n, shard in recorded.items() if n not in mine or not _damage(folder, n, shard)}
     adopted = {} if complete else _adopt(folder, plan, [n for n in mine if n not in recorded])
     as_planned = known is not None and known.get("settings") == plan.settings
-    if complete and len(sound) == len(plan) and as_planned:
+    if complete and len(sound) == len(plan) and as_planned and not revise:
         if not share:
             _remove_records(folder, plan)
         return sound

@@ -147,6 +147,17 @@ def test_fault_18_after_mending_an_image_retry_failed_encodes_that_row_alone(tmp
     assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []
 
 
+def test_retry_failed_makes_rows_anew_whose_input_was_never_the_reason(tmp_path: Path) -> None:
+    data, out = Dataset(write_dataset(tmp_path / "data")), tmp_path / "out"
+    encoder = ShadeEncoder(spoil={"red chair 3": lambda batch: np.nan})
+    first = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    assert first is not None and first["counts"]["failed"] == 1
+    assert exported(data, out, reuse=Reuse(retry_failed=True)) == ["red chair 3"]
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    assert exported(data, out, reuse=Reuse(retry_failed=True)) == []
+
+
 def test_retry_failed_also_makes_anew_what_has_changed_and_the_text_only_rows(tmp_path: Path) -> None:
     folder, out = write_dataset(tmp_path / "data", broken=BROKEN), tmp_path / "out"
     exported(Dataset(folder), out, on_image_error="text_only")
