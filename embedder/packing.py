@@ -20,7 +20,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -129,6 +129,9 @@ def prepare(model: Any, language_model: Any) -> None:
         patches = getattr(getattr(tower, "patch_embed", None), "proj", None)
         if isinstance(patches, nn.Conv3d) and patches.kernel_size == patches.stride:
             patches.forward = types.MethodType(_project, patches)  # type: ignore[method-assign]
+    for layer in language_model.layers:
+        if isinstance(getattr(layer, "mlp", None), nn.Module):
+            layer.mlp.forward = functools.partial(_by_blocks, layer.mlp.forward)
     last = language_model.layers[-1]
     fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
     pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
@@ -296,6 +299,22 @@ def _project(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
     """
     found = F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
     return found[..., None, None, None]
+
+
+# --- MLPs ---------------------------------------------------------------------------------------------------
+
+
+def _by_blocks(usual: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Do what an MLP does, (..., d) to (..., d), with so few rows at a time that what lies between stays in the cache.
+
+    Only where linear layers take their rows in such blocks anyway: in float32 on a CPU, without gradients.
+    """
+    if torch.is_grad_enabled() or rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return usual(rows)
+    flat = rows.flatten(0, -2)
+    if len(flat) <= ROWS_IN_BLOCK:
+        return usual(rows)
+    return torch.cat([usual(block) for block in flat.split(ROWS_IN_BLOCK)]).view_as(rows)
 
 
 # --- the last layer -----------------------------------------------------------------------------------------
