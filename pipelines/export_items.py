@@ -395,12 +395,14 @@ def print_summary(manifest: Mapping[str, Any], out: Path) -> None:
     timed = [shard for shard in manifest["shards"] if shard["seconds"]]
     seconds = sum(shard["seconds"] for shard in timed)
     rate = f", {sum(shard['rows'] for shard in timed) / seconds:.1f} items/s" if seconds else ""
+    dims = schema.dims_of(manifest)
+    shapes = ", ".join(f"{view}[{dims[view]}]" for view in manifest["views"])
     console.summary(
         "embeddings",
         {
             "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
-            "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
+            "vectors": f"{shapes}: {manifest['dtype']}",
             "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
             "folder": out,
         },
