@@ -83,7 +83,8 @@ class ShardMaker:
         if self.earlier is None or (held < 0).all():
             assert new is not None
             return new
-        known = self.earlier.take(held[held >= 0]).cast(self.plan.schema)
+        # no cast: it refuses lists without nulls of which a whole list is null, as in a view that is not exported
+        known = self.earlier.take(held[held >= 0]).replace_schema_metadata(self.plan.schema.metadata)
         both = known if new is None else pa.concat_tables([new, known])
         return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
 
