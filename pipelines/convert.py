@@ -221,9 +221,12 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
     if config.backbone is None:
         raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
     exported = schema.read_manifest(config.embeddings)["settings"]
-    if "backbone_hash" not in exported:
+    if "source" in exported or "backbone_hash" not in exported:
+        source = exported.get("source", "by hand")
         raise ModelError(
-            f"the vectors of {config.embeddings} were not made by export-items", "an export of a backbone", "export one"
+            f"the vectors of {config.embeddings} were not made by export-items, or with --strategy ({source})",
+            "an export of a backbone with vlm2rec's own prompts",
+            "export one",
         )
     given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
     # an adapter brings its settings; without one they are the export's

@@ -19,7 +19,7 @@ from vlm2rec.downstream.index_plan import plan_index
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.images import open_image
 from vlm2rec.embedder.prompts import Prompt, PromptMode, render
 from vlm2rec.embedder.strategies import (
@@ -322,6 +322,18 @@ def test_a_conversion_keeps_each_views_own_length(exported: Path, tmp_path: Path
         found = {view: np.stack(rows[view].to_numpy()) for view in schema.VIEWS}
     for view in schema.VIEWS:
         np.testing.assert_array_equal(found[view], EmbeddingTable.open(exported / "dual", view).vectors)
+
+
+def test_other_prompts_are_not_sold_as_a_sentence_transformer(exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    config = ConvertConfig(
+        embeddings=exported / "textual",
+        to="sentence-transformers",
+        out=tmp_path / "out",
+        backbone=str(tiny("qwen2_5_vl")),
+    )
+    with pytest.raises(ModelError, match=r"or with --strategy \(strategy\)"):
+        convert.run(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
