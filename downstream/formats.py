@@ -56,7 +56,7 @@ class Selection:
 
     folder: Path
     columns: tuple[str, ...]
-    dim: int
+    dims: dict[str, int]  # of each view
     kept: np.ndarray  # (N,) bool, in the folder's order
     means: dict[str, np.ndarray]  # view → (d,) float32, the mean of the vectors there are
     gaps: list[Gap]
@@ -125,7 +125,7 @@ def select(folder: Path, columns: Sequence[str], missing: Missing) -> Selection:
             "at least one",
             "convert one column at a time",
         )
-    return Selection(folder, tuple(columns), int(schema.read_manifest(folder)["dim"]), kept, means, gaps)
+    return Selection(folder, tuple(columns), schema.dims_of(schema.read_manifest(folder)), kept, means, gaps)
 
 
 def no_vectors(folder: Path, column: str) -> ArtifactError:
@@ -185,12 +185,12 @@ def write_safetensors(selection: Selection, out: Path) -> None:
 
 def _write_matrices(selection: Selection, files: dict[str, Path], ids_file: Path) -> None:
     # written in order, not mapped: a full disk is an error then, and no crash
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(selection), selection.dim)}
     item_ids: list[str] = []
     with ExitStack() as stack:
         opened = {column: stack.enter_context(file.open("wb")) for column, file in files.items()}
-        for file in opened.values():
-            np.lib.format.write_array_header_1_0(file, header)
+        for column, file in opened.items():
+            shape = (len(selection), selection.dims[column])
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for ids, views in selection.batches():
             for column, file in opened.items():
                 file.write(np.ascontiguousarray(views[column], "<f4").data)
@@ -208,7 +208,7 @@ def write_recbole(selection: Selection, out: Path, name: str) -> list[Gap]:
     with (out / f"{name}.itememb").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, delimiter="\t", lineterminator="\n")
         rows.writerow(["vector_of:token", "item_vector:float_seq"])
-        numbers = " ".join(["%.9g"] * selection.dim)  # nine digits bring every float32 back
+        numbers = " ".join(["%.9g"] * selection.dims[column])  # nine digits bring every float32 back
         for ids, views in selection.batches():
             for item_id, vector in zip(ids, views[column].tolist(), strict=True):
                 if item_id in _NOT_AVAILABLE:
@@ -230,12 +230,12 @@ def write_recbole(selection: Selection, out: Path, name: str) -> list[Gap]:
 def write_lance(selection: Selection, out: Path) -> None:
     """Write the Lance dataset `items.lance`; `lancedb.connect(out).open_table("items")` opens it as well."""
     lance = require_lance()
-    vector = pa.list_(pa.float32(), selection.dim)
-    columns = pa.schema([(schema.ITEM_ID, pa.string()), *((column, vector) for column in selection.columns)])
+    kinds = {column: pa.list_(pa.float32(), selection.dims[column]) for column in selection.columns}
+    columns = pa.schema([(schema.ITEM_ID, pa.string()), *kinds.items()])
 
     def batches() -> Iterator[pa.RecordBatch]:
         for ids, views in selection.batches():
-            arrays = [pa.FixedSizeListArray.from_arrays(views[column].ravel(), type=vector) for column in views]
+            arrays = [pa.FixedSizeListArray.from_arrays(views[column].ravel(), type=kinds[column]) for column in views]
             yield pa.RecordBatch.from_arrays([pa.array(ids, pa.string()), *arrays], schema=columns)
 
     lance.write_dataset(pa.RecordBatchReader.from_batches(columns, batches()), str(out / "items.lance"))

@@ -94,7 +94,7 @@ def plan_index(embeddings: Path, *, column: str = schema.FUSED, kind: str = "aut
             f"one of {', '.join(manifest['views'])}",
             "choose another --column",
         )
-    dim = int(manifest["dim"])
+    dim = schema.dims_of(manifest)[column]
     rows = int(manifest["num_items"]) - int(manifest["counts"].get(schema.STATUS_FAILED, 0))
     if rows == 0:
         raise no_vectors(embeddings, column)

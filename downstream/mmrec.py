@@ -2,6 +2,7 @@
 
     NAME.inter                            userID itemID rating timestamp x_label, tab-separated, numbers from 0
     image_feat.npy  text_feat.npy         (items, d) float32: row i is itemID i
+    fused_feat.npy                        in place of these two, named as the text features: one joint vector an item
     i_id_mapping.csv  u_id_mapping.csv    our ids beside MMRec's numbers, tab-separated
     NAME.yaml                             to be copied into MMRec's src/configs/dataset
 
@@ -28,7 +29,7 @@ from vlm2rec.embedder.errors import ArtifactError, DataError
 
 TRAIN, VALID, TEST = 0, 1, 2  # x_label
 _ROWS = 4096  # read at a time
-_FILES = {schema.IMAGE: "image_feat.npy", schema.TEXT: "text_feat.npy"}
+_FILES = {schema.IMAGE: "image_feat.npy", schema.TEXT: "text_feat.npy", schema.FUSED: "fused_feat.npy"}
 
 
 def write_mmrec(embeddings: Path, dataset: Dataset, out: Path, name: str, columns: Sequence[str]) -> list[Gap]:
@@ -39,7 +40,7 @@ def write_mmrec(embeddings: Path, dataset: Dataset, out: Path, name: str, column
         dataset: whose interactions and items.
         out: an existing folder.
         name: of the dataset, in MMRec.
-        columns: `text`, `image`, or both.
+        columns: `text`, `image`, or both; or `fused` alone.
 
     Raises:
         ArtifactError: a view without vectors, or users without a training item.
@@ -90,7 +91,7 @@ def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.nd
 
 def _write_features(embeddings: Path, column: str, item_ids: list[str], file: Path) -> np.ndarray:
     """Write one matrix, missing rows as the mean of the others; return which items have a vector, (I,) bool."""
-    shape = (len(item_ids), int(schema.read_manifest(embeddings)["dim"]))
+    shape = (len(item_ids), schema.dims_of(schema.read_manifest(embeddings))[column])
     vectors: np.ndarray = np.lib.format.open_memmap(file, "w+", np.float32, shape)
     if hasattr(os, "posix_fallocate"):  # a disk that fills up under mapped memory would end the process
         with file.open("r+b") as reserved:
@@ -132,7 +133,8 @@ def _yaml(name: str, columns: Sequence[str]) -> str:
         "filter_out_cod_start_users": "True",
         "inter_file_name": f"'{name}.inter'",
         "vision_feature_file": f"'{_FILES[schema.IMAGE]}'",
-        "text_feature_file": f"'{_FILES[schema.TEXT]}'",
+        # MMRec knows features of two kinds, and takes what is there
+        "text_feature_file": f"'{_FILES[schema.FUSED if schema.FUSED in columns else schema.TEXT]}'",
         "field_separator": '"\\t"',
     }
     return "".join(f"{key}: {value}\n" for key, value in settings.items())

@@ -169,7 +169,7 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
         ConfigError: `start.pca` is more than the vectors have directions.
     """
     where = f"{start.folder}, column {start.column},"
-    vectors = torch.zeros(len(tokens) + 1, int(schema.read_manifest(start.folder)["dim"]))
+    vectors = torch.zeros(len(tokens) + 1, schema.dims_of(schema.read_manifest(start.folder))[start.column])
     found = read_in_order(start.folder, start.column, tokens, vectors[1:].numpy())
     if not found.any():
         raise ArtifactError(

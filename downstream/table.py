@@ -50,10 +50,12 @@ class EmbeddingTable:
             ArtifactError: no manifest, a damaged or foreign shard, or not a single vector in this view.
         """
         folder = Path(folder)
+        _require_view(column)
         manifest = schema.read_manifest(folder)
+        dims = schema.dims_of(manifest)
         counts = [int(shard["rows"]) for shard in manifest["shards"]]
         starts, expected = np.cumsum([0, *counts]), sum(counts)
-        vectors, present = np.empty((expected, int(manifest["dim"])), np.float32), np.empty(expected, bool)
+        vectors, present = np.empty((expected, dims[column]), np.float32), np.empty(expected, bool)
 
         def read(number: int) -> list[str]:
             ids: list[str] = []
@@ -172,7 +174,7 @@ def _read_shard(
     folder: Path, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream one shard as `read_batches` does."""
-    shard, dim = manifest["shards"][number], int(manifest["dim"])
+    shard, dim = manifest["shards"][number], schema.dims_of(manifest)[column]
     path = folder / shard["file"]
     if not path.is_file() or path.stat().st_size != shard["bytes"]:
         raise ArtifactError(

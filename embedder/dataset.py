@@ -124,6 +124,19 @@ class Dataset:
         """Image paths below `image_root`, in the order of `items.parquet`."""
         return self.items[schema.IMAGE_PATH].to_pylist()
 
+    @property
+    def category_column(self) -> str | None:
+        """The column of `items.parquet` that says what kind of item each is; None where there is none."""
+        return next((column for column in schema.CATEGORY_COLUMNS if column in self.items.column_names), None)
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """What kind of item each is, in the order of `items.parquet`: several joined by commas, "" where unknown."""
+        if self.category_column is None:
+            return [""] * len(self.items)
+        named = (each if isinstance(each, list) else [each] for each in self.items[self.category_column].to_pylist())
+        return [", ".join(str(name).strip() for name in names if name not in (None, "")) for names in named]
+
     @cached_property
     def user_ids(self) -> list[str]:
         """User ids in the order of `sequences.parquet`."""

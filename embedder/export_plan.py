@@ -60,7 +60,7 @@ class Plan:
         settings = without_inputs(self.settings)
         texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(settings).items()}
         texts["vlm2rec.fingerprint"] = fingerprint(settings)
-        return schema.embedding_schema(self.settings["dim"], self.settings["storage"], texts)
+        return schema.embedding_schema(schema.dims_of(self.settings), self.settings["storage"], texts)
 
 
 def plan_shards(

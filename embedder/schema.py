@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ SCHEMA_VERSION = 1
 ITEM_ID = "item_id"  # string, unique
 TITLE = "title"  # string, never blank
 IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
+CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`: the first there is
 USER_ID = "user_id"  # string, unique in sequences.parquet
 TRAIN = "train"  # list<string>: item ids in time order, without the last two
 VALID = "valid"  # string: the last but one item
@@ -57,19 +58,34 @@ STATUS_FAILED = "failed"  # no vectors; `error` says why
 STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
 
 
-def embedding_schema(dim: int, dtype: str = "float32", metadata: dict[str, str] | None = None) -> pa.Schema:
-    """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view."""
-    vector = pa.list_(pa.field("element", _VECTOR_TYPES[dtype], nullable=False), dim)
+def embedding_schema(
+    dim: int | Mapping[str, int], dtype: str = "float32", metadata: dict[str, str] | None = None
+) -> pa.Schema:
+    """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view.
+
+    `dim` is the length of all vectors, or of each view's (`dims_of`).
+    """
+    element = pa.field("element", _VECTOR_TYPES[dtype], nullable=False)
+    dims = dict.fromkeys(VIEWS, dim) if isinstance(dim, int) else dim
     return pa.schema(
         [
             pa.field(ITEM_ID, pa.string(), nullable=False),
-            *(pa.field(view, vector) for view in VIEWS),
+            *(pa.field(view, pa.list_(element, dims[view])) for view in VIEWS),
             pa.field(STATUS, pa.string(), nullable=False),
             pa.field(ERROR, pa.string()),
             pa.field(INPUT, pa.string()),
         ],
         metadata=metadata,
     )
+
+
+def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
+    """Return the length of each view's vectors by a manifest, or by the settings of an export.
+
+    That is `dim`, unless `dims` gives each view its own: a concatenation is as long as its parts together, and `dim`
+    is then the length of `fused`.
+    """
+    return {view: int(described.get("dims", {}).get(view, described["dim"])) for view in VIEWS}
 
 
 def modalities_of(views: Sequence[str]) -> tuple[str, ...]:

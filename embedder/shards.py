@@ -182,6 +182,7 @@ def finish(folder: Path, plan: Plan, shards: Mapping[int, Shard], data: Path | N
     manifest = {
         "schema_version": schema.SCHEMA_VERSION,
         "dim": plan.settings["dim"],
+        **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
         "dtype": plan.settings["storage"],
         "views": plan.settings["views"],
         "num_items": len(plan.item_ids),
@@ -203,7 +204,8 @@ def finish(folder: Path, plan: Plan, shards: Mapping[int, Shard], data: Path | N
 
 def require_space(folder: Path, plan: Plan, items: int) -> None:
     """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
-    width = np.dtype(plan.settings["storage"]).itemsize * plan.settings["dim"] * len(plan.settings["views"])
+    dims = schema.dims_of(plan.settings)
+    width = np.dtype(plan.settings["storage"]).itemsize * sum(dims[view] for view in plan.settings["views"])
     free = shutil.disk_usage(folder).free
     # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
     if free < items * width / 4:
@@ -301,7 +303,7 @@ def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]
                 as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
             rows = plan.rows(number)
             wanted = [plan.item_ids[row] for row in rows], plan.made_from(rows)
-            content = read_rows(path, plan.settings["dim"], plan.settings["views"]) if as_planned else None
+            content = read_rows(path, plan.settings["views"]) if as_planned else None
         except (pa.ArrowException, OSError):
             content = None
         if content is None or (content.ids, content.inputs) != wanted or content.problems:
@@ -470,7 +472,7 @@ class ShardContent:
     problems: list[str]
 
 
-def read_rows(path: Path, dim: int, views: Sequence[str]) -> ShardContent:
+def read_rows(path: Path, views: Sequence[str]) -> ShardContent:
     """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
     content = ShardContent([], [], [], [])
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -479,11 +481,11 @@ def read_rows(path: Path, dim: int, views: Sequence[str]) -> ShardContent:
             content.ids.extend(batch[schema.ITEM_ID].to_pylist())
             content.status.extend(status)
             content.inputs.extend(batch[schema.INPUT].to_pylist())
-            content.problems.extend(_row_problems(batch, np.array(status, object), dim, views))
+            content.problems.extend(_row_problems(batch, np.array(status, object), views))
     return content
 
 
-def _row_problems(batch: pa.RecordBatch, status: np.ndarray, dim: int, views: Sequence[str]) -> list[str]:
+def _row_problems(batch: pa.RecordBatch, status: np.ndarray, views: Sequence[str]) -> list[str]:
     ids = batch[schema.ITEM_ID]
     problems = []
 
@@ -495,7 +497,7 @@ def _row_problems(batch: pa.RecordBatch, status: np.ndarray, dim: int, views: Se
     report(~np.isin(status, schema.STATUSES), "have an unknown status")
     failed, text_only = status == schema.STATUS_FAILED, status == schema.STATUS_TEXT_ONLY
     for view in schema.VIEWS:
-        values, present = vectors_of(batch[view], dim)
+        values, present = vectors_of(batch[view])
         report(present & ~np.isfinite(values).all(1), f"hold NaN or infinity in {view}")
         expected = ~failed & ~(text_only & (view == schema.IMAGE)) if view in views else np.zeros(len(status), bool)
         report(expected & ~present, f"have no vector in {view}, though their status promises one")
@@ -505,8 +507,9 @@ def _row_problems(batch: pa.RecordBatch, status: np.ndarray, dim: int, views: Se
     return problems
 
 
-def vectors_of(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def vectors_of(column: pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:
     """Return (n, d) values, anything where null, and the (n,) mask of rows that have a vector."""
+    dim = column.type.list_size
     present = column.is_valid().to_numpy(zero_copy_only=False)
     # not `.flatten()`: it leaves null rows out and shifts every row after them
     values = column.values.slice(column.offset * dim, len(column) * dim).to_numpy(zero_copy_only=False)

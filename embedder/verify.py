@@ -91,16 +91,15 @@ def _effective_rank(vectors: np.ndarray) -> float:
 
 
 def _sample(folder: Path, manifest: Mapping[str, Any], view: str, sample: int) -> np.ndarray:
-    dim = int(manifest["dim"])
     blocks: list[np.ndarray] = []
     for entry in manifest["shards"]:
         with pq.ParquetFile(folder / entry["file"]) as file:
             for batch in file.iter_batches(sample, columns=[view]):
-                vectors, present = vectors_of(batch[view], dim)
+                vectors, present = vectors_of(batch[view])
                 blocks.append(vectors[present].astype(np.float64))
                 if sum(map(len, blocks)) >= sample:
                     return np.concatenate(blocks)[:sample]
-    return np.concatenate(blocks) if blocks else np.empty((0, dim))
+    return np.concatenate(blocks) if blocks else np.empty((0, schema.dims_of(manifest)[view]))
 
 
 def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
@@ -110,6 +109,9 @@ def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     ]
     if problems:
         return problems
+    dims = manifest.get("dims", {})
+    if not isinstance(dims, dict) or not all(type(dims.get(view, 0)) is int for view in schema.VIEWS):
+        problems.append(f"dims are {dims!r}, not a length for each view")
     if manifest["dtype"] not in ("float32", "float16"):
         problems.append(f"dtype is {manifest['dtype']!r}, not float32 or float16")
     if not set(manifest["views"]) <= set(schema.VIEWS):
@@ -139,12 +141,14 @@ def _verify_shard(
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             found = file.schema_arrow
-        if not found.equals(schema.embedding_schema(manifest["dim"], manifest["dtype"])):
-            return [f"has other columns or another dimension than {manifest['dtype']}[{manifest['dim']}]"], None
+        dims = schema.dims_of(manifest)
+        if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):
+            shown = dims if "dims" in manifest else f"[{manifest['dim']}]"
+            return [f"has other columns or another dimension than {manifest['dtype']}{shown}"], None
         stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
         if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
             return ["was written with other settings than the manifest's"], None
-        content = read_rows(path, manifest["dim"], manifest["views"])
+        content = read_rows(path, manifest["views"])
     except (pa.ArrowException, OSError) as error:
         return [f"cannot be read as Parquet ({error})"], None
     if len(content.ids) != entry["rows"]:

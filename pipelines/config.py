@@ -36,6 +36,7 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 SamplesMode = Literal["last", "random", "all"]
 ImagePolicy = Literal["fail", "null", "text_only"]
+StrategyName = Literal["visual", "textual", "prompt1", "prompt2", "dual"]
 
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text also of a causal text model."
 
@@ -173,7 +174,14 @@ class ExportConfig:
     fusion_norm: FusionNorm | None = setting("Default: the adapter's, else raw.", None)
     prompt_mode: PromptMode | None = setting("Default: the adapter's, else raw.", None)
     max_pixels: Positive | None = setting("Default: the adapter's, else 224² (50176).", None)
-    max_title_tokens: Positive | None = setting("Default: the adapter's, else 64.", None)
+    max_title_tokens: Positive | None = setting(
+        "Default: the adapter's, else 64; with --strategy 128, for title and category together.", None
+    )
+    strategy: StrategyName | None = setting(
+        "The VLM2Vec study's prompts, with the item's category, in place of the paper's: visual, textual, prompt1,"
+        " prompt2 (one prompt around both), or dual (fused is text and image end to end). Without --adapter.",
+        None,
+    )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
@@ -396,8 +404,8 @@ class ConvertConfig:
     )
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
-        "Views that go out, of fused, text, image. Default: for mmrec text and image; for npy, safetensors and lance"
-        " all there are; for cornac and recbole, which hold one, fused.",
+        "Views that go out, of fused, text, image. Default: for mmrec text and image, or fused where it is alone; for"
+        " npy, safetensors and lance all there are; for cornac and recbole, which hold one, fused.",
         (),
     )
     missing: Literal["auto", "skip", "mean", "error"] = setting(

@@ -100,17 +100,19 @@ def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[st
     there = [view for view in schema.VIEWS if view in manifest.get("views", schema.VIEWS)]
     chosen = list(dict.fromkeys(config.columns)) or form.columns(there)
     absent = [column for column in chosen if column not in there]
-    if absent or not chosen:
+    if absent:
         raise ConfigError(
-            f"{config.embeddings} has no {' and no '.join(absent) or 'text or image'} vectors",
+            f"{config.embeddings} has no {' and no '.join(absent)} vectors",
             f"some of {', '.join(there)}",
             "choose other --columns, or another format",
         )
     if len(chosen) > form.most_columns:
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
-    if config.to == "mmrec" and schema.FUSED in chosen:
+    if config.to == "mmrec" and schema.FUSED in chosen and len(chosen) > 1:
         raise ConfigError(
-            "--columns fused with mmrec", "text, image, or both: MMRec's models fuse them", "leave fused out"
+            f"--columns {','.join(chosen)} with mmrec, which has two places for vectors",
+            "text, image, or both, which MMRec's models fuse; or fused alone",
+            "leave fused out, or the others",
         )
     return chosen
 
@@ -141,7 +143,7 @@ def _record(
     return {
         "to": config.to,
         "columns": columns,
-        "dim": int(manifest["dim"]),
+        "dims": {column: schema.dims_of(manifest)[column] for column in columns},
         "missing": missing,
         "left_out": len({gap.item_id for gap in gaps if gap.outcome == LEFT_OUT}),
         "mean_vector": {
@@ -156,7 +158,8 @@ def _record(
 
 
 def _report(config: ConvertConfig, form: Format, record: dict[str, Any]) -> None:
-    rows: dict[str, object] = {"format": f"{config.to}: {', '.join(record['columns'])}, d = {record['dim']}"}
+    shapes = ", ".join(f"{column}, d = {dim}" for column, dim in record["dims"].items())
+    rows: dict[str, object] = {"format": f"{config.to}: {shapes}"}
     rows["files"] = ", ".join(record["files"])
     filled = ", ".join(f"{count:,} {column}" for column, count in record["mean_vector"].items() if count)
     if filled:
@@ -218,9 +221,12 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
     if config.backbone is None:
         raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
     exported = schema.read_manifest(config.embeddings)["settings"]
-    if "backbone_hash" not in exported:
+    if "source" in exported or "backbone_hash" not in exported:
+        source = exported.get("source", "by hand")
         raise ModelError(
-            f"the vectors of {config.embeddings} were not made by export-items", "an export of a backbone", "export one"
+            f"the vectors of {config.embeddings} were not made by export-items, or with --strategy ({source})",
+            "an export of a backbone with vlm2rec's own prompts",
+            "export one",
         )
     given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
     # an adapter brings its settings; without one they are the export's
@@ -248,7 +254,7 @@ def _one(there: Sequence[str]) -> list[str]:
 
 
 def _modalities(there: Sequence[str]) -> list[str]:
-    return [view for view in there if view in schema.MODALITIES]
+    return [view for view in there if view in schema.MODALITIES] or [schema.FUSED]
 
 
 _VECTORS = ("mmrec", "cornac", "recbole", "npy", "safetensors", "lance")

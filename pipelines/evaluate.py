@@ -131,10 +131,10 @@ def _encode_histories(
     from vlm2rec.pipelines.vision_cache import use_vision_cache
 
     exported = manifest["settings"]
-    if "source" in exported:  # vectors of users' own, of a frozen encoder or of a question about one item
+    if "source" in exported:  # vectors of users' own, of a frozen encoder, or of prompts about one item
         raise ArtifactError(
             f"--backbone with {config.embeddings}, whose vectors come from another source ({exported['source']})",
-            "a table of export-items, whose encoder reads whole histories too",
+            "a table of export-items without --strategy, whose encoder reads whole histories too",
             "leave --backbone out: a user is then the mean of the history's items",
         )
     settings = asdict(EncoderSettings.of_export(exported))
@@ -178,7 +178,9 @@ def mean_of_history(items: np.ndarray, histories: Histories) -> np.ndarray:
 
 
 def _pairs(views: Views) -> list[tuple[str, str, str]]:
-    return [(f"{_LETTERS[u]}2{_LETTERS[i]}", u, i) for u, i in PAIRS if u in views and i in views]
+    """Return name, user view and item view of what can be ranked; a part is not compared with a concatenation."""
+    there = [(u, i) for u, i in PAIRS if u in views and i in views]
+    return [(f"{_LETTERS[u]}2{_LETTERS[i]}", u, i) for u, i in there if views[u].shape[1] == views[i].shape[1]]
 
 
 def _rank_candidates(

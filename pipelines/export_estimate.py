@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm2rec.embedder import schema
 from vlm2rec.embedder.export_plan import Plan
 
 SAMPLE = 64  # items that are encoded for the estimate, from the first that is left to the last
@@ -42,7 +43,8 @@ def estimate(
         that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
         take), gpu_bytes (the peak so far, None off CUDA).
     """
-    width = np.dtype(plan.settings["storage"]).itemsize * plan.settings["dim"] * len(plan.settings["views"])
+    numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # of an item
+    width = np.dtype(plan.settings["storage"]).itemsize * numbers
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     found = {
         "items": len(plan.item_ids),
@@ -61,7 +63,7 @@ def estimate(
         seconds = (time.perf_counter() - started) / len(sample) * len(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # two shards are in memory at a time: one is encoded, one is written, each as arrays and as a table
-    waiting = 4 * min(plan.shard_size, len(rows)) * plan.settings["dim"] * len(plan.settings["views"]) * 4
+    waiting = 4 * min(plan.shard_size, len(rows)) * numbers * 4
     on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return found | {"sample": len(sample), "seconds": seconds, "memory_bytes": peak + waiting, "gpu_bytes": on_gpu}
 

@@ -24,6 +24,7 @@ from vlm2rec.embedder.encode import ItemEncoder, encoder_settings
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
 from vlm2rec.embedder.export_plan import ImagesBy, Inputs, Plan, plan_shards, read_inputs
 from vlm2rec.embedder.lora import backbone_licence
+from vlm2rec.embedder.strategies import item_text, load_strategy, strategy_settings
 from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
@@ -60,15 +61,27 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
     given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
-    settings = encoder_settings(config.backbone, config.adapter, **given)
+    settings = _settings(config, given)
     scale = Scale(config.engine, config.num_workers, config.worker, config.gpus)
     if config.dry_run:
         return _dry_run(config, settings, given, scale)
     return export_as_told(config, settings, functools.partial(_load, config, given), config.on_image_error, scale)
 
 
+def _settings(config: ExportConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    if config.strategy is None:
+        return encoder_settings(config.backbone, config.adapter, **given)
+    return strategy_settings(config.backbone, config.strategy, adapter=config.adapter, **given)
+
+
+def _encoder(config: ExportConfig, given: Mapping[str, Any]) -> ItemEncoder:
+    if config.strategy is None:
+        return ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+    return load_strategy(config.backbone, config.strategy, token_budget=config.token_budget, **given)
+
+
 def _load(config: ExportConfig, given: Mapping[str, Any], dataset: Dataset) -> ItemEncoder:
-    encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+    encoder = _encoder(config, given)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     return encoder
 
@@ -86,7 +99,7 @@ def _dry_run(
     earlier = _earlier_rows(out, plan, finished, reuse)
     work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
     rows = [plan.rows(number)[place] for number, held in work.items() for place in np.flatnonzero(held < 0)]
-    encoder = ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
+    encoder = _encoder(config, given)
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
         found = estimate(plan, out, rows, len(work), maker.encoded, encoder.backbone.device)
     console.summary("dry run: nothing was written", told(found) | {"licence": backbone_licence(config.backbone)})
@@ -235,21 +248,26 @@ def _plan(
     images_by: ImagesBy,
     reuse: Reuse,
 ) -> Plan:
-    if on_image_error == "text_only" and schema.TEXT not in settings["views"]:
+    if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
         raise ConfigError(
-            "--on-image-error text_only needs a text vector, and neither internal fusion nor --views image has one",
+            "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
+            " --views image and the strategies with images have none",
             "fail or null with these",
             "choose one of the two, or external fusion of both views",
         )
+    modalities = schema.modalities_of(settings["views"])
     inputs = read_inputs(
         dataset.item_ids,
-        dataset.titles,
+        [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
         dataset.image_paths,
         dataset.image_root,
         images_by,
-        schema.modalities_of(settings["views"]),
+        modalities,
     )
-    choices = {"storage": storage, "on_image_error": on_image_error}
+    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
+    if "strategy" in settings and schema.TEXT in modalities:
+        choices["category"] = dataset.category_column
+        console.log.print(f"category of an item: {dataset.category_column or 'none in this catalogue'}")
     if reuse.revises:
         _require_same_start(out, inputs, reuse)
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
@@ -377,12 +395,14 @@ def print_summary(manifest: Mapping[str, Any], out: Path) -> None:
     timed = [shard for shard in manifest["shards"] if shard["seconds"]]
     seconds = sum(shard["seconds"] for shard in timed)
     rate = f", {sum(shard['rows'] for shard in timed) / seconds:.1f} items/s" if seconds else ""
+    dims = schema.dims_of(manifest)
+    shapes = ", ".join(f"{view}[{dims[view]}]" for view in manifest["views"])
     console.summary(
         "embeddings",
         {
             "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
-            "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
+            "vectors": f"{shapes}: {manifest['dtype']}",
             "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
             "folder": out,
         },

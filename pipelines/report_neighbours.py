@@ -110,7 +110,7 @@ def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
 
 def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (wanted vectors in the order of the dataset, which items of the dataset have one)."""
-    dim = int(schema.read_manifest(folder)["dim"])
+    dim = schema.dims_of(schema.read_manifest(folder))[view]
     values = np.zeros((int(wanted.sum()), dim), np.float32)
     has = np.zeros(len(known), bool)
     place = np.cumsum(wanted) - 1

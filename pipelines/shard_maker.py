@@ -21,6 +21,7 @@ from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture
 from vlm2rec.embedder.errors import DataError, ModelError
 from vlm2rec.embedder.export_plan import Plan
 from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.strategies import item_text
 from vlm2rec.pipelines.config import ImagePolicy
 from vlm2rec.pipelines.image_readers import Readers, Reading
 
@@ -82,7 +83,8 @@ class ShardMaker:
         if self.earlier is None or (held < 0).all():
             assert new is not None
             return new
-        known = self.earlier.take(held[held >= 0]).cast(self.plan.schema)
+        # no cast: it refuses lists without nulls of which a whole list is null, as in a view that is not exported
+        known = self.earlier.take(held[held >= 0]).replace_schema_metadata(self.plan.schema.metadata)
         both = known if new is None else pa.concat_tables([new, known])
         return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
 
@@ -94,7 +96,7 @@ class ShardMaker:
         for piece, images in _images_of(encoder, dataset, self.plan, rows, self.readers):
             if policy == "fail":
                 _require_images(dataset, piece, images)
-            titles = [dataset.titles[row] or "" for row in piece]
+            titles = [item_text(dataset, self.plan.settings, row) for row in piece]
             parts.append(encode_rows(encoder, titles, images, policy, storage))
             advance(len(piece))
         return shards.shard_table(
@@ -191,8 +193,8 @@ def encode_rows(
     """
     bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
     wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
-    views, dim = encoder.settings["views"], encoder.settings["dim"]
-    vectors = {view: np.full((len(titles), dim), np.nan, np.float32) for view in views}
+    views, dims = encoder.settings["views"], schema.dims_of(encoder.settings)
+    vectors = {view: np.full((len(titles), dims[view]), np.nan, np.float32) for view in views}
     truncated = np.zeros(len(titles), bool)
 
     def encode(rows: Sequence[int]) -> None:

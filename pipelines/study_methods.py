@@ -345,8 +345,13 @@ def _finetune(place: Place) -> Step:
     )
 
 
+def _exported(place: Place) -> Json:
+    """Return what a method's export is asked for; `strategy: prompt1` may stand beside the source."""
+    return {**place.study.export, **place.method.export, **place.method.options}
+
+
 def _export(place: Place) -> Step:
-    values = {**place.study.export, **place.method.export, **place.method.options}
+    values = _exported(place)
     after = [] if place.trained is None else [place.trained]
     given = {"data": place.data, "backbone": place.backbone, "adapter": place.trained}
     return place.step(
@@ -383,7 +388,7 @@ SOURCES: dict[str, Source] = {
 def _evaluate(place: Place, embeddings: Path) -> Step:
     source = SOURCES[place.method.source]
     values: Json = {**place.study.evaluate, **place.method.evaluate, "data": place.data, "embeddings": embeddings}
-    if source.encodes_users:
+    if source.encodes_users and not _exported(place).get("strategy"):  # its prompts hold one item, no history
         values |= {"backbone": place.backbone, "adapter": place.trained}
     after = [embeddings, *([place.trained] if place.trained else [])]
     return place.step("evaluate", settings.EvaluateConfig, place.out("evaluate"), "metrics.json", after, **values)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from vlm2rec.embedder import schema
 
@@ -114,3 +116,16 @@ def circle_vectors(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
     angle = 2 * np.pi * np.arange(count) / count
     waves = np.stack([f(k * angle) for k in range(1, dim // 2 + 1) for f in (np.cos, np.sin)], 1)
     return (waves + 5 * generator.standard_normal(dim)).astype(np.float32)
+
+
+def load_as_mmrec(folder: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray], int, int]:
+    """Load a dataset as MMRec does: by the keys of its YAML, with pandas and numpy."""
+    config = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    columns = [config["USER_ID_FIELD"], config["ITEM_ID_FIELD"], "x_label"]
+    frame = pd.read_csv(folder / config["inter_file_name"], usecols=columns, sep=config["field_separator"])
+    features = {
+        view: np.load(folder / config[f"{view}_feature_file"], allow_pickle=False)
+        for view in ("vision", "text")
+        if (folder / config[f"{view}_feature_file"]).is_file()
+    }
+    return frame, features, int(frame["userID"].max()) + 1, int(frame["itemID"].max()) + 1

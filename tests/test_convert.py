@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from embedding_folder import write_embeddings
-from recommender_world import ODD_IDS, cyclic_sequences, write_atomic, write_dataset
+from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_atomic, write_dataset
 
 from vlm2rec.downstream import formats, recbole_compat, recbole_run
 from vlm2rec.embedder import schema
@@ -269,19 +269,6 @@ def test_without_pylance_lance_says_what_to_install(
 
 
 # --- MMRec, by its own rules ------------------------------------------------------------------------------------
-def load_as_mmrec(folder: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray], int, int]:
-    """Load a dataset as MMRec does: by the keys of its YAML, with pandas and numpy."""
-    config = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    columns = [config["USER_ID_FIELD"], config["ITEM_ID_FIELD"], "x_label"]
-    frame = pd.read_csv(folder / config["inter_file_name"], usecols=columns, sep=config["field_separator"])
-    features = {
-        view: np.load(folder / config[f"{view}_feature_file"], allow_pickle=False)
-        for view in ("vision", "text")
-        if (folder / config[f"{view}_feature_file"]).is_file()
-    }
-    return frame, features, int(frame["userID"].max()) + 1, int(frame["itemID"].max()) + 1
-
-
 @pytest.mark.parametrize("table", ["whole", "holed"])
 def test_mmrec_finds_the_vectors_of_item_i_in_row_i(table: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     holes = {*PICTURELESS, FAILED} if table == "holed" else set()
@@ -348,7 +335,7 @@ def test_mmrec_refuses_a_mean_of_zero_for_a_missing_vector(data: Path, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": ("fused",)}, "MMRec's models fuse them"),
+        ({"columns": ("text", "fused")}, "--columns text,fused with mmrec, which has two places for vectors"),
         ({"missing": "skip"}, "--missing skip with mmrec"),
         ({"name": "../up"}, "the dataset's name is '../up'"),
     ],
@@ -359,6 +346,19 @@ def test_mmrec_refuses_what_it_has_no_place_for(
     with pytest.raises(ConfigError, match=message):
         run(whole, "mmrec", tmp_path / "toys", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mmrec_takes_one_joint_vector_an_item_in_the_place_of_the_text_features(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run(whole, "mmrec", tmp_path / "chosen", columns=("fused",), name="toys")
+    write_embeddings(tmp_path / "emb", ITEMS, TEXT + IMAGE, data=str(data))  # there is nothing else
+    run(tmp_path / "emb", "mmrec", tmp_path / "alone", name="toys")
+    kept = [number for number, item in enumerate(ITEMS) if item != UNTOUCHED]
+    for folder in (tmp_path / "chosen", tmp_path / "alone"):
+        _, features, _, items = load_as_mmrec(folder, "toys")
+        assert list(features) == ["text"] and features["text"].shape == (items, DIM)
+        np.testing.assert_array_equal(features["text"], (TEXT + IMAGE)[kept])
 
 
 def test_mmrec_takes_the_dataset_of_the_export_or_the_one_it_is_given(whole: Path, data: Path, tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_missing_error_names_the_first_item_without_a_vector(to: str, holed: Pat
 
 @pytest.mark.parametrize(
     ("to", "columns", "error"),
-    [("npy", ("image",), ConfigError), ("cornac", ("text", "fused"), ConfigError), ("mmrec", (), ConfigError)],
+    [("npy", ("image",), ConfigError), ("cornac", ("text", "fused"), ConfigError), ("mmrec", ("text",), ConfigError)],
 )
 def test_views_that_are_not_there_or_have_no_place_are_refused(
     to: str, columns: tuple[str, ...], error: type[Vlm2RecError], tmp_path: Path

@@ -159,3 +159,16 @@ def test_damaged_candidates_are_an_artifact_error(folder: Path) -> None:
     file.unlink()
     with pytest.raises(ArtifactError, match=r"negatives\.parquet does not exist"):
         Dataset(folder).negatives(0)
+
+
+def test_the_category_is_the_first_of_the_columns_that_say_what_an_item_is(folder: Path) -> None:
+    def categories(**columns: list[Any]) -> tuple[str | None, list[str]]:
+        pq.write_table(pa.table({**ITEMS, **columns}), folder / "items.parquet")
+        dataset = Dataset(folder)
+        return dataset.category_column, dataset.categories
+
+    lists = [["Home", "Chairs"], ["Home"], [], None, ["Lamps", None, ""]]
+    assert categories() == (None, [""] * 5)
+    assert categories(genres=lists) == ("genres", ["Home, Chairs", "Home", "", "", "Lamps"])
+    assert categories(genres=lists, category=[" a ", "b", None, "", "e"]) == ("category", ["a", "b", "", "", "e"])
+    assert categories(categories=[1, 2, 3, None, 5]) == ("categories", ["1", "2", "3", "", "5"])

@@ -150,6 +150,19 @@ def test_each_source_has_its_command(tmp_path: Path, source: str, options: dict[
     assert laid_out(found)["new", None].steps[0].command == command
 
 
+def test_the_strategies_are_rows_beside_the_others_whose_users_are_the_mean_of_their_items() -> None:
+    file = Path(__file__).parent / "benchmarks" / "study_strategies.yaml"
+    laid = laid_out(read_study(StudyConfig(out=Path("out"), config=file)))
+    wanted = {"visual": "visual", "textual": "textual", "prompt 1": "prompt1", "prompt 2": "prompt2", "dual": "dual"}
+    for name, strategy in wanted.items():
+        embed, rank = laid[f"VLM2Vec {name}", None].steps
+        assert (embed.command, embed.config.strategy, embed.config.backbone) == ("export-items", strategy, "BB")
+        assert (rank.command, rank.config.backbone, rank.config.embeddings) == ("evaluate", None, embed.folder)
+        assert names(laid[f"VLM2Vec {name}", 0]) == ["recommender-SASRec", "recommender-GRU4Rec"]
+    assert ("VLM2Rec", 0) in laid
+    assert laid["VLM vanilla (external)", None].steps[1].config.backbone == "BB"
+
+
 def test_backbones_are_a_grid_of_the_reference(tmp_path: Path) -> None:
     found = study(tmp_path, backbones=["/models/small", "/models/large"])
     laid = laid_out(found)
@@ -197,6 +210,7 @@ def test_flags_choose_seeds_analyses_and_methods(tmp_path: Path) -> None:
         ({"finetune": {"learning_rat": 1}}, r"unknown setting 'learning_rat'.*'learning_rate'"),
         ({"recommender": {"max_epochs": "many"}}, "max_epochs"),
         ({"more_methods": [{"name": "v", "source": "vectors"}]}, "--file is missing"),
+        ({"more_methods": [{"name": "v", "source": "backbone", "strategy": "visul"}]}, "strategy"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_anything_runs(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
