@@ -320,8 +320,9 @@ class Backbone:
         """Return the vector of each prompt, (B, d).
 
         With pooling `last` that is the final-layer state of its last token, in the model's dtype (Eq. 1), with `mean`
-        the mean state of all its tokens, those of the instruction among them, in float32 (SDA). The prompts lie in one packed row: none of them changes another's vector. Gradients flow to the language
-        model's trainable weights if there are any and grad mode is on.
+        the mean state of all its tokens, those of the instruction among them, in float32 (SDA). The prompts lie in one
+        packed row: none of them changes another's vector. Gradients flow to the language model's trainable weights if
+        there are any and grad mode is on.
         """
         if self._prefixes is None or torch.is_grad_enabled():
             return self._encode_packed(prompts, None)

@@ -1,6 +1,6 @@
 """The training losses: InfoNCE (SFT), VLM2Rec's WPCL + CRTR, and SDA's CMSA. Pure tensor code.
 
-Every function of the first two takes a batch of B users with their B target items; row i of one belongs to row i of the other.
+Those of users take a batch of B users with their B target items; row i of one belongs to row i of the other.
 The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target and its
 repeats at other users are left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.

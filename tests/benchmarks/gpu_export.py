@@ -245,8 +245,7 @@ def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
     """Print users per second of a training step: histories of ten items, batches of eight, with and without cache."""
     from peft import LoraConfig, get_peft_model
 
-    from vlm2rec.embedder.backbone import EncodedPrompt
-    from vlm2rec.embedder.backbone import ADAPTED_LAYERS
+    from vlm2rec.embedder.backbone import ADAPTED_LAYERS, EncodedPrompt
     from vlm2rec.embedder.losses import VLM2RecLoss
 
     items = draw(USERS * (HISTORY + 1), shape)
