@@ -18,9 +18,9 @@ adapted layers then take twice their memory, which in a 7B model in bfloat16 are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,18 @@ _PARAMETERS = ("lora_A", "lora_B", "modality", "gate")
 _modality: ContextVar[str | None] = ContextVar("modality", default=None)
 
 
-@contextmanager
-def modality(name: str | None) -> Iterator[None]:
-    """Encode prompts of one modality, `text` or `image`, inside this block."""
-    token = _modality.set(name)
-    try:
-        yield
-    finally:
-        _modality.reset(token)
+class modality:  # noqa: N801, it is read as a word of the `with` statement
+    """Encode prompts of one modality, `text` or `image`, inside this block. May be entered again and again."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_modality.set(self._name))
+
+    def __exit__(self, *error: object) -> None:
+        _modality.reset(self._tokens.pop())
 
 
 def current() -> str | None:
@@ -56,7 +60,10 @@ def current() -> str | None:
 
 
 def remembered() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a checkpointed layer's two runs, for `torch.utils.checkpoint`: the second comes later."""
+    """Return the contexts of a checkpointed layer's run and of its later ones, for `torch.utils.checkpoint`.
+
+    There are several later ones where several losses are differentiated.
+    """
     return nullcontext(), modality(current())
 
 

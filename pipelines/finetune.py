@@ -353,6 +353,7 @@ def _provenance(
     libraries = ("vlm2rec", "torch", "transformers", "peft", "accelerate")
     return {
         "schema_version": schema.SCHEMA_VERSION,
+        "kind": "moda" if config.method == "sda" and config.experts > 1 else "lora",
         "backbone": config.backbone,
         "licence": licence,
         "backbone_settings": encoder.settings,
