@@ -1,4 +1,4 @@
-"""MoDA: the layer against its equations, two folded sets of weights against the unfolded model, strict on the way in."""
+"""MoDA: the layer against its equations, two folded weights against the unfolded model, strict on the way in."""
 
 from __future__ import annotations
 
