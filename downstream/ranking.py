@@ -116,6 +116,26 @@ def bound_check(metrics: Mapping[str, float | np.ndarray], tolerance: float = 1e
     return bool(np.all((low - tolerance <= gain) & (gain <= high + tolerance)))
 
 
+# --- groups of users ----------------------------------------------------------------------------------------
+TAIL = 4
+"""Items with fewer interactions are the long tail (section 3.1.1 of the SDA paper)."""
+
+
+def tail_users(frequency: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return which users have a target of the long tail, (U,) bool.
+
+    Args:
+        frequency: interactions of each item in training, (I,). What is held out is what is to be foretold.
+        targets: row of each user's target, (U,).
+    """
+    return np.asarray(frequency[targets] < TAIL)
+
+
+def tail_means(metrics: Mapping[str, np.ndarray], tail: np.ndarray) -> dict[str, float]:
+    """Return the mean of each per-user metric over the users of the long tail; empty where there are none."""
+    return mean_over_users({name: values[tail] for name, values in metrics.items()}) if tail.any() else {}
+
+
 # --- scores and counts --------------------------------------------------------------------------------------
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Return `vectors` (..., d) at length 1 in their own dtype, so that dot products are cosines; zeros stay zero."""

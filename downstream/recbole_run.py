@@ -431,6 +431,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "candidates": None,
         "candidates_std": None,
         "full": None,
+        "tail": None,
         "popularity": None,
         "recbole": trained.recbole,
         "epochs": len(course.epochs),
@@ -533,6 +534,7 @@ class _Task:
         self.user_ids = folder.user_ids
         self.negatives = negatives
         self.targets = folder.histories("test").targets
+        self.tail = ranking.tail_users(folder.train_frequency(), self.targets)
         self.seen, self.offsets = ranking.seen_items(folder.train_sequences(), folder.histories("valid").targets)
 
 
@@ -559,13 +561,25 @@ class _Rankings:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def means(self) -> dict[str, Any]:
-        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator) and `full`."""
+        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, and the `tail`'s."""
         of_seed = [ranking.mean_over_users(self.users(seed)) for seed in self.task.negatives]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         return {
             "candidates": {name: statistics.mean(each) for name, each in values.items()},
             "candidates_std": {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()},
             "full": ranking.mean_over_users(self.users(None)),
+            "tail": self._tail(),
+        }
+
+    def _tail(self) -> dict[str, Any]:
+        """Return the means over the users whose target is an item of the long tail; empty where there are none."""
+        tail = self.task.tail
+        of_seed = [ranking.tail_means(self.users(seed), tail) for seed in self.task.negatives]
+        return {
+            "below": ranking.TAIL,
+            "users": int(tail.sum()),
+            "candidates": {name: statistics.mean(means[name] for means in of_seed) for name in of_seed[0]},
+            "full": ranking.tail_means(self.users(None), tail),
         }
 
     def tables(self) -> list[pa.Table]:

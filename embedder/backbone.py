@@ -1,7 +1,8 @@
-"""A vision-language or text model as an encoder: prompts in, last-token vectors out. One path for all families.
+"""A vision-language or text model as an encoder: prompts in, one vector each out. One path for all families.
 
 The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
-packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state.
+packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state or
+the mean of all.
 The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
 A causal text model takes the same path with text prompts alone.
 """
@@ -9,6 +10,7 @@ A causal text model takes the same path with text prompts alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +19,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from vlm2rec.embedder import packing
+from vlm2rec.embedder import moda, packing
 from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.packing import FixedBlocks, Layout, Prefix, common_start
+from vlm2rec.embedder.pooling import Pooling
 from vlm2rec.embedder.processor import image_tokens, load_processor, neutralise
 from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, PromptMode, render
 
@@ -33,6 +36,9 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 # images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
 IMAGES_AT_ONCE = {"cpu": 8, "mps": 32, "cuda": 64}
+# The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
+# so a list of bare names would adapt them silently. Text models have their layers right below `model`.
+ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -78,16 +84,22 @@ class Backbone:
     """A model, its processor, and the few steps from prompts to vectors. Use `Backbone.load`."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, prompt_mode: PromptMode = "raw", max_title_tokens: int = 64
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompt_mode: PromptMode = "raw",
+        max_title_tokens: int = 64,
+        pooling: Pooling = "last",
     ) -> None:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.prompt_mode: PromptMode = prompt_mode
         self.max_title_tokens = max_title_tokens
+        self.pooling: Pooling = pooling
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self._starts: dict[str, tuple[int, ...]] = {}
-        self._prefixes: dict[tuple[int, ...], Prefix] | None = None
+        self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] | None = None
         packing.prepare(model, self.language_model)
 
     @classmethod
@@ -99,6 +111,7 @@ class Backbone:
         prompt_mode: PromptMode = "raw",
         max_pixels: int = 224 * 224,
         max_title_tokens: int = 64,
+        pooling: Pooling = "last",
         dtype: DtypeName | torch.dtype = "float32",
         device: DeviceName | torch.device = "auto",
     ) -> Backbone:
@@ -141,7 +154,7 @@ class Backbone:
                 "download the model folder again",
             )
         model.requires_grad_(False).eval().to(place)
-        return cls(model, processor, prompt_mode, max_title_tokens)
+        return cls(model, processor, prompt_mode, max_title_tokens, pooling)
 
     @property
     def body(self) -> Any:
@@ -152,6 +165,25 @@ class Backbone:
     def language_model(self) -> Any:
         """The layers that LoRA adapts: the body without the vision tower; of a text model the body itself."""
         return getattr(self.body, "language_model", self.body)
+
+    def adapted_layers(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of the language model that adapters change, by their names in `model`.
+
+        Raises:
+            ModelError: there are none under the names that all supported families use.
+        """
+        found = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and re.fullmatch(ADAPTED_LAYERS, name)
+        }
+        if not found:
+            raise ModelError(
+                "there is nothing to adapt in this backbone",
+                f"linear layers whose names match {ADAPTED_LAYERS}",
+                "choose a backbone of a supported family",
+            )
+        return found
 
     @property
     def dim(self) -> int:
@@ -285,10 +317,12 @@ class Backbone:
         self.share_prefixes(self._prefixes is not None)
 
     def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """Return the final-layer state of each prompt's last token, (B, d), in the model's dtype (Eq. 1).
+        """Return the vector of each prompt, (B, d).
 
-        The prompts lie in one packed row: none of them changes another's vector. Gradients flow to the language
-        model's trainable weights if there are any and grad mode is on.
+        With pooling `last` that is the final-layer state of its last token, in the model's dtype (Eq. 1), with `mean`
+        the mean state of all its tokens, those of the instruction among them, in float32 (SDA). The prompts lie in one
+        packed row: none of them changes another's vector. Gradients flow to the language model's trainable weights if
+        there are any and grad mode is on.
         """
         if self._prefixes is None or torch.is_grad_enabled():
             return self._encode_packed(prompts, None)
@@ -311,11 +345,18 @@ class Backbone:
         arguments: dict[str, Any] = {"position_ids": positions[..., own].unsqueeze(-2)}  # (3, 1, T) or (1, T)
         if start:
             arguments["past_key_values"] = self._prefix(start).cache()
-        layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device)
-        return self._last_states(layout, row, images, **arguments)
+        layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device, self.pooling == "mean")
+        found = self._pooled(layout, row, images, **arguments)
+        if self.pooling == "last":
+            return found
+        if start:
+            found = found + self._prefix(start).pooled
+        return found / mask.sum(dim=1, keepdim=True)
 
-    def _last_states(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
+    def _pooled(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
         """Run the language model over a packed row of token ids, (1, T), with its images' tokens in their places.
+
+        Returns each prompt's last state or, with mean pooling, the sum of its states, (n, d).
 
         The language model is called itself: how the models around it take features of images that were looked at
         before has changed from release to release of transformers, and what is not known there is silently ignored.
@@ -337,18 +378,21 @@ class Backbone:
                 inputs_embeds=embedded, use_cache=False, return_dict=True, **arguments, **keywords
             )
         states: Tensor = output.last_hidden_state[0]
+        if self.pooling == "mean":
+            return layout.sums(states)
         return states if len(states) == len(layout.lengths) else states[layout.last]
 
     def _prefix(self, start: tuple[int, ...]) -> Prefix:
         assert self._prefixes is not None
-        if start not in self._prefixes:
+        key = moda.current(), start  # an adapter may have other weights for another modality
+        if key not in self._prefixes:
             cache = DynamicCache()
             row = torch.tensor([start], device=self.device)
             place = torch.arange(len(start), device=self.device)[None]
-            layout = Layout((len(start),), device=self.device)
-            self._last_states(layout, row, (), position_ids=place, past_key_values=cache)
-            self._prefixes[start] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
-        return self._prefixes[start]
+            layout = Layout((len(start),), 0, self.device, self.pooling == "mean")
+            pooled = self._pooled(layout, row, (), position_ids=place, past_key_values=cache)
+            self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
+        return self._prefixes[key]
 
     def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
         """Return ids and mask as a padded batch, (B, T) each: what positions are computed from."""

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
 
-from vlm2rec.embedder import lora, prompts, schema
+from vlm2rec.embedder import lora, moda, prompts, schema
 from vlm2rec.embedder.backbone import (
     Backbone,
     DeviceName,
@@ -34,9 +34,9 @@ from vlm2rec.embedder.backbone import (
 from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.images import ImageError, open_image
 from vlm2rec.embedder.packing import FixedBlocks
-from vlm2rec.embedder.pooling import FusionNorm, fuse
+from vlm2rec.embedder.pooling import FusionNorm, Pooling, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
-from vlm2rec.embedder.prompts import PromptMode
+from vlm2rec.embedder.prompts import PromptMode, Wording
 from vlm2rec.embedder.vision_cache import NewImage, VisionCache
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,27 @@ class EncoderSettings:
     max_pixels: int = 224 * 224
     max_title_tokens: int = 64
     views: ViewChoice = "both"  # one modality alone: its vector is the fused vector, the other one is not read
+    pooling: Pooling = "last"
+    wording: Wording = "vlm2rec"  # the prompts of VLM2Rec, for sequences, or those of SDA, for single items
 
     def __post_init__(self) -> None:
+        if self.fusion == "internal" and self.wording == "sda":
+            raise ConfigError(
+                "--fusion internal with --wording sda, which has no prompt for a title and an image together",
+                "--fusion external, or --wording vlm2rec",
+                "change one of the two",
+            )
         if self.fusion == "internal" and self.views != "both":
             raise ConfigError(
                 f"--fusion internal with --views {self.views}: the interleaved prompt holds titles and images",
                 "--fusion external, or --views both",
                 "change one of the two",
             )
+
+    @property
+    def reads_histories(self) -> bool:
+        """Whether there is a prompt for a sequence of items; else a user is the mean of the history's items."""
+        return self.wording == "vlm2rec"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -146,6 +159,8 @@ class ItemEncoder:
         max_pixels: int | None = None,
         max_title_tokens: int | None = None,
         views: ViewChoice | None = None,
+        pooling: Pooling | None = None,
+        wording: Wording | None = None,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 0,
@@ -166,6 +181,8 @@ class ItemEncoder:
             "max_pixels": max_pixels,
             "max_title_tokens": max_title_tokens,
             "views": views,
+            "pooling": pooling,
+            "wording": wording,
         }
         backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
@@ -176,6 +193,7 @@ class ItemEncoder:
             prompt_mode=settings.prompt_mode,
             max_pixels=settings.max_pixels,
             max_title_tokens=settings.max_title_tokens,
+            pooling=settings.pooling,
             dtype=dtype,
             device=device,
         )
@@ -330,13 +348,17 @@ class ItemEncoder:
                 schema.IMAGE: absent.clone(),
             }
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
-        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row])) for row in range(count) if with_text}
+        wording = self.encoder_settings.wording
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], wording)) for row in range(count) if with_text}
         pictures = {
-            row: backbone.tokenize(prompts.image_prompt(len(images[row])), images[row])
+            row: backbone.tokenize(prompts.image_prompt(len(images[row]), wording), images[row])
             for row in range(count)
             if with_image and images[row]
         }
-        text, image = self._encode_rows(texts, count, budget), self._encode_rows(pictures, count, budget)
+        with moda.modality(schema.TEXT):
+            text = self._encode_rows(texts, count, budget)
+        with moda.modality(schema.IMAGE):
+            image = self._encode_rows(pictures, count, budget)
         return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
@@ -418,17 +440,19 @@ def encoder_settings(
             "--views text with a text model",
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
+    decisive = asdict(settings)
+    if settings.wording == EncoderSettings.wording:  # exports from before it existed can go on
+        del decisive["wording"]
     return {
         "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
         "revision": revision,
         "backbone_hash": lora.backbone_hash(backbone, revision),
         "model_type": model_type,
         "adapter": None if adapter is None else lora.adapter_hash(adapter),
-        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template),
+        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.wording),
         "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
-        "pooling": "last",
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
-        **asdict(settings),
+        **decisive,
         "views": list(settings.columns),  # not the setting's one word: readers look for columns
     }
 

@@ -6,6 +6,10 @@
 All three are taken with respect to the same parameters and from the same forward pass, so under the same dropout
 masks: no random number is drawn, and the graph is kept for the step itself. The penalty of Eq. 9 compares two
 modalities and does not exist for one alone; with VLM2Rec too, g_T and g_V are therefore those of plain InfoNCE.
+
+SDA has a loss between the two modalities (section 3.3.3 of its paper): there g_T is its gradient with the image
+vectors held constant, and g_V with the text vectors. `conflict` compares the two in single matrices, where a negative
+cosine means that the modalities pull the same numbers in opposite directions.
 """
 
 from __future__ import annotations
@@ -57,6 +61,35 @@ def gradient_alignment(losses: Mapping[str, Tensor], parameters: Sequence[Tensor
     for a, b in itertools.combinations(gradients, 2):
         if 0 < norms[a] * norms[b] < math.inf:
             row[f"cos_{a}_{b}"] = _dot(gradients[a], gradients[b]) / (norms[a] * norms[b])
+    return row
+
+
+Part = tuple[Tensor, tuple[slice, ...]]
+"""Some rows and columns of a parameter."""
+
+
+def conflict(losses: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, float]:
+    """Return the cosine of the gradients of two losses in each of some places, `cos_<a>_<b>_<place>`.
+
+    What is not defined is left out: a cosine with a gradient of length 0, or with one that is not finite.
+
+    Args:
+        losses: two scalars by name; their graph is left whole.
+        parts: by place, the parts of parameters that count as one vector there.
+    """
+    (a, first), (b, second) = losses.items()
+    row = {}
+    for place, here in parts.items():
+        one, other = (_gradient(loss, [parameter for parameter, _ in here]) for loss in (first, second))
+        pairs = [
+            (x[index], y[index])
+            for x, y, (_, index) in zip(one, other, here, strict=True)
+            if x is not None and y is not None
+        ]
+        xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
+        lengths = _dot(xs, xs) ** 0.5 * _dot(ys, ys) ** 0.5
+        if 0 < lengths < math.inf:
+            row[f"cos_{a}_{b}_{place}"] = _dot(xs, ys) / lengths
     return row
 
 

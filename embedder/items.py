@@ -111,6 +111,22 @@ def encode_rows(
     return {view: np.concatenate(blocks) for view, blocks in parts.items()}
 
 
+def encode_users_together(
+    encoder: ItemEncoder, items: Items, histories: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Return the users' vectors by view, as `encode_rows_together`: their histories encoded as sequences.
+
+    An encoder that reads single items only gives the mean of the history's item vectors (§5.1.3).
+    """
+    if encoder.encoder_settings.reads_histories:
+        return encode_rows_together(encoder, items, histories)
+    rows, place = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
+    found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
+    starts = np.cumsum([0, *(len(history) for history in histories[:-1])])
+    lengths = np.array([len(history) for history in histories], np.float32)[:, None]
+    return {view: np.add.reduceat(vectors[place], starts, axis=0) / lengths for view, vectors in found.items()}
+
+
 def encode_rows_together(
     encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:

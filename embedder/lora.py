@@ -1,6 +1,7 @@
 """The adapter folder: a standard PEFT adapter, what it was trained with, and vectors that prove it works.
 
     adapter_config.json  adapter_model.safetensors   any PEFT user can load these
+    moda.safetensors                                 in their place, of an adapter that PEFT does not know (`moda`)
     vlm2rec.json                                     encoder settings, backbone, losses, seed, versions; written last
     canary.safetensors                               a few generated items and their vectors
     curves.json  README.md                           training curves, model card
@@ -26,20 +27,22 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.backbone import Backbone
+from vlm2rec.embedder import moda, schema
+from vlm2rec.embedder.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.errors import ModelError
 
-# The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
-# so a list of bare names would adapt them silently. Text models have their layers right below `model`.
-LORA_TARGETS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MODA_FILE = "moda.safetensors"
 SETTINGS_FILE = "vlm2rec.json"
 CANARY_FILE = "canary.safetensors"
 CURVES_FILE = "curves.json"
 CANARY_COSINE = 0.999
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
+# PEFT stops at a type it does not know, and shows it: here is room for what to do
+_NO_PEFT_TYPE = (
+    "MODA, which PEFT does not know: load this folder with vlm2rec.embedder.ItemEncoder.load(backbone, adapter=folder)"
+)
 _TRAIN_AGAIN = "fine-tune again, or copy the adapter folder again with all its files"
 
 
@@ -50,7 +53,7 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
         ModelError: the backbone has no layers under the names that all supported families use.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=ADAPTED_LAYERS, bias="none")
     wrapped = _wrap(backbone, config)
     inside = {id(parameter) for parameter in backbone.language_model.parameters()}
     stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
@@ -69,7 +72,7 @@ def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
     except ValueError as error:
         raise ModelError(
             f"LoRA finds nothing to adapt in this backbone ({str(error).splitlines()[0]})",
-            f"modules that match {LORA_TARGETS}",
+            f"modules that match {ADAPTED_LAYERS}",
             "choose a backbone of a supported family",
         ) from None
 
@@ -94,13 +97,29 @@ def canary_items() -> tuple[list[str], list[Image.Image]]:
 
 
 def save_adapter(
-    wrapped: PeftModel, folder: Path, settings: dict[str, Any], canary: Canary, curves: dict[str, Any], card: str
+    wrapped: torch.nn.Module, folder: Path, settings: dict[str, Any], canary: Canary, curves: dict[str, Any], card: str
 ) -> None:
-    """Write a complete adapter folder; `vlm2rec.json` comes last and marks it finished."""
+    """Write a complete adapter folder; `vlm2rec.json` comes last and marks it finished.
+
+    Args:
+        wrapped: what `add_lora` or `moda.add_moda` returned.
+        folder: where to.
+        settings: what the adapter was trained with; `encoder` among them.
+        canary: vectors that the trained model gives.
+        curves: of the training.
+        card: the README.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS_FILE).unlink(missing_ok=True)
-    wrapped.peft_config["default"].inference_mode = True
-    wrapped.save_pretrained(str(folder), safe_serialization=True)
+    for name in (SETTINGS_FILE, WEIGHTS_FILE, MODA_FILE):  # of a run before, which may have been of the other kind
+        (folder / name).unlink(missing_ok=True)
+    if isinstance(wrapped, PeftModel):
+        wrapped.peft_config["default"].inference_mode = True
+        wrapped.save_pretrained(str(folder), safe_serialization=True)
+        settings = {"kind": "lora", **settings}
+    else:
+        safetensors.torch.save_file(moda.weights(wrapped), folder / MODA_FILE)
+        schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
+        settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
     safetensors.torch.save_file(
         {"images": pixels, "fused": torch.from_numpy(canary.fused)},
@@ -118,7 +137,8 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: not an adapter folder of vlm2rec, or an unfinished one.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE, CANARY_FILE, SETTINGS_FILE):
+    weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
+    for name in (CONFIG_FILE, weights, CANARY_FILE, SETTINGS_FILE):
         if not (folder / name).is_file():
             raise ModelError(
                 f"{folder} is not a finished adapter folder: it has no {name}",
@@ -150,11 +170,16 @@ def read_canary(folder: Path) -> Canary:
 def merge_adapter(backbone: Backbone, folder: Path) -> None:
     """Load an adapter strictly and fold it into the backbone's weights, in place.
 
-    The update is computed in float32 and rounded once, to the backbone's dtype.
+    The update is computed in float32 and rounded once, to the backbone's dtype. One with MoDA is folded into two sets
+    of weights, one for each modality.
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
     """
+    if kind(folder) == "moda":
+        load_moda(backbone, folder)
+        moda.fold(backbone)
+        return
     try:
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         config = LoraConfig.from_pretrained(str(folder))
@@ -172,6 +197,30 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
     wrapped.to(backbone.device)
     wrapped.merge_and_unload()
     backbone.model.requires_grad_(False).eval()
+
+
+def kind(folder: Path) -> str:
+    """Return what a finished adapter folder holds: `lora`, or `moda`, which has weights for each modality."""
+    found = str(read_adapter(folder).get("kind", "lora"))  # the only one that there was before the word
+    if found not in ("lora", "moda"):
+        raise ModelError(f"the adapter {folder} is of kind {found!r}", "lora or moda", "install a newer vlm2rec")
+    return found
+
+
+def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
+    """Load an adapter with MoDA strictly into fresh experts, in place, and leave it unfolded.
+
+    Raises:
+        ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+    """
+    try:
+        settings = moda.ModaSettings(**read_adapter(folder)["moda"])
+        stored = safetensors.torch.load_file(folder / MODA_FILE)
+    except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"the adapter {folder} is damaged ({error})", "an adapter with MoDA", _TRAIN_AGAIN) from None
+    model = moda.add_moda(backbone, settings, seed=0)
+    moda.load_strictly(model, stored, str(folder))
+    return model.eval()
 
 
 def load_strictly(wrapped: PeftModel, stored: dict[str, Tensor], where: str) -> None:
@@ -235,8 +284,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def adapter_hash(folder: Path) -> str:
     """Return the SHA-256 of the adapter's weights."""
-    read_adapter(folder)
-    return schema.sha256_file(folder / WEIGHTS_FILE)
+    return schema.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
 
 
 def backbone_hash(source: str, revision: str | None) -> str:

@@ -1,9 +1,10 @@
-"""The training losses: InfoNCE (SFT), and VLM2Rec's WPCL + CRTR. Pure tensor code.
+"""The training losses: InfoNCE (SFT), VLM2Rec's WPCL + CRTR, and SDA's CMSA. Pure tensor code.
 
-Every function takes a batch of B users with their B target items; row i of one belongs to row i of the other.
+Those of users take a batch of B users with their B target items; row i of one belongs to row i of the other.
 The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target and its
 repeats at other users are left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
+CMSA, at the end of the file with equation numbers of its own paper, takes a batch of N items.
 
 Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
 τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
@@ -12,7 +13,7 @@ Arithmetic is float32 for half-precision input, under autocast too, and float64 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +237,96 @@ def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float)
     log_image = (image / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
     # the two divergences in one sum, whose terms are all >= 0
     return 0.5 * ((log_text.exp() - log_image.exp()) * (log_text - log_image)).sum(dim=1)
+
+
+# --- SDA ----------------------------------------------------------------------------------------------------
+
+Alignment = Literal["paper", "reference", "off"]
+CMSA_TAU = {"paper": 0.1, "reference": 3.0, "off": 0.1}
+_REFERENCE_WIDTH = 768  # to which SDA's code averages vectors before it compares them
+
+
+class ItemAlignment(nn.Module):
+    """What SDA trains by: holds the image and the text vectors of the same N items against each other.
+
+    Args:
+        kind: `paper` is CMSA as the SDA paper writes it, `reference` as its public code does it, `off` InfoNCE
+            between an item's text and its image, the paper's ablation without the soft target.
+        tau: temperature τ; None takes `CMSA_TAU`. `reference` starts there and learns it, as the code does; it
+            belongs into no weight decay.
+    """
+
+    def __init__(self, kind: Alignment = "paper", tau: float | None = None) -> None:
+        super().__init__()
+        _require(kind in CMSA_TAU, f"cmsa is {kind!r}", "paper, reference or off")
+        tau = CMSA_TAU[kind] if tau is None else tau
+        _require(tau > 0 and math.isfinite(tau), f"tau_cmsa is {tau}", "a finite number above 0")
+        self.kind: Alignment = kind
+        if kind == "reference":
+            self.tau: Tensor = nn.Parameter(torch.tensor(tau))
+        else:
+            self.register_buffer("tau", torch.tensor(tau), persistent=False)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the loss, a scalar, of the items' image and text vectors, (N, d) each."""
+        _check_batch(torch.arange(len(image)), image, text)
+        with torch.autocast(image.device.type, enabled=False):
+            if self.kind == "paper":
+                return cmsa(image, text, float(self.tau))
+            if self.kind == "reference":
+                return cmsa_reference(image, text, self.tau)
+            own = torch.arange(len(image), device=image.device)
+            tau = float(self.tau)
+            return 0.5 * (info_nce(image, text, own, tau) + info_nce(text, image, own, tau))
+
+
+def cmsa(image: Tensor, text: Tensor, tau: float = 0.1) -> Tensor:
+    """Return the Cross-Modal Structural Alignment loss of N items, a scalar (Eqs. 1-3 of the SDA paper).
+
+        S = X·Yᵀ/τ,   P = softmax(S),   P' = softmax(Sᵀ)            Eq. 1, rows sum to 1
+        T = softmax((X·Xᵀ + Y·Yᵀ)/(2τ)), held constant               Eq. 2, the structural teacher
+        mean over the items of ½·(KL(T‖P) + KL(T'‖P'))               Eq. 3
+
+    with X and Y the unit image and text vectors. T' is the teacher of the transposed direction, its rows normalised
+    anew; as the mean of the intra-modal similarities is symmetric, T' = T. The loss is 0 where P and P' are T.
+    The paper's formulas are not printed whole: that teacher and student share τ is our reading.
+
+    Args:
+        image: image vectors of the items, (N, d).
+        text: their text vectors, (N, d).
+        tau: temperature τ.
+    """
+    x, y = unit(image), unit(text)
+    student = x @ y.T / tau  # (N, N)
+    with torch.no_grad():
+        teacher = ((x @ x.T + y @ y.T) / (2 * tau)).log_softmax(dim=1)  # (N, N)
+    to_text = F.kl_div(student.log_softmax(dim=1), teacher, reduction="batchmean", log_target=True)
+    to_image = F.kl_div(student.T.log_softmax(dim=1), teacher, reduction="batchmean", log_target=True)
+    return 0.5 * (to_text + to_image)
+
+
+def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
+    """Return CMSA as the paper's public code does it, a scalar.
+
+    It differs from `cmsa` in this: vectors keep their lengths and are averaged in groups to 768 numbers where they are
+    longer; the teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher as it flattens the student; it is not
+    held constant, and the transposed direction takes Tᵀ, whose rows do not sum to 1; cross-entropy in place of KL.
+
+    Args:
+        image: image vectors of the items, (N, d).
+        text: their text vectors, (N, d).
+        tau: temperature τ, a scalar, with gradient if it is learned.
+    """
+    x, y = (_in_groups(at_least_float32(vectors)) for vectors in (image, text))
+    student = x @ y.T / tau  # (N, N)
+    teacher = ((x @ x.T + y @ y.T) / 2 * tau).softmax(dim=1)  # (N, N)
+    to_text = -(teacher * student.log_softmax(dim=1)).sum(dim=1)
+    to_image = -(teacher.T * student.T.log_softmax(dim=1)).sum(dim=1)
+    return 0.5 * (to_text + to_image).mean()
+
+
+def _in_groups(vectors: Tensor) -> Tensor:
+    return F.adaptive_avg_pool1d(vectors, _REFERENCE_WIDTH) if vectors.shape[1] > _REFERENCE_WIDTH else vectors
 
 
 def _positive(raw: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from vlm2rec.embedder import prompts, schema
 from vlm2rec.embedder.prompts import IMAGE_HERE, Prompt
 
 _TASK = "feature-extraction"
+_KINDS = {
+    "lora": "LoRA adapter",
+    "moda": "MoDA adapter (experts with a gate for text and one for images; for vlm2rec alone, not for PEFT)",
+}
 
 
 def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
@@ -35,15 +39,15 @@ def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -
 
 # vlm2rec adapter ({training["loss"]})
 
-LoRA adapter on `{backbone}`{f" at revision `{revision}`" if revision else ""}, fine-tuned on the histories of
-`{data["name"]}` for item embeddings of recommenders.
+{_KINDS[settings.get("kind", "lora")]} on `{backbone}`{f" at revision `{revision}`" if revision else ""}, fine-tuned on
+the {"histories" if data["users"] else "items"} of `{data["name"]}` for item embeddings of recommenders.
 
 **Licence.** The backbone's applies: {settings["licence"]}.
 
-**Data.** `{data["name"]}`: {data["samples"]} samples of {data["users"]} users; hashes of the dataset's files stand in
+**Data.** `{data["name"]}`: {_samples(data)}; hashes of the dataset's files stand in
 `vlm2rec.json`. {training["steps"]} steps, seed {training["seed"]}.
 
-**Prompts** (mode `{encoder["prompt_mode"]}`), items numbered from 0, the vector is the last token's state:
+**Prompts** (mode `{encoder["prompt_mode"]}`), {_asked(encoder)}:
 
 {asked}
 
@@ -67,6 +71,16 @@ size.
 """
 
 
+def _samples(data: dict[str, Any]) -> str:
+    return f"{data['samples']} samples of {data['users']} users" if data["users"] else f"{data['samples']} items"
+
+
+def _asked(encoder: dict[str, Any]) -> str:
+    numbered = "of single items" if encoder.get("wording") == "sda" else "items numbered from 0"
+    pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
+    return f"{numbered}, the vector is {pooled}"
+
+
 def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
     licence, data = settings["licence"], settings["dataset"]
     known = licence.lower() if re.fullmatch(r"[A-Za-z]+-[\d.]+", licence) else None  # such as Apache-2.0
@@ -75,7 +89,7 @@ def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]
     card = ModelCardData(
         model_name=f"vlm2rec adapter on {Path(backbone).name}",
         base_model=backbone if on_hub else Path(backbone).name,
-        library_name="peft",
+        library_name="peft" if settings.get("kind", "lora") == "lora" else "vlm2rec",
         license=known or "other",
         license_name=None if known else licence,
         pipeline_tag=_TASK,
@@ -98,7 +112,12 @@ def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]
 def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
     if encoder["fusion"] == "internal":
         return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
-    both = {schema.TEXT: prompts.text_prompt(["TITLE", "TITLE"]), schema.IMAGE: prompts.image_prompt(2)}
+    wording = encoder.get("wording", "vlm2rec")
+    items = 1 if wording == "sda" else 2
+    both = {
+        schema.TEXT: prompts.text_prompt(["TITLE"] * items, wording),
+        schema.IMAGE: prompts.image_prompt(items, wording),
+    }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}
 
 

@@ -5,7 +5,7 @@ Three savings over a padded batch, all exact:
 - *packed*: the row holds the tokens of the prompts and nothing else; attention runs over each prompt by itself.
 - *shared prefix*: the instruction at the start of every prompt is encoded once, and its keys and values are what every
   prompt attends to. Only while no weight changes.
-- *last layer*: its MLP and the final norm see last tokens only; nothing reads the others.
+- *last layer*: its MLP and the final norm see last tokens only; nothing reads the others. Not with mean pooling.
 
 `FixedBlocks` makes a vector the same to the last bit whatever else is encoded with it.
 
@@ -35,6 +35,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from vlm2rec.embedder.pooling import at_least_float32
+
 LANGUAGE_ATTENTION = "vlm2rec_packed"
 # transformers hands the bounds of the windows to attention functions with this word in their name, and calls others
 # once for every window of every image
@@ -55,6 +57,7 @@ class Layout:
     lengths: tuple[int, ...]
     prefix: int = 0  # tokens of the shared prefix, which lie in the cache and not in the row
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    every_state: bool = False  # the final states of all tokens are wanted, not those of the last ones alone
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -73,6 +76,13 @@ class Layout:
             ("bounds", before),
             lambda: torch.tensor([0, *(before + length for length in self.lengths)]).cumsum(0).to(torch.int32),
         )
+
+    def sums(self, states: Tensor) -> Tensor:
+        """Return the sum of each prompt's states, (T, d) to (n, d), in float32 at least.
+
+        Prompt by prompt, so that the order of a sum does not depend on the neighbours.
+        """
+        return torch.stack([own.sum(dim=0) for own in at_least_float32(states).split(self.lengths)])
 
     @property
     def keys(self) -> Tensor:
@@ -105,6 +115,7 @@ class Prefix:
     """The keys and values that each layer made of the tokens that start every prompt of a kind."""
 
     states: tuple[tuple[Tensor, Tensor], ...]  # per layer, keys and values (1, heads, tokens, width)
+    pooled: Tensor  # (1, d) what pooling makes of the prefix alone: of no use but to the mean, which adds it
 
     def cache(self) -> DynamicCache:
         """Return the prefix as a cache of its own: a model appends to what it is given."""
@@ -325,7 +336,7 @@ _PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments: Any) -> Tensor:
     """Do what a pre-norm decoder layer does, and hand on the last token of each prompt alone, (1, n, d)."""
     layout: Layout | None = arguments.get(LAYOUT)
-    if layout is None:
+    if layout is None or layout.every_state:
         return usual(hidden_states, **arguments)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
     state = hidden_states[:, layout.last] + attended[:, layout.last]

@@ -10,6 +10,8 @@ from torch import Tensor
 from vlm2rec.embedder.errors import ConfigError
 
 FusionNorm = Literal["raw", "normalised"]
+Pooling = Literal["last", "mean"]
+"""What of a prompt's final states becomes its vector: the last token's (VLM2Rec), or the mean of all (SDA)."""
 
 
 def last_token(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prompts of section 2.2.1, as the paper prints them. No model code.
+"""The prompts of section 2.2.1, as the paper prints them, and those of SDA for single items. No model code.
 
 A prompt is a tuple of parts: text, or `IMAGE_HERE` where an image goes. It becomes a string in one of two modes:
 `raw` joins the parts, so that the last token of the prompt is the last token of the last item; `chat` puts them into
@@ -12,31 +12,54 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 PromptMode = Literal["raw", "chat"]
+Wording = Literal["vlm2rec", "sda"]
 Prompt = tuple[str | None, ...]
 
 IMAGE_HERE: Final = None
 TEXT_INSTRUCTION = "Describe this item text sequence in one word, "
 IMAGE_INSTRUCTION = "Describe this item image sequence in one word, "
 ITEM_INSTRUCTION = "Describe this item sequence in one word, "
-CONSTANT_STARTS: Final = tuple(
-    f"{instruction}0) " for instruction in (TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION)
+SDA_TEXT_INSTRUCTION = "The product has the following attributes: "
+SDA_IMAGE_INSTRUCTION = "The product has the image: "
+CONSTANT_STARTS: Final = (
+    *(f"{instruction}0) " for instruction in (TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION)),
+    SDA_TEXT_INSTRUCTION,
+    SDA_IMAGE_INSTRUCTION,
 )
 """What prompts of one kind all begin with."""
 
 
-def text_prompt(titles: Sequence[str]) -> Prompt:
-    """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first."""
+def text_prompt(titles: Sequence[str], wording: Wording = "vlm2rec") -> Prompt:
+    """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
+
+    In the wording of SDA, which knows single items only: `The product has the following attributes: <title>`.
+    """
+    if wording == "sda":
+        return (SDA_TEXT_INSTRUCTION + titles[_the_only(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
 
 
-def image_prompt(count: int) -> Prompt:
-    """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`."""
+def image_prompt(count: int, wording: Wording = "vlm2rec") -> Prompt:
+    """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
+
+    In the wording of SDA: `The product has the image: <image>`.
+    """
+    if wording == "sda":
+        _the_only(count)
+        return (SDA_IMAGE_INSTRUCTION, IMAGE_HERE)
     return _with_images(IMAGE_INSTRUCTION, [""] * count)
 
 
 def item_prompt(titles: Sequence[str]) -> Prompt:
     """Return the interleaved prompt of internal fusion: `..., 0) <title> <image>, 1) <title> <image>`."""
     return _with_images(ITEM_INSTRUCTION, [f"{title} " for title in titles])
+
+
+def _the_only(count: int) -> int:
+    """Return 0, the row of a single item; raise `ValueError` for a sequence."""
+    if count != 1:
+        raise ValueError(f"a sequence of {count} items; SDA's prompts ask about one")
+    return 0
 
 
 def _with_images(instruction: str, before_image: Sequence[str]) -> Prompt:
@@ -55,7 +78,11 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def prompt_hash(mode: PromptMode, chat_template: str | None) -> str:
+def prompt_hash(mode: PromptMode, chat_template: str | None, wording: Wording = "vlm2rec") -> str:
     """Return a short hash of everything that decides a prompt's wording, for fingerprints."""
-    texts = [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION, mode, (chat_template or "") * (mode == "chat")]
+    instructions = {
+        "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
+        "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
+    }[wording]
+    texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

@@ -1,21 +1,24 @@
-"""Fine-tuning: the four encodes of a batch, the loss over them, and transformers' Trainer around it."""
+"""Fine-tuning: the four encodes of a batch, the loss over them, and transformers' Trainer around it.
+
+`train` trains any `Model`: `HistoryModel` here, which learns from users' histories, and `sda.ItemModel`.
+"""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import safetensors.torch
 import torch
 from accelerate.data_loader import prepare_data_loader
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from vlm2rec.embedder import distributed, schema
+from vlm2rec.embedder import distributed, moda, schema
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ModelError
 from vlm2rec.embedder.gradients import TOTAL, gradient_alignment, modality_losses
@@ -38,7 +41,7 @@ from vlm2rec.embedder.lora import restore, trainable
 from vlm2rec.embedder.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
 from vlm2rec.embedder.monitor import Collapse, Probe, collapses
 from vlm2rec.embedder.pooling import norm_ratio
-from vlm2rec.embedder.samples import Sample, Samples
+from vlm2rec.embedder.samples import Sample
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS = "trainable.safetensors"
@@ -52,51 +55,68 @@ _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one pie
 Negatives = Literal["local", "global"]
 
 
-class HistoryModel(nn.Module):
-    """An encoder with LoRA, and the loss over a batch of users and their next items.
+class TrainingSamples(Protocol):
+    """What `train` draws batches from: `Samples`, or `sda.ItemSamples`."""
 
-    Where several processes train together, each gives its own users and items and computes the loss of all of them.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch."""
+
+
+class Model(nn.Module, ABC):
+    """An encoder with an adapter, and a loss over batches of samples.
 
     Args:
-        encoder: with LoRA layers in its backbone.
-        wrapped: the PEFT wrapper of the same backbone, registered so that the trainer sees its parameters.
+        encoder: with adapted layers in its backbone.
+        wrapped: the module that holds the adapter, registered so that the trainer sees its parameters.
         items: titles and image features.
-        loss: `VLM2RecLoss`, or None for plain InfoNCE.
-        tau: temperature of InfoNCE.
+        loss: with the parameters that are learned beside the adapter, if it has any.
         chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
-        negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
-            loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
-            one process with the whole batch).
     """
 
     def __init__(
-        self,
-        encoder: ItemEncoder,
-        wrapped: PeftModel,
-        items: Items,
-        loss: VLM2RecLoss | None,
-        tau: float,
-        chunk_users: int = 0,
-        negatives: Negatives = "local",
+        self, encoder: ItemEncoder, wrapped: nn.Module, items: Items, loss: nn.Module | None, chunk_users: int = 0
     ) -> None:
         super().__init__()
-        self.encoder, self.items, self.tau, self.chunk_users = encoder, items, tau, chunk_users
-        self.negatives: Negatives = negatives
+        self.encoder, self.items, self.chunk_users = encoder, items, chunk_users
         self.wrapped = wrapped
         self.loss = loss
 
-    def train(self, mode: bool = True) -> HistoryModel:
-        """Switch dropout of the language model's LoRA layers; the frozen vision tower stays in evaluation mode."""
+    @abstractmethod
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
+
+        Takes what `collate` made of the batch, and `with_gradients`.
+        """
+
+    @abstractmethod
+    def collate(self, batch: list[Any]) -> dict[str, Any]:
+        """Return samples as the arguments of `forward`; with several processes, this one's share of them."""
+
+    @abstractmethod
+    def named(self, batch: dict[str, Any]) -> str:
+        """Return which samples a batch holds, for a message."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout of the language model's adapted layers; the frozen vision tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.backbone.model.eval()
         self.encoder.backbone.language_model.train(mode)
         return self
 
+    @property
+    def adapted(self) -> list[nn.Parameter]:
+        """The adapter's trained parameters."""
+        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+
     def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent.
 
-        With `chunk_users`, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the
-        same dropout, when the loss over the whole batch has said what becomes of them.
+        In chunks, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the same
+        dropout, when the loss over the whole batch has said what becomes of them.
         """
         if not sequences:
             return self._encode_nothing()
@@ -110,16 +130,63 @@ class HistoryModel(nn.Module):
 
     def _encode_nothing(self) -> dict[str, Tensor]:
         """Return no rows, on which all trained weights depend: each process waits for the gradients of every other."""
-        zero = 0.0 * torch.stack([p.float().sum() for p in self.wrapped.parameters() if p.requires_grad]).sum()
+        zero = 0.0 * torch.stack([p.float().sum() for p in self.adapted]).sum()
         return {view: zero.expand(0, self.encoder.dim) for view in schema.VIEWS}
+
+
+class HistoryModel(Model):
+    """An encoder with LoRA, and the loss over a batch of users and their next items.
+
+    Where several processes train together, each gives its own users and items and computes the loss of all of them.
+
+    Args:
+        encoder: with LoRA layers in its backbone.
+        wrapped: the PEFT wrapper of the same backbone.
+        items: titles and image features.
+        loss: `VLM2RecLoss`, or None for plain InfoNCE.
+        tau: temperature of InfoNCE.
+        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+        negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
+            loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
+            one process with the whole batch).
+    """
+
+    loss: VLM2RecLoss | None
+
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        wrapped: nn.Module,
+        items: Items,
+        loss: VLM2RecLoss | None,
+        tau: float,
+        chunk_users: int = 0,
+        negatives: Negatives = "local",
+    ) -> None:
+        super().__init__(encoder, wrapped, items, loss, chunk_users)
+        self.tau = tau
+        self.negatives: Negatives = negatives
+
+    def collate(self, batch: list[Sample]) -> dict[str, Any]:
+        """Return `histories` and `targets` of this process's share, and the rows of their `users`."""
+        samples = distributed.share(batch)
+        return {
+            "histories": [[int(row) for row in sample.history] for sample in samples],
+            "targets": torch.tensor([sample.target for sample in samples], dtype=torch.int64),
+            "users": [sample.user for sample in samples],
+        }
+
+    def named(self, batch: dict[str, Any]) -> str:
+        """Return the users, as rows of `sequences.parquet`."""
+        return f"users (rows of sequences.parquet) {batch['users']}"
 
     @property
     def has_both_modalities(self) -> bool:
         """Whether text and image have vectors of their own."""
         return {*schema.MODALITIES} <= {*self.encoder.views}
 
-    def forward(
-        self, histories: list[list[int]], targets: Tensor, with_gradients: bool = False
+    def forward(  # type: ignore[override]
+        self, histories: list[list[int]], targets: Tensor, users: Sequence[int] = (), with_gradients: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
 
@@ -128,14 +195,15 @@ class HistoryModel(nn.Module):
         Args:
             histories: B lists of item rows, with several processes those of this one; there may be none.
             targets: (B,) item rows; a target that several users share is encoded once.
+            users: who they are; not looked at.
             with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
                 weights (`gradient_alignment`); the loss and its graph stay as they are.
         """
-        users = self.encode(histories)
+        vectors = self.encode(histories)
         distinct, place = targets.unique(return_inverse=True)
         encoded = self.encode([[int(row)] for row in distinct])
-        items = {view: vectors[place] for view, vectors in encoded.items()}
-        batches = self._held_together(users, items, targets)
+        items = {view: found[place] for view, found in encoded.items()}
+        batches = self._held_together(vectors, items, targets)
         totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
         sizes = [len(batch.targets) for batch in batches]
         total, log = _mean([{TOTAL: total} for total in totals], sizes)[TOTAL], _mean(logs, sizes)
@@ -143,7 +211,7 @@ class HistoryModel(nn.Module):
         if with_gradients:
             parts = [modality_losses(batch.users, batch.items, batch.targets, self.tau) for batch in batches]
             losses = {TOTAL: total, **_mean(parts, sizes)}
-            alignment = gradient_alignment(losses, [p for p in self.wrapped.parameters() if p.requires_grad])
+            alignment = gradient_alignment(losses, self.adapted)
         return total, {name: value.detach() for name, value in log.items()}, alignment
 
     def _held_together(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
@@ -256,8 +324,8 @@ OnStep = Callable[[int, int, dict[str, float]], None]  # step, of steps, latest 
 
 
 def train(
-    model: HistoryModel,
-    samples: Samples,
+    model: Model,
+    samples: TrainingSamples,
     out: Path,
     settings: TrainingSettings,
     validate: Validate,
@@ -276,7 +344,7 @@ def train(
 
     Args:
         model: what to train.
-        samples: users and their next items.
+        samples: what `model.collate` takes, in a list.
         out: folder for checkpoints.
         settings: how long and how fast.
         validate: ranks the validation items with the weights of the moment; called by every process, as is `probe`,
@@ -286,14 +354,14 @@ def train(
         on_collapse: told of views that collapse, at the probe that shows it.
 
     Raises:
-        ModelError: the loss is not finite (names the step and the users), or a checkpoint does not fit.
+        ModelError: the loss is not finite (names the step and the samples), or a checkpoint does not fit.
     """
     folder = out / CHECKPOINTS
     checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
-        _checkpointing(backbone.language_model, "enable", {"use_reentrant": False})
+        _checkpointing(backbone.language_model, "enable", {"use_reentrant": False, "context_fn": moda.remembered})
     steps_an_epoch = math.ceil(len(samples) / (settings.batch_size * distributed.count()))
     total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
     arguments = TrainingArguments(
@@ -325,10 +393,10 @@ def train(
         frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
-    trainer = _HistoryTrainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
-        data_collator=_collate,
+        data_collator=model.collate,
         train_dataset=samples,
         optimizers=(_optimizer(model, settings), None),
         callbacks=[watch],
@@ -349,36 +417,26 @@ def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *a
     (method or getattr(language_model, f"gradient_checkpointing_{action}"))(*arguments)
 
 
-def _collate(batch: list[Sample]) -> dict[str, Any]:
-    """Return this process's share of a batch of all."""
-    samples = distributed.share(batch)
-    return {
-        "histories": [[int(row) for row in sample.history] for sample in samples],
-        "targets": torch.tensor([sample.target for sample in samples], dtype=torch.int64),
-        "users": [sample.user for sample in samples],
-    }
-
-
-def _optimizer(model: HistoryModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    # decay would pull α and β towards ln 2: they are softplus of a free parameter
+def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
+    # decay would pull α and β towards ln 2, as they are softplus of a free parameter, and a temperature towards 0
     own = [] if model.loss is None else [p for p in model.loss.parameters() if p.requires_grad]
-    lora = [p for p in model.wrapped.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": lora, "weight_decay": settings.weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": model.adapted, "weight_decay": settings.weight_decay}]
     if own:
         groups.append({"params": own, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
-class _HistoryTrainer(Trainer):
+class _Trainer(Trainer):
     """transformers' Trainer with our loss, our log and checkpoints that hold trained weights only."""
 
     def __init__(self, gradient_steps: int, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self._learner: Model = arguments["model"]
         self._gradient_steps = gradient_steps
         self._parts: list[dict[str, Tensor]] = []
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of all processes, in an order that depends on the seed alone; `_collate` takes a share.
+        """Return the batches of all processes, in an order that depends on the seed alone; `collate` takes a share.
 
         Accelerate's own sharding repeats samples where an epoch does not divide evenly.
         """
@@ -397,18 +455,17 @@ class _HistoryTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         step = self.state.global_step
         due = self._gradient_steps > 0 and step % self._gradient_steps == 0
-        loss, log, alignment = model(inputs["histories"], inputs["targets"], with_gradients=due)
+        loss, log, alignment = model(**inputs, with_gradients=due)
         if not torch.isfinite(loss):
             raise ModelError(
-                f"the loss is {loss.item()} at step {step + 1}, with users (rows of"
-                f" sequences.parquet) {inputs['users']}",
+                f"the loss is {loss.item()} at step {step + 1}, with {self._learner.named(inputs)}",
                 "a finite loss",
                 "lower --learning-rate, raise the temperatures, or use --dtype float32",
             )
         self._parts.append(log)
         if due:
-            users = sum(distributed.from_all(len(inputs["users"])))
-            self.state.log_history.append({"step": step, _GRADIENTS: users, **alignment})
+            samples = sum(distributed.from_all(len(next(iter(inputs.values())))))
+            self.state.log_history.append({"step": step, _GRADIENTS: samples, **alignment})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -438,8 +495,8 @@ class _Watch(TrainerCallback):
 
     def __init__(
         self,
-        model: HistoryModel,
-        samples: Samples,
+        model: Model,
+        samples: TrainingSamples,
         folder: Path,
         validate: Validate,
         on_step: OnStep,

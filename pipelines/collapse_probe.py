@@ -10,7 +10,7 @@ from vlm2rec.downstream.geometry import effective_rank, geometry_from_rows
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.items import Items, encode_rows_together
+from vlm2rec.embedder.items import Items, encode_rows_together, encode_users_together
 from vlm2rec.embedder.monitor import Collapse, Probe
 from vlm2rec.pipelines.config import FinetuneConfig
 
@@ -37,7 +37,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     items = Items(dataset, encoder, _CACHE)
 
     def measure() -> dict[str, float]:
-        user_vectors = encode_rows_together(encoder, items, sequences)
+        user_vectors = encode_users_together(encoder, items, sequences)
         item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])
         row: dict[str, float] = {}
         for view in schema.VIEWS:
@@ -73,6 +73,8 @@ def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
 
 def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
     slower = f"a --learning-rate below {config.learning_rate:g} or fewer steps"
+    if config.method == "sda":
+        return f"a higher --tau-cmsa, or {slower}"
     if any(collapse.rule != "behind" for collapse in noticed):
         lam = "" if config.loss == "sft" else f"a smaller --lam (now {config.lam:g}), "
         return f"{lam}a higher --tau-wpcl (now {config.tau_wpcl:g}), or {slower}"

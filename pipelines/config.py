@@ -1,6 +1,7 @@
 """The settings of every command: one frozen dataclass each, and how they are read.
 
-A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below.
+A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. Of `finetune`
+with `--method sda`, `SDA_DEFAULTS` come before the default.
 Unknown keys are refused with the nearest known name. Importing this module costs nothing: pydantic,
 which checks types and bounds, is loaded when a command runs.
 """
@@ -28,6 +29,10 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 LossName = Literal["vlm2rec", "sft"]
+Method = Literal["vlm2rec", "sda"]
+Alignment = Literal["paper", "reference", "off"]
+Pooling = Literal["last", "mean"]
+Wording = Literal["vlm2rec", "sda"]
 PromptMode = Literal["raw", "chat"]
 FusionMode = Literal["external", "internal"]
 ViewChoice = Literal["both", "text", "image"]
@@ -92,13 +97,28 @@ class MakeBackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one."""
+    """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one.
+
+    Those of SDA that differ stand in `SDA_DEFAULTS`, and `read_config` applies them.
+    """
 
     data: Path = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
+    method: Method = setting(
+        "What is learned from: vlm2rec: users' histories, by --loss; sda: text and image of items, by --cmsa.",
+        "vlm2rec",
+    )
     loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
+    cmsa: Alignment = setting(
+        "SDA's alignment: paper: as its equations; reference: as its public code; off: InfoNCE, without soft target.",
+        "paper",
+    )
+    tau_cmsa: PositiveFloat | None = setting(
+        "Temperature of SDA's alignment. Default: 0.1; with --cmsa reference 3, from where it is learned.", None
+    )
+    experts: Positive = setting("Experts of SDA's MoDA, which share --lora-rank; 1 is plain LoRA.", 8)
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
     lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
@@ -118,14 +138,18 @@ class FinetuneConfig:
     prompt_mode: PromptMode = setting("raw: the prompt as printed; chat: in the chat template.", "raw")
     max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
     max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
-    lora_rank: Positive = setting("LoRA rank.", 16)
+    pooling: Pooling = setting("A vector is the state of the last token, or the mean of all. SDA: mean.", "last")
+    wording: Wording = setting("Whose prompts: vlm2rec, or sda, which knows single items only. SDA: sda.", "vlm2rec")
+    lora_rank: Positive = setting("LoRA rank, of all experts together. SDA: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
-    lora_dropout: Fraction = setting("LoRA dropout.", 0.2)
+    lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
     weight_decay: NonNegative = setting("AdamW weight decay; never on α and β.", 0.01)
     warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
     schedule: Literal["constant", "linear", "cosine"] = setting("Learning rate after the warm-up.", "constant")
-    batch_size: Positive = setting("Users in a batch, on one device; N processes take N times as many a step.", 8)
+    batch_size: Positive = setting(
+        "Users in a batch, on one device; N processes take N times as many a step. SDA: items, 32.", 8
+    )
     negatives: Literal["local", "global"] = setting(
         "With several processes: local: the targets of a process's own batch; global: those of all of them.", "local"
     )
@@ -133,7 +157,7 @@ class FinetuneConfig:
         "Users encoded at a time (GradCache): memory is that of a chunk, negatives are those of the batch; 0: all.", 0
     )
     epochs: PositiveFloat = setting("Epochs.", 3.0)
-    max_steps: Count = setting("Stop after this many steps; 0 trains all epochs.", 0)
+    max_steps: Count = setting("Stop after this many steps; 0 trains all epochs. SDA's paper has 4000 at most.", 0)
     samples: SamplesMode = setting(
         "last: one (prefix → next) per user; random: a random one; all: every prefix.", "last"
     )
@@ -156,6 +180,25 @@ class FinetuneConfig:
     )
     resume: bool = setting("Go on from the last checkpoint in --out; off starts anew.", True)
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
+
+
+SDA_DEFAULTS: dict[str, Any] = {
+    "pooling": "mean",
+    "wording": "sda",
+    "lora_rank": 8,
+    "lora_dropout": 0.1,
+    "batch_size": 32,
+}
+"""What `finetune --method sda` has where nothing is given."""
+
+OF_METHOD: dict[str, tuple[str, ...]] = {
+    "vlm2rec": (
+        *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
+        *("crtr", "negatives", "samples", "users"),
+    ),
+    "sda": ("cmsa", "tau_cmsa", "experts"),
+}
+"""The settings of `finetune` that one method alone has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +225,8 @@ class ExportConfig:
         " prompt2 (one prompt around both), or dual (fused is text and image end to end). Without --adapter.",
         None,
     )
+    pooling: Pooling | None = setting("last or mean, as for finetune. Default: the adapter's, else last.", None)
+    wording: Wording | None = setting("vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None)
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
     storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
@@ -319,7 +364,7 @@ class EvaluateConfig:
     out: Path = setting("Folder to write: metrics.json, users.parquet.")
     users_from: Literal["auto", "sequence", "mean"] = setting(
         "User vectors: the sequence encoder, or the mean of the history's item vectors; auto: the encoder if"
-        " --backbone is given.",
+        " --backbone is given and its prompts can ask about a history.",
         "auto",
     )
     backbone: str | None = setting("Backbone, for the sequence encoder.", None)
@@ -482,6 +527,8 @@ def read_config(
             raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
         values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    if cls is FinetuneConfig and values.get("method") == "sda":
+        values = SDA_DEFAULTS | values
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             flag = f"--{f.name.replace('_', '-')}"

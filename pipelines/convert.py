@@ -215,7 +215,7 @@ def _dataset(config: ConvertConfig) -> Dataset:
 
 def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
     from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-    from vlm2rec.embedder.lora import backbone_licence
+    from vlm2rec.embedder.lora import backbone_licence, kind
     from vlm2rec.embedder.sentence_export import model_readme, write_sentence_transformer
 
     if config.backbone is None:
@@ -233,12 +233,25 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
     given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
     found = encoder_settings(config.backbone, config.adapter, **given)
     for name in ("backbone_hash", "adapter", "prompt_hash", *(field.name for field in fields(EncoderSettings))):
-        if found[name] != exported.get(name):
+        if found.get(name) != exported.get(name):
             raise ModelError(
-                f"{config.embeddings} was exported with {name} {exported.get(name)!r}, this model has {found[name]!r}",
+                f"{config.embeddings} was exported with {name} {exported.get(name)!r}, this model has"
+                f" {found.get(name)!r}",
                 "the backbone and the adapter of the export",
                 "give these with --backbone, --revision and --adapter",
             )
+    if (exported["pooling"], exported.get("wording", "vlm2rec")) != ("last", "vlm2rec"):
+        raise ModelError(
+            f"{config.embeddings} was exported with the prompts and the pooling of SDA",
+            "an export with VLM2Rec's, which the folder's chat template and pooling can express",
+            "convert to another format",
+        )
+    if config.adapter is not None and kind(config.adapter) == "moda":
+        raise ModelError(
+            f"the adapter {config.adapter} has weights of its own for text and for images",
+            "an adapter of one set of weights, as sentence-transformers runs one model",
+            "convert to another format",
+        )
     try:
         encoder = ItemEncoder.load(config.backbone, config.adapter, **given)
     except RuntimeError as error:

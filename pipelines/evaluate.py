@@ -13,12 +13,15 @@ from rich.table import Table
 
 from vlm2rec.downstream.geometry import geometry_from_rows
 from vlm2rec.downstream.ranking import (
+    TAIL,
     bound_check,
     candidate_scores,
     expected_metrics,
     full_ranking_counts,
     mean_over_users,
     seen_items,
+    tail_means,
+    tail_users,
     unit_rows,
     user_metrics,
 )
@@ -55,7 +58,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     manifest = schema.read_manifest(config.embeddings)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
-    source = _user_source(config)
+    source = _user_source(config, manifest)
     if source == "sequence":
         raw_users = _encode_histories(config, dataset, histories, manifest)
     else:
@@ -66,6 +69,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     by_candidates = _rank_candidates(dataset, histories, users, items, seeds)
     by_catalogue = _rank_catalogue(config, dataset, histories, users, items)
     negatives = dataset.negatives(seeds[0])
+    tail = tail_users(dataset.train_frequency(), histories.targets)
     result = {
         "task": 1,
         "dataset": dataset.name,
@@ -80,6 +84,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "candidates": {pair: _over_seeds(values, np.mean) for pair, values in by_candidates.items()},
         "candidates_std": {pair: _over_seeds(values, _std) for pair, values in by_candidates.items()},
         "full": {pair: mean_over_users(values) for pair, values in by_catalogue.items()},
+        "tail": {
+            "below": TAIL,
+            "users": int(tail.sum()),
+            "candidates": {pair: _tail_over_seeds(values, tail) for pair, values in by_candidates.items()},
+            "full": {pair: tail_means(values, tail) for pair, values in by_catalogue.items()},
+        },
         "geometry": {
             view: geometry_from_rows(users[view], items[view], histories.targets, negatives) for view in items
         },
@@ -96,9 +106,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _user_source(config: EvaluateConfig) -> str:
+def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
+    single_items = manifest["settings"].get("wording", "vlm2rec") == "sda"
     if config.users_from == "auto":
-        return "mean" if config.backbone is None else "sequence"
+        return "mean" if config.backbone is None or single_items else "sequence"
+    if config.users_from == "sequence" and single_items:
+        raise ConfigError(
+            f"--users-from sequence with {config.embeddings}, whose prompts (SDA's) ask about single items",
+            "--users-from mean",
+            "leave --users-from out",
+        )
     if config.users_from == "sequence" and config.backbone is None:
         raise ConfigError(
             "--users-from sequence without --backbone",
@@ -213,6 +230,13 @@ def _over_seeds(by_seed: dict[int, PerUser], statistic: Any) -> dict[str, float]
     return {name: float(statistic([row[name] for row in means])) for name in CUTOFF_NAMES}
 
 
+def _tail_over_seeds(by_seed: dict[int, PerUser], tail: np.ndarray) -> dict[str, float]:
+    if not tail.any():
+        return {}
+    of_tail = {seed: {name: v[tail] for name, v in values.items()} for seed, values in by_seed.items()}
+    return _over_seeds(of_tail, np.mean)
+
+
 def _std(values: list[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
@@ -247,7 +271,10 @@ def users_block(user_ids: list[str], protocol: str, seed: int | None, view: str 
 
 
 def print_metrics(result: dict[str, Any]) -> None:
-    """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue."""
+    """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue.
+
+    Where some users' target is an item of the long tail, theirs among the candidates follow.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "ranked among", *CUTOFF_NAMES):
         table.add_column(name, justify="right" if name in CUTOFF_NAMES else "left")
@@ -255,6 +282,8 @@ def print_metrics(result: dict[str, Any]) -> None:
         for protocol, name in (("candidates", pair), ("full", "")):
             cells = [f"{result[protocol][pair][metric]:.4f}" for metric in CUTOFF_NAMES]
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
+        if tail := result["tail"]["candidates"][pair]:
+            table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in CUTOFF_NAMES))
     log.print(table)
 
 
@@ -264,6 +293,7 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
         "Task 1",
         {
             "users": f"{result['users']}, vectors from the {_SOURCES[result['users_from']]}",
+            "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions in training",
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
             "metrics": Path(config.out) / METRICS_FILE,

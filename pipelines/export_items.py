@@ -43,6 +43,8 @@ _ENCODER_ARGUMENTS = (
     "prompt_mode",
     "max_pixels",
     "max_title_tokens",
+    "pooling",
+    "wording",
     "dtype",
     "device",
 )

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
+from torch import nn
 
 from vlm2rec.downstream.ranking import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed, schema
@@ -17,7 +17,7 @@ from vlm2rec.embedder.backbone import DtypeName, pick_device
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.items import Items, encode_rows_together
+from vlm2rec.embedder.items import Items, encode_rows_together, encode_users_together
 from vlm2rec.embedder.lora import (
     CURVES_FILE,
     SETTINGS_FILE,
@@ -28,12 +28,14 @@ from vlm2rec.embedder.lora import (
     read_adapter,
     save_adapter,
 )
-from vlm2rec.embedder.losses import VLM2RecLoss
+from vlm2rec.embedder.losses import ItemAlignment, VLM2RecLoss
+from vlm2rec.embedder.moda import ModaSettings, add_moda
 from vlm2rec.embedder.model_card import model_card
 from vlm2rec.embedder.samples import Samples
-from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Training, TrainingSettings, train
+from vlm2rec.embedder.sda import PROBED, ItemModel, ItemSamples
+from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Model, Training, TrainingSettings, train
 from vlm2rec.pipelines.collapse_probe import make_probe, told, warning
-from vlm2rec.pipelines.config import FinetuneConfig
+from vlm2rec.pipelines.config import OF_METHOD, FinetuneConfig
 from vlm2rec.pipelines.console import log, progress, summary
 from vlm2rec.pipelines.vision_cache import use_vision_cache
 
@@ -52,6 +54,10 @@ def run(config: FinetuneConfig) -> Training | None:
     """
     _check(config)
     with distributed.joined(pick_device(config.device)):
+        if config.method == "sda" and distributed.count() > 1:
+            raise ConfigError(
+                f"--method sda in {distributed.count()} processes", "one process", "start it without a launcher"
+            )
         log.quiet = not distributed.is_main()
         return _finetune(config)
 
@@ -70,6 +76,8 @@ def _finetune(config: FinetuneConfig) -> Training | None:
         prompt_mode=config.prompt_mode,
         max_pixels=config.max_pixels,
         max_title_tokens=config.max_title_tokens,
+        pooling=config.pooling,
+        wording=config.wording,
         dtype=_training_dtype(config),
         device=config.device,
     )
@@ -79,14 +87,14 @@ def _finetune(config: FinetuneConfig) -> Training | None:
         log.print(
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
         )
-    samples = Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
+    samples = _samples(config, dataset)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
     items = Items(dataset, encoder)
-    wrapped = add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-    model = HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users, config.negatives)
+    wrapped = _adapter(config, encoder)
+    model = _model(config, encoder, wrapped, items)
     _remember_run(config)
     validate = _validation(config, dataset, encoder, items)
-    with progress(f"finetune {config.loss}", None) as advance:
+    with progress(f"finetune {_loss_name(config)}", None) as advance:
         training = train(
             model,
             samples,
@@ -107,9 +115,9 @@ def _finetune(config: FinetuneConfig) -> Training | None:
 def _save(
     config: FinetuneConfig,
     dataset: Dataset,
-    samples: Samples,
+    samples: Samples | ItemSamples,
     encoder: ItemEncoder,
-    wrapped: PeftModel,
+    wrapped: nn.Module,
     training: Training,
     licence: str,
 ) -> None:
@@ -121,8 +129,36 @@ def _save(
     shutil.rmtree(config.out / CHECKPOINTS)
 
 
+def _samples(config: FinetuneConfig, dataset: Dataset) -> Samples | ItemSamples:
+    if config.method == "sda":
+        return ItemSamples(len(dataset.item_ids))
+    return Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
+
+
+def _adapter(config: FinetuneConfig, encoder: ItemEncoder) -> nn.Module:
+    if config.method == "sda" and config.experts > 1:
+        settings = ModaSettings(config.experts, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        return add_moda(encoder.backbone, settings, config.seed)
+    return add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+
+
+def _model(config: FinetuneConfig, encoder: ItemEncoder, wrapped: nn.Module, items: Items) -> Model:
+    if config.method == "sda":
+        return ItemModel(encoder, wrapped, items, ItemAlignment(config.cmsa, config.tau_cmsa), config.chunk_users)
+    return HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users, config.negatives)
+
+
+def _loss_name(config: FinetuneConfig) -> str:
+    """Return what is trained, in a word or two."""
+    if config.method == "vlm2rec":
+        return config.loss
+    aligned = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce"}[config.cmsa]
+    return f"sda, {aligned}, {'moda' if config.experts > 1 else 'lora'}"
+
+
 def _check(config: FinetuneConfig) -> None:
-    if config.fusion == "internal" and config.loss == "vlm2rec":
+    _check_method(config)
+    if config.method == "vlm2rec" and config.fusion == "internal" and config.loss == "vlm2rec":
         raise ConfigError(
             "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
             "--fusion external, or --loss sft",
@@ -135,7 +171,7 @@ def _check(config: FinetuneConfig) -> None:
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
         )
-    if config.views != "both" and config.loss == "vlm2rec":
+    if config.method == "vlm2rec" and config.views != "both" and config.loss == "vlm2rec":
         raise ConfigError(
             f"--views {config.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) hold a text"
             " and an image vector of each user and item against each other, and one view has nothing to balance",
@@ -144,6 +180,32 @@ def _check(config: FinetuneConfig) -> None:
         )
     if config.out.exists() and not config.out.is_dir():
         raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+
+
+def _check_method(config: FinetuneConfig) -> None:
+    defaults = {field.name: field.default for field in fields(config)}
+    for other in OF_METHOD.keys() - {config.method}:
+        for name in OF_METHOD[other]:
+            if getattr(config, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} with --method {config.method}, which has no such setting",
+                    f"{flag} with --method {other}",
+                    f"leave {flag} out",
+                )
+    if config.method == "vlm2rec" and config.wording == "sda":
+        raise ConfigError(
+            "--wording sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
+            "--wording vlm2rec, or --method sda",
+            "change one of the two",
+        )
+    if config.method == "sda" and (config.fusion == "internal" or config.views != "both"):
+        raise ConfigError(
+            f"--method sda with --fusion {config.fusion} and --views {config.views}: it aligns the text and the image"
+            " vectors of items, and one of them or both are not there",
+            "--fusion external and --views both",
+            "leave --fusion and --views out",
+        )
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
@@ -247,7 +309,7 @@ def _validation(
     sequences = [histories.of(int(user)).tolist() for user in users]
 
     def validate() -> dict[str, float]:
-        user_vectors = encode_rows_together(encoder, items, sequences)[schema.FUSED]
+        user_vectors = encode_users_together(encoder, items, sequences)[schema.FUSED]
         item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
         scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), place[:, 0], place[:, 1:])
         return rank_metrics(*scores)
@@ -260,7 +322,18 @@ def _reporter(advance: Any) -> Callable[[int, int, dict[str, float]], None]:
 
     def on_step(step: int, steps: int, latest: dict[str, float]) -> None:
         nonlocal done
-        names = ("loss", "wpcl", "crtr", "margin_text", "margin_image", "weight", "alpha", "beta")
+        names = (
+            "loss",
+            "own_text_first",
+            "tau",
+            "wpcl",
+            "crtr",
+            "margin_text",
+            "margin_image",
+            "weight",
+            "alpha",
+            "beta",
+        )
         text = " ".join(f"{name} {latest[name]:.3f}" for name in names if name in latest)
         advance(step - done, total=steps, description=f"finetune  {text}")
         done = step
@@ -271,7 +344,7 @@ def _reporter(advance: Any) -> Callable[[int, int, dict[str, float]], None]:
 def _provenance(
     config: FinetuneConfig,
     dataset: Dataset,
-    samples: Samples,
+    samples: Samples | ItemSamples,
     encoder: ItemEncoder,
     training: Training,
     licence: str,
@@ -280,12 +353,14 @@ def _provenance(
     libraries = ("vlm2rec", "torch", "transformers", "peft", "accelerate")
     return {
         "schema_version": schema.SCHEMA_VERSION,
+        "kind": "moda" if config.method == "sda" and config.experts > 1 else "lora",
         "backbone": config.backbone,
         "licence": licence,
         "backbone_settings": encoder.settings,
         "encoder": asdict(encoder.encoder_settings),
         "training": {
-            "loss": config.loss,
+            "method": config.method,
+            "loss": _loss_name(config),
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],
@@ -300,24 +375,42 @@ def _provenance(
             "name": dataset.name,
             "sha256": dataset.meta["sha256"],
             "samples": len(samples),
-            "users": len(samples.users),
+            "users": len(samples.users) if isinstance(samples, Samples) else 0,
         },
         "config": _identity(config),
         "versions": {name: version(name) for name in libraries},
     }
 
 
-def _summarise(config: FinetuneConfig, samples: Samples, unreadable: dict[str, str], training: Training) -> None:
+def _told_samples(samples: Samples | ItemSamples) -> dict[str, object]:
+    if isinstance(samples, ItemSamples):
+        return {"items": f"{len(samples)}"}
+    return {"users": f"{len(samples.users)}, {len(samples)} samples a epoch, {samples.skipped} users too short"}
+
+
+def _told_conflict(rows: list[dict[str, Any]]) -> dict[str, object]:
+    """Return the mean cosine of SDA's text and image gradients in each projection that was looked at."""
+    found = {
+        name: [row[f"cos_text_image_{name}"] for row in rows if f"cos_text_image_{name}" in row] for name in PROBED
+    }
+    told = ", ".join(f"{name} {np.mean(values):+.4f}" for name, values in found.items() if values)
+    return {"gradient cosine": f"text to image, last layer: {told} (mean of {len(rows)} steps)"} if told else {}
+
+
+def _summarise(
+    config: FinetuneConfig, samples: Samples | ItemSamples, unreadable: dict[str, str], training: Training
+) -> None:
     first, last = training.curves["valid"][0], training.best
     rows: dict[str, object] = {
         "steps": f"{training.steps} (kept: step {last['step']:.0f})",
-        "users": f"{len(samples.users)}, {len(samples)} samples a epoch, {samples.skipped} users too short",
+        **_told_samples(samples),
         "valid N@20": f"{last['N@20']:.4f}" + (f" (before training {first['N@20']:.4f})" if first["step"] == 0 else ""),
         "adapter": config.out,
         "curves": config.out / CURVES_FILE,
     }
     if probes := training.curves["probe"]:
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
+    rows |= _told_conflict(training.curves["gradients"])
     if training.curves["warnings"]:
         rows["collapse"] = told(training.curves["warnings"])
     if unreadable:

@@ -213,7 +213,8 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    return {**defaults, **study.finetune, **method.finetune}[setting]
+    own = settings.SDA_DEFAULTS if _kind(study, method) == "sda" else {}
+    return {**defaults, **own, **study.finetune, **method.finetune}[setting]
 
 
 def _variant(base: Method, grid: Grid, value: Any) -> Method:
@@ -334,7 +335,9 @@ class Source:
 
 def _finetune(place: Place) -> Step:
     method, study = place.method, place.study
-    values = {**study.finetune, **method.finetune}
+    others = {name for kind in settings.OF_METHOD if kind != _kind(study, method) for name in settings.OF_METHOD[kind]}
+    common = {name: value for name, value in study.finetune.items() if name not in others}
+    values = {**common, **method.finetune}
     return place.step(
         "finetune",
         settings.FinetuneConfig,
@@ -348,6 +351,11 @@ def _finetune(place: Place) -> Step:
 def _exported(place: Place) -> Json:
     """Return what a method's export is asked for; `strategy: prompt1` may stand beside the source."""
     return {**place.study.export, **place.method.export, **place.method.options}
+
+
+def _kind(study: Study, method: Method) -> str:
+    """Return which method of `finetune` trains: what is common to a study may be a setting of another one."""
+    return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
 
 
 def _export(place: Place) -> Step:

@@ -286,7 +286,7 @@ def _sections(results: Results) -> list[Section]:
             "cold-start",
             "Rare items (Fig. 3)",
             ("Users by how often the item they chose next occurs in training.",),
-            (),
+            _present(tables.tail_sheet(results)),
             ("fig3-cold-start",),
         ),
         Section("families", "Backbones (Fig. 4)", (), (), ("fig4-families",)),

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from vlm2rec.downstream.ranking import bound_check
+from vlm2rec.downstream.ranking import TAIL, bound_check
 from vlm2rec.downstream.statistics import compare, holm, spread
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
@@ -45,6 +45,8 @@ from vlm2rec.pipelines.study_neighbours import neighbour_tables
 RESULTS_FILE = "results.parquet"
 METRICS = ("H@10", "H@20", "N@10", "N@20")
 ALL_USERS = "all"
+TAIL_USERS = "tail"
+"""Users whose target has fewer than `ranking.TAIL` interactions in training, whatever the buckets are."""
 MAIN_VIEW = "f2f"
 COMPARED = "N@20"
 DRAWS = 10_000
@@ -280,9 +282,9 @@ def buckets(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
 
 
 def _grouped(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
-    """Return the metrics of each group of users, by how often their target occurs in training (Fig. 3)."""
+    """Return the metrics of each group of users, by how often their target occurs in training (Fig. 3; the tail)."""
     parts = [pl.DataFrame(schema=_RESULT)]
-    for name, low, high in buckets(edges):
+    for name, low, high in [*buckets(edges), (TAIL_USERS, 0, TAIL - 1)]:
         inside = pl.col("frequency") >= low
         group = users.filter(inside if high is None else inside & (pl.col("frequency") <= high))
         means = group.group_by(*_KEY, maintain_order=True).agg(

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from vlm2rec.downstream.ranking import bound_check
+from vlm2rec.downstream.ranking import TAIL, bound_check
 from vlm2rec.downstream.statistics import Spread, spread
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.pipelines.config import read_yaml
 from vlm2rec.pipelines.study_methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, MODELS, Json
-from vlm2rec.pipelines.study_results import ALL_USERS, COMPARED, MAIN_VIEW, METRICS, TABLE_NAMES, read
+from vlm2rec.pipelines.study_results import ALL_USERS, COMPARED, MAIN_VIEW, METRICS, TABLE_NAMES, TAIL_USERS, read
 
 PAPER_FILE = Path(__file__).parent / "study_paper.yaml"
 PAPER_DEFAULT = "Beauty"
@@ -403,6 +403,32 @@ def cross_domain_sheets(results: Results) -> list[Sheet]:
         if sheet:
             sheets.append(sheet)
     return sheets
+
+
+def tail_sheet(results: Results) -> Sheet | None:
+    """Return H@10 and N@10 of all users and of those whose target is an item of the long tail (Table 1 of SDA)."""
+    metrics = ("H@10", "N@10")
+    columns = [(1, None), *((2, model) for model in results.models())]
+    tail = results.frames["results"].filter(
+        (pl.col("dataset") == results.dataset) & (pl.col("user_group") == TAIL_USERS)
+    )
+    rows = []
+    for name in results.names(MAIN):
+        if not any(results.spread(name, task, model, group=TAIL_USERS) for task, model in columns):
+            continue
+        cells = [
+            mean_cell(results.spread(name, task, model, metric, group=group), results.is_fixed(name) and task == 1)
+            for task, model in columns
+            for group in (ALL_USERS, TAIL_USERS)
+            for metric in metrics
+        ]
+        rows.append(Row(name, tuple(cells), name, name == results.reference))
+    if not rows:
+        return None
+    groups = [Group(f"{model or 'Task 1'}, {who}", metrics) for _, model in columns for who in ("all", "tail")]
+    users = int(tail["users"].to_numpy().max())
+    note = f"Tail: {users:,} users whose next item occurs fewer than {TAIL} times in training."
+    return Sheet("Tail", tuple(groups), tuple(rows), note)
 
 
 def few_shot_sheet(results: Results) -> Sheet | None:

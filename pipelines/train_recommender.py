@@ -202,6 +202,11 @@ def _summarise(outcome: recbole_run.Outcome) -> None:
         seeds = len(metrics["seeds"])
         rows[f"candidates, {seeds} seed{'s' * (seeds != 1)}"] = _figures(metrics["candidates"])
         rows["full ranking"] = _figures(metrics["full"])
+        if metrics["tail"]["users"]:
+            users, below = metrics["tail"]["users"], metrics["tail"]["below"]
+            rows[f"tail, {users} users"] = (
+                f"{_figures(metrics['tail']['candidates'])} (target below {below} in training)"
+            )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])
     rows["checkpoint"] = outcome.folder / recbole_run.CHECKPOINT_FILE

@@ -129,3 +129,18 @@ def test_a_shuffled_future_gains_nothing(drawn_dataset: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(before, evaluate.mean_of_history(vectors, shuffled))
     by_hand = np.stack([vectors[histories.of(user)].mean(axis=0) for user in range(len(histories))])
     np.testing.assert_allclose(before, by_hand, atol=1e-6)
+
+
+def test_the_tail_is_the_users_whose_target_was_bought_less_than_four_times(
+    drawn_dataset: Path, exported: Path, tmp_path: Path
+) -> None:
+    result = run(drawn_dataset, exported, tmp_path / "out")
+    dataset = Dataset(drawn_dataset)
+    bought = [item for sequence in dataset.train_sequences() for item in sequence.tolist()]
+    rare = [user for user, item in enumerate(dataset.histories("test").targets.tolist()) if bought.count(item) < 4]
+    assert result["tail"]["users"] == len(rare) > 0 and result["tail"]["below"] == 4
+    users = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
+    wanted = {dataset.user_ids[user] for user in rare}
+    for protocol in ("candidates", "full"):
+        mine = [r["N@10"] for r in users if r["user_id"] in wanted and (r["protocol"], r["view"]) == (protocol, "f2f")]
+        assert result["tail"][protocol]["f2f"]["N@10"] == pytest.approx(np.mean(mine))

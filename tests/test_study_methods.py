@@ -231,3 +231,20 @@ def test_vectors_that_know_only_one_catalogue_cannot_go_elsewhere(tmp_path: Path
 
 def test_every_source_is_documented_by_a_method_or_a_test() -> None:
     assert set(SOURCES) == {"id", "backbone", "finetune", "vectors", "sentence-transformers", "clip", "prompt"}
+
+
+def test_a_row_of_sda_is_a_method_of_finetune_and_takes_what_is_common_without_what_it_does_not_have() -> None:
+    found = read_study(StudyConfig(out=Path("out")))
+    found = dataclasses.replace(found, finetune={"learning_rate": 0.01, "lam": 0.5, "users": 100})
+    laid = laid_out(found)
+    sda, vlm2rec = (laid[name, 0].steps[0].config for name in ("SDA", "VLM2Rec"))
+    assert (sda.method, sda.wording, sda.pooling, sda.lora_rank) == ("sda", "sda", "mean", 8)
+    assert (sda.learning_rate, sda.lam, sda.users) == (0.01, 0.1, 0)
+    assert (vlm2rec.method, vlm2rec.learning_rate, vlm2rec.lam, vlm2rec.users) == ("vlm2rec", 0.01, 0.5, 100)
+    assert names(laid["SDA", 0]) == names(laid["VLM2Rec", 0])[:5]
+
+
+def test_a_grid_over_sda_knows_its_own_defaults(tmp_path: Path) -> None:
+    grids = [{"analysis": "sensitivity", "of": "SDA", "varies": "lora_rank", "values": [8, 16]}]
+    found = study(tmp_path, grids=grids)
+    assert [method.name for method in found.methods if method.of == "SDA"] == ["SDA (lora_rank=16)"]

@@ -245,14 +245,13 @@ def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
     """Print users per second of a training step: histories of ten items, batches of eight, with and without cache."""
     from peft import LoraConfig, get_peft_model
 
-    from vlm2rec.embedder.backbone import EncodedPrompt
-    from vlm2rec.embedder.lora import LORA_TARGETS
+    from vlm2rec.embedder.backbone import ADAPTED_LAYERS, EncodedPrompt
     from vlm2rec.embedder.losses import VLM2RecLoss
 
     items = draw(USERS * (HISTORY + 1), shape)
     packed = Packed(model, shape)
     packed.backbone.share_prefixes(False)
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.2, target_modules=LORA_TARGETS))
+    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.2, target_modules=ADAPTED_LAYERS))
     wrapped.to(device)
     packed.backbone.language_model.train()
     language_model = packed.backbone.language_model
