@@ -176,7 +176,7 @@ def make_backbone(config: settings.MakeBackboneConfig) -> None:
 
 @command(settings.FinetuneConfig)
 def finetune(config: settings.FinetuneConfig) -> None:
-    """Fine-tune a LoRA adapter on user histories (VLM2Rec or plain SFT).
+    """Fine-tune an adapter on user histories (VLM2Rec or plain SFT), or on items (SDA).
 
     On N GPUs: torchrun --no-python --nproc-per-node N vlm2rec finetune ...
     """

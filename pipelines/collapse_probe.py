@@ -74,7 +74,7 @@ def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
 def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
     slower = f"a --learning-rate below {config.learning_rate:g} or fewer steps"
     if config.method == "sda":
-        return f"a higher --tau-cmsa, or {slower}"
+        return f"a lower --tau-cmsa, --cmsa off (InfoNCE), or {slower}"
     if any(collapse.rule != "behind" for collapse in noticed):
         lam = "" if config.loss == "sft" else f"a smaller --lam (now {config.lam:g}), "
         return f"{lam}a higher --tau-wpcl (now {config.tau_wpcl:g}), or {slower}"

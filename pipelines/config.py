@@ -116,7 +116,7 @@ class FinetuneConfig:
         "paper",
     )
     tau_cmsa: PositiveFloat | None = setting(
-        "Temperature of SDA's alignment. Default: 0.1; with --cmsa reference 3, from where it is learned.", None
+        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference 3, from where it is learned.", None
     )
     experts: Positive = setting("Experts of SDA's MoDA, which share --lora-rank; 1 is plain LoRA.", 8)
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)

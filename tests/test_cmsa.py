@@ -109,7 +109,7 @@ def test_only_the_reference_learns_its_temperature_and_starts_at_three() -> None
     assert learned.tau.grad is not None and float(learned.tau.grad) != 0
     for kind in ("paper", "off"):
         loss = ItemAlignment(kind)
-        assert list(loss.parameters()) == [] and float(loss.tau) == pytest.approx(0.1)
+        assert list(loss.parameters()) == [] and float(loss.tau) == pytest.approx(0.02)
     assert float(ItemAlignment("paper", 0.5).tau) == 0.5
 
 
@@ -119,7 +119,7 @@ def test_without_soft_target_it_is_infonce_in_both_directions() -> None:
     image, text = drawn()
     x, y = (torch.nn.functional.normalize(v) for v in (image, text))
     own = torch.arange(5)
-    logits = x @ y.T / 0.1
+    logits = x @ y.T / 0.02
     entropy = torch.nn.functional.cross_entropy
     expected = 0.5 * (entropy(logits, own) + entropy(logits.T, own))
     assert float(ItemAlignment("off")(image, text)) == pytest.approx(float(expected), rel=1e-6)

@@ -291,6 +291,18 @@ def test_a_constant_scorer_gets_its_expected_share(data: Path) -> None:
     assert metrics["candidates_std"]["H@10"] == 0.0
 
 
+def test_the_tail_is_the_users_whose_target_was_bought_less_than_four_times(data: Path) -> None:
+    folder = Dataset(data)
+    metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
+    bought = [item for sequence in folder.train_sequences() for item in sequence.tolist()]
+    rare = [bought.count(item) < 4 for item in folder.histories("test").targets.tolist()]
+    tail = metrics["tail"]
+    assert (tail["users"], tail["below"]) == (sum(rare), 4) and 0 < sum(rare) < len(rare)
+    by_seed = [np.mean(np.array(table["N@10"])[rare]) for table in tables]  # the last one is the full ranking
+    assert tail["candidates"]["N@10"] == pytest.approx(np.mean(by_seed[:-1]))
+    assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
+
+
 def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:
     with pytest.raises(DataError, match="NaN"):
         evaluate(Scorer(lambda items: items * float("nan")), FIELDS, Dataset(data), ITEMS)
