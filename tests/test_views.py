@@ -20,7 +20,7 @@ from vlm2rec.embedder.backbone import Backbone
 from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import evaluate, export_items, finetune, train_recommender
+from vlm2rec.pipelines import evaluate, export_items, finetune, shard_maker, train_recommender
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig, FinetuneConfig, TrainRecommenderConfig
 
 Tiny = Callable[[str], Path]
@@ -133,7 +133,8 @@ def test_text_alone_is_trained_without_an_image_folder_and_the_adapter_says_so(
     for row in rows:
         assert "margin_text" in row
         assert not {"margin_image", "weak_is_image", "norm_ratio_user", "norm_ratio_item", "wpcl"} & row.keys()
-    assert "Views `text`" in (adapter / "README.md").read_text()
+    card = (adapter / "README.md").read_text()
+    assert "- text: `" in card and "- image: `" not in card
 
 
 @pytest.mark.parametrize(("family", "views"), [("qwen2", "text"), ("qwen3", "text"), ("qwen2_5_vl", "image")])
@@ -213,7 +214,7 @@ def test_the_whole_line_on_titles_alone(
     def never(*arguments: Any) -> None:
         raise AssertionError("an image was asked for")
 
-    monkeypatch.setattr(export_items, "open_image", never)
+    monkeypatch.setattr(shard_maker, "open_image", never)
     monkeypatch.setattr(Backbone, "look_at_once", never)
     backbone, adapter = text_adapter
     out = tmp_path / "embeddings"
