@@ -426,7 +426,7 @@ def tail_sheet(results: Results) -> Sheet | None:
     if not rows:
         return None
     groups = [Group(f"{model or 'Task 1'}, {users}", metrics) for _, model in columns for users in ("all", "tail")]
-    note = f"Tail: {tail['users'].max():,} users whose next item occurs fewer than {TAIL} times in training."
+    note = f"Tail: {max(tail['users'].to_list()):,} users whose next item occurs fewer than {TAIL} times in training."
     return Sheet("Tail", tuple(groups), tuple(rows), note)
 
 
