@@ -26,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.backbone import Backbone
 from vlm2rec.embedder.errors import ModelError
 
@@ -236,7 +236,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def adapter_hash(folder: Path) -> str:
     """Return the SHA-256 of the adapter's weights."""
     read_adapter(folder)
-    return schema.sha256_file(folder / WEIGHTS_FILE)
+    return storage.sha256_file(folder / WEIGHTS_FILE)
 
 
 def backbone_hash(source: str, revision: str | None) -> str:

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm2rec.embedder.errors import Vlm2RecError
+from vlm2rec.embedder.storage import Location
 from vlm2rec.pipelines import config as settings
 
 app = typer.Typer(
@@ -43,8 +44,8 @@ def _flag_type(hint: Any) -> Any:
     part = parts[0]
     if typing.get_origin(part) is Annotated:
         part = typing.get_args(part)[0]
-    if typing.get_origin(part) is tuple:
-        return str  # "0,1,2"
+    if typing.get_origin(part) is tuple or part == Location:
+        return str  # "0,1,2"; "s3://bucket/folder", whose slashes a Path would lose
     return part
 
 
