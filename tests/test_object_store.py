@@ -139,7 +139,7 @@ def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
                 EmbeddingTable.open(str(out))
         make(data, out, lambda calls=calls: calls.append(ShadeEncoder()) or calls[0])  # type: ignore[misc]
         encoded = sum(len(titles) for encoder in calls for titles in encoder.calls)
-        assert encoded <= ITEMS - 8 * recorded  # what is recorded is not made again
+        assert encoded <= max(0, ITEMS - 8 * recorded)  # what is recorded is not made again
         assert content(out) == parts(whole) and names(out) == ["manifest.json", *SHARDS]
     assert ["export.json", "export.lock", *sorted(["part-00000.json", *SHARDS[:2]])] in left_behind  # shard, no record
     everything = sorted([*SHARDS, *(name.replace("parquet", "json") for name in SHARDS)])
@@ -238,7 +238,7 @@ def test_a_writer_of_another_machine_is_dead_when_it_is_silent_for_long(
     holder.kill()
     holder.join()
     with (
-        pytest.raises(ArtifactError, match="last sign of life came . s ago: after 120 s it counts as dead"),
+        pytest.raises(ArtifactError, match=r"last sign of life came \d s ago: after 120 s it counts as dead"),
         writing(store),
     ):
         pass
@@ -278,7 +278,7 @@ def test_a_writer_whose_folder_was_taken_over_writes_no_manifest(data: Dataset, 
         (store / "export.lock").write_bytes(b'{"host": "another", "pid": 1, "writer": "x"}')
         return ShadeEncoder()
 
-    with pytest.raises(ArtifactError, match="another writer has taken .* over"):
+    with pytest.raises(ArtifactError, match=r"another writer has taken .* over"):
         make(data, store, load)
     assert "manifest.json" not in names(store) and "export.lock" in names(store)
 
@@ -361,7 +361,7 @@ def test_an_index_is_built_from_a_store_and_finds_titles_there(data: Dataset, st
     make(Dataset(store / "data"), store / "emb")
     flags = {"embeddings": str(store / "emb"), "out": tmp_path / "index", "column": "text"}
     meta = build_index.run(read_config(BuildIndexConfig, flags=flags))
-    assert meta["embeddings"] == str(store / "emb") and meta["data"] == str(store / "data")
+    assert meta["embeddings"] == str(store / "emb") and meta["titles_from"] == str(store / "data")
     titles = pq.read_table(tmp_path / "index" / "ids.parquet")
     assert "red chair 0" in titles["title"].to_pylist()
 
@@ -373,7 +373,7 @@ def test_failures_lists_what_failed_with_its_place_in_the_store(
     make(Dataset(store / "data"), store / "emb")
     failures.run(FailuresConfig(embeddings=store / "emb"))
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "005,failed,\"the image is not a JPEG, PNG, WEBP, GIF, BMP (it starts with b'<html>404</ht')\","
+        "005,failed,\"the image is not a JPEG, PNG, WEBP, GIF, BMP (it starts with b'<html>404</h')\","
         f"wooden chair 5,{store}/data/images/5.png"
     ]
 
@@ -478,7 +478,7 @@ def test_a_store_that_does_not_answer_is_no_empty_folder(store: StorePath) -> No
 
 
 def test_a_bucket_that_is_not_there_is_not_made(data: Dataset) -> None:
-    with pytest.raises(ArtifactError, match="s3://nowhere/emb cannot be written .*bucket does not exist"):
+    with pytest.raises(ArtifactError, match=r"s3://nowhere/emb cannot be written .*bucket does not exist"):
         make(data, location("s3://nowhere/emb"), never)
     assert not location("s3://nowhere").exists()
 
@@ -486,7 +486,7 @@ def test_a_bucket_that_is_not_there_is_not_made(data: Dataset) -> None:
 def test_verify_and_its_exit_codes_on_the_command_line(data: Dataset, store: StorePath) -> None:
     make(data, store)
     ran = run_cli("verify", str(store))
-    assert ran.returncode == 0 and f"{store}: no problem" in ran.stderr
+    assert ran.returncode == 0 and "no problem" in ran.stderr
     (store / SHARDS[2]).unlink()
     ran = run_cli("verify", str(store))
     assert ran.returncode == 5 and "part-00002.parquet: is missing" in ran.stderr
