@@ -33,8 +33,16 @@ from vlm2rec.embedder.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.storage import StorePath, location
 from vlm2rec.embedder.verify import verify
 from vlm2rec.embedder.writer_lock import writing
-from vlm2rec.pipelines import build_index, export_items, failures
-from vlm2rec.pipelines.config import BuildIndexConfig, ExportConfig, FailuresConfig, FinetuneConfig, read_config
+from vlm2rec.pipelines import build_index, evaluate, export_items, failures, train_recommender
+from vlm2rec.pipelines.config import (
+    BuildIndexConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FailuresConfig,
+    FinetuneConfig,
+    TrainRecommenderConfig,
+    read_config,
+)
 from vlm2rec.pipelines.export_engines import Scale
 from vlm2rec.pipelines.export_items import Reuse, export
 
@@ -364,6 +372,24 @@ def test_an_index_is_built_from_a_store_and_finds_titles_there(data: Dataset, st
     assert meta["embeddings"] == str(store / "emb") and meta["titles_from"] == str(store / "data")
     titles = pq.read_table(tmp_path / "index" / "ids.parquet")
     assert "red chair 0" in titles["title"].to_pylist()
+
+
+def test_both_tasks_start_from_a_store_as_from_a_disk(drawn_dataset: Path, tmp_path: Path, store: StorePath) -> None:
+    ids = Dataset(drawn_dataset).item_ids
+    write_embeddings(tmp_path / "emb", ids, np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float32))
+    upload(tmp_path / "emb", store / "emb")
+    upload(drawn_dataset, store / "data")
+
+    def both(data: Path | StorePath, embeddings: Path | StorePath, name: str) -> list[Any]:
+        given = {"data": str(data), "embeddings": str(embeddings), "device": "cpu"}
+        short = {"model": "SASRec", "max_epochs": 1, "eval_step": 1}
+        task1 = evaluate.run(read_config(EvaluateConfig, flags={**given, "out": tmp_path / f"{name}1"}))
+        task2 = train_recommender.run(
+            read_config(TrainRecommenderConfig, flags={**given, **short, "out": tmp_path / f"{name}2"})
+        )
+        return [found[protocol] for found in (task1, task2) for protocol in ("candidates", "full")]
+
+    assert both(store / "data", store / "emb", "there") == both(drawn_dataset, tmp_path / "emb", "here")
 
 
 def test_failures_lists_what_failed_with_its_place_in_the_store(
