@@ -77,11 +77,12 @@ def known_settings(folder: Location) -> dict[str, Any] | None:
 
 def _known(folder: Location) -> dict[str, Any] | None:
     """Return the manifest, or what stands in its place while an export is unfinished, or None."""
-    if (folder / schema.MANIFEST_FILE).exists():
-        return schema.read_manifest(folder)
-    if (folder / STATE_FILE).exists():
-        return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
-    return None
+    with _disk(folder):
+        if (folder / schema.MANIFEST_FILE).exists():
+            return schema.read_manifest(folder)
+        if (folder / STATE_FILE).exists():
+            return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+        return None
 
 
 def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
@@ -176,11 +177,11 @@ def publish(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
 
 def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
     """Write the manifest, the last file of an export, and return it."""
+    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and takes the records away
+        return schema.read_manifest(folder)
     missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
     if missing:
         raise ValueError(f"shards are missing: {missing}")
-    if (folder / schema.MANIFEST_FILE).exists():
-        return schema.read_manifest(folder)
     ordered = [shards[n] for n in range(len(plan))]
     manifest = {
         "schema_version": schema.SCHEMA_VERSION,

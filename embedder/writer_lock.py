@@ -230,17 +230,12 @@ def _held(path: Location, owner: dict[str, Any], state: str) -> ArtifactError:
 def _writing_objects(folder: StorePath, share: Share | None) -> Iterator[Hold]:
     """Hold a folder of an object store; see `writing`."""
     path, ended = folder / (share.lock_file if share else LOCK_FILE), threading.Event()
-    try:
+    with _reached(folder):
         lock = _put_lock(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} cannot be written ({error.strerror or error})",
-            "a bucket that is there, and credentials that may write to it",
-            "choose another --out, or mend the store's address and credentials",
-        ) from None
     beating = threading.Thread(target=_beat_object, args=(path, lock, ended), name="lock", daemon=True)
     try:
-        _refuse_other_objects(folder, share)
+        with _reached(folder):
+            _refuse_other_objects(folder, share)
         beating.start()
         yield Hold(folder, lambda: path.is_file() and path.read_bytes() == lock)
     finally:
@@ -250,6 +245,18 @@ def _writing_objects(folder: StorePath, share: Share | None) -> Iterator[Hold]:
         with suppress(OSError):  # the silence will tell
             if path.read_bytes() == lock:
                 path.unlink()
+
+
+@contextmanager
+def _reached(folder: StorePath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} cannot be written ({error.strerror or error})",
+            "a bucket that is there, and credentials that may write to it",
+            "choose another --out, or mend the store's address and credentials",
+        ) from None
 
 
 def _put_lock(path: StorePath) -> bytes:

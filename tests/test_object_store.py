@@ -503,6 +503,17 @@ def test_a_store_that_does_not_answer_is_no_empty_folder(store: StorePath) -> No
     assert ran.returncode == 5 and "cannot be read (EndpointConnectionError" in ran.stderr
 
 
+def test_an_export_into_a_store_that_does_not_answer_ends_before_anything_is_encoded(
+    data: Dataset, store: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(self: StorePath) -> NoReturn:
+        raise OSError(5, "EndpointConnectionError")
+
+    monkeypatch.setattr(StorePath, "_info", unreachable)
+    with pytest.raises(ArtifactError, match=r"cannot be written \(EndpointConnectionError\)"):
+        make(data, store, never)
+
+
 def test_a_bucket_that_is_not_there_is_not_made(data: Dataset) -> None:
     with pytest.raises(ArtifactError, match=r"s3://nowhere/emb cannot be written .*bucket does not exist"):
         make(data, location("s3://nowhere/emb"), never)
