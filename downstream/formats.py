@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from vlm2rec.downstream.table import read_batches
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, DataError, MissingDependencyError
+from vlm2rec.embedder.storage import Location, readable
 
 Missing = Literal["skip", "mean", "error"]
 IDS_FILE = "item_ids.json"
@@ -54,7 +55,7 @@ class Gap:
 class Selection:
     """The rows of an embeddings folder that go out: those with a vector in every view, or filled up."""
 
-    folder: Path
+    folder: Location
     columns: tuple[str, ...]
     dims: dict[str, int]  # of each view
     kept: np.ndarray  # (N,) bool, in the folder's order
@@ -79,7 +80,7 @@ class Selection:
             yield [item_id for item_id, keep in zip(ids, kept, strict=True) if keep], views
 
 
-def select(folder: Path, columns: Sequence[str], missing: Missing) -> Selection:
+def select(folder: Location, columns: Sequence[str], missing: Missing) -> Selection:
     """Look through an embeddings folder and say which items go out.
 
     Args:
@@ -128,7 +129,7 @@ def select(folder: Path, columns: Sequence[str], missing: Missing) -> Selection:
     return Selection(folder, tuple(columns), schema.dims_of(schema.read_manifest(folder)), kept, means, gaps)
 
 
-def no_vectors(folder: Path, column: str) -> ArtifactError:
+def no_vectors(folder: Location, column: str) -> ArtifactError:
     """Return the error of a view without a single vector."""
     views = ", ".join(schema.read_manifest(folder).get("views", schema.VIEWS))
     return ArtifactError(f"{folder} has no vector in column {column!r}", f"one of {views}", "choose another --columns")
@@ -145,11 +146,12 @@ def refuse(gaps: Sequence[Gap]) -> None:
         )
 
 
-def read_reasons(folder: Path) -> dict[str, str]:
+def read_reasons(folder: Location) -> dict[str, str]:
     """Return why items of an embeddings folder lack a vector, by id."""
     reasons: dict[str, str] = {}
     for shard in schema.read_manifest(folder)["shards"]:
-        table = pq.read_table(folder / shard["file"], columns=[schema.ITEM_ID, schema.ERROR])
+        with readable(folder / shard["file"]) as source:
+            table = pq.read_table(source, columns=[schema.ITEM_ID, schema.ERROR])
         table = table.filter(table[schema.ERROR].is_valid())
         reasons.update(zip(table[schema.ITEM_ID].to_pylist(), table[schema.ERROR].to_pylist(), strict=True))
     return reasons

@@ -34,7 +34,8 @@ from vlm2rec.downstream.staging import replace_folder, staging, sync, told_plain
 from vlm2rec.downstream.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from vlm2rec.embedder.storage import Location, location, readable
 
 INDEX_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
@@ -51,12 +52,12 @@ Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
 
 # --- building -------------------------------------------------------------------------------------------------
 def build_index(
-    embeddings: Path,
+    embeddings: Location,
     out: Path,
     *,
     column: str = schema.FUSED,
     kind: str = "auto",
-    data: Path | None = None,
+    data: Location | None = None,
     sample: int = 1000,
     seed: int = 0,
     plan: IndexPlan | None = None,
@@ -130,7 +131,7 @@ def build_index(
         return _publish(folder, out, index, item_ids, titles, meta)
 
 
-def _trained_index(plan: IndexPlan, embeddings: Path, column: str, seed: int, watch: Watch) -> Any:
+def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int, watch: Watch) -> Any:
     index = empty_index(plan.factory, plan.dim)
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = _REORDERED
@@ -171,23 +172,24 @@ def _fill(index: Any, queries: Reservoir, batches: Iterable[UnitBatch]) -> tuple
 
 
 def find_titles(
-    item_ids: pa.ChunkedArray, data: Path | None, manifest: dict[str, Any]
+    item_ids: pa.ChunkedArray, data: Location | None, manifest: dict[str, Any]
 ) -> tuple[pa.ChunkedArray, str | None]:
     """Return a title for each item (empty where unknown) and the dataset folder they come from, or None.
 
     A dataset folder that was asked for must be readable; the one the export names may have gone.
     """
-    folder = data or (Path(manifest["data"]) if manifest.get("data") else None)
+    folder = data or manifest.get("data")
     try:
-        items = Dataset(folder).items if folder else None
-    except ArtifactError:
+        dataset = Dataset(folder) if folder else None
+        items = dataset.items if dataset else None
+    except (ArtifactError, MissingDependencyError):
         if data:
             raise
-        items = None
-    if items is None:
+        dataset = items = None
+    if dataset is None or items is None:
         return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
     rows = pc.index_in(item_ids, value_set=items[schema.ITEM_ID])
-    return pc.fill_null(pc.take(items[schema.TITLE], rows), ""), str(Path(str(folder)).resolve())
+    return pc.fill_null(pc.take(items[schema.TITLE], rows), ""), str(dataset.path.resolve())
 
 
 def _shards_sha256(manifest: dict[str, Any]) -> str:
@@ -328,7 +330,7 @@ class ItemIndex:
         that is there and unchanged, and taken from the index otherwise.
         """
         if self.meta["factory"] != "Flat" and self.stale() is None:
-            vector = _read_vector(Path(self.meta["embeddings"]), self.meta["column"], self._item_id(row))
+            vector = _read_vector(location(self.meta["embeddings"]), self.meta["column"], self._item_id(row))
             if vector is not None:
                 return vector
         return self._reconstruct(row)
@@ -350,12 +352,12 @@ class ItemIndex:
                 f"put that folder back, or {_BUILD_AGAIN} with another --kind",
             ) from None
 
-    def stale(self, embeddings: Path | None = None) -> str | None:
+    def stale(self, embeddings: Location | None = None) -> str | None:
         """Say how the embeddings folder differs from the one that was indexed; None if it is the same.
 
         Without `embeddings`, the folder that the index was built from is looked at.
         """
-        folder = Path(self.meta["embeddings"]) if embeddings is None else embeddings
+        folder = location(self.meta["embeddings"]) if embeddings is None else embeddings
         try:
             manifest = schema.read_manifest(folder)
         except ArtifactError:
@@ -366,7 +368,7 @@ class ItemIndex:
             return f"{folder} holds other vectors than those indexed"
         return None
 
-    def require_fresh(self, embeddings: Path) -> None:
+    def require_fresh(self, embeddings: Location) -> None:
         """Raise `ArtifactError` if the index was not built from what `embeddings` holds now."""
         reason = self.stale(embeddings)
         if reason:
@@ -399,10 +401,13 @@ def _read_index(path: Path) -> Any:
         ) from None
 
 
-def _read_vector(embeddings: Path, column: str, item_id: str) -> np.ndarray | None:
+def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
     """Read one item's unit vector: ids of each shard first, then the vectors of the one row group."""
     for shard in schema.read_manifest(embeddings)["shards"]:
-        with pq.ParquetFile(embeddings / shard["file"], page_checksum_verification=True) as file:
+        with (
+            readable(embeddings / shard["file"]) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
             for group in range(file.num_row_groups):
                 row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
                 if row >= 0:

@@ -6,7 +6,6 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -16,6 +15,7 @@ from vlm2rec.downstream.recall import EFFORTS
 from vlm2rec.downstream.unit_vectors import BATCH
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, did_you_mean
+from vlm2rec.embedder.storage import Location
 
 KINDS = ("auto", "flat", "hnsw", "ivf")
 FLAT_LIMIT = 50_000  # up to here exact search answers in milliseconds
@@ -85,7 +85,9 @@ class IndexPlan:
     seconds: float
 
 
-def plan_index(embeddings: Path, *, column: str = schema.FUSED, kind: str = "auto", sample: int = 1000) -> IndexPlan:
+def plan_index(
+    embeddings: Location, *, column: str = schema.FUSED, kind: str = "auto", sample: int = 1000
+) -> IndexPlan:
     """Choose the index for an embeddings folder and estimate its size, memory and build time."""
     manifest = schema.read_manifest(embeddings)
     if column not in manifest["views"]:
@@ -158,7 +160,7 @@ def _multiply_rate() -> float:
     return float(2 * 512**3 / min(times))
 
 
-def no_vectors(embeddings: Path, column: str) -> ArtifactError:
+def no_vectors(embeddings: Location, column: str) -> ArtifactError:
     """Return the error for a view that has nothing to index."""
     return ArtifactError(
         f"{embeddings} has not one usable vector in column {column!r}",

@@ -26,13 +26,14 @@ from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ArtifactError, DataError
+from vlm2rec.embedder.storage import Location
 
 TRAIN, VALID, TEST = 0, 1, 2  # x_label
 _ROWS = 4096  # read at a time
 _FILES = {schema.IMAGE: "image_feat.npy", schema.TEXT: "text_feat.npy", schema.FUSED: "fused_feat.npy"}
 
 
-def write_mmrec(embeddings: Path, dataset: Dataset, out: Path, name: str, columns: Sequence[str]) -> list[Gap]:
+def write_mmrec(embeddings: Location, dataset: Dataset, out: Path, name: str, columns: Sequence[str]) -> list[Gap]:
     """Write an MMRec dataset into the folder `out`; return the items without a vector of their own.
 
     Args:
@@ -89,7 +90,7 @@ def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.nd
     return np.flatnonzero(is_touched), np.flatnonzero(~is_touched)
 
 
-def _write_features(embeddings: Path, column: str, item_ids: list[str], file: Path) -> np.ndarray:
+def _write_features(embeddings: Location, column: str, item_ids: list[str], file: Path) -> np.ndarray:
     """Write one matrix, missing rows as the mean of the others; return which items have a vector, (I,) bool."""
     shape = (len(item_ids), schema.dims_of(schema.read_manifest(embeddings))[column])
     vectors: np.ndarray = np.lib.format.open_memmap(file, "w+", np.float32, shape)

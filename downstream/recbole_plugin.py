@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from vlm2rec.downstream.principal_components import principal_components
 from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, did_you_mean
+from vlm2rec.embedder.storage import Location, location
 
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
 
@@ -51,7 +51,7 @@ FILLS = ("error", "mean", "random")
 class EmbeddingStart:
     """What the flag's lines say."""
 
-    folder: Path
+    folder: Location
     column: str = schema.FUSED
     trainable: bool = False
     missing: str = "error"
@@ -80,7 +80,7 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
             )
         return None
     return EmbeddingStart(
-        folder=Path(_checked(given, INIT, lambda value: isinstance(value, str), "a path", None)),
+        folder=location(_checked(given, INIT, lambda value: isinstance(value, str), "a path", None)),
         column=_checked(given, COLUMN, lambda v: v in schema.VIEWS, f"one of {', '.join(schema.VIEWS)}", schema.FUSED),
         trainable=_checked(given, TRAINABLE, lambda value: isinstance(value, bool), "true or false", False),
         missing=_checked(given, MISSING, lambda value: value in FILLS, f"one of {', '.join(FILLS)}", "error"),

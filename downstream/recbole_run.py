@@ -32,6 +32,7 @@ from vlm2rec.downstream import ranking, recbole_compat, recbole_plugin
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, DataError, did_you_mean
+from vlm2rec.embedder.storage import Location
 
 CHECKPOINT_FILE = "checkpoint.pth"
 METRICS_FILE = "metrics.json"
@@ -127,7 +128,7 @@ def run(
     config: Settings | Sequence[Settings],
     out: Path | str,
     *,
-    data: Dataset | Path | str | None = None,
+    data: Dataset | Location | str | None = None,
     candidate_seeds: Sequence[int] = (),
     device: str = "auto",
     watcher: Watcher | None = None,
@@ -150,7 +151,7 @@ def run(
     """
     recbole_compat.require_recbole()
     out = Path(out)
-    folder = Dataset(data) if isinstance(data, Path | str) else data
+    folder = data if isinstance(data, Dataset | None) else Dataset(data)
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import storage
 from vlm2rec.embedder.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def replace_folder(new: Path, target: Path) -> None:
         aside.rename(new)
     elif not target.exists():
         new.rename(target)
-    schema.sync_folder(target.parent)
+    storage.sync_folder(target.parent)
 
 
 def _alive(process: str) -> bool:

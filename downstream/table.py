@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.storage import Location, location, readable
 
 _EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
 
@@ -43,13 +43,13 @@ class EmbeddingTable:
         return int(self.vectors.shape[1])
 
     @classmethod
-    def open(cls, folder: Path | str, column: str = schema.FUSED) -> EmbeddingTable:
-        """Read one view of a finished embeddings folder.
+    def open(cls, folder: Location | str, column: str = schema.FUSED) -> EmbeddingTable:
+        """Read one view of a finished embeddings folder, on a disk or in an object store (`s3://bucket/folder`).
 
         Raises:
             ArtifactError: no manifest, a damaged or foreign shard, or not a single vector in this view.
         """
-        folder = Path(folder)
+        folder = location(folder)
         _require_view(column)
         manifest = schema.read_manifest(folder)
         dims = schema.dims_of(manifest)
@@ -99,7 +99,7 @@ class EmbeddingTable:
         return self.vectors[rows]
 
 
-def read_in_order(folder: Path, column: str, item_ids: list[str], vectors: np.ndarray) -> np.ndarray:
+def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: np.ndarray) -> np.ndarray:
     """Read the vectors of some items straight to where they are wanted; the table itself is never in memory.
 
     Args:
@@ -136,7 +136,7 @@ def read_in_order(folder: Path, column: str, item_ids: list[str], vectors: np.nd
     return found
 
 
-def _nothing_in(folder: Path, column: str) -> ArtifactError:
+def _nothing_in(folder: Location, column: str) -> ArtifactError:
     return ArtifactError(
         f"{folder} has no vector in column {column!r}: all its rows are null",
         "at least one vector",
@@ -145,7 +145,7 @@ def _nothing_in(folder: Path, column: str) -> ArtifactError:
 
 
 def read_batches(
-    folder: Path, column: str, batch_size: int = 16_384
+    folder: Location, column: str, batch_size: int = 16_384
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream (item_ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
 
@@ -171,19 +171,19 @@ def _require_view(column: str) -> None:
 
 
 def _read_shard(
-    folder: Path, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
+    folder: Location, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream one shard as `read_batches` does."""
     shard, dim = manifest["shards"][number], schema.dims_of(manifest)[column]
     path = folder / shard["file"]
-    if not path.is_file() or path.stat().st_size != shard["bytes"]:
-        raise ArtifactError(
-            f"{path} is missing or has another size than the manifest says",
-            f"{shard['bytes']} bytes",
-            _EXPORT_AGAIN,
-        )
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise ArtifactError(
+                f"{path} is missing or has another size than the manifest says",
+                f"{shard['bytes']} bytes",
+                _EXPORT_AGAIN,
+            )
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             _require_vectors(file.schema_arrow, column, dim, path)
             for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
                 vectors, present = _to_numpy(batch[column], dim)
@@ -192,7 +192,7 @@ def _read_shard(
         raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
 
 
-def _require_vectors(found: pa.Schema, column: str, dim: int, path: Path) -> None:
+def _require_vectors(found: pa.Schema, column: str, dim: int, path: Location) -> None:
     """Raise `ArtifactError` unless the shard has `item_id` and vectors of the manifest's length in `column`."""
     schema.require_columns(found.names, [schema.ITEM_ID, column], str(path), _EXPORT_AGAIN)
     kind = found.field(column).type

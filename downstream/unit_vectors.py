@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vlm2rec.downstream.table import read_batches
+from vlm2rec.embedder.storage import Location
 
 BATCH = 8_192  # vectors in memory at a time
 
@@ -23,7 +23,7 @@ class UnitBatch(NamedTuple):
     unusable: int  # rows whose vector is zero or not finite: they have no direction
 
 
-def unit_batches(embeddings: Path, column: str) -> Iterator[UnitBatch]:
+def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
     """Stream one view as unit vectors; memory is that of one batch."""
     first = 0
     for ids, vectors, present in read_batches(embeddings, column, BATCH):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
 _PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
@@ -46,9 +47,10 @@ class Dataset:
     Items are addressed by their row in `items.parquet` (int32) inside the program and by `item_id` in every file.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
+    def __init__(self, path: Location | str) -> None:
+        self.path = location(path)
+        # a store has no folders: dataset.json says whether it is one
+        if isinstance(self.path, Path) and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
         self.meta: dict[str, Any] = schema.read_json(
             self.path / schema.DATASET_FILE, "a dataset folder written by `vlm2rec prepare`", _PREPARE_AGAIN
@@ -61,7 +63,7 @@ class Dataset:
                 "install a newer vlm2rec, or prepare again with this one",
             )
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Location]]:
         """Let another process read the folder itself: what is in memory may be large."""
         return Dataset, (self.path,)
 
@@ -85,9 +87,12 @@ class Dataset:
         return int(self._setting("max_history"))
 
     @property
-    def image_root(self) -> Path:
+    def image_root(self) -> Location:
         """Folder that `image_path` is relative to."""
-        return (self.path / str(self._setting("image_root"))).resolve()
+        root = str(self._setting("image_root"))
+        if isinstance(self.path, StorePath) and Path(root).is_absolute():
+            return Path(root).resolve()  # the items are in a store, their images on this machine
+        return (self.path / root).resolve()
 
     @cached_property
     def items(self) -> pa.Table:
@@ -223,16 +228,17 @@ class Dataset:
 
     def _read_negatives(self, seed: int) -> pa.Table:
         file = self.path / schema.NEGATIVES_FILE
-        if not file.is_file():
-            raise ArtifactError(f"{file} does not exist", "the stored candidate sets", _PREPARE_AGAIN)
         try:
-            return pq.read_table(
-                file,
-                columns=[schema.USER_ID, schema.NEGATIVES],
-                filters=[(schema.SEED, "=", seed)],
-                # codes, not strings: a hundred ids for each of 10⁶ users would be gigabytes of text
-                read_dictionary=[f"{schema.NEGATIVES}.list.element"],
-            )
+            if not file.is_file():
+                raise ArtifactError(f"{file} does not exist", "the stored candidate sets", _PREPARE_AGAIN)
+            with readable(file) as source:
+                return pq.read_table(
+                    source,
+                    columns=[schema.USER_ID, schema.NEGATIVES],
+                    filters=[(schema.SEED, "=", seed)],
+                    # codes, not strings: a hundred ids for each of 10⁶ users would be gigabytes of text
+                    read_dictionary=[f"{schema.NEGATIVES}.list.element"],
+                )
         except (pa.ArrowException, OSError) as error:
             raise ArtifactError(
                 f"{file} cannot be read ({error})", "the candidates as `prepare` wrote them", _PREPARE_AGAIN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.export_plan import Plan, without_inputs
 from vlm2rec.embedder.shards import differences
+from vlm2rec.embedder.storage import Location, readable
 
 _SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were exported
 
@@ -27,10 +27,10 @@ class EarlierRows:
         files: its shards.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+    def __init__(self, folder: Location, files: Sequence[str]) -> None:
         self.folder, self.files = folder, list(files)
         columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
-        parts = [pq.read_table(folder / name, columns=columns, page_checksum_verification=True) for name in self.files]
+        parts = [self._read(name, columns) for name in self.files]
         self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
         table = pa.concat_tables(parts)
         self._ids, self._inputs = (table[name].combine_chunks() for name in (schema.ITEM_ID, schema.INPUT))
@@ -38,7 +38,7 @@ class EarlierRows:
         self._shard = functools.lru_cache(_SHARDS_IN_MEMORY)(self._read_shard)
 
     @classmethod
-    def of_export(cls, folder: Path, plan: Plan) -> EarlierRows:
+    def of_export(cls, folder: Location, plan: Plan) -> EarlierRows:
         """Open a finished embeddings folder whose vectors are comparable with those of a plan.
 
         Raises:
@@ -55,7 +55,7 @@ class EarlierRows:
                 "export everything, without --changed-since, or set these back",
             )
         files = [shard["file"] for shard in manifest["shards"]]
-        if any(schema.INPUT not in pq.read_schema(folder / name).names for name in files):
+        if any(schema.INPUT not in _columns(folder / name) for name in files):
             raise ArtifactError(
                 f"the rows of {folder} do not say what they were made from",
                 f"a column {schema.INPUT!r}",
@@ -85,4 +85,13 @@ class EarlierRows:
         return pa.concat_tables(parts).take(np.argsort(place))
 
     def _read_shard(self, number: int) -> pa.Table:
-        return pq.read_table(self.folder / self.files[number], page_checksum_verification=True)
+        return self._read(self.files[number])
+
+    def _read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        with readable(self.folder / name) as source:
+            return pq.read_table(source, columns=columns, page_checksum_verification=True)
+
+
+def _columns(path: Location) -> list[str]:
+    with readable(path) as source:
+        return pq.read_schema(source).names

@@ -37,6 +37,7 @@ from vlm2rec.embedder.packing import FixedBlocks
 from vlm2rec.embedder.pooling import FusionNorm, Pooling, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode, Wording
+from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.vision_cache import NewImage, VisionCache
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ class ItemEncoder:
             self.vision_cache = cache
             backbone.forget_prefixes()
 
-    def open_image(self, root: Path, relative: str) -> Picture:
+    def open_image(self, root: Location, relative: str) -> Picture:
         """Read an image and cut it up, or find what the vision cache knows of it. Safe to call from threads.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.errors import DataError
 from vlm2rec.embedder.images import ImageError, locate, path_below_root
+from vlm2rec.embedder.storage import Location, Stat
 
 ImagesBy = Literal["mtime", "bytes"]
 INPUT_SETTINGS = ("items", "item_ids", "titles", "images", "images_by")
@@ -154,7 +156,7 @@ def read_inputs(
     item_ids: Sequence[str],
     titles: Sequence[str],
     image_paths: Sequence[str],
-    image_root: Path,
+    image_root: Location,
     images_by: ImagesBy = "mtime",
     modalities: Sequence[str] = schema.MODALITIES,
 ) -> Inputs:
@@ -169,14 +171,30 @@ def read_inputs(
         modalities: Of what the vectors are made: titles or images that no vector depends on are left out, unread.
     """
     looked_at = schema.IMAGE in modalities
-    describe = _image_stamp if images_by == "mtime" else _image_digest
     return Inputs(
         item_ids,
         titles if schema.TEXT in modalities else None,
         image_paths if looked_at else None,
-        [describe(image_root, path) for path in image_paths] if looked_at else None,
+        _image_stamps(image_root, image_paths, images_by) if looked_at else None,
         images_by,
     )
+
+
+def _image_stamps(root: Location, paths: Sequence[str], images_by: ImagesBy) -> list[str]:
+    if images_by == "bytes":
+        return [_image_digest(root, path) for path in paths]
+    if isinstance(root, Path):
+        return [_image_stamp(root, path) for path in paths]
+    there = root.tree()
+    return [_object_stamp(there, path) for path in paths]
+
+
+def _object_stamp(there: Mapping[str, Stat], relative: str) -> str:
+    try:
+        found = there.get(posixpath.normpath(path_below_root(relative)))
+    except ImageError:
+        return "unreadable"
+    return f"{found.st_size} {found.st_mtime_ns}" if found else "unreadable"
 
 
 def _image_stamp(root: Path, relative: str) -> str:
@@ -187,9 +205,9 @@ def _image_stamp(root: Path, relative: str) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _image_digest(root: Path, relative: str) -> str:
+def _image_digest(root: Location, relative: str) -> str:
     try:
-        return schema.sha256_file(locate(root, relative))
+        return storage.sha256_file(locate(root, relative))
     except (ImageError, OSError):
         return "unreadable"
 

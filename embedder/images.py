@@ -19,6 +19,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from vlm2rec.embedder.storage import Location, StorePath, readable
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
@@ -47,14 +49,14 @@ class ImageError(Exception):
     """One image cannot be used; the message is the reason that stands in the item's row."""
 
 
-def open_image(root: Path, relative: str, target_pixels: int | None = None) -> Image.Image:
+def open_image(root: Location, relative: str, target_pixels: int | None = None) -> Image.Image:
     """Return the image at `root / relative`, upright, RGB, on white.
 
     Animated files give their first frame, 16-bit grey is scaled to 8 bits, transparency is laid on white, and a
     picture more than 150 times longer than wide is centred on white until it is not. Safe to call from threads.
 
     Args:
-        root: Image root; links inside it may not lead out of it.
+        root: Image root, on a disk or in an object store; links inside it may not lead out of it.
         relative: Path below the root.
         target_pixels: Area the caller will shrink the picture to. A much larger picture is decoded at a lower
             resolution, but never to less than twice the target's sides.
@@ -65,17 +67,20 @@ def open_image(root: Path, relative: str, target_pixels: int | None = None) -> I
     return decode(io.BytesIO(read_file(root, relative)), target_pixels)
 
 
-def read_file(root: Path, relative: str) -> bytes:
+def read_file(root: Location, relative: str) -> bytes:
     """Return the bytes of a file below the root, or raise `ImageError`."""
-    path = locate(root, relative)
+    path = _named(root, relative) if isinstance(root, StorePath) else locate(root, relative)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = _first_bytes(path, MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageError("the image file does not exist") from None
     except PermissionError:
         raise ImageError("the image may not be read (permission denied)") from None
     except OSError as error:
         raise ImageError(f"the image cannot be read ({error.strerror or error})") from None
-    if len(content) > MAX_BYTES:  # it has grown since its size was looked up
+    if not content:
+        raise ImageError("the image file is empty")
+    if len(content) > MAX_BYTES:  # of a store, nothing was looked up; on a disk, it has grown since
         raise ImageError(f"the image file has more than {MAX_BYTES} bytes, which is the most that is read")
     return content
 
@@ -91,12 +96,12 @@ def decode(file: BinaryIO, target_pixels: int | None = None) -> Image.Image:
         raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
 
 
-def size_of(root: Path, relative: str) -> tuple[int, int]:
+def size_of(root: Location, relative: str) -> tuple[int, int]:
     """Return width and height as the header of a file says; raises `ImageError` like `open_image`, pixels unseen."""
     path = locate(root, relative)
     _ignore_pillow_warnings()
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with readable(path) as source, Image.open(source, formats=FORMATS) as image:
             return image.size
     except Exception as error:  # as in `decode`
         raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
@@ -115,25 +120,42 @@ def path_below_root(relative: str | None) -> str:
     return relative
 
 
-def locate(root: Path, relative: str) -> Path:
+def _named(root: StorePath, relative: str) -> StorePath:
+    """Return the object of that name below the root: a store has no links, so its spelling says where it lies."""
+    return root / path_below_root(relative)
+
+
+def _first_bytes(path: Location, most: int) -> bytes:
+    if isinstance(path, StorePath):
+        return path.read_bytes(most)
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def locate(root: Location, relative: str) -> Location:
     """Return the real path of a regular file below the root."""
     try:
-        path = (root / path_below_root(relative)).resolve(strict=True)
-        if not path.is_relative_to(root.resolve()):
-            raise ImageError("the image path leads out of the image root")
-        found = path.stat()
+        if isinstance(root, StorePath):
+            path: Location = _named(root, relative)
+            regular, size = path.is_file(), path.stat().st_size
+        else:
+            path = (root / path_below_root(relative)).resolve(strict=True)
+            if not path.is_relative_to(root.resolve()):
+                raise ImageError("the image path leads out of the image root")
+            found = path.stat()
+            regular, size = stat.S_ISREG(found.st_mode), found.st_size
     except FileNotFoundError:
         raise ImageError("the image file does not exist") from None
     except PermissionError:
         raise ImageError("the image may not be read (permission denied)") from None
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long or not encodable
         raise ImageError(f"the image path cannot be followed ({type(error).__name__})") from None
-    if not stat.S_ISREG(found.st_mode):  # a FIFO would hang the run
+    if not regular:  # a FIFO would hang the run
         raise ImageError("the image path is not a regular file")
-    if found.st_size == 0:
+    if size == 0:
         raise ImageError("the image file is empty")
-    if found.st_size > MAX_BYTES:
-        raise ImageError(f"the image file has {found.st_size} bytes; at most {MAX_BYTES} are read")
+    if size > MAX_BYTES:
+        raise ImageError(f"the image file has {size} bytes; at most {MAX_BYTES} are read")
     return path
 
 

@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder import moda, schema
+from vlm2rec.embedder import moda, schema, storage
 from vlm2rec.embedder.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.errors import ModelError
 
@@ -284,7 +284,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def adapter_hash(folder: Path) -> str:
     """Return the SHA-256 of the adapter's weights."""
-    return schema.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
+    read_adapter(folder)
+    return storage.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
 
 
 def backbone_hash(source: str, revision: str | None) -> str:

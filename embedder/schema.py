@@ -1,7 +1,8 @@
 """The embedding table and the dataset folder: names, columns, schemas. No torch in here.
 
 These names are the contract between the three packages and with every reader outside vlm2rec;
-they stand once, here. `downstream` may import this module, `dataset` and `errors` from `embedder`, nothing else.
+they stand once, here. `downstream` may import this module, `dataset`, `storage` and `errors` from `embedder`, nothing
+else.
 
     dataset folder     items.parquet  sequences.parquet  negatives.parquet  dataset.json
     embeddings folder  part-00000.parquet ...  manifest.json (written last)
@@ -9,17 +10,15 @@ they stand once, here. `downstream` may import this module, `dataset` and `error
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder.errors import ArtifactError, did_you_mean
+from vlm2rec.embedder.storage import Location, readable, write_whole
 
 SCHEMA_VERSION = 1
 
@@ -97,6 +96,7 @@ def modalities_of(views: Sequence[str]) -> tuple[str, ...]:
     return tuple(view for view in MODALITIES if view in views) or MODALITIES
 
 
+_REACH = "check the path, its permissions and, for an object store, address and credentials"
 _VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
@@ -105,46 +105,24 @@ def shard_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Location, value: Any) -> None:
     """Write JSON as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Location, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_whole(path, text.encode("utf-8"))
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path, what: str, fix: str) -> dict[str, Any]:
+def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
     """Read a JSON object, or raise `ArtifactError` naming `what` the file is."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist", what, fix)
     try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist", what, fix)
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error})", what, _REACH) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} is not readable JSON ({error})", what, fix) from None
     if not isinstance(value, dict):
@@ -152,7 +130,7 @@ def read_json(path: Path, what: str, fix: str) -> dict[str, Any]:
     return value
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Location) -> dict[str, Any]:
     """Read the manifest of a finished embeddings folder.
 
     Raises:
@@ -184,11 +162,12 @@ def require_columns(found: list[str], required: list[str], where: str, fix: str)
             )
 
 
-def read_table(path: Path, columns: list[str] | None = None, *, fix: str) -> pa.Table:
+def read_table(path: Location, columns: list[str] | None = None, *, fix: str) -> pa.Table:
     """Read a Parquet file, or raise `ArtifactError` with what to do."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist", "a file written by vlm2rec", fix)
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist", "a file written by vlm2rec", fix)
+        with readable(path) as source:
+            return pq.read_table(source, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix) from None

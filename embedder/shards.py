@@ -7,8 +7,9 @@ What lies in the folder, in the order it is written:
     part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
     manifest.json                            last; it takes over the records, and export.json goes
 
-A shard goes temporary file → fsync → read back → rename → record. Killed anywhere, the next run keeps what is
-recorded, checks and adopts a shard that was renamed but not recorded, and writes the rest.
+A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
+not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. Killed anywhere,
+the next run keeps what is recorded, checks and adopts a shard that is there but not recorded, and writes the rest.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ import datetime
 import errno
 import json
 import logging
-import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +32,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.export_plan import INPUT_SETTINGS, Plan, flatten
+from vlm2rec.embedder.storage import Location, readable
 from vlm2rec.embedder.writer_lock import Share, is_lock
 
 STATE_FILE = "export.json"
@@ -62,7 +61,7 @@ class Shard:
     seconds: float  # spent on encoding it
 
 
-def rows_of_shards(folder: Path) -> list[int]:
+def rows_of_shards(folder: Location) -> list[int]:
     """Return the rows of each shard that an export into this folder has planned; none where there is no export."""
     known = _known(folder)
     if known is None:
@@ -70,22 +69,23 @@ def rows_of_shards(folder: Path) -> list[int]:
     return [shard["rows"] for shard in known["shards"]] if "shards" in known else list(known.get("rows", []))
 
 
-def known_settings(folder: Path) -> dict[str, Any] | None:
+def known_settings(folder: Location) -> dict[str, Any] | None:
     """Return the settings that an export into this folder was begun or finished with, None where there is none."""
     known = _known(folder)
     return None if known is None else dict(known.get("settings", {}))
 
 
-def _known(folder: Path) -> dict[str, Any] | None:
+def _known(folder: Location) -> dict[str, Any] | None:
     """Return the manifest, or what stands in its place while an export is unfinished, or None."""
-    if (folder / schema.MANIFEST_FILE).exists():
-        return schema.read_manifest(folder)
-    if (folder / STATE_FILE).exists():
-        return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
-    return None
+    with _disk(folder):
+        if (folder / schema.MANIFEST_FILE).exists():
+            return schema.read_manifest(folder)
+        if (folder / STATE_FILE).exists():
+            return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+        return None
 
 
-def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
+def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
     """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
 
     To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
@@ -101,6 +101,11 @@ def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = 
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
+    with _disk(folder):
+        return _begin(folder, plan, revise, share)
+
+
+def _begin(folder: Location, plan: Plan, revise: bool, share: Share | None) -> dict[int, Shard]:
     known, recorded = _look(folder, plan, revise, share)
     complete = (folder / schema.MANIFEST_FILE).exists()
     mine = shards_of(plan, share)
@@ -112,16 +117,15 @@ def begin(folder: Path, plan: Plan, revise: bool = False, share: Share | None = 
         if not share:
             _remove_records(folder, plan)
         return sound
-    with _disk(folder):
-        schema.write_json(folder / STATE_FILE, _state(plan))
-        for number, shard in (sound | adopted).items():
-            if number in mine or not _record_path(folder, number).exists():
-                schema.write_json(_record_path(folder, number), asdict(shard))
-        (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
+    schema.write_json(folder / STATE_FILE, _state(plan))
+    for number, shard in (sound | adopted).items():
+        if number in mine or not _record_path(folder, number).exists():
+            schema.write_json(_record_path(folder, number), asdict(shard))
+    (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
     return dict(sorted((sound | adopted).items()))
 
 
-def recorded(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]:
+def recorded(folder: Location, plan: Plan, revise: bool = False) -> dict[int, Shard]:
     """Return the shards that are recorded as finished, unseen; nothing is changed, and the folder need not exist.
 
     Raises:
@@ -131,7 +135,7 @@ def recorded(folder: Path, plan: Plan, revise: bool = False) -> dict[int, Shard]
 
 
 def _look(
-    folder: Path, plan: Plan, revise: bool, share: Share | None
+    folder: Location, plan: Plan, revise: bool, share: Share | None
 ) -> tuple[dict[str, Any] | None, dict[int, Shard]]:
     """Return what the folder says of itself, and the shards that it records."""
     known = _known(folder)
@@ -153,7 +157,7 @@ def shards_of(plan: Plan, share: Share | None) -> range:
     return range(len(plan)) if share is None else range(share.worker, len(plan), share.workers)
 
 
-def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+def publish(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
     """Write one shard so that it is there whole or not at all, and return its record.
 
     Raises:
@@ -171,13 +175,13 @@ def publish(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: flo
     raise AssertionError("unreachable")
 
 
-def finish(folder: Path, plan: Plan, shards: Mapping[int, Shard], data: Path | None = None) -> dict[str, Any]:
+def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
     """Write the manifest, the last file of an export, and return it."""
+    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and takes the records away
+        return schema.read_manifest(folder)
     missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
     if missing:
         raise ValueError(f"shards are missing: {missing}")
-    if (folder / schema.MANIFEST_FILE).exists():
-        return schema.read_manifest(folder)
     ordered = [shards[n] for n in range(len(plan))]
     manifest = {
         "schema_version": schema.SCHEMA_VERSION,
@@ -202,13 +206,13 @@ def finish(folder: Path, plan: Plan, shards: Mapping[int, Shard], data: Path | N
     return manifest
 
 
-def require_space(folder: Path, plan: Plan, items: int) -> None:
+def require_space(folder: Location, plan: Plan, items: int) -> None:
     """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
     dims = schema.dims_of(plan.settings)
     width = np.dtype(plan.settings["storage"]).itemsize * sum(dims[view] for view in plan.settings["views"])
-    free = shutil.disk_usage(folder).free
+    free = storage.free_bytes(folder)
     # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
-    if free < items * width / 4:
+    if free is not None and free < items * width / 4:
         raise ArtifactError(
             f"{folder} has {free / 2**20:.0f} MiB free and {items} items need about {items * width / 2**20:.0f} MiB",
             "room for the vectors",
@@ -249,22 +253,17 @@ def _vector_array(vectors: np.ndarray, kind: pa.FixedSizeListType) -> pa.FixedSi
     return pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), type=kind, mask=pa.array(absent))
 
 
-def _commit(folder: Path, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
     path = folder / schema.shard_name(number)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    with storage.draft(path) as draft:
+        with draft.open("wb") as file:
             write_parquet(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if not pq.read_table(temporary, page_checksum_verification=True).equals(table):
+            storage.flush(file)
+        if not pq.read_table(draft, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
+        shard = _describe(draft, path.name, table[schema.STATUS], seconds)
         _record_path(folder, number).unlink(missing_ok=True)  # of the shard that this one replaces
-        temporary.replace(path)
-        schema.sync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-    shard = _describe(path, table[schema.STATUS], seconds)
+        storage.put_in_place(draft, path, shard.sha256)
     schema.write_json(_record_path(folder, number), asdict(shard))
     return shard
 
@@ -285,13 +284,13 @@ def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_RO
     )
 
 
-def _describe(path: Path, status: pa.ChunkedArray, seconds: float) -> Shard:
+def _describe(path: Location, name: str, status: pa.ChunkedArray, seconds: float) -> Shard:
     counted = {entry["values"]: entry["counts"] for entry in pc.value_counts(status).to_pylist()}
     counts = {name: counted[name] for name in schema.STATUSES if name in counted}
-    return Shard(path.name, len(status), path.stat().st_size, schema.sha256_file(path), counts, round(seconds, 3))
+    return Shard(name, len(status), path.stat().st_size, storage.sha256_file(path), counts, round(seconds, 3))
 
 
-def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]:
+def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]:
     """Return records for shards that were renamed but not recorded; remove those that are not what was planned."""
     adopted = {}
     for number in numbers:
@@ -299,7 +298,7 @@ def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]
         if not path.exists():
             continue
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
                 as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
             rows = plan.rows(number)
             wanted = [plan.item_ids[row] for row in rows], plan.made_from(rows)
@@ -310,14 +309,14 @@ def _adopt(folder: Path, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]
             logger.warning("%s is not a shard of this export: it is written again", path)
             path.unlink()
             continue
-        adopted[number] = _describe(path, pa.chunked_array([pa.array(content.status, pa.string())]), 0.0)
+        adopted[number] = _describe(path, path.name, pa.chunked_array([pa.array(content.status, pa.string())]), 0.0)
     return adopted
 
 
-def _damage(folder: Path, number: int, shard: Shard) -> bool:
+def _damage(folder: Location, number: int, shard: Shard) -> bool:
     """Tell whether a recorded shard is missing or changed; a changed one is named in the log and removed."""
     path = folder / schema.shard_name(number)
-    if path.is_file() and path.stat().st_size == shard.bytes and schema.sha256_file(path) == shard.sha256:
+    if path.is_file() and path.stat().st_size == shard.bytes and storage.sha256_file(path) == shard.sha256:
         return False
     logger.warning("%s is %s: it is written again", path, "damaged" if path.exists() else "missing")
     path.unlink(missing_ok=True)
@@ -335,11 +334,11 @@ def _state(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _record_path(folder: Path, number: int) -> Path:
+def _record_path(folder: Location, number: int) -> Location:
     return (folder / schema.shard_name(number)).with_suffix(".json")
 
 
-def recorded_shards(folder: Path, plan: Plan) -> dict[int, Shard]:
+def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
     """Return the shards of an unfinished export that are written and recorded, whoever wrote them."""
     found = {}
     for number in range(len(plan)):
@@ -361,7 +360,7 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
         ) from None
 
 
-def _refuse_changed(folder: Path, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
+def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
     """Raise `ArtifactError` naming every setting that differs from those the folder was begun with."""
     version = known.get("schema_version")
     if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
@@ -405,8 +404,9 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def _refuse_foreign(folder: Path) -> None:
-    strange = [p.name for p in sorted(folder.iterdir()) if not is_lock(p.name) and not is_temporary(p.name)]
+def _refuse_foreign(folder: Location) -> None:
+    there = sorted(path.name for path in folder.iterdir())
+    strange = [name for name in there if not is_lock(name) and not is_temporary(name)]
     if strange:
         raise ArtifactError(
             f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
@@ -421,7 +421,7 @@ def is_temporary(name: str) -> bool:
     return name.startswith(ours) and name.endswith(".tmp")
 
 
-def _remove_temporaries(folder: Path, mine: Collection[int] | None = None) -> None:
+def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
     """Remove what dead writers left half-written; where others are at work, only what belongs to these shards."""
     for path in folder.iterdir():
         if is_temporary(path.name):
@@ -430,25 +430,25 @@ def _remove_temporaries(folder: Path, mine: Collection[int] | None = None) -> No
                 path.unlink(missing_ok=True)
 
 
-def _remove_records(folder: Path, plan: Plan) -> None:
+def _remove_records(folder: Location, plan: Plan) -> None:
     for number in range(len(plan)):
         _record_path(folder, number).unlink(missing_ok=True)
     (folder / STATE_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def _disk(folder: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise _disk_error(folder, error) from None
 
 
-def _disk_error(folder: Path, error: OSError) -> ArtifactError:
+def _disk_error(folder: Location, error: OSError) -> ArtifactError:
     return ArtifactError(
         f"{folder} cannot be written ({error.strerror or error})",
-        "room for the vectors and a disk that keeps them",
-        f"free some space or mend the disk, then {_GO_ON}",
+        "room for the vectors and a disk that keeps them, or a store that takes them",
+        f"free some space or mend the disk (or the store's address and credentials), then {_GO_ON}",
     )
 
 
@@ -472,10 +472,10 @@ class ShardContent:
     problems: list[str]
 
 
-def read_rows(path: Path, views: Sequence[str]) -> ShardContent:
+def read_rows(path: Location, views: Sequence[str]) -> ShardContent:
     """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
     content = ShardContent([], [], [], [])
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
         for batch in file.iter_batches(_READ_ROWS):
             status = batch[schema.STATUS].to_pylist()
             content.ids.extend(batch[schema.ITEM_ID].to_pylist())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.export_plan import duplicates, fingerprint, without_inputs
 from vlm2rec.embedder.shards import ShardContent, is_temporary, read_rows, vectors_of
+from vlm2rec.embedder.storage import Location, readable
 from vlm2rec.embedder.writer_lock import is_lock
 
 
@@ -28,7 +28,7 @@ class Problem:
         return f"{self.file}: {self.what}"
 
 
-def verify(folder: Path) -> list[Problem]:
+def verify(folder: Location) -> list[Problem]:
     """Compare a finished embeddings folder with its manifest and return what is wrong with it.
 
     Finds missing, truncated, changed and foreign files, duplicate ids, wrong counts, NaN and infinity, wrong
@@ -55,17 +55,13 @@ def verify(folder: Path) -> list[Problem]:
     if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums cannot be right
         problems += [Problem(schema.MANIFEST_FILE, what) for what in _sum_problems(manifest, status)]
     known = {schema.MANIFEST_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
-    for path in sorted(folder.iterdir()):
-        if (
-            path.name not in known
-            and not is_lock(path.name)
-            and (not path.name.startswith(".") or is_temporary(path.name))
-        ):
-            problems.append(Problem(path.name, "is not part of this export"))
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name not in known and not is_lock(name) and (not name.startswith(".") or is_temporary(name)):
+            problems.append(Problem(name, "is not part of this export"))
     return problems
 
 
-def effective_ranks(folder: Path, sample: int = 512) -> dict[str, float]:
+def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
     """Return, per view, the effective rank of the first `sample` vectors, 0.0 when they are practically constant.
 
     That is exp(entropy of the normalised singular values) of the centred unit vectors: how many directions they
@@ -90,10 +86,10 @@ def _effective_rank(vectors: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def _sample(folder: Path, manifest: Mapping[str, Any], view: str, sample: int) -> np.ndarray:
+def _sample(folder: Location, manifest: Mapping[str, Any], view: str, sample: int) -> np.ndarray:
     blocks: list[np.ndarray] = []
     for entry in manifest["shards"]:
-        with pq.ParquetFile(folder / entry["file"]) as file:
+        with readable(folder / entry["file"]) as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches(sample, columns=[view]):
                 vectors, present = vectors_of(batch[view])
                 blocks.append(vectors[present].astype(np.float64))
@@ -128,7 +124,7 @@ def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _verify_shard(
-    folder: Path, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any]
+    folder: Location, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> tuple[list[str], ShardContent | None]:
     path = folder / schema.shard_name(number)
     if not path.is_file():
@@ -136,10 +132,10 @@ def _verify_shard(
     size = path.stat().st_size
     if size != entry["bytes"]:
         return [f"has {size} bytes, the manifest says {entry['bytes']}"], None
-    if schema.sha256_file(path) != entry["sha256"]:
+    if storage.sha256_file(path) != entry["sha256"]:
         return ["its bytes have changed since it was written (SHA-256 differs)"], None
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             found = file.schema_arrow
         dims = schema.dims_of(manifest)
         if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):

@@ -33,6 +33,7 @@ from torch import Tensor
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.backbone import Backbone, ImageFeatures, Patches
 from vlm2rec.embedder.images import decode, read_file
+from vlm2rec.embedder.storage import Location
 
 _FORMAT = 1
 _RECORD = np.dtype(
@@ -112,7 +113,7 @@ class VisionCache:
         """Return how many bytes an image of that many merged tokens takes."""
         return layers * tokens * self.dim * self.dtype.itemsize + _RECORD.itemsize
 
-    def read(self, root: Path, relative: str, target_pixels: int | None = None) -> ImageFeatures | NewImage:
+    def read(self, root: Location, relative: str, target_pixels: int | None = None) -> ImageFeatures | NewImage:
         """Return what is known of the image at `root / relative`, or the image itself if nothing is.
 
         Raises:

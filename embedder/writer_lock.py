@@ -1,4 +1,8 @@
-"""One writer at a time for an output folder, or several that each have a share of it, across processes and hosts."""
+"""One writer at a time for an output folder, or several that each have a share of it, across processes and hosts.
+
+On a disk the lock is the kernel's, with signs of life for hosts that it does not know of. In an object store, which has
+no locks, it is an object that is put there if there is none, and put again as a sign of life.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,21 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.storage import Location, StorePath
 
 LOCK_FILE = "export.lock"
 _OF_A_WORKER = re.compile(r"export\.worker-(\d+)-of-(\d+)\.lock")
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without one after which a writer on another host is taken to be dead
+SETTLE = 2.0  # seconds in which two that take over the same object notice each other
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +49,31 @@ def is_lock(name: str) -> bool:
     return name == LOCK_FILE or _OF_A_WORKER.fullmatch(name) is not None
 
 
+def _is_rival(name: str, share: Share | None) -> bool:
+    """Tell whether a file name is that of the lock of somebody who makes the same shards."""
+    division = _OF_A_WORKER.fullmatch(name)
+    own = name == (share.lock_file if share else LOCK_FILE)
+    return is_lock(name) and not own and not (share and division and int(division[2]) == share.workers)
+
+
+class Hold:
+    """What a writer has while it writes a folder."""
+
+    def __init__(self, folder: Location, is_ours: Callable[[], bool] = lambda: True) -> None:
+        self._folder, self._is_ours = folder, is_ours
+
+    def require(self) -> None:
+        """Raise `ArtifactError` where another has taken the folder over, as one that is asleep for long must expect."""
+        if not self._is_ours():
+            raise ArtifactError(
+                f"another writer has taken {self._folder} over, as this one gave no sign of life for long",
+                "one writer at a time",
+                "let the other one end; then run the same command again: it checks what is there",
+            )
+
+
 @contextmanager
-def writing(folder: Path, share: Share | None = None) -> Iterator[None]:
+def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
     """Make `folder` if needed and hold it for one writer; the lock of a dead writer is taken over.
 
     A writer on this host is dead when its process is; one on another host when it has given no sign of life for two
@@ -51,6 +82,10 @@ def writing(folder: Path, share: Share | None = None) -> Iterator[None]:
     Raises:
         ArtifactError: not a folder, not writable, or another writer holds it.
     """
+    if isinstance(folder, StorePath):
+        with _writing_objects(folder, share) as hold:
+            yield hold
+        return
     path = folder / (share.lock_file if share else LOCK_FILE)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file", "a folder, or a place to make one", "choose another --out")
@@ -68,7 +103,7 @@ def writing(folder: Path, share: Share | None = None) -> Iterator[None]:
     try:
         _refuse_others(folder, share)
         threading.Thread(target=_beat, args=(descriptor, ended), name="lock", daemon=True).start()
-        yield
+        yield Hold(folder)
     finally:
         ended.set()
         path.unlink(missing_ok=True)
@@ -108,9 +143,7 @@ def _lock(path: Path) -> int:
 def _refuse_others(folder: Path, share: Share | None) -> None:
     """Raise `ArtifactError` where a live writer makes the same shards; remove the locks of dead ones."""
     for path in folder.glob("export*.lock"):
-        division = _OF_A_WORKER.fullmatch(path.name)
-        own = path.name == (share.lock_file if share else LOCK_FILE)
-        if own or not is_lock(path.name) or (share and division and int(division[2]) == share.workers):
+        if not _is_rival(path.name, share):
             continue
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -133,12 +166,14 @@ def _alive(descriptor: int, owner: dict[str, Any], path: Path) -> str:
     if not owner or (taken == "by us" and owner["host"] == socket.gethostname()):
         return ""
     # what the kernel says of a lock may hold for this host alone
-    silent = _now(path.parent) - os.fstat(descriptor).st_mtime
-    return (
-        ""
-        if silent > SILENCE
-        else f"its last sign of life came {silent:.0f} s ago: after {SILENCE:.0f} s it counts as dead"
-    )
+    return _still_alive(_now(path.parent) - os.fstat(descriptor).st_mtime)
+
+
+def _still_alive(silent: float) -> str:
+    """Return what speaks for the life of an owner that has been silent for some seconds, nothing if it is dead."""
+    if silent > SILENCE:
+        return ""
+    return f"its last sign of life came {silent:.0f} s ago: after {SILENCE:.0f} s it counts as dead"
 
 
 def _now(folder: Path) -> float:
@@ -162,10 +197,14 @@ def _flock(descriptor: int) -> str:
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
+    return _parsed(os.pread(descriptor, 4096, 0))
+
+
+def _parsed(lock: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-        return {"host": str(found["host"]), "pid": int(found["pid"])}
-    except (ValueError, TypeError, KeyError):
+        found = json.loads(lock)
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "processes": found.get("processes")}
+    except (ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
@@ -176,9 +215,116 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _held(path: Path, owner: dict[str, Any], state: str) -> ArtifactError:
+def _held(path: Location, owner: dict[str, Any], state: str) -> ArtifactError:
     return ArtifactError(
         f"{path.parent} is being written by process {owner.get('pid', '?')} on host {owner.get('host', '?')}; {state}",
         "one writer at a time",
         f"wait for it, or, if that process is gone, delete {path}",
     )
+
+
+# --- object stores ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _writing_objects(folder: StorePath, share: Share | None) -> Iterator[Hold]:
+    """Hold a folder of an object store; see `writing`."""
+    path, ended = folder / (share.lock_file if share else LOCK_FILE), threading.Event()
+    with _reached(folder):
+        lock = _put_lock(path)
+    beating = threading.Thread(target=_beat_object, args=(path, lock, ended), name="lock", daemon=True)
+    try:
+        with _reached(folder):
+            _refuse_other_objects(folder, share)
+        beating.start()
+        yield Hold(folder, lambda: path.is_file() and path.read_bytes() == lock)
+    finally:
+        ended.set()
+        if beating.ident is not None:
+            beating.join()  # its sign of life would bring the lock back
+        with suppress(OSError):  # the silence will tell
+            if path.read_bytes() == lock:
+                path.unlink()
+
+
+@contextmanager
+def _reached(folder: StorePath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} cannot be written ({error.strerror or error})",
+            "a bucket that is there, and credentials that may write to it",
+            "choose another --out, or mend the store's address and credentials",
+        ) from None
+
+
+def _put_lock(path: StorePath) -> bytes:
+    """Put our lock there, and return its content."""
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "processes": _processes(), "writer": uuid.uuid4().hex}
+    lock = json.dumps(owner).encode()
+    while not path.create(lock):
+        try:
+            there = path.read_bytes()
+            if state := _object_alive(path, _parsed(there)):
+                raise _held(path, _parsed(there), state)
+        except FileNotFoundError:
+            continue  # its writer has just finished and removed it
+        logger.warning("%s: taking over from process %s, which is gone", path.parent, _parsed(there).get("pid", "?"))
+        path.write_bytes(lock)
+        time.sleep(SETTLE)  # whoever takes it over at this very moment has put a lock by then, and the last one counts
+        break
+    if (there := path.read_bytes()) != lock:
+        raise _held(path, _parsed(there), "it was a moment faster")
+    return lock
+
+
+def _beat_object(path: StorePath, lock: bytes, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError):  # the store does not answer: the next sign may come through
+            if path.read_bytes() != lock:
+                logger.error("%s: another writer has taken it over", path.parent)
+                return
+            path.write_bytes(lock)
+
+
+def _refuse_other_objects(folder: StorePath, share: Share | None) -> None:
+    """As `_refuse_others`."""
+    for path in folder.iterdir():
+        if not _is_rival(path.name, share):
+            continue
+        with suppress(FileNotFoundError):  # its writer has just finished and removed it
+            owner = _parsed(path.read_bytes())
+            if state := _object_alive(path, owner):
+                raise _held(path, owner, state)
+            path.unlink()
+
+
+def _object_alive(path: StorePath, owner: dict[str, Any]) -> str:
+    """Return what speaks for the life of a lock's owner, nothing if it is dead."""
+    if owner and owner["processes"] and owner["processes"] == _processes():
+        try:
+            os.kill(owner["pid"], 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass  # it is there, and somebody else's
+    return _still_alive(_store_time(path.parent) - path.stat().st_mtime)
+
+
+def _store_time(folder: StorePath) -> float:
+    """Return the time by the clock of the store, which is what a sign of life is measured by."""
+    probe = folder / f".export.lock.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.write_bytes(b"?")
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _processes() -> str | None:
+    """Return what names the process ids that this process sees: a machine since its start, and a container on it."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None

@@ -105,9 +105,10 @@ def search(config: SearchConfig) -> list[Neighbour]:
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
-    reason = index.stale()
-    # an index may travel without its embeddings folder; only a folder that is there and differs is worth a word
-    if reason and Path(index.meta["embeddings"]).exists():
+    # an index may travel without its embeddings folder; only a folder that is there and differs is worth a word, and
+    # of a store every search would have to wait for the answer
+    reason = index.stale() if Path(index.meta["embeddings"]).exists() else None
+    if reason:
         _say(f"[yellow]the index is stale:[/] {escape(reason)}; run `vlm2rec build-index` again")
     if count < config.k:
         _say(f"the index found {count} neighbours, not {config.k}: it holds {len(index):,} items")

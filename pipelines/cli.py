@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm2rec.embedder.errors import Vlm2RecError
+from vlm2rec.embedder.storage import Location
 from vlm2rec.pipelines import config as settings
 
 app = typer.Typer(
@@ -37,14 +38,17 @@ app = typer.Typer(
 )
 
 
+def _part(hint: Any) -> Any:
+    """Return what a field holds when it is set, without its bounds."""
+    part = next(part for part in settings._union_parts(hint) if part is not type(None))
+    return typing.get_args(part)[0] if typing.get_origin(part) is Annotated else part
+
+
 def _flag_type(hint: Any) -> Any:
     """Return the type of the command-line flag for a config field: its own, without None, bounds and tuples."""
-    parts = [part for part in settings._union_parts(hint) if part is not type(None)]
-    part = parts[0]
-    if typing.get_origin(part) is Annotated:
-        part = typing.get_args(part)[0]
-    if typing.get_origin(part) is tuple:
-        return str  # "0,1,2"
+    part = _part(hint)
+    if typing.get_origin(part) is tuple or part == Location:
+        return str  # "0,1,2"; "s3://bucket/folder", whose slashes a Path would lose
     return part
 
 
@@ -72,7 +76,10 @@ def command(
         kind: Any = _flag_type(hints[item.name])
         required = item.default is dataclasses.MISSING
         default = _default_text(item.default)
-        text = item.metadata["help"] + (" Required." if required else f" Default: {default}." if default else "")
+        address = " Also s3://bucket/folder." if kind is str and _part(hints[item.name]) == Location else ""
+        text = (
+            item.metadata["help"] + address + (" Required." if required else f" Default: {default}." if default else "")
+        )
         if item.name == positional:
             option: Any = typer.Argument(help=text, show_default=False)
         else:

@@ -20,8 +20,26 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le
 
 from vlm2rec.embedder.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.storage import Location, StorePath, location
+
+
+class _Anywhere:
+    """Tells pydantic how a `Place` is read."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(self._read)
+
+    @staticmethod
+    def _read(value: Any) -> Location:
+        if not isinstance(value, str | Path | StorePath):
+            raise ValueError("a path or an address is expected")
+        return location(value)
+
 
 Config = TypeVar("Config")
+Place = Annotated[Location, _Anywhere()]  # a folder of this machine, or of an object store
 Positive = Annotated[int, Gt(0)]
 Count = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -102,7 +120,7 @@ class FinetuneConfig:
     Those of SDA that differ stand in `SDA_DEFAULTS`, and `read_config` applies them.
     """
 
-    data: Path = setting("Dataset folder.")
+    data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
@@ -205,9 +223,9 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
 class ExportConfig:
     """Settings of `vlm2rec export-items`."""
 
-    data: Path = setting("Dataset folder.")
+    data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
-    out: Path = setting("Embeddings folder to write.")
+    out: Place = setting("Embeddings folder to write.")
     adapter: Path | None = setting("Adapter folder of `finetune`; without it the vanilla backbone.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
     views: ViewChoice | None = setting(
@@ -236,7 +254,7 @@ class ExportConfig:
     )
     extend: bool = setting("Items were appended to the dataset: keep what is there, make the new ones.", False)
     retry_failed: bool = setting("Make anew what failed, and what has changed since; keep the rest.", False)
-    changed_since: Path | None = setting(
+    changed_since: Place | None = setting(
         "Finished embeddings folder: its vectors are taken over for items whose title and image are the same.", None
     )
     image_timeout: PositiveFloat = setting("Seconds after which an image that cannot be read is given up.", 60.0)
@@ -260,12 +278,12 @@ class ExportConfig:
 class ImportVectorsConfig:
     """Settings of `vlm2rec import-vectors`."""
 
-    data: Path = setting("Dataset folder.")
+    data: Place = setting("Dataset folder.")
     file: Path = setting(
         "Vectors: Parquet with ids and lists of numbers, CSV or TSV with ids and one column for each dimension (or one"
         " of lists), or an .npy matrix of shape (items, d)."
     )
-    out: Path = setting("Embeddings folder to write.")
+    out: Place = setting("Embeddings folder to write.")
     ids: Path | None = setting(
         "Ids of an .npy's rows: .npy, .txt (one a line), .json (a list), or Parquet with the id column.", None
     )
@@ -290,9 +308,9 @@ class ImportVectorsConfig:
 class EncodeFrozenConfig:
     """Settings of `vlm2rec encode-frozen`."""
 
-    data: Path = setting("Dataset folder.")
+    data: Place = setting("Dataset folder.")
     encoder: Path = setting("Model folder: sentence-transformers or another text encoder, CLIP, SigLIP.")
-    out: Path = setting("Embeddings folder to write.")
+    out: Place = setting("Embeddings folder to write.")
     kind: Literal["auto", "sentence", "clip"] = setting(
         "sentence: titles alone; clip: titles and images in one space; auto: what the folder holds.", "auto"
     )
@@ -307,7 +325,7 @@ class EncodeFrozenConfig:
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
-    changed_since: Path | None = setting("As for export-items.", None)
+    changed_since: Place | None = setting("As for export-items.", None)
     image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "float32")
@@ -318,9 +336,9 @@ class EncodeFrozenConfig:
 class EncodePromptedConfig:
     """Settings of `vlm2rec encode-prompted`."""
 
-    data: Path = setting("Dataset folder.")
+    data: Place = setting("Dataset folder.")
     backbone: str = setting("Hub id or local folder of a vision-language model.")
-    out: Path = setting("Embeddings folder to write.")
+    out: Place = setting("Embeddings folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
     instruction: str | None = setting("The question asked of every item; default: six attributes in JSON.", None)
     prompt_mode: Literal["auto", "raw", "chat"] = setting(
@@ -334,7 +352,7 @@ class EncodePromptedConfig:
     images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
-    changed_since: Path | None = setting("As for export-items.", None)
+    changed_since: Place | None = setting("As for export-items.", None)
     image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
     dtype: DtypeName = setting("As for export-items.", "auto")
@@ -345,22 +363,22 @@ class EncodePromptedConfig:
 class VerifyConfig:
     """Settings of `vlm2rec verify`."""
 
-    embeddings: Path = setting("Embeddings folder.")
+    embeddings: Place = setting("Embeddings folder.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailuresConfig:
     """Settings of `vlm2rec failures`."""
 
-    embeddings: Path = setting("Embeddings folder.")
+    embeddings: Place = setting("Embeddings folder.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Settings of `vlm2rec evaluate` (Task 1)."""
 
-    data: Path = setting("Dataset folder.")
-    embeddings: Path = setting("Embeddings folder.")
+    data: Place = setting("Dataset folder.")
+    embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Folder to write: metrics.json, users.parquet.")
     users_from: Literal["auto", "sequence", "mean"] = setting(
         "User vectors: the sequence encoder, or the mean of the history's item vectors; auto: the encoder if"
@@ -388,10 +406,10 @@ class EvaluateConfig:
 class TrainRecommenderConfig:
     """Settings of `vlm2rec train-recommender` (Task 2)."""
 
-    data: Path | None = setting("Dataset folder; or leave it out and name RecBole's own dataset in --config.", None)
+    data: Place | None = setting("Dataset folder; or leave it out and name RecBole's own dataset in --config.", None)
     out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
     model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
-    embeddings: Path | None = setting("Embeddings folder; without it the plain ID model.", None)
+    embeddings: Place | None = setting("Embeddings folder; without it the plain ID model.", None)
     column: Literal["fused", "text", "image"] = setting("Which view to start from.", "fused")
     mode: Literal["adapter", "table"] = setting(
         "adapter: frozen vectors behind a trained Linear; table: start the item table from them and train it.",
@@ -420,11 +438,11 @@ class TrainRecommenderConfig:
 class BuildIndexConfig:
     """Settings of `vlm2rec build-index`."""
 
-    embeddings: Path = setting("Embeddings folder.")
+    embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Index folder to write.")
     column: Literal["fused", "text", "image"] = setting("Which view to index.", "fused")
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
-    data: Path | None = setting("Dataset folder, for titles in search results; default: the one of the export.", None)
+    data: Place | None = setting("Dataset folder, for titles in search results; default: the one of the export.", None)
     sample: Positive = setting("Queries for the measured recall@10.", 1000)
     seed: Count = setting("Seed of the sample and of k-means.", 0)
 
@@ -442,7 +460,7 @@ class SearchConfig:
 class ConvertConfig:
     """Settings of `vlm2rec convert`."""
 
-    embeddings: Path = setting("Embeddings folder.")
+    embeddings: Place = setting("Embeddings folder.")
     to: Literal["mmrec", "cornac", "recbole", "npy", "safetensors", "lance", "sentence-transformers"] = setting(
         "mmrec: a dataset for FREEDOM, LATTICE and others; cornac, npy, safetensors: matrix and ids; recbole:"
         " .itememb; lance: a table; sentence-transformers: the merged model as a folder it opens."
@@ -458,7 +476,7 @@ class ConvertConfig:
         " in any case. auto: mean for mmrec, cornac and recbole, skip for the others.",
         "auto",
     )
-    data: Path | None = setting("Dataset folder, for mmrec; default: the one of the export.", None)
+    data: Place | None = setting("Dataset folder, for mmrec; default: the one of the export.", None)
     name: str | None = setting("Name of the dataset, for mmrec and recbole; default: the name of --out.", None)
     backbone: str | None = setting("For sentence-transformers: the backbone of the export.", None)
     adapter: Path | None = setting("For sentence-transformers: the adapter of the export.", None)
@@ -534,7 +552,13 @@ def read_config(
             flag = f"--{f.name.replace('_', '-')}"
             text = f.metadata.get("help", f.name)
             raise ConfigError(f"{flag} is missing", text.rstrip("."), f"give {flag}, or put it in --config")
-    return _validate(cls, values)
+    config = _validate(cls, values)
+    for key, value in values.items():
+        if isinstance(value, str) and "://" in value and isinstance(getattr(config, key), Path):
+            raise ConfigError(
+                f"--{key.replace('_', '-')} {value} is an address", "a path on this machine", "copy it from or to there"
+            )
+    return config
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

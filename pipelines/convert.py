@@ -210,7 +210,7 @@ def _dataset(config: ConvertConfig) -> Dataset:
         raise ConfigError(
             f"{config.embeddings} does not say which dataset it is of", "a dataset folder", "give it with --data"
         )
-    return Dataset(config.data or Path(str(exported)))
+    return Dataset(config.data or str(exported))
 
 
 def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.earlier_rows import EarlierRows
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, MissingDependencyError, Vlm2RecError
 from vlm2rec.embedder.export_plan import Plan
+from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.writer_lock import Share
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.processes import end_with_parent, shared_cores
@@ -96,11 +96,11 @@ class Job:
     """All that another process needs to make shards of an export; can be pickled."""
 
     dataset: Dataset
-    out: Path
+    out: Location
     plan: Plan
     load_encoder: Callable[[], Encoder]
     settings: Mapping[str, Any]
-    earlier: tuple[Path, list[str]] | None  # folder and files of an earlier export
+    earlier: tuple[Location, list[str]] | None  # folder and files of an earlier export
     image_timeout: float
 
     def maker(self) -> ShardMaker:
@@ -117,7 +117,7 @@ class Engine(Protocol):
         """Yield the number and the record of each shard when it is published."""
 
 
-def _make(maker: ShardMaker, out: Path, number: int, held: np.ndarray) -> shards.Shard:
+def _make(maker: ShardMaker, out: Location, number: int, held: np.ndarray) -> shards.Shard:
     started = time.perf_counter()
     table = maker.shard(number, held, lambda count: None)
     return shards.publish(out, maker.plan, number, table, time.perf_counter() - started)

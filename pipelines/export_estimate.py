@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.export_plan import Plan
+from vlm2rec.embedder.storage import Location, free_bytes
 
 SAMPLE = 64  # items that are encoded for the estimate, from the first that is left to the last
 _WARM_UP = 4  # items before the clock starts: the first ones wait for libraries to get ready
@@ -22,7 +21,7 @@ _WARM_UP = 4  # items before the clock starts: the first ones wait for libraries
 
 def estimate(
     plan: Plan,
-    out: Path,
+    out: Location,
     rows: Sequence[int],
     shards_left: int,
     encode: Callable[[Sequence[int]], object],
@@ -39,20 +38,20 @@ def estimate(
         device: where it encodes them.
 
     Returns:
-        items, items_left, shards, shards_left, bytes_left (on disk, before compression), bytes_free, sample (items
+        items, items_left, shards, shards_left, bytes_left (on disk, before compression), bytes_free (None in a
+        store), sample (items
         that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
         take), gpu_bytes (the peak so far, None off CUDA).
     """
     numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # of an item
     width = np.dtype(plan.settings["storage"]).itemsize * numbers
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     found = {
         "items": len(plan.item_ids),
         "items_left": len(rows),
         "shards": len(plan),
         "shards_left": shards_left,
         "bytes_left": len(rows) * width,
-        "bytes_free": shutil.disk_usage(existing).free,
+        "bytes_free": free_bytes(out),
     }
     sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
     seconds = 0.0
@@ -72,10 +71,11 @@ def told(found: Mapping[str, Any]) -> dict[str, object]:
     """Return the estimate in words, for a summary."""
     measured = f"measured on {found['sample']} items, without vision cache" if found["sample"] else "nothing to measure"
     gpu = "" if found["gpu_bytes"] is None else f", {found['gpu_bytes'] / 2**30:.1f} GiB of the GPU"
+    free = "" if found["bytes_free"] is None else f", {found['bytes_free'] / 2**30:.0f} GiB free"
     return {
         "items": f"{found['items']:,} in {found['shards']} shards",
         "left": f"{found['items_left']:,} in {found['shards_left']} shards",
         "time": f"about {found['seconds'] / 60:.1f} minutes ({measured})",
         "memory": f"about {found['memory_bytes'] / 2**30:.1f} GiB{gpu}",
-        "disk": f"at most {found['bytes_left'] / 2**20:.1f} MiB of vectors, {found['bytes_free'] / 2**30:.0f} GiB free",
+        "disk": f"at most {found['bytes_left'] / 2**20:.1f} MiB of vectors{free}",
     }

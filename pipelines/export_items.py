@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from vlm2rec.embedder.encode import ItemEncoder, encoder_settings
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
 from vlm2rec.embedder.export_plan import ImagesBy, Inputs, Plan, plan_shards, read_inputs
 from vlm2rec.embedder.lora import backbone_licence
+from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.strategies import item_text, load_strategy, strategy_settings
 from vlm2rec.embedder.verify import effective_ranks
 from vlm2rec.embedder.writer_lock import writing
@@ -161,7 +161,7 @@ class Reuse:
 
     extend: bool = False
     retry_failed: bool = False
-    changed_since: Path | None = None
+    changed_since: Location | None = None
 
     def __post_init__(self) -> None:
         """Refuse two sources of the same vectors."""
@@ -180,7 +180,7 @@ class Reuse:
 
 def export(
     dataset: Dataset,
-    out: Path,
+    out: Location,
     settings: Mapping[str, Any],
     load_encoder: Callable[[], Encoder],
     *,
@@ -211,7 +211,7 @@ def export(
         The manifest; None for one of several workers, while others have not made all their shards.
     """
     plan = _plan(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse)
-    with writing(out, scale.share):
+    with writing(out, scale.share) as hold:
         finished = shards.begin(out, plan, reuse.revises, scale.share)
         earlier = _earlier_rows(out, plan, finished, reuse)
         work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
@@ -237,12 +237,13 @@ def export(
                     " still to be made by others, the last of whom completes the folder"
                 )
                 return None
+        hold.require()
         return shards.finish(out, plan, finished, dataset.path)
 
 
 def _plan(
     dataset: Dataset,
-    out: Path,
+    out: Location,
     settings: Mapping[str, Any],
     shard_size: int,
     storage: str,
@@ -275,7 +276,7 @@ def _plan(
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
 
 
-def _require_same_start(out: Path, inputs: Inputs, reuse: Reuse) -> None:
+def _require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
     """Raise `ArtifactError` unless the folder's items are the first ones of the input, as the choices promise."""
     known = shards.known_settings(out)
     if known is None:
@@ -303,7 +304,7 @@ def _require_same_start(out: Path, inputs: Inputs, reuse: Reuse) -> None:
         )
 
 
-def _earlier_rows(out: Path, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse) -> EarlierRows | None:
+def _earlier_rows(out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse) -> EarlierRows | None:
     if reuse.changed_since is not None:
         return EarlierRows.of_export(reuse.changed_since, plan)
     if reuse.retry_failed and finished:
@@ -347,7 +348,7 @@ def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale:
                 console.log.print(f"shard {count} of {len(work)}: {shard.rows} items, about {rate:.1f} items/s in all")
 
 
-def _publish_here(make: ShardMaker, out: Path, work: Held, finished: dict[int, shards.Shard]) -> None:
+def _publish_here(make: ShardMaker, out: Location, work: Held, finished: dict[int, shards.Shard]) -> None:
     """Encode shard after shard while a thread writes the one before.
 
     At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
@@ -392,7 +393,7 @@ def _made(make: ShardMaker, work: Mapping[int, np.ndarray]) -> Iterator[tuple[in
                 )
 
 
-def print_summary(manifest: Mapping[str, Any], out: Path) -> None:
+def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     """Print what an embeddings folder holds."""
     timed = [shard for shard in manifest["shards"] if shard["seconds"]]
     seconds = sum(shard["seconds"] for shard in timed)
@@ -411,7 +412,7 @@ def print_summary(manifest: Mapping[str, Any], out: Path) -> None:
     )
 
 
-def check_failures(manifest: Mapping[str, Any], out: Path, max_failures: float) -> None:
+def check_failures(manifest: Mapping[str, Any], out: Location, max_failures: float) -> None:
     """Raise `FailureLimitError` when more than that share of the items failed."""
     failed, items = manifest["counts"][schema.STATUS_FAILED], manifest["num_items"]
     if failed > max_failures * items:

@@ -6,7 +6,6 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ArtifactError, Vlm2RecError
+from vlm2rec.embedder.storage import Location, readable
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import FailuresConfig
 
@@ -50,14 +50,15 @@ def run(config: FailuresConfig) -> None:
     )
 
 
-def _failures(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+def _failures(folder: Location, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file():
             raise ArtifactError(f"{path} is missing", "the shards that the manifest names", "run `vlm2rec verify`")
         if shard.get("counts") and not any(shard["counts"].get(status) for status in _WITH_REASON):
             continue
-        table = pq.read_table(path, columns=[schema.ITEM_ID, schema.STATUS, schema.ERROR])
+        with readable(path) as source:
+            table = pq.read_table(source, columns=[schema.ITEM_ID, schema.STATUS, schema.ERROR])
         table = table.filter(pc.is_in(table[schema.STATUS], value_set=pc.cast(list(_WITH_REASON), "string")))
         yield from zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
 
@@ -65,7 +66,7 @@ def _failures(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return title and image file of each item, if the dataset is still where it was."""
     try:
-        dataset = Dataset(Path(manifest["data"])) if manifest.get("data") else None
+        dataset = Dataset(manifest["data"]) if manifest.get("data") else None
     except Vlm2RecError:
         dataset = None
     if dataset is None:

@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 import torch
 
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.embedder import schema, shards
+from vlm2rec.embedder import schema, shards, storage
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, DataError
 from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards
 from vlm2rec.embedder.pooling import FusionNorm, fuse
+from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.writer_lock import writing
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ImportVectorsConfig
@@ -70,8 +71,8 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "source": SOURCE,
         "file": config.file.name,
-        "file_sha256": schema.sha256_file(config.file),
-        "ids_sha256": schema.sha256_file(config.ids) if config.ids else None,
+        "file_sha256": storage.sha256_file(config.file),
+        "ids_sha256": storage.sha256_file(config.ids) if config.ids else None,
         "columns": source.columns,
         "fused": made_of,
         "extra_ids": len(source.item_ids) - int((rows >= 0).sum()),
@@ -217,8 +218,10 @@ def reduce_views(views: Views, usable: np.ndarray, count: int) -> tuple[Views, d
     return reduced, {"components": count, "from_dim": dim, "explained": explained}
 
 
-def _write(out: Path, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float) -> dict[str, Any]:
-    with writing(out):
+def _write(
+    out: Location, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float
+) -> dict[str, Any]:
+    with writing(out) as hold:
         finished = shards.begin(out, plan)
         unfinished = [number for number in range(len(plan)) if number not in finished]
         shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
@@ -232,6 +235,7 @@ def _write(out: Path, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dat
                 outcomes.error[part],
             )
             finished[number] = shards.publish(out, plan, number, table, seconds / len(unfinished))
+        hold.require()
         return shards.finish(out, plan, finished, dataset.path)
 
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.markup import escape
 from rich.table import Table
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import catalogue_files, console, image_files
@@ -400,7 +400,7 @@ def _describe(config: PrepareConfig, steps: list[Step], sources: Mapping[str, st
         },
         "sources": dict(sources),
         "sha256": {
-            file: schema.sha256_file(work / file)
+            file: storage.sha256_file(work / file)
             for file in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
         },
     }
@@ -510,5 +510,5 @@ def _publish(work: Path, out: Path, meta: Mapping[str, Any]) -> None:
     # sequences.parquet first: by its name a later run knows a folder that was left half done as its own
     for name in (schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.ITEMS_FILE):
         (work / name).replace(out / name)
-    schema.sync_folder(out)
+    storage.sync_folder(out)
     schema.write_json(out / schema.DATASET_FILE, meta)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from vlm2rec.embedder.encode import EncodedItems, ItemEncoder, Picture
 from vlm2rec.embedder.errors import DataError, ModelError
 from vlm2rec.embedder.export_plan import Plan
 from vlm2rec.embedder.images import ImageError, open_image
+from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.strategies import item_text
 from vlm2rec.pipelines.config import ImagePolicy
 from vlm2rec.pipelines.image_readers import Readers, Reading
@@ -125,7 +125,7 @@ def _images_of(
             yield piece, [None] * len(piece)
 
 
-Opener = Callable[[Path, str], Picture]
+Opener = Callable[[Location, str], Picture]
 
 
 def _plain_opener(max_pixels: int) -> Opener:

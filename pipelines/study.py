@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, Vlm2RecError
 from vlm2rec.embedder.writer_lock import LOCK_FILE, writing
@@ -164,7 +164,7 @@ def plan_course(config: StudyConfig) -> Course:
 def mark_of(data: Dataset) -> str:
     """Return what tells one dataset from another, whatever its path: a digest of its files' digests."""
     files = data.meta.get("sha256") or {
-        name: schema.sha256_file(data.path / name)
+        name: storage.sha256_file(data.path / name)
         for name in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
     }
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.errors import ConfigError
 from vlm2rec.pipelines.study_methods import Cell, Json, Step
 
@@ -64,7 +64,7 @@ def _contents(config: Any) -> dict[str, str]:
         if f.name == "backbone" and value is not None and (Path(value) / "config.json").is_file():
             found["contents of backbone"] = _backbone_mark(str(value))
         elif isinstance(value, Path) and value.is_file():
-            found[f"contents of {f.name}"] = schema.sha256_file(value)
+            found[f"contents of {f.name}"] = storage.sha256_file(value)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from vlm2rec.embedder import schema
 from vlm2rec.embedder.errors import ArtifactError
@@ -20,7 +21,7 @@ def run(config: VerifyConfig) -> None:
         ArtifactError: the folder is unfinished, or something in it is wrong.
     """
     folder = config.embeddings
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder", "an embeddings folder", "check the path")
     problems = verify(folder)
     if problems:

@@ -14,6 +14,7 @@ from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.images import ImageError, size_of
 from vlm2rec.embedder.lora import backbone_hash
+from vlm2rec.embedder.storage import StorePath
 from vlm2rec.embedder.vision_cache import VisionCache
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.image_readers import Readers
@@ -28,7 +29,8 @@ _PATIENCE = 5.0  # seconds for one of them
 def use_vision_cache(setting: str, dataset: Dataset, encoder: ItemEncoder, source: str, revision: str | None) -> None:
     """Give the encoder a cache as `--vision-cache` says, and tell how large it will be before anything is written.
 
-    With `auto` it lies in the dataset folder, if it takes no more than 64 GiB and half of what is free there.
+    With `auto` it lies in the dataset folder, if it takes no more than 64 GiB and half of what is free there; none in
+    an object store.
 
     Args:
         setting: auto, off, or a folder.
@@ -39,7 +41,10 @@ def use_vision_cache(setting: str, dataset: Dataset, encoder: ItemEncoder, sourc
     """
     if setting == OFF or schema.IMAGE not in encoder.modalities:
         return
-    root = dataset.path / FOLDER if setting == AUTO else Path(setting)
+    if setting == AUTO and isinstance(dataset.path, StorePath):
+        log.print(f"vision cache: none, as {dataset.path} is in a store. A folder of this machine: --vision-cache DIR")
+        return
+    root = Path(str(dataset.path)) / FOLDER if setting == AUTO else Path(setting)
     try:
         cache = VisionCache.open(root, encoder.backbone, backbone_hash(source, revision))
         free = shutil.disk_usage(cache.folder).free

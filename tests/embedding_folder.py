@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.shards import ROW_GROUP_ROWS, write_parquet
 
 View = np.ndarray | None
@@ -69,7 +69,7 @@ def write_embeddings(
                 "file": path.name,
                 "rows": table.num_rows,
                 "bytes": path.stat().st_size,
-                "sha256": schema.sha256_file(path),
+                "sha256": storage.sha256_file(path),
             }
         )
     settings = manifest_extras.pop("settings", {"backbone": "by hand", "vectors": _digest(given)})

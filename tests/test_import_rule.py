@@ -16,7 +16,7 @@ from embedding_folder import write_embeddings
 from vlm2rec.downstream.index import build_index
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = {"schema", "dataset", "errors"}
+CONTRACT = {"schema", "dataset", "errors", "storage"}
 PACKAGES = {"embedder", "downstream", "pipelines"}
 HEAVY = ("torch", "transformers")
 
@@ -95,6 +95,7 @@ def loaded_by(code: str) -> set[str]:
     [
         "embedder.schema",
         "embedder.dataset",
+        "embedder.storage",
         "embedder.errors",
         "downstream.table",
         "downstream.ranking",

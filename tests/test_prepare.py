@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder import storage
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ConfigError, DataError
 from vlm2rec.pipelines import cli, prepare
@@ -359,7 +359,7 @@ def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
     assert meta["average_length"] == meta["interactions"] / meta["users"]
     assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * meta["items"])
     for name in ("items.parquet", "sequences.parquet", "negatives.parquet"):
-        assert meta["sha256"][name] == schema.sha256_file(paths["out"] / name)
+        assert meta["sha256"][name] == storage.sha256_file(paths["out"] / name)
     assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "dataset.json"}
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm2rec.embedder import schema, shards
+from vlm2rec.embedder import schema, shards, storage
 from vlm2rec.embedder.errors import ArtifactError, DataError
 from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards, read_inputs
 from vlm2rec.embedder.writer_lock import LOCK_FILE, writing
@@ -261,7 +261,7 @@ def test_a_finished_folder_holds_parts_and_manifest_and_nothing_else(tmp_path: P
     assert manifest["fingerprint"] == plan.fingerprint == fingerprint(manifest["settings"])
     assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
     for shard in manifest["shards"]:
-        assert shard["sha256"] == schema.sha256_file(tmp_path / "out" / shard["file"])
+        assert shard["sha256"] == storage.sha256_file(tmp_path / "out" / shard["file"])
         assert shard["bytes"] == (tmp_path / "out" / shard["file"]).stat().st_size
 
 
@@ -338,7 +338,7 @@ out = Path(sys.argv[1]); plan = plan_of()
 with writing(out):
     shards.begin(out, plan)
     publish_all(out, plan, iter([0]))
-    shards._describe = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    shards.schema.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     publish_all(out, plan, iter([1]))
 """
     killed = child(code, tmp_path / "out")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.embedder import schema, shards
+from vlm2rec.embedder import schema, shards, storage
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.export_plan import Plan, plan_shards
 from vlm2rec.embedder.verify import effective_ranks, verify
@@ -69,7 +69,7 @@ def replace_shard(folder: Path, number: int, change: Callable[[pa.Table], pa.Tab
     table = change(pq.read_table(path))
     pq.write_table(table, path)
     records = json.loads((folder / "manifest.json").read_text())["shards"]
-    records[number] |= {"rows": len(table), "bytes": path.stat().st_size, "sha256": schema.sha256_file(path)}
+    records[number] |= {"rows": len(table), "bytes": path.stat().st_size, "sha256": storage.sha256_file(path)}
     change_manifest(folder, shards=records)
 
 
