@@ -19,7 +19,7 @@ from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, write_atomic, write_dataset
 from typer.testing import CliRunner
 
-from vlm2rec.downstream import recbole_compat, recbole_run
+from vlm2rec.downstream import ranking, recbole_compat, recbole_run
 from vlm2rec.downstream.recbole_run import evaluate, user_scores
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
@@ -291,16 +291,24 @@ def test_a_constant_scorer_gets_its_expected_share(data: Path) -> None:
     assert metrics["candidates_std"]["H@10"] == 0.0
 
 
-def test_the_tail_is_the_users_whose_target_was_bought_less_than_four_times(data: Path) -> None:
+def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Dataset(data)
-    metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
     bought = [item for sequence in folder.train_sequences() for item in sequence.tolist()]
-    rare = [bought.count(item) < 4 for item in folder.histories("test").targets.tolist()]
+    counts = np.array([bought.count(item) for item in folder.histories("test").targets.tolist()])
+    assert ranking.TAIL == 4
+    monkeypatch.setattr(ranking, "TAIL", int(np.median(counts)))  # nothing is as rare as that here
+    metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
+    rare = counts < ranking.TAIL
     tail = metrics["tail"]
-    assert (tail["users"], tail["below"]) == (sum(rare), 4) and 0 < sum(rare) < len(rare)
+    assert (tail["users"], tail["below"]) == (rare.sum(), ranking.TAIL) and 0 < rare.sum() < len(rare)
     by_seed = [np.mean(np.array(table["N@10"])[rare]) for table in tables]  # the last one is the full ranking
     assert tail["candidates"]["N@10"] == pytest.approx(np.mean(by_seed[:-1]))
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
+
+
+def test_where_nobody_wants_a_rare_item_the_tail_has_no_metrics(data: Path) -> None:
+    metrics, _ = evaluate(Scorer(lambda items: items), FIELDS, Dataset(data), ITEMS)
+    assert metrics["tail"] == {"below": 4, "users": 0, "candidates": {}, "full": {}}
 
 
 def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:
