@@ -166,15 +166,15 @@ def test_killed_while_failed_rows_are_made_the_same_command_finishes(tmp_path: P
 import os, signal, sys
 from pathlib import Path
 from chairs import ShadeEncoder
-from vlm2rec.embedder import shards
+from vlm2rec.embedder import storage
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.pipelines.export_items import Reuse, export
-describe = shards._describe
-def dies(path, *rest):
+put = storage.put_in_place
+def dies(draft, path, sha256):
+    put(draft, path, sha256)
     if path.name == "part-00001.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
-    return describe(path, *rest)
-shards._describe = dies
+storage.put_in_place = dies
 encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))
