@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,11 @@ def test_local_negatives_give_the_curves_of_one_process_that_averages_the_shares
 ) -> None:
     class ByShare(HistoryModel):
         def forward(
-            self, histories: list[list[int]], targets: Tensor, with_gradients: bool = False
+            self,
+            histories: list[list[int]],
+            targets: Tensor,
+            users: Sequence[int] = (),
+            with_gradients: bool = False,
         ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
             weights = [len(targets[place::2]) / len(targets) for place in range(2)]
             parts = [super(ByShare, self).forward(histories[place::2], targets[place::2]) for place in range(2)]

@@ -252,7 +252,9 @@ def test_the_groups_of_users_are_split_by_the_frequency_of_their_target(finished
     results = pl.read_parquet(finished / "results.parquet").filter(
         (pl.col("method") == "SFT") & (pl.col("seed") == 0) & (pl.col("task") == 2) & (pl.col("metric") == "H@10")
     )
-    groups = results.filter(pl.col("user_group") != "all")
+    tail = results.filter(pl.col("user_group") == "tail")  # beside the groups, not one of them
+    assert tail["users"].to_list() == [int((frequency < 4).sum())] * bool((frequency < 4).any())
+    groups = results.filter(~pl.col("user_group").is_in(["all", "tail"]))
     assert dict(groups.select("user_group", "users").iter_rows()) == {k: int(v.sum()) for k, v in expected.items()}
     users = pl.read_parquet(finished / "sft" / "seed-0" / "recommender-SASRec" / "users.parquet")
     one = users.filter(pl.col("protocol") == "candidates").group_by("user_id").agg(pl.col("H@10").mean())
