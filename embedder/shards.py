@@ -36,7 +36,7 @@ from vlm2rec.embedder import schema, storage
 from vlm2rec.embedder.errors import ArtifactError
 from vlm2rec.embedder.export_plan import INPUT_SETTINGS, Plan, flatten
 from vlm2rec.embedder.storage import Location, readable
-from vlm2rec.embedder.writer_lock import Share, is_lock
+from vlm2rec.embedder.writer_lock import Share, is_lock, is_writing
 
 STATE_FILE = "export.json"
 ROW_GROUP_ROWS = 8192
@@ -177,7 +177,8 @@ def publish(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
 
 def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
     """Write the manifest, the last file of an export, and return it."""
-    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and takes the records away
+    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and may have died since
+        _tidy(folder, plan)
         return schema.read_manifest(folder)
     missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
     if missing:
@@ -202,7 +203,7 @@ def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Loca
     }
     with _disk(folder):
         schema.write_json(folder / schema.MANIFEST_FILE, manifest)
-    _remove_records(folder, plan)
+    _tidy(folder, plan)
     return manifest
 
 
@@ -428,6 +429,14 @@ def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -
             number = re.match(r"\.part-(\d+)\.", path.name)
             if mine is None or (number and int(number[1]) in mine):
                 path.unlink(missing_ok=True)
+
+
+def _tidy(folder: Location, plan: Plan) -> None:
+    """Remove what a finished folder has no need of: records, and what workers left half-written when they died."""
+    _remove_records(folder, plan)
+    for path in folder.iterdir():
+        if is_temporary(path.name) and not is_writing(path):
+            path.unlink(missing_ok=True)
 
 
 def _remove_records(folder: Location, plan: Plan) -> None:

@@ -72,6 +72,28 @@ class Hold:
             )
 
 
+def is_writing(temporary: Location) -> bool:
+    """Tell whether somebody may still be writing a temporary file, whose name ends in the number of its process."""
+    process = temporary.name.split(".")[-2]
+    with suppress(ProcessLookupError, PermissionError, ValueError, OverflowError):
+        os.kill(int(process), 0)
+        return True
+    try:
+        hosts = [_text_of(path) for path in temporary.parent.iterdir() if is_lock(path.name)]
+        if all(socket.gethostname() in text for text in hosts):
+            return False
+        return time.time() - temporary.stat().st_mtime < SILENCE  # a process of another host looks like none at all
+    except OSError:
+        return False
+
+
+def _text_of(path: Location) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return socket.gethostname()  # gone meanwhile
+
+
 @contextmanager
 def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
     """Make `folder` if needed and hold it for one writer; the lock of a dead writer is taken over.

@@ -243,6 +243,19 @@ def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
         waited(lambda: (tmp_path / "export.lock").stat().st_mtime > 1)
 
 
+def test_the_last_worker_takes_away_what_dead_ones_left_half_written_and_no_more(data: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(data, out, scale=Scale(num_workers=2, worker=0))
+    dead, alive = out / ".manifest.json.99999999.tmp", out / f".manifest.json.{os.getppid()}.tmp"
+    for path in (dead, alive):
+        path.write_bytes(b"{")
+    make(data, out, scale=Scale(num_workers=2, worker=1))
+    assert not dead.exists() and alive.exists()
+    (out / "part-00000.json").write_text("{}")  # a worker may die between the manifest and the records
+    make(data, out, scale=Scale(num_workers=2, worker=0))
+    assert not (out / "part-00000.json").exists()
+
+
 def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(data, out, scale=Scale(num_workers=2, worker=0))

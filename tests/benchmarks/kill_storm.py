@@ -115,6 +115,7 @@ def main() -> None:
                 runs += 1
                 kills += storm(folder, chance.randint(1, 4), chance, longest, chosen.kills - kills, root / "log")
                 print(f"{kills} kills, {runs} runs, {folders} folders", end="\r", file=sys.stderr)
+            os.waitpid(start(folder, root / "log"), 0)  # the last rerun, as one may have died right after the manifest
             found = rows_of(folder.out)
             count = Counter(found[schema.ITEM_ID].to_pylist())
             lost += len(set(ids) - set(count))
