@@ -28,7 +28,7 @@ from vlm2rec.embedder.export_plan import Plan
 from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.writer_lock import Share
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.processes import end_with_parent, shared_cores
+from vlm2rec.pipelines.processes import end_with_parent, environment, shared_cores
 from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker, load_same
 
 Held = Mapping[int, np.ndarray]
@@ -189,7 +189,11 @@ class Processes:
         with shared_cores(count):
             for place in range(count):
                 mine, its = context.Pipe()
-                with _environment("CUDA_VISIBLE_DEVICES", _visible_gpu(place)) if self._with_gpus else _nothing():
+                with (
+                    environment("CUDA_VISIBLE_DEVICES", _visible_gpu(place))
+                    if self._with_gpus
+                    else contextlib.nullcontext()
+                ):
                     process = context.Process(target=_serve, args=(its, job), daemon=True, name=f"worker {place}")
                     process.start()
                 its.close()  # so that the death of the worker closes the pipe
@@ -252,22 +256,6 @@ def _require_gpus(count: int) -> None:
 def _visible_gpu(place: int) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[place] if given else str(place)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a process that is started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-_nothing = contextlib.nullcontext
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------

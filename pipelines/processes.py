@@ -22,14 +22,19 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def shared_cores(count: int) -> Iterator[None]:
-    """Give the workers their share of the cores: threads that outnumber them wait for one another."""
-    name = "OMP_NUM_THREADS"
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that are started meanwhile."""
     before = os.environ.get(name)
-    os.environ[name] = before or str(max(1, (os.cpu_count() or 1) // count))
+    os.environ[name] = value
     try:
         yield
     finally:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+def shared_cores(count: int) -> contextlib.AbstractContextManager[None]:
+    """Give the workers their share of the cores: threads that outnumber them wait for one another."""
+    name = "OMP_NUM_THREADS"
+    return environment(name, os.environ.get(name) or str(max(1, (os.cpu_count() or 1) // count)))
