@@ -22,6 +22,8 @@ _SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were expor
 class EarlierRows:
     """Which items an embeddings folder has vectors of, what they were made from, and the rows themselves.
 
+    Nothing is read before it is asked for; a pickled one is its arguments, as workers only `take` what was found.
+
     Args:
         folder: an embeddings folder.
         files: its shards.
@@ -29,13 +31,11 @@ class EarlierRows:
 
     def __init__(self, folder: Location, files: Sequence[str]) -> None:
         self.folder, self.files = folder, list(files)
-        columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
-        parts = [self._read(name, columns) for name in self.files]
-        self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
-        table = pa.concat_tables(parts)
-        self._ids, self._inputs = (table[name].combine_chunks() for name in (schema.ITEM_ID, schema.INPUT))
-        self._has_vector = pc.not_equal(table[schema.STATUS], schema.STATUS_FAILED).to_numpy()
         self._shard = functools.lru_cache(_SHARDS_IN_MEMORY)(self._read_shard)
+
+    def __reduce__(self) -> tuple[type[EarlierRows], tuple[Location, list[str]]]:
+        """Pickle the arguments."""
+        return EarlierRows, (self.folder, self.files)
 
     @classmethod
     def of_export(cls, folder: Location, plan: Plan) -> EarlierRows:
@@ -55,7 +55,7 @@ class EarlierRows:
                 "export everything, without --changed-since, or set these back",
             )
         files = [shard["file"] for shard in manifest["shards"]]
-        if any(schema.INPUT not in _columns(folder / name) for name in files):
+        if any(schema.INPUT not in _metadata(folder / name).schema.names for name in files):
             raise ArtifactError(
                 f"the rows of {folder} do not say what they were made from",
                 f"a column {schema.INPUT!r}",
@@ -69,11 +69,14 @@ class EarlierRows:
         That is -1 for an item that is new, that failed, or whose title or image has changed.
         """
         wanted = pa.array([plan.item_ids[row] for row in rows], pa.string())
-        found = pc.fill_null(pc.index_in(wanted, value_set=self._ids), -1).to_numpy().astype(np.int64)
+        held = self._what_is_held
+        found = pc.fill_null(pc.index_in(wanted, value_set=held[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
         known = found >= 0
         inputs = np.array(plan.made_from(rows), object)
-        same = self._inputs.take(pa.array(found[known])).to_numpy(zero_copy_only=False) == inputs[known]
-        found[known] = np.where(same & self._has_vector[found[known]], found[known], -1)
+        its = held.take(pa.array(found[known]))
+        same = its[schema.INPUT].to_numpy() == inputs[known]
+        has_vector = pc.not_equal(its[schema.STATUS], schema.STATUS_FAILED).to_numpy()
+        found[known] = np.where(same & has_vector, found[known], -1)
         return found
 
     def take(self, positions: np.ndarray) -> pa.Table:
@@ -84,6 +87,16 @@ class EarlierRows:
         place = np.concatenate([np.flatnonzero(shards == n) for n in numbers])
         return pa.concat_tables(parts).take(np.argsort(place))
 
+    @functools.cached_property
+    def _what_is_held(self) -> pa.Table:
+        columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
+        return pa.concat_tables(self._read(name, columns) for name in self.files).combine_chunks()
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Number of rows before each shard, and of all, (shards + 1,)."""
+        return np.cumsum([0, *(_metadata(self.folder / name).num_rows for name in self.files)])
+
     def _read_shard(self, number: int) -> pa.Table:
         return self._read(self.files[number])
 
@@ -92,6 +105,6 @@ class EarlierRows:
             return pq.read_table(source, columns=columns, page_checksum_verification=True)
 
 
-def _columns(path: Location) -> list[str]:
+def _metadata(path: Location) -> pq.FileMetaData:
     with readable(path) as source:
-        return pq.read_schema(source).names
+        return pq.read_metadata(source)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 
@@ -185,15 +185,10 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
         config = LoraConfig.from_pretrained(str(folder))
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise ModelError(f"the adapter {folder} is damaged ({error})", "a LoRA adapter", _TRAIN_AGAIN) from None
-    if not any(tensor.abs().max() > 0 for name, tensor in stored.items() if "lora_B" in name):
-        raise ModelError(
-            f"the adapter {folder} has no effect: all its lora_B matrices are zero",
-            "a trained adapter",
-            "fine-tune for at least one step",
-        )
     config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; a path may have moved
     wrapped = _wrap(backbone, config)
-    load_strictly(wrapped, stored, str(folder))
+    parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
+    _copy_strictly(parameters, stored, folder)
     wrapped.to(backbone.device)
     wrapped.merge_and_unload()
     backbone.model.requires_grad_(False).eval()
@@ -219,32 +214,38 @@ def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
     except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"the adapter {folder} is damaged ({error})", "an adapter with MoDA", _TRAIN_AGAIN) from None
     model = moda.add_moda(backbone, settings, seed=0)
-    moda.load_strictly(model, stored, str(folder))
+    _copy_strictly(moda.parameters(model), stored, folder)
     return model.eval()
 
 
-def load_strictly(wrapped: PeftModel, stored: dict[str, Tensor], where: str) -> None:
-    """Copy adapter weights into a PEFT model; every key must be there on both sides, with equal shapes."""
-    expected = get_peft_model_state_dict(wrapped)
-    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:
+    """Copy an adapter's weights; every key must be there on both sides, with equal shapes, and B not zero."""
+    fix = "give the backbone named in its vlm2rec.json"
+    missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
     if missing or unexpected:
         example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
         raise ModelError(
-            f"the adapter {where} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)} unexpected"
-            f" ({example})",
+            f"the adapter {folder} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)}"
+            f" unexpected ({example})",
             "an adapter trained on this backbone",
-            "give the backbone named in its vlm2rec.json",
+            fix,
         )
-    parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
-    for name, tensor in stored.items():
-        if parameters[name].shape != tensor.shape:
+    for name, parameter in parameters.items():
+        if parameter.shape != stored[name].shape:
             raise ModelError(
-                f"{name} of the adapter {where} has shape {tuple(tensor.shape)}",
-                f"{tuple(parameters[name].shape)}, as in this backbone",
-                "give the backbone named in its vlm2rec.json",
+                f"{name} of the adapter {folder} has shape {tuple(stored[name].shape)}",
+                f"{tuple(parameter.shape)}, as in this backbone",
+                fix,
             )
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
+    if not any(tensor.any() for name, tensor in stored.items() if "lora_B" in name):
+        raise ModelError(
+            f"the adapter {folder} has no effect: all its lora_B matrices are zero",
+            "a trained adapter",
+            "fine-tune for at least one step",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
 
 
 def _stored_name(parameter: str) -> str:

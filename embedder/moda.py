@@ -18,7 +18,6 @@ adapted layers then take twice their memory, which in a 7B model in bfloat16 are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass
@@ -182,46 +181,12 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained parameters by name, detached and on the CPU."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in _parameters(model).items()}
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters(model).items()}
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by name, themselves."""
     return {f"{name}.{own}": getattr(layer, own) for name, layer in layers(model).items() for own in _PARAMETERS}
-
-
-def load_strictly(model: nn.Module, stored: Mapping[str, Tensor], where: str) -> None:
-    """Copy an adapter's weights into a model with experts; every key must be there on both sides, with equal shapes.
-
-    Raises:
-        ModelError: they do not fit, or have no effect.
-    """
-    own = _parameters(model)
-    fix = "give the backbone named in its vlm2rec.json"
-    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    if missing or unexpected:
-        example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
-        raise ModelError(
-            f"the adapter {where} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)} unexpected"
-            f" ({example})",
-            "an adapter trained on this backbone",
-            fix,
-        )
-    for name, parameter in own.items():
-        if parameter.shape != stored[name].shape:
-            raise ModelError(
-                f"{name} of the adapter {where} has shape {tuple(stored[name].shape)}",
-                f"{tuple(parameter.shape)}, as in this backbone",
-                fix,
-            )
-    if not any(tensor.any() for name, tensor in stored.items() if name.endswith("lora_B")):
-        raise ModelError(
-            f"the adapter {where} has no effect: all its lora_B matrices are zero",
-            "a trained adapter",
-            "fine-tune for at least one step",
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[name])
 
 
 @torch.no_grad()

@@ -100,14 +100,13 @@ class Job:
     plan: Plan
     load_encoder: Callable[[], Encoder]
     settings: Mapping[str, Any]
-    earlier: tuple[Location, list[str]] | None  # folder and files of an earlier export
+    earlier: EarlierRows | None
     image_timeout: float
 
     def maker(self) -> ShardMaker:
         """Return what makes the shards."""
         load = functools.partial(load_same, self.load_encoder, self.settings)
-        earlier = None if self.earlier is None else EarlierRows(*self.earlier)
-        return ShardMaker(self.dataset, self.plan, load, earlier, self.image_timeout)
+        return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
 
 
 class Engine(Protocol):

@@ -93,7 +93,7 @@ def _dry_run(
 ) -> dict[str, Any]:
     """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
     dataset, out = Dataset(config.data), config.out
-    reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
+    reuse = _reuse(config)
     plan = _plan(
         dataset, out, settings, config.shard_size, config.storage, config.on_image_error, config.images_by, reuse
     )
@@ -137,7 +137,7 @@ def export_as_told(
         storage=config.storage,
         on_image_error=on_image_error,
         images_by=config.images_by,
-        reuse=Reuse(config.extend, config.retry_failed, config.changed_since),
+        reuse=_reuse(config),
         image_timeout=config.image_timeout,
         scale=scale,
     )
@@ -176,6 +176,10 @@ class Reuse:
     def revises(self) -> bool:
         """Whether a folder may be of other inputs."""
         return self.extend or self.retry_failed
+
+
+def _reuse(config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig) -> Reuse:
+    return Reuse(config.extend, config.retry_failed, config.changed_since)
 
 
 def export(
@@ -217,8 +221,7 @@ def export(
         work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
-            source = None if earlier is None else (earlier.folder, earlier.files)
-            job = Job(dataset, out, plan, load_encoder, settings, source, image_timeout)
+            job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout)
             try:
                 _publish_all(job, work, finished, scale)
             except (KeyboardInterrupt, SystemExit):
@@ -320,15 +323,13 @@ def _work(
     reuse: Reuse,
 ) -> dict[int, np.ndarray]:
     """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
-    work = {}
-    for number in numbers:
-        if number in finished and not reuse.retry_failed:
-            continue
-        rows = plan.rows(number)
-        held = np.full(len(rows), -1) if earlier is None else earlier.find(plan, rows)
-        if number not in finished or (held < 0).any():
-            work[number] = held
-    return work
+    wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
+    rows = [plan.rows(number) for number in wanted]
+    in_all = [row for of_shard in rows for row in of_shard]
+    held = np.full(len(in_all), -1) if earlier is None else earlier.find(plan, in_all)
+    ends = np.cumsum([len(of_shard) for of_shard in rows])[:-1]
+    by_shard = dict(zip(wanted, np.split(held, ends), strict=True)) if wanted else {}
+    return {number: held for number, held in by_shard.items() if number not in finished or (held < 0).any()}
 
 
 def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale: Scale) -> None:
