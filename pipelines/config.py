@@ -500,7 +500,7 @@ class DemoConfig:
     users: Annotated[int, Ge(50)] = setting("Users simulated.", 600)
     finetune_steps: Positive = setting("Steps of each fine-tuning run.", 120)
     recommender_epochs: Positive = setting("Most epochs of each recommender.", 12)
-    backbone_minutes: PositiveFloat = setting("Minutes for the small backbone.", 1.0)
+    backbone_steps: Positive = setting("Training steps of the small backbone.", 400)
     seed: Count = setting("Seed of the catalogue and of every stage.", 0)
 
 

@@ -40,6 +40,7 @@ TABLES = (VANILLA, *LOSSES)
 MODELS = ("SASRec", "GRU4Rec")
 LEARNING_RATE = 1e-3  # of the small backbone's adapter; the paper's 1e-5 is for three billion parameters
 BATCH_SIZE = 8
+BACKBONE_MINUTES = 20.0  # steps decide, so that a busy machine makes the same backbone; this ends a hopeless one
 VALID_USERS = 100
 CAPTIONED_PRODUCTS = 800
 CAPTIONED_USERS = 1  # a catalogue has users; these have nothing to do
@@ -98,13 +99,12 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
-def plan(config: DemoConfig, drawn: CatalogueSettings | None = None, backbone_steps: int | None = None) -> list[Stage]:
+def plan(config: DemoConfig, drawn: CatalogueSettings | None = None) -> list[Stage]:
     """Return the stages in order; each reads what earlier ones wrote.
 
     Args:
         config: sizes, steps and seed.
         drawn: how hard pictures and titles are and how users choose; default: the catalogue's own.
-        backbone_steps: most steps of the small backbone; default: as many as fit into its minutes.
     """
     run = config.out
     catalogue, data, backbone = run / "catalogue", run / "data", run / "backbone"
@@ -115,11 +115,10 @@ def plan(config: DemoConfig, drawn: CatalogueSettings | None = None, backbone_st
         items=captioned / "items.parquet",
         images=captioned / "images",
         out=backbone,
-        minutes=config.backbone_minutes,
+        minutes=BACKBONE_MINUTES,
+        max_steps=config.backbone_steps,
         seed=config.seed,
     )
-    if backbone_steps is not None:
-        backbone_config = dataclasses.replace(backbone_config, max_steps=backbone_steps)
     stages = [
         Stage(
             "draw the catalogue",

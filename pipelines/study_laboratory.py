@@ -20,7 +20,7 @@ from vlm2rec.pipelines.config import DemoConfig, PrepareConfig, StudyConfig
 from vlm2rec.pipelines.console import log
 
 DONE_FILE = "laboratory.json"
-SMALL = {"products": 200, "users": 60, "backbone_minutes": 0.05}
+SMALL = {"products": 200, "users": 60, "backbone_steps": 20}
 """Sizes with --quick."""
 LABORATORY = CatalogueSettings(noise=35.0, jitter=1.6, colours=10, looks=(2.8, 1.2), told_by_brand=0.6)
 """A catalogue in which one modality can stand in for the other, so that training may leave the weaker one behind.
@@ -30,18 +30,18 @@ tells the colour of three products in five through its brand, and nothing of the
 view, the title holds less, and part of what it holds twice: SFT fits the picture, and the title's vectors fall back
 towards where they started, the longer it trains.
 """
-BACKBONE_STEPS, BACKBONE_MINUTES = 700, 20.0  # steps decide, so that a busy machine makes the same backbone
+BACKBONE_STEPS = 700
 
 
 def draw_laboratory(config: StudyConfig) -> StudyConfig:
     """Draw what is missing of the laboratory and return the settings of a study of it."""
     folder = config.out / "laboratory"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = SMALL if config.quick else {"backbone_minutes": BACKBONE_MINUTES}
+    sizes = SMALL if config.quick else {"backbone_steps": BACKBONE_STEPS}
     drawn = DemoConfig(out=folder, **sizes)  # type: ignore[arg-type]
     wanted = {"catalogue", "captioned", "data", "backbone"}
     done = _done(folder)
-    for stage in demo.plan(drawn, LABORATORY, BACKBONE_STEPS):
+    for stage in demo.plan(drawn, LABORATORY):
         if stage.output in wanted and stage.output not in done:
             log.print(f"laboratory: {stage.command}, {stage.what}", markup=False, soft_wrap=True)
             shutil.rmtree(folder / stage.output, ignore_errors=True)  # what a killed run left there

@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
     "users": 60,
     "finetune_steps": 4,
     "recommender_epochs": 2,
-    "backbone_minutes": 0.05,
+    "backbone_steps": 20,
 }
 
 
