@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from children import child, waited
 
 from vlm2rec.embedder import shards
 from vlm2rec.embedder.dataset import Dataset
@@ -139,28 +138,17 @@ if __name__ == "__main__":
     export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), Slow().settings, Slow, shard_size=2,
            scale=Scale(num_workers=2))
 """
-    (tmp_path / "main.py").write_text(code)
+    (tmp_path / "main.py").write_text(code)  # workers import it again
     (tmp_path / "pids").mkdir()
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [str(tmp_path / "main.py"), str(folder), str(tmp_path / "out"), str(tmp_path / "pids")]
-    leader = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path})
-    waited(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
-    leader.kill()
-    leader.wait()
+    with child(tmp_path / "main.py", folder, tmp_path / "out", tmp_path / "pids") as leader:
+        waited(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+        leader.kill()
     workers = [int(path.name) for path in (tmp_path / "pids").iterdir()]
     waited(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     data = Dataset(folder)
     make(data, tmp_path / "whole")
     export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=2, scale=Scale(num_workers=2))
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and verify(tmp_path / "out") == []
-
-
-def waited(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("waited for a minute")
 
 
 # --- one of several, started by somebody else ---------------------------------------------------------------
@@ -189,15 +177,9 @@ from vlm2rec.pipelines.export_items import export
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().settings, ShadeEncoder, shard_size=3,
        scale=Scale(num_workers=3, worker=int(sys.argv[3])))
 """
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(data.path), str(tmp_path / "out"), str(worker)],
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        for worker in range(3)
-    ]
-    assert [worker.wait() for worker in started] == [0] * 3
+    started = [child(code, data.path, tmp_path / "out", worker) for worker in range(3)]
+    told = [worker.communicate() for worker in started]
+    assert [worker.returncode for worker in started] == [0] * 3, told
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
 

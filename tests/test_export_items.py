@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from children import child
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
@@ -208,18 +209,18 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
 
 
 def test_fault_03_killed_before_the_manifest_the_rerun_only_finalises_without_a_model(tmp_path: Path) -> None:
-    code = f"""
+    code = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_export_items import Dataset, ShadeEncoder, export, export_items
 export_items.shards.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8)
 """
     data = write_dataset(tmp_path / "data")
-    killed = subprocess.run([sys.executable, "-c", code, str(data), str(tmp_path / "out")], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    killed = child(code, data, tmp_path / "out")
+    told = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, told
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = parts(tmp_path / "out")
     manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().settings, never, shard_size=8)

@@ -25,6 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 from chairs import ShadeEncoder, parts, rows_of, write_dataset
+from children import child
 from PIL import Image
 from test_export_items import never
 from test_images import png, quarters
@@ -48,18 +49,6 @@ TESTS = Path(__file__).parent
 def settings(tiny: Tiny, data: Path, out: Path, family: str = "qwen2_5_vl", **more: Any) -> ExportConfig:
     values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_failures": 1.0, **more}
     return ExportConfig(data=data, backbone=str(tiny(family)), out=out, **values)
-
-
-def child(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Run Python code in a process of its own, with this file's imports at hand."""
-    setup = f"import sys; sys.path.insert(0, {str(TESTS)!r})\nfrom test_faults import *\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", setup + code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -91,6 +80,7 @@ def test_fault_05_on_a_full_disk_the_command_ends_with_exit_code_5_and_the_rerun
 ) -> None:
     config = settings(tiny, write_dataset(tmp_path / "data"), tmp_path / "out", shard_size=8)
     code = """
+from test_faults import *
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, resource.RLIM_INFINITY))  # no file may grow beyond 1.5 kB
 from vlm2rec.pipelines.cli import main
@@ -274,6 +264,7 @@ def test_fault_31_images_that_are_never_read_are_failure_rows_and_hold_nobody_up
     data = write_dataset(tmp_path / "data")
     slow = range(2, 2 + shard_maker.READERS + 1)  # more than there are threads
     code = """
+from test_faults import *
 encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, image_timeout=0.3)
 """
@@ -423,6 +414,7 @@ def test_fault_39_an_export_of_equal_vectors_is_told_with_its_effective_rank(
 
 def test_fault_40_when_memory_really_runs_out_rows_are_halved_and_order_is_kept(tiny: Tiny) -> None:
     code = """
+from test_faults import *
 import resource
 encoder = ItemEncoder.load(sys.argv[1], dtype="float32", device="cpu", views="text")
 histories = [[f"chair number {row} with arms of wood " * 3 for _ in range(10)] for row in range(200)]
@@ -515,6 +507,7 @@ def test_an_export_opens_no_file_outside_the_root_no_socket_no_process_and_no_pi
     (images / "folder").mkdir()
     write_adapter(tiny("qwen2_5_vl"), tmp_path / "adapter")
     code = """
+from test_faults import *
 from vlm2rec.pipelines.cli import main
 import vlm2rec.pipelines.export_items
 told = open(os.environ["EVENTS"], "w", buffering=1)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from children import child
 from PIL import Image
 
 from vlm2rec.embedder.dataset import Dataset
@@ -190,11 +188,9 @@ encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))
 """
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(out)], env={**os.environ, "PYTHONPATH": path}, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = child(code, folder, out)
+    told = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, told
     assert not (out / "manifest.json").exists()
     assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []  # the last shard was there: adopted
     exported(Dataset(folder), tmp_path / "whole")

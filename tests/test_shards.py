@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import child, waited
 
 from vlm2rec.embedder import schema, shards, storage
 from vlm2rec.embedder.errors import ArtifactError, DataError
@@ -79,24 +80,6 @@ def names(folder: Path) -> list[str]:
 
 def parts(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
-
-
-def child(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run Python code in a process of its own, with this file's functions at hand."""
-    setup = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_shards import *\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", setup + code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
 
 
 # --- plan ---------------------------------------------------------------------------------------------------
@@ -310,6 +293,7 @@ def test_fault_01_killed_while_a_shard_is_written_leaves_no_part_and_the_rerun_e
     tmp_path: Path,
 ) -> None:
     code = """
+from test_shards import *
 out = Path(sys.argv[1]); plan = plan_of()
 with writing(out):
     shards.begin(out, plan)
@@ -334,6 +318,7 @@ with writing(out):
 
 def test_fault_02_killed_between_rename_and_record_the_shard_is_checked_and_adopted(tmp_path: Path) -> None:
     code = """
+from test_shards import *
 out = Path(sys.argv[1]); plan = plan_of()
 with writing(out):
     shards.begin(out, plan)
@@ -568,6 +553,7 @@ def test_a_shard_that_does_not_read_back_is_not_committed(tmp_path: Path, monkey
 
 def test_fault_05_a_full_disk_is_told_in_words_and_the_rerun_works(tmp_path: Path) -> None:
     code = """
+from test_shards import *
 import resource
 out = Path(sys.argv[1]); plan = plan_of(items=4000, shard_size=2000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # no file may grow beyond 20 kB
@@ -597,12 +583,13 @@ def test_fault_08_a_second_writer_is_refused_while_the_first_lives_and_takes_ove
 ) -> None:
     out = tmp_path / "out"
     code = """
+from test_shards import *
 with writing(Path(sys.argv[1])):
     Path(sys.argv[2]).touch(); time.sleep(60)
 """
     first = child(code, out, tmp_path / "ready")
     try:
-        wait_for(tmp_path / "ready")
+        waited((tmp_path / "ready").exists)
         with pytest.raises(ArtifactError) as refusal, writing(out):
             pass
         assert f"process {first.pid} on host {socket.gethostname()}" in str(refusal.value)
