@@ -28,7 +28,7 @@ from vlm2rec.embedder.export_plan import Plan
 from vlm2rec.embedder.storage import Location
 from vlm2rec.embedder.writer_lock import Share
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.processes import end_with_parent, environment, shared_cores
+from vlm2rec.pipelines.processes import end_with_parent, environment, keep_freed_memory, shared_cores
 from vlm2rec.pipelines.shard_maker import Encoder, ShardMaker, load_same
 
 Held = Mapping[int, np.ndarray]
@@ -104,7 +104,8 @@ class Job:
     image_timeout: float
 
     def maker(self) -> ShardMaker:
-        """Return what makes the shards."""
+        """Return what makes the shards, in the process that is to make them."""
+        keep_freed_memory()
         load = functools.partial(load_same, self.load_encoder, self.settings)
         return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
 

@@ -1,10 +1,12 @@
-"""Processes of this machine that work for one: they end when it ends, and share its cores."""
+"""Processes of this machine: those that work for one end when it ends and share its cores; their memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -38,3 +40,20 @@ def shared_cores(count: int) -> contextlib.AbstractContextManager[None]:
     """Give the workers their share of the cores: threads that outnumber them wait for one another."""
     name = "OMP_NUM_THREADS"
     return environment(name, os.environ.get(name) or str(max(1, (os.cpu_count() or 1) // count)))
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    Otherwise that of large ones goes back to the system at once and is cleared page by page when it is asked for again,
+    thousands of times in an export. An export's peak is the same.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such function
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)

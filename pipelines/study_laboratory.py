@@ -38,7 +38,7 @@ def draw_laboratory(config: StudyConfig) -> StudyConfig:
     folder = config.out / "laboratory"
     folder.mkdir(parents=True, exist_ok=True)
     sizes = SMALL if config.quick else {"backbone_steps": BACKBONE_STEPS}
-    drawn = DemoConfig(out=folder, **sizes)  # type: ignore[arg-type]
+    drawn = DemoConfig(out=folder, **sizes)
     wanted = {"catalogue", "captioned", "data", "backbone"}
     done = _done(folder)
     for stage in demo.plan(drawn, LABORATORY):

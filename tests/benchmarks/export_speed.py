@@ -4,7 +4,8 @@ python tests/benchmarks/export_speed.py [--items items.parquet --images folder] 
 
     naive                  one item at a time, the whole model, all hidden states: the script one writes first
     sentence-transformers  `encode` of the same folder, if it is installed (pip install sentence-transformers)
-    vlm2rec                `ItemEncoder.encode_items`; warm: what the vision tower says is known from an earlier export
+    vlm2rec                `ItemEncoder.encode_items`, memory kept as in `export-items`; warm: what the tower says
+                           of the images is known from an earlier export
 
 The last column is the share of the processor's own rate at a large matrix product that useful work reaches: the
 operations of the prompts' own tokens, without prefix, padding and language-model head.
@@ -33,6 +34,7 @@ from transformers import AutoModelForImageTextToText
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.processor import load_processor
+from vlm2rec.pipelines.processes import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -109,6 +111,7 @@ def sentence_transformers(folder: Path, titles: list[str], pictures: list[Image.
 
 def ours(folder: Path, titles: list[str], pictures: list[Image.Image], dtype: str, shape: Shape) -> list[Run]:
     """Encode with vlm2rec, then once more with the images' features known."""
+    keep_freed_memory()
     encoder = ItemEncoder.load(str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     encoder.encode_items(titles[:2], pictures[:2])  # the shared prefixes
     cold = measured("vlm2rec", dtype, len(titles), lambda: encoder.encode_items(titles, pictures).fused)
