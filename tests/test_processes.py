@@ -21,8 +21,8 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 torch.ones(20_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF)
-for _ in range(10):
-    torch.ones(20_000_000)  # 80 MB
+for number in range(1, 11):
+    torch.ones(20_000_000 - 1000 * number)  # 80 MB
 after = resource.getrusage(resource.RUSAGE_SELF)
 print(after.ru_minflt - before.ru_minflt)
 """
