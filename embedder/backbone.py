@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from vlm2rec.embedder import moda, packing
 from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.packing import FixedBlocks, Layout, Prefix, common_start
+from vlm2rec.embedder.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.pooling import Pooling
 from vlm2rec.embedder.processor import image_tokens, load_processor, neutralise
 from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, PromptMode, render
@@ -35,7 +35,7 @@ R = TypeVar("R")
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 # images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
-IMAGES_AT_ONCE = {"cpu": 8, "mps": 32, "cuda": 64}
+IMAGES_AT_ONCE = {"cpu": 4, "mps": 32, "cuda": 64}
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
 ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -272,7 +272,7 @@ class Backbone:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
         step = IMAGES_AT_ONCE[self.device.type]
-        with FixedBlocks():  # what is kept of an image must not depend on those it was looked at with
+        with IndependentRows():  # what is kept of an image must not depend on those it was looked at with
             for start in range(0, len(images), step):
                 for found in in_halves(self.look_at_once, images[start : start + step], lambda _: "an image"):
                     features += found
@@ -500,7 +500,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def pick_token_budget(backbone: Backbone) -> int:
     """Return how many tokens to pack in one row: what keeps the device busy and fits into its memory."""
     if backbone.device.type != "cuda":
-        return 4096  # more is no faster; with less, blocks of `FixedBlocks` stay half empty
+        return 4096  # more is no faster
     free, _ = torch.cuda.mem_get_info(backbone.device)
     text = backbone.model.config.get_text_config()
     # between two layers: gate, up and their product, then queries, keys, values, residuals and their copies

@@ -33,7 +33,7 @@ from vlm2rec.embedder.backbone import (
 )
 from vlm2rec.embedder.errors import ConfigError, ModelError
 from vlm2rec.embedder.images import ImageError, open_image
-from vlm2rec.embedder.packing import FixedBlocks
+from vlm2rec.embedder.packing import IndependentRows
 from vlm2rec.embedder.pooling import FusionNorm, Pooling, fuse
 from vlm2rec.embedder.processor import load_processor, read_model_config
 from vlm2rec.embedder.prompts import PromptMode, Wording
@@ -255,7 +255,7 @@ class ItemEncoder:
         prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
         truncated = np.array([cut for _, cut in prepared], bool)
         features = self.look(images) if with_image else [None] * len(titles)
-        with FixedBlocks():  # no neighbour changes a bit
+        with IndependentRows():  # no neighbour changes a bit
             views = self.encode_sequences(
                 [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
             )

@@ -7,7 +7,7 @@ Three savings over a padded batch, all exact:
   prompt attends to. Only while no weight changes.
 - *last layer*: its MLP and the final norm see last tokens only; nothing reads the others. Not with mean pooling.
 
-`FixedBlocks` makes a vector the same to the last bit whatever else is encoded with it.
+`IndependentRows` makes a vector the same to the last bit whatever else is encoded with it.
 
 The model's own code runs. `prepare` registers an attention function for the language model and one for a vision tower
 with windows, and lets the last layer finish early, which act only where a `Layout` is handed to the model; and it lets
@@ -20,7 +20,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -42,8 +42,6 @@ LANGUAGE_ATTENTION = "vlm2rec_packed"
 # once for every window of every image
 VISION_ATTENTION = "vlm2rec_flash_windows"
 LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
-
-ROWS_IN_BLOCK = 512  # of a linear layer on the CPU; 3 % slower than 2,048 at once
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +138,6 @@ def prepare(model: Any, language_model: Any) -> None:
         patches = getattr(getattr(tower, "patch_embed", None), "proj", None)
         if isinstance(patches, nn.Conv3d) and patches.kernel_size == patches.stride:
             patches.forward = types.MethodType(_project, patches)  # type: ignore[method-assign]
-    for layer in language_model.layers:
-        if isinstance(getattr(layer, "mlp", None), nn.Module):
-            layer.mlp.forward = functools.partial(_by_blocks, layer.mlp.forward)
     last = language_model.layers[-1]
     fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
     pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
@@ -312,22 +307,6 @@ def _project(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
     return found[..., None, None, None]
 
 
-# --- MLPs ---------------------------------------------------------------------------------------------------
-
-
-def _by_blocks(usual: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Do what an MLP does, (..., d) to (..., d), with so few rows at a time that what lies between stays in the cache.
-
-    Only where linear layers take their rows in such blocks anyway: in float32 on a CPU, without gradients.
-    """
-    if torch.is_grad_enabled() or rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return usual(rows)
-    flat = rows.flatten(0, -2)
-    if len(flat) <= ROWS_IN_BLOCK:
-        return usual(rows)
-    return torch.cat([usual(block) for block in flat.split(ROWS_IN_BLOCK)]).view_as(rows)
-
-
 # --- the last layer -----------------------------------------------------------------------------------------
 
 _PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -346,11 +325,11 @@ def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments:
 # --- bit for bit --------------------------------------------------------------------------------------------
 
 
-class FixedBlocks(TorchFunctionMode):
-    """Gives linear layers on the CPU their rows in blocks of one size, in float32.
+class IndependentRows(TorchFunctionMode):
+    """Lets what a linear layer on the CPU makes of a row not depend on how many others there are, in float32.
 
-    Libraries sum in an order that depends on how many rows a product has: with blocks of a fixed size, what becomes of
-    a row does not depend on how many others there are. Other devices and dtypes pass unchanged. Without gradients.
+    Libraries sum in an order that depends on how many rows a product has. Other devices and dtypes pass unchanged.
+    Without gradients.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -358,20 +337,49 @@ class FixedBlocks(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.linear or args[0].device.type != "cpu" or args[0].dtype != torch.float32 or args[0].dim() < 2:
             return func(*args, **kwargs)
-        return _in_blocks(*args, **kwargs)
+        return _linear(*args, **kwargs)
 
 
-def _in_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+ROWS_IN_BLOCK = 512  # where the number of rows has to be fixed; 3 % slower than 2,048 at once
+_COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 2048, 4096)
+
+
+@functools.cache
+def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
+    """Return how many rows, least and most, a product may have here that gives each row the bits of any other count.
+
+    The order of a sum is chosen by the shape and not by the numbers, so it shows with any numbers. Where it changes
+    from some count to the next larger ones, all products get the same count.
+
+    Args:
+        inner: numbers in a row.
+        outer: rows of the weight.
+        threads: of torch; they share the rows.
+    """
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(_COUNTS[-1], inner, generator=random)
+    weight = torch.randn(outer, inner, generator=random)
+    known = torch.cat([torch.mm(block, weight.T) for block in rows.split(ROWS_IN_BLOCK)])
+    least = None
+    for count in reversed(_COUNTS):
+        if not torch.equal(torch.mm(rows[:count], weight.T), known[:count]):
+            break
+        least = count
+    return (ROWS_IN_BLOCK, ROWS_IN_BLOCK) if least is None or least > ROWS_IN_BLOCK else (least, _COUNTS[-1])
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what a linear layer makes of rows (..., in), (..., out)."""
     flat = rows.flatten(0, -2)  # (n, in)
+    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads())
     found = flat.new_empty(len(flat), len(weight))
-    whole = len(flat) // ROWS_IN_BLOCK * ROWS_IN_BLOCK
-    for start in range(0, whole, ROWS_IN_BLOCK):
-        _product(flat[start : start + ROWS_IN_BLOCK], weight, bias, found[start : start + ROWS_IN_BLOCK])
-    if whole < len(flat):
-        rest = F.pad(flat[whole:], (0, 0, 0, whole + ROWS_IN_BLOCK - len(flat)))
-        block = _product(rest, weight, bias, flat.new_empty(ROWS_IN_BLOCK, len(weight)))
-        found[whole:] = block[: len(flat) - whole]
+    for start in range(0, len(flat), most):
+        part, place = flat[start : start + most], found[start : start + most]
+        if len(part) >= least:
+            _product(part, weight, bias, place)
+        else:
+            padded = F.pad(part, (0, 0, 0, least - len(part)))
+            place.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
     return found.unflatten(0, rows.shape[:-1])
 
 

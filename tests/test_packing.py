@@ -21,7 +21,7 @@ from vlm2rec.embedder import lora, packing, prompts
 from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, ImageFeatures, batches_by_tokens
 from vlm2rec.embedder.encode import ItemEncoder
 from vlm2rec.embedder.errors import ModelError
-from vlm2rec.embedder.packing import FixedBlocks, Layout
+from vlm2rec.embedder.packing import IndependentRows, Layout
 
 Tiny = Callable[[str], Path]
 TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)"]
@@ -156,14 +156,14 @@ def test_gradients_of_packed_rows_are_those_of_single_prompts(tiny: Tiny) -> Non
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_fixed_blocks_give_a_row_the_same_bits_in_any_company(threads: int) -> None:
+def test_a_row_has_the_same_bits_in_any_company(threads: int) -> None:
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         layer = torch.nn.Linear(1536, 512)
         rows = torch.randn(1, 1300, 1536)
-        with torch.no_grad(), FixedBlocks():
+        with torch.no_grad(), IndependentRows():
             together = layer(rows)
             for start, stop in ((0, 1), (7, 40), (500, 1012), (600, 1300)):
                 assert torch.equal(layer(rows[:, start:stop]), together[:, start:stop])
