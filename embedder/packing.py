@@ -190,7 +190,11 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
         part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
-    return torch.cat(parts)[None]
+    return _joined(parts)[None]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies a single one as well
 
 
 def _side_by_side(states: Tensor, start: int, count: int, length: int) -> Tensor:
@@ -220,7 +224,7 @@ def _attend_windows(
         part = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], scale=rest["scaling"])
         parts.append(part.transpose(1, 2).flatten(0, 1))
         start += count * length
-    return torch.cat(parts)[None], None
+    return _joined(parts)[None], None
 
 
 def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
