@@ -62,9 +62,9 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Patches:
-    """An image as the vision tower takes it: resized, normalised and cut up."""
+    """An image as the vision tower takes it: resized, cut up, and normalised unless the device does that."""
 
-    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families that cut the image up themselves
+    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families that cut the image up; uint8 if not normalised
     grid: Tensor | None  # (1, 3) frames, rows, columns of patches
 
 
@@ -264,8 +264,23 @@ class Backbone:
 
     def patch(self, image: Image.Image) -> Patches:
         """Return an RGB image as the vision tower takes it, on the CPU. Safe to call from threads."""
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
-        return Patches(inputs["pixel_values"], inputs.get("image_grid_thw"))
+        as_read = {"do_rescale": False, "do_normalize": False} if self.normalises_on_device else {}
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt", **as_read)
+        values = inputs["pixel_values"]
+        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"))
+
+    @property
+    def normalises_on_device(self) -> bool:
+        """Whether images travel to the device as bytes, a quarter of what they are in float32."""
+        own = self.processor.image_processor
+        return self.device.type == "cuda" and bool(own.do_rescale and own.do_normalize)
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        """Return uint8 patches or images as (x / 255 − mean) / deviation of their colour, in float32."""
+        own = self.processor.image_processor
+        mean, deviation = (torch.tensor(c, device=values.device)[:, None] for c in (own.image_mean, own.image_std))
+        colours = values.view(len(values), len(mean), -1)  # they come first, in patches and in images
+        return ((colours * own.rescale_factor - mean) / deviation).view_as(values)
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
@@ -287,7 +302,10 @@ class Backbone:
         values = torch.cat([each.values for each in patched])
         if self.device.type == "cuda":
             values = values.pin_memory()  # copied while the GPU still works on the images before
-        inputs = {"pixel_values": values.to(self.device, self.model.dtype, non_blocking=True)}
+        values = values.to(self.device, non_blocking=True)
+        if values.dtype == torch.uint8:
+            values = self._normalised(values)
+        inputs = {"pixel_values": values.to(self.model.dtype)}
         if patched[0].grid is not None:
             inputs["image_grid_thw"] = torch.cat([each.grid for each in patched if each.grid is not None]).to(
                 self.device

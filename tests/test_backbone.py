@@ -80,6 +80,20 @@ def test_fault_43_vectors_equal_the_stock_models_last_hidden_state(
         assert (expected - vector).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_normalised_on_the_device_are_those_of_the_image_processor(
+    tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(str(tiny(family)), device="cpu")
+    images = drawn_images(3)
+    usual = backbone.look(images)
+    assert not backbone.normalises_on_device
+    monkeypatch.setattr(Backbone, "normalises_on_device", True)  # as on a GPU
+    assert {backbone.patch(image).values.dtype for image in images} == {torch.uint8}
+    for mine, its in zip(backbone.look(images), usual, strict=True):
+        torch.testing.assert_close(mine.tokens, its.tokens, atol=1e-5, rtol=1e-5)
+
+
 def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:
     backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
     prompt = backbone.tokenize(prompts.image_prompt(1), backbone.look([Image.new("RGB", (112, 56))]))
