@@ -345,7 +345,7 @@ class IndependentRows(TorchFunctionMode):
 
 
 ROWS_IN_BLOCK = 512  # where the number of rows has to be fixed; 3 % slower than 2,048 at once
-_COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 2048, 4096)
+_COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 1500, 2048, 3001, 4096)
 
 
 @functools.cache
