@@ -172,6 +172,28 @@ def test_a_row_has_the_same_bits_in_any_company(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_where_a_product_depends_on_its_rows_all_products_get_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_product, asked = torch.mm, set()
+
+    def uneven(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        asked.add(len(rows))
+        found = true_product(rows, weight) + 1e-3 * (len(rows) != 512)
+        return found if out is None else out.copy_(found)
+
+    monkeypatch.setattr(torch, "mm", uneven)
+    packing.rows_of_product.cache_clear()
+    try:
+        layer, rows = torch.nn.Linear(40, 24), torch.randn(1, 1300, 40)
+        assert packing.rows_of_product(40, 24, torch.get_num_threads()) == (512, 512)
+        asked.clear()
+        with torch.no_grad(), IndependentRows():
+            together = layer(rows)
+            assert torch.equal(layer(rows[:, 7:40]), together[:, 7:40])
+        assert asked == {512}
+    finally:
+        packing.rows_of_product.cache_clear()
+
+
 # --- when memory runs out ------------------------------------------------------------------------------------
 
 
