@@ -325,11 +325,13 @@ def _work(
     """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
     wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
     rows = [plan.rows(number) for number in wanted]
-    in_all = [row for of_shard in rows for row in of_shard]
-    held = np.full(len(in_all), -1) if earlier is None else earlier.find(plan, in_all)
-    ends = np.cumsum([len(of_shard) for of_shard in rows])[:-1]
-    by_shard = dict(zip(wanted, np.split(held, ends), strict=True)) if wanted else {}
-    return {number: held for number, held in by_shard.items() if number not in finished or (held < 0).any()}
+    if earlier is None or not wanted:
+        held = [np.full(len(of_shard), -1) for of_shard in rows]
+    else:
+        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # once: it hashes all ids
+        held = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
+    by_shard = zip(wanted, held, strict=True)
+    return {number: its for number, its in by_shard if number not in finished or (its < 0).any()}
 
 
 def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale: Scale) -> None:
