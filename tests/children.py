@@ -12,16 +12,20 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
+def python_path() -> str:
+    """Return PYTHONPATH with this folder in front."""
+    return os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
 def child(code: str | Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Run Python code, or a file of it, in a process, with the modules of this folder at hand."""
     program = [str(code)] if isinstance(code, Path) else ["-c", code]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": python_path(), **environment},
     )
 
 

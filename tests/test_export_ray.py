@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import ray
 import ray.cluster_utils
 import ray.data
 from chairs import ShadeEncoder, parts, write_dataset
+from children import python_path
 
 from vlm2rec.embedder.dataset import Dataset
 from vlm2rec.embedder.encode import EncodedItems, ItemEncoder
@@ -23,6 +23,7 @@ from vlm2rec.embedder.errors import ModelError
 from vlm2rec.embedder.verify import verify
 from vlm2rec.pipelines.export_engines import Scale
 from vlm2rec.pipelines.export_items import export
+from vlm2rec.pipelines.processes import environment
 
 SETTINGS = ShadeEncoder().settings
 SCALE = Scale(engine="ray", num_workers=2)
@@ -51,18 +52,15 @@ class Refusing(ShadeEncoder):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes; the driver's own has no room for tasks."""
-    # the workers of Ray need this folder to unpickle the encoders above
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before or ""])
-    made = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+    with environment("PYTHONPATH", python_path()):  # the workers of Ray need this folder to unpickle the encoders above
+        made = ray.cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        made.add_node(num_cpus=1)
+        ray.init(address=made.address, log_to_driver=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files open
