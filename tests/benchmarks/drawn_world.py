@@ -9,8 +9,8 @@ from vlm2rec.pipelines.catalogue import draw_catalogue
 from vlm2rec.pipelines.config import MakeBackboneConfig, PrepareConfig
 
 
-def draw_world(folder: Path, items: int) -> tuple[Path, str]:
-    """Write a dataset folder of about so many items, and a backbone; returns both."""
+def draw_dataset(folder: Path, items: int) -> Path:
+    """Write a dataset folder of about so many items and return it; the catalogue lies in `catalogue` beside it."""
     drawn = folder / "catalogue"
     draw_catalogue(drawn, items, items)
     prepare.run(
@@ -21,7 +21,13 @@ def draw_world(folder: Path, items: int) -> tuple[Path, str]:
             out=folder / "data",
         )
     )
+    return folder / "data"
+
+
+def draw_world(folder: Path, items: int) -> tuple[Path, str]:
+    """Write a dataset folder of about so many items, and a backbone; returns both."""
+    data, drawn = draw_dataset(folder, items), folder / "catalogue"
     make_backbone.run(
         MakeBackboneConfig(items=drawn / "items.parquet", images=drawn / "images", out=folder / "backbone", max_steps=0)
     )
-    return folder / "data", str(folder / "backbone")
+    return data, str(folder / "backbone")

@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import polars as pl
 import ray
 import ray.cluster_utils
-from drawn_world import draw_world
+from drawn_world import draw_dataset
 from middle_size import MIDDLE, write_model
 
 from vlm2rec.embedder.dataset import Dataset
@@ -67,7 +67,7 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
         if chosen.data is None or chosen.backbone is None:
-            chosen.data, _ = draw_world(Path(temporary), chosen.items)
+            chosen.data = draw_dataset(Path(temporary), chosen.items)
             chosen.backbone = str(Path(temporary) / "model")
             titles = pl.read_parquet(chosen.data / "items.parquet")["title"].to_list()
             write_model(Path(chosen.backbone), titles, dataclasses.replace(MIDDLE, layers=chosen.layers))
