@@ -18,18 +18,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm2rec.downstream.options import Missing
 from vlm2rec.downstream.table import read_batches
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, DataError, MissingDependencyError
-from vlm2rec.embedder.storage import Location, readable
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, MissingDependencyError
+from vlm2rec.embedder.contract.storage import Location, readable
 
-Missing = Literal["skip", "mean", "error"]
 IDS_FILE = "item_ids.json"
 LEFT_OUT = "left out"
 MEAN_VECTOR = "mean vector"

@@ -23,10 +23,10 @@ import numpy as np
 
 from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, no_vectors, read_reasons
 from vlm2rec.downstream.table import read_in_order
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, DataError
-from vlm2rec.embedder.storage import Location
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError
+from vlm2rec.embedder.contract.storage import Location
 
 TRAIN, VALID, TEST = 0, 1, 2  # x_label
 _ROWS = 4096  # read at a time

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError
 
 _ROWS_AT_ONCE = 16_384
 

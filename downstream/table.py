@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
-from vlm2rec.embedder.storage import Location, location, readable
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.storage import Location, location, readable
 
 _EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm2rec.embedder.encode import ItemEncoder
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 __all__ = ["ItemEncoder"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ItemEncoder":
-        from vlm2rec.embedder.encode import ItemEncoder
+        from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
         return ItemEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

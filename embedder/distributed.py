@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from vlm2rec.embedder.errors import ConfigError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for a process that lives and does not answer; one that died is noticed at once

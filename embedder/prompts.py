@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-PromptMode = Literal["raw", "chat"]
-Wording = Literal["vlm2rec", "sda"]
+from vlm2rec.embedder.options import PromptMode, PromptStyle, Strategy
+
 Prompt = tuple[str | None, ...]
 
 IMAGE_HERE: Final = None
@@ -29,7 +29,7 @@ CONSTANT_STARTS: Final = (
 """What prompts of one kind all begin with."""
 
 
-def text_prompt(titles: Sequence[str], wording: Wording = "vlm2rec") -> Prompt:
+def text_prompt(titles: Sequence[str], wording: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
     In the wording of SDA, which knows single items only: `The product has the following attributes: <title>`.
@@ -39,7 +39,7 @@ def text_prompt(titles: Sequence[str], wording: Wording = "vlm2rec") -> Prompt:
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
 
 
-def image_prompt(count: int, wording: Wording = "vlm2rec") -> Prompt:
+def image_prompt(count: int, wording: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
     In the wording of SDA: `The product has the image: <image>`.
@@ -78,7 +78,7 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def prompt_hash(mode: PromptMode, chat_template: str | None, wording: Wording = "vlm2rec") -> str:
+def prompt_hash(mode: PromptMode, chat_template: str | None, wording: PromptStyle = "vlm2rec") -> str:
     """Return a short hash of everything that decides a prompt's wording, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
@@ -86,3 +86,42 @@ def prompt_hash(mode: PromptMode, chat_template: str | None, wording: Wording = 
     }[wording]
     texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+JOINT_INSTRUCTION = "Generate a unified representation for this product."
+FRAMING = "You are analyzing a product for retrieval purposes. Here is the product image:"
+DETAILS = "Product details:"
+
+
+def product_text(title: str, category: str) -> str:
+    """Return `[TITLE], category: [CATEGORY]`, or the one of them that is not blank."""
+    return ", ".join(part for part in (title, category and f"category: {category}") if part)
+
+
+def visual_prompt() -> Prompt:
+    """Return the image alone."""
+    return (IMAGE_HERE,)
+
+
+def textual_prompt(text: str) -> Prompt:
+    """Return the text alone."""
+    return (text,)
+
+
+def joint_prompt(strategy: Strategy, text: str) -> Prompt:
+    """Return the one prompt around image and text of `prompt1` or `prompt2`."""
+    if strategy == "prompt1":
+        return (IMAGE_HERE, f"\n{text}\n{JOINT_INSTRUCTION}")
+    return (f"{FRAMING} ", IMAGE_HERE, f"\n{DETAILS} {text}\n{JOINT_INSTRUCTION}")
+
+
+DEFAULT_QUESTION = (
+    "What kind of item is this, and whom would it please? Answer in JSON with the keys category, theme, style, look,"
+    " audience and use."
+)
+_ANSWER = "\nAnswer:"  # without a chat template something else has to say that the answer follows
+
+
+def question(title: str, instruction: str, mode: PromptMode) -> Prompt:
+    """Return the prompt: title, image, instruction, in this order."""
+    return (f"Title: {title}\nImage: ", IMAGE_HERE, f"\n{instruction}{_ANSWER if mode == 'raw' else ''}")

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlm2rec.downstream.index import ItemIndex, Neighbour, build_index, check_out
-from vlm2rec.downstream.index_plan import IndexPlan, plan_index
-from vlm2rec.downstream.recall import TARGET_RECALL
-from vlm2rec.downstream.unit_vectors import UnitBatch
-from vlm2rec.embedder import schema
+from vlm2rec.downstream.index.index import ItemIndex, Neighbour, build_index, check_out
+from vlm2rec.downstream.index.plan import IndexPlan, plan_index
+from vlm2rec.downstream.index.recall import TARGET_RECALL
+from vlm2rec.downstream.index.unit_vectors import UnitBatch
+from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 from vlm2rec.pipelines.console import log, progress, summary
 

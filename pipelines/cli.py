@@ -23,9 +23,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm2rec.embedder.errors import Vlm2RecError
-from vlm2rec.embedder.storage import Location
+from vlm2rec.embedder.contract.errors import Vlm2RecError
+from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines import config as settings
+from vlm2rec.pipelines import read_config
 
 app = typer.Typer(
     name="vlm2rec",
@@ -40,7 +41,7 @@ app = typer.Typer(
 
 def _part(hint: Any) -> Any:
     """Return what a field holds when it is set, without its bounds."""
-    part = next(part for part in settings._union_parts(hint) if part is not type(None))
+    part = next(part for part in read_config._union_parts(hint) if part is not type(None))
     return typing.get_args(part)[0] if typing.get_origin(part) is Annotated else part
 
 
@@ -122,7 +123,7 @@ def command(
                 if isinstance(item.default, tuple) and flags.get(item.name) is not None:
                     flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
             with _own_endings():
-                stage(settings.read_config(cls, file, overrides, flags))
+                stage(read_config.read_config(cls, file, overrides, flags))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = stage.__doc__
@@ -211,13 +212,13 @@ def import_embeddings(config: settings.ImportVectorsConfig) -> None:
 @command(settings.EncodeFrozenConfig)
 def encode_frozen(config: settings.EncodeFrozenConfig) -> None:
     """Encode every item with a small frozen encoder: sentence-transformers, CLIP, SigLIP."""
-    _stage("encode_frozen").run(config)
+    _stage("export_items").run_frozen(config)
 
 
 @command(settings.EncodePromptedConfig)
 def encode_prompted(config: settings.EncodePromptedConfig) -> None:
     """Encode every item by asking a vision-language model about it, without fine-tuning."""
-    _stage("encode_prompted").run(config)
+    _stage("export_items").run_prompted(config)
 
 
 @command(settings.VerifyConfig, positional="embeddings")
@@ -229,7 +230,7 @@ def verify(config: settings.VerifyConfig) -> None:
 @command(settings.FailuresConfig, positional="embeddings")
 def failures(config: settings.FailuresConfig) -> None:
     """List the items that failed, and why, as CSV on stdout."""
-    _stage("failures").run(config)
+    _stage("verify").failures(config)
 
 
 @command(settings.EvaluateConfig)

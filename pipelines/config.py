@@ -8,19 +8,37 @@ which checks types and bounds, is loaded when a command runs.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.embedder.errors import ConfigError, did_you_mean
-from vlm2rec.embedder.storage import Location, StorePath, location
+from vlm2rec.downstream.options import Adapter, StartMode
+from vlm2rec.embedder.contract.storage import Location, StorePath, location
+from vlm2rec.embedder.options import (
+    Alignment,
+    DeviceName,
+    DtypeName,
+    EngineName,
+    FusionMode,
+    FusionNorm,
+    ImagePolicy,
+    ImagesBy,
+    LossName,
+    MethodName,
+    Negatives,
+    Pooling,
+    PromptMode,
+    PromptStyle,
+    SamplesMode,
+    Schedule,
+    Split,
+    Storage,
+    Strategy,
+    View,
+    ViewChoice,
+)
 
 
 class _Anywhere:
@@ -46,20 +64,6 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
-LossName = Literal["vlm2rec", "sft"]
-Method = Literal["vlm2rec", "sda"]
-Alignment = Literal["paper", "reference", "off"]
-Pooling = Literal["last", "mean"]
-Wording = Literal["vlm2rec", "sda"]
-PromptMode = Literal["raw", "chat"]
-FusionMode = Literal["external", "internal"]
-ViewChoice = Literal["both", "text", "image"]
-FusionNorm = Literal["raw", "normalised"]
-DtypeName = Literal["auto", "float32", "bfloat16"]
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-SamplesMode = Literal["last", "random", "all"]
-ImagePolicy = Literal["fail", "null", "text_only"]
-StrategyName = Literal["visual", "textual", "prompt1", "prompt2", "dual"]
 
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text also of a causal text model."
 
@@ -124,7 +128,7 @@ class FinetuneConfig:
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
-    method: Method = setting(
+    method: MethodName = setting(
         "What is learned from: vlm2rec: users' histories, by --loss; sda: text and image of items, by --cmsa.",
         "vlm2rec",
     )
@@ -157,18 +161,20 @@ class FinetuneConfig:
     max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
     max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
     pooling: Pooling = setting("A vector is the state of the last token, or the mean of all. SDA: mean.", "last")
-    wording: Wording = setting("Whose prompts: vlm2rec, or sda, which knows single items only. SDA: sda.", "vlm2rec")
+    wording: PromptStyle = setting(
+        "Whose prompts: vlm2rec, or sda, which knows single items only. SDA: sda.", "vlm2rec"
+    )
     lora_rank: Positive = setting("LoRA rank, of all experts together. SDA: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
     weight_decay: NonNegative = setting("AdamW weight decay; never on α and β.", 0.01)
     warmup: Fraction = setting("Share of the steps that warm up.", 0.0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("Learning rate after the warm-up.", "constant")
+    schedule: Schedule = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting(
         "Users in a batch, on one device; N processes take N times as many a step. SDA: items, 32.", 8
     )
-    negatives: Literal["local", "global"] = setting(
+    negatives: Negatives = setting(
         "With several processes: local: the targets of a process's own batch; global: those of all of them.", "local"
     )
     chunk_users: Count = setting(
@@ -238,18 +244,20 @@ class ExportConfig:
     max_title_tokens: Positive | None = setting(
         "Default: the adapter's, else 64; with --strategy 128, for title and category together.", None
     )
-    strategy: StrategyName | None = setting(
+    strategy: Strategy | None = setting(
         "The VLM2Vec study's prompts, with the item's category, in place of the paper's: visual, textual, prompt1,"
         " prompt2 (one prompt around both), or dual (fused is text and image end to end). Without --adapter.",
         None,
     )
     pooling: Pooling | None = setting("last or mean, as for finetune. Default: the adapter's, else last.", None)
-    wording: Wording | None = setting("vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None)
+    wording: PromptStyle | None = setting(
+        "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
+    )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
-    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("fail: stop; null: a failure row; text_only: text vector alone.", "null")
-    images_by: Literal["mtime", "bytes"] = setting(
+    images_by: ImagesBy = setting(
         "What tells a changed image when an export goes on: size and time, or content (reads every file).", "mtime"
     )
     extend: bool = setting("Items were appended to the dataset: keep what is there, make the new ones.", False)
@@ -270,7 +278,7 @@ class ExportConfig:
         "Be this one of --num-workers, from 0, and make its shards alone: for Slurm arrays and Kubernetes jobs.", None
     )
     gpus: Count = setting("As many processes on this machine, each with a GPU of its own.", 0)
-    engine: Literal["local", "ray"] = setting("Processes of this machine, or tasks of a Ray cluster.", "local")
+    engine: EngineName = setting("Processes of this machine, or tasks of a Ray cluster.", "local")
     dry_run: bool = setting("Encode a few items, print what the whole would take, and write nothing.", False)
 
 
@@ -296,11 +304,11 @@ class ImportVectorsConfig:
         " of a CSV without lists, all columns of numbers as one vector.",
         None,
     )
-    view: Literal["fused", "text", "image"] = setting("What a single column or an .npy holds.", "fused")
+    view: View = setting("What a single column or an .npy holds.", "fused")
     fusion_norm: FusionNorm = setting("How fused is made where the file has text and image alone; as finetune.", "raw")
     pca: Positive | None = setting("Reduce to this many principal components.", None)
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items has no vector.", 0.01)
 
 
@@ -320,9 +328,9 @@ class EncodeFrozenConfig:
     fusion_norm: FusionNorm = setting("raw: text + image; normalised: unit vectors first.", "raw")
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
-    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("As for export-items.", "null")
-    images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    images_by: ImagesBy = setting("As for export-items.", "mtime")
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
     changed_since: Place | None = setting("As for export-items.", None)
@@ -348,8 +356,8 @@ class EncodePromptedConfig:
     max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Positive = setting("Padded tokens in one batch.", 4096)
-    storage: Literal["float32", "float16"] = setting("Number format of the vectors on disk.", "float32")
-    images_by: Literal["mtime", "bytes"] = setting("As for export-items.", "mtime")
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    images_by: ImagesBy = setting("As for export-items.", "mtime")
     extend: bool = setting("As for export-items.", False)
     retry_failed: bool = setting("As for export-items.", False)
     changed_since: Place | None = setting("As for export-items.", None)
@@ -388,7 +396,7 @@ class EvaluateConfig:
     backbone: str | None = setting("Backbone, for the sequence encoder.", None)
     adapter: Path | None = setting("Adapter, for the sequence encoder.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
-    split: Literal["valid", "test"] = setting("Which held-out item to rank.", "test")
+    split: Split = setting("Which held-out item to rank.", "test")
     seeds: tuple[int, ...] = setting("Candidate seeds; empty takes all stored ones.", ())
     missing: Literal["error", "zero"] = setting(
         "Items without a vector: refuse, or give them cosine 0 and count.", "error"
@@ -410,12 +418,12 @@ class TrainRecommenderConfig:
     out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
     model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
     embeddings: Place | None = setting("Embeddings folder; without it the plain ID model.", None)
-    column: Literal["fused", "text", "image"] = setting("Which view to start from.", "fused")
-    mode: Literal["adapter", "table"] = setting(
+    column: View = setting("Which view to start from.", "fused")
+    mode: StartMode = setting(
         "adapter: frozen vectors behind a trained Linear; table: start the item table from them and train it.",
         "adapter",
     )
-    adapter: Literal["linear", "two-linear", "mlp"] = setting(
+    adapter: Adapter = setting(
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU between.", "linear"
     )
     pca: Positive | None = setting("Reduce the vectors to this many principal components first.", None)
@@ -440,7 +448,7 @@ class BuildIndexConfig:
 
     embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Index folder to write.")
-    column: Literal["fused", "text", "image"] = setting("Which view to index.", "fused")
+    column: View = setting("Which view to index.", "fused")
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
     data: Place | None = setting("Dataset folder, for titles in search results; default: the one of the export.", None)
     sample: Positive = setting("Queries for the measured recall@10.", 1000)
@@ -522,121 +530,3 @@ class StudyConfig:
     jobs: Positive = setting("Steps at a time, each in a process with its share of the cores; 1 on a single GPU.", 1)
     redo: bool = setting("Run the cells again whose settings changed; off refuses them.", False)
     device: DeviceName = setting("Where to run.", "auto")
-
-
-def read_config(
-    cls: type[Config],
-    file: Path | None = None,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> Config:
-    """Merge defaults, a YAML file, `key=value` overrides and flags into one checked config.
-
-    Raises:
-        ConfigError: unknown or missing key, or a value of the wrong type or out of bounds.
-    """
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    if file is not None:
-        values.update(_known_only(read_yaml(file), known, str(file)))
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
-        values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
-    values.update({key: value for key, value in (flags or {}).items() if value is not None})
-    if cls is FinetuneConfig and values.get("method") == "sda":
-        values = SDA_DEFAULTS | values
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
-            flag = f"--{f.name.replace('_', '-')}"
-            text = f.metadata.get("help", f.name)
-            raise ConfigError(f"{flag} is missing", text.rstrip("."), f"give {flag}, or put it in --config")
-    config = _validate(cls, values)
-    for key, value in values.items():
-        if isinstance(value, str) and "://" in value and isinstance(getattr(config, key), Path):
-            raise ConfigError(
-                f"--{key.replace('_', '-')} {value} is an address", "a path on this machine", "copy it from or to there"
-            )
-    return config
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML mapping (safe loader: plain data only)."""
-    import yaml
-
-    if not file.is_file():
-        raise ConfigError(f"config file {file} does not exist", "a YAML file", "check the path")
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "a mapping of settings", "mend the file") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{file} holds a {type(loaded).__name__}", "a mapping of settings", "write `key: value` lines"
-        )
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
-    for key in values:
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",
-                f"one of {', '.join(known)}",
-                "correct or remove it",
-            )
-    return values
-
-
-def _parse(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
-    import pydantic
-
-    try:
-        return _checker(cls).validate_python(values)  # type: ignore[arg-type]
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "settings"
-        raise ConfigError(
-            f"setting {key} = {first['input']!r} is not usable: {first['msg'].lower()}",
-            f"{_type_text(cls, key)}",
-            f"change --{key.replace('_', '-')}",
-        ) from None
-
-
-@functools.cache
-def _checker(cls: Any) -> Any:
-    """Return pydantic's checker of a config class; making one takes a hundred times as long as a check."""
-    import pydantic
-
-    return pydantic.TypeAdapter(cls)
-
-
-def _type_text(cls: type, key: str) -> str:
-    hint = typing.get_type_hints(cls).get(key)
-    if hint is None:
-        return "a known setting"
-    options = [
-        str(value)
-        for part in _union_parts(hint)
-        if typing.get_origin(part) is Literal
-        for value in typing.get_args(part)
-    ]
-    return f"one of {', '.join(options)}" if options else str(getattr(hint, "__name__", hint))
-
-
-def _union_parts(hint: Any) -> tuple[Any, ...]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)

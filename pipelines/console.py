@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,15 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from vlm2rec.embedder.progress import Advance
+
 log = Console(stderr=True, highlight=False)
 """Where stages talk. Results for other programs go to stdout with `print`."""
-
-
-class Advance(Protocol):
-    """Moves a progress bar on; the total and the text may be set along the way."""
-
-    def __call__(self, count: int, *, total: int | None = None, description: str | None = None) -> None:
-        """Advance by `count` steps."""
 
 
 class _RateColumn(ProgressColumn):
@@ -59,6 +54,26 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
             bar.update(task, advance=count, **{name: value for name, value in changes.items() if value is not None})
 
         yield advance
+
+
+class Terminal:
+    """The `Reporter` of the command line: bars where somebody watches, plain lines in a log file."""
+
+    @property
+    def draws_bars(self) -> bool:
+        """Whether stderr is a terminal."""
+        return log.is_terminal
+
+    def say(self, text: str, *, warning: bool = False) -> None:
+        """Print one line."""
+        log.print(text, style="yellow" if warning else None, markup=False, soft_wrap=True)
+
+    def progress(self, description: str, total: int | None) -> AbstractContextManager[Advance]:
+        """Show a bar."""
+        return progress(description, total)
+
+
+TERMINAL = Terminal()
 
 
 def summary(title: str, rows: Mapping[str, object]) -> None:

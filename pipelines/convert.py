@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm2rec.downstream import formats, mmrec
-from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, Missing, Selection
-from vlm2rec.downstream.staging import replace_folder, staging, sync, told_plainly
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError, ModelError
+from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, Selection
+from vlm2rec.downstream.options import Missing
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.publish import replace_folder, staging, sync, told_plainly
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 
@@ -214,9 +215,10 @@ def _dataset(config: ConvertConfig) -> Dataset:
 
 
 def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
-    from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-    from vlm2rec.embedder.lora import backbone_licence, kind
-    from vlm2rec.embedder.sentence_export import model_readme, write_sentence_transformer
+    from vlm2rec.embedder.backbones.lora import backbone_licence, kind
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+    from vlm2rec.embedder.encoders.sentence_export import model_readme, write_sentence_transformer
+    from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
 
     if config.backbone is None:
         raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")

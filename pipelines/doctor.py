@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlm2rec.embedder.errors import MissingDependencyError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import MissingDependencyError
+from vlm2rec.embedder.export import verify
+from vlm2rec.pipelines import export_items, make_backbone, prepare
+from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 Status = Literal["ok", "warn", "fail"]
 DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a middling catalogue
@@ -28,15 +35,15 @@ _COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 _OTHER_NAMES = {"faiss-cpu": "faiss"}  # the same module comes from faiss-gpu and from conda's faiss
 
 _RECBOLE = """
-from vlm2rec.downstream.recbole_compat import require_recbole
-from vlm2rec.embedder.errors import MissingDependencyError
+from vlm2rec.downstream.recbole.compat import require_recbole
+from vlm2rec.embedder.contract.errors import MissingDependencyError
 try:
     require_recbole()
 except MissingDependencyError as error:
     raise SystemExit(f"{error.found}|{error.fix}")
 """
 
-_TINY_EXPORT = "from vlm2rec.pipelines.tiny_export import main; main()"
+_TINY_EXPORT = "from vlm2rec.pipelines.doctor import main; main()"
 
 
 class Check(NamedTuple):
@@ -218,7 +225,7 @@ def check_device() -> Check:
     try:
         import torch
 
-        from vlm2rec.embedder.backbone import pick_device, pick_dtype
+        from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
     except Exception as error:  # whatever a broken installation raises is the finding
         return Check("device", "fail", f"torch or transformers does not load: {error}", "mend the libraries above")
     device = pick_device("auto")
@@ -271,3 +278,29 @@ def check_disk(name: str, folder: Path, free: int) -> Check:
     if free < DISK_WANTED:
         return Check(name, "warn", found, f"{DISK_WANTED / 1e9:.0f} GB hold a 3B backbone and its outputs")
     return Check(name, "ok", found)
+
+
+def main() -> None:
+    """Export, and say in one line on stderr, the last one, what came out; a fault ends the process with an error."""
+    with tempfile.TemporaryDirectory(prefix="vlm2rec-doctor-") as folder:
+        print(export(Path(folder)), file=sys.stderr)
+
+
+def export(folder: Path) -> str:
+    """Export twenty items with a backbone of random weights, as the commands would by default."""
+    drawn, data, backbone, out = (folder / name for name in ("drawn", "data", "backbone", "embeddings"))
+    draw_catalogue(drawn, products=20, users=20, seed=0)
+    items, images = drawn / "items.parquet", drawn / "images"
+    interactions = drawn / "interactions.parquet"
+    prepare.run(PrepareConfig(items=items, interactions=interactions, images=images, out=data, core=1, candidates=2))
+    random = MakeBackboneConfig(
+        items=items, images=images, out=backbone, hidden_size=64, layers=2, vocabulary=600, max_steps=0
+    )
+    make_backbone.run(random)
+    started = time.perf_counter()
+    export_items.run(ExportConfig(data=data, backbone=str(backbone), out=out))
+    seconds = time.perf_counter() - started
+    if problems := verify.verify(out):
+        raise SystemExit(str(problems[0]))
+    manifest = schema.read_manifest(out)
+    return f"{manifest['num_items']} items in {seconds:.1f} s, {manifest['settings']['dtype']}, verified"

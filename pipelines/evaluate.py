@@ -7,46 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlm2rec.downstream.geometry import geometry_from_rows
-from vlm2rec.downstream.ranking import (
+from vlm2rec.downstream.evaluation.geometry import geometry_from_rows
+from vlm2rec.downstream.evaluation.metrics import (
     TAIL,
     bound_check,
-    candidate_scores,
-    expected_metrics,
-    full_ranking_counts,
     mean_over_users,
-    seen_items,
     tail_means,
     tail_users,
     unit_rows,
-    user_metrics,
+)
+from vlm2rec.downstream.evaluation.protocol import (
+    CUTOFF_NAMES,
+    Views,
+    _over_seeds,
+    _rank_candidates,
+    _rank_catalogue,
+    _std,
+    _tail_over_seeds,
+    _users_table,
+    mean_of_history,
 )
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset, Histories
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset, Histories
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
-from vlm2rec.pipelines.console import log, progress, summary
+from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
 METRICS_FILE = "metrics.json"
 USERS_FILE = "users.parquet"
-CUTOFF_NAMES = ("H@10", "H@20", "N@10", "N@20")
-_LETTERS = {schema.FUSED: "f", schema.TEXT: "t", schema.IMAGE: "v"}
-# user view → item view: what the fused item is found by (Fig. 1a), and each modality by itself
-PAIRS = (
-    (schema.FUSED, schema.FUSED),
-    (schema.TEXT, schema.FUSED),
-    (schema.IMAGE, schema.FUSED),
-    (schema.TEXT, schema.TEXT),
-    (schema.IMAGE, schema.IMAGE),
-)
-
-Views = dict[str, np.ndarray]  # view → (n, d) float32 unit vectors
-PerUser = dict[str, np.ndarray]  # metric → (U,)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -67,7 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     users = {view: unit_rows(vectors) for view, vectors in raw_users.items()}
 
     by_candidates = _rank_candidates(dataset, histories, users, items, seeds)
-    by_catalogue = _rank_catalogue(config, dataset, histories, users, items)
+    by_catalogue = _rank_catalogue(config.split, dataset, histories, users, items)
     negatives = dataset.negatives(seeds[0])
     tail = tail_users(dataset.train_frequency(), histories.targets)
     result = {
@@ -143,9 +135,10 @@ def _encode_histories(
     config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
 ) -> Views:
     """Return the sequence encoder's user vectors; the encoder must be the one that made the table."""
-    from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder
-    from vlm2rec.embedder.items import Items, encode_rows
-    from vlm2rec.pipelines.vision_cache import use_vision_cache
+    from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+    from vlm2rec.embedder.encoders.item_features import Items, encode_rows
+    from vlm2rec.embedder.encoders.settings import EncoderSettings
 
     exported = manifest["settings"]
     if "source" in exported:  # vectors of users' own, of a frozen encoder, or of prompts about one item
@@ -166,7 +159,7 @@ def _encode_histories(
         **(settings if config.adapter is None else {}),
     )
     _require_same_encoder(encoder.settings, exported, config)
-    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
+    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = Items(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
     with progress("encode histories", len(sequences)) as advance:
@@ -186,88 +179,6 @@ def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], con
             "the same backbone and adapter for users and items",
             "give the --backbone and --adapter of the export, or export again",
         )
-
-
-def mean_of_history(items: np.ndarray, histories: Histories) -> np.ndarray:
-    """Return the mean of each history's item vectors, (U, d): the user vector of item-only embedders (§5.1.3)."""
-    sums = np.add.reduceat(items[histories.rows], histories.offsets[:-1], axis=0)
-    return np.asarray(sums / np.diff(histories.offsets)[:, None], np.float32)
-
-
-def _pairs(views: Views) -> list[tuple[str, str, str]]:
-    """Return name, user view and item view of what can be ranked; a part is not compared with a concatenation."""
-    there = [(u, i) for u, i in PAIRS if u in views and i in views]
-    return [(f"{_LETTERS[u]}2{_LETTERS[i]}", u, i) for u, i in there if views[u].shape[1] == views[i].shape[1]]
-
-
-def _rank_candidates(
-    dataset: Dataset, histories: Histories, users: Views, items: Views, seeds: list[int]
-) -> dict[str, dict[int, PerUser]]:
-    """Return per-user metrics by pair and candidate seed."""
-    result: dict[str, dict[int, PerUser]] = {}
-    for seed in seeds:
-        negatives = dataset.negatives(seed)
-        for pair, user_view, item_view in _pairs(users):
-            scores = candidate_scores(users[user_view], items[item_view], histories.targets, negatives)
-            result.setdefault(pair, {})[seed] = user_metrics(*scores)
-    return result
-
-
-def _rank_catalogue(
-    config: EvaluateConfig, dataset: Dataset, histories: Histories, users: Views, items: Views
-) -> dict[str, PerUser]:
-    """Return per-user metrics by pair among all items the user had not touched before the target."""
-    later = [] if config.split == "valid" else [dataset.histories("valid").targets]
-    seen = seen_items(dataset.train_sequences(), *later)
-    return {
-        pair: expected_metrics(*full_ranking_counts(users[user_view], items[item_view], histories.targets, *seen))
-        for pair, user_view, item_view in _pairs(users)
-    }
-
-
-def _over_seeds(by_seed: dict[int, PerUser], statistic: Any) -> dict[str, float]:
-    means = [mean_over_users(values) for values in by_seed.values()]
-    return {name: float(statistic([row[name] for row in means])) for name in CUTOFF_NAMES}
-
-
-def _tail_over_seeds(by_seed: dict[int, PerUser], tail: np.ndarray) -> dict[str, float]:
-    if not tail.any():
-        return {}
-    of_tail = {seed: {name: v[tail] for name, v in values.items()} for seed, values in by_seed.items()}
-    return _over_seeds(of_tail, np.mean)
-
-
-def _std(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def _users_table(
-    user_ids: list[str],
-    seeds: list[int],
-    by_candidates: dict[str, dict[int, PerUser]],
-    by_catalogue: dict[str, PerUser],
-) -> pa.Table:
-    blocks = [
-        users_block(user_ids, "candidates", seed, pair, values[seed])
-        for pair, values in by_candidates.items()
-        for seed in seeds
-    ]
-    blocks += [users_block(user_ids, "full", None, pair, values) for pair, values in by_catalogue.items()]
-    return pa.concat_tables(blocks)
-
-
-def users_block(user_ids: list[str], protocol: str, seed: int | None, view: str | None, values: PerUser) -> pa.Table:
-    """Return one ranking's rows of `users.parquet`."""
-    count = len(user_ids)
-    return pa.table(
-        {
-            schema.USER_ID: pa.array(user_ids, pa.string()),
-            "protocol": pa.array([protocol] * count, pa.string()),
-            schema.SEED: pa.array([seed] * count, pa.int32()),
-            "view": pa.array([view] * count, pa.string()),
-            **{name: pa.array(values[name], pa.float64()) for name in CUTOFF_NAMES},
-        }
-    )
 
 
 def print_metrics(result: dict[str, Any]) -> None:

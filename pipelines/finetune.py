@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vlm2rec.downstream.ranking import candidate_scores, rank_metrics, unit_rows
-from vlm2rec.embedder import distributed, schema
-from vlm2rec.embedder.backbone import DtypeName, pick_device
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.items import Items, encode_rows_together, encode_users_together
-from vlm2rec.embedder.lora import (
+from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
+from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones.devices import pick_device
+from vlm2rec.embedder.backbones.lora import (
     CURVES_FILE,
     SETTINGS_FILE,
     Canary,
@@ -28,16 +24,23 @@ from vlm2rec.embedder.lora import (
     read_adapter,
     save_adapter,
 )
-from vlm2rec.embedder.losses import ItemAlignment, VLM2RecLoss
-from vlm2rec.embedder.moda import ModaSettings, add_moda
-from vlm2rec.embedder.model_card import model_card
-from vlm2rec.embedder.samples import Samples
-from vlm2rec.embedder.sda import PROBED, ItemModel, ItemSamples
-from vlm2rec.embedder.train import CHECKPOINTS, HistoryModel, Model, Training, TrainingSettings, train
-from vlm2rec.pipelines.collapse_probe import make_probe, told, warning
+from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode_rows_together, encode_users_together
+from vlm2rec.embedder.options import DtypeName
+from vlm2rec.embedder.training.losses import VLM2RecLoss
+from vlm2rec.embedder.training.model_card import model_card
+from vlm2rec.embedder.training.samples import Samples
+from vlm2rec.embedder.training.sda import PROBED, ItemAlignment, ItemModel, ItemSamples
+from vlm2rec.embedder.training.train import CHECKPOINTS, Model, Training, TrainingSettings, train
+from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines.config import OF_METHOD, FinetuneConfig
-from vlm2rec.pipelines.console import log, progress, summary
-from vlm2rec.pipelines.vision_cache import use_vision_cache
+from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
+from vlm2rec.pipelines.finetune_probe import make_probe, told, warning
 
 _RUN_FILE = "run.json"
 # these may differ between a run and its continuation: they do not change what is learned
@@ -88,7 +91,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
         )
     samples = _samples(config, dataset)
-    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision)
+    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = Items(dataset, encoder)
     wrapped = _adapter(config, encoder)
     model = _model(config, encoder, wrapped, items)

@@ -17,17 +17,26 @@ import pyarrow.compute as pc
 import torch
 
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.embedder import schema, shards, storage
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError, DataError
-from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards
-from vlm2rec.embedder.pooling import FusionNorm, fuse
-from vlm2rec.embedder.storage import Location
-from vlm2rec.embedder.writer_lock import writing
+from vlm2rec.embedder.backbones.pooling import fuse
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
+from vlm2rec.embedder.contract.storage import Location
+from vlm2rec.embedder.export import shard_file, shards
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.plan import Plan, fingerprint, plan_shards
+from vlm2rec.embedder.options import FusionNorm
 from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.vector_files import (
+    VectorFile,
+    read_csv,
+    read_ids,
+    read_npy,
+    read_parquet,
+    require_finite,
+)
 from vlm2rec.pipelines.config import ImportVectorsConfig
 from vlm2rec.pipelines.export_items import check_failures, print_summary
-from vlm2rec.pipelines.vector_files import VectorFile, read_csv, read_ids, read_npy, read_parquet, require_finite
 
 SOURCE = "vectors"  # the manifest's settings.source
 
@@ -227,14 +236,14 @@ def _write(
         shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
         for number in unfinished:
             part = slice(plan.rows(number).start, plan.rows(number).stop)
-            table = shards.shard_table(
+            table = shard_file.shard_table(
                 plan,
                 plan.rows(number),
                 {view: vectors[part] for view, vectors in views.items()},
                 outcomes.status[part],
                 outcomes.error[part],
             )
-            finished[number] = shards.publish(out, plan, number, table, seconds / len(unfinished))
+            finished[number] = shards.publish_shard(out, plan, number, table, seconds / len(unfinished))
         hold.require()
         return shards.finish(out, plan, finished, dataset.path)
 

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.backbone import Backbone
-from vlm2rec.embedder.errors import ConfigError, DataError, did_you_mean
-from vlm2rec.embedder.images import ImageError
-from vlm2rec.embedder.small_backbone import (
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue.images import find_images
+from vlm2rec.pipelines.config import MakeBackboneConfig
+from vlm2rec.pipelines.synthetic.small_backbone import (
     PROVENANCE_FILE,
     WRITTEN_BY,
     CaptionedItem,
@@ -29,9 +33,6 @@ from vlm2rec.embedder.small_backbone import (
     write_provenance,
     write_random_model,
 )
-from vlm2rec.pipelines import catalogue_files, console
-from vlm2rec.pipelines.config import MakeBackboneConfig
-from vlm2rec.pipelines.image_files import find_images
 
 CAPTION_COLUMNS = ("caption", "description", "genres", "category", "categories", schema.TITLE)
 LARGEST_CATALOGUE = 20_000

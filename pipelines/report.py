@@ -10,28 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from vlm2rec.downstream.ranking import paired_bootstrap
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError, DataError, Vlm2RecError
-from vlm2rec.pipelines import report_figures as figures
+from vlm2rec.downstream.evaluation.metrics import paired_bootstrap
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines.config import ReportConfig
 from vlm2rec.pipelines.console import log, summary
-from vlm2rec.pipelines.report_folder import (
-    ID,
-    SFT,
-    VANILLA,
-    VLM2REC,
-    Json,
-    RunFolder,
-    in_order,
-    method_name,
-    read_run,
-)
-from vlm2rec.pipelines.report_neighbours import (
+from vlm2rec.pipelines.experiments.neighbours import (
     AMONG,
     Common,
     Pictures,
@@ -43,9 +30,21 @@ from vlm2rec.pipelines.report_neighbours import (
     read_views,
     spread_out,
 )
+from vlm2rec.pipelines.reporting import style as figures
+from vlm2rec.pipelines.reporting.page import VIEW_ORDER, page_template
+from vlm2rec.pipelines.reporting.style import (
+    ID,
+    SFT,
+    VANILLA,
+    VLM2REC,
+    Json,
+    RunFolder,
+    in_order,
+    method_name,
+    read_run,
+)
 
 METRICS = ("H@10", "H@20", "N@10", "N@20")
-VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 QUERIES = 5
 NEIGHBOURS = 7
 
@@ -188,19 +187,6 @@ def render(page: Page) -> str:
     return page_template("report.html.j2", filters).render(
         page=page, metrics=METRICS, floor=figures.RANDOM_FLOOR, views=VIEW_ORDER, among=AMONG
     )
-
-
-def page_template(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
-    """Return a template of this folder; every text that comes from a file is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(filters)
-    return environment.get_template(name)
 
 
 def draw_figures(found: RunFolder) -> list[figures.Picture]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from vlm2rec.downstream import recbole_plugin, recbole_run
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.downstream.recbole import plugin as recbole_plugin
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import TrainRecommenderConfig
 

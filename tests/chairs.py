@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.encode import EncodedItems
-from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 
 ITEMS = 20
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from tiny_models import tiny_model
 
 from vlm2rec.pipelines import prepare
-from vlm2rec.pipelines.catalogue import draw_catalogue
 from vlm2rec.pipelines.config import PrepareConfig
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 _drawn = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("default", _drawn, max_examples=40, derandomize=True)

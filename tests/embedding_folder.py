@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm2rec.embedder import schema, storage
-from vlm2rec.embedder.shards import ROW_GROUP_ROWS, write_parquet
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.export.shard_file import ROW_GROUP_ROWS, write_parquet
 
 View = np.ndarray | None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm2rec.embedder.storage import StorePath
+from vlm2rec.embedder.contract.storage import StorePath
 
 BUCKET = "shop"
 

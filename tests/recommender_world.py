@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder.contract import schema
 
 ODD_IDS = ("007", "7", "NA", "null", "None", "nan", "a b", "", "[PAD]", 'q"uote', "tab\tid", "ünï", "1e5", "7.0")
 

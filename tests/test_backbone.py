@@ -12,9 +12,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, batches_by_tokens, pick_device, pick_dtype
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.prompts import PromptMode
+from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.options import PromptMode
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")

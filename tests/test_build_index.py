@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines import build_index, cli
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.pipelines.catalogue import (
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines.synthetic.drawn_catalogue import (
     BRANDS,
     CATEGORIES,
     COLOURS,

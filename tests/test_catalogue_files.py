@@ -12,10 +12,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from vlm2rec.embedder.errors import DataError
-from vlm2rec.pipelines import catalogue_files
-from vlm2rec.pipelines.catalogue_files import ColumnNames, read_items, scan_interactions
-from vlm2rec.pipelines.image_files import find_images
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue.files import ColumnNames, read_items, scan_interactions
+from vlm2rec.pipelines.catalogue.images import find_images
 
 
 def zipped(content: bytes) -> bytes:

@@ -19,9 +19,9 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm2rec.embedder import errors
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.pipelines import cli, config
+from vlm2rec.embedder.contract import errors
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines import cli, config, read_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -172,7 +172,7 @@ def required_values(cls: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize("cls", WITH_CONFIG.values(), ids=WITH_CONFIG)
 def test_the_defaults_pass_their_own_checks_and_come_out_unchanged(cls: type) -> None:
-    read = config.read_config(cls, None, (), required_values(cls))
+    read = read_config.read_config(cls, None, (), required_values(cls))
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
             assert getattr(read, field.name) == field.default
@@ -253,7 +253,7 @@ def test_a_setting_with_one_wrong_letter_is_answered_with_a_setting_of_that_comm
     if wrong in known or len(wrong) < 4:
         return
     with pytest.raises(ConfigError) as caught:
-        config.read_config(cls, None, [f"{wrong}=1"], required_values(cls))
+        read_config.read_config(cls, None, [f"{wrong}=1"], required_values(cls))
     assert f"unknown setting {wrong!r} in --set (did you mean '" in str(caught.value)
     assert any(f"did you mean {name!r}" in str(caught.value) for name in known)
 

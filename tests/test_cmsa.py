@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.losses import ItemAlignment, cmsa, cmsa_reference
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.training.sda import ItemAlignment, cmsa, cmsa_reference
 
 Rows = list[list[float]]
 

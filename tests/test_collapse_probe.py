@@ -13,16 +13,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from vlm2rec.downstream.geometry import effective_rank, geometry_from_rows
-from vlm2rec.embedder import lora, train
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.items import Items, encode_rows
-from vlm2rec.embedder.monitor import Collapse
-from vlm2rec.pipelines import collapse_probe, finetune
-from vlm2rec.pipelines.collapse_probe import make_probe, warning
+from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from_rows
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode_rows
+from vlm2rec.embedder.training import train
+from vlm2rec.embedder.training.monitor import Collapse
+from vlm2rec.pipelines import finetune
+from vlm2rec.pipelines import finetune_probe as collapse_probe
 from vlm2rec.pipelines.config import FinetuneConfig
+from vlm2rec.pipelines.finetune_probe import make_probe, warning
 
 Tiny = Callable[[str], Path]
 

@@ -16,10 +16,12 @@ import yaml
 from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_atomic, write_dataset
 
-from vlm2rec.downstream import formats, recbole_compat, recbole_run
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, Vlm2RecError
-from vlm2rec.embedder.verify import verify
+from vlm2rec.downstream import formats
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, Vlm2RecError
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import cli, convert, import_vectors
 from vlm2rec.pipelines.config import ConvertConfig, ImportVectorsConfig
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError
 
 ITEMS = {"item_id": ["007", "b", "c", "d", "e"], "title": [*"ABCDE"], "image_path": [f"{n}.jpg" for n in range(5)]}
 SEQUENCES = {

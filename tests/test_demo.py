@@ -11,9 +11,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import demo
 from vlm2rec.pipelines.config import DemoConfig
+from vlm2rec.pipelines.synthetic import laboratory
 
 SMALL: dict[str, Any] = {
     "products": 200,
@@ -173,13 +174,13 @@ def test_the_core_is_the_largest_that_keeps_nine_products_of_ten(tmp_path: Path)
     chosen = [f"P{item}" for item, count in enumerate(counts) for _ in range(count)]
     pl.DataFrame({"item_id": [f"P{item}" for item in range(100)]}).write_parquet(tmp_path / "items.parquet")
     pl.DataFrame({"item_id": chosen}).write_parquet(tmp_path / "interactions.parquet")
-    core = demo.largest_core(tmp_path / "interactions.parquet", tmp_path / "items.parquet")
+    core = laboratory.largest_core(tmp_path / "interactions.parquet", tmp_path / "items.parquet")
     assert core == 4
-    assert demo.largest_core(tmp_path / "interactions.parquet", tmp_path / "items.parquet", keep=0.99) == 2
+    assert laboratory.largest_core(tmp_path / "interactions.parquet", tmp_path / "items.parquet", keep=0.99) == 2
 
 
 def test_no_two_stages_write_the_same_output(tmp_path: Path) -> None:
-    stages = demo.plan(DemoConfig(out=tmp_path))
+    stages = laboratory.plan(DemoConfig(out=tmp_path))
     outputs = [stage.output for stage in stages if stage.output]
     assert len(outputs) == len(set(outputs))
     assert outputs[:4] == ["catalogue", "captioned", "data", "backbone"]

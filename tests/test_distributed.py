@@ -22,13 +22,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vlm2rec.embedder import distributed, lora
-from vlm2rec.embedder.backbone import pick_device
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.train import HistoryModel
+from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.devices import pick_device
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune
-from vlm2rec.pipelines.config import FinetuneConfig, read_config
+from vlm2rec.pipelines.config import FinetuneConfig
+from vlm2rec.pipelines.read_config import read_config
 
 Tiny = Callable[[str], Path]
 Curves = dict[str, list[dict[str, float]]]

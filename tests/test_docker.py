@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm2rec.pipelines import cli, config
+from vlm2rec.pipelines import cli, config, read_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
@@ -165,7 +165,7 @@ def test_the_commands_after_the_image_name_are_commands_of_vlm2rec(dockerfile: P
         name, *flags = words[next(i for i, word in enumerate(words) if word.startswith("vlm2rec:")) + 1 :]
         assert name in {command.name for command in cli.app.registered_commands}
         given = {flags[i].removeprefix("--").replace("-", "_"): flags[i + 1] for i in range(0, len(flags), 2)}
-        read = config.read_config(configs[name], None, (), given)
+        read = read_config.read_config(configs[name], None, (), given)
         assert {field.name for field in dataclasses.fields(read)} >= set(given)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm2rec.embedder.errors import MissingDependencyError
+from vlm2rec.embedder.contract.errors import MissingDependencyError
 from vlm2rec.pipelines import doctor
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_a_ready_machine_passes_and_every_required_library_has_a_line(
 
 
 def test_the_device_line_is_what_the_commands_choose(finished: subprocess.CompletedProcess[str]) -> None:
-    from vlm2rec.embedder.backbone import pick_device, pick_dtype
+    from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 
     device = pick_device("auto")
     line = next(text for text in finished.stdout.splitlines() if text.startswith("device"))
@@ -160,7 +160,7 @@ def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_libraries_that_do_not_load_are_the_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vlm2rec.embedder.backbone", None)
+    monkeypatch.setitem(sys.modules, "vlm2rec.embedder.backbones.backbone", None)
     check = doctor.check_device()
     assert check.status == "fail"
     assert "does not load" in check.found

@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
 
 Tiny = Callable[[str], Path]
 TITLES = ["Red mug", "Oak lamp", "A rather longer title about a chair", "x", "Bag"]

@@ -17,14 +17,16 @@ from tiny_encoders import CLIP_DIM, WIDTH, sentence_folder, tiny_clip
 from tiny_models import tiny_model
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, FailureLimitError
-from vlm2rec.embedder.images import open_image
-from vlm2rec.embedder.prompted import INSTRUCTION, PromptedEncoder, prompted_settings, question
-from vlm2rec.embedder.prompts import PromptMode, render
-from vlm2rec.embedder.schema import read_manifest
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import cli, encode_frozen, encode_prompted, evaluate
+from vlm2rec.embedder.backbones.images import open_image
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, FailureLimitError
+from vlm2rec.embedder.contract.schema import read_manifest
+from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_settings
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.embedder.options import PromptMode
+from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question, render
+from vlm2rec.pipelines import cli, evaluate, export_items
+from vlm2rec.pipelines import export_items as encode_frozen
 from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, EvaluateConfig
 
 Tiny = Callable[[str], Path]
@@ -102,9 +104,9 @@ def test_a_broken_image_is_a_row_with_a_reason(drawn_dataset: Path, clip: Path, 
     data = copy_of(drawn_dataset, tmp_path / "data")
     (data / "pictures" / Dataset(data).image_paths[3]).write_bytes(b"")
     with pytest.raises(FailureLimitError, match="complete, but 1 of"):
-        encode_frozen.run(EncodeFrozenConfig(data=data, encoder=clip, out=tmp_path / "null", device="cpu"))
+        export_items.run(EncodeFrozenConfig(data=data, encoder=clip, out=tmp_path / "null", device="cpu"))
     assert verify(tmp_path / "null") == []
-    manifest = encode_frozen.run(
+    manifest = export_items.run(
         EncodeFrozenConfig(data=data, encoder=clip, out=tmp_path / "text", device="cpu", on_image_error="text_only")
     )
     assert manifest["counts"]["text_only"] == 1
@@ -115,17 +117,17 @@ def test_the_same_run_again_loads_no_model_and_another_one_is_refused(
     drawn_dataset: Path, sentence: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EncodeFrozenConfig(data=drawn_dataset, encoder=sentence, out=tmp_path / "out", device="cpu")
-    first = encode_frozen.run(config)
+    first = export_items.run(config)
     monkeypatch.setattr(encode_frozen, "load_frozen", lambda *args, **more: pytest.fail("the model was loaded"))
-    assert encode_frozen.run(config) == first
+    assert export_items.run(config) == first
     with pytest.raises(ArtifactError, match="pooling was"):
-        encode_frozen.run(EncodeFrozenConfig(**{**vars(config), "pooling": "cls"}))
+        export_items.run(EncodeFrozenConfig(**{**vars(config), "pooling": "cls"}))
 
 
 def test_task_1_takes_such_a_table_and_refuses_a_backbone_that_did_not_make_it(
     drawn_dataset: Path, clip: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    encode_frozen.run(EncodeFrozenConfig(data=drawn_dataset, encoder=clip, out=tmp_path / "table", device="cpu"))
+    export_items.run(EncodeFrozenConfig(data=drawn_dataset, encoder=clip, out=tmp_path / "table", device="cpu"))
     config = EvaluateConfig(data=drawn_dataset, embeddings=tmp_path / "table", out=tmp_path / "out")
     result = evaluate.run(config)
     assert (list(result["candidates"]), result["users_from"]) == (["f2f", "t2f", "v2f", "t2t", "v2v"], "mean")
@@ -143,7 +145,7 @@ def test_a_prompted_table_has_one_vector_an_item_and_says_what_was_asked(
     assert verify(out) == []
     assert (manifest["views"], manifest["counts"]["failed"]) == (["fused"], 0)
     stored = manifest["settings"]
-    assert (stored["source"], stored["instruction"], stored["prompt_mode"]) == ("prompt", INSTRUCTION, "chat")
+    assert (stored["source"], stored["instruction"], stored["prompt_mode"]) == ("prompt", DEFAULT_QUESTION, "chat")
     result = evaluate.run(EvaluateConfig(data=drawn_dataset, embeddings=out, out=tmp_path / "task1"))
     assert (list(result["candidates"]), result["users_from"]) == (["f2f"], "mean")
     with pytest.raises(ArtifactError, match=r"another source \(prompt\)"):
@@ -176,7 +178,7 @@ def test_the_vector_is_the_stock_models_state_at_the_end_of_the_question(
 def test_an_item_without_image_is_a_failure_row(drawn_dataset: Path, tiny: Tiny, tmp_path: Path) -> None:
     data = copy_of(drawn_dataset, tmp_path / "data")
     (data / "pictures" / Dataset(data).image_paths[3]).unlink()
-    manifest = encode_prompted.run(
+    manifest = export_items.run(
         EncodePromptedConfig(
             data=data, backbone=str(tiny("qwen2_5_vl")), out=tmp_path / "out", device="cpu", max_failures=0.1
         )

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.ranking import bound_check
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.downstream.evaluation import protocol
+from vlm2rec.downstream.evaluation.metrics import bound_check
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import evaluate, export_items
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig
 
@@ -122,11 +123,11 @@ def test_a_shuffled_future_gains_nothing(drawn_dataset: Path, tmp_path: Path) ->
     dataset = Dataset(drawn_dataset)
     histories = dataset.histories("test")
     vectors = np.random.default_rng(0).normal(size=(len(dataset.item_ids), 16)).astype(np.float32)
-    before = evaluate.mean_of_history(vectors, histories)
+    before = protocol.mean_of_history(vectors, histories)
     shuffled = type(histories)(
         histories.user_ids, histories.rows, histories.offsets, np.random.default_rng(1).permutation(histories.targets)
     )
-    np.testing.assert_array_equal(before, evaluate.mean_of_history(vectors, shuffled))
+    np.testing.assert_array_equal(before, protocol.mean_of_history(vectors, shuffled))
     by_hand = np.stack([vectors[histories.of(user)].mean(axis=0) for user in range(len(histories))])
     np.testing.assert_allclose(before, by_hand, atol=1e-6)
 
@@ -141,6 +142,6 @@ def test_the_tail_is_the_users_whose_target_was_bought_less_than_four_times(
     assert result["tail"]["users"] == len(rare) > 0 and result["tail"]["below"] == 4
     users = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
     wanted = {dataset.user_ids[user] for user in rare}
-    for protocol in ("candidates", "full"):
-        mine = [r["N@10"] for r in users if r["user_id"] in wanted and (r["protocol"], r["view"]) == (protocol, "f2f")]
-        assert result["tail"][protocol]["f2f"]["N@10"] == pytest.approx(np.mean(mine))
+    for among in ("candidates", "full"):
+        mine = [r["N@10"] for r in users if r["user_id"] in wanted and (r["protocol"], r["view"]) == (among, "f2f")]
+        assert result["tail"][among]["f2f"]["N@10"] == pytest.approx(np.mean(mine))

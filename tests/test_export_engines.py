@@ -16,16 +16,17 @@ import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
 from children import child, waited
 
-from vlm2rec.embedder import shards
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import EncodedItems
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, ModelError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.embedder.writer_lock import Share, writing
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems
+from vlm2rec.embedder.export import shards
+from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.lock import Share, writing
+from vlm2rec.embedder.export.reuse import Reuse
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
-from vlm2rec.pipelines.export_engines import Scale
-from vlm2rec.pipelines.export_items import Reuse, export
 
 SETTINGS = ShadeEncoder().settings
 Tiny = Callable[[str], Path]
@@ -126,8 +127,8 @@ def test_no_worker_outlives_a_killed_export(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from chairs import ShadeEncoder
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.pipelines.export_engines import Scale
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.distribute import Scale
 from vlm2rec.pipelines.export_items import export
 class Slow(ShadeEncoder):
     def encode_items(self, titles, images):
@@ -171,8 +172,8 @@ def test_workers_at_the_same_time_make_one_folder(data: Dataset, whole: dict[str
 import sys
 from pathlib import Path
 from chairs import ShadeEncoder
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.pipelines.export_engines import Scale
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.distribute import Scale
 from vlm2rec.pipelines.export_items import export
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().settings, ShadeEncoder, shard_size=3,
        scale=Scale(num_workers=3, worker=int(sys.argv[3])))
@@ -219,7 +220,7 @@ def test_a_writer_of_another_host_is_taken_to_be_dead_after_two_silent_minutes(t
 
 
 def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm2rec.embedder.writer_lock.BEAT", 0.05)
+    monkeypatch.setattr("vlm2rec.embedder.export.lock.BEAT", 0.05)
     with writing(tmp_path):
         os.utime(tmp_path / "export.lock", (1, 1))
         waited(lambda: (tmp_path / "export.lock").stat().st_mtime > 1)

@@ -22,15 +22,16 @@ from children import child
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import export_items, shard_maker
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.embedder.export.worker import encode_rows
+from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
-from vlm2rec.pipelines.export_items import export
-from vlm2rec.pipelines.shard_maker import encode_rows
 
 BROKEN = (3, 11)  # items whose image cannot be read, where a test asks for that
 
@@ -373,7 +374,7 @@ def stopping_command(config: ExportConfig, ready: Path) -> list[str]:
 import time
 from pathlib import Path
 from vlm2rec.pipelines.cli import main
-from vlm2rec.embedder.encode import ItemEncoder
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 encode, calls = ItemEncoder.encode_items, []
 def stop(self, titles, images):
     calls.append(1)

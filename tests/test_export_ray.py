@@ -17,13 +17,13 @@ import ray.data
 from chairs import ShadeEncoder, parts, write_dataset
 from children import python_path
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import EncodedItems, ItemEncoder
-from vlm2rec.embedder.errors import ModelError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines.export_engines import Scale
-from vlm2rec.pipelines.export_items import export
-from vlm2rec.pipelines.processes import environment
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
+from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.processes import environment
+from vlm2rec.embedder.export.verify import verify
 
 SETTINGS = ShadeEncoder().settings
 SCALE = Scale(engine="ray", num_workers=2)

@@ -31,16 +31,18 @@ from test_export_items import never
 from test_images import png, quarters
 from test_lora import write_adapter
 
-from vlm2rec.embedder import lora
-from vlm2rec.embedder.backbone import Backbone, EncodedPrompt
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import DataError, ModelError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import export_items, image_readers, shard_maker, vision_cache
+from vlm2rec.embedder.backbones import image_readers, lora
+from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import DataError, ModelError
+from vlm2rec.embedder.encoders import cache_choice as vision_cache
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.embedder.export.worker import encode_rows
+from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
-from vlm2rec.pipelines.export_items import export
-from vlm2rec.pipelines.shard_maker import encode_rows
 
 Tiny = Callable[[str], Path]
 TESTS = Path(__file__).parent

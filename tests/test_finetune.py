@@ -16,9 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from vlm2rec.embedder import lora
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError, ModelError
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
 

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_encoders import CLIP_DIM, MEAN, WIDTH, sentence_folder, tiny_bert, tiny_clip, tiny_siglip, tiny_siglip2
 from torch import Tensor
 
-from vlm2rec.embedder.errors import ConfigError, ModelError, Vlm2RecError
-from vlm2rec.embedder.frozen_encoders import frozen_settings, load_frozen
-from vlm2rec.embedder.images import ImageError
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
+from vlm2rec.embedder.encoders.frozen import frozen_settings, load_frozen
 
 TITLES = ["red chair", "A small Blue lamp of 1987", "x", "soft woollen hat, green"]
 CLIPS: dict[str, Callable[[Path], Path]] = {"clip": tiny_clip, "siglip": tiny_siglip, "siglip2": tiny_siglip2}

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vlm2rec.downstream.geometry import effective_rank, geometry, geometry_from_rows
-from vlm2rec.embedder.errors import DataError
+from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry, geometry_from_rows
+from vlm2rec.embedder.contract.errors import DataError
 
 
 def world(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ def test_a_hand_written_table() -> None:
 def test_rows_give_what_gathered_vectors_give(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     users, items, positives, negatives = world(1)
     expected = geometry(users, items[positives], items[negatives])
-    monkeypatch.setattr("vlm2rec.downstream.geometry._BLOCK", block)
+    monkeypatch.setattr("vlm2rec.downstream.evaluation.geometry._BLOCK", block)
     assert geometry_from_rows(users, items, positives, negatives) == expected
     assert geometry(users, items[positives], items[negatives]) == expected
 

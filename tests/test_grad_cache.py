@@ -10,12 +10,12 @@ import torch
 from drawn_lora import draw_lora
 from torch import Tensor
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.items import Items, encode
-from vlm2rec.embedder.lora import add_lora
-from vlm2rec.embedder.losses import VLM2RecLoss
-from vlm2rec.embedder.train import HistoryModel
+from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode
+from vlm2rec.embedder.training.losses import VLM2RecLoss
+from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
 

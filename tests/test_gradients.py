@@ -11,13 +11,13 @@ import torch
 from drawn_lora import draw_lora
 from torch import Tensor
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.gradients import gradient_alignment, modality_losses
-from vlm2rec.embedder.items import Items
-from vlm2rec.embedder.lora import add_lora
-from vlm2rec.embedder.losses import (
+from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.training.gradients import gradient_alignment, modality_losses
+from vlm2rec.embedder.training.losses import (
     VLM2RecLoss,
     contrastive,
     cosines,
@@ -25,7 +25,7 @@ from vlm2rec.embedder.losses import (
     other_items,
     topology_divergence,
 )
-from vlm2rec.embedder.train import HistoryModel
+from vlm2rec.embedder.training.vlm2rec import HistoryModel
 
 TARGETS = [3, 7, 11, 3]
 HISTORIES = [[1, 2], [5], [8, 9, 10], [12, 4]]

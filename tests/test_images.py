@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm2rec.embedder.images import MAX_ASPECT, ImageError, open_image
+from vlm2rec.embedder.backbones.images import MAX_ASPECT, ImageError, open_image
 
 
 def save(root: Path, name: str, image: Image.Image, **options: object) -> str:

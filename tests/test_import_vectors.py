@@ -16,9 +16,9 @@ import pytest
 from recommender_world import ODD_IDS, cyclic_sequences, write_dataset
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError, FailureLimitError, Vlm2RecError
-from vlm2rec.embedder.verify import verify
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, Vlm2RecError
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import cli, evaluate, import_vectors
 from vlm2rec.pipelines.config import EvaluateConfig, ImportVectorsConfig
 

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream import staging, unit_vectors
-from vlm2rec.downstream.index import ItemIndex, build_index
-from vlm2rec.downstream.index_plan import bytes_per_vector, choose_factory, plan_index
-from vlm2rec.downstream.recall import drop_own, exact_neighbours, measure
-from vlm2rec.downstream.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.downstream.index import unit_vectors
+from vlm2rec.downstream.index.index import ItemIndex, build_index
+from vlm2rec.downstream.index.plan import bytes_per_vector, choose_factory, plan_index
+from vlm2rec.downstream.index.recall import drop_own, exact_neighbours, measure
+from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
+from vlm2rec.embedder.contract import publish as staging
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 
 
 def clustered(rows: int, dim: int, seed: int = 0, clusters: int = 20) -> np.ndarray:

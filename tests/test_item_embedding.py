@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm2rec.downstream.item_embedding import Adapter, ItemEmbedding, standardise
+from vlm2rec.downstream.recbole.item_embedding import Adapter, ItemEmbedding, standardise
 
 
 def vectors(rows: int = 9, dim: int = 6) -> Tensor:

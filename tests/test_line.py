@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.schema import read_manifest
-from vlm2rec.pipelines.catalogue import draw_catalogue
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.schema import read_manifest
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 HUB_ID = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -15,9 +15,9 @@ from drawn_lora import draw_lora
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder import lora
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError, ModelError
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.losses import (
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.training.losses import (
     VLM2RecLoss,
     contrastive,
     cosines,

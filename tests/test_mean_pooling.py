@@ -12,10 +12,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbone import Backbone, EncodedPrompt
-from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.pooling import mean_tokens
+from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
+from vlm2rec.embedder.backbones.pooling import mean_tokens
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")

@@ -14,10 +14,11 @@ from drawn_lora import draw_lora
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder import lora, moda, schema
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.moda import MoDALinear, ModaSettings
+from vlm2rec.embedder.backbones import lora, moda, modality
+from vlm2rec.embedder.backbones.moda import MoDALinear, ModaSettings
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
@@ -69,7 +70,7 @@ def test_the_output_is_the_weighted_sum_of_the_experts(name: str) -> None:
     for expert in range(4):  # each has rank 2 of the 8
         own = slice(2 * expert, 2 * expert + 2)
         expected = expected + 32 / 8 * w[expert] * (x @ layer.lora_A[own].T @ layer.lora_B[:, own].T)
-    with moda.modality(name):
+    with modality.modality(name):
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -84,12 +85,12 @@ def test_the_gate_knows_the_modality_and_nothing_else() -> None:
 def test_a_layer_is_not_called_without_a_modality() -> None:
     with pytest.raises(ModelError, match="without saying whether it sees text or an image"):
         drawn_layer()(torch.randn(1, 6))
-    with moda.modality("text"):
-        assert moda.current() == "text"
-        with moda.modality("image"):
-            assert moda.current() == "image"
-        assert moda.current() == "text"
-    assert moda.current() is None
+    with modality.modality("text"):
+        assert modality.current() == "text"
+        with modality.modality("image"):
+            assert modality.current() == "image"
+        assert modality.current() == "text"
+    assert modality.current() is None
 
 
 def test_a_rank_that_experts_cannot_share_is_refused() -> None:
@@ -167,14 +168,14 @@ def test_gradient_checkpointing_finds_the_modality_of_the_first_run(tiny: Tiny) 
             enable = language_model.gradient_checkpointing_enable
             if hasattr(language_model, "activation_checkpointing_enable"):
                 enable = language_model.activation_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": moda.remembered})
+            enable({"use_reentrant": False, "context_fn": modality.remembered})
         titles, images = lora.canary_items()
         found = encoder.encode_sequences([[title] for title in titles], [[f] for f in encoder.look(images) if f])
         loss = found["text"][:, 0].sum() + 2 * found["image"][:, 1].sum()
         parameters = [p for p in language_model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, parameters, retain_graph=True)  # every layer runs again, twice
         gradients.append(torch.autograd.grad(loss, parameters))
-        assert moda.current() is None
+        assert modality.current() is None
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-4)
 

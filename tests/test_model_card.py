@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from vlm2rec.embedder.model_card import model_card
+from vlm2rec.embedder.training.model_card import model_card
 
 
 def card_of(backbone: str = "Qwen/Qwen2.5-VL-3B-Instruct", licence: str = "Qwen Research", **encoder: Any) -> ModelCard:

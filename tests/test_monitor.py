@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from vlm2rec.embedder.monitor import Collapse, Probe, collapses
+from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
 
 
 def rows(step: int = 10, **columns: Sequence[float]) -> list[dict[str, float]]:

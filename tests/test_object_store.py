@@ -27,13 +27,18 @@ from embedding_folder import write_embeddings
 from object_store import BUCKET, content, download, names, s3_server, upload
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
-from vlm2rec.embedder import schema, writer_lock
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
-from vlm2rec.embedder.storage import StorePath, location
-from vlm2rec.embedder.verify import verify
-from vlm2rec.embedder.writer_lock import writing
-from vlm2rec.pipelines import build_index, evaluate, export_items, failures, train_recommender
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.storage import StorePath, location
+from vlm2rec.embedder.export import lock as writer_lock
+from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.reuse import Reuse
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import build_index, evaluate, export_items, train_recommender
+from vlm2rec.pipelines import verify as verify_command
 from vlm2rec.pipelines.config import (
     BuildIndexConfig,
     EvaluateConfig,
@@ -41,10 +46,8 @@ from vlm2rec.pipelines.config import (
     FailuresConfig,
     FinetuneConfig,
     TrainRecommenderConfig,
-    read_config,
 )
-from vlm2rec.pipelines.export_engines import Scale
-from vlm2rec.pipelines.export_items import Reuse, export
+from vlm2rec.pipelines.read_config import read_config
 
 SETTINGS = ShadeEncoder().settings
 SHARDS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
@@ -397,7 +400,7 @@ def test_failures_lists_what_failed_with_its_place_in_the_store(
 ) -> None:
     upload(Path(str(data.path)), store / "data")
     make(Dataset(store / "data"), store / "emb")
-    failures.run(FailuresConfig(embeddings=store / "emb"))
+    verify_command.failures(FailuresConfig(embeddings=store / "emb"))
     assert capsys.readouterr().out.splitlines()[1:] == [
         "005,failed,\"the image is not a JPEG, PNG, WEBP, GIF, BMP (it starts with b'<html>404</h')\","
         f"wooden chair 5,{store}/data/images/5.png"

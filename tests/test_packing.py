@@ -17,11 +17,13 @@ from PIL import Image
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from vlm2rec.embedder import lora, packing, prompts
-from vlm2rec.embedder.backbone import Backbone, EncodedPrompt, ImageFeatures, batches_by_tokens
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ModelError
-from vlm2rec.embedder.packing import IndependentRows, Layout
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.backbones import lora, packing
+from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures
+from vlm2rec.embedder.backbones.devices import batches_by_tokens
+from vlm2rec.embedder.backbones.packing import IndependentRows, Layout
+from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
 TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)"]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vlm2rec.embedder.errors import ConfigError
-from vlm2rec.embedder.losses import VLM2RecLoss, cosines
-from vlm2rec.embedder.pooling import fuse, last_token, mean_tokens, norm_ratio, unit
+from vlm2rec.embedder.backbones.pooling import fuse, last_token, mean_tokens, norm_ratio, unit
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.training.losses import VLM2RecLoss, cosines
 
 # four positions of width 2; position t of row b holds (10·b + t, -t)
 HIDDEN = torch.tensor([[[10.0 * b + t, -t] for t in range(4)] for b in range(3)])

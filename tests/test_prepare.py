@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm2rec.embedder import storage
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError, DataError
+from vlm2rec.embedder.contract import storage
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.pipelines import cli, prepare
-from vlm2rec.pipelines.candidates import Sequences, draw_candidates, random_items, untouched_counts
+from vlm2rec.pipelines.catalogue.negatives import Sequences, draw_candidates, random_items, untouched_counts
 from vlm2rec.pipelines.config import PrepareConfig
 
 Row = tuple[str, str, int]

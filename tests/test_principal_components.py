@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 
 from vlm2rec.downstream import principal_components as module
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError
 
 
 def stretched(rows: int = 60, dim: int = 9, seed: int = 0) -> np.ndarray:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from children import child
 
-from vlm2rec.pipelines.processes import environment, shared_cores
+from vlm2rec.embedder.export.processes import environment, shared_cores
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of other systems has no such switch")
@@ -16,7 +16,7 @@ def test_memory_that_was_freed_is_not_asked_of_the_system_again() -> None:
     code = """
 import resource, sys
 import torch
-from vlm2rec.pipelines.processes import keep_freed_memory
+from vlm2rec.embedder.export.processes import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 torch.ones(20_000_000)

@@ -19,9 +19,9 @@ from PIL import Image
 from tiny_models import FAMILIES
 from tokenizers import Tokenizer, models
 
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.processor import FAMILIES as FAMILY_TABLE
-from vlm2rec.embedder.processor import family_of, image_tokens, load_processor, neutralise
+from vlm2rec.embedder.backbones.families import FAMILIES as FAMILY_TABLE
+from vlm2rec.embedder.backbones.families import family_of, image_tokens, load_processor, neutralise
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 
 Tiny = Callable[[str], Path]
 QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vlm2rec.embedder.processor import load_processor
+from vlm2rec.embedder.backbones.families import load_processor
 from vlm2rec.embedder.prompts import IMAGE_HERE, image_prompt, item_prompt, prompt_hash, render, text_prompt
 
 Tiny = Callable[[str], Path]

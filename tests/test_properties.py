@@ -24,16 +24,17 @@ from PIL import Image
 from test_images import quarters
 from test_shards import finished_export, parts, plan_of, publish_all, table_of
 
-from vlm2rec.embedder import schema, shards
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import DataError
-from vlm2rec.embedder.export_plan import plan_shards
-from vlm2rec.embedder.images import FORMATS, MAX_ASPECT, ImageError, open_image, size_of
-from vlm2rec.embedder.verify import verify
-from vlm2rec.embedder.writer_lock import writing
-from vlm2rec.pipelines.catalogue_files import read_items
-from vlm2rec.pipelines.export_items import export
+from vlm2rec.embedder.backbones.images import FORMATS, MAX_ASPECT, ImageError, open_image, size_of
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export import shards
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.plan import plan_shards
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines.catalogue.files import read_items
 
 Tiny = Callable[[str], Path]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)  # whatever can be stored as UTF-8

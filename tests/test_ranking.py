@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm2rec.downstream.ranking import (
+from vlm2rec.downstream.evaluation.metrics import (
     bound_check,
     candidate_scores,
     counts_among_all,
@@ -22,7 +22,7 @@ from vlm2rec.downstream.ranking import (
     unit_rows,
     user_metrics,
 )
-from vlm2rec.embedder.errors import ConfigError, DataError
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
 
 
 def brute_force(positive: float, negatives: list[float], k: int) -> tuple[float, float]:

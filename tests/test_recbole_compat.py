@@ -16,8 +16,9 @@ import pytest
 import torch
 from recommender_world import cyclic_sequences, write_atomic, write_dataset
 
-from vlm2rec.downstream import recbole_compat, recbole_run
-from vlm2rec.embedder.errors import MissingDependencyError
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.embedder.contract.errors import MissingDependencyError
 
 ITEMS = [f"i{number}" for number in range(24)]
 SMALL = {"model": "SASRec", "hidden_size": 8, "inner_size": 8, "n_heads": 1, "epochs": 1, "train_neg_sample_args": None}
@@ -56,7 +57,7 @@ def test_training_works_without_ray_and_without_quick_start(tmp_path: Path) -> N
     script = f"""
 import sys
 sys.modules["ray"] = None
-from vlm2rec.downstream.recbole_run import run
+from vlm2rec.downstream.recbole.run import run
 run({SMALL | {"eval_args": {"mode": "full"}}!r}, {str(tmp_path / "out")!r}, data={str(data)!r})
 assert "recbole.quick_start" not in sys.modules
 """

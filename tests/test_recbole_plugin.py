@@ -11,12 +11,14 @@ import torch
 from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, circle_vectors, cyclic_sequences, write_atomic, write_dataset
 
-from vlm2rec.downstream import recbole_compat, recbole_plugin, recbole_run
-from vlm2rec.downstream.item_embedding import ItemEmbedding, standardise
-from vlm2rec.downstream.recbole_plugin import EmbeddingStart, aligned_vectors, read_flag
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import plugin as recbole_plugin
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole.item_embedding import ItemEmbedding, standardise
+from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors, read_flag
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
 ITEMS = [*ODD_IDS, *(f"i{number}" for number in range(20 - len(ODD_IDS)))]
 SEQUENCES = cyclic_sequences(ITEMS, 30)

@@ -14,15 +14,20 @@ import polars as pl
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.ranking import unit_rows
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
-from vlm2rec.pipelines.catalogue import LOOKS_ATTRIBUTES, TEXT_ATTRIBUTES, Product, attribute_matrix, draw_catalogue
+from vlm2rec.downstream.evaluation.metrics import unit_rows
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import ReportConfig
+from vlm2rec.pipelines.experiments.neighbours import Views, disagreeing, nearest, spread_out
 from vlm2rec.pipelines.report import METRICS, metrics_table, run
-from vlm2rec.pipelines.report_figures import RANDOM_FLOOR, colour_of, view_bars
-from vlm2rec.pipelines.report_folder import RunFolder, read_run
-from vlm2rec.pipelines.report_neighbours import Views, disagreeing, nearest, spread_out
+from vlm2rec.pipelines.reporting.style import RANDOM_FLOOR, RunFolder, colour_of, read_run, view_bars
+from vlm2rec.pipelines.synthetic.drawn_catalogue import (
+    LOOKS_ATTRIBUTES,
+    TEXT_ATTRIBUTES,
+    Product,
+    attribute_matrix,
+    draw_catalogue,
+)
 
 HOSTILE = "<script>alert('x')</script> & \"lamp\" $\\frac{1}{0}$"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlm2rec.embedder import schema
+from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.config import ReportConfig
 from vlm2rec.pipelines.report import run
 

@@ -17,13 +17,14 @@ from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
 from children import child
 from PIL import Image
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import EncodedItems
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import failures
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.reuse import Reuse
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import verify as verify_command
 from vlm2rec.pipelines.config import FailuresConfig
-from vlm2rec.pipelines.export_items import Reuse, export
 
 BROKEN = (3, 11)
 
@@ -176,7 +177,7 @@ import os, signal, sys
 from pathlib import Path
 from chairs import ShadeEncoder
 from vlm2rec.embedder import storage
-from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.pipelines.export_items import Reuse, export
 put_in_place = storage.put_in_place
 def dies(draft, path, *rest):
@@ -261,7 +262,7 @@ def test_failures_are_listed_with_what_is_needed_to_mend_them(
 ) -> None:
     data = Dataset(write_dataset(tmp_path / "data", broken=BROKEN))
     exported(data, tmp_path / "out")
-    failures.run(FailuresConfig(embeddings=tmp_path / "out"))
+    verify_command.failures(FailuresConfig(embeddings=tmp_path / "out"))
     printed = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(printed.out)))
     assert [(row["item_id"], row["status"], row["title"]) for row in rows] == [

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ConfigError, DataError
-from vlm2rec.embedder.samples import Samples
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
+from vlm2rec.embedder.training.samples import Samples
 
 SEQUENCES = [np.array([0, 1, 2, 3, 4]), np.array([5, 6]), np.array([7])]
 

@@ -15,18 +15,20 @@ import pytest
 import safetensors.torch
 import torch
 
-from vlm2rec.downstream.ranking import unit_rows
+from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import lora, moda, schema, train
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError, DataError, ModelError
-from vlm2rec.embedder.gradients import conflict
-from vlm2rec.embedder.items import Items, encode_users_together
-from vlm2rec.embedder.losses import ItemAlignment
-from vlm2rec.embedder.sda import ItemModel, ItemSamples, probed
+from vlm2rec.embedder.backbones import lora, moda
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode_users_together
+from vlm2rec.embedder.training import train
+from vlm2rec.embedder.training.gradients import conflict
+from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel, ItemSamples, probed
 from vlm2rec.pipelines import convert, evaluate, export_items, finetune
-from vlm2rec.pipelines.config import ConvertConfig, EvaluateConfig, ExportConfig, FinetuneConfig, read_config
+from vlm2rec.pipelines.config import ConvertConfig, EvaluateConfig, ExportConfig, FinetuneConfig
+from vlm2rec.pipelines.read_config import read_config
 
 Tiny = Callable[[str], Path]
 

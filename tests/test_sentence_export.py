@@ -19,13 +19,13 @@ from tiny_models import FAMILIES, TEXT_FAMILIES
 from transformers.utils import is_torchvision_available
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import lora
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.images import open_image
-from vlm2rec.embedder.processor import load_processor
-from vlm2rec.embedder.sentence_export import write_sentence_transformer
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.families import load_processor
+from vlm2rec.embedder.backbones.images import open_image
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.sentence_export import write_sentence_transformer
 from vlm2rec.pipelines import convert, export_items
 from vlm2rec.pipelines.config import ConvertConfig, ExportConfig
 

@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from children import child, waited
 
-from vlm2rec.embedder import schema, shards, storage
-from vlm2rec.embedder.errors import ArtifactError, DataError
-from vlm2rec.embedder.export_plan import Plan, fingerprint, plan_shards, read_inputs
-from vlm2rec.embedder.writer_lock import LOCK_FILE, writing
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError
+from vlm2rec.embedder.export import shard_file, shards
+from vlm2rec.embedder.export.lock import LOCK_FILE, writing
+from vlm2rec.embedder.export.plan import Plan, fingerprint, plan_shards, read_inputs
 
 DIM = 6
 SETTINGS: dict[str, Any] = {
@@ -60,11 +61,13 @@ def table_of(plan: Plan, number: int) -> pa.Table:
         vectors[failed] = np.nan
     status = np.where(failed, "failed", np.where(blind, "text_only", "ok")).tolist()
     error = [None if name == "ok" else "unreadable" for name in status]
-    return shards.shard_table(plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error)
+    return shard_file.shard_table(
+        plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error
+    )
 
 
 def publish_all(folder: Path, plan: Plan, numbers: Iterator[int] | range | None = None) -> dict[int, shards.Shard]:
-    return {n: shards.publish(folder, plan, n, table_of(plan, n), 1.0) for n in numbers or range(len(plan))}
+    return {n: shards.publish_shard(folder, plan, n, table_of(plan, n), 1.0) for n in numbers or range(len(plan))}
 
 
 def finished_export(folder: Path, plan: Plan) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def test_hashing_the_input_neither_hangs_on_a_fifo_nor_leaves_the_root(tmp_path:
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_vectors_are_stored_byte_split_zstd_and_without_dictionary(tmp_path: Path, storage: str) -> None:
     plan = plan_of(storage=storage)
-    shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+    shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     group = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     for view in schema.VIEWS:
@@ -167,8 +170,10 @@ def test_vectors_are_stored_byte_split_zstd_and_without_dictionary(tmp_path: Pat
 def test_page_checksums_find_a_flipped_bit_that_reads_without_complaint(tmp_path: Path) -> None:
     plan = plan_of(2000, 2000)
     vectors = np.random.default_rng(0).normal(size=(2000, DIM)).astype(np.float32)  # mantissas do not compress
-    table = shards.shard_table(plan, plan.rows(0), dict.fromkeys(schema.VIEWS, vectors), ["ok"] * 2000, [None] * 2000)
-    shards.publish(tmp_path, plan, 0, table, 1.0)
+    table = shard_file.shard_table(
+        plan, plan.rows(0), dict.fromkeys(schema.VIEWS, vectors), ["ok"] * 2000, [None] * 2000
+    )
+    shards.publish_shard(tmp_path, plan, 0, table, 1.0)
     column = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata.row_group(0).column(1)
     flipped = bytearray((tmp_path / "part-00000.parquet").read_bytes())
     flipped[column.data_page_offset + column.total_compressed_size // 2] ^= 1
@@ -180,7 +185,7 @@ def test_page_checksums_find_a_flipped_bit_that_reads_without_complaint(tmp_path
 
 def test_ids_and_vectors_share_a_row_and_absent_vectors_are_null(tmp_path: Path) -> None:
     plan = plan_of(10, 10)
-    shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+    shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     rows = pq.read_table(tmp_path / "part-00000.parquet").to_pylist()
     assert [row["item_id"] for row in rows] == [f"item/{i}" for i in range(10)]
     assert rows[4]["image"] is None and rows[4]["status"] == "text_only"
@@ -199,7 +204,7 @@ def test_ids_and_vectors_share_a_row_and_absent_vectors_are_null(tmp_path: Path)
 
 def test_file_metadata_say_where_the_vectors_come_from(tmp_path: Path) -> None:
     plan = plan_of(adapter="bb")
-    shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+    shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     found = {
         key.decode(): value.decode() for key, value in pq.read_schema(tmp_path / "part-00000.parquet").metadata.items()
     }
@@ -221,14 +226,14 @@ def test_a_vector_with_nan_or_infinity_is_never_written() -> None:
         vectors = np.ones((2, DIM), np.float32)
         vectors[1, 3] = bad
         with pytest.raises(ValueError, match="NaN or infinity"):
-            shards.shard_table(plan, plan.rows(0), {"fused": vectors}, ["ok", "ok"], [None, None])
+            shard_file.shard_table(plan, plan.rows(0), {"fused": vectors}, ["ok", "ok"], [None, None])
 
 
 def test_fault_09_the_same_shard_twice_is_one_file_with_the_same_bytes(tmp_path: Path) -> None:
     plan = plan_of()
-    first = shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+    first = shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     before = parts(tmp_path)
-    assert shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0) == first
+    assert shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0) == first
     assert parts(tmp_path) == before and len(before) == 1
 
 
@@ -519,7 +524,7 @@ def test_fault_07_a_rename_that_fails_once_is_tried_again(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "replace", flaky)
     plan = plan_of()
-    assert shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0).rows == 4
+    assert shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0).rows == 4
     assert names(tmp_path) == ["part-00000.json", "part-00000.parquet"]
 
 
@@ -537,17 +542,17 @@ def test_fault_07_a_disk_that_keeps_failing_is_an_error_and_nothing_is_committed
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     plan = plan_of()
     with pytest.raises(ArtifactError, match="the disk is broken"):
-        shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+        shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     assert len(calls) == 3 and names(tmp_path) == []
 
 
 def test_a_shard_that_does_not_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
-    write = shards.write_parquet
+    write = shard_file.write_parquet
     monkeypatch.setattr(shards, "write_parquet", lambda table, file: write(table_of(plan, 1), file))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(ArtifactError, match="does not read back"):
-        shards.publish(tmp_path, plan, 0, table_of(plan, 0), 1.0)
+        shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)
     assert names(tmp_path) == []
 
 
@@ -642,7 +647,7 @@ def test_a_torn_lock_file_of_a_dead_writer_is_no_obstacle(tmp_path: Path) -> Non
 
 def test_the_protocol_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, vlm2rec.embedder.shards, vlm2rec.embedder.verify, vlm2rec.pipelines.verify;"
+        "import sys, vlm2rec.embedder.export.shards, vlm2rec.embedder.export.verify, vlm2rec.pipelines.verify;"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

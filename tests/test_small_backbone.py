@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from vlm2rec.embedder.backbone import Backbone
-from vlm2rec.embedder.errors import ConfigError, DataError
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.prompts import image_prompt, text_prompt
-from vlm2rec.embedder.small_backbone import (
+from vlm2rec.pipelines import make_backbone
+from vlm2rec.pipelines.config import MakeBackboneConfig
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+from vlm2rec.pipelines.synthetic.small_backbone import (
     ITEMS_IN_A_PROMPT,
     KINDS,
     TEXTS_PER_IMAGE,
@@ -32,9 +35,6 @@ from vlm2rec.embedder.small_backbone import (
     rate,
     train_tokenizer,
 )
-from vlm2rec.pipelines import make_backbone
-from vlm2rec.pipelines.catalogue import draw_catalogue
-from vlm2rec.pipelines.config import MakeBackboneConfig
 
 QUICK: dict[str, Any] = {"hidden_size": 64, "layers": 1, "vocabulary": 700, "max_steps": 3, "max_pixels": 56 * 56}
 

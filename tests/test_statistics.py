@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vlm2rec.downstream.statistics import compare, holm, paired_t_test, spread, t_tail
-from vlm2rec.embedder.errors import DataError
+from vlm2rec.downstream.evaluation.statistics import compare, holm, paired_t_test, spread, t_tail
+from vlm2rec.embedder.contract.errors import DataError
 
 
 def test_the_spread_divides_by_n_minus_one() -> None:

@@ -15,24 +15,16 @@ import pytest
 import torch
 from recommender_world import load_as_mmrec
 
-from vlm2rec.downstream.index_plan import plan_index
+from vlm2rec.downstream.index.plan import plan_index
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, ModelError
-from vlm2rec.embedder.images import open_image
-from vlm2rec.embedder.prompts import Prompt, PromptMode, render
-from vlm2rec.embedder.strategies import (
-    STRATEGIES,
-    Strategy,
-    joint_prompt,
-    load_strategy,
-    product_text,
-    strategy_settings,
-    textual_prompt,
-    visual_prompt,
-)
-from vlm2rec.embedder.verify import effective_ranks, verify
+from vlm2rec.embedder.backbones.images import open_image
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_settings
+from vlm2rec.embedder.export.verify import effective_ranks, verify
+from vlm2rec.embedder.options import STRATEGIES, PromptMode, Strategy
+from vlm2rec.embedder.prompts import Prompt, joint_prompt, product_text, render, textual_prompt, visual_prompt
 from vlm2rec.pipelines import convert, evaluate, export_items, train_recommender
 from vlm2rec.pipelines.config import ConvertConfig, EvaluateConfig, ExportConfig, TrainRecommenderConfig
 

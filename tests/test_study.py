@@ -21,12 +21,16 @@ import scipy.stats
 import yaml
 from study_world import Tiny, settings
 
-from vlm2rec.downstream.ranking import bound_check
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
-from vlm2rec.pipelines import finetune, prepare, study, study_cells, study_report, study_results
-from vlm2rec.pipelines.catalogue import draw_catalogue
+from vlm2rec.downstream.evaluation.metrics import bound_check
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.pipelines import finetune, prepare, study
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
+from vlm2rec.pipelines.experiments import ledger as study_cells
+from vlm2rec.pipelines.experiments import results as study_results
+from vlm2rec.pipelines.experiments import schedule
+from vlm2rec.pipelines.reporting import page as study_report
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 
 @pytest.fixture(scope="module")
@@ -338,13 +342,13 @@ def test_a_target_domain_with_items_or_users_of_the_training_data_is_refused(
     drawn_dataset: Path, other_domain: Path
 ) -> None:
     home, there = Dataset(drawn_dataset), Dataset(other_domain)
-    study.require_other_domain(home, there, "refuse")
+    schedule.require_other_domain(home, there, "refuse")
     with pytest.raises(ConfigError, match=r"items of .* are in"):
-        study.require_other_domain(home, home, "count")
+        schedule.require_other_domain(home, home, "count")
     there.__dict__["user_ids"] = [*there.user_ids[:-1], home.user_ids[0]]
     with pytest.raises(ConfigError, match="1 users of"):
-        study.require_other_domain(home, there, "refuse")
-    study.require_other_domain(home, there, "count")
+        schedule.require_other_domain(home, there, "refuse")
+    schedule.require_other_domain(home, there, "count")
 
 
 # --- the page -----------------------------------------------------------------------------------------------

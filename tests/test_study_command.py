@@ -11,11 +11,11 @@ import polars as pl
 import pytest
 from study_world import Tiny, settings
 
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
-from vlm2rec.pipelines.study_methods import Cell, Method, Step
-from vlm2rec.pipelines.study_workers import workers
+from vlm2rec.pipelines.experiments.methods import Cell, Method, Step
+from vlm2rec.pipelines.experiments.workers import workers
 
 
 def test_a_step_that_fails_leaves_out_only_what_needs_it(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from vlm2rec.embedder.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.study_methods import SOURCES, Cell, Study, Target, cells, read_study
+from vlm2rec.pipelines.experiments.methods import SOURCES, Cell, Study, Target, cells, read_study
 
 HOME = Target("home", Path("/data/home"))
 THERE = Target("there", Path("/data/there"), "cross-0-")

@@ -12,7 +12,7 @@ import pytest
 from embedding_folder import write_embeddings
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches
-from vlm2rec.embedder.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
 IDS = ["a", "7", "007", "NA", "e"]
 VECTORS = np.array([[1, 2], [3, 4], [np.nan, np.nan], [7, 8], [9, 10]], np.float32)

@@ -14,12 +14,14 @@ import torch
 import transformers
 from tiny_models import TEXT_FAMILIES
 
-from vlm2rec.embedder import lora, prompts
-from vlm2rec.embedder.backbone import Backbone
-from vlm2rec.embedder.encode import ItemEncoder, encoder_settings
-from vlm2rec.embedder.errors import ConfigError, ModelError
-from vlm2rec.embedder.processor import TEXT_FAMILIES as FAMILY_TABLE
-from vlm2rec.embedder.prompts import PromptMode
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.backbones.families import TEXT_FAMILIES as FAMILY_TABLE
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import encoder_settings
+from vlm2rec.embedder.options import PromptMode
 
 Tiny = Callable[[str], Path]
 MODES: tuple[PromptMode, ...] = ("raw", "chat")

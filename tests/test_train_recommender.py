@@ -19,10 +19,12 @@ from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, write_atomic, write_dataset
 from typer.testing import CliRunner
 
-from vlm2rec.downstream import ranking, recbole_compat, recbole_run
-from vlm2rec.downstream.recbole_run import evaluate, user_scores
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.downstream.evaluation import metrics as ranking
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole.run import evaluate, user_scores
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import train_recommender
 from vlm2rec.pipelines.cli import app
 from vlm2rec.pipelines.config import TrainRecommenderConfig
@@ -227,7 +229,7 @@ def brute_force(scores: np.ndarray, folder: Dataset, k: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", ["SASRec", "GRU4Rec", "BERT4Rec"])
 def test_metrics_equal_a_brute_force_count_over_the_models_scores(model: str, data: Path, tmp_path: Path) -> None:
-    from vlm2rec.downstream.recbole_dataset import recbole_ids
+    from vlm2rec.downstream.recbole.dataset import recbole_ids
 
     folder = Dataset(data)
     yaml_file = write_yaml(tmp_path / "tiny.yaml", TINY)

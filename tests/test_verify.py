@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.embedder import schema, shards, storage
-from vlm2rec.embedder.errors import ArtifactError
-from vlm2rec.embedder.export_plan import Plan, plan_shards
-from vlm2rec.embedder.verify import effective_ranks, verify
-from vlm2rec.embedder.writer_lock import writing
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.export import shard_file, shards
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.plan import Plan, plan_shards
+from vlm2rec.embedder.export.verify import effective_ranks, verify
 from vlm2rec.pipelines import verify as stage
 from vlm2rec.pipelines.config import VerifyConfig
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     with writing(out):
         done = shards.begin(out, plan)
         for number in range(len(plan)):
-            done[number] = shards.publish(out, plan, number, table_of(plan, number), 1.0)
+            done[number] = shards.publish_shard(out, plan, number, table_of(plan, number), 1.0)
         shards.finish(out, plan, done)
     return out
 
@@ -55,7 +56,9 @@ def table_of(plan: Plan, number: int) -> pa.Table:
         vectors[failed] = np.nan
     status = ["truncated" if r == 1 else "text_only" if r == 4 else "failed" if r == 6 else "ok" for r in rows]
     error = ["unreadable" if r in (4, 6) else None for r in rows]
-    return shards.shard_table(plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error)
+    return shard_file.shard_table(
+        plan, plan.rows(number), {"fused": fused, "text": text, "image": image}, status, error
+    )
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:

@@ -15,12 +15,15 @@ import pytest
 import safetensors.torch
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder import lora, schema
-from vlm2rec.embedder.backbone import Backbone
-from vlm2rec.embedder.encode import EncoderSettings, ItemEncoder, encoder_settings
-from vlm2rec.embedder.errors import ArtifactError, ConfigError, ModelError
-from vlm2rec.embedder.verify import verify
-from vlm2rec.pipelines import evaluate, export_items, finetune, shard_maker, train_recommender
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import evaluate, export_items, finetune, train_recommender
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig, FinetuneConfig, TrainRecommenderConfig
 
 Tiny = Callable[[str], Path]

@@ -13,10 +13,11 @@ from chairs import write_dataset
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbone import Backbone, ImageFeatures
-from vlm2rec.embedder.images import ImageError
-from vlm2rec.embedder.vision_cache import NewImage, VisionCache
-from vlm2rec.pipelines import export_items, finetune, vision_cache
+from vlm2rec.embedder.backbones.backbone import Backbone, ImageFeatures
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
+from vlm2rec.embedder.encoders import cache_choice as vision_cache
+from vlm2rec.pipelines import export_items, finetune
 from vlm2rec.pipelines.config import ExportConfig, FinetuneConfig
 
 Tiny = Callable[[str], Path]

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm2rec.embedder import distributed
 from vlm2rec.pipelines import finetune
-from vlm2rec.pipelines.config import FinetuneConfig, read_config
+from vlm2rec.pipelines.config import FinetuneConfig
+from vlm2rec.pipelines.read_config import read_config
 
 
 def trained(settings: dict[str, Any]) -> dict[str, Any]:

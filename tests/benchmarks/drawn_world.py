@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm2rec.pipelines import make_backbone, prepare
-from vlm2rec.pipelines.catalogue import draw_catalogue
 from vlm2rec.pipelines.config import MakeBackboneConfig, PrepareConfig
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 
 def draw_dataset(folder: Path, items: int) -> Path:

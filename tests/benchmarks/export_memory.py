@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import EncodedItems, Picture
-from vlm2rec.pipelines.export_items import export
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture
+from vlm2rec.embedder.export.export import export
 
 
 class FreeEncoder:

@@ -25,8 +25,8 @@ import ray.cluster_utils
 from drawn_world import draw_dataset
 from middle_size import MIDDLE, write_model
 
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.verify import verify
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
 

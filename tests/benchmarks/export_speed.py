@@ -32,9 +32,9 @@ from qwen_shape import Shape
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.processor import load_processor
-from vlm2rec.pipelines.processes import keep_freed_memory
+from vlm2rec.embedder.backbones.families import load_processor
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export.processes import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -45,7 +45,7 @@ IMAGE_PREFIX = (*range(30, 43), VISION_START)
 def import_vlm2rec() -> None:
     """Make `vlm2rec.embedder` importable from the checkout where the package is not installed."""
     try:
-        import vlm2rec.embedder.backbone  # noqa: F401
+        import vlm2rec.embedder.backbones.backbone  # noqa: F401
     except ImportError:
         links = Path(tempfile.mkdtemp()) / "vlm2rec"
         links.mkdir()
@@ -143,7 +143,7 @@ class Packed:
     """vlm2rec's own path, with token ids in place of a tokenizer."""
 
     def __init__(self, model: Any, shape: Shape) -> None:
-        from vlm2rec.embedder import backbone
+        from vlm2rec.embedder.backbones import backbone
 
         tokenizer = types.SimpleNamespace(pad_token_id=PAD)
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE)
@@ -154,13 +154,13 @@ class Packed:
 
     def look(self, items: Items, count: int) -> list[Any]:
         """Return what the vision tower says of the images."""
-        from vlm2rec.embedder.backbone import Patches
+        from vlm2rec.embedder.backbones.backbone import Patches
 
         return self.backbone.look([Patches(patches, items.grid) for patches in items.patches[:count]])
 
     def encode(self, items: Items, known: list[Any]) -> Tensor:
         """Return the fused vectors."""
-        from vlm2rec.embedder.backbone import EncodedPrompt
+        from vlm2rec.embedder.backbones.backbone import EncodedPrompt
 
         texts = [EncodedPrompt(text, (), len(PREFIX)) for text in items.texts[: len(known)]]
         ids = image_ids(self.shape)
@@ -168,7 +168,7 @@ class Packed:
         return self._rows(texts) + self._rows(pictures)
 
     def _rows(self, prompts: list[Any]) -> Tensor:
-        from vlm2rec.embedder.backbone import batches_by_tokens
+        from vlm2rec.embedder.backbones.devices import batches_by_tokens
 
         found = torch.empty(len(prompts), self.shape.width, device=self.backbone.device)
         with torch.no_grad():
@@ -245,8 +245,8 @@ def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
     """Print users per second of a training step: histories of ten items, batches of eight, with and without cache."""
     from peft import LoraConfig, get_peft_model
 
-    from vlm2rec.embedder.backbone import ADAPTED_LAYERS, EncodedPrompt
-    from vlm2rec.embedder.losses import VLM2RecLoss
+    from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, EncodedPrompt
+    from vlm2rec.embedder.training.losses import VLM2RecLoss
 
     items = draw(USERS * (HISTORY + 1), shape)
     packed = Packed(model, shape)

@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.index import build_index
-from vlm2rec.downstream.index_plan import plan_index
+from vlm2rec.downstream.index.index import build_index
+from vlm2rec.downstream.index.plan import plan_index
 
 KINDS = ("flat", "SQ8", "hnsw", "HNSW32", "ivf", "IVF256,Flat", "IVF256,SQ8", "PCA64,L2norm,Flat")
 

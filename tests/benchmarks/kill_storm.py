@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from drawn_world import draw_world
 
-from vlm2rec.embedder import schema
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.verify import verify
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
 

@@ -12,9 +12,9 @@ import transformers
 from PIL import Image
 from qwen_shape import Shape
 
-from vlm2rec.embedder import small_backbone
-from vlm2rec.embedder.images import ImageError, open_image
-from vlm2rec.pipelines.catalogue import draw_catalogue
+from vlm2rec.embedder.backbones.images import ImageError, open_image
+from vlm2rec.pipelines.synthetic import small_backbone
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 MIDDLE = Shape(
     width=768,

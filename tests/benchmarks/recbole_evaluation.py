@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedding_folder import write_embeddings
 from recommender_world import write_dataset
 
-from vlm2rec.downstream import recbole_compat, recbole_plugin, recbole_run
-from vlm2rec.downstream.recbole_dataset import recbole_ids
-from vlm2rec.embedder.dataset import Dataset
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import plugin as recbole_plugin
+from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole.dataset import recbole_ids
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.pipelines.config import TrainRecommenderConfig
 from vlm2rec.pipelines.train_recommender import task2_settings
 

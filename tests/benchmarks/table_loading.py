@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream import recbole_compat
-from vlm2rec.downstream.recbole_plugin import EmbeddingStart, aligned_vectors
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors
 
 
 def as_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -32,12 +32,12 @@ from middle_size import MIDDLE, read_items, write_model
 from PIL import Image
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.dataset import Dataset
-from vlm2rec.embedder.encode import ItemEncoder
-from vlm2rec.embedder.items import Items
-from vlm2rec.embedder.lora import add_lora
-from vlm2rec.embedder.losses import VLM2RecLoss
-from vlm2rec.embedder.train import HistoryModel
+from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.training.losses import VLM2RecLoss
+from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.config import PrepareConfig
 

@@ -1,0 +1,1 @@
+"""How good vectors are: ranking metrics, the protocol of both tasks, geometry, statistics."""

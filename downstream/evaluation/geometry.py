@@ -1,0 +1,131 @@
+"""Alignment, uniformity, separability (Eqs. 4-5 of the VLM2Rec paper) and rank of vectors. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vlm2rec.embedder.contract.errors import DataError
+
+
+def geometry(users: np.ndarray, positives: np.ndarray, negatives: np.ndarray, eps: float = 1e-8) -> dict[str, float]:
+    """Return A_pos, A_neg, U and S of one view; vectors are L2-normalised first, arithmetic is float64.
+
+        A_pos = E ‖s - i+‖²              pull of the positives; smaller is tighter
+        A_neg = E ‖s - i-‖²              push of the negatives; larger is wider
+        U     = log E exp(-2 ‖s - i‖²)   uniformity; lower covers the sphere better, 0 is a single point
+        S     = A_neg / (A_pos + ε)      separability; above 1 the positives are nearer than the negatives
+
+    Squared distances lie between 0 and 4. A zero vector stays zero, at squared distance 1 from every other.
+
+    P_u of Eq. 4, from which (s, i) is drawn uniformly, is taken as every user with every one of their negatives: the
+    stored candidates are themselves uniform draws over the catalogue, less the few items the user ever touched.
+
+    Args:
+        users: user (sequence) vectors s, (U, d).
+        positives: vectors of the users' held-out items i+, (U, d).
+        negatives: vectors of their negatives i-, (U, N, d), N at least 1.
+        eps: ε of Eq. 5.
+
+    Raises:
+        DataError: the shapes do not fit, there is no user or no negative, or a vector is not finite.
+    """
+    users, positives, negatives = np.asarray(users), np.asarray(positives), np.asarray(negatives)
+    if users.ndim != 2 or positives.shape != users.shape or negatives.shape[::2] != users.shape or negatives.ndim != 3:
+        raise DataError(
+            f"users are {users.shape}, positives {positives.shape}, negatives {negatives.shape}",
+            "(U, d), (U, d) and (U, N, d)",
+        )
+    return _geometry(users, negatives.shape[1], lambda part: (positives[part], negatives[part]), eps)
+
+
+def geometry_from_rows(
+    users: np.ndarray, items: np.ndarray, positives: np.ndarray, negatives: np.ndarray, eps: float = 1e-8
+) -> dict[str, float]:
+    """Return `geometry(users, items[positives], items[negatives])` without holding the (U, N, d) negatives.
+
+    Args:
+        users: user vectors, (U, d).
+        items: item vectors, (I, d).
+        positives: row in `items` of each user's held-out item, (U,).
+        negatives: rows of their negatives, (U, N).
+        eps: ε of Eq. 5.
+    """
+    users, items, positives, negatives = (np.asarray(x) for x in (users, items, positives, negatives))
+    fits = users.ndim == items.ndim == negatives.ndim == 2 and users.shape[1] == items.shape[1]
+    if not fits or positives.shape != users.shape[:1] or len(negatives) != len(users):
+        raise DataError(
+            f"users are {users.shape}, items {items.shape}, rows {positives.shape} and {negatives.shape}",
+            "(U, d), (I, d), (U,) and (U, N)",
+        )
+    return _geometry(users, negatives.shape[1], lambda part: (items[positives[part]], items[negatives[part]]), eps)
+
+
+def effective_rank(vectors: np.ndarray) -> float:
+    """Return in how many directions vectors vary: exp of the entropy of their principal components' shares of variance.
+
+    Vectors are L2-normalised and centred first, so that the direction which all of them share does not count: this
+    says how evenly the cloud spreads over directions, and U of `geometry` how wide it is. Between 1 (all on a line)
+    and min(n - 1, d); 0 where all vectors are the same.
+
+    Args:
+        vectors: n vectors, (n, d).
+
+    Raises:
+        DataError: not a table of vectors, no vector, or one that is not finite.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
+        raise DataError(f"vectors {vectors.shape}, or one that is not finite", "(n, d) finite vectors")
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = vectors / np.where(length > 0, length, 1)
+    variance = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+    # float32 vectors that should be equal differ by 1e-7, in every direction alike
+    if variance.sum() <= 1e-12 * len(rows):
+        return 0.0
+    share = variance / variance.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+_BLOCK = 2**22  # float64 numbers of a gathered block: 32 MB
+
+
+def _geometry(
+    users: np.ndarray, width: int, items_of: Callable[[slice], tuple[np.ndarray, np.ndarray]], eps: float
+) -> dict[str, float]:
+    """Go through the users in blocks; `items_of` returns a block's positives (n, d) and negatives (n, width, d)."""
+    if len(users) == 0 or width == 0:
+        raise DataError(f"{len(users)} users with {width} negatives each", "at least one of both")
+    positive = np.empty(len(users))
+    negative = np.empty((len(users), width))
+    block = max(1, _BLOCK // max(1, width * users.shape[1]))
+    for start in range(0, len(users), block):
+        part = slice(start, start + block)
+        near, far = items_of(part)
+        positive[part] = _squared_distance(users[part], near)
+        negative[part] = _squared_distance(users[part, None], far)
+    if not (np.isfinite(positive).all() and np.isfinite(negative).all()):
+        raise DataError("a vector is not finite", "finite vectors", "leave out items without a vector")
+    pull, push = float(positive.mean()), float(negative.mean())
+    return {"A_pos": pull, "A_neg": push, "U": _log_mean_exp(-2 * negative), "S": push / (pull + eps)}
+
+
+def _squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return ‖a/‖a‖ - b/‖b‖‖² over the last axis, with 0/‖0‖ = 0."""
+    # in float64 the cancellation of 2 - 2·cos leaves 1e-16, far below any collapsed space of float32 vectors
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    squares = _dot(a, a), _dot(b, b)
+    length = np.sqrt(squares[0]) * np.sqrt(squares[1])
+    cosine = _dot(a, b) / np.where(length > 0, length, 1)
+    return np.maximum(np.add(squares[0] > 0, squares[1] > 0, dtype=np.float64) - 2 * cosine, 0.0)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("...d,...d->...", a, b)
+
+
+def _log_mean_exp(values: np.ndarray) -> float:
+    top = values.max()
+    return float(top + np.log(np.mean(np.exp(values - top))))

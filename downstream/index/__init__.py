@@ -1,0 +1,1 @@
+"""FAISS over an embeddings folder: choose a kind, build, measure recall."""

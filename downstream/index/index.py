@@ -1,0 +1,431 @@
+"""A FAISS index over one view of an embeddings folder, and neighbours of an item from it.
+
+Vectors are L2-normalised and compared by L2 distance, which orders them as cosine does (|x − y|² = 2 − 2·cos)
+and, unlike the inner product, keeps doing so when a factory string centres the data (PCA). People see cosine.
+
+    index folder   items.faiss   ids.parquet (row, item_id, title)   index.json (written last)
+
+Row i of `items.faiss` is row i of `ids.parquet`: the items that have a usable vector, in the order of the export.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.downstream.index.plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
+from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
+from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
+from vlm2rec.embedder.contract.publish import replace_folder, staging, sync, told_plainly
+from vlm2rec.embedder.contract.storage import Location, location, readable
+
+INDEX_FILE = "items.faiss"
+IDS_FILE = "ids.parquet"
+META_FILE = "index.json"
+INDEX_SCHEMA_VERSION = 1
+ROW = "row"  # int64, in ids.parquet
+
+_BUILD_AGAIN = "run `vlm2rec build-index` again"
+_REORDERED = 8  # candidates per neighbour that Refine looks at again
+
+Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
+"""Wraps a pass over the vectors, to show its progress: called with what the pass does, and the pass."""
+
+
+# --- building -------------------------------------------------------------------------------------------------
+def build_index(
+    embeddings: Location,
+    out: Path,
+    *,
+    column: str = schema.FUSED,
+    kind: str = "auto",
+    data: Location | None = None,
+    sample: int = 1000,
+    seed: int = 0,
+    plan: IndexPlan | None = None,
+    watch: Watch = lambda _, batches: batches,
+) -> dict[str, Any]:
+    """Index one view of an embeddings folder, measure the index, publish the folder; return its `index.json`.
+
+    The vectors are streamed two or three times (training sample if needed, adding, exact search) and never held
+    together outside the index. An index folder that is already at `out` is replaced in one step at the end.
+
+    Args:
+        embeddings: Finished embeddings folder.
+        out: Index folder to write.
+        column: View to index.
+        kind: As for `choose_factory`.
+        data: Dataset folder with the titles; default: the one the export names, if it is still there.
+        sample: Queries for the measured recall.
+        seed: Seed of the samples and of k-means.
+        plan: Result of `plan_index` for the same arguments, if it was made already.
+        watch: Wraps each pass, to show progress.
+
+    Raises:
+        ConfigError: `out` holds something else, or `kind` is not usable.
+        ArtifactError: the embeddings folder is unfinished or damaged, or has no vector in this view.
+    """
+    check_out(out)
+    plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample)
+    with staging(out) as folder:
+        begun = time.perf_counter()
+        index = _trained_index(plan, embeddings, column, seed, watch)
+        queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
+        batches = watch("adding vectors", unit_batches(embeddings, column))
+        item_ids, left_out = _fill(index, queries, batches)
+        if index.ntotal == 0:
+            raise no_vectors(embeddings, column)
+        filled = time.perf_counter()
+        batches = watch("checking recall", unit_batches(embeddings, column))
+        quality = measure(index, queries.vectors, queries.rows, batches)
+        manifest = schema.read_manifest(embeddings)
+        titles, titles_from = find_titles(item_ids, data, manifest)
+        meta = {
+            "schema_version": INDEX_SCHEMA_VERSION,
+            "kind": kind,
+            "factory": plan.factory,
+            "metric": "cosine, searched as L2 distance of unit vectors",
+            "column": column,
+            "rows": index.ntotal,
+            "dim": plan.dim,
+            "left_out": sum(left_out.values()),
+            "left_out_reasons": left_out,
+            "recall@10": quality.recall,
+            "recall_sample": len(queries.rows),
+            "cosine_error": quality.cosine_error,
+            "effort": quality.effort,
+            "efforts_tried": quality.tried,
+            "search_ms": quality.search_ms,
+            "search_ms_single": quality.search_ms_single,
+            "threads": int(faiss.omp_get_max_threads()),
+            "build_seconds": filled - begun,
+            "check_seconds": time.perf_counter() - filled,
+            "titles": int(pc.sum(pc.not_equal(titles, "")).as_py() or 0),
+            "titles_from": titles_from,
+            "embeddings": str(embeddings.resolve()),
+            "fingerprint": manifest["fingerprint"],
+            "shards_sha256": _shards_sha256(manifest),
+            "seed": seed,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "vlm2rec_version": version("vlm2rec"),
+            "faiss_version": faiss.__version__,
+        }
+        return _publish(folder, out, index, item_ids, titles, meta)
+
+
+def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int, watch: Watch) -> Any:
+    index = empty_index(plan.factory, plan.dim)
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = _REORDERED
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.cp.seed = seed
+        ivf.cp.min_points_per_centroid = 1  # few vectors per list are fine: recall is measured
+    if index.is_trained:
+        return index
+    chosen = Reservoir(plan.train_rows, plan.dim, seed)
+    for batch in watch("drawing a training sample", unit_batches(embeddings, column)):
+        chosen.offer(batch.vectors)
+    if len(chosen.rows) == 0:
+        raise no_vectors(embeddings, column)
+    try:
+        index.train(chosen.vectors)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"FAISS cannot train {plan.factory!r} on {len(chosen.rows)} vectors ({faiss_reason(error)})",
+            "a kind that suits this many vectors",
+            "take --kind auto, or a factory string with fewer lists",
+        ) from None
+    return index
+
+
+def _fill(index: Any, queries: Reservoir, batches: Iterable[UnitBatch]) -> tuple[pa.ChunkedArray, dict[str, int]]:
+    """Add every vector to the index, offer it to the sample of queries, and return the ids and what was left out."""
+    ids: list[pa.Array] = []
+    absent = unusable = 0
+    for batch in batches:
+        if batch.item_ids:
+            index.add(batch.vectors)
+            queries.offer(batch.vectors)
+            ids.append(pa.array(batch.item_ids, pa.string()))
+        absent += batch.absent
+        unusable += batch.unusable
+    return pa.chunked_array(ids, pa.string()), {"no vector": absent, "zero or not finite": unusable}
+
+
+def find_titles(
+    item_ids: pa.ChunkedArray, data: Location | None, manifest: dict[str, Any]
+) -> tuple[pa.ChunkedArray, str | None]:
+    """Return a title for each item (empty where unknown) and the dataset folder they come from, or None.
+
+    A dataset folder that was asked for must be readable; the one the export names may have gone.
+    """
+    folder = data or manifest.get("data")
+    try:
+        dataset = Dataset(folder) if folder else None
+        items = dataset.items if dataset else None
+    except (ArtifactError, MissingDependencyError):
+        if data:
+            raise
+        dataset = items = None
+    if dataset is None or items is None:
+        return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
+    rows = pc.index_in(item_ids, value_set=items[schema.ITEM_ID])
+    return pc.fill_null(pc.take(items[schema.TITLE], rows), ""), str(dataset.path.resolve())
+
+
+def _shards_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+
+
+# --- publishing -----------------------------------------------------------------------------------------------
+def check_out(out: Path) -> None:
+    """Raise `ConfigError` unless `out` is free, empty, or an index folder that may be replaced."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    if names and (META_FILE not in names or names - {INDEX_FILE, IDS_FILE, META_FILE}):
+        foreign = sorted(names - {INDEX_FILE, IDS_FILE, META_FILE})
+        raise ConfigError(
+            f"{out} holds {', '.join(foreign[:3])}" if out.is_dir() and foreign else f"{out} is not an index folder",
+            "a new or empty folder, or an earlier index with nothing else in it",
+            "choose another --out",
+        )
+
+
+def _publish(
+    folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
+) -> dict[str, Any]:
+    with told_plainly(out):
+        faiss.write_index(index, str(folder / INDEX_FILE))
+        rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
+        table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
+        pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
+        for name in (INDEX_FILE, IDS_FILE):
+            sync(folder / name)
+        meta = {**meta, "bytes": (folder / INDEX_FILE).stat().st_size}
+        schema.write_json(folder / META_FILE, meta)
+        replace_folder(folder, out)
+    return meta
+
+
+# --- searching ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Neighbour:
+    """An item near another one."""
+
+    item_id: str
+    cosine: float
+    title: str
+
+
+class ItemIndex:
+    """An index folder, opened: neighbours by item id or by vector."""
+
+    def __init__(self, folder: Path, index: Any, ids: pa.Table, meta: dict[str, Any]) -> None:
+        self.folder, self.index, self.ids, self.meta = folder, index, ids, meta
+
+    @classmethod
+    def open(cls, folder: Path | str) -> ItemIndex:
+        """Load an index folder.
+
+        Raises:
+            ArtifactError: the folder is unfinished, damaged, or of a newer version.
+        """
+        folder = Path(folder)
+        while True:
+            meta = read_meta(folder)
+            try:
+                index = _read_index(folder / INDEX_FILE)
+                ids = schema.read_table(folder / IDS_FILE, fix=_BUILD_AGAIN)
+            except ArtifactError:
+                if read_meta(folder) == meta:
+                    raise
+                continue
+            if read_meta(folder) == meta:  # else a rebuild replaced the folder between two of its files
+                break
+        schema.require_columns(ids.column_names, [ROW, schema.ITEM_ID, schema.TITLE], IDS_FILE, _BUILD_AGAIN)
+        if not index.ntotal == ids.num_rows == meta["rows"]:
+            raise ArtifactError(
+                f"{folder} holds {index.ntotal} vectors, {ids.num_rows} ids, and says {meta['rows']} rows",
+                "the same number of each",
+                _BUILD_AGAIN,
+            )
+        return cls(folder, index, ids, meta)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows (Q, k) int64 and cosines (Q, k) of the nearest items to vectors (Q, d) of any length.
+
+        Nearest first; row -1 where there are fewer than k. The cosines are exact in a flat index; elsewhere they are
+        off by about `meta["cosine_error"]`.
+        """
+        queries = np.ascontiguousarray(vectors, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.index.d:
+            raise DataError(
+                f"the query vectors have shape {queries.shape}",
+                f"(Q, {self.index.d})",
+                "embed the queries with the model and view of this index",
+            )
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        distances, rows = self.index.search(queries / np.where(lengths > 0, lengths, 1), min(k, len(self)))
+        return rows, cosines(distances)
+
+    def neighbours(self, item_id: str, k: int = NEIGHBOURS) -> list[Neighbour]:
+        """Return the k items nearest to an item, nearest first, without the item itself.
+
+        Raises:
+            DataError: the index has no such item.
+        """
+        row = self.row_of(item_id)
+        found, values = self.search(self.query_vector(row)[None], k + 1)
+        if len(self) > k:
+            found, values = drop_own(found, values, np.array([row]))
+        keep = (found[0] >= 0) & (found[0] != row)
+        nearest = self.ids.take(pa.array(found[0][keep]))
+        return [
+            Neighbour(name, float(cosine), title)
+            for name, cosine, title in zip(
+                nearest[schema.ITEM_ID].to_pylist(), values[0][keep], nearest[schema.TITLE].to_pylist(), strict=True
+            )
+        ]
+
+    def row_of(self, item_id: str) -> int:
+        """Return the index row of an item; raise `DataError` naming the nearest ids if there is none."""
+        row = pc.index(self.ids[schema.ITEM_ID], item_id).as_py()
+        if row >= 0:
+            return int(row)
+        near = nearest_ids(item_id, self.ids[schema.ITEM_ID])
+        without = f"; {self.meta['left_out']} without a usable vector were left out" if self.meta["left_out"] else ""
+        raise DataError(
+            f"item {item_id!r} is not in {self.folder}, which has {len(self)} items{without}",
+            f"an item id as in the catalogue, such as {', '.join(map(repr, near))}",
+            "check the id",
+        )
+
+    def query_vector(self, row: int) -> np.ndarray:
+        """Return the unit vector of an item, (d,) float32.
+
+        A flat index holds it exactly. Other kinds hold a rounded copy, so it is read from the embeddings folder while
+        that is there and unchanged, and taken from the index otherwise.
+        """
+        if self.meta["factory"] != "Flat" and self.stale() is None:
+            vector = _read_vector(location(self.meta["embeddings"]), self.meta["column"], self._item_id(row))
+            if vector is not None:
+                return vector
+        return self._reconstruct(row)
+
+    def _item_id(self, row: int) -> str:
+        return str(self.ids[schema.ITEM_ID][row].as_py())
+
+    def _reconstruct(self, row: int) -> np.ndarray:
+        ivf = faiss.try_extract_index_ivf(self.index)
+        if ivf is not None:
+            ivf.make_direct_map()
+        try:
+            return np.asarray(self.index.reconstruct(row), np.float32)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"an index of kind {self.meta['factory']!r} does not keep its vectors ({faiss_reason(error)}), and"
+                f" {self.stale()}",
+                "the embeddings folder it was built from",
+                f"put that folder back, or {_BUILD_AGAIN} with another --kind",
+            ) from None
+
+    def stale(self, embeddings: Location | None = None) -> str | None:
+        """Say how the embeddings folder differs from the one that was indexed; None if it is the same.
+
+        Without `embeddings`, the folder that the index was built from is looked at.
+        """
+        folder = location(self.meta["embeddings"]) if embeddings is None else embeddings
+        try:
+            manifest = schema.read_manifest(folder)
+        except ArtifactError:
+            return f"{folder} is not a finished embeddings folder any more"
+        if manifest["fingerprint"] != self.meta["fingerprint"]:
+            return f"{folder} was exported with other settings than those indexed"
+        if _shards_sha256(manifest) != self.meta["shards_sha256"]:
+            return f"{folder} holds other vectors than those indexed"
+        return None
+
+    def require_fresh(self, embeddings: Location) -> None:
+        """Raise `ArtifactError` if the index was not built from what `embeddings` holds now."""
+        reason = self.stale(embeddings)
+        if reason:
+            raise ArtifactError(
+                f"the index {self.folder} is stale: {reason}", "an index of these vectors", _BUILD_AGAIN
+            )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read `index.json`; raise `ArtifactError` if the folder is no finished index or of a newer version."""
+    meta = schema.read_json(
+        folder / META_FILE, f"an index folder, whose {META_FILE} is written last", "run `vlm2rec build-index` first"
+    )
+    found = meta.get("schema_version")
+    if not isinstance(found, int) or found > INDEX_SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder} has index schema version {found!r}",
+            f"a version up to {INDEX_SCHEMA_VERSION}",
+            f"install a newer vlm2rec, or {_BUILD_AGAIN}",
+        )
+    return meta
+
+
+def _read_index(path: Path) -> Any:
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({faiss_reason(error)})", "the index as built", _BUILD_AGAIN
+        ) from None
+
+
+def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
+    """Read one item's unit vector: ids of each shard first, then the vectors of the one row group."""
+    for shard in schema.read_manifest(embeddings)["shards"]:
+        with (
+            readable(embeddings / shard["file"]) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
+            for group in range(file.num_row_groups):
+                row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
+                if row >= 0:
+                    values = file.read_row_group(group, [column])[column][row].values
+                    vector = values.to_numpy(zero_copy_only=False).astype(np.float32)
+                    return np.asarray(vector / np.linalg.norm(vector), np.float32)
+    return None
+
+
+def nearest_ids(item_id: str, known: pa.ChunkedArray, count: int = 3) -> list[str]:
+    """Return the known ids most like `item_id`; of a large catalogue, those near it in alphabetical order."""
+    ids = sorted(known.to_pylist())
+    place = bisect.bisect_left(ids, item_id)
+    matcher = difflib.SequenceMatcher(b=item_id, autojunk=False)
+
+    def likeness(other: str) -> tuple[float, int]:
+        matcher.set_seq1(other)
+        same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(other, item_id, strict=False))
+        return matcher.ratio(), len(list(same))  # of equally like ids, the one that starts alike
+
+    return sorted(ids[max(0, place - 1000) : place + 1000], key=likeness, reverse=True)[:count]

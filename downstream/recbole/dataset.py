@@ -1,0 +1,124 @@
+"""A vlm2rec dataset folder as a RecBole dataset. Imports RecBole: load it after `require_recbole`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from recbole.data.dataset import SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureSource, FeatureType
+
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError
+
+
+class FolderDataset(SequentialDataset):
+    """The sequences of a dataset folder, handed to RecBole in memory.
+
+    No atomic file is written. pandas would read the ids "NA", "null", "None" and "nan" in it as missing and RecBole
+    would drop their rows; tabs, quotes and line ends in an id would break the file. Here an id stays the string it is.
+
+    The order of rows is that of an atomic file written user by user in time order, so ids, batches and metrics are
+    those of RecBole's own dataset read from such a file.
+    """
+
+    def __init__(self, config: Any, folder: Dataset) -> None:
+        self.folder = folder
+        super().__init__(config)
+
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        sequences = whole_sequences(self.folder)
+        lengths = np.array([len(sequence) for sequence in sequences])
+        rows = np.concatenate(sequences)
+        item_ids = np.array(self.folder.item_ids, object)
+        columns = {
+            (self.uid_field, FeatureType.TOKEN): np.repeat(np.array(self.folder.user_ids, object), lengths),
+            (self.iid_field, FeatureType.TOKEN): item_ids[rows],
+            # the place in the sequence: RecBole keeps times as float32, which merges unix seconds within a minute
+            (self.time_field, FeatureType.FLOAT): np.concatenate([np.arange(n, dtype=np.float64) for n in lengths]),
+        }
+        for field, kind in columns:
+            self.set_field_property(field, kind, FeatureSource.INTERACTION, 1)
+        self.inter_feat: Any = pd.DataFrame({field: values for (field, _), values in columns.items()})
+        self.user_feat = None
+        self.item_feat = None
+        unseen = np.setdiff1d(np.arange(len(item_ids)), rows)
+        if len(unseen):
+            # items nobody touched are candidates all the same; RecBole numbers them after the others
+            every = np.concatenate([pd.unique(rows), unseen])
+            self.item_feat = pd.DataFrame({self.iid_field: item_ids[every]})
+            self.field2source[self.iid_field] = FeatureSource.ITEM_ID
+
+    def _data_filtering(self) -> None:
+        """Filter nothing: `prepare` has done so, and every user of the folder is evaluated."""
+
+    def data_augmentation(self) -> None:
+        """Turn each user's sequence into (prefix → next item) rows, the same as RecBole's in the same order.
+
+        Column by column instead of row by row, and without RecBole's list of times, which no model here reads.
+        """
+        self._aug_presets()
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        users = self.inter_feat[self.uid_field].numpy()
+        items = self.inter_feat[self.iid_field].numpy()
+        opens = np.flatnonzero(np.diff(users, prepend=-1))  # where each user's sequence begins
+        begin = np.repeat(opens, np.diff(np.append(opens, len(users))))
+        targets = np.flatnonzero(np.arange(len(users)) != begin)
+        lengths = np.minimum(targets - begin[targets], self.max_item_list_len)
+        lists = np.zeros((len(targets), self.max_item_list_len), np.int64)
+        for place in range(self.max_item_list_len):
+            filled = place < lengths
+            lists[filled, place] = items[(targets - lengths + place)[filled]]
+        rows = self.inter_feat[targets]
+        rows.update(
+            Interaction(
+                {
+                    self.item_list_length_field: torch.from_numpy(lengths),
+                    getattr(self, f"{self.iid_field}_list_field"): torch.from_numpy(lists),
+                }
+            )
+        )
+        self.inter_feat = rows
+
+    def _split_index_by_leave_one_out(self, grouped_index: Any, leave_one_num: int) -> list[list[int]]:
+        """Split off the last two rows of every user.
+
+        RecBole keeps one row for training even where only two are left, and so would train on the validation item of
+        users with one training item.
+        """
+        parts: list[list[int]] = [[], [], []]
+        for group in grouped_index:
+            index = list(group)
+            parts[0].extend(index[:-2])
+            parts[1].append(index[-2])
+            parts[2].append(index[-1])
+        return parts
+
+
+def whole_sequences(folder: Dataset) -> list[np.ndarray]:
+    """Return each user's train, valid and test items as item rows, oldest first."""
+    valid, test = folder.histories("valid").targets, folder.histories("test").targets
+    train = folder.train_sequences()
+    if not train or min(len(sequence) for sequence in train) == 0:
+        raise ArtifactError(
+            f"{folder.path} has {'no user' if not train else 'a user without a training item'}",
+            "users with three interactions or more",
+            "run `vlm2rec prepare` again",
+        )
+    return [np.append(sequence, [v, t]) for sequence, v, t in zip(train, valid, test, strict=True)]
+
+
+def recbole_ids(tokens: list[str], item_ids: list[str]) -> np.ndarray:
+    """Return RecBole's number of each of `item_ids`, (I,) int64, given the ids of RecBole's items 1, 2, ..."""
+    places = pc.index_in(pa.array(item_ids, pa.string()), value_set=pa.array(tokens, pa.string()))
+    if places.null_count:
+        unknown = pc.filter(pa.array(item_ids, pa.string()), pc.is_null(places))[0].as_py()
+        raise ArtifactError(
+            f"item {unknown!r} did not survive in RecBole", "an id RecBole can hold", "use ids without NUL characters"
+        )
+    return places.to_numpy(zero_copy_only=False).astype(np.int64) + 1

@@ -1,0 +1,206 @@
+"""The flag in a RecBole YAML: start SASRec, GRU4Rec or BERT4Rec from an embeddings folder.
+
+    item_embedding_init: path/to/embeddings   # the flag; without it RecBole stays as it is
+    item_embedding_column: fused              # fused | text | image
+    item_embedding_trainable: false           # false: frozen vectors behind a trained adapter; true: a trained table
+    item_embedding_missing: error             # error | mean | random: items without a vector
+    item_embedding_adapter: linear            # linear | two-linear | mlp: the layers between vector and recommender
+    item_embedding_pca: 256                   # the vectors' first principal components; left out: all of the vectors
+
+With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained adapter)
+and is then trained row by row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
+
+`vlm2rec train-recommender --config that.yaml` obeys these lines. A script that drives RecBole itself calls `install()`
+first; a relative folder is looked up from the working directory, as RecBole's own `data_path` is.
+
+Row i holds the vector of the item that RecBole calls i. Row 0, RecBole's padding, is zero. BERT4Rec's last row is its
+mask token: no item, so it keeps RecBole's random start and is trained in either mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm2rec.downstream.options import Adapter
+from vlm2rec.downstream.principal_components import principal_components
+from vlm2rec.downstream.recbole.item_embedding import ADAPTERS, ItemEmbedding, standardise
+from vlm2rec.downstream.table import read_in_order
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
+from vlm2rec.embedder.contract.storage import Location, location
+
+MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
+
+INIT = "item_embedding_init"
+COLUMN = "item_embedding_column"
+TRAINABLE = "item_embedding_trainable"
+MISSING = "item_embedding_missing"
+ADAPTER = "item_embedding_adapter"
+PCA = "item_embedding_pca"
+KEYS = (INIT, COLUMN, TRAINABLE, MISSING, ADAPTER, PCA)
+FILLS = ("error", "mean", "random")
+
+
+@dataclass(frozen=True)
+class EmbeddingStart:
+    """What the flag's lines say."""
+
+    folder: Location
+    column: str = schema.FUSED
+    trainable: bool = False
+    missing: str = "error"
+    adapter: Adapter = "linear"
+    pca: int | None = None
+
+
+def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
+    """Return what the `item_embedding_*` keys of RecBole settings say, or None where the flag is not set.
+
+    Raises:
+        ConfigError: an unknown `item_embedding_*` key, a value out of range, or keys without `item_embedding_init`.
+    """
+    given = {key: value for key, value in settings.items() if key.startswith("item_emb")}
+    for key in given:
+        if key not in KEYS:
+            raise ConfigError(
+                f"unknown setting {key!r}{did_you_mean(key, KEYS)}", f"one of {', '.join(KEYS)}", "correct or remove it"
+            )
+    if given.get(INIT) is None:
+        if given.keys() - {INIT}:
+            raise ConfigError(
+                f"{', '.join(sorted(given.keys() - {INIT}))} without {INIT}",
+                "an embeddings folder these settings apply to",
+                f"add `{INIT}: path/to/embeddings`, or remove them",
+            )
+        return None
+    return EmbeddingStart(
+        folder=location(_checked(given, INIT, lambda value: isinstance(value, str), "a path", None)),
+        column=_checked(given, COLUMN, lambda v: v in schema.VIEWS, f"one of {', '.join(schema.VIEWS)}", schema.FUSED),
+        trainable=_checked(given, TRAINABLE, lambda value: isinstance(value, bool), "true or false", False),
+        missing=_checked(given, MISSING, lambda value: value in FILLS, f"one of {', '.join(FILLS)}", "error"),
+        adapter=_checked(given, ADAPTER, lambda value: value in ADAPTERS, f"one of {', '.join(ADAPTERS)}", "linear"),
+        pca=_checked(given, PCA, _count_or_none, "a number of components from 1, or nothing", None),
+    )
+
+
+def _checked(given: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
+    value = given.get(key, default)
+    if not fits(value):
+        raise ConfigError(f"{key}: {value!r}", expected, "correct the value")
+    return value
+
+
+def _count_or_none(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def install() -> None:
+    """Make SASRec, GRU4Rec and BERT4Rec obey the flag. Without the flag in their config they stay RecBole's own.
+
+    The constructors are wrapped in place. A subclass would not do: RecBole looks default settings up by class name
+    and finds models by module path, and putting another class in a model's place breaks its `super(SASRec, self)`.
+    The table is put in after the model's own constructor, whose `_init_weights` overwrites whatever came before.
+    """
+    from recbole.utils import get_model
+
+    for name in MODELS:
+        model = get_model(name)
+        if not hasattr(model.__init__, "__wrapped__"):
+            model.__init__ = _obeying(model.__init__)
+
+
+def _obeying(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any, dataset: Any) -> None:  # noqa: N807
+        original(self, config, dataset)
+        start = read_flag(config.final_config_dict)
+        if start is not None:
+            start_from(self, start, item_tokens(dataset), seed=int(config["seed"]))
+
+    return __init__
+
+
+def item_tokens(dataset: Any) -> list[str]:
+    """Return the ids of RecBole's items in RecBole's order: entry i is item i + 1, as row 0 is the padding."""
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field][1:]]
+
+
+def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) -> None:
+    """Replace the item table of a RecBole model.
+
+    Sets `model.items_without_vector` to how many were filled, and `model.pca_explained` to the share of the vectors'
+    variance that `item_embedding_pca` kept, None without it.
+
+    Args:
+        model: has an `item_embedding` of at least len(tokens) + 1 rows.
+        start: the flag.
+        tokens: ids of items 1, 2, ...
+        seed: of the vectors that `missing: random` draws.
+    """
+    vectors, missing, explained = aligned_vectors(tokens, start, seed)
+    stock = model.item_embedding.weight.detach()
+    beyond = stock[len(tokens) + 1 :]  # BERT4Rec's mask token
+    adapter = ItemEmbedding(vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None, start.adapter)
+    if start.trainable:
+        with torch.no_grad():
+            model.item_embedding.weight.copy_(adapter.weight)
+    else:
+        model.item_embedding = adapter
+    model.items_without_vector, model.pca_explained = missing, explained
+
+
+def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tuple[Tensor, int, float | None]:
+    """Return standardised vectors with a zero row 0 for the padding, (len(tokens) + 1, d), how many were filled, and
+    the share of variance that `start.pca` kept.
+
+    Components are those of the items that are trained on, each once.
+
+    A `mean` fill has length 0 after centring, so these items all look the same; a `random` fill has a direction of its
+    own.
+
+    Raises:
+        ArtifactError: an item has no vector and the policy is `error`, a vector is not finite, or all are equal.
+        ConfigError: `start.pca` is more than the vectors have directions.
+    """
+    where = f"{start.folder}, column {start.column},"
+    vectors = torch.zeros(len(tokens) + 1, schema.dims_of(schema.read_manifest(start.folder))[start.column])
+    found = read_in_order(start.folder, start.column, tokens, vectors[1:].numpy())
+    if not found.any():
+        raise ArtifactError(
+            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
+        )
+    if start.missing == "error" and not found.all():
+        lacking = [tokens[i] for i in np.flatnonzero(~found)[:5]]
+        raise ArtifactError(
+            f"{start.folder} has no {start.column} vector for {int((~found).sum())} of {len(tokens)} items, among them"
+            f" {', '.join(map(repr, lacking))}",
+            "a vector for every item of the dataset",
+            f"export the dataset these items come from, or fill them with `{MISSING}: mean` (`--missing mean`)",
+        )
+    if not bool(vectors.sum().isfinite()) and not bool(vectors.isfinite().all()):  # a sum may overflow by itself
+        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
+    explained = None
+    if start.pca is not None:
+        known = vectors[1:].numpy()[found]
+        reduced, explained = principal_components(known, start.pca).project(known)
+        vectors = torch.zeros(len(tokens) + 1, start.pca)
+        vectors[torch.from_numpy(np.flatnonzero(found) + 1)] = torch.from_numpy(reduced).float()
+    standardise(vectors[1:], found, in_place=True)
+    if found.sum() > 1 and not vectors[:1000].any() and not vectors.any():
+        raise ArtifactError(
+            f"{where} has the same vector for every item",
+            "vectors that differ",
+            "look at the training of the adapter: its space has collapsed",
+        )
+    if start.missing == "random":
+        unknown = torch.from_numpy(np.flatnonzero(~found) + 1)
+        drawn = torch.randn(len(unknown), vectors.shape[1], generator=torch.Generator().manual_seed(seed))
+        vectors[unknown] = torch.nn.functional.normalize(drawn, dim=1)
+    return vectors, int((~found).sum()), explained

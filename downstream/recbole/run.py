@@ -1,0 +1,529 @@
+"""Train a sequential recommender in RecBole, from item ids or from an embeddings folder, and evaluate it (Task 2).
+
+Two kinds of data. A *dataset folder* of `vlm2rec prepare` is evaluated by our protocol: each user is scored once over
+all items, and ranked against the stored candidates and against the whole catalogue. A *RecBole dataset*, named in an
+ordinary RecBole YAML, is split and evaluated by RecBole as that YAML says; without the `item_embedding_*` lines this
+gives the figures of `run_recbole` bit for bit.
+
+The output folder holds checkpoint.pth (RecBole's format, the best epoch), metrics.json, users.parquet (dataset folder
+only), recbole.log and tensorboard/. metrics.json is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from vlm2rec.downstream.evaluation.protocol import _Rankings, _Task
+from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import plugin as recbole_plugin
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
+from vlm2rec.embedder.contract.storage import Location
+
+CHECKPOINT_FILE = "checkpoint.pth"
+METRICS_FILE = "metrics.json"
+USERS_FILE = "users.parquet"
+
+Settings = Path | Mapping[str, Any]
+_MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
+
+# With a dataset folder RecBole gets ready-made sequences: what would filter, relabel or re-split them is set to nothing
+_DATA_SETTINGS: dict[str, Any] = {
+    "dataset": "vlm2rec",  # not the real name: RecBole has settings of its own for names such as ml-100k
+    "data_path": "",
+    "benchmark_filename": None,
+    "additional_feat_suffix": None,
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+    "load_col": None,
+    "unload_col": None,
+    "unused_col": None,
+    "rm_dup_inter": None,
+    "val_interval": None,
+    "threshold": None,
+    "normalize_field": None,
+    "normalize_all": None,
+    "numerical_features": [],
+    "discretization": None,
+    "preload_weight": None,
+    "user_inter_num_interval": None,
+    "item_inter_num_interval": None,
+    "repeatable": True,
+}
+_SPLIT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch."""
+
+    number: int  # from 1
+    loss: float  # mean over batches
+    seconds: float
+    score: float | None  # RecBole's validation metric, in epochs that validate
+
+
+@dataclass
+class Course:
+    """What a training run was like."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """Sees the training go on."""
+
+    def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
+        """At most `epochs` epochs of `batches` batches are ahead."""
+
+    def batch(self) -> None:
+        """One more batch is done."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """One more epoch is done."""
+
+
+class Unwatched:
+    """A `Watcher` that looks away."""
+
+    def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
+        """See `Watcher`."""
+
+    def batch(self) -> None:
+        """See `Watcher`."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """See `Watcher`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained recommender."""
+
+    metrics: dict[str, Any]  # as in metrics.json
+    model: Any  # RecBole's model with the best epoch's parameters, in eval mode
+    config: Any  # RecBole's Config
+    folder: Path
+
+
+def run(
+    config: Settings | Sequence[Settings],
+    out: Path | str,
+    *,
+    data: Dataset | Location | str | None = None,
+    candidate_seeds: Sequence[int] = (),
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Train one recommender, write the output folder and return what came out.
+
+    Args:
+        config: a RecBole YAML, a mapping of RecBole's keys, or several of either, of which the later win.
+        out: output folder; one run each.
+        data: dataset folder; without it the settings name a RecBole dataset (`data_path`, `dataset`).
+        candidate_seeds: stored candidate sets to rank against; empty takes all.
+        device: auto (what RecBole takes), cpu, cuda or mps.
+        watcher: is told of batches and epochs.
+
+    Raises:
+        MissingDependencyError: RecBole is not installed.
+        ConfigError: a setting is unknown or RecBole refuses it, or the loss is not a number.
+        DataError: there is no such RecBole dataset.
+        ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other.
+    """
+    recbole_compat.require_recbole()
+    out = Path(out)
+    folder = data if isinstance(data, Dataset | None) else Dataset(data)
+    layers = [config] if isinstance(config, Path | Mapping) else list(config)
+    settings = _merged(layers)
+    _check(settings, folder)
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (METRICS_FILE, USERS_FILE, CHECKPOINT_FILE):
+        (out / stale).unlink(missing_ok=True)
+    with recbole_compat.cured(out):
+        recbole_config = _recbole_config(layers, settings, folder, out, device)
+        if recbole_plugin.read_flag(settings):
+            recbole_plugin.install()
+        trained = _train(recbole_config, folder, out, watcher or Unwatched())
+        users: list[pa.Table] = []
+        metrics = _describe(trained, recbole_config, settings, folder)
+        if folder is not None:
+            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
+            metrics |= ours
+    if users:
+        pq.write_table(pa.concat_tables(users), out / USERS_FILE)
+    schema.write_json(out / METRICS_FILE, metrics)
+    return Outcome(metrics, trained.model, recbole_config, out)
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+def _merged(layers: Sequence[Settings]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(read_settings(layer) if isinstance(layer, Path) else layer)
+    return merged
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a RecBole YAML as plain data, or raise `ConfigError`."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "a RecBole YAML", "check the path and the file") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}", "`key: value` lines", "mend the file")
+    return {str(key): value for key, value in (loaded or {}).items()}
+
+
+def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
+    model = settings.get("model")
+    if model not in recbole_plugin.MODELS:
+        raise ConfigError(
+            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), recbole_plugin.MODELS)}",
+            f"one of {', '.join(recbole_plugin.MODELS)}",
+            "give --model, or a `model:` line in the YAML",
+        )
+    recbole_plugin.read_flag(settings)
+    if folder is None and settings.get("dataset") is None:
+        raise ConfigError(
+            "no data is named",
+            "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
+            "add one of them",
+        )
+    asked = _eval_args(settings)
+    if folder is not None and not asked.items() <= ({"mode": asked.get("mode")} | _SPLIT).items():
+        raise ConfigError(
+            f"eval_args is {asked} beside a dataset folder",
+            f"{_SPLIT} and any mode: the folder fixes the validation and test items",
+            "leave `mode` only, or run without --data on a RecBole dataset",
+        )
+
+
+def _eval_args(settings: Mapping[str, Any]) -> dict[str, Any]:
+    asked = settings.get("eval_args") or {}
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"eval_args: {asked!r}", "a mapping with split, order, group_by, mode", "correct the YAML")
+    return dict(asked)
+
+
+def ignored_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Return the keys that have no effect beside a dataset folder, which is filtered and split already."""
+    return [key for key, value in _DATA_SETTINGS.items() if key in settings and settings[key] != value]
+
+
+def _recbole_config(
+    layers: Sequence[Settings], settings: Mapping[str, Any], folder: Dataset | None, out: Path, device: str
+) -> Any:
+    from recbole.config import Config
+
+    forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False}
+    if folder is not None:
+        forced |= _DATA_SETTINGS | {"eval_args": _SPLIT | {"mode": _eval_args(settings).get("mode", "full")}}
+    if needs_no_negatives(settings):
+        forced["train_neg_sample_args"] = None
+    if "gpu_id" not in settings and "CUDA_VISIBLE_DEVICES" in os.environ:
+        forced["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]  # RecBole would take the machine's first GPU
+    # Everything goes to RecBole in files: strings in its `config_dict` are handed to eval().
+    # JSON is YAML with all strings quoted, so that RecBole reads no number out of a path.
+    with tempfile.TemporaryDirectory() as temporary:
+        files = []
+        for number, layer in enumerate([*layers, forced]):
+            if isinstance(layer, Path):
+                if not read_settings(layer):
+                    continue  # RecBole cannot read a YAML without keys
+                files.append(str(layer))
+            else:
+                file = Path(temporary) / f"{number}.yaml"
+                file.write_text(json.dumps(dict(layer), default=str), encoding="utf-8")
+                files.append(str(file))
+        with _refusals("the settings"):
+            config = Config(config_file_list=files)
+    if device != "auto":
+        config["device"] = _usable_device(device)
+    return config
+
+
+def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
+    """Return whether a run adds `train_neg_sample_args: null`, without which RecBole stops at cross-entropy."""
+    recbole_compat.require_recbole()
+    import recbole
+
+    path = Path(recbole.__file__).parent / "properties" / "model" / f"{settings.get('model')}.yaml"
+    return path.is_file() and recbole_compat.without_negative_sampling(settings, read_settings(path))
+
+
+def _usable_device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name.partition(":")[0], False):
+        raise ConfigError(
+            f"device {name!r} is not available here",
+            f"one of {', '.join(kind for kind, found in there.items() if found)}, or auto",
+            "change --device",
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn RecBole's ways to complain about its input into a `ConfigError`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"RecBole refuses {what}: {error}", "what RecBole 1.2.1 documents", "correct the YAML"
+        ) from error
+
+
+# --- training -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Trained:
+    model: Any
+    tokens: list[str]
+    course: Course
+    recbole: dict[str, float]
+    users: int
+    items: int
+
+
+def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> _Trained:
+    """Do what `run_recbole` does, in the same order: the random numbers drawn are the same."""
+    from recbole.data import data_preparation
+    from recbole.data.transform import construct_transform
+    from recbole.utils import get_model, get_trainer, init_seed
+
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = _dataset(config, folder)
+    with _refusals("the data"):
+        train_data, valid_data, test_data = data_preparation(config, dataset)
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    with _refusals("the model's settings"):
+        model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    # run_recbole counts FLOPs here, and on the way masks one row at random for BERT4Rec
+    construct_transform(config)(dataset, dataset[torch.tensor([1])])
+    course = Course()
+    trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, course, watcher)
+    watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
+    begin = time.perf_counter()
+    trainer.fit(train_data, valid_data, show_progress=False)
+    course.seconds = time.perf_counter() - begin
+    best = recbole_compat.load_own_checkpoint(out / CHECKPOINT_FILE, config["device"])
+    model.load_state_dict(best["state_dict"])
+    model.load_other_parameter(best.get("other_parameter"))
+    figures = trainer.evaluate(test_data, load_best_model=False) or {}
+    model.eval()
+    return _Trained(
+        model,
+        recbole_plugin.item_tokens(dataset),
+        course,
+        {name: float(value) for name, value in figures.items()},
+        dataset.user_num - 1,
+        dataset.item_num - 1,
+    )
+
+
+def _dataset(config: Any, folder: Dataset | None) -> Any:
+    from vlm2rec.downstream.recbole.dataset import FolderDataset
+
+    if folder is not None:
+        return FolderDataset(config, folder)
+    from recbole.data import create_dataset
+
+    path = Path(config["data_path"])
+    if not path.is_dir():  # RecBole would ask on the terminal whether to download it
+        raise DataError(
+            f"there is no folder {path}",
+            f"RecBole's atomic files, {config['dataset']}.inter first of all",
+            "correct `data_path` and `dataset` in the YAML",
+        )
+    with _refusals("the data"):
+        return create_dataset(config)
+
+
+def _watched(trainer: Any) -> Any:
+    """Return RecBole's trainer class, made to report and to keep its checkpoint at one place."""
+
+    class Watched(trainer):
+        def __init__(self, config: Any, model: Any, out: Path, course: Course, watcher: Watcher) -> None:
+            super().__init__(config, model)
+            # RecBole names checkpoints by model and second: two runs could overwrite each other
+            self.saved_model_file = str(out / CHECKPOINT_FILE)
+            self.course, self.watcher = course, watcher
+            self.batches = 0
+            self.began = 0.0
+
+        def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self.batches, self.began = 0, time.perf_counter()
+            kwargs["loss_func"] = self._counted_loss
+            try:
+                loss = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
+            except ValueError as error:
+                if "loss is nan" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"the training loss of epoch {epoch_idx + 1} is not a number",
+                    "a finite loss",
+                    "lower the learning rate, or look for extreme values in the embeddings",
+                ) from None
+            total = sum(loss) if isinstance(loss, tuple) else loss
+            self.course.epochs.append(
+                Epoch(epoch_idx + 1, total / max(1, self.batches), time.perf_counter() - self.began, None)
+            )
+            if (epoch_idx + 1) % self.eval_step:
+                self.watcher.epoch(self.course.epochs[-1])
+            return loss
+
+        def _counted_loss(self, interaction: Any) -> Any:
+            self.batches += 1
+            self.watcher.batch()
+            return self.model.calculate_loss(interaction)
+
+        def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+            score, result = super()._valid_epoch(*args, **kwargs)
+            last = self.course.epochs[-1]
+            self.course.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
+            self.watcher.epoch(self.course.epochs[-1])
+            return score, result
+
+        def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
+            final = Path(self.saved_model_file)
+            temporary = final.with_name(f".{final.name}.tmp")
+            super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(temporary))
+            temporary.replace(final)
+            self.course.best_epoch = epoch + 1
+
+    return Watched
+
+
+def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folder: Dataset | None) -> dict[str, Any]:
+    start = recbole_plugin.read_flag(settings)
+    course = trained.course
+    return {
+        "task": 2,
+        "dataset": config["dataset"] if folder is None else folder.name,
+        "model": config["model"],
+        "start": "id" if start is None else start.column,
+        "mode": None if start is None else ("table" if start.trainable else "adapter"),
+        "adapter": None if start is None else start.adapter,
+        "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
+        "embeddings": None if start is None else str(start.folder),
+        "users": trained.users,
+        "items": trained.items,
+        "missing": getattr(trained.model, "items_without_vector", 0),
+        "seed": config["seed"],
+        "seeds": [],
+        "candidates": None,
+        "candidates_std": None,
+        "full": None,
+        "tail": None,
+        "popularity": None,
+        "recbole": trained.recbole,
+        "epochs": len(course.epochs),
+        "best_epoch": course.best_epoch,
+        "seconds": round(course.seconds, 3),
+        "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
+        "curve": [
+            {"epoch": e.number, "loss": e.loss, config["valid_metric"]: e.score, "seconds": round(e.seconds, 3)}
+            for e in course.epochs
+        ],
+    }
+
+
+def _reduction(model: Any, components: int) -> dict[str, Any]:
+    return {"components": components, "explained": round(model.pca_explained, 6)}
+
+
+# --- our protocol -------------------------------------------------------------------------------------------
+def evaluate(
+    model: Any, config: Any, folder: Dataset, tokens: list[str], seeds: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[pa.Table]]:
+    """Rank each user's test item against the stored candidates of `seeds` and against the whole catalogue.
+
+    A user is encoded and scored once, however many rankings follow. Popularity (how often an item occurs in the
+    training sequences) is ranked beside the model by the same code.
+
+    Args:
+        model: a trained RecBole model with `full_sort_predict`.
+        config: its RecBole Config.
+        folder: dataset folder.
+        tokens: ids of RecBole's items 1, 2, ...
+        seeds: candidate seeds; empty takes all stored ones.
+
+    Returns:
+        (keys of metrics.json, tables for users.parquet).
+    """
+    from vlm2rec.downstream.recbole.dataset import recbole_ids
+
+    seeds = list(seeds) or folder.candidate_seeds
+    task = _Task(folder, {seed: folder.negatives(seed) for seed in seeds})
+    rankings, popular = _Rankings(task), _Rankings(task)
+    frequency = folder.train_frequency().astype(np.float32)
+    numbers = recbole_ids(tokens, folder.item_ids)
+    for part, scores in user_scores(model, config, folder, numbers):
+        rankings.add(part, scores)
+        popular.add(part, np.broadcast_to(frequency, scores.shape))
+    popularity = popular.means()
+    return rankings.means() | {"seeds": seeds, "popularity": popularity}, rankings.tables()
+
+
+def user_scores(
+    model: Any, config: Any, folder: Dataset, numbers: np.ndarray, max_scores: int = _MAX_SCORES
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield (users, scores (users, I) float32) block by block; column i is row i of `items.parquet`.
+
+    Args:
+        model: a trained RecBole model, in eval mode.
+        config: its RecBole Config.
+        folder: dataset folder; a history is a user's training sequence and validation item, cut to RecBole's length.
+        numbers: RecBole's number of each item, (I,).
+        max_scores: scores held in memory at a time.
+    """
+    from recbole.data.interaction import Interaction
+
+    longest = int(config["MAX_ITEM_LIST_LENGTH"])
+    valid = folder.histories("valid").targets
+    lists, lengths = _padded(folder.train_sequences(), valid, numbers, longest)
+    columns = torch.from_numpy(numbers).to(config["device"])
+    at_once = max(1, max_scores // len(numbers))
+    for start in range(0, len(lengths), at_once):
+        part = slice(start, min(start + at_once, len(lengths)))
+        rows = Interaction(
+            {
+                config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]: torch.from_numpy(lists[part]),
+                config["ITEM_LIST_LENGTH_FIELD"]: torch.from_numpy(lengths[part]),
+            }
+        )
+        with torch.no_grad():
+            scores = model.full_sort_predict(rows.to(config["device"])).view(part.stop - part.start, -1)
+            yield part, scores[:, columns].float().cpu().numpy()
+
+
+def _padded(
+    train: Sequence[np.ndarray], valid: np.ndarray, numbers: np.ndarray, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return histories as RecBole wants them, (U, longest) right-padded with 0, and their lengths (U,)."""
+    lists = np.zeros((len(train), longest), np.int64)
+    lengths = np.empty(len(train), np.int64)
+    for user, (sequence, item) in enumerate(zip(train, valid, strict=True)):
+        recent = numbers[np.append(sequence[-longest:], item)[-longest:]]
+        lists[user, : len(recent)] = recent
+        lengths[user] = len(recent)
+    return lists, lengths

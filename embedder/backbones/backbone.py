@@ -1,0 +1,446 @@
+"""A vision-language or text model as an encoder: prompts in, one vector each out. One path for all families.
+
+The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
+packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state or
+the mean of all.
+The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
+A causal text model takes the same path with text prompts alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+
+from vlm2rec.embedder.backbones import modality, packing
+from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet_if
+from vlm2rec.embedder.backbones.families import image_tokens, load_processor, neutralise
+from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.options import DeviceName, DtypeName, Pooling, PromptMode
+from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, render
+
+# The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
+# so a list of bare names would adapt them silently. Text models have their layers right below `model`.
+ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+_FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower says of one image: n merged tokens of width d."""
+
+    tokens: Tensor  # (n, d)
+    deepstack: tuple[Tensor, ...]  # one (n, d) for each early layer Qwen3-VL feeds; empty for the others
+    grid: Tensor | None  # (3,) frames, rows, columns of patches, for M-RoPE; None for families without it
+
+    def to(self, device: torch.device) -> ImageFeatures:
+        """Return the features on a device; the grid stays on the CPU, where positions are computed."""
+        return ImageFeatures(self.tokens.to(device), tuple(layer.to(device) for layer in self.deepstack), self.grid)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deepstack))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """An image as the vision tower takes it: resized, cut up, and normalised unless the device does that."""
+
+    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families that cut the image up; uint8 if not normalised
+    grid: Tensor | None  # (1, 3) frames, rows, columns of patches
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids, with the features of its images in the order of their tokens."""
+
+    ids: list[int]
+    images: tuple[ImageFeatures, ...] = ()
+    shared: int = 0  # leading tokens that every prompt of this kind starts with
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Backbone:
+    """A model, its processor, and the few steps from prompts to vectors. Use `Backbone.load`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompt_mode: PromptMode = "raw",
+        max_title_tokens: int = 64,
+        pooling: Pooling = "last",
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.prompt_mode: PromptMode = prompt_mode
+        self.max_title_tokens = max_title_tokens
+        self.pooling: Pooling = pooling
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self._starts: dict[str, tuple[int, ...]] = {}
+        self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] | None = None
+        packing.prepare(model, self.language_model)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        prompt_mode: PromptMode = "raw",
+        max_pixels: int = 224 * 224,
+        max_title_tokens: int = 64,
+        pooling: Pooling = "last",
+        dtype: DtypeName | torch.dtype = "float32",
+        device: DeviceName | torch.device = "auto",
+    ) -> Backbone:
+        """Load a backbone from a hub id or a local folder, in evaluation mode and without gradients.
+
+        Raises:
+            ModelError: no such model, unknown family, or weights that do not fit the config.
+            ConfigError: the device is not there, or chat mode without a chat template.
+        """
+        processor = load_processor(source, revision, max_pixels)
+        if prompt_mode == "chat" and not processor.chat_template:
+            raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
+        place = device if isinstance(device, torch.device) else pick_device(device)
+        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
+        text_only = processor.family.text_only
+        loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+        try:
+            with quiet_if(Path(source).is_dir()):
+                model, info = loader.from_pretrained(
+                    source,
+                    revision=revision or "main",
+                    dtype=number,
+                    trust_remote_code=False,
+                    use_safetensors=True,  # the other format is a pickle
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"the weights of {source!r} cannot be loaded ({text})",
+                "safetensors weights that fit its config.json",
+                "download the model folder again",
+            ) from error
+        # text encoders are often published without the head, which is never used here
+        missing = sorted(key for key in info["missing_keys"] if not (text_only and key.startswith("lm_head.")))
+        if missing:
+            raise ModelError(
+                f"{source!r} lacks {len(missing)} weights, among them {missing[0]}",
+                "a complete model",
+                "download the model folder again",
+            )
+        model.requires_grad_(False).eval().to(place)
+        return cls(model, processor, prompt_mode, max_title_tokens, pooling)
+
+    @property
+    def body(self) -> Any:
+        """The model without its language-model head; LoRA layers live inside it."""
+        return self.model.model
+
+    @property
+    def language_model(self) -> Any:
+        """The layers that LoRA adapts: the body without the vision tower; of a text model the body itself."""
+        return getattr(self.body, "language_model", self.body)
+
+    def adapted_layers(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of the language model that adapters change, by their names in `model`.
+
+        Raises:
+            ModelError: there are none under the names that all supported families use.
+        """
+        found = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and re.fullmatch(ADAPTED_LAYERS, name)
+        }
+        if not found:
+            raise ModelError(
+                "there is nothing to adapt in this backbone",
+                f"linear layers whose names match {ADAPTED_LAYERS}",
+                "choose a backbone of a supported family",
+            )
+        return found
+
+    @property
+    def dim(self) -> int:
+        """Length d of a vector: the language model's hidden size."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that stands for one merged image token."""
+        return int(self.processor.image_token_id)
+
+    def prepare_title(self, title: str) -> tuple[str, bool]:
+        """Return the title as it may stand in a prompt, and whether it was cut to `max_title_tokens`.
+
+        White space is folded and special tokens are broken up, so that a title can neither end the prompt nor ask for
+        an image; cutting happens between tokens of the title alone, so image tokens are never cut.
+        """
+        # a very long title is cut by characters first: tokenising 100,000 of them only to drop them is wasted work
+        text = " ".join(title.replace("\0", " ").split())[: 64 * self.max_title_tokens]
+        text = neutralise(self.tokenizer, text)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places, most = encoding["offset_mapping"], self.max_title_tokens
+        if len(places) <= most:
+            return text, False
+        while most > 0 and places[most][0] < places[most - 1][1]:  # in the middle of a character of several bytes
+            most -= 1
+        return text[: places[most - 1][1] if most else 0].rstrip(), True
+
+    def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
+        """Return the prompt's token ids, with as many image tokens for each image as it has features."""
+        text = render(prompt, self.prompt_mode, self.processor)
+        if images:
+            first, *rest = text.split(self.processor.image_token)
+            if len(rest) != len(images):
+                raise ValueError(f"the prompt has room for {len(rest)} images, {len(images)} were given")
+            start = getattr(self.processor, "start_image_token", "")  # InternVL marks an image's ends itself
+            end = getattr(self.processor, "end_image_token", "")
+            token = self.processor.image_token
+            text = first + "".join(
+                f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
+            )
+        ids = self._ids(text)
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if len(ids) > limit:
+            note = getattr(self.processor.family, "note", "")
+            raise ConfigError(
+                f"a prompt of {len(images)} images and {len(ids)} tokens{f' ({note})' if note else ''}",
+                f"at most {limit} tokens, the positions of this backbone",
+                "prepare the data with a smaller --max-history, or choose another backbone",
+            )
+        return EncodedPrompt(ids, tuple(images), self._shared(prompt, ids))
+
+    def _ids(self, text: str) -> list[int]:
+        # a chat template may have written the begin-of-sequence token already; the tokenizer must not add another
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+    def _shared(self, prompt: Prompt, ids: list[int]) -> int:
+        """Return how many leading tokens are the same in every prompt of this kind."""
+        first = prompt[0] or ""
+        if first in CONSTANT_STARTS:  # everything before the first image; after an empty title there is none
+            image = getattr(self.processor, "image_token_id", None)
+            return ids.index(image) if image in ids else 0
+        start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
+        if start is None:
+            return 0
+        if start not in self._starts:
+            # what follows may join the last letters of the start in one token, so the start is looked for, not cut off
+            texts = (render((start + title,), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
+            self._starts[start] = common_start([self._ids(text) for text in texts])
+        known = self._starts[start]
+        return len(known) if tuple(ids[: len(known)]) == known and len(known) < len(ids) else 0
+
+    def patch(self, image: Image.Image) -> Patches:
+        """Return an RGB image as the vision tower takes it, on the CPU. Safe to call from threads."""
+        as_read = {"do_rescale": False, "do_normalize": False} if self.normalises_on_device else {}
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt", **as_read)
+        values = inputs["pixel_values"]
+        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"))
+
+    @property
+    def normalises_on_device(self) -> bool:
+        """Whether images travel to the device as bytes, a quarter of what they are in float32."""
+        own = self.processor.image_processor
+        return self.device.type == "cuda" and bool(own.do_rescale and own.do_normalize)
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        """Return uint8 patches or images as (x / 255 − mean) / deviation of their colour, in float32."""
+        own = self.processor.image_processor
+        mean, deviation = (torch.tensor(c, device=values.device)[:, None] for c in (own.image_mean, own.image_std))
+        colours = values.view(len(values), len(mean), -1)  # they come first, in patches and in images
+        return ((colours * own.rescale_factor - mean) / deviation).view_as(values)
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+        """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
+        features: list[ImageFeatures] = []
+        step = IMAGES_AT_ONCE[self.device.type]
+        with IndependentRows():  # what is kept of an image must not depend on those it was looked at with
+            for start in range(0, len(images), step):
+                for found in in_halves(self.look_at_once, images[start : start + step], lambda _: "an image"):
+                    features += found
+        return features
+
+    def look_at_once(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+        """Run the vision tower over RGB images in one call.
+
+        Unlike `look`, gradients flow to the tower where its weights are trainable and grad mode is on.
+        """
+        patched = [image if isinstance(image, Patches) else self.patch(image) for image in images]
+        values = torch.cat([each.values for each in patched])
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # copied while the GPU still works on the images before
+        values = values.to(self.device, non_blocking=True)
+        if values.dtype == torch.uint8:
+            values = self._normalised(values)
+        inputs = {"pixel_values": values.to(self.model.dtype)}
+        if patched[0].grid is not None:
+            inputs["image_grid_thw"] = torch.cat([each.grid for each in patched if each.grid is not None]).to(
+                self.device
+            )
+        output = self.body.get_image_features(**inputs, return_dict=True)
+        grids = inputs.get("image_grid_thw")
+        deepstack = getattr(output, "deepstack_features", None) or ()  # layers of tuples, one tensor an image
+        # cloned: the parts are views of one buffer, and keeping one image must not keep its whole batch
+        return [
+            ImageFeatures(
+                tokens.clone(),
+                tuple(layer[i].clone() for layer in deepstack),
+                None if grids is None else grids[i].cpu(),
+            )
+            for i, tokens in enumerate(output.pooler_output)
+        ]
+
+    def share_prefixes(self, share: bool = True) -> None:
+        """From now on encode the start of each kind of prompt once, or every time: while weights change.
+
+        To be called again when a weight has changed.
+        """
+        self._prefixes = {} if share else None
+
+    def forget_prefixes(self) -> None:
+        """Encode the starts of prompts anew from here on, if they are shared: weights have changed."""
+        self.share_prefixes(self._prefixes is not None)
+
+    def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Return the vector of each prompt, (B, d).
+
+        With pooling `last` that is the final-layer state of its last token, in the model's dtype (Eq. 1), with `mean`
+        the mean state of all its tokens, those of the instruction among them, in float32 (SDA). The prompts lie in one
+        packed row: none of them changes another's vector. Gradients flow to the language model's trainable weights if
+        there are any and grad mode is on.
+        """
+        if self._prefixes is None or torch.is_grad_enabled():
+            return self._encode_packed(prompts, None)
+        by_start: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
+        vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
+        place = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
+        found = torch.cat(vectors)
+        return torch.empty_like(found).index_copy_(0, place, found)
+
+    def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
+        """Encode prompts that all begin with `start`, whose keys and values are made once."""
+        shared = len(start) if start else 0
+        ids, mask = self._pad(prompts)
+        images = [image for prompt in prompts for image in prompt.images]
+        positions = self._positions(ids, mask, images)[..., shared:]
+        own = mask[:, shared:] == 1  # (B, T - shared)
+        row = ids[:, shared:][own][None]  # (1, T)
+        arguments: dict[str, Any] = {"position_ids": positions[..., own].unsqueeze(-2)}  # (3, 1, T) or (1, T)
+        if start:
+            arguments["past_key_values"] = self._prefix(start).cache()
+        layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device, self.pooling == "mean")
+        found = self._pooled(layout, row, images, **arguments)
+        if self.pooling == "last":
+            return found
+        if start:
+            found = found + self._prefix(start).pooled
+        return found / mask.sum(dim=1, keepdim=True)
+
+    def _pooled(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
+        """Run the language model over a packed row of token ids, (1, T), with its images' tokens in their places.
+
+        Returns each prompt's last state or, with mean pooling, the sum of its states, (n, d).
+
+        The language model is called itself: how the models around it take features of images that were looked at
+        before has changed from release to release of transformers, and what is not known there is silently ignored.
+        """
+        embedded = self.language_model.get_input_embeddings()(row)  # (1, T, d)
+        if images:
+            place = row == self.image_token_id  # (1, T)
+            tokens = torch.cat([image.tokens for image in images]).to(embedded)
+            if int(place.sum()) != len(tokens):
+                raise ValueError(f"the prompts have room for {int(place.sum())} image tokens, {len(tokens)} were given")
+            embedded = embedded.masked_scatter(place.unsqueeze(-1), tokens)
+            if images[0].deepstack:
+                arguments["visual_pos_masks"] = place
+                arguments["deepstack_visual_embeds"] = [
+                    torch.cat(layer).to(embedded) for layer in zip(*(image.deepstack for image in images), strict=True)
+                ]
+        with packing.packed(layout) as keywords:
+            output = self.language_model(
+                inputs_embeds=embedded, use_cache=False, return_dict=True, **arguments, **keywords
+            )
+        states: Tensor = output.last_hidden_state[0]
+        if self.pooling == "mean":
+            return layout.sums(states)
+        return states if len(states) == len(layout.lengths) else states[layout.last]
+
+    def _prefix(self, start: tuple[int, ...]) -> Prefix:
+        assert self._prefixes is not None
+        key = modality.current(), start  # an adapter may have other weights for another modality
+        if key not in self._prefixes:
+            cache = DynamicCache()
+            row = torch.tensor([start], device=self.device)
+            place = torch.arange(len(start), device=self.device)[None]
+            layout = Layout((len(start),), 0, self.device, self.pooling == "mean")
+            pooled = self._pooled(layout, row, (), position_ids=place, past_key_values=cache)
+            self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
+        return self._prefixes[key]
+
+    def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask as a padded batch, (B, T) each: what positions are computed from."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self.pad_id)  # (B, T)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt.ids)
+            mask[row, : len(prompt)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _positions(self, ids: Tensor, mask: Tensor, images: Sequence[ImageFeatures]) -> Tensor:
+        """Return explicit positions: (3, B, T) under M-RoPE, else (B, T)."""
+        plain = (mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
+        if not images or images[0].grid is None or not hasattr(self.body, "get_rope_index"):
+            return plain
+        # without the token types M-RoPE silently falls back to one-dimensional positions
+        types = ((ids == self.image_token_id) & (mask == 1)).int()
+        grids = torch.stack([image.grid for image in images if image.grid is not None])
+        positions, _ = self.body.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+        return positions
+
+    @property
+    def image_layers(self) -> int:
+        """How many layers of tokens an image has: the merged ones, and those that Qwen3-VL feeds to early layers."""
+        return 1 + len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+    def image_length(self, width: int, height: int) -> int:
+        """Return how many tokens an image of that size becomes."""
+        return image_tokens(self.processor, width, height)
+
+
+def pick_token_budget(backbone: Backbone) -> int:
+    """Return how many tokens to pack in one row: what keeps the device busy and fits into its memory."""
+    if backbone.device.type != "cuda":
+        return 4096  # more is no faster
+    free, _ = torch.cuda.mem_get_info(backbone.device)
+    text = backbone.model.config.get_text_config()
+    # between two layers: gate, up and their product, then queries, keys, values, residuals and their copies
+    per_token = backbone.model.dtype.itemsize * (4 * text.intermediate_size + 12 * text.hidden_size)
+    return max(1024, min(16_384, int(0.3 * free) // per_token))

@@ -1,0 +1,142 @@
+"""Which device and number format a model runs in, and what a device can hold at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from transformers.utils import logging
+
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.options import DeviceName, DtypeName
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+# images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
+IMAGES_AT_ONCE = {"cpu": 4, "mps": 32, "cuda": 64}
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int, padded: bool = True) -> Iterator[list[int]]:
+    """Yield lists of positions whose size stays within `budget` tokens, shortest prompts first.
+
+    The size is the padded one, `count × longest`, or without padding the sum of the lengths. A prompt longer than the
+    budget comes alone. Neighbours have nearly the same length, so little is padded.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[position]
+        size = length * (len(batch) + 1) if padded else tokens + length
+        if batch and size > budget:
+            yield batch
+            batch, size = [], length
+        batch.append(position)
+        tokens = size
+    if batch:
+        yield batch
+
+
+@contextmanager
+def quiet_if(local: bool) -> Iterator[None]:
+    """Hide transformers' progress bars for a local model; a download should show its own."""
+    shown = logging.is_progress_bar_enabled()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if local and shown:
+            logging.enable_progress_bar()
+
+
+def in_halves(
+    work: Callable[[Sequence[T]], R],
+    batch: Sequence[T],
+    named: Callable[[T], str],
+    smaller: Callable[[Sequence[T]], None] = lambda batch: None,
+) -> list[R]:
+    """Return what `work` makes of a batch, in parts where the device's memory does not suffice for the whole.
+
+    Args:
+        work: done without gradients; what is kept for them would not become less.
+        batch: in order.
+        named: what one of them is, for the message.
+        smaller: told of each batch that was too large.
+
+    Raises:
+        ModelError: a single one does not fit.
+    """
+    try:
+        return [work(batch)]
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or not _out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise ModelError(
+                f"the memory of the device does not suffice for {named(batch[0])} beside the model",
+                "room for the model and one prompt",
+                "use --dtype bfloat16, a smaller --max-pixels or backbone, or a larger device",
+            ) from None
+    torch.cuda.empty_cache()
+    smaller(batch)
+    half = len(batch) // 2
+    return [found for part in (batch[:half], batch[half:]) for found in in_halves(work, part, named, smaller)]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch has no type of its own for what its allocator on the CPU raises
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def pick_device(name: DeviceName) -> torch.device:
+    """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    One of several processes that a launcher started takes the GPU that the launcher has numbered for it.
+    """
+    there: dict[DeviceName, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(key for key, value in there.items() if value)
+    if not there[name]:
+        raise ConfigError(
+            f"device {name!r} is not available in this torch ({torch.__version__})",
+            f"one of {', '.join(key for key, value in there.items() if value)}",
+            "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is there",
+        )
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name != "cuda" or local_rank is None:
+        return torch.device(name)
+    if int(local_rank) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this is process {local_rank}, counted from 0, of a machine with {torch.cuda.device_count()} GPUs",
+            "a GPU for every process",
+            "launch as many processes as there are GPUs, or give --device cpu",
+        )
+    return torch.device("cuda", int(local_rank))
+
+
+def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; `auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and _cpu_multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # private in torch, but the only place that asks the processor itself
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)

@@ -1,0 +1,359 @@
+"""The processors of the model families: tokenizer and image processor, the same pixels on every machine.
+
+Images always go through the PIL backend. torchvision's own resize differs in the third decimal, so a table exported
+on a machine that has torchvision would not quite fit one exported on a machine that has none; and the release for
+CPU is often missing or broken. transformers' AutoProcessor insists on torchvision for the video part of four
+families, which nobody needs here: the family's own processor is put together without it.
+Causal text models have a tokenizer only; `TextProcessor` lets them take the same path.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families, as data. A new family is one more row of `FAMILIES`."""
+
+    model_type: str
+    processor: str  # class name in transformers
+    placeholder: str  # stands for one image in a prompt, wrapped as the family's chat template wraps it
+    area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
+    note: str = ""  # said to the user when the family is loaded
+    text_only: bool = False  # a causal text model: no images, no processor
+
+
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("qwen2_vl", "Qwen2VLProcessor", _QWEN_IMAGE, area_budget=True),
+        Family("qwen2_5_vl", "Qwen2_5_VLProcessor", _QWEN_IMAGE, area_budget=True),
+        Family("qwen3_vl", "Qwen3VLProcessor", _QWEN_IMAGE, area_budget=True),
+        # the processor adds <img> and </img> itself
+        Family("internvl", "InternVLProcessor", "<IMG_CONTEXT>", area_budget=False),
+        Family(
+            "llava",
+            "LlavaProcessor",
+            "<image>",
+            area_budget=False,
+            note="LLaVA-1.5 spends 576 tokens on an image: more than seven images overflow its 4,096 positions",
+        ),
+    )
+}
+
+# causal text models whose layers have the names of Llama's
+TEXT_FAMILIES: Mapping[str, Family] = {
+    model_type: Family(model_type, processor="", placeholder="", area_budget=False, text_only=True)
+    for model_type in ("qwen2", "qwen3", "llama", "mistral")
+}
+
+_MODEL_FOLDER = (
+    "a model folder with config.json, weights, tokenizer.json and preprocessor_config.json or processor_config.json"
+)
+_TOKENIZER_AGAIN = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
+_SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least the bytes
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """What a causal text model has in place of a processor."""
+
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's template, the default one if it has several by name; None without one."""
+        template: Any = self.tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        """Apply the template to messages whose contents are lists of text parts: text models take one string each."""
+        plain = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]
+        return self.tokenizer.apply_chat_template(plain, **options)
+
+
+def load_processor(
+    source: str | Path, revision: str | None = None, max_pixels: int = 224 * 224
+) -> ProcessorMixin | TextProcessor:
+    """Return the family's own processor, without its video part, on the PIL backend.
+
+    Args:
+        source: Local model folder or Hugging Face hub id.
+        revision: Revision of a hub model.
+        max_pixels: Largest image area in pixels for families with an area budget; a smaller limit of the model's own
+            processor wins. Families of fixed image size ignore it.
+
+    The result has the attribute `family`; of a causal text model it is a `TextProcessor`. Code of the model repository
+    is never run.
+
+    Raises:
+        ModelError: no such model, an unknown family, or a tokenizer or image processor that does not belong to it.
+        ConfigError: `max_pixels` is smaller than one token of the model.
+    """
+    import transformers
+
+    source = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+    family = family_of(source, revision)
+    _require_files(Path(source), family)
+    where = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+        if family.text_only:
+            return _checked_text(TextProcessor(tokenizer, family), str(source))
+        family_class = getattr(transformers, family.processor)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **where)
+        settings, _ = family_class.get_processor_dict(source, revision=revision or "main")
+        settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
+        _set_image_size(image_processor, family, max_pixels)
+        processor = _without_video(family)(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"the tokenizer or image processor of {source!r} cannot be loaded ({_first_line(error)})",
+            f"{_MODEL_FOLDER} of a {family.model_type} model",
+            "download the whole model folder again, with all its .json files",
+        ) from error
+    _check(processor, source)
+    return processor
+
+
+def family_of(source: str | Path, revision: str | None = None) -> Family:
+    """Return the family of a local model folder or hub id; reads `config.json` only.
+
+    Raises:
+        ModelError: no such folder or hub model, no readable `config.json`, or a `model_type` that is none of
+            `FAMILIES` and `TEXT_FAMILIES`.
+    """
+    model_type = str(read_model_config(source, revision).get("model_type"))
+    known = {**FAMILIES, **TEXT_FAMILIES}
+    if model_type not in known:
+        hint = did_you_mean(model_type, known)
+        raise ModelError(
+            f"{source} is a model of type {model_type!r}{hint}",
+            f"one of {', '.join(FAMILIES)}, or for --views text one of {', '.join(TEXT_FAMILIES)}",
+            "choose a vision-language model of one of these families; of InternVL the repositories whose names end"
+            " in -hf",
+        )
+    return known[model_type]
+
+
+def read_model_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Return `config.json` of a local model folder or hub id as a plain dict.
+
+    Raises:
+        ModelError: no such folder or hub model, or no readable `config.json`.
+    """
+    source = str(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _local_config(folder)
+    if folder.exists():
+        raise ModelError(f"{source} is a file", _MODEL_FOLDER, "give the folder that holds it")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise ModelError(
+            f"the model folder {source} does not exist",
+            f"{_MODEL_FOLDER}, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct",
+            "check the path",
+        )
+    return _hub_config(source, revision)
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(
+            f"{folder} is an adapter folder, not a model" if adapter else f"{folder} has no config.json",
+            _MODEL_FOLDER,
+            "give it as --adapter and its base model as --backbone" if adapter else "check the path",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file} is not readable JSON ({error})", _MODEL_FOLDER, "download the model again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds a {type(config).__name__}", _MODEL_FOLDER, "download the model again")
+    return config
+
+
+def _hub_config(source: str, revision: str | None) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source!r} is no folder here, and no model of that name can be fetched from the Hugging Face hub"
+            f" ({_first_line(error)})",
+            "a local model folder, or a hub id that this machine can reach or has in its cache",
+            f"check the spelling{' and the revision' if revision else ''}; without a network run"
+            f" `hf download {source}` on a machine that has one and pass the folder; for a gated model log in first",
+        ) from error
+    return dict(config)
+
+
+def _require_files(folder: Path, family: Family) -> None:
+    """Name what a local model folder lacks; a hub id, which is no folder here, passes."""
+    tokenizer = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    images = ("preprocessor_config.json", "processor_config.json")
+    for names in (tokenizer,) if family.text_only else (tokenizer, images):
+        if folder.is_dir() and not any((folder / name).is_file() for name in names):
+            raise ModelError(f"{folder} has no {names[0]}", _MODEL_FOLDER, "download the whole model folder again")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def _accepted(family_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Keep what the processor's constructor takes, without the parts that were loaded one by one."""
+    parts = {"image_processor", "tokenizer", "video_processor"}
+    names = set(inspect.signature(family_class.__init__).parameters) - parts
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> None:
+    if not family.area_budget:
+        # InternVL would cut an image into up to twelve tiles of 256 tokens; with one tile allowed it never does,
+        # whichever of the two attributes a release of transformers looks at first
+        if hasattr(image_processor, "crop_to_patches"):
+            image_processor.crop_to_patches = False
+            image_processor.max_patches = 1
+        return
+    smallest = (image_processor.patch_size * image_processor.merge_size) ** 2
+    if max_pixels < smallest:
+        raise ConfigError(
+            f"max_pixels is {max_pixels}",
+            f"at least {smallest}, the area of one image token of {family.model_type}",
+            "raise --max-pixels, for instance to 50176 (224 × 224)",
+        )
+    own = image_processor.size
+    longest = min(max_pixels, own["longest_edge"])
+    # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. Starting from half the
+    # budget, that rounding does not leave the budget again.
+    shortest = min(own["shortest_edge"], max(longest // 2, smallest))
+    image_processor.size = type(own)(**{"shortest_edge": shortest, "longest_edge": longest})
+
+
+@cache
+def _without_video(family: Family) -> type[Any]:
+    """Return a subclass of the family's processor that does without a video processor."""
+    import transformers
+
+    family_class: Any = getattr(transformers, family.processor)
+
+    class WithoutVideo(family_class):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor" and argument is None:
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _restore, (self.family.model_type, self.__dict__.copy())
+
+    WithoutVideo.family = family
+    # provenance and files name the family's own class
+    WithoutVideo.__name__ = WithoutVideo.__qualname__ = family.processor
+    return WithoutVideo
+
+
+def _restore(model_type: str, state: dict[str, Any]) -> Any:
+    """Rebuild a pickled processor in a data worker."""
+    cls: Any = _without_video(FAMILIES[model_type])
+    processor = cls.__new__(cls)
+    processor.__dict__.update(state)
+    return processor
+
+
+def _check(processor: Any, source: str) -> None:
+    """Refuse what transformers loads without a word: an empty tokenizer, missing image tokens or sizes."""
+    family, tokenizer = processor.family, processor.tokenizer
+    _check_tokenizer(tokenizer, family, source)
+    token, token_id = processor.image_token, processor.image_token_id
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if ids != [token_id] or token_id == tokenizer.unk_token_id:
+        raise ModelError(
+            f"the image token {token!r} of {source} is split into {len(ids)} tokens",
+            f"one token: the special tokens of a {family.model_type} model",
+            _TOKENIZER_AGAIN,
+        )
+    if getattr(processor, "patch_size", 0) is None:  # LLaVA keeps it outside the image processor
+        raise ModelError(
+            f"the processor of {source} does not know the patch size",
+            "a processor_config.json with patch_size, vision_feature_select_strategy and num_additional_image_tokens",
+            "download the model folder again; it needs processor_config.json",
+        )
+
+
+def _checked_text(processor: TextProcessor, source: str) -> TextProcessor:
+    _check_tokenizer(processor.tokenizer, processor.family, source)
+    return processor
+
+
+def _check_tokenizer(tokenizer: Any, family: Family, source: str) -> None:
+    if len(tokenizer) < _SMALLEST_TOKENIZER:
+        raise ModelError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens (its tokenizer.json is missing or empty)",
+            f"the tokenizer of a {family.model_type} model, with at least {_SMALLEST_TOKENIZER} tokens",
+            _TOKENIZER_AGAIN,
+        )
+
+
+def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
+    """Return how many image tokens an image of `width` × `height` pixels becomes, without opening it.
+
+    Marks around the image (`<|vision_start|>`, `<img>`) are not counted.
+
+    Raises:
+        ValueError: the image is more than 200 times as long as wide (Qwen families).
+    """
+    images = processor.image_processor
+    if processor.family.area_budget:
+        return int(images.get_number_of_image_patches(height, width, {})) // int(images.merge_size) ** 2
+    if hasattr(processor, "image_seq_length"):
+        return int(processor.image_seq_length)
+    crop = images.crop_size
+    tokens = (crop["height"] // processor.patch_size) * (crop["width"] // processor.patch_size)
+    tokens += processor.num_additional_image_tokens
+    return int(tokens - (processor.vision_feature_select_strategy == "default"))
+
+
+def neutralise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return `text` with every special or added token broken up by a space, so that it reads as ordinary text.
+
+    A title that holds `<|im_end|>` must not end the prompt, and one that holds `<|image_pad|>` must not ask for an
+    image. Other text comes back unchanged.
+    """
+    pattern = _token_pattern(tuple(breakable_tokens(tokenizer)))
+    if pattern is None:
+        return text
+    while pattern.search(text):  # each round breaks every match; a break may in theory complete another token
+        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
+
+
+def breakable_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special and added tokens that a space can break, longest first; not those of one character."""
+    tokens = sorted(token for token in tokenizer.get_added_vocab() if len(token) > 1 and " " not in token)
+    return sorted(tokens, key=len, reverse=True)
+
+
+@lru_cache(maxsize=16)
+def _token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Match any of `tokens`, the first that fits."""
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None

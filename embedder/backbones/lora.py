@@ -1,0 +1,345 @@
+"""The adapter folder: a standard PEFT adapter, what it was trained with, and vectors that prove it works.
+
+    adapter_config.json  adapter_model.safetensors   any PEFT user can load these
+    moda.safetensors                                 in their place, of an adapter that PEFT does not know (`moda`)
+    vlm2rec.json                                     encoder settings, backbone, losses, seed, versions; written last
+    canary.safetensors                               a few generated items and their vectors
+    curves.json  README.md                           training curves, model card
+
+PEFT only warns when an adapter's keys do not match the model, and then runs the base model. Loading here is strict:
+an unexpected or missing key, an adapter that changes nothing, or canary vectors that do not come back are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder.backbones import moda
+from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.errors import ModelError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MODA_FILE = "moda.safetensors"
+SETTINGS_FILE = "vlm2rec.json"
+CANARY_FILE = "canary.safetensors"
+CURVES_FILE = "curves.json"
+CANARY_COSINE = 0.999
+_CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
+# PEFT stops at a type it does not know, and shows it: here is room for what to do
+_NO_PEFT_TYPE = (
+    "MODA, which PEFT does not know: load this folder with vlm2rec.embedder.ItemEncoder.load(backbone, adapter=folder)"
+)
+_TRAIN_AGAIN = "fine-tune again, or copy the adapter folder again with all its files"
+
+
+def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
+    """Put fresh LoRA layers into the backbone's language model, in place; returns the PEFT wrapper for saving.
+
+    Raises:
+        ModelError: the backbone has no layers under the names that all supported families use.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=ADAPTED_LAYERS, bias="none")
+    wrapped = _wrap(backbone, config)
+    inside = {id(parameter) for parameter in backbone.language_model.parameters()}
+    stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
+    if stray:
+        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "its layers only")
+    return wrapped
+
+
+def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
+    backbone.share_prefixes(False)  # what is kept of them holds for the weights of the moment
+    try:
+        with warnings.catch_warnings():
+            # PEFT still asks for `is_gradient_checkpointing`, of which newer transformers warn
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return get_peft_model(backbone.model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"LoRA finds nothing to adapt in this backbone ({str(error).splitlines()[0]})",
+            f"modules that match {ADAPTED_LAYERS}",
+            "choose a backbone of a supported family",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Generated items and the vectors an adapter gave them when it was saved."""
+
+    titles: list[str]
+    images: list[Image.Image]
+    fused: np.ndarray  # (n, d) float32
+
+
+def canary_items() -> tuple[list[str], list[Image.Image]]:
+    """Return the titles and the drawn images of the canary, the same every time."""
+    rng = np.random.default_rng(20_260_317)
+    images = []
+    for _ in _CANARY_TITLES:
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        images.append(Image.fromarray(coarse).resize((112, 112), Image.Resampling.BICUBIC))
+    return list(_CANARY_TITLES), images
+
+
+def save_adapter(
+    wrapped: torch.nn.Module, folder: Path, settings: dict[str, Any], canary: Canary, curves: dict[str, Any], card: str
+) -> None:
+    """Write a complete adapter folder; `vlm2rec.json` comes last and marks it finished.
+
+    Args:
+        wrapped: what `add_lora` or `moda.add_moda` returned.
+        folder: where to.
+        settings: what the adapter was trained with; `encoder` among them.
+        canary: vectors that the trained model gives.
+        curves: of the training.
+        card: the README.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SETTINGS_FILE, WEIGHTS_FILE, MODA_FILE):  # of a run before, which may have been of the other kind
+        (folder / name).unlink(missing_ok=True)
+    if isinstance(wrapped, PeftModel):
+        wrapped.peft_config["default"].inference_mode = True
+        wrapped.save_pretrained(str(folder), safe_serialization=True)
+        settings = {"kind": "lora", **settings}
+    else:
+        safetensors.torch.save_file(moda.weights(wrapped), folder / MODA_FILE)
+        schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
+        settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
+    safetensors.torch.save_file(
+        {"images": pixels, "fused": torch.from_numpy(canary.fused)},
+        folder / CANARY_FILE,
+        metadata={"titles": json.dumps(canary.titles)},
+    )
+    schema.write_json(folder / CURVES_FILE, curves)
+    (folder / "README.md").write_text(card, encoding="utf-8")  # in place of PEFT's empty template
+    schema.write_json(folder / SETTINGS_FILE, settings)
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """Return the settings of a finished adapter folder.
+
+    Raises:
+        ModelError: not an adapter folder of vlm2rec, or an unfinished one.
+    """
+    weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
+    for name in (CONFIG_FILE, weights, CANARY_FILE, SETTINGS_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} is not a finished adapter folder: it has no {name}",
+                "a folder written by `vlm2rec finetune`",
+                "run the same `vlm2rec finetune` command again: it goes on from its last checkpoint",
+            )
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "encoder" not in settings:
+        raise ModelError(
+            f"{folder / SETTINGS_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
+        )
+    return settings
+
+
+def read_canary(folder: Path) -> Canary:
+    """Return the canary stored with an adapter."""
+    read_adapter(folder)
+    path = folder / CANARY_FILE
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            titles = json.loads(file.metadata()["titles"])
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is damaged ({error})", "the canary of the adapter", _TRAIN_AGAIN) from None
+    images = [Image.fromarray(pixels) for pixels in tensors["images"].numpy()]
+    return Canary(titles, images, tensors["fused"].numpy())
+
+
+def merge_adapter(backbone: Backbone, folder: Path) -> None:
+    """Load an adapter strictly and fold it into the backbone's weights, in place.
+
+    The update is computed in float32 and rounded once, to the backbone's dtype. One with MoDA is folded into two sets
+    of weights, one for each modality.
+
+    Raises:
+        ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+    """
+    if kind(folder) == "moda":
+        load_moda(backbone, folder)
+        moda.fold(backbone)
+        return
+    try:
+        stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        config = LoraConfig.from_pretrained(str(folder))
+    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
+        raise ModelError(f"the adapter {folder} is damaged ({error})", "a LoRA adapter", _TRAIN_AGAIN) from None
+    config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; a path may have moved
+    wrapped = _wrap(backbone, config)
+    parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
+    _copy_strictly(parameters, stored, folder)
+    wrapped.to(backbone.device)
+    wrapped.merge_and_unload()
+    backbone.model.requires_grad_(False).eval()
+
+
+def kind(folder: Path) -> str:
+    """Return what a finished adapter folder holds: `lora`, or `moda`, which has weights for each modality."""
+    found = str(read_adapter(folder).get("kind", "lora"))  # the only one that there was before the word
+    if found not in ("lora", "moda"):
+        raise ModelError(f"the adapter {folder} is of kind {found!r}", "lora or moda", "install a newer vlm2rec")
+    return found
+
+
+def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
+    """Load an adapter with MoDA strictly into fresh experts, in place, and leave it unfolded.
+
+    Raises:
+        ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+    """
+    try:
+        settings = moda.ModaSettings(**read_adapter(folder)["moda"])
+        stored = safetensors.torch.load_file(folder / MODA_FILE)
+    except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"the adapter {folder} is damaged ({error})", "an adapter with MoDA", _TRAIN_AGAIN) from None
+    model = moda.add_moda(backbone, settings, seed=0)
+    _copy_strictly(moda.parameters(model), stored, folder)
+    return model.eval()
+
+
+def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:
+    """Copy an adapter's weights; every key must be there on both sides, with equal shapes, and B not zero."""
+    fix = "give the backbone named in its vlm2rec.json"
+    missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    if missing or unexpected:
+        example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        raise ModelError(
+            f"the adapter {folder} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)}"
+            f" unexpected ({example})",
+            "an adapter trained on this backbone",
+            fix,
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != stored[name].shape:
+            raise ModelError(
+                f"{name} of the adapter {folder} has shape {tuple(stored[name].shape)}",
+                f"{tuple(parameter.shape)}, as in this backbone",
+                fix,
+            )
+    if not any(tensor.any() for name, tensor in stored.items() if "lora_B" in name):
+        raise ModelError(
+            f"the adapter {folder} has no effect: all its lora_B matrices are zero",
+            "a trained adapter",
+            "fine-tune for at least one step",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+
+
+def _stored_name(parameter: str) -> str:
+    return re.sub(r"\.default\.weight$", ".weight", parameter)
+
+
+def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: Path) -> None:
+    """Raise `ModelError` unless the adapter changed the vectors, to those stored when it was saved.
+
+    Args:
+        canary: as stored with the adapter.
+        before: fused vectors of its items from the backbone alone, (n, d).
+        after: the same with the adapter, (n, d).
+        folder: the adapter folder, for the message.
+    """
+    if np.array_equal(before, after):
+        raise ModelError(
+            f"the adapter {folder} does not change the backbone's output", "a trained adapter", _TRAIN_AGAIN
+        )
+    if after.shape != canary.fused.shape:
+        found = f"vectors of length {after.shape[1]}, the adapter {folder} was saved with {canary.fused.shape[1]}"
+        raise ModelError(found, "the same length", "give the backbone named in its vlm2rec.json")
+    worst = float(cosine(after, canary.fused).min())
+    if not worst >= CANARY_COSINE:
+        raise ModelError(
+            f"the adapter {folder} on this backbone gives other vectors than when it was saved (cosine {worst:.4f})",
+            f"a cosine of at least {CANARY_COSINE} on the stored canary items",
+            "give the backbone and revision named in its vlm2rec.json",
+        )
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair of rows, (n,)."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny))
+
+
+def adapter_hash(folder: Path) -> str:
+    """Return the SHA-256 of the adapter's weights."""
+    read_adapter(folder)
+    return storage.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
+
+
+def backbone_hash(source: str, revision: str | None) -> str:
+    """Return what identifies a backbone's weights: a hash of a local folder's weight files, or of hub id and revision.
+
+    Of a local file the size and the first and last megabyte are hashed: an edit of gigabytes in between, at equal
+    size, is not a case that happens by accident.
+    """
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(f"{source}@{revision or 'main'}".encode())
+        return digest.hexdigest()
+    for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def backbone_licence(source: str) -> str:
+    """Return the licence of a backbone: from the front matter of a local README, or known by hub id."""
+    known = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License (no commercial use)",
+        "Qwen/Qwen2.5-VL-7B-Instruct": "Apache-2.0",
+        "Qwen/Qwen2.5-VL-32B-Instruct": "Apache-2.0",
+    }
+    readme = Path(source) / "README.md"
+    if readme.is_file():
+        found = re.search(r"^license(?:_name)?:\s*(\S.*)$", readme.read_text(encoding="utf-8", errors="replace"), re.M)
+        if found:
+            return found[1].strip()
+    return known.get(source, "not stated here; see the page of the backbone")
+
+
+def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training changes, by name, detached and on the CPU."""
+    return {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def restore(module: torch.nn.Module, stored: dict[str, Tensor], where: str) -> None:
+    """Copy `trainable` parameters back; raise `ModelError` when the names differ."""
+    current = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if current.keys() != stored.keys():
+        raise ModelError(
+            f"the checkpoint {where} holds other weights than this run trains",
+            "a checkpoint of the same settings",
+            "choose another --out, or --no-resume",
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(stored[name])

@@ -1,0 +1,402 @@
+"""Prompts laid end to end in one row, each attending to itself alone: no padding, and no neighbour in a vector.
+
+Three savings over a padded batch, all exact:
+
+- *packed*: the row holds the tokens of the prompts and nothing else; attention runs over each prompt by itself.
+- *shared prefix*: the instruction at the start of every prompt is encoded once, and its keys and values are what every
+  prompt attends to. Only while no weight changes.
+- *last layer*: its MLP and the final norm see last tokens only; nothing reads the others. Not with mean pooling.
+
+`IndependentRows` makes a vector the same to the last bit whatever else is encoded with it.
+
+The model's own code runs. `prepare` registers an attention function for the language model and one for a vision tower
+with windows, and lets the last layer finish early, which act only where a `Layout` is handed to the model; and it lets
+a vision tower take its patches through a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from vlm2rec.embedder.backbones.pooling import at_least_float32
+
+LANGUAGE_ATTENTION = "vlm2rec_packed"
+# transformers hands the bounds of the windows to attention functions with this word in their name, and calls others
+# once for every window of every image
+VISION_ATTENTION = "vlm2rec_flash_windows"
+LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
+
+logger = logging.getLogger(__name__)
+
+_packing: ContextVar[bool] = ContextVar("packing", default=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How prompts lie in a packed row: one after the other, `lengths[i]` tokens each, behind a shared prefix."""
+
+    lengths: tuple[int, ...]
+    prefix: int = 0  # tokens of the shared prefix, which lie in the cache and not in the row
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    every_state: bool = False  # the final states of all tokens are wanted, not those of the last ones alone
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Return (count, length) of neighbours of equal length, which are attended in one call."""
+        return [(len(list(same)), length) for length, same in groupby(self.lengths)]
+
+    @property
+    def last(self) -> Tensor:
+        """Return where each prompt's last token lies in the row, (n,)."""
+        return self._once("last", lambda: torch.tensor(self.lengths).cumsum(0) - 1)
+
+    def bounds(self, before: int) -> Tensor:
+        """Return where prompts begin and end if `before` tokens precede each, (n + 1,) int32."""
+        return self._once(
+            ("bounds", before),
+            lambda: torch.tensor([0, *(before + length for length in self.lengths)]).cumsum(0).to(torch.int32),
+        )
+
+    def sums(self, states: Tensor) -> Tensor:
+        """Return the sum of each prompt's states, (T, d) to (n, d), in float32 at least.
+
+        Prompt by prompt, so that the order of a sum does not depend on the neighbours.
+        """
+        return torch.stack([own.sum(dim=0) for own in at_least_float32(states).split(self.lengths)])
+
+    @property
+    def keys(self) -> Tensor:
+        """Return which keys each prompt sees, one prompt after the other: the prefix and its own."""
+
+        def make() -> Tensor:
+            prefix, start, found = torch.arange(self.prefix), self.prefix, []
+            for length in self.lengths:
+                found += [prefix, torch.arange(start, start + length)]
+                start += length
+            return torch.cat(found)
+
+        return self._once("keys", make)
+
+    def mask(self, length: int) -> Tensor:
+        """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
+        return self._once(
+            length, lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(diagonal=self.prefix)
+        )
+
+    def _once(self, key: Any, make: Any) -> Tensor:
+        # every layer asks for the same
+        if key not in self._made:
+            self._made[key] = make().to(self.device)
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The keys and values that each layer made of the tokens that start every prompt of a kind."""
+
+    states: tuple[tuple[Tensor, Tensor], ...]  # per layer, keys and values (1, heads, tokens, width)
+    pooled: Tensor  # (1, d) what pooling makes of the prefix alone: of no use but to the mean, which adds it
+
+    def cache(self) -> DynamicCache:
+        """Return the prefix as a cache of its own: a model appends to what it is given."""
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.states):
+            cache.update(keys, values, number)
+        return cache
+
+
+def prepare(model: Any, language_model: Any) -> None:
+    """Let a model take packed rows; without a layout it works as before.
+
+    Args:
+        model: a model of transformers with or without a vision tower.
+        language_model: its decoder, with `layers`.
+    """
+    language_model.config._attn_implementation = LANGUAGE_ATTENTION
+    vision = getattr(model.config, "vision_config", None)
+    tower = getattr(model.model, "visual", None)
+    if vision is not None and tower is not None:
+        tower.config._attn_implementation = VISION_ATTENTION
+        patches = getattr(getattr(tower, "patch_embed", None), "proj", None)
+        if isinstance(patches, nn.Conv3d) and patches.kernel_size == patches.stride:
+            patches.forward = types.MethodType(_project, patches)  # type: ignore[method-assign]
+    last = language_model.layers[-1]
+    fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
+    pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
+    if pre_norm and fed_later < len(language_model.layers):
+        last.forward = types.MethodType(functools.partial(_finish_early, usual=last.forward), last)
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the keyword arguments that make a model's forward treat its row as packed."""
+    token = _packing.set(True)
+    try:
+        yield {LAYOUT: layout}
+    finally:
+        _packing.reset(token)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend each prompt of a packed row to the prefix and to itself; (1, heads, T, width) to (1, T, heads, width)."""
+    layout: Layout | None = rest.pop(LAYOUT, None)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    if not rest.get("dropout") and _kernel_works(query.device, query.dtype, query.shape[-1]):
+        return _attend_by_kernel(query, key, value, layout, rest.get("scaling")), None
+    return _attend_by_runs(query, key, value, layout, **rest), None
+
+
+def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rest: Any) -> Tensor:
+    """Attend with torch's general attention, neighbours of equal length in one call."""
+    prefix = layout.prefix
+    causal = {"is_causal": not prefix, "dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
+    start = 0
+    parts = []
+    for count, length in layout.runs:
+        own = [
+            _heads(_side_by_side(states, begin, count, length), query)
+            for states, begin in ((query, start), (key, prefix + start), (value, prefix + start))
+        ]
+        if prefix:
+            own[1:] = [
+                torch.cat([_heads(states[:, :, :prefix], query).expand(count, -1, -1, -1), mine], dim=2)
+                for states, mine in zip((key, value), own[1:], strict=True)
+            ]
+        mask = layout.mask(length) if prefix else None
+        part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
+        parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
+        start += count * length
+    return _joined(parts)[None]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies a single one as well
+
+
+def _side_by_side(states: Tensor, start: int, count: int, length: int) -> Tensor:
+    """Return neighbours of equal length out of (1, heads, T, width) as (count, heads, length, width)."""
+    return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _heads(states: Tensor, query: Tensor) -> Tensor:
+    """Repeat keys or values, (n, fewer heads, length, width), where several query heads share one."""
+    groups = query.shape[1] // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def _attend_windows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
+    """Attend within windows of a vision tower, neighbours of equal size in one call; shapes as in `_attend`."""
+    bounds: Tensor = rest["cu_seq_lens_q"]
+    if _kernel_works(query.device, query.dtype, query.shape[-1]):
+        longest = rest["max_length_q"]
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        return _kernel(q, k, v, (bounds, bounds), (longest, longest), rest["scaling"], causal=False)[None], None
+    start = 0
+    parts = []
+    for count, length in Layout(tuple(bounds.diff().tolist())).runs:
+        windows = [_side_by_side(states, start, count, length) for states in (query, key, value)]
+        part = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], scale=rest["scaling"])
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return _joined(parts)[None], None
+
+
+def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
+    """Attend with torch's kernel for rows of different lengths, all in one call: on a GPU, in half precision."""
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, width)
+    if layout.prefix:
+        k, v = k[layout.keys], v[layout.keys]
+    longest = max(layout.lengths)
+    bounds = layout.bounds(0), layout.bounds(layout.prefix)
+    return _kernel(q, k, v, bounds, (longest, layout.prefix + longest), scale, causal=True)[None]
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+    causal: bool,
+) -> Tensor:
+    """Call `varlen_attn`, whose arguments have changed between releases of torch; (T, heads, width)."""
+    from torch.nn.attention import varlen
+
+    known = inspect.signature(varlen.varlen_attn).parameters
+    settings: dict[str, Any] = {"scale": scale}
+    if "window_size" in known:  # nothing to the right of a token is seen
+        settings["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        settings["is_causal"] = causal
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        settings["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    found: Any = varlen.varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), *bounds, *longest, **settings)
+    return torch.as_tensor(found)
+
+
+@functools.cache
+def _kernel_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Tell whether this torch has that kernel for this GPU, and it gives what the general attention gives."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    layout = Layout((5, 5, 17, 2), 3, device)
+    random = torch.Generator(device).manual_seed(0)
+    query = torch.randn(1, 4, 29, width, dtype=dtype, device=device, generator=random)
+    key, value = torch.randn(2, 1, 2, 32, width, dtype=dtype, device=device, generator=random)
+    try:
+        with torch.no_grad():
+            expected = _attend_by_runs(query, key, value, layout, scaling=width**-0.5)
+            found = _attend_by_kernel(query, key, value, layout, width**-0.5)
+        with torch.enable_grad():
+            asked = query.clone().requires_grad_()
+            _attend_by_kernel(asked, key, value, layout, width**-0.5).float().sum().backward()
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        logger.warning("torch's kernel for packed rows is not used: %s", error)
+        return False
+    off = float((found.float() - expected.float()).abs().max())
+    if off > 0.02:
+        logger.warning("torch's kernel for packed rows is not used: it is off by %.3f", off)
+    return off <= 0.02
+
+
+def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
+    """Return no mask for a packed row, whose layout says who sees whom; else the usual one."""
+    return None if _packing.get() else sdpa_mask(*arguments, **settings)
+
+
+AttentionInterface.register(LANGUAGE_ATTENTION, _attend)
+AttentionInterface.register(VISION_ATTENTION, _attend_windows)
+AttentionMaskInterface.register(LANGUAGE_ATTENTION, _mask)
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+
+def _project(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
+    """Do what a convolution does whose kernel covers each patch once, (n, channels, *kernel) to (n, d, 1, 1, 1).
+
+    It is a linear layer then, and several times as fast as one on a CPU.
+    """
+    found = F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
+    return found[..., None, None, None]
+
+
+# --- the last layer -----------------------------------------------------------------------------------------
+
+_PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments: Any) -> Tensor:
+    """Do what a pre-norm decoder layer does, and hand on the last token of each prompt alone, (1, n, d)."""
+    layout: Layout | None = arguments.get(LAYOUT)
+    if layout is None or layout.every_state:
+        return usual(hidden_states, **arguments)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
+    state = hidden_states[:, layout.last] + attended[:, layout.last]
+    return state + layer.mlp(layer.post_attention_layernorm(state))
+
+
+# --- bit for bit --------------------------------------------------------------------------------------------
+
+
+class IndependentRows(TorchFunctionMode):
+    """Lets what a linear layer on the CPU makes of a row not depend on how many others there are, in float32.
+
+    Libraries sum in an order that depends on how many rows a product has. Other devices and dtypes pass unchanged.
+    Without gradients.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is not F.linear or args[0].device.type != "cpu" or args[0].dtype != torch.float32 or args[0].dim() < 2:
+            return func(*args, **kwargs)
+        return _linear(*args, **kwargs)
+
+
+ROWS_IN_BLOCK = 512  # where the number of rows has to be fixed; 3 % slower than 2,048 at once
+_COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 1500, 2048, 3001, 4096)
+
+
+@functools.cache
+def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
+    """Return how many rows, least and most, a product may have here that gives each row the bits of any other count.
+
+    The order of a sum is chosen by the shape and not by the numbers, so it shows with any numbers. Where it changes
+    from some count to the next larger ones, all products get the same count.
+
+    Args:
+        inner: numbers in a row.
+        outer: rows of the weight.
+        threads: of torch; they share the rows.
+    """
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(_COUNTS[-1], inner, generator=random)
+    weight = torch.randn(outer, inner, generator=random)
+    known = torch.cat([torch.mm(block, weight.T) for block in rows.split(ROWS_IN_BLOCK)])
+    least = None
+    for count in reversed(_COUNTS):
+        if not torch.equal(torch.mm(rows[:count], weight.T), known[:count]):
+            break
+        least = count
+    return (ROWS_IN_BLOCK, ROWS_IN_BLOCK) if least is None or least > ROWS_IN_BLOCK else (least, _COUNTS[-1])
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what a linear layer makes of rows (..., in), (..., out)."""
+    flat = rows.flatten(0, -2)  # (n, in)
+    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads())
+    found = flat.new_empty(len(flat), len(weight))
+    for start in range(0, len(flat), most):
+        part, place = flat[start : start + most], found[start : start + most]
+        if len(part) >= least:
+            _product(part, weight, bias, place)
+        else:
+            padded = F.pad(part, (0, 0, 0, least - len(part)))
+            place.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
+    return found.unflatten(0, rows.shape[:-1])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    product = torch.mm(rows, weight.T, out=out)
+    return product if bias is None else product.add_(bias)  # faster than `addmm`, which copies it into each row first
+
+
+def common_start(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the longest start that all rows share."""
+    same = []
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        same.append(tokens[0])
+    return tuple(same)

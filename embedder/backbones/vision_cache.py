@@ -1,0 +1,181 @@
+"""What the frozen vision tower said of each image, kept on disk: computed once for every training and every export.
+
+A cache folder holds one folder for each tower that filled it, named after everything that decides its tokens: weights,
+image processor and number format. In there every writer has a segment of its own:
+
+    about.json                     what decides the tokens, in words
+    segment-<id>.tokens            tokens, image after image, in the tower's own number format: nothing is rounded
+    segment-<id>.index             a record for each image, written after its tokens
+
+An image is known by the SHA-256 of its file, so a changed image is looked at again, and one that two items share is
+kept once. Any number of processes may read and write; a killed writer leaves at most tokens without a record. Each
+record has a checksum: tokens that do not match theirs are looked at again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder.backbones.backbone import Backbone, ImageFeatures, Patches
+from vlm2rec.embedder.backbones.images import decode, read_file
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.storage import Location
+
+_FORMAT = 1
+_RECORD = np.dtype(
+    [
+        ("image", "V32"),  # SHA-256 of the file
+        ("offset", "<u8"),
+        ("tokens", "<u4"),
+        ("layers", "<u4"),  # the merged tokens, and one layer more for each that Qwen3-VL feeds
+        ("grid", "<i4", (3,)),  # zeros for families without it
+        ("checksum", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class NewImage:
+    """An image that is not in the cache yet."""
+
+    key: bytes
+    image: Image.Image | Patches
+
+
+class VisionCache:
+    """Tokens of one vision tower on disk. Use `VisionCache.open`."""
+
+    def __init__(self, folder: Path, dim: int, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dim, self.dtype = dim, dtype
+        # an image may stand in several segments: two writers looked at it at once, or one of them is damaged
+        self._known: dict[bytes, list[tuple[Path, np.void]]] = {}
+        self._maps: dict[Path, np.ndarray] = {}
+        self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # written with the first image
+        self._read: dict[Path, int] = {}  # records taken from each index
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Learn what other writers have added since."""
+        for path in sorted(self.folder.glob("segment-*.index")):
+            tokens, read = path.with_suffix(".tokens"), self._read.get(path, 0)
+            whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
+            if tokens == self._segment or whole <= read:
+                continue
+            for record in np.fromfile(path, _RECORD, count=whole - read, offset=read * _RECORD.itemsize):
+                self._known.setdefault(record["image"].tobytes(), []).append((tokens, record))
+            self._read[path] = whole
+
+    @classmethod
+    def open(cls, root: Path, backbone: Backbone, weights: str) -> VisionCache:
+        """Open the part of `root` that belongs to a backbone's vision tower.
+
+        Args:
+            root: cache folder; made if it is not there.
+            backbone: as loaded.
+            weights: what identifies its weights (`lora.backbone_hash`).
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        about = {
+            "format": _FORMAT,
+            "weights": weights,
+            "image_processor": backbone.processor.image_processor.to_dict(),
+            "dtype": str(backbone.model.dtype).removeprefix("torch."),
+            "dim": backbone.dim,
+        }
+        text = json.dumps(about, sort_keys=True, default=str)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "about.json").is_file():
+            schema.write_json(folder / "about.json", json.loads(text))
+        return cls(folder, backbone.dim, backbone.model.dtype)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def image_bytes(self, tokens: int, layers: int = 1) -> int:
+        """Return how many bytes an image of that many merged tokens takes."""
+        return layers * tokens * self.dim * self.dtype.itemsize + _RECORD.itemsize
+
+    def read(self, root: Location, relative: str, target_pixels: int | None = None) -> ImageFeatures | NewImage:
+        """Return what is known of the image at `root / relative`, or the image itself if nothing is.
+
+        Raises:
+            ImageError: as `images.open_image`.
+        """
+        content = read_file(root, relative)
+        key = hashlib.sha256(content).digest()
+        return self.find(key) or NewImage(key, decode(io.BytesIO(content), target_pixels))
+
+    def find(self, key: bytes) -> ImageFeatures | None:
+        """Return the features of the image with that SHA-256, on the CPU, or None."""
+        if key not in self._known:
+            self._refresh()
+        for path, record in self._known.get(key, ()):
+            tokens, layers = int(record["tokens"]), int(record["layers"])
+            size = layers * tokens * self.dim * self.dtype.itemsize
+            content = self._bytes(path, int(record["offset"]), size)
+            if content is not None and zlib.crc32(content) == record["checksum"]:
+                values = torch.frombuffer(content, dtype=self.dtype).view(layers, tokens, self.dim)
+                grid = torch.from_numpy(record["grid"].astype(np.int64)) if record["grid"].any() else None
+                return ImageFeatures(values[0], tuple(values[1:]), grid)
+        return None
+
+    def add(self, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
+        """Keep what the tower said of new images.
+
+        Raises:
+            OSError: the disk is full or fails; nothing of these images stays.
+        """
+        records = np.zeros(len(keys), _RECORD)
+        before = self._segment.stat().st_size if self._segment.exists() else 0
+        try:
+            self._write(records, keys, features)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._segment, before)
+            raise
+        for record, key in zip(records, keys, strict=True):
+            self._known.setdefault(key, []).append((self._segment, record))
+
+    def _write(self, records: np.ndarray, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
+        with self._segment.open("ab") as tokens:
+            for record, key, feature in zip(records, keys, features, strict=True):
+                layers = [_bytes_of(layer) for layer in (feature.tokens, *feature.deepstack)]
+                content = b"".join(layers)
+                record["image"], record["offset"] = np.void(key), tokens.tell()
+                record["tokens"], record["layers"] = len(feature.tokens), len(layers)
+                record["grid"] = 0 if feature.grid is None else feature.grid.numpy()
+                record["checksum"] = zlib.crc32(content)
+                tokens.write(content)
+        with self._segment.with_suffix(".index").open("ab") as index:  # only now: its tokens are there
+            index.write(records.tobytes())
+
+    def _bytes(self, path: Path, start: int, size: int) -> bytearray | None:
+        """Return a copy of a stretch of a segment, or None where it is shorter than its index says."""
+        mapped = self._maps.get(path)
+        if mapped is None or len(mapped) < start + size:  # it has grown since
+            if not path.is_file() or path.stat().st_size < start + size:
+                return None
+            mapped = self._maps[path] = np.memmap(path, np.uint8, "r")
+        return bytearray(mapped[start : start + size])
+
+
+def _bytes_of(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16

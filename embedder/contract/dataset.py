@@ -1,0 +1,250 @@
+"""Reader of the dataset folder that `vlm2rec prepare` writes. No torch in here."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
+
+Split = Literal["valid", "test"]
+_PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Users of one split: what each had seen, and the item that came next.
+
+    `items` are rows of `items.parquet`; user u's history is `rows[offsets[u]:offsets[u + 1]]`, oldest first.
+    """
+
+    user_ids: list[str]
+    rows: np.ndarray  # (sum of lengths,) int32
+    offsets: np.ndarray  # (U + 1,) int64
+    targets: np.ndarray  # (U,) int32
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def of(self, user: int) -> np.ndarray:
+        """Return the history of the user at position `user`, oldest item first."""
+        return self.rows[self.offsets[user] : self.offsets[user + 1]]
+
+
+class Dataset:
+    """A prepared dataset: items, leave-one-out sequences, stored candidates.
+
+    Items are addressed by their row in `items.parquet` (int32) inside the program and by `item_id` in every file.
+    """
+
+    def __init__(self, path: Location | str) -> None:
+        self.path = location(path)
+        # a store has no folders: dataset.json says whether it is one
+        if isinstance(self.path, Path) and not self.path.is_dir():
+            raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
+        self.meta: dict[str, Any] = schema.read_json(
+            self.path / schema.DATASET_FILE, "a dataset folder written by `vlm2rec prepare`", _PREPARE_AGAIN
+        )
+        version = self.meta.get("schema_version")
+        if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{self.path} has dataset schema version {version!r}",
+                f"a version up to {schema.SCHEMA_VERSION}",
+                "install a newer vlm2rec, or prepare again with this one",
+            )
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Location]]:
+        """Let another process read the folder itself: what is in memory may be large."""
+        return Dataset, (self.path,)
+
+    def _setting(self, key: str) -> Any:
+        if key not in self.meta:
+            raise ArtifactError(
+                f"{self.path / schema.DATASET_FILE} has no {key!r}",
+                "a dataset folder written by `vlm2rec prepare`",
+                _PREPARE_AGAIN,
+            )
+        return self.meta[key]
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, as given to `prepare`."""
+        return str(self._setting("name"))
+
+    @property
+    def max_history(self) -> int:
+        """Items of a history that a model may see, counted from the latest."""
+        return int(self._setting("max_history"))
+
+    @property
+    def image_root(self) -> Location:
+        """Folder that `image_path` is relative to."""
+        root = str(self._setting("image_root"))
+        if isinstance(self.path, StorePath) and Path(root).is_absolute():
+            return Path(root).resolve()  # the items are in a store, their images on this machine
+        return (self.path / root).resolve()
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """`items.parquet`: item_id, title, image_path and whatever the catalogue had besides."""
+        table = schema.read_table(self.path / schema.ITEMS_FILE, fix=_PREPARE_AGAIN)
+        schema.require_columns(
+            table.column_names,
+            [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH],
+            schema.ITEMS_FILE,
+            _PREPARE_AGAIN,
+        )
+        return table
+
+    @cached_property
+    def sequences(self) -> pa.Table:
+        """`sequences.parquet`: user_id, train, valid, test."""
+        table = schema.read_table(self.path / schema.SEQUENCES_FILE, fix=_PREPARE_AGAIN)
+        wanted = [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
+        schema.require_columns(table.column_names, wanted, schema.SEQUENCES_FILE, _PREPARE_AGAIN)
+        return table
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """Item ids in the order of `items.parquet`."""
+        return self.items[schema.ITEM_ID].to_pylist()
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """Titles in the order of `items.parquet`."""
+        return self.items[schema.TITLE].to_pylist()
+
+    @cached_property
+    def image_paths(self) -> list[str]:
+        """Image paths below `image_root`, in the order of `items.parquet`."""
+        return self.items[schema.IMAGE_PATH].to_pylist()
+
+    @property
+    def category_column(self) -> str | None:
+        """The column of `items.parquet` that says what kind of item each is; None where there is none."""
+        return next((column for column in schema.CATEGORY_COLUMNS if column in self.items.column_names), None)
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """What kind of item each is, in the order of `items.parquet`: several joined by commas, "" where unknown."""
+        if self.category_column is None:
+            return [""] * len(self.items)
+        named = (each if isinstance(each, list) else [each] for each in self.items[self.category_column].to_pylist())
+        return [", ".join(str(name).strip() for name in names if name not in (None, "")) for names in named]
+
+    @cached_property
+    def user_ids(self) -> list[str]:
+        """User ids in the order of `sequences.parquet`."""
+        return self.sequences[schema.USER_ID].to_pylist()
+
+    def rows_of(self, item_ids: pa.Array | pa.ChunkedArray | list[str]) -> np.ndarray:
+        """Return the rows in `items.parquet` of `item_ids`, int32; raise `ArtifactError` on an unknown id."""
+        # the cast: other writers of Parquet mark their strings as large, and index_in wants one type on both sides
+        wanted = pa.array(item_ids, pa.string()) if isinstance(item_ids, list) else item_ids.cast(pa.string())
+        rows = pc.index_in(wanted, value_set=self.items[schema.ITEM_ID].cast(pa.string()))
+        if rows.null_count:
+            unknown = pc.filter(wanted, pc.is_null(rows))[0].as_py()
+            raise ArtifactError(
+                f"item {unknown!r} is not in {self.path / schema.ITEMS_FILE}",
+                "ids of this dataset",
+                _PREPARE_AGAIN,
+            )
+        return np.asarray(rows.to_numpy() if isinstance(rows, pa.ChunkedArray) else rows.to_numpy(False), np.int32)
+
+    @cached_property
+    def _train(self) -> tuple[np.ndarray, np.ndarray]:
+        """All training sequences as (rows, offsets)."""
+        lists = self.sequences[schema.TRAIN].combine_chunks()
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        rows = self.rows_of(lists.values)
+        return rows[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+    def train_sequences(self) -> list[np.ndarray]:
+        """Return each user's whole training sequence as item rows, oldest first."""
+        rows, offsets = self._train
+        return [rows[a:b] for a, b in itertools.pairwise(offsets)]
+
+    def histories(self, split: Split) -> Histories:
+        """Return, for every user, the last `max_history` items before the target of `split`, and the target.
+
+        The history of `test` includes the validation item: it came before.
+        """
+        valid = self.rows_of(self.sequences[schema.VALID])
+        seen = [np.append(s, v) for s, v in zip(self.train_sequences(), valid, strict=True)]
+        histories = [s[:-1] if split == "valid" else s for s in seen]
+        cut = [h[-self.max_history :] for h in histories]
+        offsets = np.concatenate([[0], np.cumsum([len(h) for h in cut])]).astype(np.int64)
+        rows = np.concatenate(cut).astype(np.int32) if cut else np.empty(0, np.int32)
+        targets = valid if split == "valid" else self.rows_of(self.sequences[schema.TEST])
+        return Histories(self.user_ids, rows, offsets, targets)
+
+    def train_frequency(self) -> np.ndarray:
+        """Return how often each item occurs in the training sequences, (I,) int64."""
+        return np.bincount(self._train[0], minlength=len(self.item_ids)).astype(np.int64)
+
+    @property
+    def candidate_seeds(self) -> list[int]:
+        """Seeds for which candidate sets are stored."""
+        return [int(seed) for seed in self._setting("negatives")["seeds"]]
+
+    def negatives(self, seed: int) -> np.ndarray:
+        """Return the stored candidates of `seed` as item rows, (U, N) int32, one row per user of `user_ids`.
+
+        They were drawn from items the user never touched in any split, so they serve `valid` and `test` alike.
+        """
+        if seed not in self.candidate_seeds:
+            raise ArtifactError(
+                f"{self.path} has no candidate set for seed {seed}",
+                f"one of {self.candidate_seeds}",
+                "choose one of these, or run `vlm2rec prepare --candidate-seeds` again with more",
+            )
+        table = self._read_negatives(seed)
+        if table[schema.USER_ID].to_pylist() != self.user_ids:
+            raise ArtifactError(
+                f"{self.path / schema.NEGATIVES_FILE} lists other users than {schema.SEQUENCES_FILE}",
+                "one row per user and seed",
+                _PREPARE_AGAIN,
+            )
+        lists = table[schema.NEGATIVES].chunks
+        count = int(self._setting("negatives")["count"])
+        if any(pc.any(pc.not_equal(pc.list_value_length(part), count)).as_py() for part in lists):
+            raise ArtifactError(
+                f"{self.path / schema.NEGATIVES_FILE} has users with more or fewer than {count} candidates",
+                "as many as dataset.json says",
+                _PREPARE_AGAIN,
+            )
+        rows = [self._rows_of_coded(part.flatten()) for part in lists]
+        return np.concatenate([np.empty(0, np.int32), *rows]).reshape(len(self.user_ids), count)
+
+    def _read_negatives(self, seed: int) -> pa.Table:
+        file = self.path / schema.NEGATIVES_FILE
+        try:
+            if not file.is_file():
+                raise ArtifactError(f"{file} does not exist", "the stored candidate sets", _PREPARE_AGAIN)
+            with readable(file) as source:
+                return pq.read_table(
+                    source,
+                    columns=[schema.USER_ID, schema.NEGATIVES],
+                    filters=[(schema.SEED, "=", seed)],
+                    # codes, not strings: a hundred ids for each of 10⁶ users would be gigabytes of text
+                    read_dictionary=[f"{schema.NEGATIVES}.list.element"],
+                )
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(
+                f"{file} cannot be read ({error})", "the candidates as `prepare` wrote them", _PREPARE_AGAIN
+            ) from None
+
+    def _rows_of_coded(self, ids: pa.Array) -> np.ndarray:
+        if not pa.types.is_dictionary(ids.type):
+            return self.rows_of(ids)
+        return self.rows_of(ids.dictionary)[ids.indices.to_numpy(zero_copy_only=False)]

@@ -1,0 +1,174 @@
+"""The embedding table and the dataset folder: names, columns, schemas. No torch in here.
+
+These names are the contract between the three packages and with every reader outside vlm2rec;
+they stand once, here. `downstream` may import this module, `dataset`, `storage` and `errors` from `embedder`, nothing
+else.
+
+    dataset folder     items.parquet  sequences.parquet  negatives.parquet  dataset.json
+    embeddings folder  part-00000.parquet ...  manifest.json (written last)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract.errors import ArtifactError, did_you_mean
+from vlm2rec.embedder.contract.publish import write_whole
+from vlm2rec.embedder.contract.storage import Location, readable
+
+SCHEMA_VERSION = 1
+
+# --- dataset folder -----------------------------------------------------------------------------------------
+ITEM_ID = "item_id"  # string, unique
+TITLE = "title"  # string, never blank
+IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
+CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`: the first there is
+USER_ID = "user_id"  # string, unique in sequences.parquet
+TRAIN = "train"  # list<string>: item ids in time order, without the last two
+VALID = "valid"  # string: the last but one item
+TEST = "test"  # string: the last item
+SEED = "seed"  # int32, in negatives.parquet
+NEGATIVES = "negatives"  # list<string>: items the user never touched, in no order
+
+ITEMS_FILE = "items.parquet"
+SEQUENCES_FILE = "sequences.parquet"
+NEGATIVES_FILE = "negatives.parquet"
+DATASET_FILE = "dataset.json"
+
+# --- embeddings folder --------------------------------------------------------------------------------------
+FUSED = "fused"
+TEXT = "text"
+IMAGE = "image"
+VIEWS = (FUSED, TEXT, IMAGE)
+MODALITIES = (TEXT, IMAGE)
+STATUS = "status"
+ERROR = "error"
+INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
+MANIFEST_FILE = "manifest.json"
+
+STATUS_OK = "ok"  # every requested view is there
+STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit
+STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says to go on: fused == text
+STATUS_FAILED = "failed"  # no vectors; `error` says why
+STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
+
+
+def embedding_schema(
+    dim: int | Mapping[str, int], dtype: str = "float32", metadata: dict[str, str] | None = None
+) -> pa.Schema:
+    """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view.
+
+    `dim` is the length of all vectors, or of each view's (`dims_of`).
+    """
+    element = pa.field("element", _VECTOR_TYPES[dtype], nullable=False)
+    dims = dict.fromkeys(VIEWS, dim) if isinstance(dim, int) else dim
+    return pa.schema(
+        [
+            pa.field(ITEM_ID, pa.string(), nullable=False),
+            *(pa.field(view, pa.list_(element, dims[view])) for view in VIEWS),
+            pa.field(STATUS, pa.string(), nullable=False),
+            pa.field(ERROR, pa.string()),
+            pa.field(INPUT, pa.string()),
+        ],
+        metadata=metadata,
+    )
+
+
+def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
+    """Return the length of each view's vectors by a manifest, or by the settings of an export.
+
+    That is `dim`, unless `dims` gives each view its own: a concatenation is as long as its parts together, and `dim`
+    is then the length of `fused`.
+    """
+    return {view: int(described.get("dims", {}).get(view, described["dim"])) for view in VIEWS}
+
+
+def modalities_of(views: Sequence[str]) -> tuple[str, ...]:
+    """Return which of text and image the vectors of a table with these views are made of.
+
+    A table of one modality has `fused` equal to it: (fused, text) is made of titles alone. One interleaved prompt
+    leaves only `fused`, which is made of both.
+    """
+    return tuple(view for view in MODALITIES if view in views) or MODALITIES
+
+
+_REACH = "check the path, its permissions and, for an object store, address and credentials"
+_VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of shard `number`."""
+    return f"part-{number:05d}.parquet"
+
+
+def write_json(path: Location, value: Any) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Location, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    write_whole(path, text.encode("utf-8"))
+
+
+def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
+    """Read a JSON object, or raise `ArtifactError` naming `what` the file is."""
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist", what, fix)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error})", what, _REACH) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is not readable JSON ({error})", what, fix) from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds a {type(value).__name__}", what, fix)
+    return value
+
+
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """Read the manifest of a finished embeddings folder.
+
+    Raises:
+        ArtifactError: the folder has no manifest (the export is not complete), or was written by a newer schema.
+    """
+    manifest = read_json(
+        folder / MANIFEST_FILE,
+        f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
+        "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped",
+    )
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder} has embedding schema version {version!r}",
+            f"a version up to {SCHEMA_VERSION}",
+            "install a newer vlm2rec, or export again with this one",
+        )
+    return manifest
+
+
+def require_columns(found: list[str], required: list[str], where: str, fix: str) -> None:
+    """Raise `ArtifactError` naming the first missing column and the nearest one that is there."""
+    for column in required:
+        if column not in found:
+            raise ArtifactError(
+                f"{where} has no column {column!r}{did_you_mean(column, found)}; its columns are {', '.join(found)}",
+                f"the columns {', '.join(required)}",
+                fix,
+            )
+
+
+def read_table(path: Location, columns: list[str] | None = None, *, fix: str) -> pa.Table:
+    """Read a Parquet file, or raise `ArtifactError` with what to do."""
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist", "a file written by vlm2rec", fix)
+        with readable(path) as source:
+            return pq.read_table(source, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix) from None

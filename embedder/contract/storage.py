@@ -1,0 +1,286 @@
+"""Where a folder lies: on a disk, or in an object store (`s3://bucket/folder`, `gs://bucket/folder`) through fsspec.
+
+What the two do differently stands here. A file on a disk is written under another name, flushed and renamed; an object
+appears under its name whole or not at all, and can be neither renamed nor locked. Credentials, region and endpoint are
+those of the store's own client: `AWS_ENDPOINT_URL`, `~/.aws`, fsspec's configuration.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import os
+import posixpath
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
+
+_CLIENTS = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the library that speaks to it
+_FOREIGN = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests")  # their errors are no OSErrors
+_BLOCK = 4 * 2**20  # bytes that a read fetches ahead
+
+
+class Stat(NamedTuple):
+    """What is known of an object without reading it; the names are those of `os.stat`."""
+
+    st_size: int
+    st_mtime_ns: int
+
+    @property
+    def st_mtime(self) -> float:
+        """Seconds since 1970, by the clock of the store."""
+        return self.st_mtime_ns / 1e9
+
+
+class StorePath:
+    """A place in an object store, with the part of pathlib's interface that is needed of it.
+
+    Nothing is remembered from one call to the next, as others write there too. Every failure is an `OSError`, and
+    something is only missing if the store says so: one that does not answer is an error. A bucket is never made.
+
+    Args:
+        url: scheme, bucket and key; `.`, `..` and empty parts are taken out, as a store has no links.
+
+    Raises:
+        ConfigError: no bucket, or a scheme that is not supported.
+        MissingDependencyError: the library that speaks to this store is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.scheme, _, rest = url.partition("://")
+        bucket, _, key = rest.partition("/")
+        inside = posixpath.normpath(f"/{key}").strip("/")
+        if not bucket or bucket in (".", ".."):
+            raise ConfigError(f"{url!r} names no bucket", f"{self.scheme}://bucket/folder", "correct the address")
+        if self.scheme not in _CLIENTS:
+            known = ", ".join(f"{scheme}://" for scheme in _CLIENTS)
+            raise ConfigError(f"{url!r} is in no store that vlm2rec knows", f"a folder, or {known}", "copy it there")
+        self.key = f"{bucket}/{inside}".rstrip("/")  # as fsspec wants it, the bucket among it
+        _require_client(self.scheme)
+
+    @cached_property
+    def _store(self) -> Any:
+        import fsspec
+
+        return fsspec.filesystem(self.scheme, use_listings_cache=False)
+
+    def __reduce__(self) -> tuple[type[StorePath], tuple[str]]:
+        """Let another process connect itself, with the credentials that it has."""
+        return StorePath, (str(self),)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.key}"
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorePath) and str(self) == str(other)
+
+    def __lt__(self, other: StorePath) -> bool:
+        return str(self) < str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __truediv__(self, below: str) -> StorePath:
+        return StorePath(f"{self}/{below}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> StorePath:
+        """What it lies in; the bucket lies in itself."""
+        return StorePath(f"{self.scheme}://{self.key.rpartition('/')[0] or self.key}")
+
+    def with_suffix(self, suffix: str) -> StorePath:
+        """Return the place with another end of the name."""
+        return self.parent / f"{posixpath.splitext(self.name)[0]}{suffix}"
+
+    def resolve(self) -> StorePath:
+        """Return the place itself: it is absolute, and nothing in a store leads elsewhere."""
+        return self
+
+    def exists(self) -> bool:
+        """Tell whether there is an object of this name, or one below it."""
+        return self._info() is not None
+
+    def is_file(self) -> bool:
+        """Tell whether there is an object of this name."""
+        return (self._info() or {}).get("type") == "file"
+
+    def is_dir(self) -> bool:
+        """Tell whether there is an object below this name."""
+        return (self._info() or {}).get("type") == "directory"
+
+    def stat(self) -> Stat:
+        """Return size and time of an object."""
+        info = self._info()
+        if info is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return self._stat_of(info)
+
+    def iterdir(self) -> Iterator[StorePath]:
+        """Yield what lies directly below; nothing where there is nothing."""
+        with _as_os_errors():
+            try:
+                found = self._store.ls(self.key, detail=False)
+            except FileNotFoundError:
+                return
+        names = {key.rstrip("/").rpartition("/")[2] for key in found if key.rstrip("/") != self.key}
+        yield from (self / name for name in sorted(names))
+
+    def tree(self) -> dict[str, Stat]:
+        """Return every object below, however deep, by its path from here: one listing in place of a look at each."""
+        with _as_os_errors():
+            found = self._store.find(self.key, detail=True)
+        return {key.removeprefix(f"{self.key}/"): self._stat_of(info) for key, info in found.items()}
+
+    @contextmanager
+    def open(self, mode: str = "rb") -> Iterator[BinaryIO]:
+        """Open an object for reading; what is read is one version of it."""
+        with _as_os_errors(), self._store.open(self.key, mode, block_size=_BLOCK, cache_type="readahead") as file:
+            yield file
+
+    def read_bytes(self, most: int | None = None) -> bytes:
+        """Return the content of an object, or its first bytes; in one request if `most` is given."""
+        with _as_os_errors():
+            try:
+                return bytes(self._store.cat_file(self.key, start=None if most is None else 0, end=most))
+            except FileNotFoundError:
+                raise
+            except OSError:
+                if most is not None and self.is_file() and self.stat().st_size == 0:
+                    return b""  # of which no range can be asked
+                raise
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Return the content of an object as text."""
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put an object there, in place of what there was."""
+        with _as_os_errors():
+            self._store.pipe_file(self.key, content)
+
+    def create(self, content: bytes) -> bool:
+        """Put an object there if there is none, and tell whether it was done.
+
+        Among several who try at once one succeeds, where the store honours `If-None-Match`; elsewhere they all do, and
+        the last one's object stays.
+        """
+        if self.exists():
+            return False
+        with _as_os_errors():
+            try:
+                self._store.pipe_file(self.key, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno == errno.ENOSYS:  # the store has no conditions
+                    self._store.pipe_file(self.key, content)
+                elif self.exists():  # some say so in words of their own
+                    return False
+                else:
+                    raise
+        return True
+
+    def upload(self, file: Path) -> None:
+        """Put a local file's content there, in place of what there was."""
+        with _as_os_errors():
+            self._store.put_file(str(file), self.key)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove an object."""
+        if not missing_ok and not self.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        with _as_os_errors():
+            try:
+                self._store.rm_file(self.key)
+            except FileNotFoundError:
+                return
+
+    def _info(self) -> dict[str, Any] | None:
+        with _as_os_errors():
+            try:
+                return dict(self._store.info(self.key))
+            except FileNotFoundError:
+                return None
+
+    def _stat_of(self, info: dict[str, Any]) -> Stat:
+        time = info.get("LastModified") or info.get("mtime") or info.get("updated") or 0
+        if isinstance(time, str):
+            time = datetime.datetime.fromisoformat(time)
+        seconds = time.timestamp() if isinstance(time, datetime.datetime) else float(time)
+        return Stat(int(info.get("size") or 0), round(seconds * 1000) * 1_000_000)
+
+
+Location = Path | StorePath
+"""A folder or a file, wherever it lies."""
+
+
+def location(given: str | os.PathLike[str] | StorePath) -> Location:
+    """Return where a path or the address of an object store leads.
+
+    Raises:
+        ConfigError, MissingDependencyError: as `StorePath`.
+    """
+    if isinstance(given, StorePath):
+        return given
+    return StorePath(given) if isinstance(given, str) and "://" in given else Path(given)
+
+
+def sha256_file(path: Location) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+@contextmanager
+def readable(path: Location) -> Iterator[Path | BinaryIO]:
+    """Give what pyarrow and Pillow can read: the path itself, or an open object of a store."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with path.open("rb") as file:
+        yield file
+
+
+def free_bytes(folder: Location) -> int | None:
+    """Return how much fits on the disk of a folder, which need not exist; None for a store, which has no end."""
+    if isinstance(folder, StorePath):
+        return None
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
+def _require_client(scheme: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        client = _CLIENTS[scheme]
+        raise MissingDependencyError(
+            f"{scheme}:// is given, and {client} is not installed", client, "pip install 'vlm2rec[store]'"
+        ) from None
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Turn what a store's client raises into the error that a disk would give."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in _FOREIGN:
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        raise

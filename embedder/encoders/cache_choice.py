@@ -1,0 +1,94 @@
+"""`--vision-cache`: whether and where the frozen vision tower's tokens are kept, and how much room they take."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vlm2rec.embedder.backbones.image_readers import Readers
+from vlm2rec.embedder.backbones.images import ImageError, size_of
+from vlm2rec.embedder.backbones.lora import backbone_hash
+from vlm2rec.embedder.backbones.vision_cache import VisionCache
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.storage import StorePath
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.progress import SILENT, Reporter
+
+AUTO, OFF = "auto", "off"
+FOLDER = "vision-cache"
+MOST_BYTES = 64 * 2**30  # of a cache that nobody asked for
+_SAMPLE = 64  # images whose size is looked up for the estimate
+_PATIENCE = 5.0  # seconds for one of them
+
+
+def use_vision_cache(
+    setting: str,
+    dataset: Dataset,
+    encoder: ItemEncoder,
+    source: str,
+    revision: str | None,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Give the encoder a cache as `--vision-cache` says, and tell how large it will be before anything is written.
+
+    With `auto` it lies in the dataset folder, if it takes no more than 64 GiB and half of what is free there; none in
+    an object store.
+
+    Args:
+        setting: auto, off, or a folder.
+        dataset: whose images will be looked at.
+        encoder: whose vision tower it is.
+        source: hub id or folder of the backbone.
+        revision: of a hub backbone.
+        reporter: is told what is kept, and why nothing is.
+    """
+    if setting == OFF or schema.IMAGE not in encoder.modalities:
+        return
+    if setting == AUTO and isinstance(dataset.path, StorePath):
+        reporter.say(
+            f"vision cache: none, as {dataset.path} is in a store. A folder of this machine: --vision-cache DIR"
+        )
+        return
+    root = Path(str(dataset.path)) / FOLDER if setting == AUTO else Path(setting)
+    try:
+        cache = VisionCache.open(root, encoder.backbone, backbone_hash(source, revision))
+        free = shutil.disk_usage(cache.folder).free
+    except OSError as error:
+        reporter.say(f"vision cache: {root} cannot be written ({error.strerror}); images are looked at every time")
+        return
+    images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
+    missing = max(0, images - len(cache)) * expected // max(1, images)
+    where = f"{root} ({len(cache):,} of {images:,} images are there)"
+    if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
+        reporter.say(
+            f"vision cache: {_size(expected)} would be needed in {where}, and {_size(free)} are free: images are looked"
+            " at every time. A folder with more room: --vision-cache DIR",
+        )
+        return
+    reporter.say(f"vision cache: about {_size(expected)} in {where}; --vision-cache off does without")
+    encoder.vision_cache = cache
+
+
+def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) -> int:
+    """Estimate the size of the cache with all images of a dataset in it from a few of them."""
+    count = len(dataset.item_ids)
+    sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
+    sizes = []
+    with closing(Readers(4, _PATIENCE)) as readers:
+        asked = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
+        for reading in asked:
+            try:
+                length = encoder.backbone.image_length(*readers.take(reading))
+            except (ImageError, ValueError):
+                continue  # a broken image takes no room
+            sizes.append(cache.image_bytes(length, encoder.backbone.image_layers))
+    return round(count * float(np.mean(sizes))) if sizes else 0
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

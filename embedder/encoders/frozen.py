@@ -1,0 +1,533 @@
+"""Small pretrained encoders, used as they are: sentence-transformers folders, other text encoders, CLIP, SigLIP.
+
+Models run in transformers; of a sentence-transformers folder the modules that `modules.json` lists are read from their
+files, so that package is not needed. No code of a model folder is run and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet_if
+from vlm2rec.embedder.backbones.families import neutralise, read_model_config
+from vlm2rec.embedder.backbones.pooling import fuse, last_token, mean_tokens, unit
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
+from vlm2rec.embedder.options import DeviceName, DtypeName, FusionNorm
+
+Kind = Literal["auto", "sentence", "clip"]
+# tokens of a title: CLIP takes what its text model has positions for, padded to the longest; SigLIP was trained on
+# titles padded to full length, and its padding is attended
+CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
+    "clip": "longest",
+    "siglip": "max_length",
+    "siglip2": "max_length",
+}
+IMAGES_AT_ONCE = 32
+_LONGEST_TITLE = 512  # tokens, for a tokenizer that names no limit
+_POSITIONS_FROM_TWO = ("RobertaModel", "XLMRobertaModel", "CamembertModel", "MPNetModel")  # 0 and 1 are for padding
+
+
+class FrozenEncoder(Protocol):
+    """What `pipelines.export_items.export` needs of an encoder."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides a vector, as JSON."""
+
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Return the vectors of n items."""
+
+
+# --- kinds --------------------------------------------------------------------------------------------------------
+def resolve_kind(folder: Path, kind: Kind) -> tuple[Literal["sentence", "clip"], Path]:
+    """Return what a folder holds, and the folder of its transformers model.
+
+    Raises:
+        ModelError: no model folder.
+        ConfigError: `clip` for a folder that holds no CLIP or SigLIP.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "a folder with config.json and weights", "check --encoder")
+    inner = folder
+    if (folder / "modules.json").is_file():  # sentence-transformers keeps CLIP in a folder of its own
+        listed = listed_modules(folder)
+        inner = listed[0][1] if listed else folder
+    model_type = str(read_model_config(inner).get("model_type"))
+    if kind == "clip" and model_type not in CLIP_PADDING:
+        raise ConfigError(
+            f"--kind clip with a folder of type {model_type!r}",
+            f"one of {', '.join(CLIP_PADDING)}",
+            "leave --kind out, or choose another --encoder",
+        )
+    if kind == "clip" or (kind == "auto" and model_type in CLIP_PADDING):
+        return "clip", inner
+    if model_type in CLIP_PADDING:
+        raise ConfigError(f"--kind sentence with a {model_type} folder", "a text encoder", "leave --kind out")
+    return "sentence", inner
+
+
+def frozen_settings(
+    folder: Path,
+    kind: Kind = "auto",
+    *,
+    pooling: Pooling = "auto",
+    fusion_norm: FusionNorm = "raw",
+    dtype: DtypeName = "float32",
+    device: DeviceName = "auto",
+) -> dict[str, Any]:
+    """Return what `load_frozen(...).settings` will be, from config files alone.
+
+    Raises:
+        ModelError, ConfigError: as far as `load_frozen` can know without the weights.
+    """
+    found, inner = resolve_kind(folder, kind)
+    config = read_model_config(inner)
+    common = {
+        "source": found,
+        "encoder": folder.resolve().name,
+        "encoder_hash": lora.backbone_hash(str(inner), None),
+        "model_type": config["model_type"],
+        "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
+    }
+    if found == "clip":
+        if pooling != "auto":
+            raise ConfigError("--pooling with a CLIP or SigLIP folder", "none: the model pools", "leave it out")
+        return common | _clip_settings(inner, config, fusion_norm)
+    modules = read_sentence_modules(folder, pooling)
+    return common | {
+        "dim": _sentence_dim(modules, config),
+        "views": [schema.FUSED, schema.TEXT],
+        "modules": list(modules.names),
+        "pooling": list(modules.pooling),
+        "dense": [lora.backbone_hash(str(layer.folder), None) for layer in modules.dense],
+        "normalise": modules.normalise,
+        "lower_case": modules.lower_case,
+        "max_tokens": modules.max_tokens,
+        "prompt": modules.prompt,
+    }
+
+
+def _sentence_dim(modules: SentenceModules, config: Mapping[str, Any]) -> int:
+    width = config.get("hidden_size") or config.get("dim") or config.get("d_model")
+    if not isinstance(width, int) or config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{modules.transformer}/config.json is of type {config.get('model_type')!r}",
+            "one stack of layers with a hidden_size, such as BERT",
+            "choose another --encoder",
+        )
+    return modules.dense[-1].out_features if modules.dense else width * len(modules.pooling)
+
+
+def _clip_settings(inner: Path, config: Mapping[str, Any], fusion_norm: FusionNorm) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    full = AutoConfig.from_pretrained(inner, trust_remote_code=False)
+    vision = full.vision_config
+    side = getattr(vision, "image_size", None) or 256  # SigLIP 2 in native resolution spends 256 patches of 16²
+    dim = full.projection_dim if config["model_type"] == "clip" else _siglip_dim(full)
+    return {
+        "dim": int(dim),
+        "views": list(schema.VIEWS),
+        "fusion": "external",
+        "fusion_norm": fusion_norm,
+        "max_tokens": int(full.text_config.max_position_embeddings),
+        "padding": CLIP_PADDING[config["model_type"]],
+        # decoding may stop at twice the model's own size: see `images.open_image`
+        "max_pixels": int(side) ** 2,
+    }
+
+
+def _siglip_dim(config: Any) -> int:
+    return int(getattr(config.text_config, "projection_size", None) or config.text_config.hidden_size)
+
+
+def load_frozen(
+    folder: Path,
+    kind: Kind = "auto",
+    *,
+    pooling: Pooling = "auto",
+    fusion_norm: FusionNorm = "raw",
+    dtype: DtypeName = "float32",
+    device: DeviceName = "auto",
+    token_budget: int = 4096,
+) -> FrozenEncoder:
+    """Load a frozen encoder from a local folder, in evaluation mode.
+
+    Args:
+        folder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP or SigLIP.
+        kind: what it holds; `auto` looks.
+        pooling: of a text encoder; `auto` as its modules say, else mean.
+        fusion_norm: of CLIP and SigLIP: how text and image make the fused vector.
+        dtype: number format of the model.
+        device: where to run.
+        token_budget: padded tokens in one batch of titles.
+
+    Raises:
+        ModelError: files are missing or damaged, or a module is unknown.
+        ConfigError: settings that do not fit the folder, or a device that is not there.
+    """
+    settings = frozen_settings(folder, kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device)
+    place = pick_device(device)
+    model, tokenizer = _load_model(resolve_kind(folder, kind)[1], pick_dtype(dtype, place), place)
+    if settings["source"] == "clip":
+        return ClipEncoder(model, tokenizer, settings, token_budget)
+    return SentenceEncoder(model, tokenizer, read_sentence_modules(folder, pooling), settings, token_budget)
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet_if(True):
+            model, info = AutoModel.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the encoder {folder} cannot be loaded ({text})",
+            "config.json, tokenizer.json and safetensors weights that fit one another",
+            "download the folder again; pickled weights are never opened",
+        ) from error
+    # the pooler above BERT's first token is not used, and many text encoders have none
+    missing = sorted(
+        name for name in info["missing_keys"] if "pooler" not in name or hasattr(model, "get_text_features")
+    )
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights, among them {missing[0]}", "a complete model", "download it again"
+        )
+    return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+# --- encoders -----------------------------------------------------------------------------------------------------
+class _Titles:
+    """Titles as token ids."""
+
+    def __init__(self, tokenizer: Any, longest: int, prompt: str, lower_case: bool) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+        self.prompt, self.lower_case = prompt, lower_case
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def tokenize(self, titles: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
+        """Return each title's token ids, cut to the limit, and which were cut, (n,) bool."""
+        # a very long title is cut by characters first: tokenising 100,000 of them only to drop them is wasted work
+        texts = [" ".join(title.replace("\0", " ").split())[: 64 * self.longest] for title in titles]
+        texts = [self.prompt + neutralise(self.tokenizer, text) for text in texts]
+        texts = [text.lower() for text in texts] if self.lower_case else texts
+        whole = self.tokenizer(texts, verbose=False)["input_ids"]
+        cut = self.tokenizer(texts, truncation=True, max_length=self.longest)["input_ids"]
+        cut = [ids or [self.tokenizer.pad_token_id] for ids in cut]  # an empty title still has a vector
+        return cut, np.array([len(ids) > self.longest for ids in whole], bool)
+
+
+def _longest(model: Any, tokenizer: Any, wanted: int | None) -> int:
+    """Return how many tokens a text may have: the folder's own limit, the tokenizer's, and the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and type(model).__name__ in _POSITIONS_FROM_TWO:
+        positions -= 2
+    limits = [limit for limit in (wanted, tokenizer.model_max_length, positions) if limit and limit < 10**9]
+    return int(min(limits)) if limits else _LONGEST_TITLE
+
+
+class SentenceEncoder:
+    """Titles through a text encoder and its modules; the fused vector is the text vector, images are not read."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, modules: SentenceModules, settings: dict[str, Any], token_budget: int
+    ) -> None:
+        self.model, self.modules, self.token_budget = model, modules, token_budget
+        self._settings = settings
+        longest = _longest(model, tokenizer, modules.max_tokens)
+        self.titles = _Titles(tokenizer, longest, modules.prompt, modules.lower_case)
+        self.dense = nn.Sequential(*(layer.load() for layer in modules.dense)).to(model.device)
+        self.dense.requires_grad_(False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `FrozenEncoder`."""
+        return self._settings
+
+    @torch.no_grad()
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Return the vectors of n titles; `images` are not looked at, and the image vectors are NaN."""
+        ids, truncated = self.titles.tokenize(titles)
+        vectors = torch.empty(len(titles), self._settings["dim"])
+        for batch in batches_by_tokens([len(each) for each in ids], self.token_budget):
+            vectors[batch] = self._encode([ids[row] for row in batch]).cpu()
+        text = to_numpy(vectors)
+        return EncodedItems(text, text, np.full_like(text, np.nan), truncated)
+
+    def _encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        inputs = self.titles.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
+        hidden = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        mask = inputs["attention_mask"]
+        pooled = torch.cat([POOLERS[mode](hidden.float(), mask) for mode in self.modules.pooling], dim=1)
+        vectors = self.dense(pooled)
+        return unit(vectors) if self.modules.normalise else vectors
+
+
+class ClipEncoder:
+    """Titles and images through the two towers of CLIP or SigLIP, into the space they share."""
+
+    def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], token_budget: int) -> None:
+        self.model, self.token_budget = model, token_budget
+        self._settings = settings
+        self.titles = _Titles(tokenizer, settings["max_tokens"], prompt="", lower_case=False)
+        self.image_processor = self._image_processor(model.config.name_or_path)
+
+    @staticmethod
+    def _image_processor(folder: str) -> Any:
+        try:
+            return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the image processor of {folder} cannot be loaded ({str(error).splitlines()[0]})",
+                "preprocessor_config.json",
+                "download the folder again",
+            ) from error
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `FrozenEncoder`."""
+        return self._settings
+
+    @torch.no_grad()
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Return text, image and fused vectors of n items; without an image, fused is the text vector alone."""
+        text, truncated = self._encode_titles(titles)
+        image = torch.full_like(text, torch.nan)
+        seen = [row for row, picture in enumerate(images) if isinstance(picture, Image.Image)]
+        pictures = [picture for picture in images if isinstance(picture, Image.Image)]
+        for start in range(0, len(seen), IMAGES_AT_ONCE):
+            image[seen[start : start + IMAGES_AT_ONCE]] = self._look(pictures[start : start + IMAGES_AT_ONCE])
+        with_image = ~image.isnan().any(dim=1, keepdim=True)
+        fused = torch.where(with_image, fuse(text, image, self._settings["fusion_norm"]), text)
+        return EncodedItems(to_numpy(fused), to_numpy(text), to_numpy(image), truncated)
+
+    def _encode_titles(self, titles: Sequence[str]) -> tuple[Tensor, np.ndarray]:
+        ids, truncated = self.titles.tokenize(titles)
+        padding, longest = self._settings["padding"], self._settings["max_tokens"]
+        sizes = [longest if padding == "max_length" else len(each) for each in ids]
+        vectors = torch.empty(len(titles), self._settings["dim"])
+        for batch in batches_by_tokens(sizes, self.token_budget):
+            # the tokenizer decides whether padding is masked: CLIP's says which tokens count, SigLIP's does not
+            inputs = self.titles.tokenizer.pad(
+                {"input_ids": [ids[row] for row in batch]}, padding=padding, max_length=longest, return_tensors="pt"
+            ).to(self.model.device)
+            names = [
+                name for name in self.titles.tokenizer.model_input_names if name in ("input_ids", "attention_mask")
+            ]
+            output = self.model.get_text_features(**{name: inputs[name] for name in names}, return_dict=True)
+            vectors[batch] = output.pooler_output.float().cpu()
+        return vectors, truncated
+
+    def _look(self, pictures: Sequence[Image.Image]) -> Tensor:
+        inputs = self.image_processor(images=list(pictures), return_tensors="pt").to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        output = self.model.get_image_features(**inputs, return_dict=True)
+        return output.pooler_output.float().cpu()
+
+
+Pooling = Literal["auto", "mean", "cls", "last"]
+
+
+def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the state of each row's first attended token, (B, d)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.bool().int().argmax(1)]
+
+
+def max_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the largest value of each dimension over each row's attended tokens, (B, d)."""
+    return hidden.masked_fill(~mask.bool()[..., None], -torch.inf).amax(1)
+
+
+def mean_over_root_length(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over each row's attended tokens divided by the root of their number, (B, d)."""
+    return mean_tokens(hidden, mask) * mask.sum(1, keepdim=True).sqrt()
+
+
+def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over each row's attended tokens, the token at position i weighted by i + 1, (B, d)."""
+    weights = mask * mask.cumsum(1)  # (B, T)
+    return torch.einsum("bt,btd->bd", weights.to(hidden.dtype), hidden) / weights.sum(1, keepdim=True)
+
+
+# sentence-transformers' names; several at once are concatenated in this order
+POOLERS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": first_token,
+    "max": max_tokens,
+    "mean": mean_tokens,
+    "mean_sqrt_len_tokens": mean_over_root_length,
+    "weightedmean": position_weighted_mean,
+    "lasttoken": last_token,
+}
+_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: Mapping[str, type[nn.Module]] = {
+    "Tanh": nn.Tanh,
+    "Identity": nn.Identity,
+    "ReLU": nn.ReLU,
+    "GELU": nn.GELU,
+    "Sigmoid": nn.Sigmoid,
+    "SiLU": nn.SiLU,
+}
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A sentence-transformers `Dense` module: its files, not yet read."""
+
+    folder: Path
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str  # key of `_ACTIVATIONS`
+
+    def load(self) -> nn.Module:
+        """Return the layer with its weights."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias)
+        try:
+            weights = load_file(self.folder / "model.safetensors")
+            layer.load_state_dict({name.removeprefix("linear."): value for name, value in weights.items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(
+                f"the weights of {self.folder} cannot be loaded ({str(error).splitlines()[0]})",
+                "model.safetensors of a Dense module; pickled weights are never opened",
+                "download the folder again, or convert its weights to safetensors",
+            ) from None
+        return nn.Sequential(layer, _ACTIVATIONS[self.activation]())
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What a text encoder's folder says of the way from token states to a vector."""
+
+    transformer: Path  # folder of the transformers model
+    pooling: tuple[str, ...]  # keys of `POOLERS`
+    dense: tuple[DenseLayer, ...] = ()
+    normalise: bool = False
+    lower_case: bool = False
+    max_tokens: int | None = None  # None: what tokenizer and positions allow
+    prompt: str = ""  # stands before every title
+    names: tuple[str, ...] = field(default=("Transformer", "Pooling"))
+
+
+def read_sentence_modules(folder: Path, pooling: Pooling = "auto") -> SentenceModules:
+    """Read the modules of a text encoder's folder; a folder without `modules.json` is pooled by the mean.
+
+    Raises:
+        ModelError: a module or pooling this program does not know.
+    """
+    chosen = {"last": "lasttoken"}.get(pooling, pooling)
+    if not (folder / "modules.json").is_file():
+        return SentenceModules(folder, ("mean" if chosen == "auto" else chosen,))
+    listed = listed_modules(folder)
+    names, paths = [name for name, _ in listed], [path for _, path in listed]
+    _require_known(folder, names)
+    modes: tuple[str, ...] = ("mean",)
+    dense: list[DenseLayer] = []
+    for name, path in zip(names, paths, strict=True):
+        if name == "Pooling":
+            modes = _pooling_modes(path)
+        elif name == "Dense":
+            dense.append(_dense_layer(path))
+    own = read_json_file(paths[0] / "sentence_bert_config.json", missing={})
+    return SentenceModules(
+        transformer=paths[0],
+        pooling=modes if chosen == "auto" else (chosen,),
+        dense=tuple(dense),
+        normalise="Normalize" in names,
+        lower_case=bool(own.get("do_lower_case", False)),
+        max_tokens=own.get("max_seq_length"),
+        prompt=_default_prompt(folder),
+        names=tuple(names),
+    )
+
+
+def listed_modules(folder: Path) -> list[tuple[str, Path]]:
+    """Return class name and folder of each module in `modules.json`, in order."""
+    file = folder / "modules.json"
+    listed = read_json_file(file)
+    if not isinstance(listed, list) or not all(isinstance(m, dict) and {"type", "path"} <= set(m) for m in listed):
+        raise ModelError(f"{file} lists no modules", "modules with type and path", "download the folder again")
+    return [(str(module["type"]).rpartition(".")[2], folder / str(module["path"])) for module in listed]
+
+
+def _require_known(folder: Path, names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in ("Transformer", "Pooling", "Dense", "Normalize")]
+    late = "Normalize" in names and names[-1] != "Normalize"
+    if unknown or not names or names[0] != "Transformer" or late:
+        raise ModelError(
+            f"the modules of {folder} are {', '.join(names) or 'none'}",
+            "Transformer, Pooling, any number of Dense, and Normalize last if at all",
+            "encode the items with sentence-transformers itself, and take the vectors in with `vlm2rec import-vectors`",
+        )
+
+
+def _pooling_modes(path: Path) -> tuple[str, ...]:
+    config = read_json_file(path / "config.json")
+    if not config.get("include_prompt", True):
+        raise ModelError(
+            f"{path} leaves the prompt out of the pooling", "include_prompt: true", "choose another encoder"
+        )
+    if isinstance(named := config.get("pooling_mode"), str):
+        modes = [named]
+    else:
+        modes = [mode for key, mode in _POOLING_KEYS.items() if config.get(key)]
+    if not modes or any(mode not in POOLERS for mode in modes):
+        raise ModelError(
+            f"{path} pools by {', '.join(modes) or 'nothing'}", f"{', '.join(POOLERS)}", "choose --pooling"
+        )
+    return tuple(modes)
+
+
+def _dense_layer(path: Path) -> DenseLayer:
+    config = read_json_file(path / "config.json")
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    if activation not in _ACTIVATIONS:
+        raise ModelError(
+            f"{path} has the activation {activation}", f"one of {', '.join(_ACTIVATIONS)}", "choose another encoder"
+        )
+    return DenseLayer(path, config["in_features"], config["out_features"], config.get("bias", True), activation)
+
+
+def _default_prompt(folder: Path) -> str:
+    config = read_json_file(folder / "config_sentence_transformers.json", missing={})
+    name = config.get("default_prompt_name")
+    return str(config.get("prompts", {}).get(name, "")) if name else ""
+
+
+def read_json_file(path: Path, missing: Any = None) -> Any:
+    """Return a JSON file's content, or `missing` where that is given and there is no file.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error})", "JSON of a model folder", "download it again") from None

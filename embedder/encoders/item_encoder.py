@@ -1,0 +1,350 @@
+"""`ItemEncoder`: titles and images in, fused, text and image vectors out. The adapter is merged, the head left off."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.backbones import lora, modality
+from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
+from vlm2rec.embedder.backbones.images import ImageError, open_image
+from vlm2rec.embedder.backbones.packing import IndependentRows
+from vlm2rec.embedder.backbones.pooling import fuse
+from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.contract.storage import Location
+from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.options import (
+    DeviceName,
+    DtypeName,
+    FusionMode,
+    FusionNorm,
+    Pooling,
+    PromptMode,
+    PromptStyle,
+    ViewChoice,
+)
+
+logger = logging.getLogger(__name__)
+
+Picture = Image.Image | Patches | NewImage | ImageFeatures | ImageError | None
+"""An image as an item encoder takes it: as a picture, cut up, known to a vision cache or not, broken, or not there."""
+
+ITEMS_AT_ONCE = 256  # images whose features are held on the device together
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """Vectors of n items, float32; rows of NaN where a view is absent."""
+
+    fused: np.ndarray  # (n, d)
+    text: np.ndarray  # (n, d)
+    image: np.ndarray  # (n, d)
+    truncated: np.ndarray  # (n,) bool: the title was cut to the token limit
+
+
+class ItemEncoder:
+    """Encodes items and histories with one backbone, with or without an adapter. Use `ItemEncoder.load`."""
+
+    def __init__(
+        self, backbone: Backbone, settings: EncoderSettings, provenance: dict[str, Any], token_budget: int = 0
+    ) -> None:
+        self.backbone = backbone
+        self.encoder_settings = settings
+        self.provenance = provenance
+        self.token_budget = token_budget or pick_token_budget(backbone)
+        self.vision_cache: VisionCache | None = None
+        self._loaded_with: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process load the same encoder, once, instead of sending it the weights."""
+        if self._loaded_with is None:
+            raise TypeError("an ItemEncoder that was not made by ItemEncoder.load cannot be pickled")
+        return _load_once, (*self._loaded_with, json.dumps(self.provenance, sort_keys=True))
+
+    @classmethod
+    def load(
+        cls,
+        backbone: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        fusion: FusionMode | None = None,
+        fusion_norm: FusionNorm | None = None,
+        prompt_mode: PromptMode | None = None,
+        max_pixels: int | None = None,
+        max_title_tokens: int | None = None,
+        views: ViewChoice | None = None,
+        pooling: Pooling | None = None,
+        wording: PromptStyle | None = None,
+        dtype: DtypeName = "auto",
+        device: DeviceName = "auto",
+        token_budget: int = 0,
+    ) -> ItemEncoder:
+        """Load a backbone, merge the adapter into it if one is given, and check the adapter's canary vectors.
+
+        Settings left at None are the adapter's, or the defaults of `EncoderSettings` without an adapter; a token
+        budget of 0 is one that suits the device.
+
+        Raises:
+            ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
+            ConfigError: a setting contradicts the adapter's, or a text model is asked for images.
+        """
+        given = {
+            "fusion": fusion,
+            "fusion_norm": fusion_norm,
+            "prompt_mode": prompt_mode,
+            "max_pixels": max_pixels,
+            "max_title_tokens": max_title_tokens,
+            "views": views,
+            "pooling": pooling,
+            "wording": wording,
+        }
+        backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
+        settings = EncoderSettings.resolve(adapter, **given)
+        provenance = encoder_settings(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
+        model = Backbone.load(
+            backbone,
+            revision=revision,
+            prompt_mode=settings.prompt_mode,
+            max_pixels=settings.max_pixels,
+            max_title_tokens=settings.max_title_tokens,
+            pooling=settings.pooling,
+            dtype=dtype,
+            device=device,
+        )
+        model.share_prefixes()
+        encoder = cls(model, settings, provenance, token_budget)
+        choices = {**given, "revision": revision, "dtype": dtype, "device": device, "token_budget": token_budget}
+        encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
+        if adapter is not None:
+            canary = lora.read_canary(adapter)
+            before = encoder.encode_items(canary.titles, canary.images)
+            lora.merge_adapter(model, adapter)
+            model.share_prefixes()
+            lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
+        return encoder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything of the encoder that belongs into an export's fingerprint."""
+        return self.provenance
+
+    @property
+    def dim(self) -> int:
+        """Length d of a vector."""
+        return self.backbone.dim
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Columns of the embedding table that this encoder fills."""
+        return self.encoder_settings.columns
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Which of text and image this encoder takes; it never looks at the other."""
+        return schema.modalities_of(self.views)
+
+    @torch.no_grad()
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Encode items one by one: the sequence prompts with a single item at index 0.
+
+        Args:
+            titles: n titles.
+            images: n RGB images, or what `vision_cache.read` returns for one; where there is none, the item has no
+                image vector, and with external fusion of both views its fused vector is the text vector alone.
+        """
+        if len(titles) != len(images):
+            raise ValueError(f"{len(titles)} titles and {len(images)} images")
+        parts = [
+            self._encode_items(titles[start : start + ITEMS_AT_ONCE], images[start : start + ITEMS_AT_ONCE])
+            for start in range(0, len(titles), ITEMS_AT_ONCE)
+        ]
+        if not parts:
+            nothing = np.empty((0, self.dim), np.float32)
+            return EncodedItems(nothing, nothing, nothing, np.empty(0, bool))
+        return EncodedItems(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(EncodedItems)))
+
+    def _encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
+        prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
+        truncated = np.array([cut for _, cut in prepared], bool)
+        features = self.look(images) if with_image else [None] * len(titles)
+        with IndependentRows():  # no neighbour changes a bit
+            views = self.encode_sequences(
+                [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
+            )
+        return EncodedItems(**{view: to_numpy(vectors) for view, vectors in views.items()}, truncated=truncated)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 meanwhile, if memory suffices for the weights; they come back to the bit.
+
+        The vision cache, which holds what the usual number format gives, rests.
+        """
+        backbone, cache = self.backbone, self.vision_cache
+        tensors = (*backbone.model.parameters(), *backbone.model.buffers())
+        usual = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+        try:
+            for tensor, _ in usual:
+                tensor.data = tensor.data.float()
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for the weights in float32")
+            _restore(usual)
+        self.vision_cache = cache if backbone.model.dtype == usual[0][1] else None
+        backbone.forget_prefixes()
+        try:
+            yield
+        finally:
+            _restore(usual)
+            self.vision_cache = cache
+            backbone.forget_prefixes()
+
+    def open_image(self, root: Location, relative: str) -> Picture:
+        """Read an image and cut it up, or find what the vision cache knows of it. Safe to call from threads.
+
+        Raises:
+            ImageError: as `images.open_image`.
+        """
+        pixels, cache = self.encoder_settings.max_pixels, self.vision_cache
+        if cache is None:
+            return self.backbone.patch(open_image(root, relative, pixels))
+        found = cache.read(root, relative, pixels)
+        if isinstance(found, NewImage) and isinstance(found.image, Image.Image):
+            return NewImage(found.key, self.backbone.patch(found.image))
+        return found
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
+        """Return the features of each image, None where there is none; new ones go into the vision cache."""
+        device = self.backbone.device
+        found: list[ImageFeatures | None] = [
+            image.to(device) if isinstance(image, ImageFeatures) else None for image in images
+        ]
+        unseen = {row: image for row, image in enumerate(images) if isinstance(image, Image.Image | Patches | NewImage)}
+        pictures = [image.image if isinstance(image, NewImage) else image for image in unseen.values()]
+        new: dict[bytes, ImageFeatures] = {}
+        for (row, image), feature in zip(unseen.items(), self.backbone.look(pictures), strict=True):
+            found[row] = feature
+            if isinstance(image, NewImage):
+                new[image.key] = feature
+        if self.vision_cache is not None and new:
+            try:
+                self.vision_cache.add(list(new), list(new.values()))
+            except OSError as error:  # it only saves time: its disk must not end the work
+                logger.warning("vision cache: %s (%s); going on without", error.strerror, self.vision_cache.folder)
+                self.vision_cache = None
+        return found
+
+    def encode_sequences(
+        self,
+        titles: Sequence[Sequence[str]],
+        images: Sequence[Sequence[ImageFeatures]],
+        token_budget: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Encode n sequences of items; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent rows.
+
+        Gradients flow where the backbone has trainable weights and grad mode is on.
+
+        Args:
+            titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first; not read by an encoder
+                of images alone.
+            images: features of each sequence's images (`Backbone.look`); an empty list where there are none. Not read
+                by an encoder of titles alone.
+            token_budget: tokens in one packed row; default: the encoder's.
+        """
+        backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
+        if self.encoder_settings.fusion == "internal":
+            complete = [row for row in range(count) if images[row] and len(images[row]) == len(titles[row])]
+            prompt = {row: backbone.tokenize(prompts.item_prompt(titles[row]), images[row]) for row in complete}
+            absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
+            return {
+                schema.FUSED: self._encode_rows(prompt, count, budget),
+                schema.TEXT: absent,
+                schema.IMAGE: absent.clone(),
+            }
+        with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
+        wording = self.encoder_settings.wording
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], wording)) for row in range(count) if with_text}
+        pictures = {
+            row: backbone.tokenize(prompts.image_prompt(len(images[row]), wording), images[row])
+            for row in range(count)
+            if with_image and images[row]
+        }
+        with modality.modality(schema.TEXT):
+            text = self._encode_rows(texts, count, budget)
+        with modality.modality(schema.IMAGE):
+            image = self._encode_rows(pictures, count, budget)
+        return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
+
+    def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
+        """Return the fused vectors: the sum, or the one view that is there."""
+        if self.encoder_settings.views != "both":
+            return text if self.encoder_settings.views == schema.TEXT else image
+        with_image = ~image.isnan().any(dim=1, keepdim=True)
+        return torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
+
+    def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int, budget: int) -> Tensor:
+        """Encode prompts in packed rows of at most `budget` tokens; rows without a prompt are NaN."""
+        rows = list(by_row)
+        order: list[int] = []
+        vectors: list[Tensor] = []
+        for batch in batches_by_tokens([len(by_row[row]) for row in rows], budget, padded=False):
+            chosen = [by_row[rows[i]] for i in batch]
+            parts = in_halves(self.backbone.encode, chosen, _tokens_of, self._take_smaller_rows)
+            vectors += [part.float() for part in parts]
+            order += [rows[i] for i in batch]
+        result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
+        if not vectors:
+            return result
+        # out of place, so that gradients pass
+        return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
+
+    def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
+        self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
+        logger.warning("out of memory: rows of %d tokens from now on", self.token_budget)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(backbone: str, adapter: Path | None, choices: tuple[Any, ...], provenance: str) -> ItemEncoder:
+    """Load the encoder that another process has pickled; every copy in this process is the same one.
+
+    Raises:
+        ModelError: its files are not those that the other process has loaded.
+    """
+    encoder = ItemEncoder.load(backbone, adapter, **dict(choices))
+    if json.dumps(encoder.provenance, sort_keys=True) != provenance:
+        raise ModelError(
+            f"{backbone} or its adapter {adapter} is another here than where the encoder was pickled",
+            "the same files, number format and device settings everywhere",
+            "share the folders, or give --dtype and --device explicitly",
+        )
+    return encoder
+
+
+def _restore(tensors: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    for tensor, dtype in tensors:
+        tensor.data = tensor.data.to(dtype)
+
+
+def _tokens_of(prompt: EncodedPrompt) -> str:
+    return f"a prompt of {len(prompt)} tokens"
+
+
+def to_numpy(vectors: Tensor) -> np.ndarray:
+    """Return a tensor's values as a float32 array on the CPU."""
+    return np.asarray(vectors.detach().float().cpu().numpy(), np.float32)

@@ -1,0 +1,143 @@
+"""The items of a dataset as the backbone takes them: titles made safe once, each image looked at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones.backbone import ImageFeatures
+from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+
+if TYPE_CHECKING:
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder, Picture
+
+IMAGES_AT_ONCE = 64  # opened, and looked at, together
+SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
+
+
+class Items:
+    """Prepared titles and image features by row of `items.parquet`.
+
+    Features stay in memory, on the backbone's device, up to `cache_bytes`; the least recently used go first.
+    An unreadable image is replaced by a white one and noted in `unreadable`: a history of ten is still worth training
+    on when one of its pictures is broken. (An export, where a row must be right by itself, records a failure instead.)
+    """
+
+    def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
+        self._dataset, self._encoder = dataset, encoder
+        self._backbone = encoder.backbone
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._titles: dict[int, str] = {}
+        self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
+        self.unreadable: dict[str, str] = {}
+
+    def titles(self, rows: Iterable[int]) -> list[str]:
+        """Return the prepared titles of `rows`."""
+        return [self._title(int(row)) for row in rows]
+
+    def _title(self, row: int) -> str:
+        if row not in self._titles:
+            self._titles[row] = self._backbone.prepare_title(self._dataset.titles[row])[0]
+        return self._titles[row]
+
+    def features(self, sequences: Sequence[Sequence[int]]) -> list[list[ImageFeatures]]:
+        """Return the image features of every sequence of rows; an item in several sequences is looked at once."""
+        wanted = list(dict.fromkeys(int(row) for rows in sequences for row in rows))
+        found = {row: self._features[row] for row in wanted if row in self._features}
+        missing = [row for row in wanted if row not in found]
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            rows = missing[start : start + IMAGES_AT_ONCE]
+            looked_at = self._encoder.look([self._open(row) for row in rows])
+            found |= {row: feature for row, feature in zip(rows, looked_at, strict=True) if feature is not None}
+        self._remember(found)
+        return [[found[int(row)] for row in rows] for rows in sequences]
+
+    def _open(self, row: int) -> Picture:
+        try:
+            return self._encoder.open_image(self._dataset.image_root, self._dataset.image_paths[row])
+        except ImageError as error:
+            self.unreadable[self._dataset.item_ids[row]] = str(error)
+            return Image.new("RGB", (112, 112), "white")
+
+    def _remember(self, found: dict[int, ImageFeatures]) -> None:
+        for row, features in found.items():
+            if row in self._features:
+                self._features.move_to_end(row)
+            else:
+                self._features[row] = features
+                self._cached_bytes += features.bytes
+        while self._cached_bytes > self._cache_bytes and len(self._features) > 1:
+            self._cached_bytes -= self._features.popitem(last=False)[1].bytes
+
+
+def encode(
+    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]], token_budget: int | None = None
+) -> dict[str, Tensor]:
+    """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent views.
+
+    Titles and images that the encoder's views do not take are not touched.
+    """
+    nothing: list[list[str]] = [[] for _ in sequences]
+    titles = [items.titles(rows) for rows in sequences] if schema.TEXT in encoder.modalities else nothing
+    images = items.features(sequences) if schema.IMAGE in encoder.modalities else [[] for _ in sequences]
+    return encoder.encode_sequences(titles, images, token_budget)
+
+
+@torch.no_grad()
+def encode_rows(
+    encoder: ItemEncoder,
+    items: Items,
+    sequences: Sequence[Sequence[int]],
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, np.ndarray]:
+    """Encode sequences of item rows, a history or a single item each; returns each view as (n, d) float32.
+
+    `advance` is told of every finished batch of sequences.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
+        batch = sequences[start : start + SEQUENCES_AT_ONCE]
+        for view, vectors in encode(encoder, items, batch).items():
+            parts.setdefault(view, []).append(vectors.float().cpu().numpy())
+        advance(len(batch))
+    return {view: np.concatenate(blocks) for view, blocks in parts.items()}
+
+
+def encode_users_together(
+    encoder: ItemEncoder, items: Items, histories: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Return the users' vectors by view, as `encode_rows_together`: their histories encoded as sequences.
+
+    An encoder that reads single items only gives the mean of the history's item vectors (§5.1.3).
+    """
+    if encoder.encoder_settings.reads_histories:
+        return encode_rows_together(encoder, items, histories)
+    rows, place = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
+    found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
+    starts = np.cumsum([0, *(len(history) for history in histories[:-1])])
+    lengths = np.array([len(history) for history in histories], np.float32)[:, None]
+    return {view: np.add.reduceat(vectors[place], starts, axis=0) / lengths for view, vectors in found.items()}
+
+
+def encode_rows_together(
+    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Do as `encode_rows`, each of the processes that train together encoding a share; all of them get all vectors."""
+    own = encode_rows(encoder, items, distributed.share(sequences))
+    if distributed.count() == 1:
+        return own
+    nothing = np.empty((0, encoder.dim), np.float32)  # fewer sequences than processes
+    device = encoder.backbone.device
+    return {
+        view: distributed.gather_shares(torch.from_numpy(own.get(view, nothing)).to(device)).cpu().numpy()
+        for view in schema.VIEWS
+    }

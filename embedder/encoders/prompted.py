@@ -1,0 +1,166 @@
+"""Zero-shot prompting: one question about title and image together, and the state its answer would begin from.
+
+The paper's VLM_Prompt row: an embedder without training, for items alone (user vectors are the mean of their items').
+Title and image stand in one prompt, so there is a fused vector only. The paper prints no prompt for it; ours asks for
+attributes in JSON, and any other question may be given. The vector is the final-layer state of the prompt's last token,
+which in chat mode is the token that the assistant's answer follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.backbones.devices import batches_by_tokens
+from vlm2rec.embedder.backbones.families import TextProcessor, load_processor
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
+from vlm2rec.embedder.encoders.settings import encoder_settings
+from vlm2rec.embedder.options import DeviceName, DtypeName, PromptMode
+from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question
+
+SOURCE = "prompt"  # the manifest's settings.source
+_ITEMS_AT_ONCE = 256  # images whose features are held on the device together
+
+
+class PromptedEncoder:
+    """Encodes items by asking a backbone about each. Use `PromptedEncoder.load`."""
+
+    def __init__(self, backbone: Backbone, instruction: str, settings: dict[str, Any], token_budget: int) -> None:
+        self.backbone, self.instruction, self.token_budget = backbone, instruction, token_budget
+        self._settings = settings
+
+    @classmethod
+    def load(
+        cls,
+        backbone: str,
+        *,
+        revision: str | None = None,
+        instruction: str | None = None,
+        prompt_mode: Literal["auto", "raw", "chat"] = "auto",
+        max_pixels: int = 224 * 224,
+        max_title_tokens: int = 64,
+        dtype: DtypeName = "auto",
+        device: DeviceName = "auto",
+        token_budget: int = 4096,
+    ) -> PromptedEncoder:
+        """Load a backbone; the arguments are those of `prompted_settings`, and padded tokens in a batch.
+
+        Raises:
+            ModelError: the backbone cannot be loaded.
+            ConfigError: as `prompted_settings`.
+        """
+        settings = prompted_settings(
+            backbone,
+            revision=revision,
+            instruction=instruction,
+            prompt_mode=prompt_mode,
+            max_pixels=max_pixels,
+            max_title_tokens=max_title_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        model = Backbone.load(
+            backbone,
+            revision=revision,
+            prompt_mode=settings["prompt_mode"],
+            max_pixels=max_pixels,
+            max_title_tokens=max_title_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        return cls(model, settings["instruction"], settings, token_budget)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything of the encoder that belongs into an export's fingerprint."""
+        return self._settings
+
+    @torch.no_grad()
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Return fused vectors of n items, NaN where there is no image; text and image vectors are all NaN."""
+        backbone = self.backbone
+        prepared = [backbone.prepare_title(title) for title in titles]
+        fused = np.full((len(titles), backbone.dim), np.nan, np.float32)
+        complete = [row for row, image in enumerate(images) if isinstance(image, Image.Image)]
+        pictures = [image for image in images if isinstance(image, Image.Image)]
+        for start in range(0, len(complete), _ITEMS_AT_ONCE):
+            rows = complete[start : start + _ITEMS_AT_ONCE]
+            features = backbone.look(pictures[start : start + _ITEMS_AT_ONCE])
+            asked = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
+            encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(asked, features, strict=True)]
+            for batch in batches_by_tokens([len(prompt) for prompt in encoded], self.token_budget):
+                fused[[rows[i] for i in batch]] = to_numpy(backbone.encode([encoded[i] for i in batch]))
+        absent = np.full_like(fused, np.nan)
+        return EncodedItems(fused, absent, absent, np.array([cut for _, cut in prepared], bool))
+
+
+def prompted_settings(
+    backbone: str,
+    *,
+    revision: str | None = None,
+    instruction: str | None = None,
+    prompt_mode: Literal["auto", "raw", "chat"] = "auto",
+    max_pixels: int = 224 * 224,
+    max_title_tokens: int = 64,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> dict[str, Any]:
+    """Return what `PromptedEncoder.load(...).settings` will be, from config files alone.
+
+    Args:
+        backbone: hub id or local folder.
+        revision: of a hub backbone.
+        instruction: the question; None is `DEFAULT_QUESTION`.
+        prompt_mode: `auto` is chat where the model has a chat template, else raw.
+        max_pixels: largest image area.
+        max_title_tokens: titles are cut to this many tokens.
+        dtype: number format of the model.
+        device: where it will run.
+
+    Raises:
+        ConfigError: an empty instruction, chat mode without a chat template, or a model that sees no images.
+        ModelError: the backbone's files cannot be read.
+    """
+    asked = DEFAULT_QUESTION if instruction is None else instruction.strip()
+    processor = load_processor(backbone, revision, max_pixels)
+    if isinstance(processor, TextProcessor):
+        raise ConfigError(
+            f"{backbone} is a text model ({processor.family.model_type})",
+            "a vision-language model: the question is asked of an item's image and title",
+            "choose another --backbone",
+        )
+    if not asked or processor.image_token in asked:
+        raise ConfigError(
+            f"--instruction {instruction!r}", "a question in words; the image is put in front of it", "change it"
+        )
+    by_template: PromptMode = "chat" if processor.chat_template else "raw"
+    mode: PromptMode = by_template if prompt_mode == "auto" else prompt_mode
+    if mode == "chat" and not processor.chat_template:
+        raise ConfigError(f"{backbone} has no chat template", "a model with one", "use --prompt-mode raw")
+    settings = encoder_settings(
+        backbone,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        fusion="internal",
+        prompt_mode=mode,
+        max_pixels=max_pixels,
+        max_title_tokens=max_title_tokens,
+    )
+    wording = "\0".join([repr(question("", asked, mode)), mode, (processor.chat_template or "") * (mode == "chat")])
+    changed = {
+        "source": SOURCE,
+        "fusion": SOURCE,
+        "views": [schema.FUSED],
+        "instruction": asked,
+        "prompt_hash": hashlib.sha256(wording.encode()).hexdigest()[:16],
+    }
+    return settings | changed

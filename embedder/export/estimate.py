@@ -1,0 +1,81 @@
+"""`export-items --dry-run`: how much there is to do, and what it takes, measured on a few of the items."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.storage import Location, free_bytes
+from vlm2rec.embedder.export.plan import Plan
+
+SAMPLE = 64  # items that are encoded for the estimate, from the first that is left to the last
+_WARM_UP = 4  # items before the clock starts: the first ones wait for libraries to get ready
+
+
+def estimate(
+    plan: Plan,
+    out: Location,
+    rows: Sequence[int],
+    shards_left: int,
+    encode: Callable[[Sequence[int]], object],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what is left of an export and what it takes; nothing is written.
+
+    Args:
+        plan: of the export.
+        out: its folder, which need not exist.
+        rows: items that are to be encoded, as rows of the plan.
+        shards_left: shards that are to be written.
+        encode: encodes items, given as rows of the plan, and keeps nothing.
+        device: where it encodes them.
+
+    Returns:
+        items, items_left, shards, shards_left, bytes_left (on disk, before compression), bytes_free (None in a
+        store), sample (items
+        that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
+        take), gpu_bytes (the peak so far, None off CUDA).
+    """
+    numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # of an item
+    width = np.dtype(plan.settings["storage"]).itemsize * numbers
+    found = {
+        "items": len(plan.item_ids),
+        "items_left": len(rows),
+        "shards": len(plan),
+        "shards_left": shards_left,
+        "bytes_left": len(rows) * width,
+        "bytes_free": free_bytes(out),
+    }
+    sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
+    seconds = 0.0
+    if sample:
+        encode(sample[:_WARM_UP])
+        started = time.perf_counter()
+        encode(sample)
+        seconds = (time.perf_counter() - started) / len(sample) * len(rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # two shards are in memory at a time: one is encoded, one is written, each as arrays and as a table
+    waiting = 4 * min(plan.shard_size, len(rows)) * numbers * 4
+    on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return found | {"sample": len(sample), "seconds": seconds, "memory_bytes": peak + waiting, "gpu_bytes": on_gpu}
+
+
+def told(found: Mapping[str, Any]) -> dict[str, object]:
+    """Return the estimate in words, for a summary."""
+    measured = f"measured on {found['sample']} items, without vision cache" if found["sample"] else "nothing to measure"
+    gpu = "" if found["gpu_bytes"] is None else f", {found['gpu_bytes'] / 2**30:.1f} GiB of the GPU"
+    free = "" if found["bytes_free"] is None else f", {found['bytes_free'] / 2**30:.0f} GiB free"
+    return {
+        "items": f"{found['items']:,} in {found['shards']} shards",
+        "left": f"{found['items_left']:,} in {found['shards_left']} shards",
+        "time": f"about {found['seconds'] / 60:.1f} minutes ({measured})",
+        "memory": f"about {found['memory_bytes'] / 2**30:.1f} GiB{gpu}",
+        "disk": f"at most {found['bytes_left'] / 2**20:.1f} MiB of vectors{free}",
+    }

@@ -1,0 +1,190 @@
+"""The export: every item of a dataset once through an encoder, shard by shard, the manifest last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.storage import Location
+from vlm2rec.embedder.encoders.strategies import item_text
+from vlm2rec.embedder.export import shards
+from vlm2rec.embedder.export.distribute import ALONE, Held, Job, Scale
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.plan import Plan, plan_shards, read_inputs
+from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, _earlier_rows, _require_same_start, _work
+from vlm2rec.embedder.export.worker import Encoder, ShardMaker
+from vlm2rec.embedder.options import ImagePolicy, ImagesBy, Storage
+from vlm2rec.embedder.progress import SILENT, Reporter
+
+
+def export(
+    dataset: Dataset,
+    out: Location,
+    settings: Mapping[str, Any],
+    load_encoder: Callable[[], Encoder],
+    *,
+    shard_size: int = 4096,
+    storage: Storage = "float32",
+    on_image_error: ImagePolicy = "null",
+    images_by: ImagesBy = "mtime",
+    reuse: Reuse = REUSE_NOTHING,
+    image_timeout: float = 60.0,
+    scale: Scale = ALONE,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any] | None:
+    """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
+
+    Args:
+        dataset: The items.
+        out: Embeddings folder, new or of an earlier run with the same settings.
+        settings: What `load_encoder().settings` will be; known before the weights are read.
+        load_encoder: Called only if there is something to encode.
+        shard_size: Items in one Parquet file.
+        storage: Number format on disk.
+        on_image_error: What becomes of an item whose image cannot be used.
+        images_by: What tells that an image has changed since an interrupted run.
+        reuse: What is kept where the input has changed.
+        image_timeout: Seconds after which the read of an image is given up.
+        scale: Who makes the shards. With other workers or Ray, `load_encoder` has to be one that can be pickled.
+        reporter: Is told how far the work is.
+
+    Returns:
+        The manifest; None for one of several workers, while others have not made all their shards.
+    """
+    plan = _plan(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
+    with writing(out, scale.share) as hold:
+        finished = shards.begin(out, plan, reuse.revises, scale.share)
+        earlier = _earlier_rows(out, plan, finished, reuse)
+        work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
+        if work:
+            shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
+            job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout)
+            try:
+                _publish_all(job, work, finished, scale, reporter)
+            except (KeyboardInterrupt, SystemExit):
+                reporter.say(
+                    f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
+                    " to go on"
+                )
+                raise
+        elif (out / schema.MANIFEST_FILE).exists():
+            reporter.say(f"{out} is already complete")
+        if scale.share is not None:
+            finished |= shards.recorded_shards(out, plan)
+            if not (out / schema.MANIFEST_FILE).exists() and (missing := len(plan) - len(finished)):
+                reporter.say(
+                    f"worker {scale.worker} of {scale.num_workers} has made its shards; {missing} of {len(plan)} are"
+                    " still to be made by others, the last of whom completes the folder"
+                )
+                return None
+        hold.require()
+        return shards.finish(out, plan, finished, dataset.path)
+
+
+def _plan(
+    dataset: Dataset,
+    out: Location,
+    settings: Mapping[str, Any],
+    shard_size: int,
+    storage: str,
+    on_image_error: ImagePolicy,
+    images_by: ImagesBy,
+    reuse: Reuse,
+    reporter: Reporter = SILENT,
+) -> Plan:
+    if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
+        raise ConfigError(
+            "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
+            " --views image and the strategies with images have none",
+            "fail or null with these",
+            "choose one of the two, or external fusion of both views",
+        )
+    modalities = schema.modalities_of(settings["views"])
+    inputs = read_inputs(
+        dataset.item_ids,
+        [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
+        dataset.image_paths,
+        dataset.image_root,
+        images_by,
+        modalities,
+    )
+    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
+    if "strategy" in settings and schema.TEXT in modalities:
+        choices["category"] = dataset.category_column
+        reporter.say(f"category of an item: {dataset.category_column or 'none in this catalogue'}")
+    if reuse.revises:
+        _require_same_start(out, inputs, reuse)
+    return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
+
+
+def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale: Scale, reporter: Reporter) -> None:
+    """Have all shards made; `finished` holds what is published, whatever ends."""
+    engine = scale.engine_to_use
+    if engine is None:
+        with closing(job.maker()) as make:
+            _publish_here(make, job.out, work, finished, reporter)
+        return
+    begun = time.perf_counter()
+    with reporter.progress("encoding items", sum(map(len, work.values()))) as advance:
+        for count, (number, shard) in enumerate(engine.make(job, work, reporter), 1):
+            finished[number] = shard
+            advance(shard.rows)
+            if not reporter.draws_bars:
+                rate = shard.rows * count / (time.perf_counter() - begun)
+                reporter.say(f"shard {count} of {len(work)}: {shard.rows} items, about {rate:.1f} items/s in all")
+
+
+def _publish_here(
+    make: ShardMaker, out: Location, work: Held, finished: dict[int, shards.Shard], reporter: Reporter
+) -> None:
+    """Encode shard after shard while a thread writes the one before.
+
+    At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
+    """
+    begun, for_disk = time.perf_counter(), 0.0
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
+        at_work: tuple[int, Future[shards.Shard]] | None = None
+
+        def settle() -> None:
+            nonlocal for_disk
+            if at_work is not None:
+                started = time.perf_counter()
+                finished[at_work[0]] = at_work[1].result()
+                for_disk += time.perf_counter() - started
+
+        try:
+            for number, table, seconds in _made(make, work, reporter):
+                settle()
+                at_work = number, writer.submit(shards.publish_shard, out, make.plan, number, table, seconds)
+        finally:
+            settle()
+    total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited
+    reporter.say(
+        f"the model waited {for_images / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
+    )
+
+
+def _made(
+    make: ShardMaker, work: Mapping[int, np.ndarray], reporter: Reporter
+) -> Iterator[tuple[int, pa.Table, float]]:
+    """Yield each shard's number, table and seconds."""
+    total = sum(int((held < 0).sum()) for held in work.values())
+    with reporter.progress("encoding items", total) as advance:
+        for count, (number, held) in enumerate(work.items(), 1):
+            start = time.perf_counter()
+            table = make.shard(number, held, advance)
+            seconds = time.perf_counter() - start
+            yield number, table, seconds
+            if not reporter.draws_bars:  # no bar is drawn: a log file gets a line a shard
+                encoded = int((held < 0).sum())
+                kept = f" and {len(held) - encoded} taken over" if encoded < len(held) else ""
+                reporter.say(f"shard {count} of {len(work)}: {encoded} items{kept}, {encoded / seconds:.1f} items/s")

@@ -1,0 +1,249 @@
+"""The plan of an export: which item goes into which shard, and the settings whose hash says what can be mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vlm2rec.embedder.backbones.images import ImageError, locate, path_below_root
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.contract.storage import Location, Stat
+from vlm2rec.embedder.options import ImagesBy
+
+INPUT_SETTINGS = ("items", "item_ids", "titles", "images", "images_by")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which item goes into which shard, and the settings that all shards share.
+
+    `settings` hold everything that changes a vector, as JSON, among it `dim`, `views` and `storage`.
+    """
+
+    item_ids: list[str]
+    shard_size: int
+    settings: dict[str, Any]
+    bounds: tuple[int, ...]  # shard i holds the rows from bounds[i] to bounds[i + 1]
+    inputs: Inputs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the Arrow schema out: pickled, its lists forget that their elements are never null."""
+        return {key: value for key, value in self.__dict__.items() if key != "schema"}
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def rows(self, number: int) -> range:
+        """Return the positions in `item_ids` of shard `number`."""
+        return range(self.bounds[number], self.bounds[number + 1])
+
+    def made_from(self, rows: Iterable[int]) -> list[str | None]:
+        """Return the column `input` of some positions: what each row is made from."""
+        return [None if self.inputs is None else self.inputs.of(row) for row in rows]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings."""
+        return fingerprint(self.settings)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of every shard; the settings that decide a vector, whatever the items, are file metadata."""
+        settings = without_inputs(self.settings)
+        texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(settings).items()}
+        texts["vlm2rec.fingerprint"] = fingerprint(settings)
+        return schema.embedding_schema(schema.dims_of(self.settings), self.settings["storage"], texts)
+
+
+def plan_shards(
+    item_ids: Sequence[str],
+    shard_size: int,
+    settings: Mapping[str, Any],
+    inputs: Inputs | None = None,
+    begun: Sequence[int] = (),
+) -> Plan:
+    """Return the plan of an export.
+
+    Args:
+        item_ids: the items in order.
+        shard_size: items in one shard.
+        settings: everything that decides a vector; what `inputs` say of the items is added.
+        inputs: what the items are made from.
+        begun: rows of the shards that an export into this folder has planned before (`shards.rows_of_shards`): where
+            items were appended, its last shard stays as short as it is.
+
+    Raises:
+        DataError: an id is null, no string, or stands twice.
+    """
+    ids = list(item_ids)
+    for row, item_id in enumerate(ids):
+        if not isinstance(item_id, str):
+            raise DataError(f"the item id in row {row} is {item_id!r}", "a string", "mend items.parquet")
+    twice = duplicates(ids)
+    if twice:
+        raise DataError(
+            f"item ids stand twice: {', '.join(map(repr, twice[:5]))}",
+            "every item id once",
+            "remove the double rows and prepare the dataset again",
+        )
+    full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
+    bounds = [0]
+    for rows in begun if sum(begun) <= len(ids) else ():
+        bounds.append(bounds[-1] + rows)
+    while bounds[-1] < len(ids):
+        bounds.append(min(bounds[-1] + shard_size, len(ids)))
+    return Plan(ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs)
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the settings as JSON with sorted keys."""
+    return hashlib.sha256(_canonical(settings).encode()).hexdigest()
+
+
+def without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without those that say which items they are: what decides a vector of any item."""
+    return {key: value for key, value in settings.items() if key not in INPUT_SETTINGS}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the vectors of an export are made from, in order; None where they do not depend on it."""
+
+    item_ids: Sequence[str]
+    titles: Sequence[str] | None
+    image_paths: Sequence[str] | None
+    stamps: Sequence[str] | None  # of each image: size and time, or SHA-256
+    images_by: ImagesBy
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Hashes of the ordered input, for the settings: another order, title or image is another export."""
+        found: dict[str, Any] = {"items": len(self.item_ids), "item_ids": _hash_strings(self.item_ids)}
+        if self.titles is not None:
+            found["titles"] = _hash_strings(self.titles)
+        if self.image_paths is not None and self.stamps is not None:
+            images = zip(self.image_paths, self.stamps, strict=True)
+            found["images"] = _hash_strings(f"{path}\0{stamp}" for path, stamp in images)
+            found["images_by"] = self.images_by
+        return found
+
+    def of(self, row: int) -> str:
+        """Return the hash of one item's title and image, 32 hexadecimal digits."""
+        parts = [] if self.titles is None else [self.titles[row]]
+        if self.image_paths is not None and self.stamps is not None:
+            # a file of the same content may lie elsewhere; one of the same size and time may not
+            parts += [self.stamps[row]] if self.images_by == "bytes" else [self.image_paths[row], self.stamps[row]]
+        return _hash_strings(parts)[:32]
+
+    def first(self, count: int) -> Inputs:
+        """Return the inputs of the first items."""
+        lists = (self.item_ids, self.titles, self.image_paths, self.stamps)
+        ids, titles, paths, stamps = (None if values is None else values[:count] for values in lists)
+        return Inputs(ids or [], titles, paths, stamps, self.images_by)
+
+
+def read_inputs(
+    item_ids: Sequence[str],
+    titles: Sequence[str],
+    image_paths: Sequence[str],
+    image_root: Location,
+    images_by: ImagesBy = "mtime",
+    modalities: Sequence[str] = schema.MODALITIES,
+) -> Inputs:
+    """Return what vectors are made from.
+
+    Args:
+        item_ids: Ids in order.
+        titles: Titles in order.
+        image_paths: Paths below the root, in order.
+        image_root: Folder of the images.
+        images_by: `mtime` tells a changed image by its size and modification time, `bytes` by its content.
+        modalities: Of what the vectors are made: titles or images that no vector depends on are left out, unread.
+    """
+    looked_at = schema.IMAGE in modalities
+    return Inputs(
+        item_ids,
+        titles if schema.TEXT in modalities else None,
+        image_paths if looked_at else None,
+        _image_stamps(image_root, image_paths, images_by) if looked_at else None,
+        images_by,
+    )
+
+
+def _image_stamps(root: Location, paths: Sequence[str], images_by: ImagesBy) -> list[str]:
+    if images_by == "bytes":
+        return [_image_digest(root, path) for path in paths]
+    if isinstance(root, Path):
+        return [_image_stamp(root, path) for path in paths]
+    there = root.tree()
+    return [_object_stamp(there, path) for path in paths]
+
+
+def _object_stamp(there: Mapping[str, Stat], relative: str) -> str:
+    try:
+        found = there.get(posixpath.normpath(path_below_root(relative)))
+    except ImageError:
+        return "unreadable"
+    return f"{found.st_size} {found.st_mtime_ns}" if found else "unreadable"
+
+
+def _image_stamp(root: Path, relative: str) -> str:
+    try:
+        found = os.stat(f"{root}/{path_below_root(relative)}")  # noqa: PTH116 - a Path per image costs more than the call
+    except (ImageError, OSError, ValueError):
+        return "unreadable"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _image_digest(root: Location, relative: str) -> str:
+    try:
+        return storage.sha256_file(locate(root, relative))
+    except (ImageError, OSError):
+        return "unreadable"
+
+
+def _hash_strings(values: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        data = (value or "").encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))  # so that "a", "bc" is not "ab", "c"
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def duplicates(ids: Iterable[str]) -> list[str]:
+    """Return the ids that stand more than once, sorted."""
+    seen: set[str] = set()
+    twice: set[str] = set()
+    for item_id in ids:
+        (twice if item_id in seen else seen).add(item_id)
+    return sorted(twice)

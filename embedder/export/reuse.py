@@ -1,0 +1,199 @@
+"""Rows of an earlier export whose vectors are still right: same item, same title and image, same settings. No torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.storage import Location, readable
+from vlm2rec.embedder.export import shards
+from vlm2rec.embedder.export.plan import Inputs, Plan, without_inputs
+from vlm2rec.embedder.export.shards import differences
+
+_SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were exported
+
+
+class EarlierRows:
+    """Which items an embeddings folder has vectors of, what they were made from, and the rows themselves.
+
+    Nothing is read before it is asked for; a pickled one is its arguments, as workers only `take` what was found.
+
+    Args:
+        folder: an embeddings folder.
+        files: its shards.
+    """
+
+    def __init__(self, folder: Location, files: Sequence[str]) -> None:
+        self.folder, self.files = folder, list(files)
+        self._shard = functools.lru_cache(_SHARDS_IN_MEMORY)(self._read_shard)
+
+    def __reduce__(self) -> tuple[type[EarlierRows], tuple[Location, list[str]]]:
+        """Pickle the arguments."""
+        return EarlierRows, (self.folder, self.files)
+
+    @classmethod
+    def of_export(cls, folder: Location, plan: Plan) -> EarlierRows:
+        """Open a finished embeddings folder whose vectors are comparable with those of a plan.
+
+        Raises:
+            ArtifactError: unfinished, made with other settings, or its rows do not say what they were made from.
+        """
+        manifest = schema.read_manifest(folder)
+        changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
+        if manifest["settings"].get("images_by", plan.settings.get("images_by")) != plan.settings.get("images_by"):
+            changed["images_by"] = f"images_by was {manifest['settings']['images_by']!r}"
+        if changed:
+            raise ArtifactError(
+                f"{folder} was made with other settings: {'; '.join(changed.values())}",
+                "the settings of this export, so that its vectors are comparable with the new ones",
+                "export everything, without --changed-since, or set these back",
+            )
+        files = [shard["file"] for shard in manifest["shards"]]
+        if any(schema.INPUT not in _metadata(folder / name).schema.names for name in files):
+            raise ArtifactError(
+                f"the rows of {folder} do not say what they were made from",
+                f"a column {schema.INPUT!r}",
+                "export everything, without --changed-since",
+            )
+        return cls(folder, files)
+
+    def find(self, plan: Plan, rows: Sequence[int]) -> np.ndarray:
+        """Return where each of some items of a plan lies here, (n,) int64.
+
+        That is -1 for an item that is new, that failed, or whose title or image has changed.
+        """
+        wanted = pa.array([plan.item_ids[row] for row in rows], pa.string())
+        held = self._what_is_held
+        found = pc.fill_null(pc.index_in(wanted, value_set=held[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
+        known = found >= 0
+        inputs = np.array(plan.made_from(rows), object)
+        its = held.take(pa.array(found[known]))
+        same = its[schema.INPUT].to_numpy() == inputs[known]
+        has_vector = pc.not_equal(its[schema.STATUS], schema.STATUS_FAILED).to_numpy()
+        found[known] = np.where(same & has_vector, found[known], -1)
+        return found
+
+    def take(self, positions: np.ndarray) -> pa.Table:
+        """Return whole rows by what `find` said of them, in that order."""
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        numbers = np.unique(shards)
+        parts = [self._shard(int(n)).take(positions[shards == n] - self._starts[n]) for n in numbers]
+        place = np.concatenate([np.flatnonzero(shards == n) for n in numbers])
+        return pa.concat_tables(parts).take(np.argsort(place))
+
+    @functools.cached_property
+    def _what_is_held(self) -> pa.Table:
+        columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
+        return pa.concat_tables(self._read(name, columns) for name in self.files).combine_chunks()
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Number of rows before each shard, and of all, (shards + 1,)."""
+        return np.cumsum([0, *(_metadata(self.folder / name).num_rows for name in self.files)])
+
+    def _read_shard(self, number: int) -> pa.Table:
+        return self._read(self.files[number])
+
+    def _read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        with readable(self.folder / name) as source:
+            return pq.read_table(source, columns=columns, page_checksum_verification=True)
+
+
+def _metadata(path: Location) -> pq.FileMetaData:
+    with readable(path) as source:
+        return pq.read_metadata(source)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What of earlier work is kept where the input has changed; by default, a changed input is refused.
+
+    Args:
+        extend: items were appended to those of the folder.
+        retry_failed: make anew what failed, and what has changed since.
+        changed_since: a finished embeddings folder whose vectors are taken over for items that have not changed.
+    """
+
+    extend: bool = False
+    retry_failed: bool = False
+    changed_since: Location | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two sources of the same vectors."""
+        if self.changed_since and (self.extend or self.retry_failed):
+            raise ConfigError(
+                "--changed-since beside --extend or --retry-failed",
+                "one of them: --changed-since fills a new folder, the others go on with the one there is",
+                "leave one out",
+            )
+
+    @property
+    def revises(self) -> bool:
+        """Whether a folder may be of other inputs."""
+        return self.extend or self.retry_failed
+
+
+REUSE_NOTHING = Reuse()
+
+
+def _require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
+    """Raise `ArtifactError` unless the folder's items are the first ones of the input, as the choices promise."""
+    known = shards.known_settings(out)
+    if known is None:
+        return
+    count = int(known["items"])
+    first = inputs.first(count).settings if count <= len(inputs.item_ids) else None
+    if first is None or first["item_ids"] != known["item_ids"]:
+        raise ArtifactError(
+            f"{out} holds {count} items, which are not the first {count} of the dataset's {len(inputs.item_ids)}",
+            "the same items in the same order, and new ones after them",
+            "export into a new folder; --changed-since takes over what has not changed",
+        )
+    if len(inputs.item_ids) > count and not reuse.extend:
+        raise ArtifactError(
+            f"{out} holds {count} items, the dataset {len(inputs.item_ids)}",
+            "the same items",
+            "add --extend, which makes the new ones too",
+        )
+    changed = [key for key in first if key != "items" and first[key] != known.get(key)]
+    if changed and not reuse.retry_failed:
+        raise ArtifactError(
+            f"the {' and '.join(changed)} of items that {out} holds have changed",
+            "new items after those that are there, and nothing else",
+            "add --retry-failed, which makes what has changed anew",
+        )
+
+
+def _earlier_rows(out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse) -> EarlierRows | None:
+    if reuse.changed_since is not None:
+        return EarlierRows.of_export(reuse.changed_since, plan)
+    if reuse.retry_failed and finished:
+        return EarlierRows(out, [shard.file for shard in finished.values()])
+    return None
+
+
+def _work(
+    plan: Plan,
+    numbers: Iterable[int],
+    finished: Mapping[int, shards.Shard],
+    earlier: EarlierRows | None,
+    reuse: Reuse,
+) -> dict[int, np.ndarray]:
+    """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
+    wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
+    rows = [plan.rows(number) for number in wanted]
+    if earlier is None or not wanted:
+        held = [np.full(len(of_shard), -1) for of_shard in rows]
+    else:
+        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # once: it hashes all ids
+        held = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
+    by_shard = zip(wanted, held, strict=True)
+    return {number: its for number, its in by_shard if number not in finished or (its < 0).any()}

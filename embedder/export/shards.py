@@ -1,0 +1,421 @@
+"""The embeddings folder, written so that it is complete or the same command finishes it. pyarrow only, no torch.
+
+What lies in the folder, in the order it is written:
+
+    export.lock                              host and pid of the live writer; one of each worker where several write
+    export.json                              the settings, before the first shard
+    part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
+    manifest.json                            last; it takes over the records, and export.json goes
+
+A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
+not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. Killed anywhere,
+the next run keeps what is recorded, checks and adopts a shard that is there but not recorded, and writes the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract import publish, schema, storage
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.storage import Location, readable
+from vlm2rec.embedder.export.lock import Share, is_lock, is_writing
+from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten
+from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
+
+STATE_FILE = "export.json"
+_ATTEMPTS = 3  # a busy network disk may fail once
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_GO_ON = "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped"
+_LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of one finished shard: its entry in the manifest."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    counts: dict[str, int]  # rows of each status
+    seconds: float  # spent on encoding it
+
+
+def rows_of_shards(folder: Location) -> list[int]:
+    """Return the rows of each shard that an export into this folder has planned; none where there is no export."""
+    known = _known(folder)
+    if known is None:
+        return []
+    return [shard["rows"] for shard in known["shards"]] if "shards" in known else list(known.get("rows", []))
+
+
+def known_settings(folder: Location) -> dict[str, Any] | None:
+    """Return the settings that an export into this folder was begun or finished with, None where there is none."""
+    known = _known(folder)
+    return None if known is None else dict(known.get("settings", {}))
+
+
+def _known(folder: Location) -> dict[str, Any] | None:
+    """Return the manifest, or what stands in its place while an export is unfinished, or None."""
+    with _disk(folder):
+        if (folder / schema.MANIFEST_FILE).exists():
+            return schema.read_manifest(folder)
+        if (folder / STATE_FILE).exists():
+            return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+        return None
+
+
+def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
+    """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
+
+    To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
+    damaged shards, naming them in the log.
+
+    Args:
+        folder: the embeddings folder.
+        plan: what is to be in it.
+        revise: the plan may be over other inputs than what lies there: items were appended, titles or images changed.
+            The caller says which rows are then to be made anew.
+        share: look after these shards alone; other writers are at work on the others.
+
+    Raises:
+        ArtifactError: the folder belongs to an export with other settings, or to something else.
+    """
+    with _disk(folder):
+        return _begin(folder, plan, revise, share)
+
+
+def _begin(folder: Location, plan: Plan, revise: bool, share: Share | None) -> dict[int, Shard]:
+    known, recorded = _look(folder, plan, revise, share)
+    complete = (folder / schema.MANIFEST_FILE).exists()
+    mine = shards_of(plan, share)
+    _remove_temporaries(folder, mine if share else None)
+    sound = {n: shard for n, shard in recorded.items() if n not in mine or not _damage(folder, n, shard)}
+    adopted = {} if complete else _adopt(folder, plan, [n for n in mine if n not in recorded])
+    as_planned = known is not None and known.get("settings") == plan.settings
+    if complete and len(sound) == len(plan) and as_planned and not revise:
+        if not share:
+            _remove_records(folder, plan)
+        return sound
+    schema.write_json(folder / STATE_FILE, _state(plan))
+    for number, shard in (sound | adopted).items():
+        if number in mine or not _record_path(folder, number).exists():
+            schema.write_json(_record_path(folder, number), asdict(shard))
+    (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
+    return dict(sorted((sound | adopted).items()))
+
+
+def recorded(folder: Location, plan: Plan, revise: bool = False) -> dict[int, Shard]:
+    """Return the shards that are recorded as finished, unseen; nothing is changed, and the folder need not exist.
+
+    Raises:
+        ArtifactError: as `begin`.
+    """
+    return _look(folder, plan, revise, None)[1] if folder.is_dir() else {}
+
+
+def _look(
+    folder: Location, plan: Plan, revise: bool, share: Share | None
+) -> tuple[dict[str, Any] | None, dict[int, Shard]]:
+    """Return what the folder says of itself, and the shards that it records."""
+    known = _known(folder)
+    if known is None:
+        try:
+            _refuse_foreign(folder)
+        except ArtifactError:
+            known = _known(folder) if share else None  # another worker has begun meanwhile
+            if known is None:
+                raise
+    if known is None:
+        return None, {}
+    _refuse_changed(folder, known, plan, revise)
+    return known, _manifest_shards(known) if "shards" in known else recorded_shards(folder, plan)
+
+
+def shards_of(plan: Plan, share: Share | None) -> range:
+    """Return the numbers of the shards that a worker makes; all of them without a share."""
+    return range(len(plan)) if share is None else range(share.worker, len(plan), share.workers)
+
+
+def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+    """Write one shard so that it is there whole or not at all, and return its record.
+
+    Raises:
+        ArtifactError: the disk is full or fails; nothing was published.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _commit(folder, plan, number, table, seconds)
+        except OSError as error:
+            if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
+                _remove_temporaries(folder, [number])
+                raise _disk_error(folder, error) from None
+            logger.warning("%s: %s; trying again", folder / schema.shard_name(number), error)
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
+    """Write the manifest, the last file of an export, and return it."""
+    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and may have died since
+        _tidy(folder, plan)
+        return schema.read_manifest(folder)
+    missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
+    if missing:
+        raise ValueError(f"shards are missing: {missing}")
+    ordered = [shards[n] for n in range(len(plan))]
+    manifest = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "dim": plan.settings["dim"],
+        **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
+        "dtype": plan.settings["storage"],
+        "views": plan.settings["views"],
+        "num_items": len(plan.item_ids),
+        "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
+        "shard_size": plan.shard_size,
+        "shards": [asdict(shard) for shard in ordered],
+        "settings": plan.settings,
+        "fingerprint": plan.fingerprint,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "data": str(data.resolve()) if data else None,
+        "seconds": round(sum(shard.seconds for shard in ordered), 3),
+    }
+    with _disk(folder):
+        schema.write_json(folder / schema.MANIFEST_FILE, manifest)
+    _tidy(folder, plan)
+    return manifest
+
+
+def require_space(folder: Location, plan: Plan, items: int) -> None:
+    """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
+    dims = schema.dims_of(plan.settings)
+    width = np.dtype(plan.settings["storage"]).itemsize * sum(dims[view] for view in plan.settings["views"])
+    free = storage.free_bytes(folder)
+    # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
+    if free is not None and free < items * width / 4:
+        raise ArtifactError(
+            f"{folder} has {free / 2**20:.0f} MiB free and {items} items need about {items * width / 2**20:.0f} MiB",
+            "room for the vectors",
+            "free some space or choose another --out; --storage float16 halves the size",
+        )
+
+
+def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+    path = folder / schema.shard_name(number)
+    with publish.draft(path) as draft:
+        with draft.open("wb") as file:
+            write_parquet(table, file)
+            publish.flush(file)
+        if not pq.read_table(draft, page_checksum_verification=True).equals(table):
+            raise OSError(errno.EIO, "the shard does not read back as it was written")
+        shard = _describe(draft, path.name, table[schema.STATUS], seconds)
+        _record_path(folder, number).unlink(missing_ok=True)  # of the shard that this one replaces
+        publish.put_in_place(draft, path, shard.sha256)
+    schema.write_json(_record_path(folder, number), asdict(shard))
+    return shard
+
+
+def _describe(path: Location, name: str, status: pa.ChunkedArray, seconds: float) -> Shard:
+    counted = {entry["values"]: entry["counts"] for entry in pc.value_counts(status).to_pylist()}
+    counts = {name: counted[name] for name in schema.STATUSES if name in counted}
+    return Shard(name, len(status), path.stat().st_size, storage.sha256_file(path), counts, round(seconds, 3))
+
+
+def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]:
+    """Return records for shards that were renamed but not recorded; remove those that are not what was planned."""
+    adopted = {}
+    for number in numbers:
+        path = folder / schema.shard_name(number)
+        if not path.exists():
+            continue
+        try:
+            with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+                as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
+            rows = plan.rows(number)
+            wanted = [plan.item_ids[row] for row in rows], plan.made_from(rows)
+            content = read_rows(path, plan.settings["views"]) if as_planned else None
+        except (pa.ArrowException, OSError):
+            content = None
+        if content is None or (content.ids, content.inputs) != wanted or content.problems:
+            logger.warning("%s is not a shard of this export: it is written again", path)
+            path.unlink()
+            continue
+        adopted[number] = _describe(path, path.name, pa.chunked_array([pa.array(content.status, pa.string())]), 0.0)
+    return adopted
+
+
+def _damage(folder: Location, number: int, shard: Shard) -> bool:
+    """Tell whether a recorded shard is missing or changed; a changed one is named in the log and removed."""
+    path = folder / schema.shard_name(number)
+    if path.is_file() and path.stat().st_size == shard.bytes and storage.sha256_file(path) == shard.sha256:
+        return False
+    logger.warning("%s is %s: it is written again", path, "damaged" if path.exists() else "missing")
+    path.unlink(missing_ok=True)
+    _record_path(folder, number).unlink(missing_ok=True)
+    return True
+
+
+def _state(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "shard_size": plan.shard_size,
+        "settings": plan.settings,
+        "fingerprint": plan.fingerprint,
+        "rows": [len(plan.rows(number)) for number in range(len(plan))],
+    }
+
+
+def _record_path(folder: Location, number: int) -> Location:
+    return (folder / schema.shard_name(number)).with_suffix(".json")
+
+
+def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
+    """Return the shards of an unfinished export that are written and recorded, whoever wrote them."""
+    found = {}
+    for number in range(len(plan)):
+        try:
+            found[number] = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue  # no record, or one that cannot be read: the shard itself is looked at
+    return found
+
+
+def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
+    try:
+        return {number: Shard(**entry) for number, entry in enumerate(manifest["shards"])}
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{schema.MANIFEST_FILE} is not one that export-items wrote ({error})",
+            "a manifest with a record of each shard",
+            "choose a new --out folder",
+        ) from None
+
+
+def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
+    """Raise `ArtifactError` naming every setting that differs from those the folder was begun with."""
+    version = known.get("schema_version")
+    if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder} has embedding schema version {version!r}",
+            f"a version up to {schema.SCHEMA_VERSION}",
+            "go on with the vlm2rec that began it, or choose a new --out folder",
+        )
+    changed = differences(
+        {"shard_size": known.get("shard_size"), **known.get("settings", {})},
+        {"shard_size": plan.shard_size, **plan.settings},
+    )
+    if revise:
+        changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
+    if changed:
+        fix = "set these back to go on with it, or choose a new --out folder"
+        if changed.keys() <= {*INPUT_SETTINGS}:
+            fix += (
+                "; where items were appended, --extend makes the new ones; where titles or images have changed,"
+                " --retry-failed makes these anew"
+            )
+        raise ArtifactError(
+            f"{folder} was begun with other settings: {'; '.join(changed.values())}",
+            "the settings it was begun with, so that all its vectors are comparable",
+            fix,
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that differ, nested ones under dotted keys, each with a text that says how."""
+    old, new = flatten(old), flatten(new)
+    return {
+        key: f"{key} was {_shown(old, key)}, now {_shown(new, key)}"
+        for key in dict.fromkeys([*old, *new])
+        if key not in old or key not in new or old[key] != new[key]
+    }
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    text = repr(settings[key]) if key in settings else "not set"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _refuse_foreign(folder: Location) -> None:
+    there = sorted(path.name for path in folder.iterdir())
+    strange = [name for name in there if not is_lock(name) and not is_temporary(name)]
+    if strange:
+        raise ArtifactError(
+            f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
+            "a new or empty folder, or one of an export to go on with",
+            "choose another --out",
+        )
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file name is that of an unfinished write of ours."""
+    ours = (".part-", ".export.lock.", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")
+    return name.startswith(ours) and name.endswith(".tmp")
+
+
+def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
+    """Remove what dead writers left half-written; where others are at work, only what belongs to these shards."""
+    for path in folder.iterdir():
+        if is_temporary(path.name):
+            number = re.match(r"\.part-(\d+)\.", path.name)
+            if mine is None or (number and int(number[1]) in mine):
+                path.unlink(missing_ok=True)
+
+
+def _tidy(folder: Location, plan: Plan) -> None:
+    """Remove what a finished folder has no need of: records, and what workers left half-written when they died."""
+    _remove_records(folder, plan)
+    for path in folder.iterdir():
+        if is_temporary(path.name) and not is_writing(path):
+            path.unlink(missing_ok=True)
+
+
+def _remove_records(folder: Location, plan: Plan) -> None:
+    for number in range(len(plan)):
+        _record_path(folder, number).unlink(missing_ok=True)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(folder: Location) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(folder, error) from None
+
+
+def _disk_error(folder: Location, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} cannot be written ({error.strerror or error})",
+        "room for the vectors and a disk that keeps them, or a store that takes them",
+        f"free some space or mend the disk (or the store's address and credentials), then {_GO_ON}",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

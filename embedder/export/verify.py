@@ -1,0 +1,164 @@
+"""Check a finished embeddings folder against its manifest. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.storage import Location, readable
+from vlm2rec.embedder.export.lock import is_lock
+from vlm2rec.embedder.export.plan import duplicates, fingerprint, without_inputs
+from vlm2rec.embedder.export.shard_file import ShardContent, read_rows, vectors_of
+from vlm2rec.embedder.export.shards import is_temporary
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a folder."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+def verify(folder: Location) -> list[Problem]:
+    """Compare a finished embeddings folder with its manifest and return what is wrong with it.
+
+    Finds missing, truncated, changed and foreign files, duplicate ids, wrong counts, NaN and infinity, wrong
+    dimensions, and statuses that do not fit the vectors. Memory is that of one batch of rows and of all ids.
+
+    Raises:
+        ArtifactError: there is no manifest that this version can read.
+    """
+    manifest = schema.read_manifest(folder)
+    problems = [Problem(schema.MANIFEST_FILE, what) for what in _manifest_problems(manifest)]
+    if problems:
+        return problems
+    ids: list[str] = []
+    status: list[str] = []
+    for number, entry in enumerate(manifest["shards"]):
+        found, content = _verify_shard(folder, number, entry, manifest)
+        problems += [Problem(schema.shard_name(number), what) for what in found]
+        if content is not None:
+            ids += content.ids
+            status += content.status
+    twice = duplicates(ids)
+    if twice:
+        problems.append(Problem("all shards", f"{len(twice)} ids stand twice, among them {twice[:5]}"))
+    if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums cannot be right
+        problems += [Problem(schema.MANIFEST_FILE, what) for what in _sum_problems(manifest, status)]
+    known = {schema.MANIFEST_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name not in known and not is_lock(name) and (not name.startswith(".") or is_temporary(name)):
+            problems.append(Problem(name, "is not part of this export"))
+    return problems
+
+
+def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
+    """Return, per view, the effective rank of the first `sample` vectors, 0.0 when they are practically constant.
+
+    That is exp(entropy of the normalised singular values) of the centred unit vectors: how many directions they
+    really use. Views with fewer than 16 vectors are left out.
+    """
+    manifest = schema.read_manifest(folder)
+    ranks = {}
+    for view in manifest["views"]:
+        vectors = _sample(folder, manifest, view, sample)
+        if len(vectors) >= 16:
+            ranks[view] = _effective_rank(vectors)
+    return ranks
+
+
+def _effective_rank(vectors: np.ndarray) -> float:
+    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    spread = units - units.mean(0)
+    if np.linalg.norm(spread) < 1e-3 * np.sqrt(len(units)):  # rounding of bfloat16 alone moves vectors this far
+        return 0.0
+    values = np.linalg.svd(spread, compute_uv=False)
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _sample(folder: Location, manifest: Mapping[str, Any], view: str, sample: int) -> np.ndarray:
+    blocks: list[np.ndarray] = []
+    for entry in manifest["shards"]:
+        with readable(folder / entry["file"]) as source, pq.ParquetFile(source) as file:
+            for batch in file.iter_batches(sample, columns=[view]):
+                vectors, present = vectors_of(batch[view])
+                blocks.append(vectors[present].astype(np.float64))
+                if sum(map(len, blocks)) >= sample:
+                    return np.concatenate(blocks)[:sample]
+    return np.concatenate(blocks) if blocks else np.empty((0, schema.dims_of(manifest)[view]))
+
+
+def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
+    keys = {"dim": int, "dtype": str, "views": list, "num_items": int, "counts": dict, "shards": list, "settings": dict}
+    problems = [
+        f"{key} is missing or no {kind.__name__}" for key, kind in keys.items() if type(manifest.get(key)) is not kind
+    ]
+    if problems:
+        return problems
+    dims = manifest.get("dims", {})
+    if not isinstance(dims, dict) or not all(type(dims.get(view, 0)) is int for view in schema.VIEWS):
+        problems.append(f"dims are {dims!r}, not a length for each view")
+    if manifest["dtype"] not in ("float32", "float16"):
+        problems.append(f"dtype is {manifest['dtype']!r}, not float32 or float16")
+    if not set(manifest["views"]) <= set(schema.VIEWS):
+        problems.append(f"views are {manifest['views']}, not of {', '.join(schema.VIEWS)}")
+    if manifest.get("fingerprint") != fingerprint(manifest["settings"]):
+        problems.append("the fingerprint is not that of the settings")
+    for number, entry in enumerate(manifest["shards"]):
+        # a name is never followed out of the folder
+        if not isinstance(entry, dict) or entry.get("file") != schema.shard_name(number):
+            problems.append(f"shard {number} is not recorded as {schema.shard_name(number)}")
+        elif not {"rows", "bytes", "sha256"} <= set(entry):
+            problems.append(f"the record of {entry['file']} lacks rows, bytes or sha256")
+    return problems
+
+
+def _verify_shard(
+    folder: Location, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> tuple[list[str], ShardContent | None]:
+    path = folder / schema.shard_name(number)
+    if not path.is_file():
+        return ["is missing"], None
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return [f"has {size} bytes, the manifest says {entry['bytes']}"], None
+    if storage.sha256_file(path) != entry["sha256"]:
+        return ["its bytes have changed since it was written (SHA-256 differs)"], None
+    try:
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            found = file.schema_arrow
+        dims = schema.dims_of(manifest)
+        if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):
+            shown = dims if "dims" in manifest else f"[{manifest['dim']}]"
+            return [f"has other columns or another dimension than {manifest['dtype']}{shown}"], None
+        stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
+        if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
+            return ["was written with other settings than the manifest's"], None
+        content = read_rows(path, manifest["views"])
+    except (pa.ArrowException, OSError) as error:
+        return [f"cannot be read as Parquet ({error})"], None
+    if len(content.ids) != entry["rows"]:
+        return [*content.problems, f"has {len(content.ids)} rows, the manifest says {entry['rows']}"], content
+    return content.problems, content
+
+
+def _sum_problems(manifest: Mapping[str, Any], status: Sequence[str]) -> list[str]:
+    problems = []
+    if len(status) != manifest["num_items"]:
+        problems.append(f"num_items is {manifest['num_items']}, the shards hold {len(status)} rows")
+    for name in sorted({*schema.STATUSES, *manifest["counts"]}):
+        found, said = status.count(name), manifest["counts"].get(name, 0)
+        if found != said:
+            problems.append(f"counts[{name}] is {said}, the shards hold {found}")
+    return problems

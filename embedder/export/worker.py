@@ -1,0 +1,242 @@
+"""Making the rows of one shard: images are read, items are encoded, and what is still right is taken over."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from vlm2rec.embedder.backbones.image_readers import Readers, Reading
+from vlm2rec.embedder.backbones.images import ImageError, open_image
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import DataError, ModelError
+from vlm2rec.embedder.contract.storage import Location
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder, Picture
+from vlm2rec.embedder.encoders.strategies import item_text
+from vlm2rec.embedder.export import shard_file
+from vlm2rec.embedder.export.plan import Plan
+from vlm2rec.embedder.export.reuse import EarlierRows
+from vlm2rec.embedder.options import ImagePolicy, Storage
+
+ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
+READERS = min(8, os.cpu_count() or 1)
+
+
+class Encoder(Protocol):
+    """What `export` needs of an encoder; `ItemEncoder` is one."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
+
+    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
+        """Return the vectors of n items; rows of NaN where a view is absent."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What becomes of some items: their vectors, NaN where they have none, and their status."""
+
+    vectors: dict[str, np.ndarray]  # view → (n, d) float32
+    status: list[str]
+    error: list[str | None]
+
+
+class ShardMaker:
+    """Makes the shards of a plan: encodes what is new, and takes over what is not. Loads the encoder when it must.
+
+    Args:
+        dataset: the items.
+        plan: which of them in which shard.
+        load_encoder: called once, if there is something to encode.
+        earlier: where other rows are taken from.
+        image_timeout: seconds after which the read of an image is given up.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        load_encoder: Callable[[], Encoder],
+        earlier: EarlierRows | None = None,
+        image_timeout: float = 60.0,
+    ) -> None:
+        self.dataset, self.plan, self.earlier = dataset, plan, earlier
+        self.readers = Readers(READERS, image_timeout)
+        self._encoder = functools.cache(load_encoder)
+
+    def close(self) -> None:
+        """Let the readers go."""
+        self.readers.close()
+
+    def shard(self, number: int, held: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+        """Return the table of a shard; `held` says where earlier rows lie, -1 for those to encode."""
+        rows = np.array(self.plan.rows(number))
+        new = self.encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
+        if self.earlier is None or (held < 0).all():
+            assert new is not None
+            return new
+        # no cast: it refuses lists without nulls of which a whole list is null, as in a view that is not exported
+        known = self.earlier.take(held[held >= 0]).replace_schema_metadata(self.plan.schema.metadata)
+        both = known if new is None else pa.concat_tables([new, known])
+        return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
+
+    def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
+        """Return the table of some items, all of them encoded."""
+        policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
+        encoder, dataset = self._encoder(), self.dataset
+        parts: list[Rows] = []
+        for piece, images in _images_of(encoder, dataset, self.plan, rows, self.readers):
+            if policy == "fail":
+                _require_images(dataset, piece, images)
+            titles = [item_text(dataset, self.plan.settings, row) for row in piece]
+            parts.append(encode_rows(encoder, titles, images, policy, storage))
+            advance(len(piece))
+        return shard_file.shard_table(
+            self.plan,
+            rows,
+            {view: np.concatenate([part.vectors[view] for part in parts]) for view in self.plan.settings["views"]},
+            [status for part in parts for status in part.status],
+            [error for part in parts for error in part.error],
+        )
+
+
+def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
+    return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
+
+
+def _images_of(
+    encoder: Encoder, dataset: Dataset, plan: Plan, rows: Sequence[int], readers: Readers
+) -> Iterator[tuple[Sequence[int], list[Picture]]]:
+    """Yield pieces of some rows with their images; without opening any where the vectors are of text alone."""
+    pieces = _pieces(rows)
+    if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
+        opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
+        yield from _read_images(dataset, pieces, opener, readers)
+    else:
+        for piece in pieces:
+            yield piece, [None] * len(piece)
+
+
+Opener = Callable[[Location, str], Picture]
+
+
+def _plain_opener(max_pixels: int) -> Opener:
+    return lambda root, relative: open_image(root, relative, max_pixels)
+
+
+def _read_images(
+    dataset: Dataset, pieces: Iterable[Sequence[int]], opener: Opener, readers: Readers
+) -> Iterator[tuple[Sequence[int], list[Picture]]]:
+    """Yield the images of each piece; threads read the next piece while this one is encoded."""
+    root = dataset.image_root
+
+    def take(reading: Reading[Picture]) -> Picture:
+        try:
+            return readers.take(reading)
+        except ImageError as error:
+            return error
+
+    ahead: deque[tuple[Sequence[int], list[Reading[Picture]]]] = deque()
+    for piece in pieces:
+        ahead.append((piece, [readers.ask(functools.partial(opener, root, dataset.image_paths[row])) for row in piece]))
+        if len(ahead) == 2:
+            rows, readings = ahead.popleft()
+            yield rows, [take(reading) for reading in readings]
+    for rows, readings in ahead:
+        yield rows, [take(reading) for reading in readings]
+
+
+def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Picture]) -> None:
+    for row, image in zip(rows, images, strict=True):
+        if isinstance(image, ImageError):
+            raise DataError(
+                f"the image {dataset.image_paths[row]!r} of item {dataset.item_ids[row]!r} cannot be used: {image}",
+                f"a readable image below {dataset.image_root} for every item",
+                "mend it, or let it be a row with a reason: --on-image-error null or text_only",
+            )
+
+
+def load_same(load_encoder: Callable[[], Encoder], expected: Mapping[str, Any]) -> Encoder:
+    """Load the encoder, if it is what the plan was made for: its files may have been replaced meanwhile."""
+    encoder = load_encoder()
+    found = encoder.settings
+    changed = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    if changed:
+        raise ModelError(
+            f"the loaded encoder has other settings than its files said a moment ago ({', '.join(changed)})",
+            "a backbone and an adapter that nobody changes meanwhile",
+            "run the command again",
+        )
+    return encoder
+
+
+def encode_rows(
+    encoder: Encoder,
+    titles: Sequence[str],
+    images: Sequence[Picture],
+    policy: ImagePolicy = "null",
+    storage: Storage = "float32",
+) -> Rows:
+    """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
+
+    NaN and infinity get a second chance: alone, and in float32.
+
+    With the policy `text_only` an item without image has its text vector as fused vector, with the others none at all.
+    """
+    bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
+    wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
+    views, dims = encoder.settings["views"], schema.dims_of(encoder.settings)
+    vectors = {view: np.full((len(titles), dims[view]), np.nan, np.float32) for view in views}
+    truncated = np.zeros(len(titles), bool)
+
+    def encode(rows: Sequence[int]) -> None:
+        found = encoder.encode_items([titles[row] for row in rows], [images[row] for row in rows])
+        truncated[rows] = found.truncated
+        for view in views:
+            vectors[view][rows] = getattr(found, view)
+        without_image = [row for row in rows if row in bad]
+        if without_image:
+            vectors[schema.IMAGE][without_image] = np.nan
+            vectors[schema.FUSED][without_image] = vectors[schema.TEXT][without_image]
+
+    def unusable(row: int) -> str:
+        """Return why a vector that should be there cannot be stored, or an empty text."""
+        promised = [view for view in views if row not in bad or view != schema.IMAGE]
+        if broken := [view for view in promised if not np.isfinite(vectors[view][row]).all()]:
+            return f"the model gives NaN or infinity ({', '.join(broken)})"
+        if any(np.abs(vectors[view][row]).max() > np.finfo(storage).max for view in promised):
+            return f"a value is too large for {storage}; export with --storage float32"
+        return ""
+
+    if wanted:
+        encode(wanted)
+    reasons: dict[int, str] = {row: str(image) for row, image in bad.items()}
+    failed = set(bad) - set(wanted)
+    if broken := [row for row in wanted if unusable(row)]:
+        with encoder.in_float32() if isinstance(encoder, ItemEncoder) else nullcontext():
+            for row in broken:
+                encode([row])  # a neighbour in the batch may have caused it
+                if reason := unusable(row):
+                    failed.add(row)
+                    reasons[row] = reason
+    for view in views:
+        vectors[view][list(failed)] = np.nan
+    status = [_status(row in failed, row in bad, bool(truncated[row])) for row in range(len(titles))]
+    return Rows(vectors, status, [reasons.get(row) for row in range(len(titles))])
+
+
+def _status(failed: bool, without_image: bool, truncated: bool) -> str:
+    if failed:
+        return schema.STATUS_FAILED
+    if without_image:
+        return schema.STATUS_TEXT_ONLY
+    return schema.STATUS_TRUNCATED if truncated else schema.STATUS_OK

@@ -1,0 +1,44 @@
+"""The choices of every setting that takes one of a few words, each once. No torch in here.
+
+The command line, `ItemEncoder`, the trainer and the export all take their words from this module.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+# --- the model and where it runs ------------------------------------------------------------------------------
+DtypeName = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+# --- from an item to a vector ---------------------------------------------------------------------------------
+PromptMode = Literal["raw", "chat"]
+PromptStyle = Literal["vlm2rec", "sda"]
+"""Whose prompts: those of VLM2Rec, or those of SDA, which know single items only."""
+FusionMode = Literal["external", "internal"]
+FusionNorm = Literal["raw", "normalised"]
+ViewChoice = Literal["both", "text", "image"]
+Pooling = Literal["last", "mean"]
+Strategy = Literal["visual", "textual", "prompt1", "prompt2", "dual"]
+STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
+"""The prompts of the VLM2Vec feature study."""
+
+# --- training -------------------------------------------------------------------------------------------------
+MethodName = Literal["vlm2rec", "sda"]
+LossName = Literal["vlm2rec", "sft"]
+Alignment = Literal["paper", "reference", "off"]
+"""SDA's CMSA: as its paper writes it, as its public code has it, or without the soft target."""
+SamplesMode = Literal["last", "random", "all"]
+Negatives = Literal["local", "global"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+# --- the export -----------------------------------------------------------------------------------------------
+Storage = Literal["float32", "float16"]
+ImagePolicy = Literal["fail", "null", "text_only"]
+ImagesBy = Literal["mtime", "bytes"]
+EngineName = Literal["local", "ray"]
+
+# --- reading what was exported --------------------------------------------------------------------------------
+View = Literal["fused", "text", "image"]
+Split = Literal["valid", "test"]
+"""Which of a user's last two items is held out and ranked."""

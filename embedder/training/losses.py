@@ -1,0 +1,264 @@
+"""The training losses: InfoNCE (SFT), VLM2Rec's WPCL + CRTR, and SDA's CMSA. Pure tensor code.
+
+Those of users take a batch of B users with their B target items; row i of one belongs to row i of the other.
+The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target and its
+repeats at other users are left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
+the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
+CMSA, at the end of the file with equation numbers of its own paper, takes a batch of N items.
+
+Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
+τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm2rec.embedder.backbones.pooling import at_least_float32, fuse, unit
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.options import FusionNorm
+
+
+class LossParts(NamedTuple):
+    """What `VLM2RecLoss` returns. All parts carry the graph; detach them for logging."""
+
+    total: Tensor  # scalar, the one to differentiate: WPCL + λ·CRTR (Eq. 14)
+    wpcl: Tensor  # scalar, 0 when switched off
+    crtr: Tensor  # scalar, before λ; 0 when switched off
+    weight: Tensor  # (B,) w of Eq. 9; 1 when the penalty is off
+    margin_text: Tensor  # (B,) M_T of Eq. 6
+    margin_image: Tensor  # (B,) M_V
+
+
+class VLM2RecLoss(nn.Module):
+    """Weak-modality penalised contrastive loss plus cross-modal relational topology regularisation (Eqs. 6-14).
+
+    α and β are softplus of a free parameter: dL/dβ is positive whenever there is a negative, so a β without that
+    bound shrinks through zero and takes w below zero with it. Keep their parameters out of weight decay, which would
+    pull both towards ln 2.
+
+    Args:
+        tau_wpcl: temperature τ_WPCL of Eq. 10.
+        tau_crtr: temperature τ_CRTR of Eq. 11.
+        lam: weight λ of CRTR.
+        alpha: effective initial value of α, above 0.
+        beta: effective initial value of β, above 0.
+        learnable: train α and β; otherwise they are buffers and stay as given.
+        stop_gradient: hold M_strong constant in Eq. 8, so that the gap closes by raising the weak modality only.
+        penalty: use w; otherwise w = 1 and WPCL is InfoNCE ("w/o w_pen").
+        crtr: add CRTR ("w/o CRTR" when off).
+        fusion_norm: `raw` sums the vectors as they are (Eq. 2), `normalised` sums unit vectors.
+        wpcl: use WPCL ("w/o WPCL" when off: CRTR alone).
+    """
+
+    raw_alpha: Tensor
+    raw_beta: Tensor
+
+    def __init__(
+        self,
+        tau_wpcl: float = 0.1,
+        tau_crtr: float = 0.1,
+        lam: float = 0.1,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        learnable: bool = True,
+        stop_gradient: bool = True,
+        penalty: bool = True,
+        crtr: bool = True,
+        *,
+        fusion_norm: FusionNorm = "raw",
+        wpcl: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in {"tau_wpcl": tau_wpcl, "tau_crtr": tau_crtr, "alpha": alpha, "beta": beta}.items():
+            _require(value > 0 and math.isfinite(value), f"{name} is {value}", "a finite number above 0")
+        _require(lam >= 0 and math.isfinite(lam), f"lam is {lam}", "a finite number, 0 or above")
+        _require(fusion_norm in ("raw", "normalised"), f"fusion_norm is {fusion_norm!r}", "raw or normalised")
+        _require(wpcl or crtr, "wpcl and crtr are both off", "at least one loss")
+        self.tau_wpcl, self.tau_crtr, self.lam = tau_wpcl, tau_crtr, lam
+        self.stop_gradient, self.fusion_norm = stop_gradient, fusion_norm
+        self.use_penalty, self.use_crtr, self.use_wpcl = penalty, crtr, wpcl
+        for name, value in (("raw_alpha", alpha), ("raw_beta", beta)):
+            raw = torch.tensor(_softplus_inverse(value))
+            if learnable and penalty and wpcl:
+                self.register_parameter(name, nn.Parameter(raw))
+            else:  # a parameter that no loss reaches would stop distributed training
+                self.register_buffer(name, raw)
+
+    @property
+    def alpha(self) -> Tensor:
+        """Effective α, a scalar above 0, detached."""
+        return _positive(self.raw_alpha).detach()
+
+    @property
+    def beta(self) -> Tensor:
+        """Effective β, a scalar above 0, detached."""
+        return _positive(self.raw_beta).detach()
+
+    def forward(
+        self, user_text: Tensor, user_image: Tensor, item_text: Tensor, item_image: Tensor, item_ids: Tensor
+    ) -> LossParts:
+        """Return the losses of one batch, both means over its rows.
+
+        Args:
+            user_text: z^T, the users' text-sequence vectors, (B, d).
+            user_image: z^V, (B, d).
+            item_text: e^T, their target items' text vectors, (B, d).
+            item_image: e^V, (B, d).
+            item_ids: integer ids of the target items, (B,); equal ids are never each other's negatives.
+
+        Raises:
+            ValueError: the shapes do not fit together.
+        """
+        _check_batch(item_ids, user_text, user_image, item_text, item_image)
+        with torch.autocast(user_text.device.type, enabled=False):
+            others = other_items(item_ids)  # (B, B)
+            text = cosines(user_text, item_text)  # (B, B)
+            image = cosines(user_image, item_image)  # (B, B)
+            margin_text, margin_image = margins(text, others), margins(image, others)
+            weight = self._weight(margin_text, margin_image)
+            wpcl = crtr = text.new_zeros(())
+            if self.use_wpcl:
+                users = fuse(user_text, user_image, self.fusion_norm)
+                items = fuse(item_text, item_image, self.fusion_norm)
+                wpcl = contrastive(cosines(users, items), others, self.tau_wpcl, weight).mean()
+            if self.use_crtr:
+                crtr = topology_divergence(text, image, others, self.tau_crtr).mean()
+            return LossParts(wpcl + self.lam * crtr, wpcl, crtr, weight, margin_text, margin_image)
+
+    def _weight(self, margin_text: Tensor, margin_image: Tensor) -> Tensor:
+        if not self.use_penalty:
+            return torch.ones_like(margin_text)
+        alpha, beta = _positive(self.raw_alpha), _positive(self.raw_beta)
+        return penalty_weight(margin_text, margin_image, alpha, beta, self.stop_gradient)
+
+    def extra_repr(self) -> str:
+        """Return the settings for `print(loss)`."""
+        return (
+            f"tau_wpcl={self.tau_wpcl}, tau_crtr={self.tau_crtr}, lam={self.lam}, alpha={float(self.alpha):.4g}, "
+            f"beta={float(self.beta):.4g}, stop_gradient={self.stop_gradient}, penalty={self.use_penalty}, "
+            f"crtr={self.use_crtr}, wpcl={self.use_wpcl}, fusion_norm={self.fusion_norm}"
+        )
+
+
+def info_nce(user: Tensor, item: Tensor, item_ids: Tensor, tau: float = 0.1) -> Tensor:
+    """Return the InfoNCE loss of the SFT baseline (Eq. 3), a scalar: the mean over the batch's rows.
+
+    Args:
+        user: fused user vectors, (B, d).
+        item: fused vectors of their target items, (B, d).
+        item_ids: integer ids of the target items, (B,); equal ids are never each other's negatives.
+        tau: temperature τ.
+    """
+    _require(tau > 0 and math.isfinite(tau), f"tau is {tau}", "a finite number above 0")
+    _check_batch(item_ids, user, item)
+    with torch.autocast(user.device.type, enabled=False):
+        return contrastive(cosines(user, item), other_items(item_ids), tau).mean()
+
+
+def effective_negatives(item_ids: Tensor) -> Tensor:
+    """Return |N_u|, how many in-batch negatives each row really has, (B,) int64."""
+    return other_items(item_ids).sum(dim=1)
+
+
+def other_items(item_ids: Tensor) -> Tensor:
+    """Return which columns are negatives of which row, (B, B) bool: those of another item."""
+    return item_ids[:, None] != item_ids[None, :]
+
+
+def cosines(users: Tensor, items: Tensor) -> Tensor:
+    """Return s(z_i, e_j) for every pair of rows, (B, B), in float32 at least; 0 where either vector is zero."""
+    return unit(users) @ unit(items).T
+
+
+def margins(similarity: Tensor, others: Tensor) -> Tensor:
+    """Return the discriminative margin M_u (Eq. 6): positive minus mean negative similarity, (B,); 0 without negatives.
+
+    Args:
+        similarity: s(z_i, e_j) in one modality, (B, B).
+        others: which columns are negatives, (B, B) bool.
+    """
+    count = others.sum(dim=1)
+    negative = similarity.where(others, 0.0).sum(dim=1) / count.clamp_min(1)
+    return (similarity.diagonal() - negative).where(count > 0, 0.0)
+
+
+def penalty_weight(
+    margin_text: Tensor, margin_image: Tensor, alpha: Tensor, beta: Tensor, stop_gradient: bool = True
+) -> Tensor:
+    """Return w = 1 + β·softplus(α·Δ) with Δ = sg[M_strong] - M_weak (Eqs. 7-9), (B,).
+
+    At Δ = 0 this is 1 + β·ln 2, its least value; the equation does not reach 1.
+    """
+    strong = torch.maximum(margin_text, margin_image)
+    weak = torch.minimum(margin_text, margin_image)
+    gap = (strong.detach() if stop_gradient else strong) - weak
+    return 1 + beta * F.softplus(alpha * gap)
+
+
+def contrastive(similarity: Tensor, others: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
+    """Return -log(e^{s+/τ} / (e^{s+/τ} + w·Σ e^{s-/τ})) per row (Eq. 10; Eq. 3 without a weight), (B,).
+
+    Args:
+        similarity: s(z_i, e_j) of the fused vectors, positives on the diagonal, (B, B).
+        others: which columns are negatives, (B, B) bool.
+        tau: temperature.
+        weight: w of each row, (B,), above 0.
+    """
+    logits = similarity / tau
+    # measured from the positive the loss is log(1 + Σ e^x): never below 0, and accurate when it is small
+    behind = logits - logits.diagonal()[:, None]  # (B, B)
+    if weight is not None:
+        behind = behind + weight.log()[:, None]
+    positive = torch.eye(len(others), dtype=torch.bool, device=others.device)
+    behind = behind.masked_fill(~others, -math.inf).masked_fill(positive, 0.0)
+    return behind.logsumexp(dim=1)
+
+
+def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float) -> Tensor:
+    """Return ½·(KL(P_T‖P_V) + KL(P_V‖P_T)) per row (Eqs. 11-13), (B,).
+
+    Row i's candidates are its own target and the targets of other items.
+
+    Args:
+        text: s(z_i^T, e_j^T), (B, B).
+        image: s(z_i^V, e_j^V), (B, B).
+        others: which columns are negatives, (B, B) bool.
+        tau: temperature τ_CRTR.
+    """
+    left_out = ~others & ~torch.eye(len(others), dtype=torch.bool, device=others.device)
+    # logarithms throughout: at τ_CRTR = 0.001 most probabilities underflow. A left-out candidate has probability 0 on
+    # both sides; its log is set to the same finite number after the softmax, as ∞ - ∞ would be NaN.
+    log_text = (text / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
+    log_image = (image / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
+    # the two divergences in one sum, whose terms are all >= 0
+    return 0.5 * ((log_text.exp() - log_image.exp()) * (log_text - log_image)).sum(dim=1)
+
+
+# --- SDA ----------------------------------------------------------------------------------------------------
+
+
+def _positive(raw: Tensor) -> Tensor:
+    # the bound keeps the value above 0 where softplus itself underflows
+    return F.softplus(at_least_float32(raw)).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _softplus_inverse(value: float) -> float:
+    return value + math.log(-math.expm1(-value))
+
+
+def _require(condition: bool, found: str, expected: str) -> None:
+    if not condition:
+        raise ConfigError(found, expected, "correct the loss settings")
+
+
+def _check_batch(item_ids: Tensor, *vectors: Tensor) -> None:
+    shapes = [tuple(v.shape) for v in vectors]
+    batch = item_ids.shape[0] if item_ids.dim() == 1 else None
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][0] != batch or batch == 0:
+        raise ValueError(f"vectors are {shapes} and item_ids {tuple(item_ids.shape)}; expected (B, d) and (B,), B > 0")

@@ -1,0 +1,126 @@
+"""The model card of an adapter: a README with the front matter that PEFT and the Hugging Face hub read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.prompts import IMAGE_HERE, Prompt
+
+_TASK = "feature-extraction"
+_KINDS = {
+    "lora": "LoRA adapter",
+    "moda": "MoDA adapter (experts with a gate for text and one for images; for vlm2rec alone, not for PEFT)",
+}
+
+
+def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
+    """Return the README of an adapter folder.
+
+    Args:
+        settings: what `vlm2rec.json` says of the adapter.
+        metrics: names and values of the best validation.
+    """
+    encoder, training, data = settings["encoder"], settings["training"], settings["dataset"]
+    backbone = settings["backbone"]
+    revision = (settings.get("backbone_settings") or {}).get("revision")
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics)
+    asked = "\n".join(f"- {view}: `{_shown(prompt)}`" for view, prompt in _prompts(encoder).items())
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    command = f"vlm2rec export-items --data DATA --backbone {backbone} --adapter THIS_FOLDER --out EMBEDDINGS"
+    return f"""---
+{_front_matter(settings, metrics)}
+---
+
+# vlm2rec adapter ({training["loss"]})
+
+{_KINDS[settings.get("kind", "lora")]} on `{backbone}`{f" at revision `{revision}`" if revision else ""}, fine-tuned on
+the {"histories" if data["users"] else "items"} of `{data["name"]}` for item embeddings of recommenders.
+
+**Licence.** The backbone's applies: {settings["licence"]}.
+
+**Data.** `{data["name"]}`: {_samples(data)}; hashes of the dataset's files stand in
+`vlm2rec.json`. {training["steps"]} steps, seed {training["seed"]}.
+
+**Prompts** (mode `{encoder["prompt_mode"]}`), {_asked(encoder)}:
+
+{asked}
+
+Fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}). Titles up to {encoder["max_title_tokens"]} tokens.
+
+**Pixels.** Images keep their shape and are scaled to at most {encoder["max_pixels"]} pixels, or to the backbone's fixed
+size.
+
+| best validation, among stored candidates | |
+|---|---|
+{rows}
+
+**Versions.** {versions}.
+
+```sh
+{command}
+```
+
+`canary.safetensors` holds generated items and their vectors: vlm2rec checks them on every load. Every setting is in
+`vlm2rec.json`, the course of the training in `curves.json`.
+"""
+
+
+def _samples(data: dict[str, Any]) -> str:
+    return f"{data['samples']} samples of {data['users']} users" if data["users"] else f"{data['samples']} items"
+
+
+def _asked(encoder: dict[str, Any]) -> str:
+    numbered = "of single items" if encoder.get("wording") == "sda" else "items numbered from 0"
+    pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
+    return f"{numbered}, the vector is {pooled}"
+
+
+def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
+    licence, data = settings["licence"], settings["dataset"]
+    known = licence.lower() if re.fullmatch(r"[A-Za-z]+-[\d.]+", licence) else None  # such as Apache-2.0
+    backbone = settings["backbone"]
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", backbone) and not Path(backbone).exists()
+    card = ModelCardData(
+        model_name=f"vlm2rec adapter on {Path(backbone).name}",
+        base_model=backbone if on_hub else Path(backbone).name,
+        library_name="peft" if settings.get("kind", "lora") == "lora" else "vlm2rec",
+        license=known or "other",
+        license_name=None if known else licence,
+        pipeline_tag=_TASK,
+        tags=["vlm2rec", "lora", "sequential-recommendation", "embeddings"],
+        eval_results=[
+            EvalResult(
+                task_type=_TASK,
+                dataset_type="vlm2rec",
+                dataset_name=f"{data['name']} (validation)",
+                metric_type=name,
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in metrics
+        ],
+    )
+    return card.to_yaml().strip()
+
+
+def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
+    if encoder["fusion"] == "internal":
+        return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
+    wording = encoder.get("wording", "vlm2rec")
+    items = 1 if wording == "sda" else 2
+    both = {
+        schema.TEXT: prompts.text_prompt(["TITLE"] * items, wording),
+        schema.IMAGE: prompts.image_prompt(items, wording),
+    }
+    return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}
+
+
+def _shown(prompt: Prompt) -> str:
+    return "".join("IMAGE" if part is IMAGE_HERE else part for part in prompt)

@@ -1,0 +1,79 @@
+"""Training samples: (the items before, the item that came next), from training sequences only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
+from vlm2rec.embedder.options import SamplesMode
+
+
+class Sample(NamedTuple):
+    """One user at one moment. Items are rows of `items.parquet`."""
+
+    user: int
+    history: np.ndarray  # (h,), oldest first, h >= 1
+    target: int
+
+
+class Samples:
+    """A sequence of `Sample`s over users' training sequences.
+
+    `last` takes each user's last item as target, `random` another position each epoch (the same for equal seed and
+    epoch), `all` every position. Histories are cut to the last `max_history` items. Users with one training item have
+    nothing to predict and are left out; `skipped` counts them.
+
+    Args:
+        sequences: item rows of every user's training sequence, oldest first.
+        max_history: longest history.
+        mode: which positions become targets.
+        users: take this many users at random (few-shot); 0 takes all.
+        seed: of the draw of users and of random positions.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[np.ndarray],
+        max_history: int,
+        mode: SamplesMode = "last",
+        users: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._sequences, self._max_history = sequences, max_history
+        self._mode: SamplesMode = mode
+        self._seed, self._epoch = seed, 0
+        usable = np.array([user for user, items in enumerate(sequences) if len(items) >= 2], np.int64)
+        self.skipped = len(sequences) - len(usable)
+        if len(usable) == 0:
+            raise DataError(
+                f"none of {len(sequences)} users has two training items", "histories to learn from", "lower --core"
+            )
+        if users > len(usable):
+            raise ConfigError(
+                f"--users {users}, but only {len(usable)} users can be trained on", f"at most {len(usable)}", "lower it"
+            )
+        if users:
+            usable = np.sort(np.random.default_rng([seed, 1]).choice(usable, users, replace=False))
+        self.users = usable
+        # (user, position of the target); position -1 is drawn anew each epoch
+        if mode == "all":
+            self._moments = [(int(u), p) for u in usable for p in range(1, len(sequences[u]))]
+        else:
+            self._moments = [(int(u), len(sequences[u]) - 1 if mode == "last" else -1) for u in usable]
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def __getitem__(self, index: int) -> Sample:
+        user, position = self._moments[index]
+        items = self._sequences[user]
+        if position < 0:
+            position = int(np.random.default_rng([self._seed, 2, self._epoch, user]).integers(1, len(items)))
+        return Sample(user, items[max(0, position - self._max_history) : position], int(items[position]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides the positions of `random`."""
+        self._epoch = epoch

@@ -1,0 +1,196 @@
+"""SDA's training: items, not histories. Each step aligns the text and the image vectors of a batch of items.
+
+The loss is `losses.ItemAlignment` (CMSA), the adapter MoDA (`moda`) or, as its ablation, plain LoRA. A user is the mean
+of the history's item vectors: there is no prompt for a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm2rec.embedder.backbones import moda
+from vlm2rec.embedder.backbones.backbone import Backbone
+from vlm2rec.embedder.backbones.pooling import at_least_float32, norm_ratio, unit
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.options import Alignment
+from vlm2rec.embedder.training.gradients import TOTAL, Part, conflict, gradient_alignment
+from vlm2rec.embedder.training.losses import _check_batch, _require, cosines, info_nce
+from vlm2rec.embedder.training.train import Model
+
+PROBED = ("q_proj", "k_proj")
+"""Projections of the last layer in which the paper compares the gradients of text and image."""
+
+
+class ItemSamples(Sequence[int]):
+    """Every item of a catalogue, as rows of `items.parquet`: their texts and images are known, bought or not."""
+
+    def __init__(self, count: int) -> None:
+        if count < 2:
+            raise DataError(f"a catalogue of {count} items", "two or more, to hold against each other")
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return range(self._count)[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every epoch has all items."""
+
+
+class ItemModel(Model):
+    """An encoder with an adapter, and the alignment of a batch of items. For one process."""
+
+    loss: ItemAlignment
+
+    def collate(self, batch: list[int]) -> dict[str, Any]:
+        """Return the `rows` of the items."""
+        return {"rows": torch.tensor(batch, dtype=torch.int64)}
+
+    def named(self, batch: dict[str, Any]) -> str:
+        """Return the items, as rows of `items.parquet`."""
+        return f"items (rows of items.parquet) {batch['rows'].tolist()}"
+
+    def forward(  # type: ignore[override]
+        self, rows: Tensor, with_gradients: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the loss of a batch of items, what to log of it, and the alignment of its gradients if asked for.
+
+        Args:
+            rows: (N,) different item rows.
+            with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
+                adapted weights and in the projections `PROBED` (section 3.3.3); the graph stays as it is.
+        """
+        vectors = self.encode([[int(row)] for row in rows])
+        text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
+        total = self.loss(image, text)
+        with torch.no_grad():
+            similarity = cosines(image, text)  # (N, N)
+            own = torch.arange(len(rows), device=similarity.device)
+            log = {
+                "effective_negatives": torch.tensor(float(len(rows) - 1)),
+                "norm_ratio_item": norm_ratio(text, image).mean(),
+                "own_text_first": (similarity.argmax(dim=1) == own).float().mean(),
+                "own_cosine": similarity.diagonal().mean(),
+                "tau": self.loss.tau.detach().clone(),
+            }
+        return total, log, self._alignment(total, image, text) if with_gradients else {}
+
+    def _alignment(self, total: Tensor, image: Tensor, text: Tensor) -> dict[str, float]:
+        losses = {schema.TEXT: self.loss(image.detach(), text), schema.IMAGE: self.loss(image, text.detach())}
+        row = gradient_alignment({TOTAL: total, **losses}, self.adapted)
+        return row | conflict(losses, probed(self.encoder.backbone))
+
+
+def probed(backbone: Backbone) -> dict[str, list[Part]]:
+    """Return, by projection of the last layer, A and B of its adapter: of MoDA the first expert's part of them."""
+    attention = backbone.language_model.layers[-1].self_attn
+    return {name: _matrices(getattr(attention, name)) for name in PROBED}
+
+
+def _matrices(layer: nn.Module) -> list[Part]:
+    everything, first = slice(None), slice(None)
+    if isinstance(layer, moda.MoDALinear):
+        a, b, first = layer.lora_A, layer.lora_B, slice(layer.expert_rank)
+    else:  # PEFT's
+        a, b = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    return [(a, (first, everything)), (b, (everything, first))]
+
+
+# Mean-pooled vectors lie in a narrow cone, with cosines of 0.95 and more. At 0.1 the teacher of unit vectors is nearly
+# uniform there, and the least loss is where all vectors are the same; the reference's 3 divides products of vectors of
+# length 11 in the small backbone of `make demo`, which is a temperature of 0.025 for their cosines.
+CMSA_TAU = {"paper": 0.02, "reference": 3.0, "off": 0.02}
+_REFERENCE_WIDTH = 768  # to which SDA's code averages vectors before it compares them
+
+
+class ItemAlignment(nn.Module):
+    """What SDA trains by: holds the image and the text vectors of the same N items against each other.
+
+    Args:
+        kind: `paper` is CMSA as the SDA paper writes it, `reference` as its public code does it, `off` InfoNCE
+            between an item's text and its image, the paper's ablation without the soft target.
+        tau: temperature τ; None takes `CMSA_TAU`. `reference` starts there and learns it, as the code does; it
+            belongs into no weight decay.
+    """
+
+    def __init__(self, kind: Alignment = "paper", tau: float | None = None) -> None:
+        super().__init__()
+        _require(kind in CMSA_TAU, f"cmsa is {kind!r}", "paper, reference or off")
+        tau = CMSA_TAU[kind] if tau is None else tau
+        _require(tau > 0 and math.isfinite(tau), f"tau_cmsa is {tau}", "a finite number above 0")
+        self.kind: Alignment = kind
+        if kind == "reference":
+            self.tau: Tensor = nn.Parameter(torch.tensor(tau))
+        else:
+            self.register_buffer("tau", torch.tensor(tau), persistent=False)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the loss, a scalar, of the items' image and text vectors, (N, d) each."""
+        _check_batch(torch.arange(len(image)), image, text)
+        with torch.autocast(image.device.type, enabled=False):
+            if self.kind == "paper":
+                return cmsa(image, text, float(self.tau))
+            if self.kind == "reference":
+                return cmsa_reference(image, text, self.tau)
+            own = torch.arange(len(image), device=image.device)
+            tau = float(self.tau)
+            return 0.5 * (info_nce(image, text, own, tau) + info_nce(text, image, own, tau))
+
+
+def cmsa(image: Tensor, text: Tensor, tau: float = 0.02) -> Tensor:
+    """Return the Cross-Modal Structural Alignment loss of N items, a scalar (Eqs. 1-3 of the SDA paper).
+
+        S = X·Yᵀ/τ,   P = softmax(S),   P' = softmax(Sᵀ)            Eq. 1, rows sum to 1
+        T = softmax((X·Xᵀ + Y·Yᵀ)/(2τ)), held constant               Eq. 2, the structural teacher
+        mean over the items of ½·(KL(T‖P) + KL(T'‖P'))               Eq. 3
+
+    with X and Y the unit image and text vectors. T' is the teacher of the transposed direction, its rows normalised
+    anew; as the mean of the intra-modal similarities is symmetric, T' = T. The loss is 0 where P and P' are T, also
+    where all vectors are the same: τ has to be small against the spread of the cosines, so that T is not uniform.
+    The paper's formulas are not printed whole: that teacher and student share τ is our reading.
+
+    Args:
+        image: image vectors of the items, (N, d).
+        text: their text vectors, (N, d).
+        tau: temperature τ.
+    """
+    x, y = unit(image), unit(text)
+    student = x @ y.T / tau  # (N, N)
+    with torch.no_grad():
+        teacher = ((x @ x.T + y @ y.T) / (2 * tau)).log_softmax(dim=1)  # (N, N)
+    to_text = F.kl_div(student.log_softmax(dim=1), teacher, reduction="batchmean", log_target=True)
+    to_image = F.kl_div(student.T.log_softmax(dim=1), teacher, reduction="batchmean", log_target=True)
+    return 0.5 * (to_text + to_image)
+
+
+def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
+    """Return CMSA as the paper's public code does it, a scalar.
+
+    It differs from `cmsa` in this: vectors keep their lengths and are averaged in groups to 768 numbers where they are
+    longer; the teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher as it flattens the student; it is not
+    held constant, and the transposed direction takes Tᵀ, whose rows do not sum to 1; cross-entropy in place of KL.
+
+    Args:
+        image: image vectors of the items, (N, d).
+        text: their text vectors, (N, d).
+        tau: temperature τ, a scalar, with gradient if it is learned.
+    """
+    x, y = (_in_groups(at_least_float32(vectors)) for vectors in (image, text))
+    student = x @ y.T / tau  # (N, N)
+    teacher = ((x @ x.T + y @ y.T) / 2 * tau).softmax(dim=1)  # (N, N)
+    to_text = -(teacher * student.log_softmax(dim=1)).sum(dim=1)
+    to_image = -(teacher.T * student.T.log_softmax(dim=1)).sum(dim=1)
+    return 0.5 * (to_text + to_image).mean()
+
+
+def _in_groups(vectors: Tensor) -> Tensor:
+    return F.adaptive_avg_pool1d(vectors, _REFERENCE_WIDTH) if vectors.shape[1] > _REFERENCE_WIDTH else vectors

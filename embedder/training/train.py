@@ -1,0 +1,455 @@
+"""Fine-tuning: the four encodes of a batch, the loss over them, and transformers' Trainer around it.
+
+`train` trains any `Model`: `HistoryModel` here, which learns from users' histories, and `sda.ItemModel`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones import modality
+from vlm2rec.embedder.backbones.lora import restore, trainable
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode
+from vlm2rec.embedder.options import Schedule
+from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
+
+CHECKPOINTS = "checkpoints"
+_WEIGHTS = "trainable.safetensors"
+_BEST = "best.safetensors"
+# keys that only a row of the probe and only one of the gradients has: how many users it was measured on
+_PROBE = "probe_users"
+_GRADIENTS = "batch_users"
+_TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its memory is needed anyway
+
+
+class TrainingSamples(Protocol):
+    """What `train` draws batches from: `Samples`, or `sda.ItemSamples`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch."""
+
+
+class Model(nn.Module, ABC):
+    """An encoder with an adapter, and a loss over batches of samples.
+
+    Args:
+        encoder: with adapted layers in its backbone.
+        wrapped: the module that holds the adapter, registered so that the trainer sees its parameters.
+        items: titles and image features.
+        loss: with the parameters that are learned beside the adapter, if it has any.
+        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+    """
+
+    def __init__(
+        self, encoder: ItemEncoder, wrapped: nn.Module, items: Items, loss: nn.Module | None, chunk_users: int = 0
+    ) -> None:
+        super().__init__()
+        self.encoder, self.items, self.chunk_users = encoder, items, chunk_users
+        self.wrapped = wrapped
+        self.loss = loss
+
+    @abstractmethod
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
+
+        Takes what `collate` made of the batch, and `with_gradients`.
+        """
+
+    @abstractmethod
+    def collate(self, batch: list[Any]) -> dict[str, Any]:
+        """Return samples as the arguments of `forward`; with several processes, this one's share of them."""
+
+    @abstractmethod
+    def named(self, batch: dict[str, Any]) -> str:
+        """Return which samples a batch holds, for a message."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout of the language model's adapted layers; the frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.backbone.model.eval()
+        self.encoder.backbone.language_model.train(mode)
+        return self
+
+    @property
+    def adapted(self) -> list[nn.Parameter]:
+        """The adapter's trained parameters."""
+        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+
+    def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent.
+
+        In chunks, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the same
+        dropout, when the loss over the whole batch has said what becomes of them.
+        """
+        if not sequences:
+            return self._encode_nothing()
+        if not self.chunk_users or not torch.is_grad_enabled():
+            return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
+        parts: list[dict[str, Tensor]] = [
+            checkpoint(encode, self.encoder, self.items, chunk, _TRAIN_BUDGET, use_reentrant=False)
+            for chunk in _chunks(sequences, self.chunk_users)
+        ]
+        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+
+    def _encode_nothing(self) -> dict[str, Tensor]:
+        """Return no rows, on which all trained weights depend: each process waits for the gradients of every other."""
+        zero = 0.0 * torch.stack([p.float().sum() for p in self.adapted]).sum()
+        return {view: zero.expand(0, self.encoder.dim) for view in schema.VIEWS}
+
+
+def _chunks(sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast to train; see `FinetuneConfig` for what each means. `batch_size` is that of a process."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup: float
+    schedule: Schedule
+    batch_size: int
+    epochs: float
+    max_steps: int
+    seed: int
+    gradient_checkpointing: bool
+    checkpoint_steps: int
+    log_steps: int
+    gradient_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run left: its curves, its steps, and the validation of the weights that were kept.
+
+    `curves` are rows with a `step` each, the number of steps that the weights had seen: `valid`, `probe` (as in
+    `monitor`), `gradients` (as `gradient_alignment` returns) and `warnings` (as `Collapse`). `train` rows are means
+    over the steps since the row before.
+    """
+
+    curves: dict[str, list[dict[str, Any]]]
+    steps: int
+    best: dict[str, float]
+
+
+Validate = Callable[[], dict[str, float]]
+OnCollapse = Callable[[list[Collapse]], None]  # those that one probe shows for the first time
+OnStep = Callable[[int, int, dict[str, float]], None]  # step, of steps, latest log
+
+
+def train(
+    model: Model,
+    samples: TrainingSamples,
+    out: Path,
+    settings: TrainingSettings,
+    validate: Validate,
+    on_step: OnStep = lambda step, steps, log: None,
+    probe: Probe | None = None,
+    on_collapse: OnCollapse = lambda noticed: None,
+) -> Training:
+    """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
+
+    Checkpoints go to `out/checkpoints` and are continued from; they are removed by the caller once the adapter is
+    saved, or before, to start anew. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+
+    Processes that train together (`distributed.joined`) call this alike, with `out` on a disk they share. A step's
+    batch is the one that a single process would have with `batch_size` times their number; each takes an equal share
+    of it, and of an epoch's shorter last batch too, so that no sample is left out or seen twice.
+
+    Args:
+        model: what to train.
+        samples: what `model.collate` takes, in a list.
+        out: folder for checkpoints.
+        settings: how long and how fast.
+        validate: ranks the validation items with the weights of the moment; called by every process, as is `probe`,
+            and to return the same in each.
+        on_step: told of every step.
+        probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
+        on_collapse: told of views that collapse, at the probe that shows it.
+
+    Raises:
+        ModelError: the loss is not finite (names the step and the samples), or a checkpoint does not fit.
+    """
+    folder = out / CHECKPOINTS
+    checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
+    backbone = model.encoder.backbone
+    if settings.gradient_checkpointing:
+        # only the language model: the frozen vision tower runs without gradients and must not be run twice
+        _checkpointing(backbone.language_model, "enable", {"use_reentrant": False, "context_fn": modality.remembered})
+    steps_an_epoch = math.ceil(len(samples) / (settings.batch_size * distributed.count()))
+    total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=round(settings.warmup * total),
+        seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        eval_strategy="no",  # `_Watch` validates: what counts is ranking, not a loss
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=backbone.device.type == "cpu",
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+    # without a launcher the trainer would split each batch over all GPUs by threads, which lists do not survive
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    if distributed.count() > 1:
+        # every process has read the same backbone: only what is trained needs to be sent around
+        frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        data_collator=model.collate,
+        train_dataset=samples,
+        optimizers=(_optimizer(model, settings), None),
+        callbacks=[watch],
+        gradient_steps=settings.gradient_steps,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if distributed.rank():  # the trainer gave all the same seed: users at the same place would share their dropout
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if settings.gradient_checkpointing:
+        _checkpointing(backbone.language_model, "disable")
+    return watch.finish(trainer.state)
+
+
+def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *arguments: dict[str, Any]) -> None:
+    # transformers 5.2x renamed gradient to activation checkpointing and warns of the old name
+    method = getattr(language_model, f"activation_checkpointing_{action}", None)
+    (method or getattr(language_model, f"gradient_checkpointing_{action}"))(*arguments)
+
+
+def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
+    # decay would pull α and β towards ln 2, as they are softplus of a free parameter, and a temperature towards 0
+    own = [] if model.loss is None else [p for p in model.loss.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": model.adapted, "weight_decay": settings.weight_decay}]
+    if own:
+        groups.append({"params": own, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer with our loss, our log and checkpoints that hold trained weights only."""
+
+    def __init__(self, gradient_steps: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._learner: Model = arguments["model"]
+        self._gradient_steps = gradient_steps
+        self._parts: list[dict[str, Tensor]] = []
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of all processes, in an order that depends on the seed alone; `collate` takes a share.
+
+        Accelerate's own sharding repeats samples where an epoch does not divide evenly.
+        """
+        size = self.args.train_batch_size * distributed.count()
+        loader = DataLoader(self.train_dataset, size, shuffle=True, collate_fn=self.data_collator)
+        return prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            data_seed=self.args.seed,
+        )
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
+        step = self.state.global_step
+        due = self._gradient_steps > 0 and step % self._gradient_steps == 0
+        loss, log, alignment = model(**inputs, with_gradients=due)
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss is {loss.item()} at step {step + 1}, with {self._learner.named(inputs)}",
+                "a finite loss",
+                "lower --learning-rate, raise the temperatures, or use --dtype float32",
+            )
+        self._parts.append(log)
+        if due:
+            samples = sum(distributed.from_all(len(next(iter(inputs.values())))))
+            self.state.log_history.append({"step": step, _GRADIENTS: samples, **alignment})
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._parts and "loss" in logs:
+            means = {name: torch.stack([part[name] for part in self._parts]).mean() for name in self._parts[0]}
+            logs |= {name: float(value) for name, value in means.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(trainable(self.model), folder / _WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        distributed.wait()  # `trainer_state.json` comes next and says that the checkpoint is whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore(
+            self.model, safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS), resume_from_checkpoint
+        )
+
+
+class _Watch(TrainerCallback):
+    """Validates at the end of each epoch, keeps the best weights, and reports every step."""
+
+    def __init__(
+        self,
+        model: Model,
+        samples: TrainingSamples,
+        folder: Path,
+        validate: Validate,
+        on_step: OnStep,
+        probe: Probe | None,
+        on_collapse: OnCollapse,
+    ) -> None:
+        self._model, self._samples, self._folder = model, samples, folder
+        self._validate, self._on_step = validate, on_step
+        self._probe, self._on_collapse = probe, on_collapse
+        self._latest: dict[str, float] = {}
+
+    def validate(self, state: TrainerState, keep: bool = True) -> None:
+        """Rank the validation items and, if this is the best so far, keep the weights."""
+        with self._aside():
+            metrics = self._validate()
+        before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
+        state.log_history.append({"step": state.global_step, **metrics})
+        if keep and distributed.is_main() and metrics["N@20"] > max(before, default=-math.inf):
+            temporary = self._folder / f".{_BEST}.tmp"
+            safetensors.torch.save_file(trainable(self._model), temporary)
+            temporary.replace(self._folder / _BEST)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Measure without a trace: what is drawn here must not shift the dropout of the next step."""
+        device = self._model.encoder.backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            self._model.eval()  # the trainer goes back to training mode before every step
+            yield
+
+    def _probes(self, state: TrainerState) -> list[dict[str, float]]:
+        """Return what this probe has measured so far; rows over another number of users are another probe's."""
+        return [row for row in state.log_history if self._probe and row.get(_PROBE) == self._probe.users]
+
+    def probe(self, state: TrainerState) -> None:
+        """Measure the probe, and say so when it shows that a view collapses."""
+        assert self._probe is not None
+        started = time.perf_counter()
+        with self._aside():
+            row = self._probe.measure()
+        row |= {"step": state.global_step, _PROBE: self._probe.users, "seconds": time.perf_counter() - started}
+        state.log_history.append(row)
+        if noticed := [found for found in collapses(self._probes(state)) if found.step == state.global_step]:
+            self._on_collapse(noticed)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate the untrained model, so that the curve shows what training added."""
+        if state.global_step == 0:
+            self.validate(state, keep=False)
+        if self._probe and not self._probes(state):
+            self.probe(state)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let `random` samples choose this epoch's positions."""
+        self._samples.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Validate; also at the end of an epoch that `max_steps` cut short."""
+        self.validate(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Remember the latest point of the curves."""
+        self._latest |= logs or {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report the step; the last one is a point of the curves whatever `log_steps` is."""
+        control.should_log |= state.global_step == state.max_steps
+        self._on_step(state.global_step, state.max_steps, self._latest)
+        last = state.global_step == state.max_steps
+        if self._probe and (last or state.global_step % self._probe.interval(state.max_steps) == 0):
+            self.probe(state)
+
+    def finish(self, state: TrainerState) -> Training:
+        """Put the best weights back and return the curves."""
+        distributed.wait()
+        restore(self._model, safetensors.torch.load_file(self._folder / _BEST), str(self._folder))
+        self._model.eval()
+        valid = [row for row in state.log_history if "N@20" in row]
+        best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
+        probes = self._probes(state)
+        curves = {
+            "train": [row for row in state.log_history if "loss" in row],
+            "valid": valid,
+            "probe": probes,
+            "gradients": [row for row in state.log_history if _GRADIENTS in row],
+            "warnings": [asdict(collapse) for collapse in collapses(probes)],
+        }
+        return Training(curves, state.global_step, best)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Make the folder of checkpoints and return the newest finished one; those cut off halfway are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = []
+    for path in folder.glob("checkpoint-*"):
+        # the trainer writes its state last
+        if (path / "trainer_state.json").is_file():
+            finished.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,168 @@
+"""The model that VLM2Rec trains: histories and their next items through one encoder, and the loss on both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones.pooling import norm_ratio
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.options import Negatives
+from vlm2rec.embedder.training.gradients import TOTAL, gradient_alignment, modality_losses
+from vlm2rec.embedder.training.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
+from vlm2rec.embedder.training.samples import Sample
+from vlm2rec.embedder.training.train import Model
+
+
+class HistoryModel(Model):
+    """An encoder with LoRA, and the loss over a batch of users and their next items.
+
+    Where several processes train together, each gives its own users and items and computes the loss of all of them.
+
+    Args:
+        encoder: with LoRA layers in its backbone.
+        wrapped: the PEFT wrapper of the same backbone.
+        items: titles and image features.
+        loss: `VLM2RecLoss`, or None for plain InfoNCE.
+        tau: temperature of InfoNCE.
+        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+        negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
+            loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
+            one process with the whole batch).
+    """
+
+    loss: VLM2RecLoss | None
+
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        wrapped: nn.Module,
+        items: Items,
+        loss: VLM2RecLoss | None,
+        tau: float,
+        chunk_users: int = 0,
+        negatives: Negatives = "local",
+    ) -> None:
+        super().__init__(encoder, wrapped, items, loss, chunk_users)
+        self.tau = tau
+        self.negatives: Negatives = negatives
+
+    def collate(self, batch: list[Sample]) -> dict[str, Any]:
+        """Return `histories` and `targets` of this process's share, and the rows of their `users`."""
+        samples = distributed.share(batch)
+        return {
+            "histories": [[int(row) for row in sample.history] for sample in samples],
+            "targets": torch.tensor([sample.target for sample in samples], dtype=torch.int64),
+            "users": [sample.user for sample in samples],
+        }
+
+    def named(self, batch: dict[str, Any]) -> str:
+        """Return the users, as rows of `sequences.parquet`."""
+        return f"users (rows of sequences.parquet) {batch['users']}"
+
+    @property
+    def has_both_modalities(self) -> bool:
+        """Whether text and image have vectors of their own."""
+        return {*schema.MODALITIES} <= {*self.encoder.views}
+
+    def forward(  # type: ignore[override]
+        self, histories: list[list[int]], targets: Tensor, users: Sequence[int] = (), with_gradients: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
+
+        With several processes all three are those of all their batches, and the same in each of them.
+
+        Args:
+            histories: B lists of item rows, with several processes those of this one; there may be none.
+            targets: (B,) item rows; a target that several users share is encoded once.
+            users: who they are; not looked at.
+            with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
+                weights (`gradient_alignment`); the loss and its graph stay as they are.
+        """
+        vectors = self.encode(histories)
+        distinct, place = targets.unique(return_inverse=True)
+        encoded = self.encode([[int(row)] for row in distinct])
+        items = {view: found[place] for view, found in encoded.items()}
+        batches = self._held_together(vectors, items, targets)
+        totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
+        sizes = [len(batch.targets) for batch in batches]
+        total, log = _mean([{TOTAL: total} for total in totals], sizes)[TOTAL], _mean(logs, sizes)
+        alignment: dict[str, float] = {}
+        if with_gradients:
+            parts = [modality_losses(batch.users, batch.items, batch.targets, self.tau) for batch in batches]
+            losses = {TOTAL: total, **_mean(parts, sizes)}
+            alignment = gradient_alignment(losses, self.adapted)
+        return total, {name: value.detach() for name, value in log.items()}, alignment
+
+    def _held_together(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
+        """Return the users and items whose vectors are held against each other, of all processes."""
+        if distributed.count() == 1:
+            return [_Batch(users, items, targets)]
+        parts = distributed.gather(torch.stack([*users.values(), *items.values()], dim=1))  # (B, 2 · views, d) each
+        ids = distributed.gather(targets)
+        if self.negatives == "global":
+            parts, ids = [torch.cat(parts)], [torch.cat(ids)]
+        views = len(users)
+        return [
+            _Batch(
+                dict(zip(users, part[:, :views].unbind(1), strict=True)),
+                dict(zip(items, part[:, views:].unbind(1), strict=True)),
+                own,
+            )
+            for part, own in zip(parts, ids, strict=True)
+            if len(own)
+        ]
+
+    def _loss_of(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of users whose negatives are each other's targets, and what to log of it."""
+        users, items, targets = batch
+        log: dict[str, Tensor] = {"effective_negatives": effective_negatives(targets).float().mean()}
+        if self.has_both_modalities:
+            log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
+            log["norm_ratio_item"] = norm_ratio(items[schema.TEXT], items[schema.IMAGE]).mean()
+        if self.loss is None:
+            total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
+            others = other_items(targets)
+            own = [view for view in schema.MODALITIES if view in self.encoder.views]
+            log |= _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
+            return total, log
+        parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
+        return parts.total, log | {
+            "wpcl": parts.wpcl,
+            "crtr": parts.crtr,
+            "weight": parts.weight.mean(),
+            **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
+            "alpha": self.loss.alpha,
+            "beta": self.loss.beta,
+        }
+
+
+class _Batch(NamedTuple):
+    """B users and their target items: vectors by view, (B, d) each, and the items' rows, (B,)."""
+
+    users: dict[str, Tensor]
+    items: dict[str, Tensor]
+    targets: Tensor
+
+
+def _mean(rows: Sequence[dict[str, Tensor]], weights: Sequence[int]) -> dict[str, Tensor]:
+    """Return the weighted mean of rows of scalars."""
+    shares = [weight / sum(weights) for weight in weights]
+    return {
+        name: torch.stack([row[name] * share for row, share in zip(rows, shares, strict=True)]).sum()
+        for name in rows[0]
+    }
+
+
+def _margins_to_log(by_view: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each view's mean margin and, where there are two, the share of users whose weak modality is the image."""
+    log = {f"margin_{view}": margin.mean() for view, margin in by_view.items()}
+    if len(by_view) == len(schema.MODALITIES):
+        log["weak_is_image"] = (by_view[schema.IMAGE] < by_view[schema.TEXT]).float().mean()
+    return log

@@ -1,0 +1,132 @@
+"""Writes the files of a dataset folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.negatives import Sequences, draw_candidates, untouched_counts
+from vlm2rec.pipelines.config import PrepareConfig
+
+_USERS_PER_GROUP = 16_384
+_ITEMS_PER_GROUP = 65_536
+
+
+def _write_items(catalogue: pl.DataFrame, path: Path) -> None:
+    first = [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH]
+    table = catalogue.select(*first, *(c for c in catalogue.columns if c not in first))
+    arrow_schema = pa.schema(
+        [
+            pa.field(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type)
+            for f in _arrow(table[:0]).schema
+        ]
+    )
+    with pq.ParquetWriter(path, arrow_schema, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, table.height, _ITEMS_PER_GROUP):
+            writer.write_table(_arrow(table[start : start + _ITEMS_PER_GROUP]).cast(arrow_schema))
+
+
+def _arrow(table: pl.DataFrame) -> pa.Table:
+    return table.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, path: Path) -> None:
+    items, users = _arrow_ids(item_ids), _arrow_ids(user_ids)
+    columns = [(schema.USER_ID, users.type), (schema.TRAIN, _LISTS), (schema.VALID, _CODED), (schema.TEST, _CODED)]
+    with _id_writer(path, columns) as writer:
+        for start in range(0, len(sequences), _USERS_PER_GROUP):
+            ends = sequences.offsets[start : start + _USERS_PER_GROUP + 1]
+            rows = sequences.items[ends[0] : ends[-1]]
+            last = ends[1:] - ends[0] - 1
+            train = np.ones(len(rows), bool)
+            train[last] = train[last - 1] = False
+            offsets = ends - ends[0] - 2 * np.arange(len(ends))
+            writer.write_table(
+                pa.Table.from_arrays(
+                    [
+                        users.slice(start, len(last)),
+                        pa.ListArray.from_arrays(offsets.astype(np.int32), _coded(rows[train], items)),
+                        _coded(rows[last - 1], items),
+                        _coded(rows[last], items),
+                    ],
+                    schema=writer.schema,
+                )
+            )
+
+
+def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int, count: int) -> None:
+    if num_items - int(np.diff(sequences.offsets).max()) >= count:
+        return  # nobody has touched so many, even without repeats
+    left = untouched_counts(sequences, num_items)
+    least, short = int(left.min()), int((left < count).sum())
+    if short:
+        raise DataError(
+            f"{short:,} of {len(sequences):,} users have touched so much of the {num_items:,} items that fewer than"
+            f" {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
+            f"at least {count} untouched items for every user",
+            f"give --candidates {least} or less" if least else "bring more items: this user has touched every one",
+        )
+
+
+def _write_candidates(
+    sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, config: PrepareConfig, path: Path
+) -> None:
+    count, num_items, num_users = config.candidates, len(item_ids), len(sequences)
+    _require_untouched(sequences, user_ids, num_items, count)
+    items, users = _arrow_ids(item_ids), _arrow_ids(user_ids)
+    columns = [(schema.SEED, pa.int32()), (schema.USER_ID, users.type), (schema.NEGATIVES, _LISTS)]
+    total = num_users * len(config.candidate_seeds)
+    with _id_writer(path, columns) as writer, console.progress("candidates", total) as advance:
+        for seed in sorted(config.candidate_seeds):
+            for start in range(0, num_users, _USERS_PER_GROUP):
+                group = range(start, min(start + _USERS_PER_GROUP, num_users))
+                drawn = draw_candidates(sequences, group, num_items, count, seed)
+                offsets = np.arange(len(group) + 1, dtype=np.int32) * np.int32(count)
+                lists = pa.ListArray.from_arrays(offsets, _coded(drawn.ravel(), items))
+                seeds = pa.array(np.full(len(group), seed, np.int32))
+                writer.write_table(
+                    pa.Table.from_arrays([seeds, users.slice(start, len(group)), lists], schema=writer.schema)
+                )
+                advance(len(group))
+
+
+_CODED = pa.dictionary(pa.int32(), pa.string())
+_LISTS = pa.list_(_CODED)
+
+
+@contextmanager
+def _id_writer(path: Path, columns: list[tuple[str, pa.DataType]]) -> Iterator[pq.ParquetWriter]:
+    """Open a Parquet file whose item ids are handed over as codes: nothing is spelled out 10⁸ times.
+
+    Without the stored Arrow schema readers see plain strings and lists of strings.
+    """
+    coded = [name if kind == _CODED else f"{name}.list.element" for name, kind in columns if kind in (_CODED, _LISTS)]
+    with pq.ParquetWriter(
+        path,
+        pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns]),
+        compression="zstd",
+        use_dictionary=coded,
+        # smallest and largest of random ids help no reader, and finding them takes longer than all the rest
+        write_statistics=[name for name, kind in columns if kind not in (_CODED, _LISTS)],
+        dictionary_pagesize_limit=1 << 28,  # the default falls back to plain strings at 1 MB of ids
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        yield writer
+
+
+def _coded(codes: np.ndarray, ids: pa.Array) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), ids)
+
+
+def _arrow_ids(ids: pl.Series) -> pa.Array:
+    return ids.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())

@@ -1,0 +1,165 @@
+"""From a log of interactions to the k-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.config import PrepareConfig
+
+SHORTEST = 3  # one interaction to train on, one to validate, one to test
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is left after one step."""
+
+    step: str
+    users: int
+    items: int
+    interactions: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """Interactions as integers, one row each, by user and then time; equal times keep the file's order."""
+
+    user: np.ndarray  # (n,) int32
+    item: np.ndarray  # (n,) int32
+    time: np.ndarray  # (n,) int64 or float64
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: np.ndarray) -> Log:
+        """Return the rows that an index or a mask selects."""
+        return Log(self.user[rows], self.item[rows], self.time[rows])
+
+
+def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Series, Log, list[Step]]:
+    """Read the interactions of catalogue items.
+
+    Returns:
+        All user ids, sorted; the interactions (`user` a row of the ids, `item` a row of `catalogue`); the counts.
+    """
+    user_ids = found.frame.select(schema.USER_ID).unique().collect(engine="streaming")[schema.USER_ID].sort()
+    users = _lookup(user_ids, "user")
+    items = _lookup(catalogue[schema.ITEM_ID], "item")
+    table = (
+        found.frame.join(items, on=schema.ITEM_ID, how="inner", maintain_order="left")
+        .join(users, on=schema.USER_ID, how="left", maintain_order="left")
+        .select("user", "item", catalogue_files.TIME)
+        .collect(engine="streaming")
+    )
+    user, time = table["user"].to_numpy(), table[catalogue_files.TIME].to_numpy()
+    order = np.lexsort((time, user))  # stable: equal times stay in the file's order
+    log = Log(user[order], table["item"].to_numpy()[order], time[order])
+    steps = [
+        Step("as read", len(user_ids), catalogue.height, found.rows),
+        Step("interactions of known items", _distinct(log.user), catalogue.height, len(log)),
+    ]
+    if not len(log):
+        theirs = found.frame.select(schema.ITEM_ID).head(3).collect()[schema.ITEM_ID].to_list()
+        ours = catalogue[schema.ITEM_ID].head(3).to_list()
+        raise _nothing_left(
+            steps,
+            f"the interactions name items such as {theirs}, the catalogue holds {ours}",
+            "take both files from one catalogue, or name the right columns with --item-id-column",
+        )
+    return user_ids, log, steps
+
+
+def _lookup(ids: pl.Series, name: str) -> pl.LazyFrame:
+    return pl.DataFrame([ids, pl.Series(name, np.arange(len(ids), dtype=np.int32))]).lazy()
+
+
+def _distinct(codes: np.ndarray) -> int:
+    return int(np.count_nonzero(np.bincount(codes))) if len(codes) else 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows that survived: of the user ids and of the catalogue."""
+
+    users: np.ndarray
+    items: np.ndarray
+
+
+def filter_log(
+    log: Log, catalogue: pl.DataFrame, config: PrepareConfig, steps: list[Step]
+) -> tuple[Log, Kept, list[Step]]:
+    """Drop items without title or image, exact duplicates, and what is not in the k-core; renumber what is left.
+
+    Returns:
+        The interactions left (users and items renumbered, order unchanged), the rows they come from, the counts.
+
+    Raises:
+        DataError: naming the step after which nothing is left.
+    """
+    steps = list(steps)
+    alive = np.ones(catalogue.height, bool)
+    titled = (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
+    pictured = catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
+    for name, has in (("items with a title", titled), ("items with an image", pictured)):
+        alive &= has
+        log = log.take(alive[log.item])
+        steps.append(Step(name, _distinct(log.user), int(alive.sum()), len(log)))
+        if not len(log):
+            raise _nothing_left(steps, f"{int(has.sum()):,} of {len(has):,} items are {name}", "check the catalogue")
+    log = log.take(first_occurrences(log))
+    steps.append(Step("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
+    log = log.take(core_rows(log, max(config.core, SHORTEST), config.core))
+    shortest = f", users with {SHORTEST} interactions" if config.core < SHORTEST else ""
+    steps.append(Step(f"{config.core}-core{shortest}", _distinct(log.user), _distinct(log.item), len(log)))
+    if not len(log):
+        raise _nothing_left(
+            steps,
+            f"no group of users with {max(config.core, SHORTEST)} and items with {config.core} interactions is left",
+            f"lower --core (now {config.core}), or bring more interactions",
+        )
+    users, user = np.unique(log.user, return_inverse=True)
+    items, item = np.unique(log.item, return_inverse=True)
+    return Log(user.astype(np.int32), item.astype(np.int32), log.time), Kept(users, items), steps
+
+
+def first_occurrences(log: Log) -> np.ndarray:
+    """Return a mask, (n,) bool, without the later copies of rows that agree in user, item and time."""
+    tied = np.zeros(len(log), bool)  # copies can only be among rows of one user and time, which stand together
+    tied[1:] = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
+    tied[:-1] |= tied[1:]
+    rows = np.flatnonzero(tied)
+    rows = rows[np.lexsort((log.time[rows], log.item[rows], log.user[rows]))]  # stable: the first copy comes first
+    same = [field[rows[1:]] == field[rows[:-1]] for field in (log.user, log.item, log.time)]
+    mask = np.ones(len(log), bool)
+    mask[rows[1:][same[0] & same[1] & same[2]]] = False
+    return mask
+
+
+def core_rows(log: Log, user_least: int, item_least: int) -> np.ndarray:
+    """Return the rows of the largest subset in which every user and item has enough interactions, in order.
+
+    Users and items below their minimum are dropped in turn until nobody is: the result does not depend on the order.
+    """
+    rows = np.arange(len(log))
+    user, item = log.user, log.item
+    while True:
+        keep = (np.bincount(user) >= user_least)[user] if len(user) else np.empty(0, bool)
+        keep &= (np.bincount(item) >= item_least)[item] if len(item) else keep
+        if keep.all():
+            return rows
+        rows, user, item = rows[keep], user[keep], item[keep]
+
+
+def _nothing_left(steps: list[Step], why: str, fix: str) -> DataError:
+    before = next((step for step in reversed(steps[:-1]) if step.interactions), steps[0])
+    return DataError(
+        f"step {steps[-1].step!r} leaves nothing of {before.users:,} users, {before.items:,} items and"
+        f" {before.interactions:,} interactions: {why}",
+        "at least one user with three interactions",
+        fix,
+    )

@@ -1,0 +1,246 @@
+"""Files of records: Parquet, CSV, JSON lines and Python literals, plain or compressed, block by block."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import gzip
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import polars as pl
+
+from vlm2rec.embedder.contract.errors import DataError, did_you_mean
+from vlm2rec.pipelines import console
+
+Kind = Literal["Parquet", "CSV", "JSON lines", "Python literal lines"]
+_BLOCK_BYTES = 32 << 20
+_RECORDS_PER_FRAME = 20_000
+
+
+def _kind(path: Path) -> Kind:
+    """Return what the file is, from its first bytes."""
+    if not path.is_file():
+        raise DataError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}",
+            "a Parquet, CSV or JSON-lines file",
+            "correct the path",
+        )
+    try:
+        with path.open("rb") as raw:
+            magic = raw.read(4)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", "a readable file", "check its rights") from None
+    if magic == b"PAR1":
+        return "Parquet"
+    with _open(path) as file:
+        head = file.read(1 << 16)
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not text:
+            raise DataError(f"{path} is empty", "a file with rows", "check how it was made")
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+            raise _encoding_error(path, 1, head.find(b"\0") if b"\0" in head else 0, "UTF-16 or no text at all")
+        if text[:1] == b"[":
+            raise DataError(
+                f"{path} begins with '[': it holds one JSON array",
+                "JSON lines, one object per line",
+                f"rewrite it, for example with `jq -c '.[]' {path.name}`",
+            )
+        if text[:1] != b"{":
+            return "CSV"
+        file.seek(0)
+        line = next(line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    try:
+        json.loads(line)
+    except UnicodeDecodeError:
+        return "JSON lines"  # the reader names the row
+    except ValueError:
+        return "Python literal lines" if isinstance(_literal(line), dict) else "JSON lines"
+    return "JSON lines"
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open a text file for reading bytes, unpacking gzip by the way."""
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            yield file  # type: ignore[misc]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be unpacked ({str(error).rstrip('.')})", "a whole gzip file", "fetch it again"
+        ) from None
+
+
+def _unpacked(path: Path, scratch: Path) -> Path:
+    with path.open("rb") as raw:
+        if raw.read(2) != b"\x1f\x8b":
+            return path
+    target = scratch / f"{path.name}.csv"
+    with _open(path) as file, target.open("wb") as plain:
+        shutil.copyfileobj(file, plain, 1 << 20)
+    return target
+
+
+def _csv_header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
+    """Return the column names and the separator: the one that occurs most often in the first line."""
+    line = file.readline()
+    try:
+        header = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise _encoding_error(path, 1, error.start) from None
+    separator = max(",\t;|", key=header.count)
+    return next(csv.reader([header], delimiter=separator), []), separator
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number of the first line counted from 1, a block of whole lines)."""
+    with _open(path) as file:
+        number, rest = 1, b""
+        first = file.read(3)
+        rest = b"" if first == b"\xef\xbb\xbf" else first
+        while block := file.read(_BLOCK_BYTES):
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield number, lines + newline
+                number += lines.count(b"\n") + 1
+        if rest.strip():
+            yield number, rest
+
+
+def _records(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number counted from 1, record)."""
+    for number, lines in _blocks(path):
+        yield from _parse(path, kind, number, lines)
+
+
+def _parse(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row, line in enumerate(lines.split(b"\n"), number):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line) if kind == "JSON lines" else _literal(line)
+        except UnicodeDecodeError as error:
+            raise _encoding_error(path, row, error.start) from None
+        except (ValueError, RecursionError) as error:
+            raise _broken_row(path, row, str(error)) from None
+        if not isinstance(record, dict):
+            raise _broken_row(path, row, "not an object")
+        yield row, record
+
+
+def _literal(line: bytes) -> Any:
+    """Return the Python literal on a line, None if it is none; names and calls are never run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\d" in somebody's description is their affair
+            return ast.literal_eval(line.decode("utf-8").strip())
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
+
+
+def _record_schema(path: Path, kind: Kind) -> dict[str, Any]:
+    """Return a Polars type for every key that occurs: a plain type where all values share it, else text."""
+    seen: dict[str, set[str]] = {}
+    for _, record in _records(path, kind):
+        for key, value in record.items():
+            if value is not None:
+                seen.setdefault(key, set()).add(_value_kind(value))
+            else:
+                seen.setdefault(key, set())
+    types: dict[frozenset[str], Any] = {
+        frozenset({"int"}): pl.Int64,
+        frozenset({"float"}): pl.Float64,
+        frozenset({"int", "float"}): pl.Float64,
+        frozenset({"bool"}): pl.Boolean,
+        frozenset({"texts"}): pl.List(pl.String),
+    }
+    return {key: types.get(frozenset(kinds), pl.String) for key, kinds in seen.items()}
+
+
+def _value_kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if -(2**63) <= value < 2**63 else "other"
+    if isinstance(value, float):
+        return "float"
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "texts"
+    return "other"
+
+
+def _as_type(value: Any, dtype: Any) -> Any:
+    if value is None or dtype != pl.String or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _id_text(value: Any, path: Path, row: int) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else str(value)
+    raise _broken_row(path, row, f"{value!r} where an id or a time belongs")
+
+
+def _frames(
+    path: Path, kind: Kind, schema: Mapping[str, Any], clean: Callable[[int, Mapping[str, Any]], dict[str, Any]]
+) -> pl.DataFrame:
+    """Return the cleaned records as one frame, built in blocks so that few Python objects live at once."""
+    records = (clean(row, record) for row, record in _records(path, kind))
+    frames = [pl.DataFrame(schema=schema)]
+    with console.progress(f"reading {path.name}", None) as advance:
+        while block := list(islice(records, _RECORDS_PER_FRAME)):
+            columns = {name: [record.get(name) for record in block] for name in schema}
+            try:
+                frames.append(pl.DataFrame(columns, schema=schema, strict=False))
+            except UnicodeEncodeError:  # "\ud800" alone is legal JSON and no character
+                columns = {name: [_encodable(value) for value in values] for name, values in columns.items()}
+                frames.append(pl.DataFrame(columns, schema=schema, strict=False))
+            advance(len(block))
+    return pl.concat(frames, rechunk=True)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_encodable(part) for part in value]
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _require(path: Path, columns: list[str], wanted: Mapping[str, str]) -> None:
+    for column, flag in wanted.items():
+        if column not in columns:
+            shown = ", ".join(columns[:20]) + (" …" if len(columns) > 20 else "")
+            raise DataError(
+                f"{path} has no column {column!r}{did_you_mean(column, columns)}; its columns are {shown}",
+                f"the columns {', '.join(wanted)}",
+                f"rename the column, or name yours with {flag}",
+            )
+
+
+def _encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> DataError:
+    return DataError(
+        f"{path} is {what}: line {row:,}, byte {byte + 1:,} of that line",
+        "text in UTF-8",
+        f"convert it, for example with `iconv -f LATIN1 -t UTF-8 {path.name}` (or -f UTF-16)",
+    )
+
+
+def _broken_row(path: Path, row: int, why: str) -> DataError:
+    return DataError(
+        f"line {row:,} of {path} is not an object: {why}", "one JSON object per line", "mend or remove the line"
+    )

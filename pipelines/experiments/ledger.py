@@ -1,0 +1,160 @@
+"""What has been run: each cell remembers which steps are done, with which settings, and how long they took.
+
+`steps.json` in a cell's folder names, for every step, the settings it was called with, its seconds, and a mark that is
+new whenever the step was run. A step is finished if its record says so, its settings are the same, the file it writes
+last is there, and the steps it reads from have not been run again since.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines.experiments.methods import Cell, Json, Step
+
+STEPS_FILE = "steps.json"
+LOG_FILE = "log.txt"
+# these may differ between a run and its continuation: they change neither vectors nor metrics
+_FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A finished step that is now asked for with another setting."""
+
+    cell: Cell
+    step: Step
+    setting: str
+    before: Any
+    now: Any
+
+
+def records(folder: Path) -> dict[str, Json]:
+    """Return what a cell remembers of its steps."""
+    if not (folder / STEPS_FILE).is_file():
+        return {}
+    fix = f"remove {folder}: the cell is run again"
+    return schema.read_json(folder / STEPS_FILE, "what was run in a cell of a study", fix)
+
+
+def identity(step: Step, study: Path, data_mark: str) -> Json:
+    """Return the settings that decide what a step writes, as JSON; paths in the study folder are relative to it."""
+    values = {
+        f.name: _plain(getattr(step.config, f.name), study)
+        for f in dataclasses.fields(step.config)
+        if f.name not in _FREE
+    }
+    return {**values, "contents of data": data_mark, **_contents(step.config)}
+
+
+def _contents(config: Any) -> dict[str, str]:
+    """Return what tells whether a backbone, or a file that a step reads, is still the same under its name."""
+    found = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name == "backbone" and value is not None and (Path(value) / "config.json").is_file():
+            found["contents of backbone"] = _backbone_mark(str(value))
+        elif isinstance(value, Path) and value.is_file():
+            found[f"contents of {f.name}"] = storage.sha256_file(value)
+    return found
+
+
+@functools.cache
+def _backbone_mark(folder: str) -> str:
+    from vlm2rec.embedder.backbones.lora import backbone_hash
+
+    return backbone_hash(folder, None)
+
+
+def _plain(value: Any, study: Path) -> Any:
+    if isinstance(value, Path):
+        value, study = value.resolve(), study.resolve()
+        return str(value.relative_to(study)) if value.is_relative_to(study) else str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def change(cell: Cell, step: Step, now: Json) -> Change | None:
+    """Return the first setting in which a step that was run differs from what is asked for now."""
+    record = records(cell.folder).get(step.name)
+    if record is None:
+        return None
+    defaults = {f.name: f.default for f in dataclasses.fields(step.config) if f.default is not MISSING}
+    for name, value in now.items():
+        if name not in record["settings"] and name not in defaults:
+            continue  # not yet looked at when the step was run
+        # a setting that the program did not have at the time was at its default
+        before = record["settings"].get(name, _plain(defaults.get(name), Path()))
+        if before != value:
+            return Change(cell, step, name, before, value)
+    return None
+
+
+def is_finished(cell: Cell, step: Step) -> bool:
+    """Whether a step whose settings are unchanged need not run."""
+    record = records(cell.folder).get(step.name, {})
+    if not record.get("finished") or not (step.folder / step.done).is_file():
+        return False
+    return bool(record["read"] == _marks(step.after))
+
+
+def _marks(folders: Sequence[Path]) -> dict[str, str | None]:
+    """Return the marks of the steps that wrote these folders."""
+    return {folder.name: records(folder.parent).get(folder.name, {}).get("mark") for folder in folders}
+
+
+def begin(cell: Cell, step: Step, settings: Json) -> None:
+    """Note that a step starts; what an earlier step of other inputs left there is removed."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    known = records(cell.folder)
+    before = known.get(step.name, {})
+    reads = _marks(step.after)
+    if before and before["read"] != reads:
+        clear(step.folder)
+        before = {}
+    known[step.name] = {
+        "command": step.command,
+        "settings": settings,
+        "read": reads,
+        "mark": uuid.uuid4().hex,
+        "started": _now(),
+        "finished": None,
+        "seconds": None,
+        "attempts": before.get("attempts", 0) + 1,
+    }
+    schema.write_json(cell.folder / STEPS_FILE, known)
+
+
+def end(cell: Cell, step: Step, seconds: float) -> None:
+    """Note that a step is done."""
+    known = records(cell.folder)
+    known[step.name] |= {"finished": _now(), "seconds": round(seconds, 3)}
+    schema.write_json(cell.folder / STEPS_FILE, known)
+
+
+def forget(cell: Cell, step: Step) -> None:
+    """Remove a step's output and its record."""
+    clear(step.folder)
+    known = records(cell.folder)
+    known.pop(step.name, None)
+    schema.write_json(cell.folder / STEPS_FILE, known)
+
+
+def clear(folder: Path) -> None:
+    """Remove a step's folder."""
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link", "a folder of the study", "remove the link")
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,491 @@
+"""From the cells of a study to its Parquet files; every table and figure is drawn from these alone.
+
+results.parquet      one row per method, seed, dataset, task, model, protocol, view, user group and metric
+users.parquet        per user, means over candidate sets: what the bootstrap resamples
+comparisons.parquet  the reference against every other method: t-test over seeds, interval over users, Holm
+geometry.parquet     A_pos, A_neg, U, S per view
+curves.parquet       training, validation, probes and gradients over the steps;  warnings.parquet  what they showed
+cost.parquet         seconds of every step
+neighbours.parquet   what each view finds, with common.parquet and pictures.parquet
+methods.parquet      the methods, in order;  about.parquet  dataset, versions, settings
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.table import Table
+
+from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
+from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.pipelines.console import log
+from vlm2rec.pipelines.experiments import ledger as study_cells
+from vlm2rec.pipelines.experiments.methods import SOURCES, Cell, Json, Step, Study, Target, seeds_of, varied_value
+from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
+
+RESULTS_FILE = "results.parquet"
+METRICS = ("H@10", "H@20", "N@10", "N@20")
+ALL_USERS = "all"
+TAIL_USERS = "tail"
+"""Users whose target has fewer than `ranking.TAIL` interactions in training, whatever the buckets are."""
+MAIN_VIEW = "f2f"
+COMPARED = "N@20"
+DRAWS = 10_000
+
+_RESULT: dict[str, Any] = {
+    "method": pl.String,
+    "seed": pl.Int32,
+    "dataset": pl.String,
+    "task": pl.Int8,
+    "model": pl.String,
+    "protocol": pl.String,
+    "view": pl.String,
+    "user_group": pl.String,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "users": pl.Int32,
+}
+_KEY = ("method", "seed", "dataset", "task", "model")
+_TABLES: dict[str, dict[str, Any]] = {
+    "results": _RESULT,
+    "users": {
+        **{name: _RESULT[name] for name in _KEY},
+        schema.USER_ID: pl.String,
+        "frequency": pl.Int32,
+        **dict.fromkeys(METRICS, pl.Float64),
+    },
+    "comparisons": {
+        **{name: _RESULT[name] for name in ("dataset", "task", "model")},
+        "reference": pl.String,
+        "method": pl.String,
+        "family": pl.String,  # the tests that Holm's correction counts together
+        "metric": pl.String,
+        "seeds": pl.Int32,
+        "users": pl.Int32,
+        **dict.fromkeys(("difference", "t", "p", "p_holm", "low", "high"), pl.Float64),
+    },
+    "geometry": {
+        **{name: _RESULT[name] for name in ("method", "seed", "dataset", "view")},
+        **dict.fromkeys(("A_pos", "A_neg", "U", "S"), pl.Float64),
+    },
+    "curves": {
+        **{name: _RESULT[name] for name in ("method", "seed")},
+        "kind": pl.String,
+        "step": pl.Int32,
+        "name": pl.String,
+        "value": pl.Float64,
+    },
+    "warnings": {
+        **{name: _RESULT[name] for name in ("method", "seed", "view")},
+        "step": pl.Int32,
+        "until": pl.Int32,
+        "rule": pl.String,
+        "message": pl.String,
+    },
+    "cost": {
+        **{name: _RESULT[name] for name in ("method", "seed", "dataset")},
+        "step": pl.String,
+        "command": pl.String,
+        "seconds": pl.Float64,
+        "attempts": pl.Int32,
+        "items": pl.Int32,
+        "epochs": pl.Float64,
+        "users": pl.Int32,
+    },
+    "methods": {
+        "name": pl.String,
+        "slug": pl.String,
+        "source": pl.String,
+        "analyses": pl.List(pl.String),
+        "paper": pl.String,
+        "varies": pl.String,
+        "of": pl.String,
+        "values": pl.String,
+        "fixed": pl.Boolean,
+    },
+    "about": {"key": pl.String, "value": pl.String},
+}
+TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished step of a method, with the seeds that its output stands for."""
+
+    cell: Cell
+    step: Step
+    dataset: str
+    seeds: tuple[int, ...]
+
+    def read(self, name: str) -> Json:
+        """Return a JSON file of the step's folder."""
+        return schema.read_json(self.step.folder / name, f"what `vlm2rec {self.step.command}` writes", "run it again")
+
+
+def collect(study: Study, out: Path, cells: Sequence[Cell], home: Target, domains: Sequence[Target]) -> None:
+    """Read every finished cell and write the Parquet files, each whole or not at all.
+
+    Raises:
+        ArtifactError: a row breaks the N@20 - N@10 bound, or a cell's output cannot be read.
+    """
+    names = {target.data: target.name for target in (home, *domains)}
+    done = [
+        Done(cell, step, names[step.config.data], _seeds(study, cell))
+        for cell in cells
+        for step in cell.steps
+        if study_cells.is_finished(cell, step)
+    ]
+    datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
+    measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
+    rows = list(_users(measured, datasets))
+    users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
+    results = pl.concat([_frame("results", _results(measured)), _grouped(users, study.cold_start)])
+    require_bound(results)
+    tables = {
+        "results": results,
+        "users": users,
+        "comparisons": _frame("comparisons", _comparisons(study, users)),
+        "geometry": _frame("geometry", _geometry(measured)),
+        "curves": _frame("curves", _curves(done)),
+        "warnings": _frame("warnings", _warnings(done)),
+        "cost": _frame("cost", _cost(done, datasets)),
+        "methods": _frame("methods", _methods(study)),
+        "about": _frame("about", _about(study, out, home, domains, datasets)),
+        **neighbour_tables(study, [(d.cell.method, d.step.folder) for d in _home_embeddings(done, home)], home.data),
+    }
+    for name, table in tables.items():
+        _write(table, out / f"{name}.parquet")
+
+
+def read(out: Path, name: str) -> pl.DataFrame:
+    """Read one of the study's Parquet files."""
+    path = out / f"{name}.parquet"
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` to the end first")
+    return pl.read_parquet(path)
+
+
+def require_bound(results: pl.DataFrame) -> None:
+    """Raise `ArtifactError` if a row of metrics cannot come from any ranking (`ranking.bound_check`)."""
+    keys = [name for name in _RESULT if name not in ("metric", "value", "users")]
+    wide = results.pivot("metric", index=keys, values="value")
+    for row in wide.iter_rows(named=True):
+        if not bound_check({name: row[name] for name in METRICS}):
+            raise ArtifactError(
+                f"{ {key: row[key] for key in keys} } has {[row[name] for name in METRICS]}",
+                "N@20 - N@10 between 0.2277 and 0.2789 of H@20 - H@10",
+                "remove the cell's folder and run the study again",
+            )
+
+
+def _frame(name: str, rows: Iterable[Json]) -> pl.DataFrame:
+    return pl.DataFrame(list(rows), schema=_TABLES[name], orient="row")
+
+
+def _write(table: pl.DataFrame, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    table.write_parquet(temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def _seeds(study: Study, cell: Cell) -> tuple[int, ...]:
+    """Return the seeds that a cell's output stands for: what no random number enters is the same with each."""
+    return seeds_of(study, cell.method) if cell.seed is None else (cell.seed,)
+
+
+def _keys(done: Done) -> Iterator[Json]:
+    task = 1 if done.step.command == "evaluate" else 2
+    model = None if task == 1 else done.step.config.model
+    for seed in done.seeds:
+        yield {
+            "method": done.cell.method.name,
+            "seed": seed,
+            "dataset": done.dataset,
+            "task": task,
+            "model": model,
+        }
+
+
+def _home_embeddings(done: Iterable[Done], home: Target) -> list[Done]:
+    """Return each method's embeddings of the first seed."""
+    found: dict[str, Done] = {}
+    for each in done:
+        if each.step.done == schema.MANIFEST_FILE and each.dataset == home.name:
+            found.setdefault(each.cell.method.name, each)
+    return list(found.values())
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def _results(measured: Iterable[Done]) -> Iterator[Json]:
+    for done in measured:
+        metrics = done.read("metrics.json")
+        for protocol in ("candidates", "full"):
+            by_view = metrics[protocol] if metrics["task"] == 1 else {None: metrics[protocol]}
+            for key in _keys(done):
+                for view, values in by_view.items():
+                    place = {**key, "protocol": protocol, "view": view, "user_group": ALL_USERS}
+                    for metric in METRICS:
+                        yield {**place, "metric": metric, "value": values[metric], "users": metrics["users"]}
+
+
+def _users(measured: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[pl.DataFrame]:
+    """Yield each run's per-user metrics on the candidates, means over candidate sets, with the target's frequency."""
+    order = list(_TABLES["users"])
+    frequency = {name: _target_frequency(dataset) for name, dataset in datasets.items()}
+    for done in measured:
+        table = pl.read_parquet(done.step.folder / "users.parquet")
+        mine = table.filter(
+            (pl.col("protocol") == "candidates") & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
+        )
+        means = mine.group_by(schema.USER_ID, maintain_order=True).agg(pl.col(*METRICS).mean())
+        means = means.join(frequency[done.dataset], on=schema.USER_ID, how="left", maintain_order="left")
+        for key in _keys(done):
+            constants = [pl.lit(value, _RESULT[name]).alias(name) for name, value in key.items()]
+            yield means.with_columns(constants).select(order).cast(pl.Schema(_TABLES["users"]))
+
+
+def _target_frequency(dataset: Dataset) -> pl.DataFrame:
+    """Return how often each user's test item occurs in the training sequences."""
+    frequency = dataset.train_frequency()[dataset.histories("test").targets]
+    return pl.DataFrame({schema.USER_ID: dataset.user_ids, "frequency": frequency.astype(np.int32)})
+
+
+def buckets(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
+    """`[5, 10]` → `0-5`, `6-10`, `11+`: name, least and greatest training frequency."""
+    found: list[tuple[str, int, int | None]] = []
+    low = 0
+    for edge in sorted(edges):
+        found.append((f"{low}-{edge}", low, edge))
+        low = edge + 1
+    return [*found, (f"{low}+", low, None)]
+
+
+def _grouped(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
+    """Return the metrics of each group of users, by how often their target occurs in training (Fig. 3; the tail)."""
+    parts = [pl.DataFrame(schema=_RESULT)]
+    for name, low, high in [*buckets(edges), (TAIL_USERS, 0, TAIL - 1)]:
+        inside = pl.col("frequency") >= low
+        group = users.filter(inside if high is None else inside & (pl.col("frequency") <= high))
+        means = group.group_by(*_KEY, maintain_order=True).agg(
+            pl.col(*METRICS).mean(), pl.len().cast(pl.Int32).alias("users")
+        )
+        long = means.unpivot(METRICS, index=[*_KEY, "users"], variable_name="metric", value_name="value")
+        parts.append(
+            long.with_columns(
+                pl.lit("candidates").alias("protocol"),
+                pl.when(pl.col("task") == 1).then(pl.lit(MAIN_VIEW)).alias("view"),
+                pl.lit(name).alias("user_group"),
+            )
+            .select(list(_RESULT))
+            .cast(pl.Schema(_RESULT))
+        )
+    return pl.concat(parts)
+
+
+def _comparisons(study: Study, users: pl.DataFrame) -> Iterator[Json]:
+    """Compare the reference with every other method, on the seeds that both have.
+
+    Holm's correction counts together what stands in one table: the methods whose first analysis is the same.
+    """
+    family = {method.name: method.analyses[0] for method in study.methods}
+    for (dataset, task, model), runs in users.group_by("dataset", "task", "model", maintain_order=True):
+        matrices = {str(name): _matrix(each) for (name,), each in runs.group_by("method", maintain_order=True)}
+        reference = matrices.pop(study.reference, None)
+        if reference is None:
+            continue
+        rows = []
+        for name, other in matrices.items():
+            seeds = sorted(reference.keys() & other.keys())
+            if not seeds:
+                continue
+            ours, theirs = (np.stack([each[seed] for seed in seeds]) for each in (reference, other))
+            found = compare(ours, theirs, draws=DRAWS)
+            rows.append(
+                {
+                    "dataset": dataset,
+                    "task": task,
+                    "model": model,
+                    "reference": study.reference,
+                    "method": name,
+                    "family": family[name],
+                    "metric": COMPARED,
+                    "seeds": len(seeds),
+                    "users": ours.shape[1],
+                    **{"difference": found.users.mean, "low": found.users.low, "high": found.users.high},
+                    **{"t": found.seeds.t, "p": found.seeds.p},
+                }
+            )
+        for together in dict.fromkeys(row["family"] for row in rows):
+            mine = [row for row in rows if row["family"] == together]
+            for row, adjusted in zip(mine, holm([row["p"] for row in mine]), strict=True):
+                yield {**row, "p_holm": float(adjusted)}
+
+
+def _matrix(runs: pl.DataFrame) -> dict[int, np.ndarray]:
+    """Return one method's metric per seed, users in the order of their ids."""
+    return {
+        int(seed): each.sort(schema.USER_ID)[COMPARED].to_numpy()
+        for (seed,), each in runs.group_by("seed", maintain_order=True)
+    }
+
+
+def _geometry(measured: Iterable[Done]) -> Iterator[Json]:
+    for done in measured:
+        if done.step.command == "evaluate":
+            for view, values in done.read("metrics.json")["geometry"].items():
+                for key in _keys(done):
+                    yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **values}
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def _curves(done: Iterable[Done]) -> Iterator[Json]:
+    for each in done:
+        if each.step.command != "finetune":
+            continue
+        place = {"method": each.cell.method.name, "seed": each.cell.seed}
+        for kind, points in each.read("curves.json").items():
+            for point in points if kind != "warnings" else []:
+                for name, value in point.items():
+                    if name != "step" and isinstance(value, int | float):
+                        yield {**place, "kind": kind, "step": int(point["step"]), "name": name, "value": float(value)}
+
+
+def _warnings(done: Iterable[Done]) -> Iterator[Json]:
+    for each in done:
+        if each.step.command == "finetune":
+            for found in each.read("curves.json").get("warnings", []):
+                yield {
+                    "method": each.cell.method.name,
+                    "seed": each.cell.seed,
+                    **{name: found.get(name) for name in ("step", "until", "view", "rule", "message")},
+                }
+
+
+def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
+    for each in done:
+        record = study_cells.records(each.cell.folder)[each.step.name]
+        epochs = users = None
+        if each.step.command == "finetune":
+            made = each.read("vlm2rec.json")
+            users = made["dataset"]["users"]
+            per_epoch = -(-made["dataset"]["samples"] // each.step.config.batch_size)
+            epochs = made["training"]["steps"] / per_epoch
+        elif each.step.command == "train-recommender":
+            epochs = float(each.read("metrics.json")["epochs"])
+        yield {
+            "method": each.cell.method.name,
+            "seed": each.cell.seed,
+            "dataset": each.dataset,
+            "step": each.step.name,
+            "command": each.step.command,
+            "seconds": record["seconds"],
+            "attempts": record["attempts"],
+            "items": len(datasets[each.dataset].item_ids),
+            "epochs": epochs,
+            "users": users,
+        }
+
+
+# --- what was studied ---------------------------------------------------------------------------------------
+
+
+def _methods(study: Study) -> Iterator[Json]:
+    varied = sorted({method.varies for method in study.methods if method.varies})
+    bases = {method.of for method in study.methods if method.of}
+    for method in study.methods:
+        values = {}
+        if method.source == "finetune" and (method.of or method.name in bases):
+            values = {name: varied_value(study, method, name) for name in varied}
+        yield {
+            "name": method.name,
+            "slug": method.slug,
+            "source": method.source,
+            "analyses": [name for name in method.analyses if name in study.analyses],
+            "paper": method.paper,
+            "varies": method.varies,
+            "of": method.of,
+            "values": json.dumps(values),
+            "fixed": SOURCES[method.source].train is None and SOURCES[method.source].embed is not None,
+        }
+
+
+def _about(
+    study: Study, out: Path, home: Target, domains: Sequence[Target], datasets: dict[str, Dataset]
+) -> Iterator[Json]:
+    data = datasets[home.name]
+    written = schema.read_json(out / "study.json", "what `vlm2rec study` notes", "run the study again")
+    facts: Json = {
+        "dataset": home.name,
+        "reference": study.reference,
+        "backbone": written["command"]["backbone"],
+        "users": len(data.user_ids),
+        "items": len(data.item_ids),
+        "interactions": data.meta.get("interactions"),
+        "average_length": data.meta.get("average_length"),
+        "candidate sets": len(data.candidate_seeds),
+        "candidates": data.meta["negatives"]["count"],
+        "domains": [target.name for target in domains],
+        "shared users": sum(len({*data.user_ids}.intersection(datasets[t.name].user_ids)) for t in domains),
+        "buckets": [name for name, _, _ in buckets(study.cold_start)],
+        "plan": {name: asdict(asked) for name, asked in study.plan.items() if name in study.analyses},
+        "finetune": study.finetune,
+        "recommender": study.recommender,
+        "quick": written["command"]["quick"],
+        "versions": written["versions"],
+        "notes": list(study.notes),
+    }
+    for key, value in facts.items():
+        yield {"key": key, "value": json.dumps(value)}
+
+
+def facts(out: Path) -> Json:
+    """Return what `about.parquet` says."""
+    return {row["key"]: json.loads(row["value"]) for row in read(out, "about").iter_rows(named=True)}
+
+
+# --- the closing words --------------------------------------------------------------------------------------
+
+
+def print_tables(out: Path) -> None:
+    """Print N@20 of every method in both tasks, mean and spread over seeds."""
+    methods = read(out, "methods")
+    results = read(out, "results").filter(
+        (pl.col("metric") == COMPARED)
+        & (pl.col("protocol") == "candidates")
+        & (pl.col("user_group") == ALL_USERS)
+        & (pl.col("dataset") == facts(out)["dataset"])
+        & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
+    )
+    columns = results.select("task", "model").unique().sort("task", "model", descending=[False, True]).rows()
+    table = Table(title="N@20 on the stored candidates, mean ± std over seeds", title_justify="left", box=None)
+    table.add_column("method")
+    for task, model in columns:
+        table.add_column(f"Task {task}" + (f", {model}" if model else ""), justify="right")
+    for name, fixed in methods.select("name", "fixed").iter_rows():
+        mine = results.filter(pl.col("method") == name)
+        cells = [_cell(mine, task, model, fixed and task == 1) for task, model in columns]
+        if any(cells):
+            table.add_row(name, *cells)
+    log.print(table)
+
+
+def _cell(rows: pl.DataFrame, task: int, model: str | None, fixed: bool) -> str:
+    values = rows.filter((pl.col("task") == task) & pl.col("model").eq_missing(pl.lit(model)))["value"].to_numpy()
+    if not len(values):
+        return ""
+    found = spread(values)
+    return f"{found.mean:.4f}" + (f" ± {found.std:.4f}" if found.runs > 1 and not fixed else "         ")

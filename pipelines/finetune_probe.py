@@ -1,0 +1,92 @@
+"""The fixed probe of `vlm2rec finetune`: the geometry of every view on the same few users, while the model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from_rows
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_features import Items, encode_rows_together, encode_users_together
+from vlm2rec.embedder.training.monitor import Collapse, Probe
+from vlm2rec.pipelines.config import FinetuneConfig
+
+_IN_SHORT = {"behind": "falls behind", "flat": "in few directions", "narrow": "in one point"}
+CANDIDATES = 4  # stored negatives per user: an item costs as much as a tenth of a history
+_CACHE = 2**28  # bytes of image features
+
+
+def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -> Probe | None:
+    """Return the probe of a run, or None when it is off: validation users, their next items, and a few candidates.
+
+    Which users these are depends on the dataset, the seed and `probe_users` only.
+    """
+    if not config.probe_users:
+        return None
+    histories = dataset.histories("valid")
+    count = min(config.probe_users, len(histories))
+    users = np.sort(np.random.default_rng([config.seed, 4]).choice(len(histories), count, replace=False))
+    negatives = dataset.negatives(dataset.candidate_seeds[0])[users, :CANDIDATES]
+    rows, place = np.unique(np.concatenate([histories.targets[users, None], negatives], axis=1), return_inverse=True)
+    place = place.reshape(count, -1)
+    sequences = [histories.of(int(user)).tolist() for user in users]
+    # items of its own: an image looked at here, in another batch, would reach the training with other rounding
+    items = Items(dataset, encoder, _CACHE)
+
+    def measure() -> dict[str, float]:
+        user_vectors = encode_users_together(encoder, items, sequences)
+        item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])
+        row: dict[str, float] = {}
+        for view in schema.VIEWS:
+            row |= _measured(view, user_vectors[view], item_vectors[view], place)
+        for name, vectors in (("user", user_vectors), ("item", item_vectors)):
+            row |= _norm_ratio(name, vectors[schema.TEXT], vectors[schema.IMAGE])
+        return row
+
+    return Probe(count, measure, config.probe_steps)
+
+
+def _measured(view: str, users: np.ndarray, items: np.ndarray, place: np.ndarray) -> dict[str, float]:
+    """Return the geometry and the effective rank of a view; nothing if it is absent or has left the numbers."""
+    if not (np.isfinite(users).all() and np.isfinite(items).all()):
+        return {}
+    numbers = geometry_from_rows(users, items, place[:, 0], place[:, 1:])
+    return {f"{name}_{view}": value for name, value in {**numbers, "rank": effective_rank(items)}.items()}
+
+
+def _norm_ratio(name: str, text: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    """Return the mean of ‖z_T‖ / ‖z_V‖ where both are there."""
+    lengths = np.linalg.norm(text, axis=1), np.linalg.norm(image, axis=1)
+    if not np.isfinite(lengths).all() or not lengths[1].all():
+        return {}
+    return {f"norm_ratio_{name}": float((lengths[0] / lengths[1]).mean())}
+
+
+def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
+    """Return what to tell the person at the terminal of one probe: what was measured, and what to try."""
+    found = "; ".join(collapse.message for collapse in noticed)
+    return f"Collapse at step {noticed[0].step}: {found}. Try {_to_try(noticed, config)}."
+
+
+def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
+    slower = f"a --learning-rate below {config.learning_rate:g} or fewer steps"
+    if config.method == "sda":
+        return f"a lower --tau-cmsa, --cmsa off (InfoNCE), or {slower}"
+    if any(collapse.rule != "behind" for collapse in noticed):
+        lam = "" if config.loss == "sft" else f"a smaller --lam (now {config.lam:g}), "
+        return f"{lam}a higher --tau-wpcl (now {config.tau_wpcl:g}), or {slower}"
+    if config.loss == "sft":
+        return f"--loss vlm2rec, which presses harder on the negatives the further one modality lags, or {slower}"
+    return f"a larger --beta (it starts at {config.beta:g}), a larger --lam (now {config.lam:g}), or {slower}"
+
+
+def told(warnings: Sequence[dict[str, object]]) -> str:
+    """Return a run's warnings as one line for its summary."""
+    parts = []
+    for entry in warnings:
+        until = "to the end" if entry["until"] is None else f"until step {entry['until']}"
+        parts.append(f"{entry['view']} {_IN_SHORT[str(entry['rule'])]}, from step {entry['step']} {until}")
+    return "; ".join(parts)

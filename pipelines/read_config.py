@@ -1,0 +1,133 @@
+"""How settings are read: defaults, a YAML file, `key=value` overrides and flags into one checked config."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.pipelines.config import SDA_DEFAULTS, Config, FinetuneConfig
+
+
+def read_config(
+    cls: type[Config],
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge defaults, a YAML file, `key=value` overrides and flags into one checked config.
+
+    Raises:
+        ConfigError: unknown or missing key, or a value of the wrong type or out of bounds.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_known_only(read_yaml(file), known, str(file)))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
+        values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
+    values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    if cls is FinetuneConfig and values.get("method") == "sda":
+        values = SDA_DEFAULTS | values
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
+            flag = f"--{f.name.replace('_', '-')}"
+            text = f.metadata.get("help", f.name)
+            raise ConfigError(f"{flag} is missing", text.rstrip("."), f"give {flag}, or put it in --config")
+    config = _validate(cls, values)
+    for key, value in values.items():
+        if isinstance(value, str) and "://" in value and isinstance(getattr(config, key), Path):
+            raise ConfigError(
+                f"--{key.replace('_', '-')} {value} is an address", "a path on this machine", "copy it from or to there"
+            )
+    return config
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML mapping (safe loader: plain data only)."""
+    import yaml
+
+    if not file.is_file():
+        raise ConfigError(f"config file {file} does not exist", "a YAML file", "check the path")
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {error}", "a mapping of settings", "mend the file") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{file} holds a {type(loaded).__name__}", "a mapping of settings", "write `key: value` lines"
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it",
+            )
+    return values
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
+    import pydantic
+
+    try:
+        return _checker(cls).validate_python(values)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "settings"
+        raise ConfigError(
+            f"setting {key} = {first['input']!r} is not usable: {first['msg'].lower()}",
+            f"{_type_text(cls, key)}",
+            f"change --{key.replace('_', '-')}",
+        ) from None
+
+
+@functools.cache
+def _checker(cls: Any) -> Any:
+    """Return pydantic's checker of a config class; making one takes a hundred times as long as a check."""
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
+
+
+def _type_text(cls: type, key: str) -> str:
+    hint = typing.get_type_hints(cls).get(key)
+    if hint is None:
+        return "a known setting"
+    options = [
+        str(value)
+        for part in _union_parts(hint)
+        if typing.get_origin(part) is Literal
+        for value in typing.get_args(part)
+    ]
+    return f"one of {', '.join(options)}" if options else str(getattr(hint, "__name__", hint))
+
+
+def _union_parts(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)

@@ -1,0 +1,448 @@
+"""The figures of a study as SVG and PNG, from its Parquet files. Colour is the method, line style the modality."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from vlm2rec.downstream.evaluation.statistics import Spread
+from vlm2rec.embedder.contract import schema
+from vlm2rec.pipelines.experiments.methods import FAMILIES, FEW_SHOT, MAIN, SENSITIVITY
+from vlm2rec.pipelines.experiments.results import COMPARED
+from vlm2rec.pipelines.reporting.style import _OTHERS, _STYLE, COLOURS, ID, INK, MUTED, SFT, VANILLA, VLM2REC, Picture
+from vlm2rec.pipelines.reporting.tables import SFT_ROW, VANILLA_ROW, VIEW_PAIRS, Results, grid_values
+
+VIEW_STYLES: dict[str, Any] = {schema.FUSED: "solid", schema.TEXT: (0, (5, 1.5)), schema.IMAGE: (0, (1.2, 1.4))}
+_SYMBOLS = {"tau_wpcl": r"$\tau_{WPCL}$", "tau_crtr": r"$\tau_{CRTR}$", "lam": r"$\lambda$"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure in both forms."""
+
+    picture: Picture
+    png: bytes
+
+    @property
+    def name(self) -> str:
+        """File name without ending."""
+        return self.picture.name
+
+
+def draw(results: Results) -> list[Drawn]:
+    """Draw every figure whose data are there."""
+    makers: tuple[Callable[[Results], Drawn | None], ...] = (
+        differences,
+        view_bars,
+        geometry_dots,
+        gradients,
+        collapse,
+        ablation_bars,
+        few_shot,
+        cold_start,
+        families,
+        sensitivity,
+        learning,
+    )
+    with mpl.rc_context(_STYLE):
+        return [drawn for make in makers if (drawn := make(results)) is not None]
+
+
+def colours(results: Results) -> dict[str, str]:
+    """Return the colour of every method: the paper's protagonists keep theirs, the others take turns."""
+    fixed = {VANILLA_ROW: COLOURS[VANILLA], SFT_ROW: COLOURS[SFT]}
+    found: dict[str, str] = {}
+    turn = 0
+    for method in results.methods:
+        if method["name"] == results.reference:
+            found[method["name"]] = COLOURS[VLM2REC]
+        elif method["source"] == "id":
+            found[method["name"]] = COLOURS[ID]
+        elif method["paper"] in fixed and not method["of"]:
+            found[method["name"]] = fixed[method["paper"]]
+        else:
+            found[method["name"]] = _OTHERS[turn % len(_OTHERS)]
+            turn += 1
+    return found
+
+
+def protagonists(results: Results) -> list[str]:
+    """Return vanilla, SFT and the reference, as far as they were run."""
+    names = [results.named(VANILLA_ROW), results.named(SFT_ROW), results.reference]
+    return [name for name in names if name in results.names(MAIN)]
+
+
+# --- the figures of the paper -------------------------------------------------------------------------------
+
+
+def view_bars(results: Results) -> Drawn | None:
+    """Fig. 1a: N@20 and H@10 with the user's fused, text and image vector."""
+    methods = [name for name in protagonists(results) if results.spread(name, 1, view="v2f")]
+    if not methods:
+        return None
+    figure, panels = _panels(1, 2, 3.1)
+    for axes, metric in zip(panels, (COMPARED, "H@10"), strict=True):
+        groups = {name: [results.spread(name, 1, metric=metric, view=view) for view in VIEW_PAIRS] for name in methods}
+        _bars(axes, groups, ("fused user\nf2f", "text user\nt2f", "image user\nv2f"), colours(results))
+        axes.axhline(
+            random_floor(metric, int(results.facts["candidates"]) + 1),
+            color=MUTED,
+            linewidth=0.9,
+            linestyle=(0, (4, 3)),
+        )
+        axes.set_title(f"{metric}, {results.facts['candidates'] + 1} candidates")
+    _legend(figure, methods, colours(results))
+    return _saved(figure, "fig1a-views", "Task 1 with fused, text and image user vectors by method")
+
+
+def gradients(results: Results) -> Drawn | None:
+    """Fig. 1b: cosines of the update with each modality's own gradient over the steps."""
+    labels = {f"cos_total_{view}": (view, f"cos(total, {view})") for view in schema.MODALITIES}
+    figure = _over_steps(results, "gradients", labels, "cosine", {"y": 0, "linewidth": 0.8})
+    alt = "Alignment of the update with the text and the image gradient"
+    return None if figure is None else _saved(figure, "fig1b-gradients", alt)
+
+
+def _over_steps(
+    results: Results,
+    kind: str,
+    labels: Mapping[str, tuple[str, str]],
+    unit: str,
+    line: Mapping[str, Any],
+) -> Figure | None:
+    """Draw curves of one kind, a panel a method; None where no method has any.
+
+    Args:
+        results: the study's tables.
+        kind: of the rows of `curves`.
+        labels: name of a curve → view whose style it takes, and label.
+        unit: of the y axis.
+        line: of the horizontal line to compare with.
+    """
+    rows = results.frames["curves"].filter(pl.col("kind") == kind)
+    methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
+    if not methods:
+        return None
+    figure, panels = _panels(1, len(methods), 2.9, sharey=True)
+    for axes, method in zip(panels, methods, strict=True):
+        for name, (view, label) in labels.items():
+            mine = rows.filter((pl.col("method") == method) & (pl.col("name") == name))
+            _band(axes, mine, colours(results)[method], VIEW_STYLES[view], label)
+        axes.axhline(color=MUTED, **line)
+        axes.set_title(_plain(method))
+        axes.set_xlabel("training step")
+        axes.legend(fontsize=8, labelcolor=MUTED)
+    panels[0].set_ylabel(unit)
+    return figure
+
+
+def cold_start(results: Results) -> Drawn | None:
+    """Fig. 3: N@20 by how often the target occurs in training."""
+    buckets = results.facts["buckets"]
+    wanted = [(2, model) for model in results.models()[:1]] + [(1, None)]
+    names = [method["name"] for method in results.methods if method["source"] == "id"] + protagonists(results)
+    panels_of = {
+        (task, model): {
+            name: [results.spread(name, task, model, group=group) for group in buckets]
+            for name in names
+            if any(results.spread(name, task, model, group=group) for group in buckets)
+        }
+        for task, model in wanted
+    }
+    panels_of = {key: groups for key, groups in panels_of.items() if groups}
+    if not panels_of:
+        return None
+    figure, panels = _panels(1, len(panels_of), 3.1)
+    users = _group_users(results)
+    for axes, ((task, model), groups) in zip(panels, panels_of.items(), strict=True):
+        labels = [f"{bucket}\n{users.get(bucket, 0):,} users" for bucket in buckets]
+        _bars(axes, groups, labels, colours(results))
+        axes.set_title(f"{COMPARED}, Task {task}" + (f", {model}" if model else ""))
+        axes.set_xlabel("how often the next item occurs in training")
+    _legend(figure, [name for name in names if any(name in groups for groups in panels_of.values())], colours(results))
+    return _saved(figure, "fig3-cold-start", "N@20 by training frequency of the target")
+
+
+def _group_users(results: Results) -> dict[str, int]:
+    rows = results.frames["results"].filter(pl.col("dataset") == results.dataset)
+    return dict(rows.group_by("user_group").agg(pl.col("users").max()).iter_rows())
+
+
+def families(results: Results) -> Drawn | None:
+    """Fig. 4: the reference on several backbones."""
+    methods = results.names(FAMILIES, grids=True)
+    if len(methods) < 2:
+        return None
+    figure, panels = _panels(1, 2, 3.0)
+    for axes, (task, model) in zip(panels, ((1, None), (2, "SASRec")), strict=True):
+        found = [results.spread(name, task, model) for name in methods]
+        _bars(axes, {results.reference: found}, [_plain(name) for name in methods], colours(results))
+        axes.set_title(f"{COMPARED}, Task {task}" + (f", {model}" if model else ""))
+        axes.tick_params(axis="x", labelsize=7.5)
+    return _saved(figure, "fig4-families", "The reference on several backbones")
+
+
+def sensitivity(results: Results) -> Drawn | None:
+    """Fig. 5: N@20 over each hyperparameter of the grids, SFT as a line."""
+    methods = results.names(SENSITIVITY, grids=True)
+    settings = list(dict.fromkeys(each["varies"] for each in results.methods if each["name"] in methods and each["of"]))
+    if not settings:
+        return None
+    figure, panels = _panels(1, len(settings), 2.9, sharey=True)
+    sft = results.named(SFT_ROW)
+    for axes, setting in zip(panels, settings, strict=True):
+        varied = [each["name"] for each in results.methods if each["name"] in methods and each["varies"] == setting]
+        points = sorted(
+            (float(grid_values(results, name)[setting]), results.spread(name, 1, analysis=SENSITIVITY), name)
+            for name in [results.reference, *varied]
+            if results.spread(name, 1, analysis=SENSITIVITY)
+        )
+        x = [value for value, _, _ in points]
+        found = [each for _, each, _ in points]
+        _line(axes, x, found, colours(results)[results.reference])
+        own = next((place for place, point in enumerate(points) if point[2] == results.reference), None)
+        if own is not None and found[own] is not None:
+            axes.plot([x[own]], [found[own].mean], "o", markersize=10, markerfacecolor="none", color=INK)  # type: ignore[union-attr]
+        base = results.spread(sft, 1, analysis=SENSITIVITY) if sft else None
+        if base:
+            axes.axhline(base.mean, color=COLOURS[SFT], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
+        axes.set_xlabel(_SYMBOLS.get(setting, setting))
+    panels[0].set_ylabel(f"{COMPARED}, Task 1")
+    _legend(figure, [results.reference, *([sft] if sft else [])], colours(results))
+    return _saved(figure, "fig5-sensitivity", "N@20 over the temperatures and the weight of CRTR")
+
+
+# --- more ---------------------------------------------------------------------------------------------------
+
+
+def differences(results: Results) -> Drawn | None:
+    """How far the reference is above every method of the main table, with intervals over users."""
+    names = [name for name in results.names(MAIN) if name != results.reference]
+    columns = [(1, None), *((2, model) for model in results.models())]
+    found = {column: [results.comparison(name, *column) for name in names] for column in columns}
+    found = {column: each for column, each in found.items() if any(each)}
+    if not found:
+        return None
+    figure, panels = _panels(1, len(found), 0.7 + 0.27 * len(names), sharey=True)
+    for axes, ((task, model), each) in zip(panels, found.items(), strict=True):
+        for place, (name, row) in enumerate(zip(names, each, strict=True)):
+            if row is not None:
+                colour = colours(results)[name]
+                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4)
+                axes.plot([row["difference"]], [place], "o", color=colour, markersize=6)
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(f"Task {task}" + (f", {model}" if model else ""))
+        axes.set_xlabel(f"{_plain(results.reference)} − method, {COMPARED}")
+        axes.spines["left"].set_visible(False)
+    return _saved(figure, "differences", "Difference of the reference to every method with bootstrap intervals")
+
+
+def geometry_dots(results: Results) -> Drawn | None:
+    """Table 1 as dots: A_pos, A_neg, U and S per view."""
+    methods = [name for name in protagonists(results) if results.geometry(name, schema.TEXT)]
+    if not methods:
+        return None
+    figure, panels = _panels(1, 4, 2.6)
+    titles = {"A_pos": "to the next item", "A_neg": "to other items", "U": "uniformity", "S": "separability"}
+    for number, (axes, name) in enumerate(zip(panels, titles, strict=True)):
+        for place, method in enumerate(methods):
+            for row, view in enumerate(schema.VIEWS):
+                found = results.geometry(method, view)
+                if found:
+                    height = row + 0.22 * (place - (len(methods) - 1) / 2)
+                    axes.errorbar(
+                        found[name].mean, height, xerr=found[name].std, fmt="o", color=colours(results)[method]
+                    )
+        axes.set_yticks(range(3), schema.VIEWS if number == 0 else [""] * 3)
+        axes.set_ylim(2.6, -0.6)
+        axes.set_title(titles[name], fontsize=9)
+        axes.set_xlabel({"A_pos": "$A_{pos}$", "A_neg": "$A_{neg}$"}.get(name, f"${name}$"))
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=4)
+        if name == "S":
+            axes.axvline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    _legend(figure, methods, colours(results))
+    return _saved(figure, "table1-geometry", "Geometry of the fused, text and image space by method")
+
+
+def collapse(results: Results) -> Drawn | None:
+    """Separability of each view on a fixed probe while training goes on."""
+    labels = {f"S_{view}": (view, view) for view in schema.VIEWS}
+    line = {"y": 1, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+    figure = _over_steps(results, "probe", labels, "separability $S$ on the probe", line)
+    return None if figure is None else _saved(figure, "collapse", "Separability of each view during training")
+
+
+def ablation_bars(results: Results) -> Drawn | None:
+    """Table 5 as bars."""
+    methods = [
+        name
+        for name in results.names("ablation")
+        if name == results.reference or (results.paper_row(name) or "").startswith("w/o")
+    ]
+    if len(methods) < 2:
+        return None
+    figure, panels = _panels(1, 2, 0.9 + 0.34 * len(methods), sharey=True)
+    for axes, (task, model) in zip(panels, ((1, None), (2, "SASRec")), strict=True):
+        for place, name in enumerate(methods):
+            found = results.spread(name, task, model)
+            if found:
+                axes.errorbar(found.mean, place, xerr=found.std, fmt="o", color=colours(results)[name], markersize=7)
+                axes.annotate(
+                    f"{found.mean:.4f}", (found.mean, place), (0, 7), textcoords="offset points", fontsize=7.5
+                )
+        axes.set_yticks(range(len(methods)), [_plain(name) for name in methods])
+        axes.set_ylim(len(methods) - 0.5, -0.7)
+        axes.set_title(f"{COMPARED}, Task {task}" + (f", {model}" if model else ""))
+        axes.margins(x=0.2)
+        axes.spines["left"].set_visible(False)
+    return _saved(figure, "table5-ablation", "N@20 without each part of the method")
+
+
+def few_shot(results: Results) -> Drawn | None:
+    """Table 7: N@20 over the number of training users."""
+    every = int(results.facts["users"])
+    points = []
+    for name in results.names(FEW_SHOT, grids=True):
+        of = next(each["of"] for each in results.methods if each["name"] == name)
+        if name == results.reference or of == results.reference:
+            points.append((int(grid_values(results, name).get("users") or every), name))
+    if len(points) < 2:
+        return None
+    columns = [
+        column for column in ((1, None), (2, "SASRec")) if results.spread(points[0][1], *column, analysis=FEW_SHOT)
+    ]
+    figure, panels = _panels(1, len(columns), 2.8)
+    for axes, (task, model) in zip(panels, columns, strict=True):
+        known = [
+            (count, found)
+            for count, name in sorted(points)
+            if (found := results.spread(name, task, model, analysis=FEW_SHOT))
+        ]
+        _line(axes, [count for count, _ in known], [found for _, found in known], colours(results)[results.reference])
+        sft = results.named(SFT_ROW)
+        base = results.spread(sft, task, model, analysis=FEW_SHOT) if sft else None
+        if base:
+            axes.axhline(base.mean, color=COLOURS[SFT], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([count for count, _ in known], [f"{count:,}" for count, _ in known])
+        axes.minorticks_off()
+        axes.set_xlabel("training users")
+        axes.set_title(f"{COMPARED}, Task {task}" + (f", {model}" if model else ""))
+    return _saved(figure, "table7-few-shot", "N@20 over the number of training users")
+
+
+def learning(results: Results) -> Drawn | None:
+    """Validation and margins of both modalities over the steps."""
+    rows = results.frames["curves"]
+    methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
+    if not methods:
+        return None
+    figure, panels = _panels(1, 2, 2.9)
+    for method in methods:
+        mine, colour = rows.filter(pl.col("method") == method), colours(results)[method]
+        valid = mine.filter((pl.col("kind") == "valid") & (pl.col("name") == COMPARED))
+        _band(panels[0], valid, colour, "solid", _plain(method))
+        for view in schema.MODALITIES:
+            margin = mine.filter((pl.col("kind") == "train") & (pl.col("name") == f"margin_{view}"))
+            _band(panels[1], margin, colour, VIEW_STYLES[view], f"{_plain(method)}, {view}")
+    panels[0].set_title(f"Validation {COMPARED}")
+    panels[1].set_title("Margin of each modality in training")
+    for axes in panels:
+        axes.set_xlabel("training step")
+        axes.legend(fontsize=7.5, labelcolor=MUTED)
+    return _saved(figure, "learning", "Validation and margins over the training steps")
+
+
+# --- strokes ------------------------------------------------------------------------------------------------
+
+
+def _panels(rows: int, columns: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(9.6, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
+    found = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    return figure, list(found.ravel())
+
+
+def _bars(
+    axes: Axes, groups: Mapping[str, Sequence[Spread | None]], labels: Sequence[str], colour: Mapping[str, str]
+) -> None:
+    width = 0.8 / max(len(groups), 1)
+    places = np.arange(len(labels))
+    for number, (name, found) in enumerate(groups.items()):
+        left = places + (number - (len(groups) - 1) / 2) * width
+        means = [each.mean if each else math.nan for each in found]
+        errors = [each.std if each else 0.0 for each in found]
+        axes.bar(left, means, width * 0.88, color=colour[name])
+        axes.errorbar(left, means, errors, fmt="none", ecolor=INK, elinewidth=0.8)
+        for x, mean, error in zip(left, means, errors, strict=True):
+            if math.isfinite(mean) and len(groups) * len(labels) <= 12:
+                text = f"{mean:.3f}".removeprefix("0")
+                axes.annotate(text, (x, mean + error), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+    axes.set_xticks(places, labels)
+    axes.grid(axis="x", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.margins(y=0.14)
+    axes.set_ylim(bottom=0)
+
+
+def _line(axes: Axes, x: Sequence[float], found: Sequence[Spread | None], colour: str) -> None:
+    means = [each.mean if each else math.nan for each in found]
+    errors = [each.std if each else 0.0 for each in found]
+    axes.errorbar(x, means, errors, fmt="o-", color=colour, markersize=5, capsize=2)
+    axes.margins(y=0.25)
+
+
+def _band(axes: Axes, rows: pl.DataFrame, colour: str, style: Any, label: str) -> None:
+    """Draw the mean over seeds at each step, and the range of the seeds behind it."""
+    if not rows.height:
+        return
+    value = pl.col("value")
+    steps = rows.group_by("step").agg(value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high"))
+    steps = steps.sort("step")
+    x = steps["step"].to_numpy()
+    if (steps["high"] > steps["low"]).any():
+        axes.fill_between(x, steps["low"].to_numpy(), steps["high"].to_numpy(), color=colour, alpha=0.13, linewidth=0)
+    marker = "o" if len(x) < 4 else ""
+    axes.plot(x, steps["mean"].to_numpy(), color=colour, linestyle=style, marker=marker, linewidth=1.7, label=label)
+
+
+def random_floor(metric: str, candidates: int) -> float:
+    """Return what a random order reaches in `H@k` or `N@k` among so many candidates."""
+    kind, _, cutoff = metric.partition("@")
+    ranks = range(1, min(int(cutoff), candidates) + 1)
+    return sum(1.0 if kind == "H" else 1 / math.log2(rank + 1) for rank in ranks) / candidates
+
+
+def _plain(name: str) -> str:
+    """Return a name without what matplotlib would read as mathematics."""
+    return name.replace("$", r"\$").lstrip("_")
+
+
+def _legend(figure: Figure, methods: Sequence[str], colour: Mapping[str, str]) -> None:
+    handles: list[Patch | Line2D] = [Patch(color=colour[name], label=_plain(name)) for name in methods]
+    figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(len(handles), 5)), fontsize=9)
+
+
+def _saved(figure: Figure, name: str, alt: str) -> Drawn:
+    text, image = io.StringIO(), io.BytesIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(image, format="png", dpi=160, facecolor="white")
+    return Drawn(Picture(name, alt, text.getvalue()), image.getvalue())

@@ -1,0 +1,496 @@
+"""The tables of a study, from its Parquet files, each row beside the paper's where there is one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
+from vlm2rec.downstream.evaluation.statistics import Spread, spread
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, MODELS, Json
+from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, METRICS, TABLE_NAMES, TAIL_USERS, read
+from vlm2rec.pipelines.read_config import read_yaml
+
+PAPER_FILE = Path(__file__).parent / "paper.yaml"
+PAPER_DEFAULT = "Beauty"
+PRINTED = 1.3e-4  # slack of the bound for figures printed with four decimals
+VIEW_PAIRS = ("f2f", "t2f", "v2f")
+VANILLA_ROW, SFT_ROW = "VLM vanilla (ext.)", "VLM SFT (ext.)"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a smaller second line, and how it is set."""
+
+    text: str
+    small: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method; `colour` names the method whose colour marks the row."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    colour: str = ""
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A heading over some columns."""
+
+    label: str
+    columns: tuple[str, ...]
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of the page."""
+
+    title: str
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+Key = tuple[str, int, str | None, str, str | None, str, str, str]
+
+
+@dataclass
+class Results:
+    """Everything that the Parquet files of a study hold, with look-ups."""
+
+    out: Path
+    frames: dict[str, pl.DataFrame]
+    facts: Json
+    paper: Json = field(default_factory=lambda: read_yaml(PAPER_FILE))
+
+    @classmethod
+    def open(cls, out: Path) -> Results:
+        """Read every Parquet file of a study."""
+        frames = {name: read(out, name) for name in TABLE_NAMES}
+        facts = {row["key"]: json.loads(row["value"]) for row in frames["about"].iter_rows(named=True)}
+        return cls(out, frames, facts)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the study's dataset."""
+        return str(self.facts["dataset"])
+
+    @property
+    def reference(self) -> str:
+        """Name of the method that all others are compared with."""
+        return str(self.facts["reference"])
+
+    @property
+    def paper_data(self) -> str:
+        """Return which of the paper's datasets is printed: the one of that name, else Beauty."""
+        known = self.paper["task1"][SFT_ROW]
+        return self.dataset if self.dataset in known else PAPER_DEFAULT
+
+    @functools.cached_property
+    def methods(self) -> list[Json]:
+        """The methods in order."""
+        return self.frames["methods"].to_dicts()
+
+    def names(self, analysis: str, grids: bool = False) -> list[str]:
+        """Return the methods of an analysis that have results, in order; those of grids only if asked for."""
+        return [
+            method["name"]
+            for method in self.methods
+            if analysis in method["analyses"] and method["name"] in self._present and (grids or not method["of"])
+        ]
+
+    @functools.cached_property
+    def _present(self) -> set[str]:
+        return set(self.frames["results"]["method"].to_list())
+
+    @functools.cached_property
+    def _values(self) -> dict[Key, dict[int, float]]:
+        """(dataset, task, model, protocol, view, user group, metric, method) → seed → value."""
+        names = ("dataset", "task", "model", "protocol", "view", "user_group", "metric", "method", "seed", "value")
+        found: dict[Key, dict[int, float]] = {}
+        for *key, seed, value in self.frames["results"].select(names).iter_rows():
+            found.setdefault(tuple(key), {})[seed] = value
+        return found
+
+    def values(
+        self,
+        method: str,
+        task: int,
+        model: str | None = None,
+        metric: str = COMPARED,
+        *,
+        dataset: str | None = None,
+        protocol: str = "candidates",
+        view: str = MAIN_VIEW,
+        group: str = ALL_USERS,
+    ) -> dict[int, float]:
+        """Return a metric by seed; empty where it was not measured."""
+        shown = view if task == 1 else None
+        return self._values.get((dataset or self.dataset, task, model, protocol, shown, group, metric, method), {})
+
+    def spread(self, *args: Any, analysis: str | None = None, **more: Any) -> Spread | None:
+        """Return mean and standard deviation over seeds of `values`.
+
+        With `analysis` only the seeds that it asks for count: methods run with more would be compared on others.
+        """
+        found = self.values(*args, **more)
+        if analysis is not None:
+            wanted = self.facts["plan"][analysis]["seeds"]
+            found = {seed: value for seed, value in found.items() if seed in wanted}
+        return spread(list(found.values())) if found else None
+
+    def named(self, paper_row: str) -> str | None:
+        """Return the method that stands beside a row of the paper."""
+        for method in self.methods:
+            if method["paper"] == paper_row and method["name"] in self._present:
+                return str(method["name"])
+        return None
+
+    def paper_row(self, method: str) -> str | None:
+        """Return the paper's row of a method."""
+        return next((each["paper"] for each in self.methods if each["name"] == method), None)
+
+    def is_fixed(self, method: str) -> bool:
+        """Whether no random number enters a method's vectors."""
+        return any(each["fixed"] for each in self.methods if each["name"] == method)
+
+    def geometry(self, method: str, view: str) -> dict[str, Spread] | None:
+        """Return A_pos, A_neg, U, S of a view on the study's dataset, over seeds."""
+        rows = self.frames["geometry"].filter(
+            (pl.col("method") == method) & (pl.col("view") == view) & (pl.col("dataset") == self.dataset)
+        )
+        if not rows.height:
+            return None
+        return {name: spread(rows[name].to_numpy()) for name in ("A_pos", "A_neg", "U", "S")}
+
+    def comparison(self, method: str, task: int, model: str | None, dataset: str | None = None) -> Json | None:
+        """Return the comparison of the reference with a method."""
+        found = self.frames["comparisons"].filter(
+            (pl.col("dataset") == (dataset or self.dataset))
+            & (pl.col("task") == task)
+            & pl.col("model").eq_missing(pl.lit(model))
+            & (pl.col("method") == method)
+        )
+        return found.row(0, named=True) if found.height else None
+
+    def models(self) -> list[str]:
+        """Return the recommenders that were trained on the study's dataset."""
+        rows = self.frames["results"].filter((pl.col("task") == 2) & (pl.col("dataset") == self.dataset))
+        return [model for model in MODELS if model in set(rows["model"].to_list())]
+
+
+# --- numbers in print ---------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """`0.4121` → `.4121`; nothing → `–`."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    text = f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def p_value(value: float | None) -> str:
+    """`0.0312` → `.031`; tiny ones as `< .001`."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    return "< .001" if value < 0.001 else number(value, 3)
+
+
+def mean_cell(found: Spread | None, fixed: bool = False, best: bool = False, digits: int = 4) -> Cell:
+    """Return mean with ± standard deviation below; without where there is but one run, or no random number."""
+    if found is None:
+        return Cell("–")
+    small = f"±{number(found.std, digits)}" if found.runs > 1 and not fixed else ""
+    return Cell(number(found.mean, digits), small, best)
+
+
+def require_printable(metrics: Mapping[str, float]) -> None:
+    """Raise `ArtifactError` if a row that is about to be printed breaks the N@20 - N@10 bound."""
+    if not bound_check(dict(metrics), 1e-9):
+        raise ArtifactError(f"a row to print has {dict(metrics)}", "metrics of one ranking", "run the study again")
+
+
+# --- Tables 2 and 4 -----------------------------------------------------------------------------------------
+
+
+def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping[str, Any]) -> Sheet | None:
+    """Return Task 1 (Table 2), or one recommender of Task 2 (Table 4)."""
+    entries = [(name, name, task, model) for name in results.names(MAIN)]
+    if task == 1:  # as in the paper, recommenders that know ids alone stand on top
+        ids = [each["name"] for each in results.methods if each["source"] == "id"]
+        entries = [(f"{each} ({name})", name, 2, each) for each in results.models() for name in ids] + entries
+    means = {label: [results.spread(name, t, m, metric) for metric in METRICS] for label, name, t, m in entries}
+    entries = [entry for entry in entries if means[entry[0]][0] is not None]
+    if not entries:
+        return None
+    best = [max(means[label][c].mean for label, *_ in entries) for c in range(len(METRICS))]  # type: ignore[union-attr]
+    rows, broken = [], False
+    for label, name, t, m in entries:
+        found = [each for each in means[label] if each is not None]
+        require_printable({metric: each.mean for metric, each in zip(METRICS, found, strict=True)})
+        fixed = results.is_fixed(name) and t == 1
+        cells = [mean_cell(each, fixed, each.mean == top) for each, top in zip(found, best, strict=True)]
+        cells.append(mean_cell(results.spread(name, t, m, protocol="full"), fixed))
+        printed, breaks = _paper_cells(
+            paper.get(str(m) if t != task else results.paper_row(name) or ""), results.paper_data
+        )
+        broken |= breaks
+        cells += [*_difference_cells(results.comparison(name, task, model) if t == task else None), *printed]
+        rows.append(Row(label, tuple(cells), name, name == results.reference))
+    return Sheet(
+        "Task 1" if task == 1 else str(model),
+        (
+            Group(f"{results.facts['candidates'] + 1} candidates", METRICS),
+            Group("all items", (COMPARED,)),
+            Group(f"{results.reference} − this, {COMPARED}", ("difference", "p, Holm")),
+            Group(f"paper, {results.paper_data}", METRICS, paper=True),
+        ),
+        tuple(rows),
+        _note(results, task, model, broken),
+    )
+
+
+def _paper_cells(row: Mapping[str, Sequence[float]] | None, data: str) -> tuple[list[Cell], bool]:
+    """Return the paper's four numbers, and whether they break the bound that every ranking keeps."""
+    if not row or data not in row:
+        return [Cell("–")] * len(METRICS), False
+    values = dict(zip(METRICS, row[data], strict=True))
+    breaks = not bound_check(values, PRINTED)
+    return [Cell(number(value) + ("†" if breaks else "")) for value in values.values()], breaks
+
+
+def _difference_cells(found: Json | None) -> list[Cell]:
+    if found is None:
+        return [Cell("–"), Cell("–")]
+    interval = f"[{number(found['low'], 4, True)}, {number(found['high'], 4, True)}]"
+    sure = found["low"] > 0 or found["high"] < 0
+    return [Cell(number(found["difference"], 4, True), interval, sure), Cell(p_value(found["p_holm"]))]
+
+
+def _note(results: Results, task: int, model: str | None, broken: bool) -> str:
+    compared = results.frames["comparisons"].filter(
+        (pl.col("dataset") == results.dataset)
+        & (pl.col("task") == task)
+        & pl.col("model").eq_missing(pl.lit(model))
+        & (pl.col("family") == MAIN)
+    )
+    seeds = sorted(set(compared["seeds"].to_list()))
+    text = "Best of each column in bold; ± is the standard deviation over seeds, absent where none enters."
+    if seeds:
+        number_of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        text += (
+            " The interval holds 95 % of bootstrap resamples of the users, bold where it leaves out zero; p is the"
+            f" paired t-test over {number_of} seeds, corrected by Holm for {compared.height} comparisons."
+        )
+    if broken:
+        text += " † breaks the bound on N@20 − N@10 that every ranking with one relevant item keeps: a misprint."
+    return text
+
+
+# --- Table 1 and Fig. 1a ------------------------------------------------------------------------------------
+
+
+def geometry_sheet(results: Results) -> Sheet | None:
+    """Return A_pos, A_neg, U and S per state and view (Table 1)."""
+    names, rows = ("A_pos", "A_neg", "U", "S"), []
+    data = results.paper_data if results.paper_data in results.paper["geometry"] else PAPER_DEFAULT
+    paper = results.paper["geometry"][data]
+    for view in (schema.FUSED, schema.IMAGE, schema.TEXT):
+        for method in results.names(MAIN):
+            found = results.geometry(method, view)
+            if found is None:
+                continue
+            printed = paper.get(results.paper_row(method) or "", {}).get(view)
+            cells = [Cell(view), *(mean_cell(found[name], results.is_fixed(method)) for name in names)]
+            cells += [Cell(number(value)) for value in printed] if printed else [Cell("–")] * 4
+            rows.append(Row(method, tuple(cells), method, method == results.reference))
+    if not rows:
+        return None
+    return Sheet(
+        "State",
+        (Group("", ("view",)), Group("this study", names), Group(f"paper, {data}", names, paper=True)),
+        tuple(rows),
+        "Lower A_pos: the next item is nearer. Higher A_neg: other items are farther. Lower U: the space is used more"
+        " evenly. S = A_neg/A_pos: above 1 the view tells the next item from others, at 1 it cannot.",
+    )
+
+
+def view_sheet(results: Results) -> Sheet | None:
+    """Return N@20 with the user's fused, text and image vector against fused items (Fig. 1a)."""
+    rows = []
+    for method in results.names(MAIN):
+        found = [results.spread(method, 1, view=view) for view in VIEW_PAIRS]
+        if found[0] is None or found[1] is None or found[2] is None:
+            continue
+        top = max(each.mean for each in found if each is not None)
+        cells = tuple(
+            mean_cell(each, results.is_fixed(method), each is not None and each.mean == top) for each in found
+        )
+        rows.append(Row(method, cells, method, method == results.reference))
+    return Sheet("N@20", (Group("user vector → fused item", VIEW_PAIRS),), tuple(rows)) if rows else None
+
+
+# --- Tables 5, 6, 7 -----------------------------------------------------------------------------------------
+
+
+def both_tasks_sheet(
+    results: Results, title: str, names: Iterable[str], printed: Mapping[str, Sequence[float]], data: str, dataset: str
+) -> Sheet | None:
+    """Return N@20 of Task 1 and of Task 2 with SASRec: the form of Tables 5 and 6."""
+    rows = []
+    for name in names:
+        found = [results.spread(name, 1, dataset=dataset), results.spread(name, 2, "SASRec", dataset=dataset)]
+        if not any(found):
+            continue
+        cells = [mean_cell(found[0], results.is_fixed(name)), mean_cell(found[1])]
+        for task, model in ((1, None), (2, "SASRec")):
+            cells.append(_difference_cells(results.comparison(name, task, model, dataset))[0])
+        paper = printed.get(results.paper_row(name) or "")
+        cells += [Cell(number(value)) for value in paper] if paper else [Cell("–"), Cell("–")]
+        rows.append(Row(name, tuple(cells), name, name == results.reference))
+    if not rows:
+        return None
+    tasks = ("Task 1", "Task 2")
+    return Sheet(
+        title,
+        (
+            Group("N@20", tasks),
+            Group(f"{results.reference} − this", tasks),
+            Group(f"paper, {data}", tasks, paper=True),
+        ),
+        tuple(rows),
+        "Task 2 is SASRec. Intervals as above: 95 % of resamples of the users.",
+    )
+
+
+def ablation_sheet(results: Results) -> Sheet | None:
+    """Return each part of the method taken away (Table 5)."""
+    data = results.paper_data if results.paper_data in results.paper["ablation"] else PAPER_DEFAULT
+    printed = {**results.paper["ablation"][data], SFT_ROW: _sft_of(results, data)}
+    names = results.names(ABLATION)
+    return both_tasks_sheet(results, "Variant", names, printed, data, results.dataset) if len(names) > 1 else None
+
+
+def _sft_of(results: Results, data: str) -> list[float]:
+    """Return the paper's SFT row in the form of Table 5: from Tables 2 and 4."""
+    return [results.paper["task1"][SFT_ROW][data][3], results.paper["task2"]["SASRec"][SFT_ROW][data][3]]
+
+
+def cross_domain_sheets(results: Results) -> list[Sheet]:
+    """Return one table per target domain (Table 6), beside the paper's Clothing → Beauty."""
+    data = "Clothing → Beauty"
+    sheets = []
+    for domain in results.facts["domains"]:
+        title = f"{results.dataset} → {domain}"
+        sheet = both_tasks_sheet(
+            results, title, results.names(CROSS_DOMAIN), results.paper["cross-domain"][data], data, domain
+        )
+        if sheet:
+            sheets.append(sheet)
+    return sheets
+
+
+def tail_sheet(results: Results) -> Sheet | None:
+    """Return H@10 and N@10 of all users and of those whose target is an item of the long tail (Table 1 of SDA)."""
+    metrics = ("H@10", "N@10")
+    columns = [(1, None), *((2, model) for model in results.models())]
+    tail = results.frames["results"].filter(
+        (pl.col("dataset") == results.dataset) & (pl.col("user_group") == TAIL_USERS)
+    )
+    rows = []
+    for name in results.names(MAIN):
+        if not any(results.spread(name, task, model, group=TAIL_USERS) for task, model in columns):
+            continue
+        cells = [
+            mean_cell(results.spread(name, task, model, metric, group=group), results.is_fixed(name) and task == 1)
+            for task, model in columns
+            for group in (ALL_USERS, TAIL_USERS)
+            for metric in metrics
+        ]
+        rows.append(Row(name, tuple(cells), name, name == results.reference))
+    if not rows:
+        return None
+    groups = [Group(f"{model or 'Task 1'}, {who}", metrics) for _, model in columns for who in ("all", "tail")]
+    users = int(tail["users"].to_numpy().max())
+    note = f"Tail: {users:,} users whose next item occurs fewer than {TAIL} times in training."
+    return Sheet("Tail", tuple(groups), tuple(rows), note)
+
+
+def few_shot_sheet(results: Results) -> Sheet | None:
+    """Return metrics and cost by the number of training users (Table 7)."""
+    data = results.paper_data if results.paper_data in results.paper["few-shot"] else PAPER_DEFAULT
+    printed, rows = results.paper["few-shot"][data], []
+    for name in results.names(FEW_SHOT, grids=True):
+        values = grid_values(results, name)
+        few = values.get("users") if name != results.reference and values.get("users") else None
+        paper = printed.get(f"K={few}" if few else results.paper_row(name) or "")
+        minutes, seconds = cost_of(results, name)
+        cells = [
+            mean_cell(results.spread(name, 1, analysis=FEW_SHOT)),
+            mean_cell(results.spread(name, 2, "SASRec", analysis=FEW_SHOT)),
+            Cell(f"{minutes:.2f}" if minutes is not None else "–"),
+            Cell(f"{seconds:.1f}" if seconds is not None else "–"),
+        ]
+        cells += [Cell(number(value)) if value < 1 else Cell(f"{value:g}") for value in paper or []]
+        cells += [Cell("–")] * (8 - len(cells))
+        label = f"{results.reference} (full)" if name == results.reference else name
+        rows.append((few or 10**9, Row(label, tuple(cells), name, name == results.reference)))
+    if len(rows) < 2:
+        return None
+    columns = ("Task 1", "Task 2", "min an epoch", "s to embed")
+    return Sheet(
+        "Training users",
+        (Group("this study", columns), Group(f"paper, {data}", columns, paper=True)),
+        tuple(row for _, row in sorted(rows, key=lambda pair: pair[0])),
+        "N@20; Task 2 is SASRec. Minutes include the validation after each epoch and the probes of the monitor; seconds"
+        " to embed include loading the model.",
+    )
+
+
+def grid_values(results: Results, name: str) -> Json:
+    """Return a method's values of the settings that grids vary."""
+    return next((json.loads(each["values"]) for each in results.methods if each["name"] == name), {})
+
+
+def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
+    """Return minutes per training epoch and seconds to embed the items, means over runs that were not interrupted."""
+    cost = results.frames["cost"].filter(
+        (pl.col("method") == name) & (pl.col("attempts") == 1) & (pl.col("dataset") == results.dataset)
+    )
+    trained = cost.filter((pl.col("command") == "finetune") & (pl.col("epochs") > 0))
+    embedded = cost.filter(pl.col("step") == "embeddings")
+    minutes = float((trained["seconds"] / trained["epochs"]).to_numpy().mean() / 60) if trained.height else None
+    return minutes, float(embedded["seconds"].to_numpy().mean()) if embedded.height else None
+
+
+def cost_sheet(results: Results) -> Sheet | None:
+    """Return how long each kind of step took."""
+    cost = results.frames["cost"]
+    if not cost.height:
+        return None
+    rows = []
+    for (command,), each in cost.group_by("command", maintain_order=True):
+        seconds = each["seconds"].to_numpy()
+        rows.append(
+            Row(
+                str(command),
+                tuple(Cell(text) for text in (str(len(seconds)), f"{seconds.mean():.1f}", f"{seconds.sum() / 60:.1f}")),
+            )
+        )
+    rows.append(Row("all", (Cell(str(cost.height)), Cell(""), Cell(f"{cost['seconds'].sum() / 60:.1f}"))))
+    return Sheet("Step", (Group("", ("runs", "s each", "min in all")),), tuple(rows))
