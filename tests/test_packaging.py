@@ -21,15 +21,28 @@ FOLDERS = ("downstream", "embedder", "pipelines")
 
 
 def test_every_package_folder_is_listed_in_pyproject() -> None:
-    found = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
-    assert found == list(FOLDERS)
-    assert {f"vlm2rec.{name}": name for name in found} == PACKAGES
-    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(PACKAGES)
+    assert sorted(path.parent.name for path in ROOT.glob("*/__init__.py")) == list(FOLDERS)
+    assert {f"vlm2rec.{name}": name for name in FOLDERS} == PACKAGES
+    found = [path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("__init__.py")]
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(".".join(("vlm2rec", *f.parts)) for f in found)
 
 
-def test_every_package_folder_is_flat() -> None:
-    inner = [path for name in FOLDERS for path in (ROOT / name).iterdir() if path.is_dir()]
-    assert {path.name for path in inner} <= {"__pycache__"}
+def inner_folders() -> list[Path]:
+    return [
+        path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_dir() and path.name != "__pycache__"
+    ]
+
+
+def test_packages_go_one_level_down_and_no_further() -> None:
+    inner = inner_folders()
+    assert inner and all(len(path.relative_to(ROOT).parts) == 2 for path in inner)
+    assert all((path / "__init__.py").is_file() for path in inner)
+
+
+def test_no_folder_holds_more_than_fifteen_modules() -> None:
+    """The commands in `pipelines` aside, of which there is a file each."""
+    for folder in (ROOT / "embedder", ROOT / "downstream", *inner_folders()):
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 15, folder
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +63,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"vlm2rec/{name}/{path.name}"
+        f"vlm2rec/{path.relative_to(ROOT)}"
         for name in FOLDERS
-        for path in (ROOT / name).iterdir()
-        if path.is_file() and not path.name.startswith(".")
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
     assert wanted - inside == set()
-    assert len(wanted) > 20
+    assert len(wanted) > 100
 
 
 def test_the_wheel_installs_nothing_outside_vlm2rec(wheel: Path) -> None:
