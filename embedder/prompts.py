@@ -29,22 +29,22 @@ CONSTANT_STARTS: Final = (
 """What prompts of one kind all begin with."""
 
 
-def text_prompt(titles: Sequence[str], wording: PromptStyle = "vlm2rec") -> Prompt:
+def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
     In the wording of SDA, which knows single items only: `The product has the following attributes: <title>`.
     """
-    if wording == "sda":
+    if prompt_style == "sda":
         return (SDA_TEXT_INSTRUCTION + titles[_the_only(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
 
 
-def image_prompt(count: int, wording: PromptStyle = "vlm2rec") -> Prompt:
+def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
     In the wording of SDA: `The product has the image: <image>`.
     """
-    if wording == "sda":
+    if prompt_style == "sda":
         _the_only(count)
         return (SDA_IMAGE_INSTRUCTION, IMAGE_HERE)
     return _with_images(IMAGE_INSTRUCTION, [""] * count)
@@ -78,12 +78,12 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def prompt_hash(mode: PromptMode, chat_template: str | None, wording: PromptStyle = "vlm2rec") -> str:
+def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: PromptStyle = "vlm2rec") -> str:
     """Return a short hash of everything that decides a prompt's wording, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
         "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
-    }[wording]
+    }[prompt_style]
     texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 

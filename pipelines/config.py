@@ -161,7 +161,7 @@ class FinetuneConfig:
     max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
     max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
     pooling: Pooling = setting("A vector is the state of the last token, or the mean of all. SDA: mean.", "last")
-    wording: PromptStyle = setting(
+    prompt_style: PromptStyle = setting(
         "Whose prompts: vlm2rec, or sda, which knows single items only. SDA: sda.", "vlm2rec"
     )
     lora_rank: Positive = setting("LoRA rank, of all experts together. SDA: 8.", 16)
@@ -208,7 +208,7 @@ class FinetuneConfig:
 
 SDA_DEFAULTS: dict[str, Any] = {
     "pooling": "mean",
-    "wording": "sda",
+    "prompt_style": "sda",
     "lora_rank": 8,
     "lora_dropout": 0.1,
     "batch_size": 32,
@@ -250,7 +250,7 @@ class ExportConfig:
         None,
     )
     pooling: Pooling | None = setting("last or mean, as for finetune. Default: the adapter's, else last.", None)
-    wording: PromptStyle | None = setting(
+    prompt_style: PromptStyle | None = setting(
         "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)

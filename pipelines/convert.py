@@ -17,7 +17,7 @@ from vlm2rec.downstream.options import Missing
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
-from vlm2rec.embedder.contract.publish import replace_folder, staging, sync, told_plainly
+from vlm2rec.embedder.contract.publish import plain_disk_errors, replace_folder, staging, sync
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 
@@ -56,7 +56,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     form = FORMATS[config.to]
     columns = _columns(config, form, manifest)
     missing = _missing(config, form)
-    with staging(config.out) as folder, told_plainly(config.out):
+    with staging(config.out) as folder, plain_disk_errors(config.out):
         gaps = form.write(config, folder, columns, missing)
         if gaps:
             write_gaps(folder / MISSING_FILE, gaps)
@@ -218,7 +218,7 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
     from vlm2rec.embedder.backbones.lora import backbone_licence, kind
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.sentence_export import model_readme, write_sentence_transformer
-    from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+    from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 
     if config.backbone is None:
         raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
@@ -233,8 +233,13 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
     given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
     # an adapter brings its settings; without one they are the export's
     given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
-    found = encoder_settings(config.backbone, config.adapter, **given)
-    for name in ("backbone_hash", "adapter", "prompt_hash", *(field.name for field in fields(EncoderSettings))):
+    found = fingerprint_of(config.backbone, config.adapter, **given)
+    for name in (
+        "backbone_hash",
+        "adapter",
+        "prompt_hash",
+        *(schema.stored_name(field.name) for field in fields(EncoderSettings)),
+    ):
         if found.get(name) != exported.get(name):
             raise ModelError(
                 f"{config.embeddings} was exported with {name} {exported.get(name)!r}, this model has"
@@ -242,7 +247,8 @@ def _sentence_transformers(config: ConvertConfig, folder: Path, columns: list[st
                 "the backbone and the adapter of the export",
                 "give these with --backbone, --revision and --adapter",
             )
-    if (exported["pooling"], exported.get("wording", "vlm2rec")) != ("last", "vlm2rec"):
+    settings = EncoderSettings.of_export(exported)
+    if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
         raise ModelError(
             f"{config.embeddings} was exported with the prompts and the pooling of SDA",
             "an export with VLM2Rec's, which the folder's chat template and pooling can express",

@@ -99,7 +99,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
-    single_items = manifest["settings"].get("wording", "vlm2rec") == "sda"
+    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") == "sda"
     if config.users_from == "auto":
         return "mean" if config.backbone is None or single_items else "sequence"
     if config.users_from == "sequence" and single_items:
@@ -137,7 +137,7 @@ def _encode_histories(
     """Return the sequence encoder's user vectors; the encoder must be the one that made the table."""
     from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-    from vlm2rec.embedder.encoders.item_features import Items, encode_rows
+    from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
     from vlm2rec.embedder.encoders.settings import EncoderSettings
 
     exported = manifest["settings"]
@@ -158,9 +158,9 @@ def _encode_histories(
         token_budget=config.token_budget,
         **(settings if config.adapter is None else {}),
     )
-    _require_same_encoder(encoder.settings, exported, config)
+    _require_same_encoder(encoder.fingerprint, exported, config)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
-    items = Items(dataset, encoder)
+    items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
     with progress("encode histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)

@@ -18,14 +18,14 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import FailureLimitError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
-from vlm2rec.embedder.encoders.frozen import frozen_settings, load_frozen
+from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_settings
-from vlm2rec.embedder.encoders.settings import encoder_settings
-from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_settings
+from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_fingerprint
+from vlm2rec.embedder.encoders.settings import fingerprint_of
+from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerprint
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.distribute import ALONE, Scale
-from vlm2rec.embedder.export.estimate import estimate, told
+from vlm2rec.embedder.export.distribute import ALONE, Distribution
+from vlm2rec.embedder.export.estimate import describe, estimate
 from vlm2rec.embedder.export.export import _plan, export
 from vlm2rec.embedder.export.reuse import Reuse, _earlier_rows, _work
 from vlm2rec.embedder.export.verify import effective_ranks
@@ -45,7 +45,7 @@ _ENCODER_ARGUMENTS = (
     "max_pixels",
     "max_title_tokens",
     "pooling",
-    "wording",
+    "prompt_style",
     "dtype",
     "device",
 )
@@ -65,16 +65,16 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     """
     given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
     settings = _settings(config, given)
-    scale = Scale(config.engine, config.num_workers, config.worker, config.gpus)
+    distribution = Distribution(config.engine, config.num_workers, config.worker, config.gpus)
     if config.dry_run:
-        return _dry_run(config, settings, given, scale)
-    return export_as_told(config, settings, functools.partial(_load, config, given), config.on_image_error, scale)
+        return _dry_run(config, settings, given, distribution)
+    return run_export(config, settings, functools.partial(_load, config, given), config.on_image_error, distribution)
 
 
 def _settings(config: ExportConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     if config.strategy is None:
-        return encoder_settings(config.backbone, config.adapter, **given)
-    return strategy_settings(config.backbone, config.strategy, adapter=config.adapter, **given)
+        return fingerprint_of(config.backbone, config.adapter, **given)
+    return strategy_fingerprint(config.backbone, config.strategy, adapter=config.adapter, **given)
 
 
 def _encoder(config: ExportConfig, given: Mapping[str, Any]) -> ItemEncoder:
@@ -90,7 +90,7 @@ def _load(config: ExportConfig, given: Mapping[str, Any], dataset: Dataset) -> I
 
 
 def _dry_run(
-    config: ExportConfig, settings: Mapping[str, Any], given: Mapping[str, Any], scale: Scale
+    config: ExportConfig, settings: Mapping[str, Any], given: Mapping[str, Any], distribution: Distribution
 ) -> dict[str, Any]:
     """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
     dataset, out = Dataset(config.data), config.out
@@ -108,21 +108,21 @@ def _dry_run(
     )
     finished = shards.recorded(out, plan, reuse.revises)
     earlier = _earlier_rows(out, plan, finished, reuse)
-    work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
-    rows = [plan.rows(number)[place] for number, held in work.items() for place in np.flatnonzero(held < 0)]
+    work = _work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+    rows = [plan.rows(number)[place] for number, reuse_rows in work.items() for place in np.flatnonzero(reuse_rows < 0)]
     encoder = _encoder(config, given)
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
         found = estimate(plan, out, rows, len(work), maker.encoded, encoder.backbone.device)
-    console.summary("dry run: nothing was written", told(found) | {"licence": backbone_licence(config.backbone)})
+    console.summary("dry run: nothing was written", describe(found) | {"licence": backbone_licence(config.backbone)})
     return found
 
 
-def export_as_told(
+def run_export(
     config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig,
     settings: Mapping[str, Any],
     load_encoder: Callable[[Dataset], Encoder],
     on_image_error: ImagePolicy,
-    scale: Scale = ALONE,
+    distribution: Distribution = ALONE,
 ) -> dict[str, Any] | None:
     """Do what every command with an encoder does: export, print what came out, and refuse too many failures.
 
@@ -148,7 +148,7 @@ def export_as_told(
         images_by=config.images_by,
         reuse=_reuse(config),
         image_timeout=config.image_timeout,
-        scale=scale,
+        distribution=distribution,
         reporter=TERMINAL,
     )
     if manifest is None:
@@ -210,9 +210,9 @@ def run_frozen(config: EncodeFrozenConfig) -> dict[str, Any] | None:
         "dtype": config.dtype,
         "device": config.device,
     }
-    return export_as_told(
+    return run_export(
         config,
-        frozen_settings(config.encoder, **given),
+        frozen_fingerprint(config.encoder, **given),
         lambda _: load_frozen(config.encoder, token_budget=config.token_budget, **given),
         config.on_image_error,
     )
@@ -238,9 +238,9 @@ def run_prompted(config: EncodePromptedConfig) -> dict[str, Any] | None:
         "dtype": config.dtype,
         "device": config.device,
     }
-    return export_as_told(
+    return run_export(
         config,
-        prompted_settings(config.backbone, **given),
+        prompted_fingerprint(config.backbone, **given),
         lambda _: PromptedEncoder.load(config.backbone, token_budget=config.token_budget, **given),
         "null",
     )

@@ -30,7 +30,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.options import DtypeName
 from vlm2rec.embedder.training.losses import VLM2RecLoss
 from vlm2rec.embedder.training.model_card import model_card
@@ -40,7 +40,7 @@ from vlm2rec.embedder.training.train import CHECKPOINTS, Model, Training, Traini
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines.config import OF_METHOD, FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
-from vlm2rec.pipelines.finetune_probe import make_probe, told, warning
+from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 
 _RUN_FILE = "run.json"
 # these may differ between a run and its continuation: they do not change what is learned
@@ -80,7 +80,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
         max_pixels=config.max_pixels,
         max_title_tokens=config.max_title_tokens,
         pooling=config.pooling,
-        wording=config.wording,
+        prompt_style=config.prompt_style,
         dtype=_training_dtype(config),
         device=config.device,
     )
@@ -92,7 +92,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
         )
     samples = _samples(config, dataset)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
-    items = Items(dataset, encoder)
+    items = ItemFeatures(dataset, encoder)
     wrapped = _adapter(config, encoder)
     model = _model(config, encoder, wrapped, items)
     _remember_run(config)
@@ -145,7 +145,7 @@ def _adapter(config: FinetuneConfig, encoder: ItemEncoder) -> nn.Module:
     return add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
 
 
-def _model(config: FinetuneConfig, encoder: ItemEncoder, wrapped: nn.Module, items: Items) -> Model:
+def _model(config: FinetuneConfig, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> Model:
     if config.method == "sda":
         return ItemModel(encoder, wrapped, items, ItemAlignment(config.cmsa, config.tau_cmsa), config.chunk_users)
     return HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users, config.negatives)
@@ -196,10 +196,10 @@ def _check_method(config: FinetuneConfig) -> None:
                     f"{flag} with --method {other}",
                     f"leave {flag} out",
                 )
-    if config.method == "vlm2rec" and config.wording == "sda":
+    if config.method == "vlm2rec" and config.prompt_style == "sda":
         raise ConfigError(
-            "--wording sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
-            "--wording vlm2rec, or --method sda",
+            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
+            "--prompt-style vlm2rec, or --method sda",
             "change one of the two",
         )
     if config.method == "sda" and (config.fusion == "internal" or config.views != "both"):
@@ -254,7 +254,7 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
     """Return the settings that decide what is learned, and the number of processes, in the form they take in JSON."""
-    decisive = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    decisive = {schema.stored_name(name): value for name, value in asdict(config).items() if name not in _FREE}
     return {**decisive, "data": str(config.data.resolve()), "processes": distributed.count()}
 
 
@@ -279,7 +279,8 @@ def _is_finished(config: FinetuneConfig) -> bool:
 
 def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     # a run begun before a setting existed did what is now its default
-    defaults = {field.name: field.default for field in fields(config)} | {"processes": 1}
+    defaults = {schema.stored_name(field.name): field.default for field in fields(config)}
+    defaults |= {"processes": 1}
     for name, value in _identity(config).items():
         begun = before.get(name, defaults[name])
         if begun != value:
@@ -298,7 +299,7 @@ def _remember_run(config: FinetuneConfig) -> None:
 
 
 def _validation(
-    config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder, items: Items
+    config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder, items: ItemFeatures
 ) -> Callable[[], dict[str, float]]:
     """Return a function that ranks the validation items of (a sample of) the users among their stored candidates."""
     histories = dataset.histories("valid")
@@ -359,8 +360,8 @@ def _provenance(
         "kind": "moda" if config.method == "sda" and config.experts > 1 else "lora",
         "backbone": config.backbone,
         "licence": licence,
-        "backbone_settings": encoder.settings,
-        "encoder": asdict(encoder.encoder_settings),
+        "backbone_settings": encoder.fingerprint,
+        "encoder": encoder.settings.stored(),
         "training": {
             "method": config.method,
             "loss": _loss_name(config),
@@ -396,8 +397,8 @@ def _told_conflict(rows: list[dict[str, Any]]) -> dict[str, object]:
     found = {
         name: [row[f"cos_text_image_{name}"] for row in rows if f"cos_text_image_{name}" in row] for name in PROBED
     }
-    told = ", ".join(f"{name} {np.mean(values):+.4f}" for name, values in found.items() if values)
-    return {"gradient cosine": f"text to image, last layer: {told} (mean of {len(rows)} steps)"} if told else {}
+    describe = ", ".join(f"{name} {np.mean(values):+.4f}" for name, values in found.items() if values)
+    return {"gradient cosine": f"text to image, last layer: {describe} (mean of {len(rows)} steps)"} if describe else {}
 
 
 def _summarise(
@@ -415,7 +416,7 @@ def _summarise(
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
     rows |= _told_conflict(training.curves["gradients"])
     if training.curves["warnings"]:
-        rows["collapse"] = told(training.curves["warnings"])
+        rows["collapse"] = describe(training.curves["warnings"])
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         rows["unreadable images"] = f"{len(unreadable)}, shown as white; item {name}: {reason}"

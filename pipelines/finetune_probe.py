@@ -10,7 +10,7 @@ from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.training.monitor import Collapse, Probe
 from vlm2rec.pipelines.config import FinetuneConfig
 
@@ -34,7 +34,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     place = place.reshape(count, -1)
     sequences = [histories.of(int(user)).tolist() for user in users]
     # items of its own: an image looked at here, in another batch, would reach the training with other rounding
-    items = Items(dataset, encoder, _CACHE)
+    items = ItemFeatures(dataset, encoder, _CACHE)
 
     def measure() -> dict[str, float]:
         user_vectors = encode_users_together(encoder, items, sequences)
@@ -83,7 +83,7 @@ def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
     return f"a larger --beta (it starts at {config.beta:g}), a larger --lam (now {config.lam:g}), or {slower}"
 
 
-def told(warnings: Sequence[dict[str, object]]) -> str:
+def describe(warnings: Sequence[dict[str, object]]) -> str:
     """Return a run's warnings as one line for its summary."""
     parts = []
     for entry in warnings:

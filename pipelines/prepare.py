@@ -28,7 +28,7 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files as catalogue_files
 from vlm2rec.pipelines.catalogue import images as image_files
 from vlm2rec.pipelines.catalogue.dataset_writer import _write_candidates, _write_items, _write_sequences
-from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Step, filter_log, read_log
+from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.config import PrepareConfig
 
@@ -109,7 +109,7 @@ def _short_string(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(kind) else kind
 
 
-def _describe(config: PrepareConfig, steps: list[Step], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
+def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
     """Return what dataset.json holds. Nothing in it depends on the day or the machine's speed."""
     out = config.out.resolve()
     name = config.name or out.name

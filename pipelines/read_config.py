@@ -14,6 +14,9 @@ from typing import Any, Literal
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.pipelines.config import SDA_DEFAULTS, Config, FinetuneConfig
 
+RENAMED = {"wording": "prompt_style"}
+"""Settings that had another name before."""
+
 
 def read_config(
     cls: type[Config],
@@ -73,6 +76,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
     for key in values:
+        if RENAMED.get(key) in known:
+            raise ConfigError(f"{key} in {where}", f"its new name, {RENAMED[key]}", "write that in its place")
         if key not in known:
             raise ConfigError(
                 f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",

@@ -14,18 +14,18 @@ from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
 from vlm2rec.pipelines.demo import library_versions
-from vlm2rec.pipelines.experiments import results as study_results
-from vlm2rec.pipelines.experiments.methods import Cell, Step
+from vlm2rec.pipelines.experiments import results as results_file
+from vlm2rec.pipelines.experiments.methods import Run, Step
 from vlm2rec.pipelines.experiments.schedule import (
-    Course,
     Failure,
+    Schedule,
     _kind,
     _learn_pace,
     _run_steps,
     _settle_changes,
     _title,
     clock,
-    plan_course,
+    plan_schedule,
 )
 from vlm2rec.pipelines.reporting import page as study_report
 from vlm2rec.pipelines.synthetic.laboratory import draw_laboratory
@@ -48,22 +48,22 @@ def run(config: StudyConfig) -> Path:
     if not config.demo:
         _require_material(config)
         if config.plan_only:
-            course, wanted = _planned(config)
-            _announce(course, wanted, course.unfinished(wanted), config.jobs)
+            schedule, wanted = _planned(config)
+            _announce(schedule, wanted, schedule.unfinished(wanted), config.jobs)
             return config.out
     with writing(config.out):
         config = draw_laboratory(config) if config.demo else config
-        course, wanted = _planned(config)
-        _settle_changes(course, config.redo)
-        todo = course.unfinished(wanted)
-        _announce(course, wanted, todo, config.jobs)
+        schedule, wanted = _planned(config)
+        _settle_changes(schedule, config.redo)
+        todo = schedule.unfinished(wanted)
+        _announce(schedule, wanted, todo, config.jobs)
         if config.plan_only:
             return config.out
-        _remember(course, config)
-        failures = _run_steps(course, todo, config.jobs)
-        study_results.collect(course.study, course.out, course.cells, course.home, course.domains)
+        _remember(schedule, config)
+        failures = _run_steps(schedule, todo, config.jobs)
+        results_file.collect(schedule.study, schedule.out, schedule.cells, schedule.home, schedule.domains)
         report = study_report.run(config.out)
-    _summarise(course, wanted, failures, report)
+    _summarise(schedule, wanted, failures, report)
     if failures:
         raise failures[0].error
     return report
@@ -77,11 +77,11 @@ def _require_material(config: StudyConfig) -> None:
             )
 
 
-def _planned(config: StudyConfig) -> tuple[Course, list[Cell]]:
+def _planned(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     """Return the whole course, and the cells of the methods that --methods picks."""
-    course = plan_course(config)
-    picked = {method.name for method in course.study.picked(config.methods)}
-    return course, [cell for cell in course.cells if cell.method.name in picked]
+    schedule = plan_schedule(config)
+    picked = {method.name for method in schedule.study.picked(config.methods)}
+    return schedule, [cell for cell in schedule.cells if cell.method.name in picked]
 
 
 # --- the study folder ---------------------------------------------------------------------------------------
@@ -101,20 +101,20 @@ def _require_own_folder(out: Path) -> None:
         )
 
 
-def _remember(course: Course, config: StudyConfig) -> None:
+def _remember(schedule: Schedule, config: StudyConfig) -> None:
     schema.write_json(
-        course.out / STUDY_FILE,
+        schedule.out / STUDY_FILE,
         {
             "written_by": WRITTEN_BY,
             "command": {
                 key: str(value) if isinstance(value, Path) else value
                 for key, value in dataclasses.asdict(config).items()
             },
-            "study": dataclasses.asdict(course.study),
-            "data": str(course.home.data.resolve()),
-            "contents of data": course.marks[course.home.data],
+            "study": dataclasses.asdict(schedule.study),
+            "data": str(schedule.home.data.resolve()),
+            "contents of data": schedule.marks[schedule.home.data],
             "versions": library_versions(),
-            "notes": list(course.study.notes),
+            "notes": list(schedule.study.notes),
         },
     )
 
@@ -125,14 +125,14 @@ def _remember(course: Course, config: StudyConfig) -> None:
 # --- what the person sees -----------------------------------------------------------------------------------
 
 
-def _announce(course: Course, wanted: Sequence[Cell], todo: Sequence[tuple[Cell, Step]], jobs: int) -> None:
+def _announce(schedule: Schedule, wanted: Sequence[Run], todo: Sequence[tuple[Run, Step]], jobs: int) -> None:
     """Say what will run and how long it may take."""
-    _learn_pace(course)
+    _learn_pace(schedule)
     rows: dict[str, tuple[set[str], int, int, float]] = {}
     for cell, step in todo:
         kind = _kind(step)
         methods, count, _, seconds = rows.get(kind, (set(), 0, 0, 0.0))
-        seconds += course.pace.of(step, course.datasets[step.config.data])
+        seconds += schedule.pace.of(step, schedule.datasets[step.config.data])
         rows[kind] = (methods | {cell.method.name}, count + 1, 0, seconds)
     table = Table(title="To run", title_justify="left", box=None, padding=(0, 3, 0, 0))
     for name in ("step", "methods", "runs", "about"):
@@ -144,29 +144,29 @@ def _announce(course: Course, wanted: Sequence[Cell], todo: Sequence[tuple[Cell,
     table.add_row("all", "", str(len(todo)), clock(total), style="bold")
     names = {cell.method.name for cell in wanted}
     log.print(
-        f"Study of {len(names)} methods on {course.home.name}:"
+        f"Study of {len(names)} methods on {schedule.home.name}:"
         f" {steps} steps, {steps - len(todo)} done before, {len(todo)} to run.",
         markup=False,
     )
     if todo:
         log.print(table)
-        if not course.pace.seconds:
+        if not schedule.pace.seconds:
             log.print("Nothing is measured yet: the times are those of the small backbone on one core.", style="dim")
         log.print("What the steps say is in log.txt of each cell.", style="dim")
-    for note in course.study.notes:
+    for note in schedule.study.notes:
         log.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
-def _summarise(course: Course, wanted: Sequence[Cell], failures: Sequence[Failure], report: Path) -> None:
-    left = len(course.unfinished(wanted))
+def _summarise(schedule: Schedule, wanted: Sequence[Run], failures: Sequence[Failure], report: Path) -> None:
+    left = len(schedule.unfinished(wanted))
     steps = sum(len(cell.steps) for cell in wanted)
     rows: dict[str, object] = {
         "steps": f"{steps - left} of {steps} done",
-        "results": course.out / study_results.RESULTS_FILE,
-        "figures": course.out / "figures",
+        "results": schedule.out / results_file.RESULTS_FILE,
+        "figures": schedule.out / "figures",
         "report": report.resolve(),
     }
     if failures:
         rows["failed"] = "; ".join(f"{_title(f.cell)}, {f.step.name}" for f in failures)
-    study_results.print_tables(course.out)
+    results_file.print_tables(schedule.out)
     summary("Study", rows)

@@ -45,7 +45,7 @@ class ShadeEncoder:
     """Vectors made of the title's length and the picture's mean colour; `spoil` may put something else there."""
 
     def __init__(self, views: Sequence[str] = schema.VIEWS, spoil: dict[str, Callable[[int], float]] | None = None):
-        self.settings: dict[str, Any] = {"dim": 3, "views": list(views), "max_pixels": 112 * 112, "model": "shade"}
+        self.fingerprint: dict[str, Any] = {"dim": 3, "views": list(views), "max_pixels": 112 * 112, "model": "shade"}
         self.spoil = spoil or {}
         self.calls: list[list[str]] = []
 

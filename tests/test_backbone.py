@@ -33,7 +33,7 @@ def drawn_images(count: int) -> list[Image.Image]:
 def mixed_prompts(
     backbone: Backbone, images: list[Image.Image], most: int
 ) -> list[tuple[EncodedPrompt, prompts.Prompt, list[Image.Image]]]:
-    features = backbone.look(images)
+    features = backbone.encode_images(images)
     wanted = [
         (prompts.text_prompt(TITLES), 0),
         (prompts.text_prompt(TITLES[:1]), 0),
@@ -87,17 +87,17 @@ def test_images_normalised_on_the_device_are_those_of_the_image_processor(
 ) -> None:
     backbone = Backbone.load(str(tiny(family)), device="cpu")
     images = drawn_images(3)
-    usual = backbone.look(images)
+    usual = backbone.encode_images(images)
     assert not backbone.normalises_on_device
     monkeypatch.setattr(Backbone, "normalises_on_device", True)  # as on a GPU
     assert {backbone.patch(image).values.dtype for image in images} == {torch.uint8}
-    for mine, its in zip(backbone.look(images), usual, strict=True):
+    for mine, its in zip(backbone.encode_images(images), usual, strict=True):
         torch.testing.assert_close(mine.tokens, its.tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:
     backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
-    prompt = backbone.tokenize(prompts.image_prompt(1), backbone.look([Image.new("RGB", (112, 56))]))
+    prompt = backbone.tokenize(prompts.image_prompt(1), backbone.encode_images([Image.new("RGB", (112, 56))]))
     ids, mask = backbone._pad([prompt])
     positions = backbone._positions(ids, mask, prompt.images)
     assert positions.shape == (3, 1, len(prompt))
@@ -132,7 +132,7 @@ def test_white_space_and_nul_are_folded(tiny: Tiny) -> None:
 def test_more_images_than_positions_is_a_clear_error(tiny: Tiny) -> None:
     backbone = Backbone.load(str(tiny("llava")), device="cpu")
     backbone.model.config.get_text_config().max_position_embeddings = 40
-    features = backbone.look(drawn_images(10))
+    features = backbone.encode_images(drawn_images(10))
     with pytest.raises(ConfigError, match=r"10 images .* at most 40 tokens.*--max-history"):
         backbone.tokenize(prompts.image_prompt(10), features)
 
@@ -140,7 +140,7 @@ def test_more_images_than_positions_is_a_clear_error(tiny: Tiny) -> None:
 def test_no_gradient_flows_into_the_vision_tower(tiny: Tiny) -> None:
     backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
-    assert not backbone.look(drawn_images(1))[0].tokens.requires_grad
+    assert not backbone.encode_images(drawn_images(1))[0].tokens.requires_grad
 
 
 def test_unknown_backbone_folder_says_what_a_model_folder_is(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vlm2rec.embedder.backbones import lora
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode_rows
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
 from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.monitor import Collapse
 from vlm2rec.pipelines import finetune
@@ -114,7 +114,7 @@ def test_a_probe_row_is_the_geometry_of_seeded_validation_users_and_their_first_
 
     histories = dataset.histories("valid")
     users = np.sort(np.random.default_rng([0, 4]).choice(len(histories), 5, replace=False))
-    items = Items(dataset, encoder)
+    items = ItemFeatures(dataset, encoder)
     user_vectors = encode_rows(encoder, items, [histories.of(int(user)).tolist() for user in users])["image"]
     everything = encode_rows(encoder, items, [[item] for item in range(len(dataset.item_ids))])["image"]
     negatives = dataset.negatives(0)[users, :4]
@@ -200,7 +200,7 @@ def test_the_advice_fits_the_loss_and_the_rule(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_a_run_s_warnings_are_one_line_of_its_summary() -> None:
-    line = collapse_probe.told(
+    line = collapse_probe.describe(
         [
             {"step": 30, "view": "image", "rule": "behind", "until": 50},
             {"step": 40, "view": "text", "rule": "narrow", "until": None},

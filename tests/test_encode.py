@@ -19,7 +19,7 @@ from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 
 Tiny = Callable[[str], Path]
 TITLES = ["Red mug", "Oak lamp", "A rather longer title about a chair", "x", "Bag"]
@@ -122,18 +122,17 @@ def test_settings_are_known_without_the_weights_and_name_what_decides_a_vector(
     tiny: Tiny, encoder: ItemEncoder
 ) -> None:
     folder = str(tiny("qwen2_5_vl"))
-    known = encoder_settings(folder, dtype="float32", device="cpu")
-    assert known == encoder.settings
+    known = fingerprint_of(folder, dtype="float32", device="cpu")
+    assert known == encoder.fingerprint
     for changed in (
         {"prompt_mode": "chat"},
         {"max_pixels": 112 * 112},
         {"fusion": "internal"},
         {"max_title_tokens": 5},
     ):
-        assert encoder_settings(folder, dtype="float32", device="cpu", **changed) != known
+        assert fingerprint_of(folder, dtype="float32", device="cpu", **changed) != known
     assert (
-        encoder_settings(str(tiny("qwen3_vl")), dtype="float32", device="cpu")["backbone_hash"]
-        != known["backbone_hash"]
+        fingerprint_of(str(tiny("qwen3_vl")), dtype="float32", device="cpu")["backbone_hash"] != known["backbone_hash"]
     )
 
 

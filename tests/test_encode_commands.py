@@ -21,7 +21,7 @@ from vlm2rec.embedder.backbones.images import open_image
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, FailureLimitError
 from vlm2rec.embedder.contract.schema import read_manifest
-from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_settings
+from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_fingerprint
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.options import PromptMode
 from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question, render
@@ -189,10 +189,10 @@ def test_an_item_without_image_is_a_failure_row(drawn_dataset: Path, tiny: Tiny,
 
 def test_settings_are_known_before_the_weights_and_change_with_the_question(tiny: Tiny) -> None:
     folder = str(tiny("qwen2_5_vl"))
-    settings = prompted_settings(folder, device="cpu")
+    settings = prompted_fingerprint(folder, device="cpu")
     assert PromptedEncoder.load(folder, device="cpu").settings == json.loads(json.dumps(settings)) == settings
     hashes = {
-        prompted_settings(folder, instruction=asked, prompt_mode=mode)["prompt_hash"]
+        prompted_fingerprint(folder, instruction=asked, prompt_mode=mode)["prompt_hash"]
         for asked in (None, "What is it?")
         for mode in ("raw", "chat")
     }
@@ -208,7 +208,7 @@ def test_settings_are_known_before_the_weights_and_change_with_the_question(tiny
 )
 def test_a_question_that_cannot_be_asked_is_refused(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        prompted_settings(str(tiny("qwen2_5_vl")), **settings)
+        prompted_fingerprint(str(tiny("qwen2_5_vl")), **settings)
 
 
 def test_chat_needs_a_template_and_auto_does_without(tmp_path: Path) -> None:
@@ -216,6 +216,6 @@ def test_chat_needs_a_template_and_auto_does_without(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert prompted_settings(str(folder))["prompt_mode"] == "raw"
+    assert prompted_fingerprint(str(folder))["prompt_mode"] == "raw"
     with pytest.raises(ConfigError, match="no chat template"):
-        prompted_settings(str(folder), prompt_mode="chat")
+        prompted_fingerprint(str(folder), prompt_mode="chat")

@@ -20,7 +20,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import Share, writing
 from vlm2rec.embedder.export.reuse import Reuse
@@ -28,7 +28,7 @@ from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
 
-SETTINGS = ShadeEncoder().settings
+SETTINGS = ShadeEncoder().fingerprint
 Tiny = Callable[[str], Path]
 
 
@@ -72,17 +72,17 @@ def make(data: Dataset, out: Path, load: Callable[[], Any] = ShadeEncoder, **cho
 def test_fault_17_any_number_of_workers_makes_the_same_folder(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    make(data, tmp_path / "out", scale=Scale(num_workers=2))
+    make(data, tmp_path / "out", distribution=Distribution(num_workers=2))
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
 
 
 def test_fault_17_what_one_worker_has_begun_several_go_on_with(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    assert make(data, tmp_path / "out", scale=Scale(num_workers=2, worker=1)) is None
+    assert make(data, tmp_path / "out", distribution=Distribution(num_workers=2, worker=1)) is None
     before = parts(tmp_path / "out")
     assert len(before) == 3
-    make(data, tmp_path / "out", scale=Scale(num_workers=2))
+    make(data, tmp_path / "out", distribution=Distribution(num_workers=2))
     assert parts(tmp_path / "out") == whole
 
 
@@ -91,7 +91,7 @@ def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
 ) -> None:
     (tmp_path / "deaths").write_text("x")
     load = functools.partial(Deadly, "red chair 6", tmp_path / "deaths")
-    make(data, tmp_path / "out", load, scale=Scale(num_workers=2))
+    make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
     assert "died (exit code -9), with part-00002.parquet in hand, which another makes" in " ".join(
         capsys.readouterr().err.split()
@@ -104,20 +104,20 @@ def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_r
     (tmp_path / "deaths").write_text("xx")
     load = functools.partial(Deadly, "red chair 6", tmp_path / "deaths")
     with pytest.raises(ArtifactError, match=r"two workers died over part-00002\.parquet"):
-        make(data, tmp_path / "out", load, scale=Scale(num_workers=2))
+        make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
     assert len(parts(tmp_path / "out")) >= 2
-    make(data, tmp_path / "out", load, scale=Scale(num_workers=2))
+    make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
     assert parts(tmp_path / "out") == whole
 
 
 def test_what_a_worker_complains_of_is_what_the_command_complains_of(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="this model refuses"):
-        make(data, tmp_path / "out", Refusing, scale=Scale(num_workers=2))
+        make(data, tmp_path / "out", Refusing, distribution=Distribution(num_workers=2))
 
 
 def test_workers_take_over_earlier_rows(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
     reuse = Reuse(changed_since=tmp_path / "whole")
-    make(data, tmp_path / "out", Refusing, reuse=reuse, scale=Scale(num_workers=2))
+    make(data, tmp_path / "out", Refusing, reuse=reuse, distribution=Distribution(num_workers=2))
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
 
 
@@ -136,7 +136,7 @@ class Slow(ShadeEncoder):
         time.sleep(0.3)
         return super().encode_items(titles, images)
 if __name__ == "__main__":
-    export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), Slow().settings, Slow, shard_size=2,
+    export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), Slow().fingerprint, Slow, shard_size=2,
            scale=Scale(num_workers=2))
 """
     (tmp_path / "main.py").write_text(code)  # workers import it again
@@ -148,7 +148,7 @@ if __name__ == "__main__":
     waited(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     data = Dataset(folder)
     make(data, tmp_path / "whole")
-    export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=2, scale=Scale(num_workers=2))
+    export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=2, distribution=Distribution(num_workers=2))
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and verify(tmp_path / "out") == []
 
 
@@ -157,14 +157,16 @@ def test_each_worker_makes_its_share_and_the_last_one_completes_the_folder(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert make(data, out, scale=Scale(num_workers=3, worker=2)) is None
+    assert make(data, out, distribution=Distribution(num_workers=3, worker=2)) is None
     assert sorted(parts(out)) == ["part-00002.parquet", "part-00005.parquet"]
     assert "5 of 7 are still to be made by others" in " ".join(capsys.readouterr().err.split())
-    assert make(data, out, scale=Scale(num_workers=3, worker=0)) is None
-    manifest = make(data, out, scale=Scale(num_workers=3, worker=1))
+    assert make(data, out, distribution=Distribution(num_workers=3, worker=0)) is None
+    manifest = make(data, out, distribution=Distribution(num_workers=3, worker=1))
     assert manifest is not None and manifest["num_items"] == ITEMS
     assert parts(out) == whole and verify(out) == []
-    assert make(data, out, scale=Scale(num_workers=3, worker=0)) == manifest  # a scheduler may start it again
+    assert (
+        make(data, out, distribution=Distribution(num_workers=3, worker=0)) == manifest
+    )  # a scheduler may start it again
 
 
 def test_workers_at_the_same_time_make_one_folder(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ from chairs import ShadeEncoder
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.export.distribute import Scale
 from vlm2rec.pipelines.export_items import export
-export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().settings, ShadeEncoder, shard_size=3,
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
        scale=Scale(num_workers=3, worker=int(sys.argv[3])))
 """
     started = [child(code, data.path, tmp_path / "out", worker) for worker in range(3)]
@@ -189,7 +191,7 @@ def test_a_dead_worker_s_share_is_made_by_whoever_comes_next(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    make(data, out, scale=Scale(num_workers=2, worker=0))
+    make(data, out, distribution=Distribution(num_workers=2, worker=0))
     (out / ".part-00001.parquet.4711.tmp").write_bytes(b"half")
     (out / "export.worker-1-of-2.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 4711}))
     make(data, out)
@@ -228,20 +230,20 @@ def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_last_worker_takes_away_what_dead_ones_left_half_written_and_no_more(data: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    make(data, out, scale=Scale(num_workers=2, worker=0))
+    make(data, out, distribution=Distribution(num_workers=2, worker=0))
     dead, alive = out / ".manifest.json.99999999.tmp", out / f".manifest.json.{os.getppid()}.tmp"
     for path in (dead, alive):
         path.write_bytes(b"{")
-    make(data, out, scale=Scale(num_workers=2, worker=1))
+    make(data, out, distribution=Distribution(num_workers=2, worker=1))
     assert not dead.exists() and alive.exists()
     (out / "part-00000.json").write_text("{}")  # a worker may die between the manifest and the records
-    make(data, out, scale=Scale(num_workers=2, worker=0))
+    make(data, out, distribution=Distribution(num_workers=2, worker=0))
     assert not (out / "part-00000.json").exists()
 
 
 def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    make(data, out, scale=Scale(num_workers=2, worker=0))
+    make(data, out, distribution=Distribution(num_workers=2, worker=0))
     mine, other = out / ".part-00001.parquet.4711.tmp", out / ".part-00000.parquet.4712.tmp"
     for path in (mine, other):
         path.write_bytes(b"half")
@@ -260,12 +262,12 @@ def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, t
 )
 def test_contradictions_are_refused(choices: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        Scale(**choices)
+        Distribution(**choices)
 
 
 def test_more_gpus_than_there_are_are_refused_by_number(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--gpus 99, and this machine has"):
-        make(data, tmp_path / "out", scale=Scale(gpus=99))
+        make(data, tmp_path / "out", distribution=Distribution(gpus=99))
 
 
 def test_the_real_encoder_in_two_processes_gives_the_vectors_of_one(tiny: Tiny, data: Dataset, tmp_path: Path) -> None:

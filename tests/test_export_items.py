@@ -43,7 +43,7 @@ def never() -> ItemEncoder:
 # --- what becomes of an item --------------------------------------------------------------------------------
 def test_every_item_comes_out_once_and_in_order(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    manifest = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     rows = rows_of(tmp_path / "out")
     assert [row["item_id"] for row in rows] == data.item_ids
     assert manifest["counts"] == {"ok": 14, "truncated": 6, "text_only": 0, "failed": 0}
@@ -59,7 +59,7 @@ def test_every_item_comes_out_once_and_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("items", [1, 7, 8, 9])
 def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items: int) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", items)), ShadeEncoder()
-    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    manifest = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     assert manifest["num_items"] == items and len(rows_of(tmp_path / "out")) == items
     assert verify(tmp_path / "out") == []
 
@@ -67,7 +67,7 @@ def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items
 def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_maker, "ITEMS_AT_ONCE", 3)
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=10)
+    export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=10)
     assert [len(call) for call in encoder.calls] == [3, 3, 3, 1, 3, 3, 3, 1]
     whole = ShadeEncoder().encode_items(
         data.titles, [Image.open(data.image_root / path).convert("RGB") for path in data.image_paths]
@@ -77,7 +77,7 @@ def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypa
 
 def test_with_the_policy_null_a_bad_image_is_a_failure_row_with_its_reason(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
-    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="null")
+    manifest = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, on_image_error="null")
     assert manifest["counts"] == {"ok": 13, "truncated": 5, "text_only": 0, "failed": 2}
     for row in BROKEN:
         found = rows_of(tmp_path / "out")[row]
@@ -88,7 +88,7 @@ def test_with_the_policy_null_a_bad_image_is_a_failure_row_with_its_reason(tmp_p
 
 def test_with_the_policy_text_only_a_bad_image_leaves_the_text_vector(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
-    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="text_only")
+    manifest = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, on_image_error="text_only")
     assert manifest["counts"] == {"ok": 13, "truncated": 5, "text_only": 2, "failed": 0}
     found = rows_of(tmp_path / "out")[3]
     assert found["fused"] == found["text"] == [11, 4, 1] and found["image"] is None
@@ -99,7 +99,7 @@ def test_with_the_policy_text_only_a_bad_image_leaves_the_text_vector(tmp_path: 
 def test_with_the_policy_fail_a_bad_image_stops_the_export_by_name(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder()
     with pytest.raises(DataError, match=r"'3\.png' of item '003' cannot be used: the image is not a JPEG"):
-        export(data, tmp_path / "out", encoder.settings, lambda: encoder, on_image_error="fail")
+        export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, on_image_error="fail")
     assert not list(tmp_path.glob("out/part-*"))
 
 
@@ -109,7 +109,7 @@ def test_text_only_is_refused_where_there_is_no_text_vector(tmp_path: Path) -> N
         export(
             Dataset(write_dataset(tmp_path / "data")),
             tmp_path / "out",
-            encoder.settings,
+            encoder.fingerprint,
             never,
             on_image_error="text_only",
         )
@@ -118,7 +118,7 @@ def test_text_only_is_refused_where_there_is_no_text_vector(tmp_path: Path) -> N
 
 def test_an_encoder_with_one_view_leaves_the_others_null(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data", broken=BROKEN)), ShadeEncoder(views=["fused"])
-    manifest = export(data, tmp_path / "out", encoder.settings, lambda: encoder)
+    manifest = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder)
     assert manifest["views"] == ["fused"] and manifest["counts"]["failed"] == 2
     assert {(row["text"], row["image"]) for row in rows_of(tmp_path / "out")} == {(None, None)}
     assert verify(tmp_path / "out") == []
@@ -150,7 +150,7 @@ def test_fault_30_a_bad_image_path_is_a_failure_row(tmp_path: Path, path: str | 
     Image.new("RGB", (9, 9)).save(images / "shut.png")
     (images / "shut.png").chmod(0)
     encoder = ShadeEncoder()
-    export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
+    export(Dataset(folder), tmp_path / "out", encoder.fingerprint, lambda: encoder)
     found = rows_of(tmp_path / "out")
     assert [row["status"] for row in found] == ["ok", "failed", "truncated"]
     assert reason in found[1]["error"]
@@ -161,7 +161,7 @@ def test_fault_33_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> No
     titles = ["", " ", None, "🪑" * 10_000, "שלום", "a\0b", "<|im_end|>", "\n", "x"]
     folder = write_dataset(tmp_path / "data", items=9, item_id=ids, title=titles)
     encoder = ShadeEncoder()
-    manifest = export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder)
+    manifest = export(Dataset(folder), tmp_path / "out", encoder.fingerprint, lambda: encoder)
     assert [row["item_id"] for row in rows_of(tmp_path / "out")] == ids
     assert manifest["counts"]["ok"] == 9
 
@@ -169,7 +169,7 @@ def test_fault_33_odd_ids_and_titles_come_back_as_they_are(tmp_path: Path) -> No
 def test_fault_36_duplicate_ids_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", items=3, item_id=["a", "b", "a"])
     with pytest.raises(DataError, match="'a'"):
-        export(Dataset(folder), tmp_path / "out", ShadeEncoder().settings, never)
+        export(Dataset(folder), tmp_path / "out", ShadeEncoder().fingerprint, never)
     assert not (tmp_path / "out").exists()
 
 
@@ -189,10 +189,10 @@ def test_fault_38_a_bad_number_is_computed_again_alone_and_else_fails_the_row_on
 def test_a_value_too_large_for_float16_fails_the_row_instead_of_becoming_infinity(tmp_path: Path) -> None:
     data = Dataset(write_dataset(tmp_path / "data", items=3))
     encoder = ShadeEncoder(spoil={"small chair 1": lambda batch: 1e6})
-    manifest = export(data, tmp_path / "half", encoder.settings, lambda: encoder, storage="float16")
+    manifest = export(data, tmp_path / "half", encoder.fingerprint, lambda: encoder, storage="float16")
     assert manifest["counts"]["failed"] == 1
     assert "too large for float16" in rows_of(tmp_path / "half")[1]["error"]
-    manifest = export(data, tmp_path / "full", encoder.settings, lambda: encoder, storage="float32")
+    manifest = export(data, tmp_path / "full", encoder.fingerprint, lambda: encoder, storage="float32")
     assert manifest["counts"]["failed"] == 0
     assert verify(tmp_path / "half") == verify(tmp_path / "full") == []
 
@@ -202,9 +202,9 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    first = export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    first = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert export(data, tmp_path / "out", encoder.settings, never, shard_size=8) == first
+    assert export(data, tmp_path / "out", encoder.fingerprint, never, shard_size=8) == first
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 
@@ -216,7 +216,7 @@ from pathlib import Path
 from test_export_items import Dataset, ShadeEncoder, export, export_items
 export_items.shards.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 encoder = ShadeEncoder()
-export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8)
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8)
 """
     data = write_dataset(tmp_path / "data")
     killed = child(code, data, tmp_path / "out")
@@ -224,14 +224,14 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: 
     assert killed.returncode == -signal.SIGKILL, told
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = parts(tmp_path / "out")
-    manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().settings, never, shard_size=8)
+    manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().fingerprint, never, shard_size=8)
     assert manifest["num_items"] == ITEMS and len(before) == 3 and parts(tmp_path / "out") == before
     assert verify(tmp_path / "out") == []
 
 
 def test_fault_10_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+    export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     before = parts(tmp_path / "out")
     part = tmp_path / "out" / "part-00001.parquet"
     whole = bytearray(part.read_bytes())
@@ -239,7 +239,7 @@ def test_fault_10_after_a_bit_flip_the_rerun_encodes_that_shard_alone(tmp_path: 
     part.write_bytes(whole)
     assert [problem.file for problem in verify(tmp_path / "out")] == ["part-00001.parquet"]
     again = ShadeEncoder()
-    export(data, tmp_path / "out", again.settings, lambda: again, shard_size=8)
+    export(data, tmp_path / "out", again.fingerprint, lambda: again, shard_size=8)
     assert again.calls == [data.titles[8:16]]
     assert parts(tmp_path / "out") == before and verify(tmp_path / "out") == []
 
@@ -262,10 +262,10 @@ def test_fault_15_what_would_mix_two_exports_is_refused_by_name(
 ) -> None:
     folder, encoder = write_dataset(tmp_path / "data"), ShadeEncoder()
     settings: dict[str, Any] = {"shard_size": 8}
-    export(Dataset(folder), tmp_path / "out", encoder.settings, lambda: encoder, **settings)
+    export(Dataset(folder), tmp_path / "out", encoder.fingerprint, lambda: encoder, **settings)
     settings |= change(folder) or {}
     with pytest.raises(ArtifactError) as refusal:
-        export(Dataset(folder), tmp_path / "out", encoder.settings, never, **settings)
+        export(Dataset(folder), tmp_path / "out", encoder.fingerprint, never, **settings)
     assert key in str(refusal.value)
 
 
@@ -274,15 +274,15 @@ def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_sa
 ) -> None:
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
     monkeypatch.setattr(export_items.shards.metadata, "version", lambda name: "0.0.1")
-    first = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    first = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     monkeypatch.undo()
     (out / "part-00001.parquet").unlink()
-    again = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    again = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert first["versions"]["vlm2rec"] == "0.0.1" != again["versions"]["vlm2rec"]
     assert first["fingerprint"] == again["fingerprint"] and verify(out) == []
     (out / "manifest.json").write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
     with pytest.raises(ArtifactError, match="schema version 2"):
-        export(data, out, encoder.settings, never, shard_size=8)
+        export(data, out, encoder.fingerprint, never, shard_size=8)
 
 
 def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -296,7 +296,7 @@ def edit_title(table: pa.Table) -> pa.Table:
 
 def test_an_encoder_that_is_not_what_was_planned_is_refused(tmp_path: Path) -> None:
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    planned = {**encoder.settings, "model": "the one before it was replaced"}
+    planned = {**encoder.fingerprint, "model": "the one before it was replaced"}
     with pytest.raises(ModelError, match=r"\(model\)"):
         export(data, tmp_path / "out", planned, lambda: encoder)
 
@@ -308,7 +308,7 @@ def test_fault_06_an_output_that_cannot_be_written_is_refused_before_the_model_l
     data = Dataset(write_dataset(tmp_path / "data"))
     make(tmp_path / "out")
     with pytest.raises(ArtifactError, match="choose another --out"):
-        export(data, tmp_path / "out", ShadeEncoder().settings, never)
+        export(data, tmp_path / "out", ShadeEncoder().fingerprint, never)
 
 
 # --- the command, with a real model -------------------------------------------------------------------------

@@ -20,13 +20,13 @@ from children import python_path
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
-from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.processes import environment
 from vlm2rec.embedder.export.verify import verify
 
-SETTINGS = ShadeEncoder().settings
-SCALE = Scale(engine="ray", num_workers=2)
+SETTINGS = ShadeEncoder().fingerprint
+DISTRIBUTION = Distribution(engine="ray", num_workers=2)
 
 
 class Slow(ShadeEncoder):
@@ -71,13 +71,13 @@ class TestRay:
     def test_tasks_make_the_folder_of_one_process(self, cluster: Any, tmp_path: Path) -> None:
         data = Dataset(write_dataset(tmp_path / "data"))
         export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=3)
-        export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=3, scale=SCALE)
+        export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=3, distribution=DISTRIBUTION)
         assert parts(tmp_path / "out") == parts(tmp_path / "whole") and verify(tmp_path / "out") == []
 
     def test_what_a_task_complains_of_is_what_the_command_complains_of(self, cluster: Any, tmp_path: Path) -> None:
         data = Dataset(write_dataset(tmp_path / "data"))
         with pytest.raises(ModelError, match="this model refuses"):
-            export(data, tmp_path / "out", SETTINGS, Refusing, shard_size=3, scale=SCALE)
+            export(data, tmp_path / "out", SETTINGS, Refusing, shard_size=3, distribution=DISTRIBUTION)
 
     def test_a_node_that_is_lost_in_mid_export_costs_nothing_but_time(self, cluster: Any, tmp_path: Path) -> None:
         data, seen = Dataset(write_dataset(tmp_path / "data", 24)), tmp_path / "seen"
@@ -93,7 +93,7 @@ class TestRay:
 
         loss = threading.Thread(target=lose)
         loss.start()
-        export(data, tmp_path / "out", SETTINGS, partial(Slow, seen), shard_size=2, scale=SCALE)
+        export(data, tmp_path / "out", SETTINGS, partial(Slow, seen), shard_size=2, distribution=DISTRIBUTION)
         loss.join(60)
         assert not loss.is_alive() and len(list(seen.iterdir())) == 2
         assert parts(tmp_path / "out") == parts(tmp_path / "whole") and verify(tmp_path / "out") == []

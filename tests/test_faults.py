@@ -106,7 +106,7 @@ def reasons(tmp_path: Path, files: dict[str, bytes]) -> dict[str, str]:
     for name, content in files.items():
         (data / "images" / name).write_bytes(content)
     encoder = ShadeEncoder()
-    export(Dataset(data), tmp_path / "out", encoder.settings, lambda: encoder)
+    export(Dataset(data), tmp_path / "out", encoder.fingerprint, lambda: encoder)
     first, *rows, last = rows_of(tmp_path / "out")
     assert first["fused"] is not None and last["fused"] is not None
     assert {row["status"] for row in rows} == {"failed"} and verify(tmp_path / "out") == []
@@ -141,7 +141,7 @@ def test_fault_21_images_with_flipped_bits_are_vectors_or_failure_rows(tmp_path:
             content[place] ^= 1 << random.integers(8)
         (data / "images" / f"{row}.jpg").write_bytes(content)
     encoder = ShadeEncoder()
-    manifest = export(Dataset(data), tmp_path / "out", encoder.settings, lambda: encoder)
+    manifest = export(Dataset(data), tmp_path / "out", encoder.fingerprint, lambda: encoder)
     assert manifest["counts"]["failed"] > 5 and manifest["counts"]["ok"] > 5
     assert sum(manifest["counts"].values()) == 40 and verify(tmp_path / "out") == []
 
@@ -268,7 +268,7 @@ def test_fault_31_images_that_are_never_read_are_failure_rows_and_hold_nobody_up
     code = """
 from test_faults import *
 encoder = ShadeEncoder()
-export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, image_timeout=0.3)
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, image_timeout=0.3)
 """
     with held(*(data / "images" / f"{row}.png" for row in slow)):
         run = child(code, data, tmp_path / "out")
@@ -290,9 +290,9 @@ def test_fault_31_a_disk_that_is_gone_stops_the_export_and_the_rerun_completes_i
         held(*(folder / "images" / f"{row}.png" for row in range(8, 16))),
         pytest.raises(DataError, match=r"4 images at once give no answer within 0\.3 s.*--image-timeout"),
     ):
-        export(data, out, encoder.settings, lambda: encoder, shard_size=8, image_timeout=0.3)
+        export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8, image_timeout=0.3)
     assert list(parts(out)) == ["part-00000.parquet"]
-    assert export(data, out, encoder.settings, lambda: encoder, shard_size=8)["counts"]["failed"] == 0
+    assert export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)["counts"]["failed"] == 0
 
 
 def test_fault_31_the_command_waits_neither_for_the_estimate_nor_for_the_image(
@@ -360,7 +360,7 @@ def test_fault_35_a_title_of_special_tokens_neither_ends_the_prompt_nor_asks_for
 # --- sizes and numbers ------------------------------------------------------------------------------------------
 def test_fault_37_no_items_make_a_complete_folder_of_none(tmp_path: Path) -> None:
     data = Dataset(write_dataset(tmp_path / "data", items=0))
-    manifest = export(data, tmp_path / "out", ShadeEncoder().settings, never)
+    manifest = export(data, tmp_path / "out", ShadeEncoder().fingerprint, never)
     assert manifest["num_items"] == 0 and verify(tmp_path / "out") == []
 
 
@@ -473,10 +473,10 @@ def test_fault_44_a_reader_that_dies_ends_the_export_without_a_hang_and_the_reru
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
     monkeypatch.setattr(shard_maker, "open_image", dying)
     with pytest.raises(Dies):
-        export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+        export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert list(parts(out)) == ["part-00000.parquet"]
     monkeypatch.undo()
-    assert export(data, out, encoder.settings, lambda: encoder, shard_size=8)["counts"]["failed"] == 0
+    assert export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)["counts"]["failed"] == 0
 
 
 def test_fault_44_a_writer_that_dies_ends_the_export_without_a_hang(
@@ -488,7 +488,7 @@ def test_fault_44_a_writer_that_dies_ends_the_export_without_a_hang(
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     monkeypatch.setattr(export_items.shards, "publish", dying)
     with pytest.raises(Dies):
-        export(data, tmp_path / "out", encoder.settings, lambda: encoder, shard_size=8)
+        export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
 
 
 # --- what an export never does ----------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_the_folder_is_complete_and_loads(tiny: Tiny, trained: Path) -> None:
         "vlm2rec.json",
     }
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), trained, device="cpu", dtype="float32")
-    assert encoder.encoder_settings.max_pixels == 56 * 56
+    assert encoder.settings.max_pixels == 56 * 56
 
 
 def test_curves_hold_every_part_of_the_loss(trained: Path) -> None:

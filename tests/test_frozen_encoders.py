@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
-from vlm2rec.embedder.encoders.frozen import frozen_settings, load_frozen
+from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 
 TITLES = ["red chair", "A small Blue lamp of 1987", "x", "soft woollen hat, green"]
 CLIPS: dict[str, Callable[[Path], Path]] = {"clip": tiny_clip, "siglip": tiny_siglip, "siglip2": tiny_siglip2}
@@ -103,7 +103,7 @@ def test_a_dense_module_maps_the_pooled_vector(tmp_path: Path) -> None:
     pooled = states(folder, TITLES[0]).mean(0)
     expected = torch.tanh(weights["linear.weight"] @ pooled + weights["linear.bias"])
     found = text_of(folder, TITLES)
-    assert frozen_settings(folder)["dim"] == found.shape[1] == 9
+    assert frozen_fingerprint(folder)["dim"] == found.shape[1] == 9
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_text_alone_is_the_fused_vector_too_and_there_is_no_image_vector(sentenc
     found = encoder.encode_items(TITLES, [None] * 4)
     np.testing.assert_array_equal(found.fused, found.text)
     assert np.isnan(found.image).all()
-    assert encoder.settings["views"] == ["fused", "text"]
+    assert encoder.fingerprint["views"] == ["fused", "text"]
 
 
 def test_long_titles_are_cut_to_the_folders_limit_and_flagged(sentence: Path) -> None:
@@ -185,7 +185,7 @@ def test_clip_vectors_are_the_models_own_features(clip: Path) -> None:
         np.testing.assert_allclose(found.text[row], text, atol=1e-4)
         np.testing.assert_allclose(found.image[row], picture, atol=1e-4)
     np.testing.assert_array_equal(found.fused, found.text + found.image)
-    assert found.fused.shape[1] == frozen_settings(clip)["dim"]
+    assert found.fused.shape[1] == frozen_fingerprint(clip)["dim"]
     assert np.linalg.norm(found.image[0] - found.image[1]) > 1e-2
 
 
@@ -210,15 +210,15 @@ def test_a_sentence_transformers_folder_around_clip_is_read_as_clip(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["sentence", "clip"])
 def test_settings_are_known_before_the_weights_and_are_plain_json(sentence: Path, tmp_path: Path, kind: str) -> None:
     folder = sentence if kind == "sentence" else tiny_clip(tmp_path)
-    settings = frozen_settings(folder, device="cpu")
+    settings = frozen_fingerprint(folder, device="cpu")
     assert load_frozen(folder, device="cpu").settings == json.loads(json.dumps(settings)) == settings
     assert (settings["source"], settings["encoder"]) == (kind, folder.name)
 
 
 def test_other_weights_and_other_pooling_are_other_settings(bert: Path, tmp_path: Path) -> None:
     other = tiny_bert(tmp_path, seed=1)
-    assert frozen_settings(bert)["encoder_hash"] != frozen_settings(other)["encoder_hash"]
-    assert frozen_settings(bert) != frozen_settings(bert, pooling="cls")
+    assert frozen_fingerprint(bert)["encoder_hash"] != frozen_fingerprint(other)["encoder_hash"]
+    assert frozen_fingerprint(bert) != frozen_fingerprint(bert, pooling="cls")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -282,4 +282,4 @@ def test_settings_that_do_not_fit_the_folder_are_refused(
         folder.mkdir()
         transformers.T5Config(d_model=8).save_pretrained(folder)
     with pytest.raises(error, match=message):
-        frozen_settings(folder, **settings)
+        frozen_fingerprint(folder, **settings)

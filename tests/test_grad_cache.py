@@ -13,7 +13,7 @@ from torch import Tensor
 from vlm2rec.embedder.backbones.lora import add_lora
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
 from vlm2rec.embedder.training.losses import VLM2RecLoss
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune
@@ -27,7 +27,7 @@ TARGETS = torch.tensor([12, 1, 3, 5, 8, 12, 9])
 @pytest.fixture
 def model(tiny: Tiny, drawn_dataset: Path) -> HistoryModel:
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device="cpu")
-    items = Items(Dataset(drawn_dataset), encoder)
+    items = ItemFeatures(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
     draw_lora(wrapped, "lora_", 0.1, seed=1)
     return HistoryModel(encoder, wrapped, items, VLM2RecLoss(0.5, 0.5), 0.5)

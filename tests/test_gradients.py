@@ -15,7 +15,7 @@ from vlm2rec.embedder.backbones.lora import add_lora
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.training.gradients import gradient_alignment, modality_losses
 from vlm2rec.embedder.training.losses import (
     VLM2RecLoss,
@@ -113,7 +113,7 @@ def test_a_cosine_with_a_gradient_of_zero_is_left_out() -> None:
 def model(tiny: Callable[[str], Path], drawn_dataset: Path) -> HistoryModel:
     """A tiny Qwen2.5-VL whose LoRA matrices B are not zero, as they are before training: gradients reach A too."""
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device="cpu")
-    items = Items(Dataset(drawn_dataset), encoder)
+    items = ItemFeatures(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
     draw_lora(wrapped, "lora_", 0.1, seed=1)
     return HistoryModel(encoder, wrapped, items, VLM2RecLoss(0.5, 0.5, stop_gradient=False), 0.5)

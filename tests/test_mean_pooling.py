@@ -16,7 +16,7 @@ from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
 from vlm2rec.embedder.backbones.pooling import mean_tokens
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
@@ -26,7 +26,7 @@ TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)", ""]
 def encoded(backbone: Backbone) -> list[EncodedPrompt]:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     texts = [backbone.tokenize(prompts.text_prompt([title], "sda")) for title in TITLES]
-    return [*texts, backbone.tokenize(prompts.image_prompt(1, "sda"), backbone.look([image]))]
+    return [*texts, backbone.tokenize(prompts.image_prompt(1, "sda"), backbone.encode_images([image]))]
 
 
 def test_the_prompts_of_sda_are_those_of_the_paper_and_ask_about_one_item() -> None:
@@ -61,7 +61,9 @@ def test_a_shared_start_counts_as_if_it_stood_in_every_row(tiny: Tiny, family: s
 
 
 def test_no_neighbour_changes_a_bit(tiny: Tiny) -> None:
-    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), pooling="mean", wording="sda", dtype="float32", device="cpu")
+    encoder = ItemEncoder.load(
+        str(tiny("qwen2_5_vl")), pooling="mean", prompt_style="sda", dtype="float32", device="cpu"
+    )
     pictures = [Image.new("RGB", (60 + 10 * n, 50), (40 * n, 90, 200)) for n in range(5)]
     together = encoder.encode_items(TITLES, pictures)
     for row in range(5):
@@ -81,13 +83,13 @@ def test_the_mean_is_in_float32_in_half_precision_too(tiny: Tiny) -> None:
 
 
 def test_settings_and_fingerprint_hold_pooling_and_wording(tiny: Tiny) -> None:
-    plain = encoder_settings(str(tiny("qwen2_5_vl")), device="cpu")
-    sda = encoder_settings(str(tiny("qwen2_5_vl")), pooling="mean", wording="sda", device="cpu")
+    plain = fingerprint_of(str(tiny("qwen2_5_vl")), device="cpu")
+    sda = fingerprint_of(str(tiny("qwen2_5_vl")), pooling="mean", prompt_style="sda", device="cpu")
     assert (plain["pooling"], "wording" in plain) == ("last", False)
     assert (sda["pooling"], sda["wording"]) == ("mean", "sda")
     assert plain["prompt_hash"] != sda["prompt_hash"]
     for settings in (plain, sda):
         assert EncoderSettings.of_export(settings).pooling == settings["pooling"]
-    assert EncoderSettings.of_export(sda).wording == "sda" and not EncoderSettings.of_export(sda).reads_histories
-    with pytest.raises(ConfigError, match="--fusion internal with --wording sda"):
-        EncoderSettings(fusion="internal", wording="sda")
+    assert EncoderSettings.of_export(sda).prompt_style == "sda" and not EncoderSettings.of_export(sda).reads_histories
+    with pytest.raises(ConfigError, match="--fusion internal with --prompt-style sda"):
+        EncoderSettings(fusion="internal", prompt_style="sda")

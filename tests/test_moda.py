@@ -26,7 +26,7 @@ SETTINGS = ModaSettings(experts=4, rank=8, alpha=32.0, dropout=0.1)
 
 
 def load(tiny: Tiny, family: str = "qwen2_5_vl", adapter: Path | None = None) -> ItemEncoder:
-    sda = {} if adapter else {"pooling": "mean", "wording": "sda"}
+    sda = {} if adapter else {"pooling": "mean", "prompt_style": "sda"}
     return ItemEncoder.load(str(tiny(family)), adapter, dtype="float32", device="cpu", **sda)  # type: ignore[arg-type]
 
 
@@ -43,7 +43,7 @@ def save(encoder: ItemEncoder, folder: Path) -> np.ndarray:
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
     canary = lora.Canary(titles, images, vectors)
-    lora.save_adapter(encoder.backbone.model, folder, {"encoder": vars(encoder.encoder_settings)}, canary, {}, "card")
+    lora.save_adapter(encoder.backbone.model, folder, {"encoder": vars(encoder.settings)}, canary, {}, "card")
     return vectors
 
 
@@ -170,7 +170,9 @@ def test_gradient_checkpointing_finds_the_modality_of_the_first_run(tiny: Tiny) 
                 enable = language_model.activation_checkpointing_enable
             enable({"use_reentrant": False, "context_fn": modality.remembered})
         titles, images = lora.canary_items()
-        found = encoder.encode_sequences([[title] for title in titles], [[f] for f in encoder.look(images) if f])
+        found = encoder.encode_sequences(
+            [[title] for title in titles], [[f] for f in encoder.encode_images(images) if f]
+        )
         loss = found["text"][:, 0].sum() + 2 * found["image"][:, 1].sum()
         parameters = [p for p in language_model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, parameters, retain_graph=True)  # every layer runs again, twice

@@ -32,7 +32,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import StorePath, location
 from vlm2rec.embedder.export import lock as writer_lock
-from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.reuse import Reuse
@@ -49,7 +49,7 @@ from vlm2rec.pipelines.config import (
 )
 from vlm2rec.pipelines.read_config import read_config
 
-SETTINGS = ShadeEncoder().settings
+SETTINGS = ShadeEncoder().fingerprint
 SHARDS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
 Tiny = Callable[[str], Path]
 
@@ -200,11 +200,11 @@ def test_what_has_changed_is_refused_and_what_failed_is_made_again(tmp_path: Pat
 
 
 def test_any_number_of_workers_makes_the_same_folder(data: Dataset, whole: Path, store: StorePath) -> None:
-    assert make(data, store, scale=Scale(num_workers=2, worker=1)) is None
+    assert make(data, store, distribution=Distribution(num_workers=2, worker=1)) is None
     assert "part-00001.json" in names(store) and "part-00000.json" not in names(store)
-    make(data, store, scale=Scale(num_workers=2, worker=0))
+    make(data, store, distribution=Distribution(num_workers=2, worker=0))
     assert content(store) == parts(whole) and names(store) == ["manifest.json", *SHARDS]
-    make(data, store / "processes", scale=Scale(num_workers=2))
+    make(data, store / "processes", distribution=Distribution(num_workers=2))
     assert content(store / "processes") == parts(whole)
 
 
@@ -233,7 +233,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_followed_at_once(
     with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} on host .*; its last sign of"):
         make(data, store)
     with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} "):
-        make(data, store, scale=Scale(num_workers=2, worker=0))  # its shards are the other's too
+        make(data, store, distribution=Distribution(num_workers=2, worker=0))  # its shards are the other's too
     assert names(store) == ["export.lock"]
     holder.kill()
     holder.join()

@@ -101,7 +101,7 @@ def test_windows_of_the_vision_tower_are_attended_as_one_by_one(tiny: Tiny, fami
         expected = stock.model.get_image_features(**inputs, return_dict=True).pooler_output
     assert backbone.model.model.visual.config._attn_implementation == packing.VISION_ATTENTION
     assert stock.model.visual.config._attn_implementation == "sdpa"
-    for ours, theirs in zip(backbone.look(images), expected, strict=True):
+    for ours, theirs in zip(backbone.encode_images(images), expected, strict=True):
         torch.testing.assert_close(ours.tokens, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_gradients_of_packed_rows_are_those_of_single_prompts(tiny: Tiny) -> Non
     backbone = Backbone.load(str(tiny("qwen2_5_vl")), device="cpu")
     weight = backbone.language_model.layers[0].self_attn.q_proj.weight
     weight.requires_grad_(True)
-    features = backbone.look([Image.new("RGB", (84, 84), "red")])
+    features = backbone.encode_images([Image.new("RGB", (84, 84), "red")])
     encoded = [backbone.tokenize(prompts.text_prompt(TITLES[:n])) for n in (1, 3)]
     encoded.append(backbone.tokenize(prompts.image_prompt(1), features))
     (together,) = torch.autograd.grad(backbone.encode(encoded).square().sum(), weight)

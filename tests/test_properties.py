@@ -52,7 +52,7 @@ def test_whatever_the_ids_an_export_gives_each_back_once_and_in_order(ids: list[
         rows = {"title": ["chair"] * len(ids), "image_path": ["0.png"] * len(ids)}
         data = write_dataset(Path(folder, "data"), items=1, item_id=ids, **rows)
         encoder = ShadeEncoder()
-        export(Dataset(data), Path(folder, "out"), encoder.settings, lambda: encoder, shard_size=shard_size)
+        export(Dataset(data), Path(folder, "out"), encoder.fingerprint, lambda: encoder, shard_size=shard_size)
         assert [row["item_id"] for row in rows_of(Path(folder, "out"))] == ids
         assert verify(Path(folder, "out")) == []
 
@@ -178,7 +178,7 @@ def test_whatever_the_bytes_an_export_has_a_row_for_every_item(contents: list[by
         for name, content in zip(names, contents, strict=True):
             (data / "images" / name).write_bytes(content)
         encoder = ShadeEncoder()
-        manifest = export(Dataset(data), Path(folder, "out"), encoder.settings, lambda: encoder, shard_size=4)
+        manifest = export(Dataset(data), Path(folder, "out"), encoder.fingerprint, lambda: encoder, shard_size=4)
         assert sum(manifest["counts"].values()) == len(contents) == len(rows_of(Path(folder, "out")))
         assert verify(Path(folder, "out")) == []
 

@@ -58,7 +58,7 @@ def edit_items(folder: Path, change: Callable[[dict[str, list[Any]]], dict[str, 
 def exported(data: Dataset, out: Path, **choices: Any) -> list[str]:
     """Export in shards of eight, and return the titles that were encoded."""
     encoder = ShadeEncoder()
-    export(data, out, encoder.settings, lambda: encoder, shard_size=8, **choices)
+    export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8, **choices)
     assert verify(out) == []
     return [title for call in encoder.calls for title in call]
 
@@ -123,7 +123,7 @@ def test_an_interrupted_extension_goes_on(tmp_path: Path) -> None:
             return super().encode_items(titles, images)
 
     with pytest.raises(KeyboardInterrupt):
-        export(data, out, Stopped().settings, Stopped, shard_size=8, reuse=Reuse(extend=True))
+        export(data, out, Stopped().fingerprint, Stopped, shard_size=8, reuse=Reuse(extend=True))
     assert not (out / "manifest.json").exists()
     assert exported(data, out, reuse=Reuse(extend=True)) == [f"new chair {row}" for row in range(28, 40)]
     exported(data, tmp_path / "whole")
@@ -149,7 +149,7 @@ def test_fault_18_after_mending_an_image_retry_failed_encodes_that_row_alone(tmp
 def test_retry_failed_makes_rows_anew_whose_input_was_never_the_reason(tmp_path: Path) -> None:
     data, out = Dataset(write_dataset(tmp_path / "data")), tmp_path / "out"
     encoder = ShadeEncoder(spoil={"red chair 3": lambda batch: np.nan})
-    first = export(data, out, encoder.settings, lambda: encoder, shard_size=8)
+    first = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert first is not None and first["counts"]["failed"] == 1
     assert exported(data, out, reuse=Reuse(retry_failed=True)) == ["red chair 3"]
     exported(data, tmp_path / "whole")
@@ -186,7 +186,7 @@ def dies(draft, path, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 storage.put_in_place = dies
 encoder = ShadeEncoder()
-export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.settings, lambda: encoder, shard_size=8,
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))
 """
     killed = child(code, folder, out)
@@ -225,7 +225,7 @@ def test_with_nothing_changed_no_model_is_loaded(tmp_path: Path) -> None:
         raise AssertionError("the model must not be loaded")
 
     reuse = Reuse(changed_since=tmp_path / "monday")
-    export(data, tmp_path / "tuesday", ShadeEncoder().settings, never, shard_size=6, reuse=reuse)
+    export(data, tmp_path / "tuesday", ShadeEncoder().fingerprint, never, shard_size=6, reuse=reuse)
     assert rows_of(tmp_path / "tuesday") == rows_of(tmp_path / "monday")
 
 
@@ -244,10 +244,10 @@ def test_changed_since_refuses_vectors_of_another_model(tmp_path: Path) -> None:
     data = Dataset(write_dataset(tmp_path / "data"))
     exported(data, tmp_path / "monday")
     encoder = ShadeEncoder()
-    encoder.settings["model"] = "another"
+    encoder.fingerprint["model"] = "another"
     with pytest.raises(ArtifactError, match="model was 'shade', now 'another'"):
         export(
-            data, tmp_path / "out", encoder.settings, lambda: encoder, reuse=Reuse(changed_since=tmp_path / "monday")
+            data, tmp_path / "out", encoder.fingerprint, lambda: encoder, reuse=Reuse(changed_since=tmp_path / "monday")
         )
 
 

@@ -22,7 +22,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode_users_together
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_users_together
 from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.gradients import conflict
 from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel, ItemSamples, probed
@@ -66,11 +66,11 @@ def exported(tiny: Tiny, drawn_dataset: Path, trained: Path, tmp_path_factory: p
 def test_defaults_are_the_papers_where_nothing_is_given(tmp_path: Path) -> None:
     flags = {"method": "sda", "data": tmp_path, "backbone": "b", "out": tmp_path}
     found = read_config(FinetuneConfig, flags=flags)
-    assert (found.pooling, found.wording, found.lora_rank, found.experts) == ("mean", "sda", 8, 8)
+    assert (found.pooling, found.prompt_style, found.lora_rank, found.experts) == ("mean", "sda", 8, 8)
     assert (found.batch_size, found.lora_alpha, found.lora_dropout, found.cmsa) == (32, 32.0, 0.1, "paper")
     assert read_config(FinetuneConfig, flags={**flags, "lora_rank": 16}).lora_rank == 16
     vlm2rec = read_config(FinetuneConfig, flags=flags | {"method": "vlm2rec"})
-    assert (vlm2rec.pooling, vlm2rec.wording, vlm2rec.lora_rank, vlm2rec.batch_size) == ("last", "vlm2rec", 16, 8)
+    assert (vlm2rec.pooling, vlm2rec.prompt_style, vlm2rec.lora_rank, vlm2rec.batch_size) == ("last", "vlm2rec", 16, 8)
 
 
 def test_the_adapter_says_what_it_was_trained_with(trained: Path) -> None:
@@ -119,7 +119,7 @@ def test_one_expert_leaves_a_standard_peft_adapter_with_the_settings_of_sda(
     assert json.loads((tmp_path / "a" / "vlm2rec.json").read_text())["training"]["loss"] == "sda, cmsa, lora"
     assert "cos_text_image_q_proj" in curves(tmp_path / "a")["gradients"][1]
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), tmp_path / "a", dtype="float32", device="cpu")
-    assert encoder.encoder_settings.wording == "sda"
+    assert encoder.settings.prompt_style == "sda"
 
 
 def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(
@@ -156,10 +156,10 @@ def test_items_in_chunks_have_the_gradients_of_the_whole_batch(tiny: Tiny, drawn
 
 def item_model(tiny: Tiny, data: Path, chunk: int = 0) -> ItemModel:
     encoder = ItemEncoder.load(
-        str(tiny("qwen2_5_vl")), pooling="mean", wording="sda", max_pixels=56 * 56, dtype="float32", device="cpu"
+        str(tiny("qwen2_5_vl")), pooling="mean", prompt_style="sda", max_pixels=56 * 56, dtype="float32", device="cpu"
     )
     wrapped = moda.add_moda(encoder.backbone, moda.ModaSettings(4, 8, 32.0, 0.0), seed=0)
-    return ItemModel(encoder, wrapped, Items(Dataset(data), encoder), ItemAlignment("off"), chunk)
+    return ItemModel(encoder, wrapped, ItemFeatures(Dataset(data), encoder), ItemAlignment("off"), chunk)
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_the_exported_vectors_are_those_of_the_unfolded_model(
     tiny: Tiny, drawn_dataset: Path, trained: Path, exported: Path
 ) -> None:
     encoder = ItemEncoder.load(
-        str(tiny("qwen2_5_vl")), pooling="mean", wording="sda", max_pixels=56 * 56, dtype="float32", device="cpu"
+        str(tiny("qwen2_5_vl")), pooling="mean", prompt_style="sda", max_pixels=56 * 56, dtype="float32", device="cpu"
     )
     lora.load_moda(encoder.backbone, trained)
     encoder.backbone.share_prefixes()
@@ -238,7 +238,7 @@ def test_task_1_takes_the_mean_of_the_history_even_where_a_backbone_is_given(
     table = EmbeddingTable.open(exported, "fused")
     encoder = ItemEncoder.load(given["backbone"], trained, dtype="float32", device="cpu")
     sequences = [histories.of(user).tolist() for user in range(5)]
-    users = encode_users_together(encoder, Items(dataset, encoder), sequences)["fused"]
+    users = encode_users_together(encoder, ItemFeatures(dataset, encoder), sequences)["fused"]
     ids = dataset.item_ids
     expected = np.stack([table.take([ids[row] for row in sequence]).mean(0) for sequence in sequences])
     np.testing.assert_allclose(unit_rows(users), unit_rows(expected), atol=1e-5)
@@ -251,7 +251,7 @@ def test_the_vanilla_row_of_the_paper_needs_no_adapter(tiny: Tiny, drawn_dataset
         backbone=str(tiny("qwen2_5_vl")),
         out=tmp_path / "vanilla",
         pooling="mean",
-        wording="sda",
+        prompt_style="sda",
         max_pixels=56 * 56,
         dtype="float32",
         device="cpu",
@@ -279,7 +279,7 @@ def test_sentence_transformers_cannot_hold_it_and_says_so(
         ({"tau_wpcl": 0.5}, r"--tau-wpcl with --method sda, which has no such setting"),
         ({"loss": "sft"}, r"--loss with --method sda"),
         ({"method": "vlm2rec", "experts": 4}, r"--experts with --method vlm2rec"),
-        ({"method": "vlm2rec", "wording": "sda"}, r"--wording sda with --method vlm2rec"),
+        ({"method": "vlm2rec", "prompt_style": "sda"}, r"--prompt-style sda with --method vlm2rec"),
         ({"views": "text"}, r"--method sda with --fusion external and --views text"),
         ({"fusion": "internal"}, r"--method sda with --fusion internal"),
     ],

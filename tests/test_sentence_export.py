@@ -60,7 +60,7 @@ def opened(folder: Path, max_pixels: int = 224 * 224) -> SentenceTransformer:
 def exported(encoder: ItemEncoder, folder: Path) -> SentenceTransformer:
     folder.mkdir()
     write_sentence_transformer(encoder, folder, "card")
-    return opened(folder, encoder.encoder_settings.max_pixels)
+    return opened(folder, encoder.settings.max_pixels)
 
 
 def load(folder: Path, **settings: Any) -> ItemEncoder:
@@ -122,7 +122,7 @@ def trained(tiny: Tiny, drawn_dataset: Path, tmp_path_factory: pytest.TempPathFa
     draw_lora(wrapped, "lora_B", 0.1, seed=0)
     titles, images = lora.canary_items()
     canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused)
-    lora.save_adapter(wrapped, folder / "adapter", {"encoder": vars(encoder.encoder_settings)}, canary, {}, "card")
+    lora.save_adapter(wrapped, folder / "adapter", {"encoder": vars(encoder.settings)}, canary, {}, "card")
     export_items.run(
         ExportConfig(
             data=drawn_dataset,

@@ -92,7 +92,7 @@ def test_on_products_it_has_never_seen_pictures_tell_looks_and_titles_tell_words
     draw_catalogue(tmp_path, products=300, users=5, seed=1)
     items = pl.read_parquet(tmp_path / "items.parquet")
     backbone = Backbone.load(str(made), device="cpu")
-    looks = backbone.look([Image.open(tmp_path / "images" / path) for path in items["image_path"]])
+    looks = backbone.encode_images([Image.open(tmp_path / "images" / path) for path in items["image_path"]])
     with torch.no_grad():
         image = torch.cat([backbone.encode([backbone.tokenize(image_prompt(1), [look])]) for look in looks])
         text = torch.cat([backbone.encode([backbone.tokenize(text_prompt([title]))]) for title in items["title"]])

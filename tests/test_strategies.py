@@ -21,7 +21,7 @@ from vlm2rec.embedder.backbones.images import open_image
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
-from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_settings
+from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerprint
 from vlm2rec.embedder.export.verify import effective_ranks, verify
 from vlm2rec.embedder.options import STRATEGIES, PromptMode, Strategy
 from vlm2rec.embedder.prompts import Prompt, joint_prompt, product_text, render, textual_prompt, visual_prompt
@@ -216,7 +216,7 @@ def test_settings_are_known_before_the_weights_and_no_two_strategies_share_a_fin
 ) -> None:
     folder = str(tiny("qwen2_5_vl"))
     for strategy in STRATEGIES:
-        settings = strategy_settings(folder, strategy, device="cpu")
+        settings = strategy_fingerprint(folder, strategy, device="cpu")
         assert load_strategy(folder, strategy, device="cpu").settings == json.loads(json.dumps(settings)) == settings
     manifests = [schema.read_manifest(exported / strategy) for strategy in STRATEGIES]
     assert len({manifest["fingerprint"] for manifest in manifests}) == 5

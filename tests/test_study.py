@@ -26,8 +26,8 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import finetune, prepare, study
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
-from vlm2rec.pipelines.experiments import ledger as study_cells
-from vlm2rec.pipelines.experiments import results as study_results
+from vlm2rec.pipelines.experiments import ledger as ledger
+from vlm2rec.pipelines.experiments import results as results_file
 from vlm2rec.pipelines.experiments import schedule
 from vlm2rec.pipelines.reporting import page as study_report
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
@@ -157,7 +157,7 @@ def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
     assert marks(folder / "study") == before
     with (backbone / "config.json").open("a") as file:
         file.write(" ")
-    study_cells._backbone_mark.cache_clear()
+    ledger._backbone_mark.cache_clear()
     with pytest.raises(ConfigError, match="contents of backbone was"):
         study.run(settings(tiny, drawn_dataset, folder, flags, **keys))
 
@@ -235,17 +235,17 @@ def test_every_row_of_results_keeps_the_bound(finished: Path) -> None:
     keys = ["method", "seed", "dataset", "task", "model", "protocol", "view", "user_group"]
     wide = results.pivot("metric", index=keys, values="value")
     assert wide.height > 50
-    assert all(bound_check({name: row[name] for name in study_results.METRICS}) for row in wide.iter_rows(named=True))
+    assert all(bound_check({name: row[name] for name in results_file.METRICS}) for row in wide.iter_rows(named=True))
 
 
 def test_a_row_that_no_ranking_gives_is_refused() -> None:
     values = {"H@10": 0.3, "H@20": 0.4, "N@10": 0.2, "N@20": 0.2}
     rows = [
-        {**dict.fromkeys(study_results._RESULT), "method": "m", "metric": name, "value": value, "users": 10}
+        {**dict.fromkeys(results_file._RESULT), "method": "m", "metric": name, "value": value, "users": 10}
         for name, value in values.items()
     ]
     with pytest.raises(ArtifactError, match="N@20 - N@10 between"):
-        study_results.require_bound(pl.DataFrame(rows, schema=study_results._RESULT))
+        results_file.require_bound(pl.DataFrame(rows, schema=results_file._RESULT))
 
 
 def test_the_groups_of_users_are_split_by_the_frequency_of_their_target(finished: Path, drawn_dataset: Path) -> None:

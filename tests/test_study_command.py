@@ -14,7 +14,7 @@ from study_world import Tiny, settings
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
-from vlm2rec.pipelines.experiments.methods import Cell, Method, Step
+from vlm2rec.pipelines.experiments.methods import Method, Run, Step
 from vlm2rec.pipelines.experiments.workers import workers
 
 
@@ -72,7 +72,7 @@ def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
 
 def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: Path) -> None:
     step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), "manifest.json", ())
-    cell = Cell(Method(name="any", source="backbone"), 0, tmp_path, (step,))
+    cell = Run(Method(name="any", source="backbone"), 0, tmp_path, (step,))
     with workers(2) as pool:
         pool.start((cell, step))
         for process in multiprocessing.active_children():

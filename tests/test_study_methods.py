@@ -11,7 +11,7 @@ import yaml
 
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.experiments.methods import SOURCES, Cell, Study, Target, cells, read_study
+from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, cells, read_study
 
 HOME = Target("home", Path("/data/home"))
 THERE = Target("there", Path("/data/there"), "cross-0-")
@@ -23,13 +23,13 @@ def study(tmp_path: Path, users: int | None = None, **keys: Any) -> Study:
     return read_study(StudyConfig(out=tmp_path / "out", config=file), users=users)
 
 
-def laid_out(found: Study, domains: tuple[Target, ...] = ()) -> dict[tuple[str, int | None], Cell]:
+def laid_out(found: Study, domains: tuple[Target, ...] = ()) -> dict[tuple[str, int | None], Run]:
     laid = cells(found, Path("out"), HOME, domains, "BB", "cpu")
     assert len({cell.folder for cell in laid}) == len(laid)
     return {(cell.method.name, cell.seed): cell for cell in laid}
 
 
-def names(cell: Cell) -> list[str]:
+def names(cell: Run) -> list[str]:
     return [step.name for step in cell.steps]
 
 
@@ -238,7 +238,7 @@ def test_a_row_of_sda_is_a_method_of_finetune_and_takes_what_is_common_without_w
     found = dataclasses.replace(found, finetune={"learning_rate": 0.01, "lam": 0.5, "users": 100})
     laid = laid_out(found)
     sda, vlm2rec = (laid[name, 0].steps[0].config for name in ("SDA", "VLM2Rec"))
-    assert (sda.method, sda.wording, sda.pooling, sda.lora_rank) == ("sda", "sda", "mean", 8)
+    assert (sda.method, sda.prompt_style, sda.pooling, sda.lora_rank) == ("sda", "sda", "mean", 8)
     assert (sda.learning_rate, sda.lam, sda.users) == (0.01, 0.1, 0)
     assert (vlm2rec.method, vlm2rec.learning_rate, vlm2rec.lam, vlm2rec.users) == ("vlm2rec", 0.01, 0.5, 100)
     assert names(laid["SDA", 0]) == names(laid["VLM2Rec", 0])[:5]

@@ -20,7 +20,7 @@ from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.families import TEXT_FAMILIES as FAMILY_TABLE
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import encoder_settings
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.options import PromptMode
 
 Tiny = Callable[[str], Path]
@@ -101,13 +101,13 @@ def test_lora_covers_the_seven_projections_of_every_layer_and_nothing_else(tiny:
 @pytest.mark.parametrize("views", [None, "both", "image"])
 def test_a_text_model_is_refused_where_images_are_wanted(tiny: Tiny, views: str | None) -> None:
     with pytest.raises(ConfigError, match=r"is a text model \(qwen2\), and --views (both|image) .*give --views text"):
-        encoder_settings(str(tiny("qwen2")), views=views, device="cpu")
+        fingerprint_of(str(tiny("qwen2")), views=views, device="cpu")
 
 
 def test_an_encoder_of_a_text_model_takes_no_images(tiny: Tiny) -> None:
     encoder = ItemEncoder.load(str(tiny("qwen3")), views="text", device="cpu", dtype="float32")
     items = encoder.encode_items(TITLES, [None] * 5)
-    assert encoder.settings["views"] == ["fused", "text"] and encoder.settings["model_type"] == "qwen3"
+    assert encoder.fingerprint["views"] == ["fused", "text"] and encoder.fingerprint["model_type"] == "qwen3"
     assert (items.fused == items.text).all()
 
 

@@ -20,7 +20,7 @@ from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 from vlm2rec.embedder.export import worker as shard_maker
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import evaluate, export_items, finetune, train_recommender
@@ -90,7 +90,7 @@ def test_columns_of_an_export_tell_its_settings(settings: EncoderSettings, colum
 
 
 def test_with_both_views_a_fingerprint_holds_what_it_held_before_the_setting_existed(tiny: Tiny) -> None:
-    settings = encoder_settings(str(tiny("qwen2_5_vl")), device="cpu")
+    settings = fingerprint_of(str(tiny("qwen2_5_vl")), device="cpu")
     assert set(settings) == {
         *("backbone", "revision", "backbone_hash", "model_type", "adapter", "prompt_hash", "dim", "pooling", "dtype"),
         *("views", "fusion", "fusion_norm", "prompt_mode", "max_pixels", "max_title_tokens"),

@@ -88,7 +88,7 @@ def test_features_come_back_bit_for_bit(tiny: Tiny, tmp_path: Path, family: str,
     random = np.random.default_rng(0)
     sizes = [(84, 56), (112, 112), (60, 140)]
     images = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    seen = backbone.look(images)
+    seen = backbone.encode_images(images)
     keys = [bytes([n]) * 32 for n in range(3)]
     VisionCache.open(tmp_path, backbone, "weights").add(keys, seen)
     cache = VisionCache.open(tmp_path, backbone, "weights")
@@ -127,7 +127,7 @@ def test_a_changed_image_is_looked_at_again(backbone: Backbone, tmp_path: Path) 
     cache = VisionCache.open(tmp_path / "cache", backbone, "weights")
     new = cache.read(tmp_path, "a.png")
     assert isinstance(new, NewImage)
-    cache.add([new.key], backbone.look([new.image]))
+    cache.add([new.key], backbone.encode_images([new.image]))
     assert isinstance(cache.read(tmp_path, "a.png"), ImageFeatures)
     write_image(tmp_path / "a.png", "blue")
     assert isinstance(cache.read(tmp_path, "a.png"), NewImage)
@@ -138,7 +138,7 @@ def test_a_changed_image_is_looked_at_again(backbone: Backbone, tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["shorter tokens", "other tokens", "half a record", "no tokens"])
 def test_damaged_segments_are_looked_at_again(backbone: Backbone, tmp_path: Path, damage: str) -> None:
-    features = backbone.look([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue")])
+    features = backbone.encode_images([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue")])
     keys = [b"r" * 32, b"b" * 32]
     cache = VisionCache.open(tmp_path, backbone, "weights")
     cache.add(keys, features)
@@ -165,7 +165,7 @@ def test_damaged_segments_are_looked_at_again(backbone: Backbone, tmp_path: Path
 
 
 def test_several_writers_have_segments_of_their_own(backbone: Backbone, tmp_path: Path) -> None:
-    features = backbone.look([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")])
+    features = backbone.encode_images([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")])
     writers = [VisionCache.open(tmp_path, backbone, "weights") for _ in features]
     for number, (writer, feature) in enumerate(zip(writers, features, strict=True)):
         writer.add([bytes([number]) * 32, b"shared" + bytes(26)], [feature, features[0]])
@@ -177,7 +177,7 @@ def test_several_writers_have_segments_of_their_own(backbone: Backbone, tmp_path
 
 
 def test_a_writer_finds_what_another_has_added_since(backbone: Backbone, tmp_path: Path) -> None:
-    features = backbone.look([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")])
+    features = backbone.encode_images([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")])
     first, second = (VisionCache.open(tmp_path, backbone, "weights") for _ in range(2))
     for number, expected in enumerate(features):
         key = bytes([number]) * 32

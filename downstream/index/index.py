@@ -34,7 +34,7 @@ from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_bat
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from vlm2rec.embedder.contract.publish import replace_folder, staging, sync, told_plainly
+from vlm2rec.embedder.contract.publish import plain_disk_errors, replace_folder, staging, sync
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
 INDEX_FILE = "items.faiss"
@@ -214,7 +214,7 @@ def check_out(out: Path) -> None:
 def _publish(
     folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    with told_plainly(out):
+    with plain_disk_errors(out):
         faiss.write_index(index, str(folder / INDEX_FILE))
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})

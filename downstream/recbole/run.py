@@ -81,7 +81,7 @@ class Epoch:
 
 
 @dataclass
-class Course:
+class TrainingLog:
     """What a training run was like."""
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Watcher(Protocol):
         """One more epoch is done."""
 
 
-class Unwatched:
+class NoWatcher:
     """A `Watcher` that looks away."""
 
     def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
@@ -163,7 +163,7 @@ def run(
         recbole_config = _recbole_config(layers, settings, folder, out, device)
         if recbole_plugin.read_flag(settings):
             recbole_plugin.install()
-        trained = _train(recbole_config, folder, out, watcher or Unwatched())
+        trained = _train(recbole_config, folder, out, watcher or NoWatcher())
         users: list[pa.Table] = []
         metrics = _describe(trained, recbole_config, settings, folder)
         if folder is not None:
@@ -298,7 +298,7 @@ def _refusals(what: str) -> Iterator[None]:
 class _Trained:
     model: Any
     tokens: list[str]
-    course: Course
+    course: TrainingLog
     recbole: dict[str, float]
     users: int
     items: int
@@ -319,7 +319,7 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     # run_recbole counts FLOPs here, and on the way masks one row at random for BERT4Rec
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
-    course = Course()
+    course = TrainingLog()
     trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, course, watcher)
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
@@ -362,7 +362,7 @@ def _watched(trainer: Any) -> Any:
     """Return RecBole's trainer class, made to report and to keep its checkpoint at one place."""
 
     class Watched(trainer):
-        def __init__(self, config: Any, model: Any, out: Path, course: Course, watcher: Watcher) -> None:
+        def __init__(self, config: Any, model: Any, out: Path, course: TrainingLog, watcher: Watcher) -> None:
             super().__init__(config, model)
             # RecBole names checkpoints by model and second: two runs could overwrite each other
             self.saved_model_file = str(out / CHECKPOINT_FILE)

@@ -275,7 +275,7 @@ class Backbone:
         return ((colours * own.rescale_factor - mean) / deviation).view_as(values)
 
     @torch.no_grad()
-    def look(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+    def encode_images(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
         step = IMAGES_AT_ONCE[self.device.type]

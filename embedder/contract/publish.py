@@ -22,7 +22,7 @@ def staging(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write to, made before the work starts; it is gone afterwards, whatever happens."""
     mark = f".{out.name}.{socket.gethostname()}."
     folder = out.with_name(f"{mark}{os.getpid()}.building")
-    with told_plainly(out):
+    with plain_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f"{mark}*.building"):  # of a build that was killed
             if not _alive(left.name[len(mark) : -len(".building")]):
@@ -35,7 +35,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def told_plainly(out: Path) -> Iterator[None]:
+def plain_disk_errors(out: Path) -> Iterator[None]:
     """Raise `ConfigError` where the disk refuses what is written for `out`."""
     try:
         yield

@@ -22,6 +22,13 @@ from vlm2rec.embedder.contract.publish import write_whole
 from vlm2rec.embedder.contract.storage import Location, readable
 
 SCHEMA_VERSION = 1
+_STORED_AS = {"prompt_style": "wording"}
+
+
+def stored_name(setting: str) -> str:
+    """Return the key of a setting in manifests and records: the name it had when folders first held it."""
+    return _STORED_AS.get(setting, setting)
+
 
 # --- dataset folder -----------------------------------------------------------------------------------------
 ITEM_ID = "item_id"  # string, unique

@@ -46,7 +46,7 @@ class FrozenEncoder(Protocol):
     """What `pipelines.export_items.export` needs of an encoder."""
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything that decides a vector, as JSON."""
 
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
@@ -81,7 +81,7 @@ def resolve_kind(folder: Path, kind: Kind) -> tuple[Literal["sentence", "clip"],
     return "sentence", inner
 
 
-def frozen_settings(
+def frozen_fingerprint(
     folder: Path,
     kind: Kind = "auto",
     *,
@@ -90,7 +90,7 @@ def frozen_settings(
     dtype: DtypeName = "float32",
     device: DeviceName = "auto",
 ) -> dict[str, Any]:
-    """Return what `load_frozen(...).settings` will be, from config files alone.
+    """Return what `load_frozen(...).fingerprint` will be, from config files alone.
 
     Raises:
         ModelError, ConfigError: as far as `load_frozen` can know without the weights.
@@ -181,7 +181,7 @@ def load_frozen(
         ModelError: files are missing or damaged, or a module is unknown.
         ConfigError: settings that do not fit the folder, or a device that is not there.
     """
-    settings = frozen_settings(folder, kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device)
+    settings = frozen_fingerprint(folder, kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device)
     place = pick_device(device)
     model, tokenizer = _load_model(resolve_kind(folder, kind)[1], pick_dtype(dtype, place), place)
     if settings["source"] == "clip":
@@ -252,22 +252,22 @@ class SentenceEncoder:
         self, model: Any, tokenizer: Any, modules: SentenceModules, settings: dict[str, Any], token_budget: int
     ) -> None:
         self.model, self.modules, self.token_budget = model, modules, token_budget
-        self._settings = settings
+        self._fingerprint = settings
         longest = _longest(model, tokenizer, modules.max_tokens)
         self.titles = _Titles(tokenizer, longest, modules.prompt, modules.lower_case)
         self.dense = nn.Sequential(*(layer.load() for layer in modules.dense)).to(model.device)
         self.dense.requires_grad_(False)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """See `FrozenEncoder`."""
-        return self._settings
+        return self._fingerprint
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n titles; `images` are not looked at, and the image vectors are NaN."""
         ids, truncated = self.titles.tokenize(titles)
-        vectors = torch.empty(len(titles), self._settings["dim"])
+        vectors = torch.empty(len(titles), self._fingerprint["dim"])
         for batch in batches_by_tokens([len(each) for each in ids], self.token_budget):
             vectors[batch] = self._encode([ids[row] for row in batch]).cpu()
         text = to_numpy(vectors)
@@ -287,7 +287,7 @@ class ClipEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], token_budget: int) -> None:
         self.model, self.token_budget = model, token_budget
-        self._settings = settings
+        self._fingerprint = settings
         self.titles = _Titles(tokenizer, settings["max_tokens"], prompt="", lower_case=False)
         self.image_processor = self._image_processor(model.config.name_or_path)
 
@@ -303,9 +303,9 @@ class ClipEncoder:
             ) from error
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """See `FrozenEncoder`."""
-        return self._settings
+        return self._fingerprint
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
@@ -317,14 +317,14 @@ class ClipEncoder:
         for start in range(0, len(seen), IMAGES_AT_ONCE):
             image[seen[start : start + IMAGES_AT_ONCE]] = self._look(pictures[start : start + IMAGES_AT_ONCE])
         with_image = ~image.isnan().any(dim=1, keepdim=True)
-        fused = torch.where(with_image, fuse(text, image, self._settings["fusion_norm"]), text)
+        fused = torch.where(with_image, fuse(text, image, self._fingerprint["fusion_norm"]), text)
         return EncodedItems(to_numpy(fused), to_numpy(text), to_numpy(image), truncated)
 
     def _encode_titles(self, titles: Sequence[str]) -> tuple[Tensor, np.ndarray]:
         ids, truncated = self.titles.tokenize(titles)
-        padding, longest = self._settings["padding"], self._settings["max_tokens"]
+        padding, longest = self._fingerprint["padding"], self._fingerprint["max_tokens"]
         sizes = [longest if padding == "max_length" else len(each) for each in ids]
-        vectors = torch.empty(len(titles), self._settings["dim"])
+        vectors = torch.empty(len(titles), self._fingerprint["dim"])
         for batch in batches_by_tokens(sizes, self.token_budget):
             # the tokenizer decides whether padding is masked: CLIP's says which tokens count, SigLIP's does not
             inputs = self.titles.tokenizer.pad(

@@ -27,7 +27,7 @@ from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.contract.storage import Location
-from vlm2rec.embedder.encoders.settings import EncoderSettings, encoder_settings
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 from vlm2rec.embedder.options import (
     DeviceName,
     DtypeName,
@@ -64,7 +64,7 @@ class ItemEncoder:
         self, backbone: Backbone, settings: EncoderSettings, provenance: dict[str, Any], token_budget: int = 0
     ) -> None:
         self.backbone = backbone
-        self.encoder_settings = settings
+        self.settings = settings
         self.provenance = provenance
         self.token_budget = token_budget or pick_token_budget(backbone)
         self.vision_cache: VisionCache | None = None
@@ -90,7 +90,7 @@ class ItemEncoder:
         max_title_tokens: int | None = None,
         views: ViewChoice | None = None,
         pooling: Pooling | None = None,
-        wording: PromptStyle | None = None,
+        prompt_style: PromptStyle | None = None,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 0,
@@ -112,11 +112,11 @@ class ItemEncoder:
             "max_title_tokens": max_title_tokens,
             "views": views,
             "pooling": pooling,
-            "wording": wording,
+            "prompt_style": prompt_style,
         }
         backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
-        provenance = encoder_settings(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
+        provenance = fingerprint_of(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
         model = Backbone.load(
             backbone,
             revision=revision,
@@ -140,7 +140,7 @@ class ItemEncoder:
         return encoder
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything of the encoder that belongs into an export's fingerprint."""
         return self.provenance
 
@@ -152,7 +152,7 @@ class ItemEncoder:
     @property
     def views(self) -> tuple[str, ...]:
         """Columns of the embedding table that this encoder fills."""
-        return self.encoder_settings.columns
+        return self.settings.columns
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ class ItemEncoder:
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
         prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
         truncated = np.array([cut for _, cut in prepared], bool)
-        features = self.look(images) if with_image else [None] * len(titles)
+        features = self.encode_images(images) if with_image else [None] * len(titles)
         with IndependentRows():  # no neighbour changes a bit
             views = self.encode_sequences(
                 [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
@@ -220,7 +220,7 @@ class ItemEncoder:
         Raises:
             ImageError: as `images.open_image`.
         """
-        pixels, cache = self.encoder_settings.max_pixels, self.vision_cache
+        pixels, cache = self.settings.max_pixels, self.vision_cache
         if cache is None:
             return self.backbone.patch(open_image(root, relative, pixels))
         found = cache.read(root, relative, pixels)
@@ -229,7 +229,7 @@ class ItemEncoder:
         return found
 
     @torch.no_grad()
-    def look(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
+    def encode_images(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
         """Return the features of each image, None where there is none; new ones go into the vision cache."""
         device = self.backbone.device
         found: list[ImageFeatures | None] = [
@@ -238,7 +238,7 @@ class ItemEncoder:
         unseen = {row: image for row, image in enumerate(images) if isinstance(image, Image.Image | Patches | NewImage)}
         pictures = [image.image if isinstance(image, NewImage) else image for image in unseen.values()]
         new: dict[bytes, ImageFeatures] = {}
-        for (row, image), feature in zip(unseen.items(), self.backbone.look(pictures), strict=True):
+        for (row, image), feature in zip(unseen.items(), self.backbone.encode_images(pictures), strict=True):
             found[row] = feature
             if isinstance(image, NewImage):
                 new[image.key] = feature
@@ -268,7 +268,7 @@ class ItemEncoder:
             token_budget: tokens in one packed row; default: the encoder's.
         """
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
-        if self.encoder_settings.fusion == "internal":
+        if self.settings.fusion == "internal":
             complete = [row for row in range(count) if images[row] and len(images[row]) == len(titles[row])]
             prompt = {row: backbone.tokenize(prompts.item_prompt(titles[row]), images[row]) for row in complete}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
@@ -278,10 +278,10 @@ class ItemEncoder:
                 schema.IMAGE: absent.clone(),
             }
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
-        wording = self.encoder_settings.wording
-        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], wording)) for row in range(count) if with_text}
+        style = self.settings.prompt_style
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], style)) for row in range(count) if with_text}
         pictures = {
-            row: backbone.tokenize(prompts.image_prompt(len(images[row]), wording), images[row])
+            row: backbone.tokenize(prompts.image_prompt(len(images[row]), style), images[row])
             for row in range(count)
             if with_image and images[row]
         }
@@ -293,10 +293,10 @@ class ItemEncoder:
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
         """Return the fused vectors: the sum, or the one view that is there."""
-        if self.encoder_settings.views != "both":
-            return text if self.encoder_settings.views == schema.TEXT else image
+        if self.settings.views != "both":
+            return text if self.settings.views == schema.TEXT else image
         with_image = ~image.isnan().any(dim=1, keepdim=True)
-        return torch.where(with_image, fuse(text, image, self.encoder_settings.fusion_norm), text)
+        return torch.where(with_image, fuse(text, image, self.settings.fusion_norm), text)
 
     def _encode_rows(self, by_row: dict[int, EncodedPrompt], count: int, budget: int) -> Tensor:
         """Encode prompts in packed rows of at most `budget` tokens; rows without a prompt are NaN."""

@@ -24,7 +24,7 @@ IMAGES_AT_ONCE = 64  # opened, and looked at, together
 SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
 
 
-class Items:
+class ItemFeatures:
     """Prepared titles and image features by row of `items.parquet`.
 
     Features stay in memory, on the backbone's device, up to `cache_bytes`; the least recently used go first.
@@ -56,7 +56,7 @@ class Items:
         missing = [row for row in wanted if row not in found]
         for start in range(0, len(missing), IMAGES_AT_ONCE):
             rows = missing[start : start + IMAGES_AT_ONCE]
-            looked_at = self._encoder.look([self._open(row) for row in rows])
+            looked_at = self._encoder.encode_images([self._open(row) for row in rows])
             found |= {row: feature for row, feature in zip(rows, looked_at, strict=True) if feature is not None}
         self._remember(found)
         return [[found[int(row)] for row in rows] for rows in sequences]
@@ -80,7 +80,7 @@ class Items:
 
 
 def encode(
-    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]], token_budget: int | None = None
+    encoder: ItemEncoder, items: ItemFeatures, sequences: Sequence[Sequence[int]], token_budget: int | None = None
 ) -> dict[str, Tensor]:
     """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent views.
 
@@ -95,7 +95,7 @@ def encode(
 @torch.no_grad()
 def encode_rows(
     encoder: ItemEncoder,
-    items: Items,
+    items: ItemFeatures,
     sequences: Sequence[Sequence[int]],
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, np.ndarray]:
@@ -113,13 +113,13 @@ def encode_rows(
 
 
 def encode_users_together(
-    encoder: ItemEncoder, items: Items, histories: Sequence[Sequence[int]]
+    encoder: ItemEncoder, items: ItemFeatures, histories: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
     """Return the users' vectors by view, as `encode_rows_together`: their histories encoded as sequences.
 
     An encoder that reads single items only gives the mean of the history's item vectors (§5.1.3).
     """
-    if encoder.encoder_settings.reads_histories:
+    if encoder.settings.reads_histories:
         return encode_rows_together(encoder, items, histories)
     rows, place = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
     found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
@@ -129,7 +129,7 @@ def encode_users_together(
 
 
 def encode_rows_together(
-    encoder: ItemEncoder, items: Items, sequences: Sequence[Sequence[int]]
+    encoder: ItemEncoder, items: ItemFeatures, sequences: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
     """Do as `encode_rows`, each of the processes that train together encoding a share; all of them get all vectors."""
     own = encode_rows(encoder, items, distributed.share(sequences))

@@ -22,7 +22,7 @@ from vlm2rec.embedder.backbones.families import TextProcessor, load_processor
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
-from vlm2rec.embedder.encoders.settings import encoder_settings
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.options import DeviceName, DtypeName, PromptMode
 from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question
 
@@ -35,7 +35,7 @@ class PromptedEncoder:
 
     def __init__(self, backbone: Backbone, instruction: str, settings: dict[str, Any], token_budget: int) -> None:
         self.backbone, self.instruction, self.token_budget = backbone, instruction, token_budget
-        self._settings = settings
+        self._fingerprint = settings
 
     @classmethod
     def load(
@@ -57,7 +57,7 @@ class PromptedEncoder:
             ModelError: the backbone cannot be loaded.
             ConfigError: as `prompted_settings`.
         """
-        settings = prompted_settings(
+        settings = prompted_fingerprint(
             backbone,
             revision=revision,
             instruction=instruction,
@@ -79,9 +79,9 @@ class PromptedEncoder:
         return cls(model, settings["instruction"], settings, token_budget)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything of the encoder that belongs into an export's fingerprint."""
-        return self._settings
+        return self._fingerprint
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
@@ -93,7 +93,7 @@ class PromptedEncoder:
         pictures = [image for image in images if isinstance(image, Image.Image)]
         for start in range(0, len(complete), _ITEMS_AT_ONCE):
             rows = complete[start : start + _ITEMS_AT_ONCE]
-            features = backbone.look(pictures[start : start + _ITEMS_AT_ONCE])
+            features = backbone.encode_images(pictures[start : start + _ITEMS_AT_ONCE])
             asked = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
             encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(asked, features, strict=True)]
             for batch in batches_by_tokens([len(prompt) for prompt in encoded], self.token_budget):
@@ -102,7 +102,7 @@ class PromptedEncoder:
         return EncodedItems(fused, absent, absent, np.array([cut for _, cut in prepared], bool))
 
 
-def prompted_settings(
+def prompted_fingerprint(
     backbone: str,
     *,
     revision: str | None = None,
@@ -113,7 +113,7 @@ def prompted_settings(
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> dict[str, Any]:
-    """Return what `PromptedEncoder.load(...).settings` will be, from config files alone.
+    """Return what `PromptedEncoder.load(...).fingerprint` will be, from config files alone.
 
     Args:
         backbone: hub id or local folder.
@@ -145,7 +145,7 @@ def prompted_settings(
     mode: PromptMode = by_template if prompt_mode == "auto" else prompt_mode
     if mode == "chat" and not processor.chat_template:
         raise ConfigError(f"{backbone} has no chat template", "a model with one", "use --prompt-mode raw")
-    settings = encoder_settings(
+    settings = fingerprint_of(
         backbone,
         revision=revision,
         dtype=dtype,

@@ -77,14 +77,14 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
 
 def model_readme(encoder: ItemEncoder, backbone: str, adapter: str | None, licence: str) -> str:
     """Return the README of the folder: where the model comes from, and how it is asked."""
-    encoder_settings = encoder.encoder_settings
-    if encoder_settings.fusion == "internal":
+    fingerprint_of = encoder.settings
+    if fingerprint_of.fusion == "internal":
         ask = 'model.encode({"text": title, "image": image})  # the item'
     else:
         calls = {schema.TEXT: "model.encode(title)", schema.IMAGE: "model.encode(image)"}
         ask = "\n".join(f"{calls[modality]}  # the {modality} vector" for modality in encoder.modalities)
         if len(encoder.modalities) == 2:
-            unit = " of both at length 1" if encoder_settings.fusion_norm == "normalised" else ""
+            unit = " of both at length 1" if fingerprint_of.fusion_norm == "normalised" else ""
             ask += f"\n# their sum{unit} is the fused vector"
     return f"""---
 library_name: sentence-transformers
@@ -105,9 +105,9 @@ model = SentenceTransformer("THIS_FOLDER")
 {ask}
 ```
 
-The chat template holds the prompts (mode `{encoder_settings.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
-{encoder_settings.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
-{encoder_settings.max_pixels} pixels, or the backbone's fixed size. Qwen and InternVL models need torchvision
+The chat template holds the prompts (mode `{fingerprint_of.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
+{fingerprint_of.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
+{fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen and InternVL models need torchvision
 (`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from Pillow's, which
 vlm2rec takes.
 """
@@ -128,7 +128,7 @@ def _save_processor(encoder: ItemEncoder, out: Path) -> None:
 
 def chat_template(encoder: ItemEncoder) -> str:
     """Return the Jinja template that turns one user message, a title or an image or both, into the item's prompt."""
-    if encoder.encoder_settings.fusion == "internal":
+    if encoder.settings.fusion == "internal":
         forms = {"title is not none and images == 1": prompts.item_prompt([_TITLE])}
     else:
         both = {
@@ -157,7 +157,7 @@ def chat_template(encoder: ItemEncoder) -> str:
         middle = " ~ title ~ " if title else " ~ "
         lines.append(f"{{%- {branch} {condition} -%}}{{{{- {_literal(before)}{middle}{_literal(after)} -}}}}")
         branch = "elif"
-    takes = "title and its image together" if encoder.encoder_settings.fusion == "internal" else "title or one image"
+    takes = "title and its image together" if encoder.settings.fusion == "internal" else "title or one image"
     lines.append(f"{{%- else -%}}{{{{- raise_exception('this model takes one {takes}') -}}}}{{%- endif -%}}")
     return "".join(lines)
 
@@ -165,7 +165,7 @@ def chat_template(encoder: ItemEncoder) -> str:
 def _rendered(encoder: ItemEncoder, prompt: Prompt) -> str:
     """Return a prompt as text that is tokenised to what the encoder makes of it."""
     backbone, tokenizer = encoder.backbone, encoder.backbone.tokenizer
-    text = prompts.render(prompt, encoder.encoder_settings.prompt_mode, backbone.processor)
+    text = prompts.render(prompt, encoder.settings.prompt_mode, backbone.processor)
     if not backbone.processor.family.text_only:  # a processor puts the mark of the beginning where it is missing
         return text
     wanted = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0"))["input_ids"]

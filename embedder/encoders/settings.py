@@ -38,13 +38,13 @@ class EncoderSettings:
     max_title_tokens: int = 64
     views: ViewChoice = "both"  # one modality alone: its vector is the fused vector, the other one is not read
     pooling: Pooling = "last"
-    wording: PromptStyle = "vlm2rec"  # the prompts of VLM2Rec, for sequences, or those of SDA, for single items
+    prompt_style: PromptStyle = "vlm2rec"  # the prompts of VLM2Rec, for sequences, or those of SDA, for single items
 
     def __post_init__(self) -> None:
-        if self.fusion == "internal" and self.wording == "sda":
+        if self.fusion == "internal" and self.prompt_style == "sda":
             raise ConfigError(
-                "--fusion internal with --wording sda, which has no prompt for a title and an image together",
-                "--fusion external, or --wording vlm2rec",
+                "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
+                "--fusion external, or --prompt-style vlm2rec",
                 "change one of the two",
             )
         if self.fusion == "internal" and self.views != "both":
@@ -57,7 +57,7 @@ class EncoderSettings:
     @property
     def reads_histories(self) -> bool:
         """Whether there is a prompt for a sequence of items; else a user is the mean of the history's items."""
-        return self.wording == "vlm2rec"
+        return self.prompt_style == "vlm2rec"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -69,9 +69,20 @@ class EncoderSettings:
     @classmethod
     def of_export(cls, exported: Mapping[str, Any]) -> EncoderSettings:
         """Return the settings of a finished export, from the `settings` of its manifest."""
-        known = {field.name: exported[field.name] for field in fields(cls) if field.name in exported}
+        names = {schema.stored_name(field.name): field.name for field in fields(cls)}
+        known = {name: exported[key] for key, name in names.items() if key in exported}
         modalities = schema.modalities_of(exported.get("views", schema.VIEWS))
         return cls(**(known | {"views": modalities[0] if len(modalities) == 1 else "both"}))
+
+    @classmethod
+    def of_adapter(cls, stored: Mapping[str, Any]) -> EncoderSettings:
+        """Return the settings of an adapter, from `encoder` of its `vlm2rec.json`."""
+        names = {schema.stored_name(field.name): field.name for field in fields(cls)}
+        return cls(**{names.get(key, key): value for key, value in stored.items()})
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings as folders hold them."""
+        return {schema.stored_name(name): value for name, value in asdict(self).items()}
 
     @classmethod
     def resolve(cls, adapter: Path | None, **given: Any) -> EncoderSettings:
@@ -81,7 +92,7 @@ class EncoderSettings:
             ConfigError: a given setting differs from the adapter's: it was trained otherwise.
             ModelError: the adapter folder is unfinished.
         """
-        base = cls(**lora.read_adapter(adapter)["encoder"]) if adapter is not None else cls()
+        base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
         for name, value in chosen.items():
             trained = getattr(base, name)
@@ -95,7 +106,7 @@ class EncoderSettings:
         return cls(**(asdict(base) | chosen))
 
 
-def encoder_settings(
+def fingerprint_of(
     backbone: str,
     adapter: Path | None = None,
     *,
@@ -104,7 +115,7 @@ def encoder_settings(
     device: DeviceName = "auto",
     **given: Any,
 ) -> dict[str, Any]:
-    """Return what `ItemEncoder.load(...).settings` will be, from config files alone: no weights are read into a model.
+    """Return what `ItemEncoder.load(...).fingerprint` will be, from config files alone: no weights are read.
 
     Two encoders with equal settings give equal vectors up to float noise.
 
@@ -120,16 +131,16 @@ def encoder_settings(
             "--views text with a text model",
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
-    decisive = asdict(settings)
-    if settings.wording == EncoderSettings.wording:  # exports from before it existed can go on
-        del decisive["wording"]
+    decisive = settings.stored()
+    if settings.prompt_style == EncoderSettings.prompt_style:  # exports from before it existed can go on
+        del decisive[schema.stored_name("prompt_style")]
     return {
         "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
         "revision": revision,
         "backbone_hash": lora.backbone_hash(backbone, revision),
         "model_type": model_type,
         "adapter": None if adapter is None else lora.adapter_hash(adapter),
-        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.wording),
+        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.prompt_style),
         "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,

@@ -26,7 +26,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import encoder_settings
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.options import Strategy
 from vlm2rec.embedder.prompts import joint_prompt, product_text, textual_prompt, visual_prompt
 
@@ -55,7 +55,7 @@ class StrategyEncoder(ItemEncoder):
 
     def __init__(self, strategy: Strategy, encoder: ItemEncoder) -> None:
         provenance = encoder.provenance | _described(strategy, encoder.provenance)
-        super().__init__(encoder.backbone, encoder.encoder_settings, provenance, encoder.token_budget)
+        super().__init__(encoder.backbone, encoder.settings, provenance, encoder.token_budget)
         self.strategy = strategy
 
     def encode_sequences(
@@ -73,7 +73,7 @@ class StrategyEncoder(ItemEncoder):
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
         texts = {row: sequence[0] for row, sequence in enumerate(titles) if sequence and sequence[0]}
         seen = {row: sequence for row, sequence in enumerate(images) if sequence}
-        if self.encoder_settings.fusion == "internal":
+        if self.settings.fusion == "internal":
             asked = {row: joint_prompt(self.strategy, titles[row][0]) for row in seen}
             prompts = {row: backbone.tokenize(prompt, seen[row]) for row, prompt in asked.items()}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
@@ -89,7 +89,7 @@ class StrategyEncoder(ItemEncoder):
         if self.strategy != "dual":
             return super()._fuse(text, image)
         parts = (text, image)
-        if self.encoder_settings.fusion_norm == "normalised":
+        if self.settings.fusion_norm == "normalised":
             parts = (torch.nn.functional.normalize(text, dim=1), torch.nn.functional.normalize(image, dim=1))
         whole = torch.cat(parts, dim=1)  # (n, 2d)
         return whole.masked_fill(whole.isnan().any(dim=1, keepdim=True), torch.nan)
@@ -113,14 +113,14 @@ def load_strategy(backbone: str, strategy: Strategy, *, token_budget: int = 0, *
     return StrategyEncoder(strategy, ItemEncoder.load(backbone, token_budget=token_budget, **arguments))
 
 
-def strategy_settings(backbone: str, strategy: Strategy, **given: Any) -> dict[str, Any]:
-    """Return what `load_strategy(...).settings` will be, from config files alone.
+def strategy_fingerprint(backbone: str, strategy: Strategy, **given: Any) -> dict[str, Any]:
+    """Return what `load_strategy(...).fingerprint` will be, from config files alone.
 
     Raises:
         ConfigError: a setting that the strategy decides, or that an adapter brings: `adapter`, `views`, `fusion`.
         ModelError: the backbone's files cannot be read.
     """
-    settings = encoder_settings(backbone, **_arguments(strategy, given))
+    settings = fingerprint_of(backbone, **_arguments(strategy, given))
     return settings | _described(strategy, settings)
 
 

@@ -33,12 +33,12 @@ from vlm2rec.embedder.export.worker import Encoder, ShardMaker, load_same
 from vlm2rec.embedder.options import EngineName
 from vlm2rec.embedder.progress import Reporter
 
-Held = Mapping[int, np.ndarray]
+Work = Mapping[int, np.ndarray]
 """Shards to make, and where an earlier export has each of their rows: -1 for those to encode."""
 
 
 @dataclass(frozen=True)
-class Scale:
+class Distribution:
     """How many make the shards of an export, and where.
 
     Args:
@@ -89,7 +89,7 @@ class Scale:
         return Processes(self.num_workers) if self.num_workers > 1 and self.worker is None else None
 
 
-ALONE = Scale()
+ALONE = Distribution()
 """One process makes all shards."""
 
 
@@ -115,13 +115,13 @@ class Job:
 class Engine(Protocol):
     """Makes and publishes shards somewhere else."""
 
-    def make(self, job: Job, work: Held, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
+    def make(self, job: Job, work: Work, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
         """Yield the number and the record of each shard when it is published."""
 
 
-def _make(maker: ShardMaker, out: Location, number: int, held: np.ndarray) -> shards.Shard:
+def _make(maker: ShardMaker, out: Location, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     started = time.perf_counter()
-    table = maker.shard(number, held, lambda count: None)
+    table = maker.shard(number, reuse_rows, lambda count: None)
     return shards.publish_shard(out, maker.plan, number, table, time.perf_counter() - started)
 
 
@@ -141,7 +141,7 @@ class Processes:
     def __init__(self, count: int, with_gpus: bool = False) -> None:
         self._count, self._with_gpus = count, with_gpus
 
-    def make(self, job: Job, work: Held, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
+    def make(self, job: Job, work: Work, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
         """See `Engine`.
 
         Raises:
@@ -228,7 +228,7 @@ class Processes:
         waiting.insert(0, lost)
 
 
-def _hand_over(worker: _Worker, waiting: list[int], work: Held) -> None:
+def _hand_over(worker: _Worker, waiting: list[int], work: Work) -> None:
     if waiting:
         worker.number = waiting.pop(0)
         with contextlib.suppress(OSError):  # it has just died: the next look at its pipe shows it
@@ -241,8 +241,8 @@ def _serve(pipe: Connection, job: Job) -> None:
     try:
         maker = job.maker()
         while True:
-            number, held = pipe.recv()
-            pipe.send(_make(maker, job.out, number, held))
+            number, reuse_rows = pipe.recv()
+            pipe.send(_make(maker, job.out, number, reuse_rows))
     except (EOFError, KeyboardInterrupt):
         return
     except Vlm2RecError as error:
@@ -278,7 +278,7 @@ class RayTasks:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def make(self, job: Job, work: Held, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
+    def make(self, job: Job, work: Work, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
         """See `Engine`.
 
         Raises:
@@ -316,10 +316,10 @@ class RayTasks:
 _makers: dict[str, ShardMaker] = {}
 
 
-def _make_on_a_node(job: Job, number: int, held: np.ndarray) -> shards.Shard:
+def _make_on_a_node(job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     """Make a shard in a process of Ray's, which keeps the model for the next one."""
     key = f"{job.out} {job.plan.fingerprint}"
     if key not in _makers:
         _makers.clear()
         _makers[key] = job.maker()
-    return _make(_makers[key], job.out, number, held)
+    return _make(_makers[key], job.out, number, reuse_rows)

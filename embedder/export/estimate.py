@@ -67,7 +67,7 @@ def estimate(
     return found | {"sample": len(sample), "seconds": seconds, "memory_bytes": peak + waiting, "gpu_bytes": on_gpu}
 
 
-def told(found: Mapping[str, Any]) -> dict[str, object]:
+def describe(found: Mapping[str, Any]) -> dict[str, object]:
     """Return the estimate in words, for a summary."""
     measured = f"measured on {found['sample']} items, without vision cache" if found["sample"] else "nothing to measure"
     gpu = "" if found["gpu_bytes"] is None else f", {found['gpu_bytes'] / 2**30:.1f} GiB of the GPU"

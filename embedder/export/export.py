@@ -17,7 +17,7 @@ from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.strategies import item_text
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.distribute import ALONE, Held, Job, Scale
+from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards, read_inputs
 from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, _earlier_rows, _require_same_start, _work
@@ -38,7 +38,7 @@ def export(
     images_by: ImagesBy = "mtime",
     reuse: Reuse = REUSE_NOTHING,
     image_timeout: float = 60.0,
-    scale: Scale = ALONE,
+    distribution: Distribution = ALONE,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any] | None:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
@@ -46,7 +46,7 @@ def export(
     Args:
         dataset: The items.
         out: Embeddings folder, new or of an earlier run with the same settings.
-        settings: What `load_encoder().settings` will be; known before the weights are read.
+        settings: What `load_encoder().fingerprint` will be; known before the weights are read.
         load_encoder: Called only if there is something to encode.
         shard_size: Items in one Parquet file.
         storage: Number format on disk.
@@ -61,15 +61,15 @@ def export(
         The manifest; None for one of several workers, while others have not made all their shards.
     """
     plan = _plan(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
-    with writing(out, scale.share) as hold:
-        finished = shards.begin(out, plan, reuse.revises, scale.share)
+    with writing(out, distribution.share) as hold:
+        finished = shards.begin(out, plan, reuse.revises, distribution.share)
         earlier = _earlier_rows(out, plan, finished, reuse)
-        work = _work(plan, shards.shards_of(plan, scale.share), finished, earlier, reuse)
+        work = _work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
             job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout)
             try:
-                _publish_all(job, work, finished, scale, reporter)
+                _publish_all(job, work, finished, distribution, reporter)
             except (KeyboardInterrupt, SystemExit):
                 reporter.say(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -78,12 +78,12 @@ def export(
                 raise
         elif (out / schema.MANIFEST_FILE).exists():
             reporter.say(f"{out} is already complete")
-        if scale.share is not None:
+        if distribution.share is not None:
             finished |= shards.recorded_shards(out, plan)
             if not (out / schema.MANIFEST_FILE).exists() and (missing := len(plan) - len(finished)):
                 reporter.say(
-                    f"worker {scale.worker} of {scale.num_workers} has made its shards; {missing} of {len(plan)} are"
-                    " still to be made by others, the last of whom completes the folder"
+                    f"worker {distribution.worker} of {distribution.num_workers} has made its shards;"
+                    f" {missing} of {len(plan)} are still to be made by others, the last of whom completes the folder"
                 )
                 return None
         hold.require()
@@ -126,9 +126,11 @@ def _plan(
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
 
 
-def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale: Scale, reporter: Reporter) -> None:
+def _publish_all(
+    job: Job, work: Work, finished: dict[int, shards.Shard], distribution: Distribution, reporter: Reporter
+) -> None:
     """Have all shards made; `finished` holds what is published, whatever ends."""
-    engine = scale.engine_to_use
+    engine = distribution.engine_to_use
     if engine is None:
         with closing(job.maker()) as make:
             _publish_here(make, job.out, work, finished, reporter)
@@ -144,7 +146,7 @@ def _publish_all(job: Job, work: Held, finished: dict[int, shards.Shard], scale:
 
 
 def _publish_here(
-    make: ShardMaker, out: Location, work: Held, finished: dict[int, shards.Shard], reporter: Reporter
+    make: ShardMaker, out: Location, work: Work, finished: dict[int, shards.Shard], reporter: Reporter
 ) -> None:
     """Encode shard after shard while a thread writes the one before.
 
@@ -177,14 +179,14 @@ def _made(
     make: ShardMaker, work: Mapping[int, np.ndarray], reporter: Reporter
 ) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, table and seconds."""
-    total = sum(int((held < 0).sum()) for held in work.values())
+    total = sum(int((reuse_rows < 0).sum()) for reuse_rows in work.values())
     with reporter.progress("encoding items", total) as advance:
-        for count, (number, held) in enumerate(work.items(), 1):
+        for count, (number, reuse_rows) in enumerate(work.items(), 1):
             start = time.perf_counter()
-            table = make.shard(number, held, advance)
+            table = make.shard(number, reuse_rows, advance)
             seconds = time.perf_counter() - start
             yield number, table, seconds
             if not reporter.draws_bars:  # no bar is drawn: a log file gets a line a shard
-                encoded = int((held < 0).sum())
-                kept = f" and {len(held) - encoded} taken over" if encoded < len(held) else ""
+                encoded = int((reuse_rows < 0).sum())
+                kept = f" and {len(reuse_rows) - encoded} taken over" if encoded < len(reuse_rows) else ""
                 reporter.say(f"shard {count} of {len(work)}: {encoded} items{kept}, {encoded / seconds:.1f} items/s")

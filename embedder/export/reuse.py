@@ -71,11 +71,11 @@ class EarlierRows:
         That is -1 for an item that is new, that failed, or whose title or image has changed.
         """
         wanted = pa.array([plan.item_ids[row] for row in rows], pa.string())
-        held = self._what_is_held
-        found = pc.fill_null(pc.index_in(wanted, value_set=held[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
+        there = self._what_is_held
+        found = pc.fill_null(pc.index_in(wanted, value_set=there[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
         known = found >= 0
         inputs = np.array(plan.made_from(rows), object)
-        its = held.take(pa.array(found[known]))
+        its = there.take(pa.array(found[known]))
         same = its[schema.INPUT].to_numpy() == inputs[known]
         has_vector = pc.not_equal(its[schema.STATUS], schema.STATUS_FAILED).to_numpy()
         found[known] = np.where(same & has_vector, found[known], -1)
@@ -191,9 +191,9 @@ def _work(
     wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
     rows = [plan.rows(number) for number in wanted]
     if earlier is None or not wanted:
-        held = [np.full(len(of_shard), -1) for of_shard in rows]
+        reuse_rows = [np.full(len(of_shard), -1) for of_shard in rows]
     else:
         found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # once: it hashes all ids
-        held = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
-    by_shard = zip(wanted, held, strict=True)
+        reuse_rows = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
+    by_shard = zip(wanted, reuse_rows, strict=True)
     return {number: its for number, its in by_shard if number not in finished or (its < 0).any()}

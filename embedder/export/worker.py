@@ -34,7 +34,7 @@ class Encoder(Protocol):
     """What `export` needs of an encoder; `ItemEncoder` is one."""
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
 
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
@@ -42,7 +42,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedRows:
     """What becomes of some items: their vectors, NaN where they have none, and their status."""
 
     vectors: dict[str, np.ndarray]  # view → (n, d) float32
@@ -77,23 +77,23 @@ class ShardMaker:
         """Let the readers go."""
         self.readers.close()
 
-    def shard(self, number: int, held: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
-        """Return the table of a shard; `held` says where earlier rows lie, -1 for those to encode."""
+    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+        """Return the table of a shard; `reuse_rows` says where earlier rows lie, -1 for those to encode."""
         rows = np.array(self.plan.rows(number))
-        new = self.encoded([int(row) for row in rows[held < 0]], advance) if (held < 0).any() else None
-        if self.earlier is None or (held < 0).all():
+        new = self.encoded([int(row) for row in rows[reuse_rows < 0]], advance) if (reuse_rows < 0).any() else None
+        if self.earlier is None or (reuse_rows < 0).all():
             assert new is not None
             return new
         # no cast: it refuses lists without nulls of which a whole list is null, as in a view that is not exported
-        known = self.earlier.take(held[held >= 0]).replace_schema_metadata(self.plan.schema.metadata)
+        known = self.earlier.take(reuse_rows[reuse_rows >= 0]).replace_schema_metadata(self.plan.schema.metadata)
         both = known if new is None else pa.concat_tables([new, known])
-        return both.take(np.argsort(np.concatenate([np.flatnonzero(held < 0), np.flatnonzero(held >= 0)])))
+        return both.take(np.argsort(np.concatenate([np.flatnonzero(reuse_rows < 0), np.flatnonzero(reuse_rows >= 0)])))
 
     def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
         """Return the table of some items, all of them encoded."""
         policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
         encoder, dataset = self._encoder(), self.dataset
-        parts: list[Rows] = []
+        parts: list[EncodedRows] = []
         for piece, images in _images_of(encoder, dataset, self.plan, rows, self.readers):
             if policy == "fail":
                 _require_images(dataset, piece, images)
@@ -168,7 +168,7 @@ def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Pict
 def load_same(load_encoder: Callable[[], Encoder], expected: Mapping[str, Any]) -> Encoder:
     """Load the encoder, if it is what the plan was made for: its files may have been replaced meanwhile."""
     encoder = load_encoder()
-    found = encoder.settings
+    found = encoder.fingerprint
     changed = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     if changed:
         raise ModelError(
@@ -185,7 +185,7 @@ def encode_rows(
     images: Sequence[Picture],
     policy: ImagePolicy = "null",
     storage: Storage = "float32",
-) -> Rows:
+) -> EncodedRows:
     """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
 
     NaN and infinity get a second chance: alone, and in float32.
@@ -194,7 +194,7 @@ def encode_rows(
     """
     bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
     wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
-    views, dims = encoder.settings["views"], schema.dims_of(encoder.settings)
+    views, dims = encoder.fingerprint["views"], schema.dims_of(encoder.fingerprint)
     vectors = {view: np.full((len(titles), dims[view]), np.nan, np.float32) for view in views}
     truncated = np.zeros(len(titles), bool)
 
@@ -231,7 +231,7 @@ def encode_rows(
     for view in views:
         vectors[view][list(failed)] = np.nan
     status = [_status(row in failed, row in bad, bool(truncated[row])) for row in range(len(titles))]
-    return Rows(vectors, status, [reasons.get(row) for row in range(len(titles))])
+    return EncodedRows(vectors, status, [reasons.get(row) for row in range(len(titles))])
 
 
 def _status(failed: bool, without_image: bool, truncated: bool) -> str:

@@ -77,7 +77,9 @@ def _samples(data: dict[str, Any]) -> str:
 
 
 def _asked(encoder: dict[str, Any]) -> str:
-    numbered = "of single items" if encoder.get("wording") == "sda" else "items numbered from 0"
+    numbered = (
+        "of single items" if encoder.get(schema.stored_name("prompt_style")) == "sda" else "items numbered from 0"
+    )
     pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
     return f"{numbered}, the vector is {pooled}"
 
@@ -113,11 +115,11 @@ def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]
 def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
     if encoder["fusion"] == "internal":
         return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
-    wording = encoder.get("wording", "vlm2rec")
-    items = 1 if wording == "sda" else 2
+    prompt_style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
+    items = 1 if prompt_style == "sda" else 2
     both = {
-        schema.TEXT: prompts.text_prompt(["TITLE"] * items, wording),
-        schema.IMAGE: prompts.image_prompt(items, wording),
+        schema.TEXT: prompts.text_prompt(["TITLE"] * items, prompt_style),
+        schema.IMAGE: prompts.image_prompt(items, prompt_style),
     }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}
 

@@ -38,7 +38,7 @@ from vlm2rec.embedder.backbones.lora import restore, trainable
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items, encode
+from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
 from vlm2rec.embedder.options import Schedule
 from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
 
@@ -74,7 +74,12 @@ class Model(nn.Module, ABC):
     """
 
     def __init__(
-        self, encoder: ItemEncoder, wrapped: nn.Module, items: Items, loss: nn.Module | None, chunk_users: int = 0
+        self,
+        encoder: ItemEncoder,
+        wrapped: nn.Module,
+        items: ItemFeatures,
+        loss: nn.Module | None,
+        chunk_users: int = 0,
     ) -> None:
         super().__init__()
         self.encoder, self.items, self.chunk_users = encoder, items, chunk_users

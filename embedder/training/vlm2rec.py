@@ -12,7 +12,7 @@ from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones.pooling import norm_ratio
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.options import Negatives
 from vlm2rec.embedder.training.gradients import TOTAL, gradient_alignment, modality_losses
 from vlm2rec.embedder.training.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
@@ -43,7 +43,7 @@ class HistoryModel(Model):
         self,
         encoder: ItemEncoder,
         wrapped: nn.Module,
-        items: Items,
+        items: ItemFeatures,
         loss: VLM2RecLoss | None,
         tau: float,
         chunk_users: int = 0,

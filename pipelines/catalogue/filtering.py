@@ -16,7 +16,7 @@ SHORTEST = 3  # one interaction to train on, one to validate, one to test
 
 
 @dataclass(frozen=True)
-class Step:
+class Count:
     """What is left after one step."""
 
     step: str
@@ -41,7 +41,7 @@ class Log:
         return Log(self.user[rows], self.item[rows], self.time[rows])
 
 
-def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Series, Log, list[Step]]:
+def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Series, Log, list[Count]]:
     """Read the interactions of catalogue items.
 
     Returns:
@@ -60,8 +60,8 @@ def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tu
     order = np.lexsort((time, user))  # stable: equal times stay in the file's order
     log = Log(user[order], table["item"].to_numpy()[order], time[order])
     steps = [
-        Step("as read", len(user_ids), catalogue.height, found.rows),
-        Step("interactions of known items", _distinct(log.user), catalogue.height, len(log)),
+        Count("as read", len(user_ids), catalogue.height, found.rows),
+        Count("interactions of known items", _distinct(log.user), catalogue.height, len(log)),
     ]
     if not len(log):
         theirs = found.frame.select(schema.ITEM_ID).head(3).collect()[schema.ITEM_ID].to_list()
@@ -91,8 +91,8 @@ class Kept:
 
 
 def filter_log(
-    log: Log, catalogue: pl.DataFrame, config: PrepareConfig, steps: list[Step]
-) -> tuple[Log, Kept, list[Step]]:
+    log: Log, catalogue: pl.DataFrame, config: PrepareConfig, steps: list[Count]
+) -> tuple[Log, Kept, list[Count]]:
     """Drop items without title or image, exact duplicates, and what is not in the k-core; renumber what is left.
 
     Returns:
@@ -108,14 +108,14 @@ def filter_log(
     for name, has in (("items with a title", titled), ("items with an image", pictured)):
         alive &= has
         log = log.take(alive[log.item])
-        steps.append(Step(name, _distinct(log.user), int(alive.sum()), len(log)))
+        steps.append(Count(name, _distinct(log.user), int(alive.sum()), len(log)))
         if not len(log):
             raise _nothing_left(steps, f"{int(has.sum()):,} of {len(has):,} items are {name}", "check the catalogue")
     log = log.take(first_occurrences(log))
-    steps.append(Step("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
+    steps.append(Count("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
     log = log.take(core_rows(log, max(config.core, SHORTEST), config.core))
     shortest = f", users with {SHORTEST} interactions" if config.core < SHORTEST else ""
-    steps.append(Step(f"{config.core}-core{shortest}", _distinct(log.user), _distinct(log.item), len(log)))
+    steps.append(Count(f"{config.core}-core{shortest}", _distinct(log.user), _distinct(log.item), len(log)))
     if not len(log):
         raise _nothing_left(
             steps,
@@ -155,7 +155,7 @@ def core_rows(log: Log, user_least: int, item_least: int) -> np.ndarray:
         rows, user, item = rows[keep], user[keep], item[keep]
 
 
-def _nothing_left(steps: list[Step], why: str, fix: str) -> DataError:
+def _nothing_left(steps: list[Count], why: str, fix: str) -> DataError:
     before = next((step for step in reversed(steps[:-1]) if step.interactions), steps[0])
     return DataError(
         f"step {steps[-1].step!r} leaves nothing of {before.users:,} users, {before.items:,} items and"

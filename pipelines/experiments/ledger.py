@@ -19,7 +19,7 @@ from typing import Any
 
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.pipelines.experiments.methods import Cell, Json, Step
+from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
 LOG_FILE = "log.txt"
@@ -31,7 +31,7 @@ _FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budg
 class Change:
     """A finished step that is now asked for with another setting."""
 
-    cell: Cell
+    cell: Run
     step: Step
     setting: str
     before: Any
@@ -49,7 +49,7 @@ def records(folder: Path) -> dict[str, Json]:
 def identity(step: Step, study: Path, data_mark: str) -> Json:
     """Return the settings that decide what a step writes, as JSON; paths in the study folder are relative to it."""
     values = {
-        f.name: _plain(getattr(step.config, f.name), study)
+        schema.stored_name(f.name): _plain(getattr(step.config, f.name), study)
         for f in dataclasses.fields(step.config)
         if f.name not in _FREE
     }
@@ -82,12 +82,14 @@ def _plain(value: Any, study: Path) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def change(cell: Cell, step: Step, now: Json) -> Change | None:
+def change(cell: Run, step: Step, now: Json) -> Change | None:
     """Return the first setting in which a step that was run differs from what is asked for now."""
     record = records(cell.folder).get(step.name)
     if record is None:
         return None
-    defaults = {f.name: f.default for f in dataclasses.fields(step.config) if f.default is not MISSING}
+    defaults = {
+        schema.stored_name(f.name): f.default for f in dataclasses.fields(step.config) if f.default is not MISSING
+    }
     for name, value in now.items():
         if name not in record["settings"] and name not in defaults:
             continue  # not yet looked at when the step was run
@@ -98,7 +100,7 @@ def change(cell: Cell, step: Step, now: Json) -> Change | None:
     return None
 
 
-def is_finished(cell: Cell, step: Step) -> bool:
+def is_finished(cell: Run, step: Step) -> bool:
     """Whether a step whose settings are unchanged need not run."""
     record = records(cell.folder).get(step.name, {})
     if not record.get("finished") or not (step.folder / step.done).is_file():
@@ -111,7 +113,7 @@ def _marks(folders: Sequence[Path]) -> dict[str, str | None]:
     return {folder.name: records(folder.parent).get(folder.name, {}).get("mark") for folder in folders}
 
 
-def begin(cell: Cell, step: Step, settings: Json) -> None:
+def begin(cell: Run, step: Step, settings: Json) -> None:
     """Note that a step starts; what an earlier step of other inputs left there is removed."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     known = records(cell.folder)
@@ -133,14 +135,14 @@ def begin(cell: Cell, step: Step, settings: Json) -> None:
     schema.write_json(cell.folder / STEPS_FILE, known)
 
 
-def end(cell: Cell, step: Step, seconds: float) -> None:
+def end(cell: Run, step: Step, seconds: float) -> None:
     """Note that a step is done."""
     known = records(cell.folder)
     known[step.name] |= {"finished": _now(), "seconds": round(seconds, 3)}
     schema.write_json(cell.folder / STEPS_FILE, known)
 
 
-def forget(cell: Cell, step: Step) -> None:
+def forget(cell: Run, step: Step) -> None:
     """Remove a step's output and its record."""
     clear(step.folder)
     known = records(cell.folder)

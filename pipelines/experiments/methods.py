@@ -65,7 +65,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class AnalysisPlan:
     """What an analysis asks of its methods."""
 
     seeds: tuple[int, ...] = (0,)
@@ -90,7 +90,7 @@ class Study:
 
     reference: str
     analyses: tuple[str, ...]
-    plan: dict[str, Asked]
+    plan: dict[str, AnalysisPlan]
     methods: tuple[Method, ...]
     finetune: Json = field(default_factory=dict)
     export: Json = field(default_factory=dict)
@@ -141,7 +141,7 @@ def read_study(config: StudyConfig, users: int | None = None, more: Json | None 
         layers.append(QUICK)
     where = str(config.config or DEFAULT_FILE.name)
     raw = _merged(layers, where)
-    asked = {name: _build(Asked, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
+    asked = {name: _build(AnalysisPlan, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
     methods = [_method(values, where) for values in [*raw.pop("methods"), *raw.pop("more_methods", [])]]
     grids = [_build(Grid, values, f"grids in {where}") for values in raw.pop("grids", [])]
     backbones = tuple(raw.pop("backbones", []))
@@ -290,7 +290,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """All steps of one method with one seed, in order."""
 
     method: Method
@@ -300,7 +300,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunContext:
     """Where a method's steps read and write."""
 
     study: Study
@@ -329,30 +329,30 @@ class Place:
 class Source:
     """Where item vectors come from."""
 
-    embed: Callable[[Place], Step] | None = None  # writes an embeddings folder
-    train: Callable[[Place], Step] | None = None  # writes an adapter folder first
+    embed: Callable[[RunContext], Step] | None = None  # writes an embeddings folder
+    train: Callable[[RunContext], Step] | None = None  # writes an adapter folder first
     encodes_users: bool = False  # Task 1 takes the sequence encoder; else the mean of the history's items
     anywhere: bool = True  # can embed a dataset it has not seen
 
 
-def _finetune(place: Place) -> Step:
-    method, study = place.method, place.study
+def _finetune(context: RunContext) -> Step:
+    method, study = context.method, context.study
     others = {name for kind in settings.OF_METHOD if kind != _kind(study, method) for name in settings.OF_METHOD[kind]}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
-    return place.step(
+    return context.step(
         "finetune",
         settings.FinetuneConfig,
-        place.out("adapter"),
+        context.out("adapter"),
         "vlm2rec.json",
         [],
-        **(values | {"data": place.data, "backbone": place.backbone, "seed": place.seed}),
+        **(values | {"data": context.data, "backbone": context.backbone, "seed": context.seed}),
     )
 
 
-def _exported(place: Place) -> Json:
+def _exported(context: RunContext) -> Json:
     """Return what a method's export is asked for; `strategy: prompt1` may stand beside the source."""
-    return {**place.study.export, **place.method.export, **place.method.options}
+    return {**context.study.export, **context.method.export, **context.method.options}
 
 
 def _kind(study: Study, method: Method) -> str:
@@ -360,24 +360,26 @@ def _kind(study: Study, method: Method) -> str:
     return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
 
 
-def _export(place: Place) -> Step:
-    values = _exported(place)
-    after = [] if place.trained is None else [place.trained]
-    given = {"data": place.data, "backbone": place.backbone, "adapter": place.trained}
-    return place.step(
-        "export-items", settings.ExportConfig, place.out("embeddings"), "manifest.json", after, **(values | given)
+def _export(context: RunContext) -> Step:
+    values = _exported(context)
+    after = [] if context.trained is None else [context.trained]
+    given = {"data": context.data, "backbone": context.backbone, "adapter": context.trained}
+    return context.step(
+        "export-items", settings.ExportConfig, context.out("embeddings"), "manifest.json", after, **(values | given)
     )
 
 
-def _frozen(command: str, cls: str, renamed: Mapping[str, str], fixed: Mapping[str, Any]) -> Callable[[Place], Step]:
+def _frozen(
+    command: str, cls: str, renamed: Mapping[str, str], fixed: Mapping[str, Any]
+) -> Callable[[RunContext], Step]:
     """Return a source's function for a command that writes an embeddings folder from the method's own options."""
 
-    def embed(place: Place) -> Step:
-        options = {renamed.get(key, key): value for key, value in place.method.options.items()}
-        values = {**fixed, **options, "data": place.data}
+    def embed(context: RunContext) -> Step:
+        options = {renamed.get(key, key): value for key, value in context.method.options.items()}
+        values = {**fixed, **options, "data": context.data}
         if cls == "EncodePromptedConfig":
-            values["backbone"] = place.backbone
-        return place.step(command, getattr(settings, cls), place.out("embeddings"), "manifest.json", [], **values)
+            values["backbone"] = context.backbone
+        return context.step(command, getattr(settings, cls), context.out("embeddings"), "manifest.json", [], **values)
 
     return embed
 
@@ -395,22 +397,22 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def _evaluate(place: Place, embeddings: Path) -> Step:
-    source = SOURCES[place.method.source]
-    values: Json = {**place.study.evaluate, **place.method.evaluate, "data": place.data, "embeddings": embeddings}
-    if source.encodes_users and not _exported(place).get("strategy"):  # its prompts hold one item, no history
-        values |= {"backbone": place.backbone, "adapter": place.trained}
-    after = [embeddings, *([place.trained] if place.trained else [])]
-    return place.step("evaluate", settings.EvaluateConfig, place.out("evaluate"), "metrics.json", after, **values)
+def _evaluate(context: RunContext, embeddings: Path) -> Step:
+    source = SOURCES[context.method.source]
+    values: Json = {**context.study.evaluate, **context.method.evaluate, "data": context.data, "embeddings": embeddings}
+    if source.encodes_users and not _exported(context).get("strategy"):  # its prompts hold one item, no history
+        values |= {"backbone": context.backbone, "adapter": context.trained}
+    after = [embeddings, *([context.trained] if context.trained else [])]
+    return context.step("evaluate", settings.EvaluateConfig, context.out("evaluate"), "metrics.json", after, **values)
 
 
-def _recommend(place: Place, model: str, embeddings: Path | None) -> Step:
-    values = {**place.study.recommender, **place.method.recommender}
-    given = {"data": place.data, "model": model, "embeddings": embeddings, "seed": place.seed}
-    return place.step(
+def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
+    values = {**context.study.recommender, **context.method.recommender}
+    given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
+    return context.step(
         "train-recommender",
         settings.TrainRecommenderConfig,
-        place.out(f"recommender-{model}"),
+        context.out(f"recommender-{model}"),
         "metrics.json",
         [embeddings] if embeddings else [],
         **(values | given),
@@ -426,9 +428,9 @@ class Target:
     prefix: str = ""
 
 
-def cells(study: Study, out: Path, source: Target, domains: Sequence[Target], backbone: str, device: str) -> list[Cell]:
+def cells(study: Study, out: Path, source: Target, domains: Sequence[Target], backbone: str, device: str) -> list[Run]:
     """Return every cell of the matrix, seed by seed: after each round the tables hold every method."""
-    found: list[tuple[tuple[int, int], Cell]] = []
+    found: list[tuple[tuple[int, int], Run]] = []
     for number, method in enumerate(study.methods):
         asked = _asked(study, method)
         if not asked:
@@ -437,11 +439,11 @@ def cells(study: Study, out: Path, source: Target, domains: Sequence[Target], ba
         fixed = SOURCES[method.source].embed is not None and SOURCES[method.source].train is None
         for seed in [ANY_SEED, *seeds] if fixed else seeds:
             folder = out / method.slug / ("seed-any" if seed is None else f"seed-{seed}")
-            place = Place(study, method, seed, source.data, method.backbone or backbone, device, folder)
-            steps = _steps(place, asked, domains)
+            context = RunContext(study, method, seed, source.data, method.backbone or backbone, device, folder)
+            steps = _steps(context, asked, domains)
             if steps:
                 order = (-1 if seed is None else seeds.index(seed), number)
-                found.append((order, Cell(method, seed, folder, tuple(steps))))
+                found.append((order, Run(method, seed, folder, tuple(steps))))
     return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -450,47 +452,47 @@ def seeds_of(study: Study, method: Method) -> tuple[int, ...]:
     return tuple(sorted({seed for asked in _asked(study, method).values() for seed in asked.seeds}))
 
 
-def _asked(study: Study, method: Method) -> dict[str, Asked]:
+def _asked(study: Study, method: Method) -> dict[str, AnalysisPlan]:
     """Return what the chosen analyses ask of a method."""
     return {name: study.plan[name] for name in study.analyses if name in method.analyses and name in study.plan}
 
 
-def _steps(place: Place, asked: Mapping[str, Asked], domains: Sequence[Target]) -> list[Step]:
-    source = SOURCES[place.method.source]
-    of_seed = {name: each for name, each in asked.items() if place.seed is None or place.seed in each.seeds}
+def _steps(context: RunContext, asked: Mapping[str, AnalysisPlan], domains: Sequence[Target]) -> list[Step]:
+    source = SOURCES[context.method.source]
+    of_seed = {name: each for name, each in asked.items() if context.seed is None or context.seed in each.seeds}
     steps: list[Step] = []
     if source.train is not None:
-        steps.append(source.train(place))
-        place = dataclasses.replace(place, trained=steps[-1].folder)
+        steps.append(source.train(context))
+        context = dataclasses.replace(context, trained=steps[-1].folder)
     # what cross-domain compares with is measured at home as well
-    steps += _measured(place, source, list(of_seed.values()))
+    steps += _measured(context, source, list(of_seed.values()))
     if CROSS_DOMAIN in of_seed:
         for domain in domains:
             if not source.anywhere:
                 raise ConfigError(
-                    f"method {place.method.name!r} takes part in {CROSS_DOMAIN}",
+                    f"method {context.method.name!r} takes part in {CROSS_DOMAIN}",
                     "a source that can embed items it has not seen",
                     f"take {CROSS_DOMAIN} out of its analyses",
                 )
-            there = dataclasses.replace(place, data=domain.data, prefix=domain.prefix)
+            there = dataclasses.replace(context, data=domain.data, prefix=domain.prefix)
             steps += _measured(there, source, [of_seed[CROSS_DOMAIN]])
     return steps
 
 
-def _measured(place: Place, source: Source, asked: Sequence[Asked]) -> list[Step]:
+def _measured(context: RunContext, source: Source, asked: Sequence[AnalysisPlan]) -> list[Step]:
     """Return the steps that embed one dataset and measure on it, as far as they belong to the place's seed."""
     tasks = {task for each in asked for task in each.tasks}
     models = [model for model in MODELS if any(2 in each.tasks and model in each.models for each in asked)]
     if source.embed is None:
-        return [_recommend(place, model, None) for model in models]
+        return [_recommend(context, model, None) for model in models]
     fixed = source.train is None
-    home = dataclasses.replace(place, seed=None, folder=place.folder.parent / "seed-any") if fixed else place
+    home = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
     embedded = source.embed(home)
     steps: list[Step] = []
-    if not fixed or place.seed is None:
+    if not fixed or context.seed is None:
         steps.append(embedded)
         if 1 in tasks:
             steps.append(_evaluate(home, embedded.folder))
-    if not fixed or place.seed is not None:
-        steps += [_recommend(place, model, embedded.folder) for model in models]
+    if not fixed or context.seed is not None:
+        steps += [_recommend(context, model, embedded.folder) for model in models]
     return steps

@@ -107,8 +107,8 @@ def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
     rows = np.flatnonzero(everywhere)
     if len(rows) < 2:
         return None
-    place = np.cumsum(wanted) - 1  # row of items.parquet → row of what was read
-    vectors = {view: unit_rows(values[place[rows]]) for view, (values, _) in read.items()}
+    context = np.cumsum(wanted) - 1  # row of items.parquet → row of what was read
+    vectors = {view: unit_rows(values[context[rows]]) for view, (values, _) in read.items()}
     return Views(rows, vectors, len(known) > MOST_ITEMS)
 
 
@@ -117,12 +117,12 @@ def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> 
     dim = schema.dims_of(schema.read_manifest(folder))[view]
     values = np.zeros((int(wanted.sum()), dim), np.float32)
     has = np.zeros(len(known), bool)
-    place = np.cumsum(wanted) - 1
+    context = np.cumsum(wanted) - 1
     for ids, vectors, present in read_batches(folder, view):
         rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy(zero_copy_only=False)
         take = present & (rows >= 0)
         take[take] = wanted[rows[take]]
-        values[place[rows[take]]] = vectors[take]
+        values[context[rows[take]]] = vectors[take]
         has[rows[take]] = True
     return values, has
 
@@ -144,7 +144,7 @@ def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
     places = places[np.argsort([rows.index(row) for row in views.rows[places]])]
     top = {view: nearest(vectors, places, max(count, AMONG)) for view, vectors in views.vectors.items()}
     queries = []
-    for number, place in enumerate(places):
+    for number, context in enumerate(places):
         found = {
             view: [
                 Found(int(views.rows[near]), float(cosine))
@@ -152,7 +152,7 @@ def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
             ]
             for view, (neighbours, cosines) in top.items()
         }
-        queries.append(Query(int(views.rows[place]), found, _shared(top, number)))
+        queries.append(Query(int(views.rows[context]), found, _shared(top, number)))
     return queries
 
 
@@ -313,7 +313,7 @@ def _is_shown(study: Study, method: Method) -> bool:
 def _spread(views: Views, dataset: Dataset) -> list[int]:
     base = views.vectors.get(schema.FUSED, next(iter(views.vectors.values())))
     first = int(np.argmax(dataset.train_frequency()[views.rows]))
-    return [int(views.rows[place]) for place in spread_out(base, first, QUERIES)]
+    return [int(views.rows[context]) for context in spread_out(base, first, QUERIES)]
 
 
 def _rows(method: str, kind: str, dataset: Dataset, queries: Iterable[Query]) -> list[Json]:
@@ -322,14 +322,14 @@ def _rows(method: str, kind: str, dataset: Dataset, queries: Iterable[Query]) ->
             "method": method,
             "kind": kind,
             "query": dataset.item_ids[query.row],
-            "place": place,
+            "place": context,
             "view": view,
             "rank": rank,
             schema.ITEM_ID: dataset.item_ids[near.row],
             "cosine": near.cosine,
             "shared": query.shared,
         }
-        for place, query in enumerate(queries)
+        for context, query in enumerate(queries)
         for view, found in query.found.items()
         for rank, near in enumerate(found)
     ]

@@ -29,8 +29,8 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments import ledger as study_cells
-from vlm2rec.pipelines.experiments.methods import SOURCES, Cell, Json, Step, Study, Target, seeds_of, varied_value
+from vlm2rec.pipelines.experiments import ledger as ledger
+from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
 RESULTS_FILE = "results.parquet"
@@ -122,7 +122,7 @@ TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
 class Done:
     """A finished step of a method, with the seeds that its output stands for."""
 
-    cell: Cell
+    cell: Run
     step: Step
     dataset: str
     seeds: tuple[int, ...]
@@ -132,7 +132,7 @@ class Done:
         return schema.read_json(self.step.folder / name, f"what `vlm2rec {self.step.command}` writes", "run it again")
 
 
-def collect(study: Study, out: Path, cells: Sequence[Cell], home: Target, domains: Sequence[Target]) -> None:
+def collect(study: Study, out: Path, cells: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
     """Read every finished cell and write the Parquet files, each whole or not at all.
 
     Raises:
@@ -143,7 +143,7 @@ def collect(study: Study, out: Path, cells: Sequence[Cell], home: Target, domain
         Done(cell, step, names[step.config.data], _seeds(study, cell))
         for cell in cells
         for step in cell.steps
-        if study_cells.is_finished(cell, step)
+        if ledger.is_finished(cell, step)
     ]
     datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
@@ -198,7 +198,7 @@ def _write(table: pl.DataFrame, path: Path) -> None:
     temporary.replace(path)
 
 
-def _seeds(study: Study, cell: Cell) -> tuple[int, ...]:
+def _seeds(study: Study, cell: Run) -> tuple[int, ...]:
     """Return the seeds that a cell's output stands for: what no random number enters is the same with each."""
     return seeds_of(study, cell.method) if cell.seed is None else (cell.seed,)
 
@@ -235,9 +235,9 @@ def _results(measured: Iterable[Done]) -> Iterator[Json]:
             by_view = metrics[protocol] if metrics["task"] == 1 else {None: metrics[protocol]}
             for key in _keys(done):
                 for view, values in by_view.items():
-                    place = {**key, "protocol": protocol, "view": view, "user_group": ALL_USERS}
+                    context = {**key, "protocol": protocol, "view": view, "user_group": ALL_USERS}
                     for metric in METRICS:
-                        yield {**place, "metric": metric, "value": values[metric], "users": metrics["users"]}
+                        yield {**context, "metric": metric, "value": values[metric], "users": metrics["users"]}
 
 
 def _users(measured: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[pl.DataFrame]:
@@ -356,12 +356,12 @@ def _curves(done: Iterable[Done]) -> Iterator[Json]:
     for each in done:
         if each.step.command != "finetune":
             continue
-        place = {"method": each.cell.method.name, "seed": each.cell.seed}
+        context = {"method": each.cell.method.name, "seed": each.cell.seed}
         for kind, points in each.read("curves.json").items():
             for point in points if kind != "warnings" else []:
                 for name, value in point.items():
                     if name != "step" and isinstance(value, int | float):
-                        yield {**place, "kind": kind, "step": int(point["step"]), "name": name, "value": float(value)}
+                        yield {**context, "kind": kind, "step": int(point["step"]), "name": name, "value": float(value)}
 
 
 def _warnings(done: Iterable[Done]) -> Iterator[Json]:
@@ -377,7 +377,7 @@ def _warnings(done: Iterable[Done]) -> Iterator[Json]:
 
 def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
     for each in done:
-        record = study_cells.records(each.cell.folder)[each.step.name]
+        record = ledger.records(each.cell.folder)[each.step.name]
         epochs = users = None
         if each.step.command == "finetune":
             made = each.read("vlm2rec.json")

@@ -15,9 +15,9 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments import ledger as study_cells
-from vlm2rec.pipelines.experiments import results as study_results
-from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Cell, Json, Step, Study, Target, cells, read_study
+from vlm2rec.pipelines.experiments import ledger as ledger
+from vlm2rec.pipelines.experiments import results as results_file
+from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, cells, read_study
 from vlm2rec.pipelines.experiments.workers import workers
 
 # Seconds for one unit of work before anything is measured: the small backbone and small recommenders on one core.
@@ -38,7 +38,7 @@ _ROUGH = {
 class Failure:
     """A step that could not be done; the rest of its cell was left out."""
 
-    cell: Cell
+    cell: Run
     step: Step
     error: Vlm2RecError
 
@@ -63,35 +63,35 @@ class Pace:
 
 
 @dataclass
-class Course:
+class Schedule:
     """A study under way: its cells, and what they are measured on."""
 
     study: Study
     out: Path
     home: Target
     domains: list[Target]
-    cells: list[Cell]
+    cells: list[Run]
     datasets: dict[Path, Dataset]
     marks: dict[Path, str]
     pace: Pace = field(default_factory=Pace)
 
     def settings(self, step: Step) -> Json:
         """Return a step's settings as they are remembered and compared."""
-        return study_cells.identity(step, self.out, self.marks[step.config.data])
+        return ledger.identity(step, self.out, self.marks[step.config.data])
 
-    def unfinished(self, cells: Sequence[Cell]) -> list[tuple[Cell, Step]]:
+    def unfinished(self, cells: Sequence[Run]) -> list[tuple[Run, Step]]:
         """Return the steps that have to run, in order; what follows an unfinished step has to run as well."""
         stale: set[Path] = set()
         found = []
         for cell in cells:
             for step in cell.steps:
-                if stale.intersection(step.after) or not study_cells.is_finished(cell, step):
+                if stale.intersection(step.after) or not ledger.is_finished(cell, step):
                     stale.add(step.folder)
                     found.append((cell, step))
         return found
 
 
-def plan_course(config: StudyConfig) -> Course:
+def plan_schedule(config: StudyConfig) -> Schedule:
     """Read the study and its datasets and lay out the cells; nothing is written."""
     assert config.data is not None and config.backbone is not None
     data = Dataset(config.data)
@@ -100,7 +100,7 @@ def plan_course(config: StudyConfig) -> Course:
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data) for target in (home, *domains)}
     laid = cells(study, config.out, home, domains, config.backbone, config.device)
-    return Course(study, config.out, home, domains, laid, datasets, {p: mark_of(d) for p, d in datasets.items()})
+    return Schedule(study, config.out, home, domains, laid, datasets, {p: mark_of(d) for p, d in datasets.items()})
 
 
 def mark_of(data: Dataset) -> str:
@@ -150,12 +150,12 @@ def require_other_domain(home: Dataset, there: Dataset, shared_users: str) -> No
         )
 
 
-def _settle_changes(course: Course, redo: bool) -> None:
+def _settle_changes(schedule: Schedule, redo: bool) -> None:
     """Refuse cells whose settings changed, or with `redo` forget them, so that they are run again."""
     changed = []
-    for cell in course.cells:
+    for cell in schedule.cells:
         for step in cell.steps:
-            change = study_cells.change(cell, step, course.settings(step))
+            change = ledger.change(cell, step, schedule.settings(step))
             if change is not None:
                 changed.append(change)
     if changed and not redo:
@@ -167,23 +167,25 @@ def _settle_changes(course: Course, redo: bool) -> None:
             "give another --out, or --redo to run these steps again",
         )
     for change in changed:
-        study_cells.forget(change.cell, change.step)
+        ledger.forget(change.cell, change.step)
 
 
-def _run_steps(course: Course, todo: Sequence[tuple[Cell, Step]], jobs: int) -> list[Failure]:
+def _run_steps(schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int) -> list[Failure]:
     """Run the steps in order, `jobs` at a time; a failure leaves out what depends on it and nothing else."""
     failures: list[Failure] = []
     without: set[Path] = set()
-    waiting, under_way = list(todo), list[tuple[Cell, Step]]()
+    waiting, under_way = list(todo), list[tuple[Run, Step]]()
     begun, number = time.perf_counter(), 0
     with workers(jobs) as hands:
         while waiting or under_way:
             while hands.free and (work := _next_to_start(waiting, under_way, without)) is not None:
                 waiting.remove(work)
                 number += 1
-                left = sum(course.pace.of(s, course.datasets[s.config.data]) for _, s in (work, *waiting, *under_way))
+                left = sum(
+                    schedule.pace.of(s, schedule.datasets[s.config.data]) for _, s in (work, *waiting, *under_way)
+                )
                 _headline(number, len(todo), *work, time.perf_counter() - begun, left / jobs)
-                study_cells.begin(*work, course.settings(work[1]))
+                ledger.begin(*work, schedule.settings(work[1]))
                 under_way.append(work)
                 hands.start(work)
             if not under_way:
@@ -195,18 +197,18 @@ def _run_steps(course: Course, todo: Sequence[tuple[Cell, Step]], jobs: int) -> 
                 failures.append(Failure(cell, step, outcome))
                 without.add(step.folder)
                 continue
-            study_cells.end(cell, step, outcome)
-            if study_cells.records(cell.folder)[step.name]["attempts"] == 1:
-                course.pace.add(step, outcome, course.datasets[step.config.data])
+            ledger.end(cell, step, outcome)
+            if ledger.records(cell.folder)[step.name]["attempts"] == 1:
+                schedule.pace.add(step, outcome, schedule.datasets[step.config.data])
             if not any(cell.seed == other.seed for other, _ in (*waiting, *under_way)):
                 # a round is complete: the tables hold one more seed of every method
-                study_results.collect(course.study, course.out, course.cells, course.home, course.domains)
+                results_file.collect(schedule.study, schedule.out, schedule.cells, schedule.home, schedule.domains)
     return failures
 
 
 def _next_to_start(
-    waiting: Sequence[tuple[Cell, Step]], under_way: Sequence[tuple[Cell, Step]], without: set[Path]
-) -> tuple[Cell, Step] | None:
+    waiting: Sequence[tuple[Run, Step]], under_way: Sequence[tuple[Run, Step]], without: set[Path]
+) -> tuple[Run, Step] | None:
     """Return the first step that reads from nothing missing; a cell does one at a time, as it keeps one log."""
     busy = {cell.folder for cell, _ in under_way}
     missing = without | {step.folder for _, step in (*waiting, *under_way)}
@@ -234,21 +236,21 @@ def _work(step: Step, data: Dataset) -> float:
     return float(users if step.command == "evaluate" else len(data.item_ids))
 
 
-def _learn_pace(course: Course) -> None:
+def _learn_pace(schedule: Schedule) -> None:
     """Take the seconds of steps that were finished in one go."""
-    for cell in course.cells:
-        known = study_cells.records(cell.folder)
+    for cell in schedule.cells:
+        known = ledger.records(cell.folder)
         for step in cell.steps:
             record = known.get(step.name, {})
             if record.get("finished") and record.get("attempts") == 1:
-                course.pace.add(step, record["seconds"], course.datasets[step.config.data])
+                schedule.pace.add(step, record["seconds"], schedule.datasets[step.config.data])
 
 
-def _title(cell: Cell) -> str:
+def _title(cell: Run) -> str:
     return cell.method.name if cell.seed is None else f"{cell.method.name}, seed {cell.seed}"
 
 
-def _headline(number: int, total: int, cell: Cell, step: Step, elapsed: float, left: float) -> None:
+def _headline(number: int, total: int, cell: Run, step: Step, elapsed: float, left: float) -> None:
     log.print(
         f"{number:>4}/{total}  {_title(cell)}: {step.name}  ({clock(elapsed)} gone, about {clock(left)} left)",
         markup=False,

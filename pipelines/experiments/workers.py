@@ -16,9 +16,9 @@ from typing import Protocol
 from vlm2rec.embedder.contract.errors import ArtifactError, Vlm2RecError
 from vlm2rec.embedder.export.processes import end_with_parent, shared_cores
 from vlm2rec.pipelines.experiments.ledger import LOG_FILE
-from vlm2rec.pipelines.experiments.methods import Cell, Step
+from vlm2rec.pipelines.experiments.methods import Run, Step
 
-Work = tuple[Cell, Step]
+Work = tuple[Run, Step]
 Outcome = float | Vlm2RecError
 """Seconds that a step took, or why it could not be done."""
 

@@ -212,7 +212,7 @@ def sensitivity(results: Results) -> Drawn | None:
         x = [value for value, _, _ in points]
         found = [each for _, each, _ in points]
         _line(axes, x, found, colours(results)[results.reference])
-        own = next((place for place, point in enumerate(points) if point[2] == results.reference), None)
+        own = next((context for context, point in enumerate(points) if point[2] == results.reference), None)
         if own is not None and found[own] is not None:
             axes.plot([x[own]], [found[own].mean], "o", markersize=10, markerfacecolor="none", color=INK)  # type: ignore[union-attr]
         base = results.spread(sft, 1, analysis=SENSITIVITY) if sft else None
@@ -240,11 +240,11 @@ def differences(results: Results) -> Drawn | None:
         return None
     figure, panels = _panels(1, len(found), 0.7 + 0.27 * len(names), sharey=True)
     for axes, ((task, model), each) in zip(panels, found.items(), strict=True):
-        for place, (name, row) in enumerate(zip(names, each, strict=True)):
+        for context, (name, row) in enumerate(zip(names, each, strict=True)):
             if row is not None:
                 colour = colours(results)[name]
-                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4)
-                axes.plot([row["difference"]], [place], "o", color=colour, markersize=6)
+                axes.plot([row["low"], row["high"]], [context, context], color=colour, linewidth=2.4)
+                axes.plot([row["difference"]], [context], "o", color=colour, markersize=6)
         axes.axvline(0, color=MUTED, linewidth=0.9)
         axes.set_yticks(range(len(names)), [_plain(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
@@ -262,11 +262,11 @@ def geometry_dots(results: Results) -> Drawn | None:
     figure, panels = _panels(1, 4, 2.6)
     titles = {"A_pos": "to the next item", "A_neg": "to other items", "U": "uniformity", "S": "separability"}
     for number, (axes, name) in enumerate(zip(panels, titles, strict=True)):
-        for place, method in enumerate(methods):
+        for context, method in enumerate(methods):
             for row, view in enumerate(schema.VIEWS):
                 found = results.geometry(method, view)
                 if found:
-                    height = row + 0.22 * (place - (len(methods) - 1) / 2)
+                    height = row + 0.22 * (context - (len(methods) - 1) / 2)
                     axes.errorbar(
                         found[name].mean, height, xerr=found[name].std, fmt="o", color=colours(results)[method]
                     )
@@ -302,12 +302,12 @@ def ablation_bars(results: Results) -> Drawn | None:
         return None
     figure, panels = _panels(1, 2, 0.9 + 0.34 * len(methods), sharey=True)
     for axes, (task, model) in zip(panels, ((1, None), (2, "SASRec")), strict=True):
-        for place, name in enumerate(methods):
+        for context, name in enumerate(methods):
             found = results.spread(name, task, model)
             if found:
-                axes.errorbar(found.mean, place, xerr=found.std, fmt="o", color=colours(results)[name], markersize=7)
+                axes.errorbar(found.mean, context, xerr=found.std, fmt="o", color=colours(results)[name], markersize=7)
                 axes.annotate(
-                    f"{found.mean:.4f}", (found.mean, place), (0, 7), textcoords="offset points", fontsize=7.5
+                    f"{found.mean:.4f}", (found.mean, context), (0, 7), textcoords="offset points", fontsize=7.5
                 )
         axes.set_yticks(range(len(methods)), [_plain(name) for name in methods])
         axes.set_ylim(len(methods) - 0.5, -0.7)

@@ -18,7 +18,7 @@ from vlm2rec.pipelines.experiments.results import COMPARED
 from vlm2rec.pipelines.reporting import figures as study_figures
 from vlm2rec.pipelines.reporting import tables
 from vlm2rec.pipelines.reporting.tables import Cell, Results, Sheet, number
-from vlm2rec.pipelines.reporting.verdicts import HOLDS, Claim, claims
+from vlm2rec.pipelines.reporting.verdicts import HOLDS, Claim, verdicts
 
 TEMPLATE = "page.html.j2"
 
@@ -68,7 +68,7 @@ class Page:
     lede: str
     warning: str
     tiles: list[tuple[str, str]]
-    claims: list[Claim]
+    verdicts: list[Claim]
     sections: list[Section]
     figures: dict[str, Markup]
     neighbourhoods: list[Neighbourhood]
@@ -109,7 +109,7 @@ def render(page: Page) -> str:
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
     """Gather what the template prints."""
-    found = claims(results)
+    found = verdicts(results)
     pictures = results.frames["pictures"]
     with_picture = pictures.filter(pl.col("picture").is_not_null())
     ids = pictures[schema.ITEM_ID].to_list()
@@ -119,15 +119,15 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
         lede=_lede(results, found),
         warning=_warning(results),
         tiles=_tiles(results),
-        claims=found,
+        verdicts=found,
         sections=sections,
         figures=drawn,
         neighbourhoods=_neighbourhoods(results),
         hero=with_picture[schema.ITEM_ID].gather_every(max(1, with_picture.height // 24)).to_list()[:24],
         titles=dict(zip(ids, pictures[schema.TITLE].to_list(), strict=True)),
         pictures={
-            row[schema.ITEM_ID]: (place, base64.b64encode(row["picture"]).decode("ascii"))
-            for place, row in enumerate(with_picture.iter_rows(named=True))
+            row[schema.ITEM_ID]: (context, base64.b64encode(row["picture"]).decode("ascii"))
+            for context, row in enumerate(with_picture.iter_rows(named=True))
         },
         colours=study_figures.colours(results),
         settings=_settings(results),

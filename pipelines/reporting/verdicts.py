@@ -23,7 +23,7 @@ class Claim:
     verdict: str
 
 
-def claims(results: Results) -> list[Claim]:
+def verdicts(results: Results) -> list[Claim]:
     """Return every claim that the study's results can decide."""
     vanilla, sft = results.named(VANILLA_ROW), results.named(SFT_ROW)
     found: list[Claim] = []

@@ -60,7 +60,7 @@ def measure(folder: Path, dim: int) -> dict[str, float]:
     """Export the dataset in `folder`; returns seconds and the peak of this process in MiB."""
     encoder = FreeEncoder(dim)
     begun = time.perf_counter()
-    export(Dataset(folder / "data"), folder / "embeddings", encoder.settings, lambda: encoder)
+    export(Dataset(folder / "data"), folder / "embeddings", encoder.fingerprint, lambda: encoder)
     seconds = time.perf_counter() - begun
     return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 

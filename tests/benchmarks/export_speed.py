@@ -115,7 +115,7 @@ def ours(folder: Path, titles: list[str], pictures: list[Image.Image], dtype: st
     encoder = ItemEncoder.load(str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     encoder.encode_items(titles[:2], pictures[:2])  # the shared prefixes
     cold = measured("vlm2rec", dtype, len(titles), lambda: encoder.encode_items(titles, pictures).fused)
-    known = encoder.look(pictures)
+    known = encoder.encode_images(pictures)
     warm = measured("vlm2rec, warm", dtype, len(titles), lambda: encoder.encode_items(titles, known).fused)
     cold.useful, warm.useful = useful_operations(encoder, titles, known, shape)
     return [cold, warm]

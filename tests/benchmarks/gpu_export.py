@@ -152,11 +152,11 @@ class Packed:
         self.budget = backbone.pick_token_budget(self.backbone)
         self.shape = shape
 
-    def look(self, items: Items, count: int) -> list[Any]:
+    def encode_images(self, items: Items, count: int) -> list[Any]:
         """Return what the vision tower says of the images."""
         from vlm2rec.embedder.backbones.backbone import Patches
 
-        return self.backbone.look([Patches(patches, items.grid) for patches in items.patches[:count]])
+        return self.backbone.encode_images([Patches(patches, items.grid) for patches in items.patches[:count]])
 
     def encode(self, items: Items, known: list[Any]) -> Tensor:
         """Return the fused vectors."""
@@ -223,10 +223,10 @@ def compare_exports(model: Any, shape: Shape, count: int, device: torch.device) 
     middling, _ = seconds(lambda: padded(model, items, shape, count), device)
     padded_memory = memory(device)
     packed = Packed(model, shape)  # from here on the model has vlm2rec's attention
-    packed.encode(items, packed.look(items, min(64, count)))
-    cold, found = seconds(lambda: packed.encode(items, packed.look(items, count)), device)
+    packed.encode(items, packed.encode_images(items, min(64, count)))
+    cold, found = seconds(lambda: packed.encode(items, packed.encode_images(items, count)), device)
     cold_memory = memory(device)
-    known = packed.look(items, count)
+    known = packed.encode_images(items, count)
     warm, _ = seconds(lambda: packed.encode(items, known), device)
     worst = float(F.cosine_similarity(expected, found[:few], dim=1).min())
     print(f"{'':<14}{'items/s':>10}{'x naive':>9}{'MFU':>7}{'GiB':>7}")
@@ -281,11 +281,11 @@ def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
         optimiser.step()
         return float(parts.total.detach())
 
-    known = packed.look(items, len(items.texts))
+    known = packed.encode_images(items, len(items.texts))
     step(known)
     warm, value = seconds(lambda: step(known), device)
     warm_memory = memory(device)
-    cold, _ = seconds(lambda: step(packed.look(items, len(items.texts))), device)
+    cold, _ = seconds(lambda: step(packed.encode_images(items, len(items.texts))), device)
     print(f"training step, {USERS} users with {HISTORY} images each, LoRA, checkpointing (loss {value:.4f}):")
     print(f"  vision known {USERS / warm:.2f} users/s ({warm_memory} GiB); looked at {USERS / cold:.2f} users/s")
 

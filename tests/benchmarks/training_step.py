@@ -35,7 +35,7 @@ from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones.lora import add_lora
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import Items
+from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.training.losses import VLM2RecLoss
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import prepare
@@ -76,7 +76,7 @@ def build(folder: Path) -> tuple[HistoryModel, list[list[int]], torch.Tensor]:
     dataset = Dataset(folder / "data")
     wrapped = add_lora(encoder.backbone, 16, 32.0, 0.0, 0)
     draw_lora(wrapped, "lora_B", 0.01, seed=1)
-    model = HistoryModel(encoder, wrapped, Items(dataset, encoder), VLM2RecLoss(), 0.1)
+    model = HistoryModel(encoder, wrapped, ItemFeatures(dataset, encoder), VLM2RecLoss(), 0.1)
     sequences = dataset.train_sequences()[:USERS]
     histories = [[int(row) for row in items[-HISTORY - 1 : -1]] for items in sequences]
     return model, histories, torch.tensor([int(items[-1]) for items in sequences])
