@@ -31,20 +31,14 @@ from vlm2rec.pipelines.catalogue.dataset_writer import _write_candidates, _write
 from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.config import PrepareConfig
+from vlm2rec.pipelines.reporting.paper import read_paper
 
 WORKING_FOLDER = ".vlm2rec-prepare"
 
-PAPER = {  # Table 3 of the VLM2Rec paper
-    "Toys": {"users": 15921, "items": 8383, "interactions": 108336, "average_length": 6.8, "sparsity": 0.9992},
-    "Beauty": {"users": 19757, "items": 9311, "interactions": 137300, "average_length": 6.9, "sparsity": 0.9993},
-    "Clothing": {"users": 30757, "items": 17087, "interactions": 196614, "average_length": 6.4, "sparsity": 0.9996},
-    "Sports": {"users": 32127, "items": 14820, "interactions": 222591, "average_length": 6.9, "sparsity": 0.9995},
-}
 _LONG_NAMES = {
     "toysandgames": "Toys",
     "clothingshoesandjewelry": "Clothing",
     "sportsandoutdoors": "Sports",
-    **{name.lower(): name for name in PAPER},
 }
 
 
@@ -127,7 +121,7 @@ def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, s
         "max_history": config.max_history,
         "negatives": {"count": config.candidates, "seeds": sorted(config.candidate_seeds)},
         "counts": [asdict(step) for step in steps],
-        "paper": PAPER.get(paper_name(name) or ""),
+        "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
             "shortest_sequence": SHORTEST,
@@ -146,7 +140,8 @@ def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, s
 
 def paper_name(name: str) -> str | None:
     """Return the paper's name of a dataset (`Toys_and_Games` → `Toys`), None where it has none."""
-    return _LONG_NAMES.get(re.sub(r"[^a-z]", "", name.lower()))
+    known = {short.lower(): short for short in read_paper()["datasets"]} | _LONG_NAMES
+    return known.get(re.sub(r"[^a-z]", "", name.lower()))
 
 
 def _print(meta: Mapping[str, Any], out: Path) -> None:
