@@ -166,7 +166,7 @@ def _stage(module: str) -> Any:
 
 @command(settings.DemoConfig)
 def demo(config: settings.DemoConfig) -> None:
-    """Run the whole line on a drawn catalogue and open a report at the end."""
+    """Run the whole line on a drawn catalogue: four methods, both tasks, and one HTML page."""
     _stage("demo").run(config)
 
 
@@ -269,9 +269,9 @@ def study(config: settings.StudyConfig) -> None:
     _stage("study").run(config)
 
 
-@command(settings.ReportConfig)
+@command(settings.ReportConfig, positional="study")
 def report(config: settings.ReportConfig) -> None:
-    """Write one HTML page about a run folder."""
+    """Draw the page of a study or a demo again, from its Parquet files alone."""
     _stage("report").run(config)
 
 

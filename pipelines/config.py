@@ -495,15 +495,16 @@ class ConvertConfig:
 class ReportConfig:
     """Settings of `vlm2rec report`."""
 
-    run: Path = setting("Folder with the stages' outputs, as `vlm2rec demo` lays them out.")
-    out: Path | None = setting("HTML file to write; default: report.html in the run folder.", None)
+    study: Path | None = setting("Folder that `vlm2rec study` or `vlm2rec demo` wrote.", None)
+    run: Path | None = setting("The same, as a flag.", None)
+    out: Path | None = setting("HTML file to write; default: report.html in that folder.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Settings of `vlm2rec demo`."""
 
-    out: Path = setting("Run folder to write.", Path("runs/demo"))
+    out: Path = setting("Folder to write; the same command goes on with an unfinished demo.", Path("runs/demo"))
     products: Annotated[int, Ge(200)] = setting("Products drawn.", 400)
     users: Annotated[int, Ge(50)] = setting("Users simulated.", 600)
     finetune_steps: Positive = setting("Steps of each fine-tuning run.", 120)
@@ -528,5 +529,5 @@ class StudyConfig:
     plan_only: bool = setting("Print what would run and how long it may take; run nothing.", False)
     report_only: bool = setting("Draw the report anew from the Parquet files of a study.", False)
     jobs: Positive = setting("Steps at a time, each in a process with its share of the cores; 1 on a single GPU.", 1)
-    redo: bool = setting("Run the cells again whose settings changed; off refuses them.", False)
+    redo: bool = setting("Do again what was done with other settings; off refuses it.", False)
     device: DeviceName = setting("Where to run.", "auto")

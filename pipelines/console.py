@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -74,6 +75,11 @@ class Terminal:
 
 
 TERMINAL = Terminal()
+
+
+def headline(name: str, more: str) -> None:
+    """Print a line across the terminal: what begins now, and what there is to say about it."""
+    log.rule(f"[bold]{escape(name)}[/]  [dim]{escape(more)}[/]", align="left", style="dim")
 
 
 def summary(title: str, rows: Mapping[str, object]) -> None:

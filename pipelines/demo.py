@@ -1,155 +1,100 @@
-"""`vlm2rec demo`: the whole line on a drawn catalogue, in process, from pictures to a report."""
+"""`vlm2rec demo`: the whole line on a drawn catalogue, from pictures to a page: a study of four methods, one seed."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import importlib.metadata
-import platform
-import shutil
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
+import polars as pl
 
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.pipelines.config import DemoConfig
-from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.reporting.style import DEMO_FILE, ID, METRICS_FILE, VLM2REC, Json, method_name
-from vlm2rec.pipelines.synthetic.laboratory import MODELS, TABLES, Stage, plan
+from vlm2rec.embedder.export.lock import writing
+from vlm2rec.pipelines import build_index, study, verify
+from vlm2rec.pipelines.config import BuildIndexConfig, DemoConfig, SearchConfig, StudyConfig, VerifyConfig
+from vlm2rec.pipelines.console import headline, log
+from vlm2rec.pipelines.experiments import results
+from vlm2rec.pipelines.experiments.methods import DEMO_FILE, Json
+from vlm2rec.pipelines.experiments.schedule import Schedule, clock, plan_schedule, run_steps, settle_changes
+from vlm2rec.pipelines.read_config import read_yaml
+from vlm2rec.pipelines.synthetic.laboratory import FOLDER, Laboratory, draw_laboratory
 
-LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 WRITTEN_BY = "vlm2rec demo"
 
 
 def run(config: DemoConfig) -> Path:
-    """Draw a catalogue, run every stage on it, and return the path of the report.
+    """Draw a catalogue, run every stage on it, and return the path of the page.
 
-    An earlier demo in the same folder is replaced; `demo.json` says what ran, with what settings and how long.
+    The same command goes on with a demo that was interrupted; what was made with other settings is made again.
 
     Raises:
-        ConfigError: the run folder holds something that is not an earlier demo.
+        ConfigError: the folder holds something that is not an earlier demo.
+        ArtifactError: another demo writes to the same folder.
     """
-    start_clean(config.out)
-    stages = plan(config)
-    record: Json = {
-        "written_by": WRITTEN_BY,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "finished": False,
-        "settings": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
-        "versions": library_versions(),
-        "stages": [],
-        "seconds": 0.0,
-    }
-    schema.write_json(config.out / DEMO_FILE, record)
     begun = time.perf_counter()
-    for number, stage in enumerate(stages, 1):
-        _headline(number, len(stages), stage, time.perf_counter() - begun)
+    study.require_own_folder(config.out, WRITTEN_BY)
+    with writing(config.out):
+        folder = config.out / FOLDER
+        wanted = Laboratory(
+            products=config.products, users=config.users, backbone_steps=config.backbone_steps, seed=config.seed
+        )
+        draw_laboratory(folder, wanted, redo=True)
+        asked = StudyConfig(
+            out=config.out, data=folder / "data", backbone=str(folder / "backbone"), seeds=(config.seed,), redo=True
+        )
+        schedule = plan_schedule(asked, _laid_over(config))
+        settle_changes(schedule, redo=True)
+        todo = schedule.unfinished(schedule.runs)
+        study.announce(schedule, schedule.runs, todo, aloud=True)
+        settings = {key: value for key, value in asdict(config).items() if key != "out"}
+        study.remember(schedule, asked, WRITTEN_BY, demo=settings)
+        failures = run_steps(schedule, todo, aloud=True)
+        if not failures:
+            study.remember(schedule, asked, WRITTEN_BY, demo=settings, **_use_the_vectors(schedule))
+        page = study.draw_report(schedule)
+    results.print_tables(config.out)
+    log.print(f"{clock(time.perf_counter() - begun)} minutes. Open {page.resolve()}", soft_wrap=True, markup=False)
+    if failures:
+        raise failures[0].error
+    return page
+
+
+def _laid_over(config: DemoConfig) -> Json:
+    """Return the study of `demo.yaml` with steps and epochs as the flags say."""
+    found = read_yaml(DEMO_FILE)
+    return found | {
+        "finetune": found["finetune"] | {"max_steps": config.finetune_steps},
+        "recommender": {"max_epochs": config.recommender_epochs},
+    }
+
+
+def _use_the_vectors(schedule: Schedule) -> Json:
+    """Check every table, build an index over the last and search it; return what was done and what was measured."""
+    done = []
+    for name, what, call in _uses(schedule):
+        headline(name, what)
         started = time.perf_counter()
-        stage.call()
-        record["stages"].append(
-            {
-                "stage": stage.command,
-                "what": stage.what,
-                "output": stage.output,
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-        )
-        record["seconds"] = round(time.perf_counter() - begun, 2)
-        record["finished"] = number == len(stages)
-        schema.write_json(config.out / DEMO_FILE, record)
-    report = config.out / "report.html"
-    _summary(config.out, record["seconds"], report)
-    return report
+        call()
+        done.append({"stage": name, "what": what, "seconds": round(time.perf_counter() - started, 2)})
+    return {"after": done, "index": schema.read_json(schedule.out / "index" / "index.json", "an index", "run it again")}
 
 
-# --- the run folder -----------------------------------------------------------------------------------------
-
-
-def start_clean(folder: Path) -> None:
-    """Make the run folder ready: remove what an earlier demo wrote there, and nothing else.
-
-    Raises:
-        ConfigError: the folder holds files, and no `demo.json` of an earlier demo among them.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file", "a folder to write", "choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        return
-    if not _is_demo(folder):
-        raise ConfigError(
-            f"--out {folder} is not empty and holds no {DEMO_FILE} of an earlier demo",
-            "an empty folder, a new one, or that of an earlier demo, which is replaced",
-            "choose another --out",
-        )
-    for output in sorted({stage.output for stage in plan(DemoConfig(out=folder)) if stage.output} | {"figures"}):
-        _remove(folder / output)
-
-
-def _is_demo(folder: Path) -> bool:
-    """Whether `demo.json` is there and ours: a stranger's file of that name gives no right to remove anything."""
-    if not (folder / DEMO_FILE).is_file():
-        return False
-    fix = "choose another --out, or remove the folder yourself"
-    return bool(schema.read_json(folder / DEMO_FILE, f"the {DEMO_FILE} of a demo", fix).get("written_by") == WRITTEN_BY)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what comes out."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-# --- what the person sees -----------------------------------------------------------------------------------
-
-
-def _headline(number: int, total: int, stage: Stage, elapsed: float) -> None:
-    log.rule(
-        f"[bold]{number}/{total}  {stage.command}[/]  [dim]{stage.what} · {_clock(elapsed)}[/]",
-        align="left",
-        style="dim",
-    )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
-
-
-def _summary(run: Path, seconds: float, report: Path) -> None:
-    """Print N@20 of every method in both tasks, and where the report lies."""
-    table = Table(
-        title="N@20 on 101 candidates (a random order: .070)", title_justify="left", box=None, padding=(0, 3, 0, 0)
-    )
-    table.add_column("start", style="bold")
-    for name in ("Task 1", *(f"Task 2, {model}" for model in MODELS)):
-        table.add_column(name, justify="right")
-    for method in (ID, *TABLES):
-        cells = [_n20(run / f"evaluate-{method}", "f2f")]
-        cells += [_n20(run / f"recommender-{model}-{method}") for model in MODELS]
-        table.add_row(method_name(method), *cells, style="bold" if method == VLM2REC else None)
-    log.print(table)
-    log.print(f"{_clock(seconds)} minutes. Open {report.resolve()}", soft_wrap=True, markup=False)
-
-
-def _n20(folder: Path, *view: str) -> str:
-    if not (folder / METRICS_FILE).is_file():
-        return "–"
-    values: Any = schema.read_json(folder / METRICS_FILE, "metrics", "run the demo again")["candidates"]
-    for key in view:
-        values = values[key]
-    return f"{values['N@20']:.3f}"
+def _uses(schedule: Schedule) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    data, index = schedule.home.data, schedule.out / "index"
+    tables = {
+        each.method.name: step.folder
+        for each in schedule.runs
+        for step in each.steps
+        if step.done == schema.MANIFEST_FILE
+    }
+    for name, folder in tables.items():
+        check = partial(verify.run, VerifyConfig(embeddings=folder))
+        yield "verify", f"{name} vectors against their manifest", check
+    name = schedule.study.reference
+    build = BuildIndexConfig(embeddings=tables[name], out=index, data=data)
+    yield "build-index", f"FAISS over the {name} vectors", partial(build_index.run, build)
+    first = pl.read_parquet(data / schema.ITEMS_FILE, columns=[schema.ITEM_ID])[schema.ITEM_ID][0]
+    query = SearchConfig(index=index, item=first, k=5)
+    yield "search", "neighbours of one product", partial(build_index.search, query)

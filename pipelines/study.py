@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.table import Table
 
 from vlm2rec.embedder.contract import schema
@@ -13,60 +17,66 @@ from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
-from vlm2rec.pipelines.demo import library_versions
-from vlm2rec.pipelines.experiments import results as results_file
+from vlm2rec.pipelines.experiments import results
 from vlm2rec.pipelines.experiments.methods import Run, Step
 from vlm2rec.pipelines.experiments.schedule import (
     Failure,
     Schedule,
-    _kind,
-    _learn_pace,
-    _run_steps,
-    _settle_changes,
-    _title,
     clock,
+    kind_of,
+    learn_pace,
     plan_schedule,
+    run_steps,
+    settle_changes,
+    title_of,
 )
-from vlm2rec.pipelines.reporting import page as study_report
-from vlm2rec.pipelines.synthetic.laboratory import draw_laboratory
+from vlm2rec.pipelines.read_config import read_yaml
+from vlm2rec.pipelines.reporting import page
+from vlm2rec.pipelines.synthetic import laboratory
 
 STUDY_FILE = "study.json"
 WRITTEN_BY = "vlm2rec study"
+LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 
 
 def run(config: StudyConfig) -> Path:
     """Run what is missing of a study, collect the results, draw the report and return its path.
 
     Raises:
-        ConfigError: the study cannot be planned, or finished cells have other settings than those asked for.
+        ConfigError: the study cannot be planned, or finished runs have other settings than those asked for.
         ArtifactError: a dataset is damaged, or another study writes to the same folder.
         Vlm2RecError: a step failed; everything that does not depend on it was run and is in the report.
     """
     if config.report_only:
-        return study_report.run(config.out)
-    _require_own_folder(config.out)
+        return page.run(config.out)
+    require_own_folder(config.out, WRITTEN_BY)
     if not config.demo:
         _require_material(config)
         if config.plan_only:
             schedule, wanted = _planned(config)
-            _announce(schedule, wanted, schedule.unfinished(wanted), config.jobs)
+            announce(schedule, wanted, schedule.unfinished(wanted), config.jobs)
             return config.out
     with writing(config.out):
-        config = draw_laboratory(config) if config.demo else config
+        config = _in_laboratory(config) if config.demo else config
         schedule, wanted = _planned(config)
-        _settle_changes(schedule, config.redo)
+        settle_changes(schedule, config.redo)
         todo = schedule.unfinished(wanted)
-        _announce(schedule, wanted, todo, config.jobs)
+        announce(schedule, wanted, todo, config.jobs)
         if config.plan_only:
             return config.out
-        _remember(schedule, config)
-        failures = _run_steps(schedule, todo, config.jobs)
-        results_file.collect(schedule.study, schedule.out, schedule.cells, schedule.home, schedule.domains)
-        report = study_report.run(config.out)
+        remember(schedule, config, WRITTEN_BY)
+        failures = run_steps(schedule, todo, config.jobs)
+        report = draw_report(schedule)
     _summarise(schedule, wanted, failures, report)
     if failures:
         raise failures[0].error
     return report
+
+
+def draw_report(schedule: Schedule) -> Path:
+    """Collect what the runs hold in Parquet files, and draw the page from these."""
+    results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
+    return page.run(schedule.out)
 
 
 def _require_material(config: StudyConfig) -> None:
@@ -77,35 +87,57 @@ def _require_material(config: StudyConfig) -> None:
             )
 
 
+def _in_laboratory(config: StudyConfig) -> StudyConfig:
+    """Draw what is missing of the laboratory and return the settings of a study of it."""
+    folder = config.out / laboratory.FOLDER
+    wanted = laboratory.QUICK if config.quick else laboratory.STUDY
+    laboratory.draw_laboratory(folder, wanted, config.redo)
+    file = folder / "study.yaml"
+    own = {} if config.config is None else read_yaml(config.config)
+    text = yaml.safe_dump({"cross_domain": [str(folder / "second-data")], **own})
+    file.write_text(text, encoding="utf-8")
+    return dataclasses.replace(config, data=folder / "data", backbone=str(folder / "backbone"), config=file)
+
+
 def _planned(config: StudyConfig) -> tuple[Schedule, list[Run]]:
-    """Return the whole course, and the cells of the methods that --methods picks."""
+    """Return the whole schedule, and the runs of the methods that --methods picks."""
     schedule = plan_schedule(config)
     picked = {method.name for method in schedule.study.picked(config.methods)}
-    return schedule, [cell for cell in schedule.cells if cell.method.name in picked]
+    return schedule, [each for each in schedule.runs if each.method.name in picked]
 
 
 # --- the study folder ---------------------------------------------------------------------------------------
 
 
-def _require_own_folder(out: Path) -> None:
+def require_own_folder(out: Path, written_by: str) -> None:
+    """Refuse a folder that holds anything but a study that the same command began.
+
+    Raises:
+        ConfigError: `out` is a file, or somebody else's folder.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file", "a folder to write", "choose another --out")
     if not out.is_dir() or all(path.name == LOCK_FILE for path in out.iterdir()):
         return
-    own = (out / STUDY_FILE).is_file() or (out / "laboratory").is_dir()
+    file, fix = out / STUDY_FILE, "choose another --out, or remove the folder yourself"
+    if file.is_file():
+        own = schema.read_json(file, "what a study notes", fix).get("written_by") == written_by
+    else:  # it was interrupted before the first step
+        own = laboratory.is_laboratory(out / laboratory.FOLDER)
     if not own:
         raise ConfigError(
-            f"--out {out} is not empty and holds no {STUDY_FILE}",
-            "a new folder, or that of an earlier study",
-            "choose another --out",
+            f"--out {out} is not empty and holds no {STUDY_FILE} of `{written_by}`",
+            f"a new folder, or that of an earlier `{written_by}`, which goes on",
+            fix,
         )
 
 
-def _remember(schedule: Schedule, config: StudyConfig) -> None:
+def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: Any) -> None:
+    """Note in the study folder what is run, with which settings, and `more` that the tables are to know."""
     schema.write_json(
         schedule.out / STUDY_FILE,
         {
-            "written_by": WRITTEN_BY,
+            "written_by": written_by,
             "command": {
                 key: str(value) if isinstance(value, Path) else value
                 for key, value in dataclasses.asdict(config).items()
@@ -115,34 +147,45 @@ def _remember(schedule: Schedule, config: StudyConfig) -> None:
             "contents of data": schedule.marks[schedule.home.data],
             "versions": library_versions(),
             "notes": list(schedule.study.notes),
+            "before": laboratory.drawn_stages(schedule.out / laboratory.FOLDER),
+            **more,
         },
     )
 
 
-# --- running ------------------------------------------------------------------------------------------------
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what comes out."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 # --- what the person sees -----------------------------------------------------------------------------------
 
 
-def _announce(schedule: Schedule, wanted: Sequence[Run], todo: Sequence[tuple[Run, Step]], jobs: int) -> None:
+def announce(
+    schedule: Schedule, wanted: Sequence[Run], todo: Sequence[tuple[Run, Step]], jobs: int = 1, aloud: bool = False
+) -> None:
     """Say what will run and how long it may take."""
-    _learn_pace(schedule)
-    rows: dict[str, tuple[set[str], int, int, float]] = {}
-    for cell, step in todo:
-        kind = _kind(step)
-        methods, count, _, seconds = rows.get(kind, (set(), 0, 0, 0.0))
+    learn_pace(schedule)
+    rows: dict[str, tuple[set[str], int, float]] = {}
+    for each, step in todo:
+        methods, count, seconds = rows.get(kind_of(step), (set(), 0, 0.0))
         seconds += schedule.pace.of(step, schedule.datasets[step.config.data])
-        rows[kind] = (methods | {cell.method.name}, count + 1, 0, seconds)
+        rows[kind_of(step)] = (methods | {each.method.name}, count + 1, seconds)
     table = Table(title="To run", title_justify="left", box=None, padding=(0, 3, 0, 0))
-    for name in ("step", "methods", "runs", "about"):
+    for name in ("step", "methods", "times", "about"):
         table.add_column(name, justify="left" if name == "step" else "right")
-    for kind, (methods, count, _, seconds) in rows.items():
+    for kind, (methods, count, seconds) in rows.items():
         table.add_row(kind, str(len(methods)), str(count), clock(seconds / jobs))
-    total = sum(row[3] for row in rows.values()) / jobs
-    steps = sum(len(cell.steps) for cell in wanted)
+    total = sum(row[2] for row in rows.values()) / jobs
+    steps = sum(len(each.steps) for each in wanted)
     table.add_row("all", "", str(len(todo)), clock(total), style="bold")
-    names = {cell.method.name for cell in wanted}
+    names = {each.method.name for each in wanted}
     log.print(
         f"Study of {len(names)} methods on {schedule.home.name}:"
         f" {steps} steps, {steps - len(todo)} done before, {len(todo)} to run.",
@@ -152,21 +195,22 @@ def _announce(schedule: Schedule, wanted: Sequence[Run], todo: Sequence[tuple[Ru
         log.print(table)
         if not schedule.pace.seconds:
             log.print("Nothing is measured yet: the times are those of the small backbone on one core.", style="dim")
-        log.print("What the steps say is in log.txt of each cell.", style="dim")
+        if not aloud:
+            log.print("What the steps say is in log.txt of each run.", style="dim")
     for note in schedule.study.notes:
         log.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
 def _summarise(schedule: Schedule, wanted: Sequence[Run], failures: Sequence[Failure], report: Path) -> None:
     left = len(schedule.unfinished(wanted))
-    steps = sum(len(cell.steps) for cell in wanted)
+    steps = sum(len(each.steps) for each in wanted)
     rows: dict[str, object] = {
         "steps": f"{steps - left} of {steps} done",
-        "results": schedule.out / results_file.RESULTS_FILE,
+        "results": schedule.out / results.RESULTS_FILE,
         "figures": schedule.out / "figures",
         "report": report.resolve(),
     }
     if failures:
-        rows["failed"] = "; ".join(f"{_title(f.cell)}, {f.step.name}" for f in failures)
-    results_file.print_tables(schedule.out)
+        rows["failed"] = "; ".join(f"{title_of(f.run)}, {f.step.name}" for f in failures)
+    results.print_tables(schedule.out)
     summary("Study", rows)

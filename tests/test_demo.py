@@ -1,10 +1,16 @@
-"""The demo, run for real in a small form: every stage, every output, and the numbers in its report."""
+"""The demo, run for real in a small form: every output, killed and gone on with, and the numbers on its page."""
 
 from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +29,13 @@ SMALL: dict[str, Any] = {
     "recommender_epochs": 2,
     "backbone_steps": 20,
 }
+TRAINED = ("sft", "vlm2rec")
+FOLDERS = {"vanilla": "vanilla/seed-any", "sft": "sft/seed-0", "vlm2rec": "vlm2rec/seed-0"}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A small demo, run once: its folder, and its report as text."""
+    """A small demo, run once: its folder, and its page as text."""
     out = tmp_path_factory.mktemp("runs") / "demo"
     report = demo.run(DemoConfig(out=out, **SMALL))
     assert report == out / "report.html"
@@ -38,29 +46,50 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def metrics_of(out: Path) -> dict[str, Any]:
+    """What both tasks measured, by folder, without paths and times."""
+    found = {str(path.parent.relative_to(out)): read(path) for path in out.glob("*/*/*/metrics.json")}
+    names = ("task", "users", "items", "candidates", "candidates_std", "full", "geometry")
+    return {folder: {name: each.get(name) for name in names} for folder, each in found.items()}
+
+
+def marks(out: Path) -> dict[str, str]:
+    """A mark per step that is new whenever the step was run."""
+    return {
+        f"{path.parent.relative_to(out)}/{name}": record["mark"]
+        for path in out.rglob("steps.json")
+        for name, record in read(path).items()
+        if record["finished"]
+    }
+
+
+def facts(out: Path) -> dict[str, Any]:
+    return {row["key"]: json.loads(row["value"]) for row in pl.read_parquet(out / "about.parquet").to_dicts()}
+
+
 def test_every_stage_leaves_its_output(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    for name in ("vanilla", "sft", "vlm2rec"):
-        assert read(out / f"embeddings-{name}" / "manifest.json")["views"] == ["fused", "text", "image"]
-        assert read(out / f"evaluate-{name}" / "metrics.json")["task"] == 1
+    for folder in FOLDERS.values():
+        assert read(out / folder / "embeddings" / "manifest.json")["views"] == ["fused", "text", "image"]
+        assert read(out / folder / "evaluate" / "metrics.json")["task"] == 1
     for model in ("SASRec", "GRU4Rec"):
-        assert read(out / f"recommender-{model}-id" / "metrics.json")["start"] == "id"
-        for name in ("vanilla", "sft", "vlm2rec"):
-            assert read(out / f"recommender-{model}-{name}" / "metrics.json")["start"] == "fused"
-    for loss in ("sft", "vlm2rec"):
-        assert len(read(out / f"adapter-{loss}" / "curves.json")["train"]) >= 1
-        assert (out / f"adapter-{loss}" / "adapter_model.safetensors").stat().st_size > 10_000
-    assert (out / "backbone" / "config.json").is_file()
+        assert read(out / "id" / "seed-0" / f"recommender-{model}" / "metrics.json")["start"] == "id"
+        for name in FOLDERS:
+            assert read(out / name / "seed-0" / f"recommender-{model}" / "metrics.json")["start"] == "fused"
+    for loss in TRAINED:
+        assert len(read(out / loss / "seed-0" / "adapter" / "curves.json")["train"]) >= 1
+        assert (out / loss / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_size > 10_000
+    assert (out / "laboratory" / "backbone" / "config.json").is_file()
+    assert (out / "laboratory" / "catalogue" / "truth.json").is_file()
     assert (out / "index" / "items.faiss").is_file()
-    assert (out / "catalogue" / "truth.json").is_file()
 
 
 def test_all_methods_are_measured_on_the_same_users_and_items(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    dataset = read(out / "data" / "dataset.json")
-    metrics = [read(path) for path in out.glob("*/metrics.json")]
+    dataset = read(out / "laboratory" / "data" / "dataset.json")
+    metrics = metrics_of(out)
     assert len(metrics) == 3 + 2 * 4
-    assert {(m["users"], m["items"]) for m in metrics} == {(dataset["users"], dataset["items"])}
+    assert {(m["users"], m["items"]) for m in metrics.values()} == {(dataset["users"], dataset["items"])}
     assert dataset["users"] == 60
     assert dataset["items"] >= 170
 
@@ -68,105 +97,213 @@ def test_all_methods_are_measured_on_the_same_users_and_items(finished: tuple[Pa
 def test_fine_tuning_changes_the_vectors_and_the_two_losses_differ(finished: tuple[Path, str]) -> None:
     out, _ = finished
     vectors = [
-        pl.read_parquet(out / f"embeddings-{name}" / "part-00000.parquet")["fused"].to_numpy()
-        for name in ("vanilla", "sft", "vlm2rec")
+        pl.read_parquet(out / folder / "embeddings" / "part-00000.parquet")["fused"].to_numpy()
+        for folder in FOLDERS.values()
     ]
     assert vectors[0].shape == vectors[1].shape == vectors[2].shape
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert abs(vectors[first] - vectors[second]).max() > 1e-4
 
 
-def test_demo_json_tells_what_ran_how_long_and_with_which_settings(finished: tuple[Path, str]) -> None:
+def test_the_flags_decide_what_the_stages_are_told(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    record = read(out / "demo.json")
-    assert record["finished"] is True
-    assert record["settings"] == {**SMALL, "seed": 0}
-    assert len(record["stages"]) == 26
-    assert [stage["stage"] for stage in record["stages"]][-3:] == ["build-index", "search", "report"]
-    assert all(stage["seconds"] >= 0 for stage in record["stages"])
-    assert record["seconds"] == pytest.approx(sum(stage["seconds"] for stage in record["stages"]), rel=0.05)
-    assert {"vlm2rec", "python", "torch", "recbole"} <= set(record["versions"])
+    for loss in TRAINED:
+        told = read(out / loss / "seed-0" / "adapter" / "vlm2rec.json")["config"]
+        assert (told["max_steps"], told["batch_size"], told["learning_rate"], told["seed"]) == (4, 8, 1e-3, 0)
+        assert told["loss"] == loss
+    assert read(out / "id" / "seed-0" / "recommender-SASRec" / "metrics.json")["epochs"] <= 2
 
 
-def test_the_report_prints_the_numbers_that_the_stages_measured(finished: tuple[Path, str]) -> None:
+def test_the_tables_tell_what_ran_how_long_and_with_which_settings(finished: tuple[Path, str]) -> None:
+    out, page = finished
+    known = facts(out)
+    assert known["demo"] == {**SMALL, "seed": 0}
+    drawn = ["draw the catalogue", "draw captioned products", "prepare", "make-backbone"]
+    assert [each["stage"] for each in known["before"]] == drawn
+    assert [each["stage"] for each in known["after"]] == ["verify"] * 3 + ["build-index", "search"]
+    assert pl.read_parquet(out / "cost.parquet").height == 2 + 3 + 3 + 8
+    assert page.count('<div class="bar"') == 4 + 16 + 5
+    assert all(each["seconds"] >= 0 for each in (*known["before"], *known["after"]))
+    assert {"vlm2rec", "python", "torch", "recbole"} <= set(known["versions"])
+    assert known["settings"]["SFT"]["adapter"]["max_steps"] == 4
+
+
+def test_the_page_prints_the_numbers_that_the_stages_measured(finished: tuple[Path, str]) -> None:
     out, page = finished
     text = html.unescape(page)
-    for folder, path in (("evaluate-vlm2rec", ["f2f"]), ("recommender-SASRec-id", []), ("recommender-GRU4Rec-sft", [])):
-        values = read(out / folder / "metrics.json")["candidates"]
-        for key in path:
-            values = values[key]
-        for metric in ("H@10", "H@20", "N@10", "N@20"):
-            assert f">{values[metric]:.3f}".replace(">0.", ">.") in text
-    assert "Left out" not in text
-    assert page.count("<svg") == 5
+    for folder in ("vlm2rec/seed-0/evaluate", "id/seed-0/recommender-SASRec", "sft/seed-0/recommender-GRU4Rec"):
+        measured = read(out / folder / "metrics.json")
+        for protocol in ("candidates", "full"):
+            values = measured[protocol].get("f2f", measured[protocol])
+            for metric in ("H@10", "H@20", "N@10", "N@20"):
+                assert f">{values[metric]:.4f}".replace(">0.", ">.") in text
+    assert "vlm2rec demo" in text and "recall@10 1.0000 against exact search" in text
+    assert page.count("<svg") == 8
     assert len(re.findall(r"\.p\d+ \{ background-image: url\(data:", page)) > 30
-    for title in pl.read_parquet(out / "data" / "items.parquet")["title"].head(1):
+    for title in pl.read_parquet(out / "laboratory" / "data" / "items.parquet")["title"].head(1):
         assert title in text
 
 
 def test_the_catalogue_reaches_the_recommenders_nearly_whole(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    drawn = pl.read_parquet(out / "catalogue" / "interactions.parquet")
-    kept = read(out / "data" / "dataset.json")["interactions"]
+    drawn = pl.read_parquet(out / "laboratory" / "catalogue" / "interactions.parquet")
+    kept = read(out / "laboratory" / "data" / "dataset.json")["interactions"]
     assert kept >= 0.8 * drawn.height
 
 
-def test_the_summary_names_every_method_and_the_report(
+# --- again, and after a kill --------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_runs_nothing_and_says_how_it_ended(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = finished
-    demo._summary(out, 61.0, out / "report.html")
-    printed = capsys.readouterr().err
-    value = read(out / "evaluate-sft" / "metrics.json")["candidates"]["f2f"]["N@20"]
-    assert f"{value:.3f}" in printed
-    for words in ("ID", "Vanilla", "SFT", "VLM2Rec", "Task 2, GRU4Rec", "report.html", "1:01"):
-        assert words in printed
+    before = marks(out)
+    demo.run(DemoConfig(out=out, **SMALL))
+    assert marks(out) == before
+    captured = capsys.readouterr()
+    assert "make-backbone" not in captured.err
+    value = read(out / "sft" / "seed-0" / "evaluate" / "metrics.json")["candidates"]["f2f"]["N@20"]
+    assert f"{value:.4f}" in captured.err
+    for words in ("ID", "Vanilla", "SFT", "VLM2Rec", "Task 2, GRU4Rec", "report.html", "a random order: 0.070"):
+        assert words in captured.err
+    assert captured.out.startswith("rank\titem_id\tcosine\ttitle\n1\tP")
 
 
-# --- the run folder, without running ------------------------------------------------------------------------
+def started(out: Path) -> subprocess.Popen[bytes]:
+    """The demo with the flags of `SMALL`, as a process of its own."""
+    flags = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "demo", "--out", str(out)]
+    return subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_killed_demo_goes_on_and_ends_with_the_same_numbers(finished: tuple[Path, str], tmp_path: Path) -> None:
+    reference, _ = finished
+    out = tmp_path / "demo"
+    out.mkdir()
+    shutil.copytree(reference / "laboratory", out / "laboratory")  # drawing it takes half of the time
+    drawn = {path: path.stat().st_mtime_ns for path in (out / "laboratory" / "backbone").iterdir()}
+    steps = out / "sft" / "seed-0" / "steps.json"
+    with started(out) as process:
+        while process.poll() is None and not (steps.is_file() and "embeddings" in read(steps)):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    done = marks(out)
+    assert "sft/seed-0/adapter" in done and "vlm2rec/seed-0/adapter" not in done
+    assert not (out / "report.html").exists()
+    with started(out) as process:
+        assert process.wait() == 0
+    assert {name: mark for name, mark in marks(out).items() if name in done} == done
+    assert {path: path.stat().st_mtime_ns for path in (out / "laboratory" / "backbone").iterdir()} == drawn
+    assert metrics_of(out) == metrics_of(reference)
+    assert (out / "report.html").is_file() and (out / "index" / "items.faiss").is_file()
+
+
+def test_other_settings_make_again_what_depends_on_them(finished: tuple[Path, str], tmp_path: Path) -> None:
+    reference, _ = finished
+    out = tmp_path / "demo"
+    shutil.copytree(reference, out)
+    for path in out.rglob("steps.json"):  # as if it had lain there all the time
+        path.write_text(path.read_text().replace(str(reference), str(out)))
+    before = marks(out)
+    demo.run(DemoConfig(out=out, **SMALL | {"recommender_epochs": 1}))
+    changed = {name for name, mark in marks(out).items() if mark != before[name]}
+    assert changed == {name for name in before if "recommender" in name}
+    assert facts(out)["demo"]["recommender_epochs"] == 1
+
+
+# --- the folder, without running ----------------------------------------------------------------------------
 
 
 def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is not empty and holds no demo\.json"):
+    with pytest.raises(ConfigError, match=r"is not empty and holds no study\.json"):
         demo.run(DemoConfig(out=tmp_path, **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_demo_json_of_somebody_else_gives_no_right_to_remove(tmp_path: Path) -> None:
-    (tmp_path / "demo.json").write_text('{"name": "my own file"}')
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError, match="of an earlier demo"):
-        demo.start_clean(tmp_path)
-    assert (tmp_path / "data").is_dir()
+@pytest.mark.parametrize("written_by", [None, "vlm2rec study"])
+def test_a_study_of_somebody_else_gives_no_right_to_write(written_by: str | None, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"name": "my own file", "written_by": written_by}))
+    (tmp_path / "laboratory" / "data").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="of an earlier `vlm2rec demo`"):
+        demo.run(DemoConfig(out=tmp_path, **SMALL))
+    assert (tmp_path / "laboratory" / "data").is_dir()
 
 
-def test_an_earlier_demo_is_removed_and_what_was_put_beside_it_stays(tmp_path: Path) -> None:
-    (tmp_path / "demo.json").write_text(json.dumps({"written_by": "vlm2rec demo", "finished": False}))
-    for name in ("embeddings-sft", "recommender-SASRec-id", "figures", "notes"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("x")
-    (tmp_path / "report.html").write_text("old")
-    demo.start_clean(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"demo.json", "notes"}
-
-
-def test_a_link_in_an_earlier_demo_is_removed_and_its_target_stays(tmp_path: Path) -> None:
-    target, out = tmp_path / "elsewhere", tmp_path / "run"
-    target.mkdir()
-    out.mkdir()
-    (target / "file").write_text("x")
-    (out / "demo.json").write_text(json.dumps({"written_by": "vlm2rec demo"}))
-    (out / "data").symlink_to(target)
-    demo.start_clean(out)
-    assert not (out / "data").exists()
-    assert (target / "file").read_text() == "x"
+def test_a_folder_called_laboratory_is_not_yet_one(tmp_path: Path) -> None:
+    (tmp_path / "laboratory" / "data").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is not empty"):
+        demo.run(DemoConfig(out=tmp_path, **SMALL))
+    assert (tmp_path / "laboratory" / "data").is_dir()
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="is a file"):
-        demo.start_clean(tmp_path / "file")
+        demo.run(DemoConfig(out=tmp_path / "file"))
+
+
+# --- the laboratory -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages that write a file each; the list names those that were called."""
+    called: list[str] = []
+
+    def plan(folder: Path, wanted: laboratory.Laboratory) -> list[laboratory.Stage]:
+        def write(name: str) -> None:
+            called.append(name)
+            (folder / name).mkdir()
+            (folder / name / "made").write_text(str(wanted.products))
+
+        return [laboratory.Stage(name, "", name, lambda name=name: write(name)) for name in ("catalogue", "data")]
+
+    monkeypatch.setattr(laboratory, "plan", plan)
+    return called
+
+
+def test_a_laboratory_is_drawn_once_and_what_a_kill_left_is_drawn_again(pretended: list[str], tmp_path: Path) -> None:
+    wanted = laboratory.Laboratory(products=300)
+    laboratory.draw_laboratory(tmp_path, wanted)
+    laboratory.draw_laboratory(tmp_path, wanted)
+    assert pretended == ["catalogue", "data"]
+    record = read(tmp_path / "laboratory.json")
+    (tmp_path / "laboratory.json").write_text(json.dumps(record | {"done": ["catalogue"]}))
+    (tmp_path / "data" / "half").write_text("x")
+    laboratory.draw_laboratory(tmp_path, wanted)
+    assert pretended == ["catalogue", "data", "data"]
+    assert not (tmp_path / "data" / "half").exists()
+
+
+def test_a_laboratory_of_other_settings_is_refused_or_drawn_anew(pretended: list[str], tmp_path: Path) -> None:
+    laboratory.draw_laboratory(tmp_path, laboratory.Laboratory(products=300))
+    (tmp_path / "notes").write_text("beside it")
+    with pytest.raises(ConfigError, match=r"products was 300 and is now 200.*--redo"):
+        laboratory.draw_laboratory(tmp_path, laboratory.Laboratory(products=200))
+    laboratory.draw_laboratory(tmp_path, laboratory.Laboratory(products=200), redo=True)
+    assert pretended == ["catalogue", "data"] * 2
+    assert (tmp_path / "data" / "made").read_text() == "200"
+    assert (tmp_path / "notes").read_text() == "beside it"
+
+
+def test_a_laboratory_that_noted_no_settings_is_taken_as_it_is(pretended: list[str], tmp_path: Path) -> None:
+    (tmp_path / "laboratory.json").write_text(json.dumps({"done": ["catalogue", "data"]}))
+    laboratory.draw_laboratory(tmp_path, laboratory.Laboratory())
+    assert pretended == []
+
+
+def test_a_link_in_a_laboratory_is_removed_and_its_target_stays(pretended: list[str], tmp_path: Path) -> None:
+    target, folder = tmp_path / "elsewhere", tmp_path / "laboratory"
+    target.mkdir()
+    folder.mkdir()
+    (target / "file").write_text("x")
+    (folder / "data").symlink_to(target)
+    laboratory.draw_laboratory(folder, laboratory.Laboratory())
+    assert not (folder / "data").is_symlink()
+    assert (target / "file").read_text() == "x"
 
 
 def test_the_core_is_the_largest_that_keeps_nine_products_of_ten(tmp_path: Path) -> None:
@@ -180,8 +317,6 @@ def test_the_core_is_the_largest_that_keeps_nine_products_of_ten(tmp_path: Path)
 
 
 def test_no_two_stages_write_the_same_output(tmp_path: Path) -> None:
-    stages = laboratory.plan(DemoConfig(out=tmp_path))
-    outputs = [stage.output for stage in stages if stage.output]
-    assert len(outputs) == len(set(outputs))
-    assert outputs[:4] == ["catalogue", "captioned", "data", "backbone"]
-    assert outputs[-1] == "report.html"
+    outputs = [stage.output for stage in laboratory.plan(tmp_path, laboratory.STUDY)]
+    assert outputs == ["catalogue", "captioned", "data", "backbone", "second-data"]
+    assert [stage.output for stage in laboratory.plan(tmp_path, laboratory.Laboratory())] == outputs[:4]

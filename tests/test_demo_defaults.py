@@ -40,10 +40,10 @@ def test_fine_tuning_on_histories_ranks_better_than_the_vanilla_backbone(
     demo: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     run, _ = demo
-    vanilla = n20(run, "evaluate-vanilla")
+    vanilla = n20(run, "vanilla/seed-any/evaluate")
     assert vanilla > 0.12  # a random order of 101 candidates has .070
-    assert n20(run, "evaluate-sft") > vanilla + 0.02
-    assert n20(run, "evaluate-vlm2rec") > vanilla + 0.01
+    assert n20(run, "sft/seed-0/evaluate") > vanilla + 0.02
+    assert n20(run, "vlm2rec/seed-0/evaluate") > vanilla + 0.01
 
 
 @pytest.mark.parametrize("model", ["SASRec", "GRU4Rec"])
@@ -51,6 +51,6 @@ def test_recommenders_learn_faster_from_vectors_than_from_ids(
     model: str, demo: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     run, _ = demo
-    from_ids = n20(run, f"recommender-{model}-id")
+    from_ids = n20(run, f"id/seed-0/recommender-{model}")
     for start in ("vanilla", "sft", "vlm2rec"):
-        assert n20(run, f"recommender-{model}-{start}") > from_ids
+        assert n20(run, f"{start}/seed-0/recommender-{model}") > from_ids

@@ -77,11 +77,3 @@ def test_the_neighbours_go_to_stdout_and_nothing_else_does(line: tuple[Path, dic
     assert lines[0].split("\t") == ["rank", "item_id", "cosine", "title"]
     assert len(lines) == 11
     assert set(said.values()) == {""}
-
-
-def test_a_report_is_drawn_of_such_a_folder(line: tuple[Path, dict[str, str]]) -> None:
-    folder, _ = line
-    program = Path(sys.executable).with_name("vlm2rec")
-    done = subprocess.run([program, "report", "--run", folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "SASRec" in (folder / "report.html").read_text(encoding="utf-8")

@@ -1,239 +1,55 @@
-"""The report: what it shows of a run folder, what it leaves out, and that nothing in it can do harm."""
+"""The page of a study: what it shows of the tables, what it leaves out, and that nothing in it can do harm."""
 
 from __future__ import annotations
 
 import html.parser
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from embedding_folder import write_embeddings
+from markupsafe import Markup
+from study_tables import HOSTILE, SINCE, changed, without, write_study
 
 from vlm2rec.downstream.evaluation.metrics import unit_rows
-from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import ReportConfig
 from vlm2rec.pipelines.experiments.neighbours import Views, disagreeing, nearest, spread_out
-from vlm2rec.pipelines.report import METRICS, metrics_table, run
-from vlm2rec.pipelines.reporting.style import RANDOM_FLOOR, RunFolder, colour_of, read_run, view_bars
-from vlm2rec.pipelines.synthetic.drawn_catalogue import (
-    LOOKS_ATTRIBUTES,
-    TEXT_ATTRIBUTES,
-    Product,
-    attribute_matrix,
-    draw_catalogue,
-)
+from vlm2rec.pipelines.experiments.results import TABLE_NAMES, random_floor
+from vlm2rec.pipelines.report import run
+from vlm2rec.pipelines.reporting import figures, page
+from vlm2rec.pipelines.reporting.tables import Results, ranking_sheet
 
-HOSTILE = "<script>alert('x')</script> & \"lamp\" $\\frac{1}{0}$"
-
-
-# --- a run folder written by hand ---------------------------------------------------------------------------
-
-
-def write_dataset(folder: Path) -> pl.DataFrame:
-    """A catalogue of 60 drawn products as a dataset folder; the first title is hostile, the last picture is missing."""
-    draw_catalogue(folder / "source", products=60, users=40, seed=0)
-    items = pl.read_parquet(folder / "source" / "items.parquet")
-    items = items.with_columns(
-        pl.when(pl.col("item_id") == "P0000").then(pl.lit(HOSTILE)).otherwise("title").alias("title")
-    )
-    data = folder / "data"
-    data.mkdir()
-    (folder / "source" / "images" / "P0059.jpg").unlink()
-    (folder / "source" / "images").rename(data / "images")
-    items.write_parquet(data / "items.parquet")
-    histories = pl.read_parquet(folder / "source" / "interactions.parquet").group_by("user_id", maintain_order=True)
-    rows = histories.agg(pl.col("item_id")).select(
-        "user_id",
-        train=pl.col("item_id").list.head(pl.col("item_id").list.len() - 2),
-        valid=pl.col("item_id").list.get(-2),
-        test=pl.col("item_id").list.get(-1),
-    )
-    rows.write_parquet(data / "sequences.parquet")
-    schema.write_json(
-        data / "dataset.json",
-        {
-            "name": "Drawn products",
-            "image_root": "images",
-            "max_history": 10,
-            "negatives": {"count": 100, "seeds": [0]},
-            "counts": [
-                {"step": "read", "users": 40, "items": 61, "interactions": 450},
-                {"step": "5-core", "users": 40, "items": 60, "interactions": 444},
-            ],
-            "paper": None,
-            "rules": {"core": 5, "max_history": 10},
-            "sha256": {},
-            "users": 40,
-            "items": 60,
-            "interactions": 444,
-            "average_length": 11.1,
-            "sparsity": 0.815,
-            "schema_version": 1,
-        },
-    )
-    return items
-
-
-def write_vectors(folder: Path, items: pl.DataFrame, noise: float) -> None:
-    """Vectors in which text knows the words and image the looks."""
-    random = np.random.default_rng(0)
-    names = ("item_id", "brand", "material", "category", "model", "colour", "pattern", "background", "popularity")
-    products = [Product(*row) for row in items.select(names).iter_rows()]
-    views = {}
-    for view, attributes in (("text", TEXT_ATTRIBUTES), ("image", (*LOOKS_ATTRIBUTES, "category"))):
-        known, _ = attribute_matrix(products, attributes)
-        values = known @ random.standard_normal((known.shape[1], 16))
-        views[view] = (values + noise * random.standard_normal(values.shape)).astype(np.float32)
-    fused = views["text"] + views["image"]
-    write_embeddings(folder, items["item_id"].to_list(), fused, **views, settings={"backbone": "by hand"})
-
-
-def numbers(level: float) -> dict[str, float]:
-    return {"H@10": 1.4 * level, "H@20": 1.9 * level, "N@10": 0.8 * level, "N@20": level}
-
-
-def write_users(folder: Path, level: float, view: str | None) -> None:
-    random = np.random.default_rng(1)
-    rows = [
-        {"user_id": f"U{user:04d}", "protocol": protocol, "seed": seed, "view": view}
-        | {metric: float(np.clip(level + 0.05 * random.standard_normal(), 0, 1)) for metric in METRICS}
-        for user in range(40)
-        for protocol, seed in (("candidates", 0), ("full", None))
-    ]
-    pl.DataFrame(rows, schema_overrides={"seed": pl.Int32, "view": pl.String}).write_parquet(folder / "users.parquet")
-
-
-def write_evaluation(folder: Path, level: float) -> None:
-    folder.mkdir()
-    views = {"f2f": 1.0, "t2f": 0.8, "v2f": 0.6, "t2t": 0.8, "v2v": 0.5}
-    spaces = {"fused": 0.0, "text": 0.1, "image": -0.1}
-    schema.write_json(
-        folder / "metrics.json",
-        {
-            "task": 1,
-            "dataset": "Drawn products",
-            "split": "test",
-            "users_from": "sequence",
-            "users": 40,
-            "items": 60,
-            "seeds": [0, 1],
-            "candidates": {view: numbers(level * share) for view, share in views.items()},
-            "candidates_std": {view: dict.fromkeys(METRICS, 0.004) for view in views},
-            "full": {view: numbers(level * share / 3) for view, share in views.items()},
-            "geometry": {
-                space: {"A_pos": 0.6 + d, "A_neg": 0.7 + level + d, "U": -1.2 + d, "S": 1 + level / 2 + d}
-                for space, d in spaces.items()
-            },
-        },
-    )
-    write_users(folder, level, "f2f")
-
-
-def write_recommender(folder: Path, model: str, start: str, level: float) -> None:
-    folder.mkdir()
-    schema.write_json(
-        folder / "metrics.json",
-        {
-            "task": 2,
-            "dataset": "Drawn products",
-            "model": model,
-            "start": start,
-            "mode": "adapter",
-            "users": 40,
-            "items": 60,
-            "seed": 0,
-            "seeds": [0, 1],
-            "candidates": numbers(level),
-            "candidates_std": dict.fromkeys(METRICS, 0.003),
-            "full": numbers(level / 3),
-            "recbole": {},
-            "epochs": 15,
-            "best_epoch": 10,
-            "seconds": 5.0,
-            "parameters": 100_000,
-            "missing": 0,
-        },
-    )
-    write_users(folder, level, None)
-
-
-def write_curves(folder: Path, loss: str) -> None:
-    folder.mkdir()
-    random = np.random.default_rng(2)
-    train = []
-    for step in range(1, 121):
-        fall = float(np.exp(-step / 40))
-        row = {
-            "step": step,
-            "epoch": step / 75,
-            "loss": 1.2 + fall + 0.1 * random.standard_normal(),
-            "margin_text": 0.3 * (1 - fall),
-            "margin_image": (0.2 if loss == "vlm2rec" else 0.05) * (1 - fall),
-            "norm_ratio_user": 1.1,
-            "norm_ratio_item": 1.0,
-            "effective_negatives": 6.9,
-            "learning_rate": 1e-3,
-        }
-        if loss == "vlm2rec":
-            row |= {
-                "wpcl": row["loss"] - 0.1,
-                "crtr": 0.2 * fall,
-                "weight": 1.7,
-                "alpha": 1.0,
-                "beta": 1.0 - step / 2000,
-            }
-        train.append(row)
-    valid = [{"step": step, "N@20": 0.1 + step / 1000, "H@20": 0.3, "N@10": 0.1, "H@10": 0.2} for step in (40, 80, 120)]
-    schema.write_json(folder / "curves.json", {"train": train, "valid": valid})
-    schema.write_json(folder / "vlm2rec.json", {"loss": loss, "prompt": {"mode": "raw"}, "lora_rank": 16})
-
-
-def write_run(folder: Path) -> Path:
-    """A whole run as `vlm2rec demo` leaves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    items = write_dataset(folder)
-    for number, method in enumerate(("vanilla", "sft", "vlm2rec")):
-        write_vectors(folder / f"embeddings-{method}", items, noise=3.0 - 1.4 * number)
-        write_evaluation(folder / f"evaluate-{method}", 0.15 + 0.1 * number)
-    for model in ("SASRec", "GRU4Rec"):
-        write_recommender(folder / f"recommender-{model}-id", model, "id", 0.20)
-        for number, method in enumerate(("vanilla", "sft", "vlm2rec")):
-            write_recommender(folder / f"recommender-{model}-{method}", model, "fused", 0.25 + 0.06 * number)
-    for loss in ("sft", "vlm2rec"):
-        write_curves(folder / f"adapter-{loss}", loss)
-    (folder / "index").mkdir()
-    schema.write_json(
-        folder / "index" / "index.json",
-        {"factory": "Flat", "rows": 60, "column": "fused", "recall@10": 1.0, "search_ms": 0.02},
-    )
-    stages = [("catalogue", "60 products, 40 users", 2.0), ("make-backbone", "1.1 M parameters", 61.0)]
-    schema.write_json(
-        folder / "demo.json",
-        {
-            "created": "2026-01-01T00:00:00+00:00",
-            "settings": {"products": 60, "seed": 0},
-            "stages": [{"stage": name, "what": what, "seconds": seconds} for name, what, seconds in stages],
-            "seconds": 63.0,
-            "versions": {"vlm2rec": "0.1.0", "torch": "2.13.0"},
-        },
-    )
-    return folder
+FIGURES = {
+    *("collapse", "collapse-ranks", "differences", "fig1a-views", "fig1b-gradients", "learning"),
+    *("table1-geometry", "task2-models"),
+}
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"))
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("written"))
 
 
 @pytest.fixture(scope="module")
-def page(whole_run: Path) -> str:
-    return run(ReportConfig(run=whole_run)).read_text(encoding="utf-8")
+def text(study: Path) -> str:
+    return run(ReportConfig(study=study)).read_text(encoding="utf-8")
+
+
+def drawn(folder: Path) -> str:
+    """The page with its figures, as the command draws it."""
+    return run(ReportConfig(study=folder)).read_text(encoding="utf-8")
+
+
+def printed(folder: Path) -> str:
+    """The page with empty figures, which take most of the time."""
+    return page.render(page.make_page(Results.open(folder), dict.fromkeys(FIGURES, Markup(""))))
+
+
+def table_of(study: Path, name: str) -> pl.DataFrame:
+    return pl.read_parquet(study / f"{name}.parquet")
 
 
 # --- reading HTML -------------------------------------------------------------------------------------------
@@ -286,202 +102,268 @@ def read(text: str) -> Read:
     return parser
 
 
+def table(text: str, title: str) -> list[list[str]]:
+    """The table whose first heading is `title`."""
+    return next(found for found in read(text).tables if found[0][0] == title)
+
+
+def figure(text: str, beginning: str) -> str:
+    found = re.search(rf'aria-label="{beginning}.*?</svg>', text, re.DOTALL)
+    return found[0] if found else ""
+
+
 # --- the whole page -----------------------------------------------------------------------------------------
 
 
-def test_the_page_is_well_formed_and_has_every_part(page: str) -> None:
-    parsed = read(page)
-    text = " ".join(" ".join(parsed.texts).split())
-    for words in ("What ran", "Task 1", "Task 2", "step by step", "Geometry", "together find", "Settings", "5-core"):
-        assert words in text
-    assert "Left out" not in text
-    assert parsed.tags.count("svg") == 4
+def test_the_page_is_well_formed_and_has_every_part(text: str) -> None:
+    parsed = read(text)
+    words = " ".join(" ".join(parsed.texts).split())
+    parts = ("What ran", "Task 1", "Task 2", "Whom the training serves", "Geometry", "together find", "settings")
+    for part in (*parts, "5-core", "make-backbone", "recall@10 1.0000", "vlm2rec demo", "loss sft", "core 5"):
+        assert part in words
+    assert parsed.tags.count("svg") == len(FIGURES)
     ids = [value for name, value in parsed.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     inside = {value[1:] for name, value in parsed.attributes if name in {"href", "xlink:href"} and value[0] == "#"}
     assert inside <= set(ids)
 
 
-def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
-    parsed = read(page)
+def test_the_page_fetches_nothing_and_runs_nothing(text: str) -> None:
+    parsed = read(text)
     assert not {"script", "iframe", "link", "object", "embed", "form"} & set(parsed.tags)
     assert all(value.startswith("#") for name, value in parsed.attributes if name in {"src", "href", "xlink:href"})
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
-    assert set(re.findall(r"url\((.{5})", page)) <= {"data:", *(f"#{name}" for name in ("geom", "lear", "task"))}
-    assert "@import" not in page
+    assert set(re.findall(r"url\((.{5})", text)) <= {"data:", *(f"#{name[:4]}" for name in FIGURES)}
+    assert "@import" not in text
 
 
-def test_fault_47_hostile_titles_are_text_and_nothing_else(page: str) -> None:
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    parsed = read(page)
+def test_fault_47_hostile_titles_are_text_and_nothing_else(text: str) -> None:
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    parsed = read(text)
     assert ("aria-label", HOSTILE) in parsed.attributes
-    assert any(HOSTILE in text for text in parsed.texts)
+    assert any(HOSTILE in words for words in parsed.texts) or ("title", f"{HOSTILE} (P0000)") in parsed.attributes
 
 
-def test_pictures_are_inline_and_each_is_stored_once(page: str) -> None:
-    stored = re.findall(r"\.p(\d+) \{ background-image: url\(data:image/jpeg;base64,[A-Za-z0-9+/=]+\); \}", page)
+def test_pictures_are_inline_and_each_is_stored_once(text: str) -> None:
+    stored = re.findall(r"\.p(\d+) \{ background-image: url\(data:image/jpeg;base64,[A-Za-z0-9+/=]+\); \}", text)
     assert len(stored) == len(set(stored)) > 20
-    used = set(re.findall(r'class="thumb [a-z]* ?p(\d+)"', page))
-    assert used == set(stored)
+    used = set(re.findall(r'class="thumb [a-z]* ?p(\d+)"', text))
+    assert used <= set(stored) and len(used) > 20
 
 
-def test_an_item_without_a_readable_picture_is_shown_as_such(page: str) -> None:
-    assert "no picture" in page  # the hero strip ends with the last item, whose picture is gone
+def test_an_item_without_a_readable_picture_is_shown_as_such(study: Path, tmp_path: Path) -> None:
+    pictures, query = table_of(study, "pictures"), table_of(study, "neighbours")["query"][0]
+    gone = pl.when(pl.col("item_id") != query).then("picture").alias("picture")
+    assert "no picture" in printed(changed(study, tmp_path, pictures=pictures.with_columns(gone)))
+    unreadable = pictures.filter(pl.col("item_id") == "P0059")  # the last of the catalogue, whose file is not there
+    assert unreadable["picture"].to_list() == [None]
 
 
-def test_the_task_1_table_prints_the_measured_numbers_beside_the_papers(page: str) -> None:
-    table = read(page).tables[1]
-    assert [row[0] for row in table[2:]] == ["Vanilla", "SFT", "VLM2Rec"]
-    assert table[4][1:5] == [".490", ".665", ".280", ".350"]
-    assert table[4][8] == ".117"
-    assert table[4][9:] == [".564", ".682", ".382", ".412"]
+def test_every_stage_has_a_bar_whose_length_is_its_time(text: str) -> None:
+    bars = re.findall(
+        r"<span>([^<]+)<small>([^<]*)</small></span><div><div class=\"bar\" style=\"width:([\d.]+)%", text
+    )
+    assert len(bars) == 1 + 16 + 1
+    assert bars[0] == ("make-backbone", "1.1 M parameters", "100.0")
+    assert ("finetune", "SFT, seed 0", "98.4") in bars
+    assert ("train-recommender GRU4Rec", "ID, seed 0", "8.2") in bars
+    assert bars[-1] == ("build-index", "FAISS", "0.8")
 
 
-def test_the_task_2_tables_start_with_the_id_model(page: str) -> None:
-    sasrec, gru = read(page).tables[2:4]
-    assert (gru[0][0], sasrec[0][0]) == ("GRU4Rec", "SASRec")
-    assert [row[0] for row in sasrec[2:]] == ["ID", "Vanilla", "SFT", "VLM2Rec"]
-    assert sasrec[2][4] == ".200"
-    assert sasrec[5][9:] == [".535", ".647", ".365", ".393"]
-    assert gru[5][9:] == [".506", ".619", ".339", ".367"]
+def test_of_many_steps_each_kind_has_one_bar(study: Path, tmp_path: Path) -> None:
+    cost = table_of(study, "cost")
+    many = pl.concat([cost.with_columns(pl.lit(seed, pl.Int32).alias("seed")) for seed in range(5)])
+    text = printed(changed(study, tmp_path, cost=many))
+    assert text.count('<div class="bar"') == 1 + 5 + 1
+    assert "20 times, 4 methods" in text
 
 
-def test_differences_to_vlm2rec_carry_an_interval(page: str) -> None:
-    match = re.search(r"VLM2Rec − SFT: \+(0\.\d+) \[\+(0\.\d+), \+(0\.\d+)\]", page)
-    assert match is not None
-    mean, low, high = map(float, match.groups())
-    assert low <= mean <= high
-    assert mean == pytest.approx(0.10, abs=0.02)
+def test_the_task_1_table_prints_the_measured_numbers_beside_the_papers(text: str) -> None:
+    rows = {row[0]: row[1:] for row in table(text, "Task 1")[2:]}
+    assert list(rows) == ["SASRec (ID)", "GRU4Rec (ID)", "Vanilla", "SFT", "VLM2Rec"]
+    assert rows["VLM2Rec"][:4] == [".4900", ".7700", ".2800", ".3500"]
+    assert rows["VLM2Rec"][7] == ".1167"
+    assert rows["VLM2Rec"][10:] == [".5644", ".6822", ".3824", ".4121"]
 
 
-def test_figures_lie_beside_the_page_and_follow_its_theme_inside(whole_run: Path, page: str) -> None:
-    names = {file.name for file in (whole_run / "figures").iterdir()}
-    assert names == {"task1-views.svg", "task2-models.svg", "geometry.svg", "learning.svg"}
-    standalone = (whole_run / "figures" / "task1-views.svg").read_text()
+def test_the_task_2_tables_start_with_the_id_model(text: str) -> None:
+    sasrec, gru = (table(text, model)[2:] for model in ("SASRec", "GRU4Rec"))
+    assert [row[0] for row in sasrec] == ["ID", "Vanilla", "SFT", "VLM2Rec"]
+    assert sasrec[0][4] == ".2000"
+    assert sasrec[3][11:] == [".5346", ".6466", ".3649", ".3932"]
+    assert gru[3][11:] == [".5064", ".6185", ".3386", ".3669"]
+
+
+def test_differences_to_the_reference_carry_an_interval(text: str) -> None:
+    assert table(text, "Task 1")[5][9] == "+.1000" or table(text, "Task 1")[5][9:11] == ["+.1000", "–"]
+    assert "[+.0800, +.1200]" in text
+
+
+def test_figures_lie_beside_the_page_and_follow_its_theme_inside(study: Path, text: str) -> None:
+    names = {file.name for file in (study / "figures").iterdir()}
+    assert names == {f"{name}.{ending}" for name in FIGURES for ending in ("svg", "png")}
+    standalone = (study / "figures" / "fig1a-views.svg").read_text()
     assert "#d1500b" in standalone and "var(" not in standalone
-    inline = page[page.index("<svg") : page.rindex("</svg>")]
+    inline = text[text.index("<svg") : text.rindex("</svg>")]
     assert "var(--vlm2rec)" in inline and "#d1500b" not in inline
 
 
-def test_text_neighbours_share_words_and_image_neighbours_share_looks(page: str) -> None:
-    table = next(table for table in read(page).tables if table[0][0] == "attribute")
-    head, rows = table[1], {row[0]: row[1:] for row in table[2:]}
-    assert head == ["text", "image", "fused"] * 3
-    chance = {name: float(values[0]) for name, values in rows.items()}
-    text, image = ({name: float(values[-offset]) for name, values in rows.items()} for offset in (3, 2))
-    assert text["brand"] > 2 * chance["brand"]
-    assert image["colour"] > 2 * chance["colour"]
-    assert text["colour"] < 2 * chance["colour"]
-    assert image["brand"] < 2 * chance["brand"]
+def test_text_neighbours_share_words_and_image_neighbours_share_looks(text: str) -> None:
+    found = table(text, "attribute")
+    assert found[0][2:] == ["VLM2Rec", "Vanilla", "SFT"]
+    assert found[1] == ["at random", *["text", "image", "fused"] * 3]
+    share = {row[0]: [float(cell.removesuffix(" %")) for cell in row[1:]] for row in found[2:]}
+    for attribute, view, other in (("brand", 1, 2), ("colour", 2, 1)):
+        chance = share[attribute][0]
+        assert share[attribute][view] > 2 * chance > share[attribute][other]
 
 
-def test_the_same_folder_gives_the_same_page_twice(whole_run: Path, page: str, tmp_path: Path) -> None:
-    again = run(ReportConfig(run=whole_run, out=tmp_path / "sub" / "again.html")).read_text(encoding="utf-8")
-    date = re.compile(r"Written by vlm2rec on [^.]*\.")
-    assert date.sub("", again) == date.sub("", page)
+def test_the_same_folder_gives_the_same_page_twice(study: Path, text: str, tmp_path: Path) -> None:
+    again = run(ReportConfig(run=study, out=tmp_path / "sub" / "again.html"))
+    assert again == tmp_path / "sub" / "again.html"
+    assert again.read_text(encoding="utf-8") == text
+    assert (tmp_path / "sub" / "figures" / "learning.svg").is_file()
 
 
-# --- parts of a run -----------------------------------------------------------------------------------------
+# --- parts of a study ---------------------------------------------------------------------------------------
 
 
-def test_one_evaluation_alone_makes_a_report(tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "my-eval", 0.3)
-    text = " ".join(read(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")).texts)
-    assert "my-eval" in text
-    assert "Task 2: there is no output of `vlm2rec train-recommender`" in text
-    assert "loss curves: there is no output of `vlm2rec finetune`" in text
-    assert "What text, image and both together find" not in text
-    assert ".300" in text
+@pytest.mark.parametrize("name", ["results", "comparisons", "geometry", "curves", "warnings", "cost", "neighbours"])
+def test_without_any_one_table_the_rest_is_shown(name: str, study: Path, tmp_path: Path) -> None:
+    show = drawn if name in ("results", "comparisons", "geometry", "curves") else printed
+    read(show(changed(study, tmp_path, **{name: table_of(study, name).clear()})))
 
 
-@pytest.mark.parametrize("part", ["data", "adapter-sft", "embeddings-vlm2rec", "recommender-SASRec-id", "index"])
-def test_any_one_part_alone_makes_a_report(part: str, whole_run: Path, tmp_path: Path) -> None:
-    (tmp_path / part).symlink_to(whole_run / part)
-    read(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8"))
+def test_task_1_alone_makes_a_page(study: Path, tmp_path: Path) -> None:
+    kept = {name: table_of(study, name).filter(pl.col("task") == 1) for name in ("results", "comparisons")}
+    empty = {name: table_of(study, name).clear() for name in ("curves", "warnings", "neighbours", "common", "pictures")}
+    text = drawn(changed(study, tmp_path, **kept, **empty))
+    assert ".3500" in text
+    assert not [found for found in read(text).tables if found[0][0] in ("SASRec", "GRU4Rec")]
+    assert "Whom the training serves" not in text and "together find" not in text
 
 
-def test_embeddings_alone_find_their_dataset_through_the_manifest(whole_run: Path, tmp_path: Path) -> None:
-    items = pl.read_parquet(whole_run / "data" / "items.parquet")
-    vectors = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
-    write_embeddings(tmp_path / "EMB", items["item_id"].to_list(), vectors, data=str(whole_run / "data"))
-    text = run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")
-    assert "nearest others by cosine in the EMB vectors" in text
-    assert "base64" in text
+def test_a_study_of_an_older_program_still_has_its_page(study: Path, tmp_path: Path) -> None:
+    text = printed(changed(study, tmp_path, about=without(study, *SINCE)))
+    assert "vlm2rec study" in text and "What ran" in text
+    assert "From catalogue to dataset" not in text and "recall@10" not in text
 
 
-def test_a_damaged_output_becomes_a_note_and_the_rest_is_shown(tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "evaluate-sft", 0.3)
-    (tmp_path / "evaluate-vlm2rec").mkdir()
-    (tmp_path / "evaluate-vlm2rec" / "metrics.json").write_text("{not json")
-    (tmp_path / "embeddings-sft").mkdir()
-    (tmp_path / "embeddings-sft" / "part-00000.parquet").write_bytes(b"half")
-    text = run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")
-    assert "evaluate-vlm2rec/metrics.json is not readable JSON" in text
-    assert "manifest.json does not exist" in text
-    assert ".300" in text
+def test_a_row_that_no_ranking_gives_is_not_printed(study: Path, tmp_path: Path) -> None:
+    found = table_of(study, "results")
+    wrong = (pl.col("method") == "SFT") & (pl.col("task") == 1) & (pl.col("metric") == "N@20")
+    broken = found.with_columns(pl.when(wrong).then(0.9).otherwise("value").alias("value"))
+    with pytest.raises(ArtifactError, match="metrics of one ranking"):
+        printed(changed(study, tmp_path, results=broken))
 
 
-def test_a_table_with_missing_numbers_prints_a_dash(tmp_path: Path) -> None:
-    (tmp_path / "evaluate-sft").mkdir()
-    schema.write_json(
-        tmp_path / "evaluate-sft" / "metrics.json",
-        {"task": 1, "candidates": {"f2f": {"H@10": 0.25, "N@20": float("nan")}}},
-    )
-    table = read(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")).tables[0]
-    assert table[2][1:5] == [".250", "–", "–", "–"]
+def test_a_name_that_looks_like_mathematics_is_printed_as_it_is(study: Path, tmp_path: Path) -> None:
+    name = "_$\\frac$<b>"
+    tables = {
+        each: table_of(study, each).with_columns(pl.col("method").replace("SFT", name))
+        for each in ("results", "comparisons", "geometry", "curves", "cost", "neighbours", "common", "warnings")
+    }
+    tables["methods"] = table_of(study, "methods").with_columns(pl.col("name").replace("SFT", name))
+    assert name in " ".join(read(drawn(changed(study, tmp_path, **tables))).texts)
 
 
-def test_a_folder_name_that_looks_like_mathematics_is_printed_as_it_is(tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "evaluate-_$\\frac$<b>", 0.3)
-    write_evaluation(tmp_path / "evaluate-sft", 0.2)
-    text = " ".join(read(run(ReportConfig(run=tmp_path)).read_text(encoding="utf-8")).texts)
-    assert "_$\\frac$<b>" in text
+@pytest.mark.parametrize("missing", TABLE_NAMES)
+def test_a_folder_that_lacks_a_table_is_refused(missing: str, study: Path, tmp_path: Path) -> None:
+    changed(study, tmp_path)
+    (tmp_path / f"{missing}.parquet").unlink()
+    with pytest.raises(ArtifactError, match=rf"{missing}\.parquet"):
+        drawn(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
-def test_a_folder_without_any_output_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_study_is_refused(content: str | None, tmp_path: Path) -> None:
     if content:
         (tmp_path / content).write_text("hello")
-    with pytest.raises(ArtifactError, match="holds no output of vlm2rec"):
-        run(ReportConfig(run=tmp_path))
+    with pytest.raises(ArtifactError, match=r"is no study.*`vlm2rec study` or `vlm2rec demo`"):
+        drawn(tmp_path)
     with pytest.raises(ArtifactError, match="is not a folder"):
-        run(ReportConfig(run=tmp_path / "nowhere"))
+        drawn(tmp_path / "nowhere")
 
 
-def test_an_out_that_is_a_folder_is_refused(whole_run: Path, tmp_path: Path) -> None:
+def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
-        run(ReportConfig(run=whole_run, out=tmp_path))
+        run(ReportConfig(study=study, out=tmp_path))
+    with pytest.raises(ConfigError, match="no folder is named"):
+        run(ReportConfig())
+    with pytest.raises(ConfigError, match="are two folders"):
+        run(ReportConfig(study=study, run=tmp_path))
+
+
+def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(study: Path, tmp_path: Path) -> None:
+    few = {name: table_of(study, name).clear() for name in ("results", "comparisons", "geometry")}
+    own, elsewhere = changed(study, tmp_path / "study", **few) / "figures", tmp_path / "thesis" / "figures"
+    for folder in (own, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "mine.svg").write_text("<svg/>")
+    run(ReportConfig(study=own.parent))
+    run(ReportConfig(study=own.parent, out=elsewhere.parent / "page.html"))
+    assert not (own / "mine.svg").exists()
+    assert (elsewhere / "mine.svg").exists() and (elsewhere / "learning.svg").exists()
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_the_curves_of_every_method_and_view_are_drawn(text: str) -> None:
+    ranks = figure(text, "Effective rank of each view")
+    for label in ("SFT, text", "SFT, image", "SFT, fused", "VLM2Rec, image"):
+        assert ranks.count(f">{label}<") == 1
+    assert "Whose weak modality is the image" in ranks
+    learning = figure(text, "Training loss")
+    for panel in ("Training loss", "Validation N@20", "Margin of each modality", "Penalty on the negatives"):
+        assert panel in learning
+    for label in ("SFT, total", "VLM2Rec, total", "VLM2Rec, WPCL", "VLM2Rec, CRTR", "SFT, text", "VLM2Rec, image"):
+        assert f">{label}<" in learning
+    assert "not recorded" not in ranks + learning
+    assert figure(text, "Separability of each view") and figure(text, "Alignment of the update")
+
+
+def test_what_the_monitor_said_is_repeated_as_text(study: Path, text: str, tmp_path: Path) -> None:
+    assert "SFT, seed 0, from step 20 until step 30: image falls behind while text gains: &lt;b&gt;S" in text
+    assert "SFT, seed 0, from step 30 to the end:" in text
+    assert "<b>S" not in text
+    many = pl.concat([table_of(study, "warnings")] * 10)
+    assert "SFT, image: 20 warnings; for instance image falls behind" in printed(
+        changed(study, tmp_path, warnings=many)
+    )
+
+
+def test_what_training_did_not_record_is_said_or_left_out(study: Path, tmp_path: Path) -> None:
+    curves = table_of(study, "curves")
+    text = drawn(changed(study, tmp_path, curves=curves.filter(~pl.col("kind").is_in(["probe", "gradients"]))))
+    assert figure(text, "Alignment of the update") == figure(text, "Separability of each view") == ""
+    assert figure(text, "Effective rank of each view").count("not recorded") == 1
+    sft = curves.filter(pl.col("method") == "SFT")  # which has no penalty
+    assert figure(drawn(changed(study, tmp_path, curves=sft)), "Training loss").count("not recorded") == 1
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
 
 
-def test_the_best_of_each_column_is_marked_and_ties_share_it() -> None:
-    runs = {
-        "sft": {"candidates": {"H@10": 0.5, "N@20": 0.3}},
-        "vlm2rec": {"candidates": {"H@10": 0.5, "N@20": 0.2}},
-    }
-    rows = metrics_table(RunFolder(Path()), "SASRec", runs).rows
-    assert [[cell.best for cell in row.candidates] for row in rows] == [
-        [True, False, False, True],
+def test_the_best_of_each_column_is_marked_and_ties_share_it(study: Path, tmp_path: Path) -> None:
+    best = {"H@10": 1.4 * 0.37, "H@20": 1.4 * 0.37 + 0.8 * 0.31}  # H@20 follows: a ranking could have this row
+    row = (pl.col("method") == "SFT") & (pl.col("model") == "SASRec") & (pl.col("protocol") == "candidates")
+    value = pl.when(row & pl.col("metric").is_in(list(best))).then(pl.col("metric").replace_strict(best, default=0.0))
+    tied = table_of(study, "results").with_columns(value.otherwise("value").alias("value"))
+    sheet = ranking_sheet(Results.open(changed(study, tmp_path, results=tied)), 2, "SASRec", {})
+    assert sheet is not None
+    assert [[cell.best for cell in row.cells[:4]] for row in sheet.rows[2:]] == [
         [True, False, False, False],
+        [True, True, True, True],
     ]
-
-
-def test_outputs_are_found_by_content_and_named_by_their_folder(whole_run: Path) -> None:
-    found = read_run(whole_run)
-    assert list(found.evaluations) == ["sft", "vanilla", "vlm2rec"]
-    assert set(found.recommenders["SASRec"]) == {"id", "vanilla", "sft", "vlm2rec"}
-    assert ("", "sft") in found.users and ("GRU4Rec", "id") in found.users
-    assert found.notes == []
 
 
 def test_the_random_floor_is_that_of_a_uniform_rank() -> None:
     ranks = np.arange(1, 102)
-    assert RANDOM_FLOOR["H@10"] == pytest.approx(0.0990, abs=1e-4)
-    assert RANDOM_FLOOR["H@20"] == pytest.approx(0.1980, abs=1e-4)
-    assert RANDOM_FLOOR["N@20"] == pytest.approx(np.where(ranks <= 20, 1 / np.log2(ranks + 1), 0).mean())
+    assert random_floor("H@10", 101) == pytest.approx(0.0990, abs=1e-4)
+    assert random_floor("H@20", 101) == pytest.approx(0.1980, abs=1e-4)
+    assert random_floor("N@20", 101) == pytest.approx(np.where(ranks <= 20, 1 / np.log2(ranks + 1), 0).mean())
 
 
 def test_nearest_leaves_the_query_out_and_sorts_by_cosine() -> None:
@@ -505,27 +387,31 @@ def test_the_item_whose_views_disagree_comes_first() -> None:
     text = unit_rows(random.standard_normal((40, 6)))
     image = text.copy()
     image[7] = -text[7]
-    worst, shared = disagreeing(Views(np.arange(40), {"text": text, "image": image}, False), 3)
+    worst, shared = disagreeing(Views(np.arange(40), {"text": text, "image": image}), 3)
     assert worst[0] == 7
     assert 5 < shared < 10
 
 
-def test_colours_of_known_methods_stay_and_unknown_ones_differ() -> None:
-    methods = ["first", "second", "sft", "vlm2rec"]
-    assert len({colour_of(method, methods) for method in methods}) == 4
-    assert colour_of("vlm2rec", ["vlm2rec"]) == colour_of("vlm2rec", methods)
+def test_colours_of_known_methods_stay_and_unknown_ones_differ(study: Path, tmp_path: Path) -> None:
+    methods = table_of(study, "methods")
+    others = [
+        methods.filter(pl.col("name") == "SFT").with_columns(
+            pl.lit(name).alias("name"), pl.lit(None, pl.String).alias("paper")
+        )
+        for name in ("first", "second")
+    ]
+    known = figures.colours(Results.open(study))
+    more = figures.colours(Results.open(changed(study, tmp_path, methods=pl.concat([*others, methods]))))
+    assert len(set(more.values())) == 6
+    assert {name: more[name] for name in known} == known
 
 
-def test_a_figure_carries_labelled_axes_and_the_random_line() -> None:
-    evaluation = {"candidates": {"f2f": {"H@10": 0.4, "N@20": 0.3}}, "candidates_std": {}}
-    picture = view_bars({"vlm2rec": evaluation})
-    text = " ".join(read(picture.inline()).texts)
-    assert "H@10, 101 candidates" in text and "random" in text and ".099" in text and ".300" in text
+def test_a_figure_carries_labelled_axes_and_the_random_line(text: str) -> None:
+    words = " ".join(read(figure(text, "Task 1 with fused").join(("<svg ", ""))).texts)
+    assert "H@10, 101 candidates" in words and "random" in words and ".099" in words and ".350" in words
 
 
-def test_metrics_of_another_task_are_noted(tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "evaluate-sft", 0.3)
-    other: dict[str, Any] = json.loads((tmp_path / "evaluate-sft" / "metrics.json").read_text())
-    (tmp_path / "third").mkdir()
-    schema.write_json(tmp_path / "third" / "metrics.json", {**other, "task": 3})
-    assert any("task 3" in note for note in read_run(tmp_path).notes)
+def test_times_are_printed_in_the_unit_that_suits() -> None:
+    assert [page.duration(each) for each in (0.01, 2.04, 75.2, 754, 4000)] == [
+        *("under 0.1 s", "2.0 s", "75 s", "12 min 34 s", "1.1 h")
+    ]

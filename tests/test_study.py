@@ -26,10 +26,9 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import finetune, prepare, study
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
-from vlm2rec.pipelines.experiments import ledger as ledger
-from vlm2rec.pipelines.experiments import results as results_file
-from vlm2rec.pipelines.experiments import schedule
-from vlm2rec.pipelines.reporting import page as study_report
+from vlm2rec.pipelines.experiments import ledger, schedule
+from vlm2rec.pipelines.experiments.results import _RESULT, METRICS, require_bound
+from vlm2rec.pipelines.reporting import tables
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 
@@ -81,23 +80,23 @@ def again(out: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-# --- cells --------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
-def test_every_cell_holds_the_folders_of_the_single_commands(finished: Path) -> None:
+def test_every_run_holds_the_folders_of_the_single_commands(finished: Path) -> None:
     found = {str(path.parent.relative_to(finished)) for path in finished.rglob("*/metrics.json")}
     trained = {f"{name}/seed-{seed}" for name in ("sft", "vlm2rec") for seed in (0, 1)}
     assert found == {
-        *(f"{cell}/{step}" for cell in trained for step in ("evaluate", "recommender-SASRec")),
+        *(f"{run}/{step}" for run in trained for step in ("evaluate", "recommender-SASRec")),
         *(f"{name}/seed-{seed}/recommender-SASRec" for name in ("id", "vanilla") for seed in (0, 1)),
         "vanilla/seed-any/evaluate",
         "without-crtr/seed-0/evaluate",
         "vlm2rec-lambda-0.5/seed-0/evaluate",
         "vlm2rec/seed-0/cross-0-evaluate",
     }
-    for cell in trained:
-        assert (finished / cell / "adapter" / "adapter_model.safetensors").is_file()
-        assert (finished / cell / "embeddings" / "manifest.json").is_file()
+    for run in trained:
+        assert (finished / run / "adapter" / "adapter_model.safetensors").is_file()
+        assert (finished / run / "embeddings" / "manifest.json").is_file()
     assert "vlm2rec finetune" in (finished / "sft" / "seed-0" / "log.txt").read_text()
 
 
@@ -235,17 +234,17 @@ def test_every_row_of_results_keeps_the_bound(finished: Path) -> None:
     keys = ["method", "seed", "dataset", "task", "model", "protocol", "view", "user_group"]
     wide = results.pivot("metric", index=keys, values="value")
     assert wide.height > 50
-    assert all(bound_check({name: row[name] for name in results_file.METRICS}) for row in wide.iter_rows(named=True))
+    assert all(bound_check({name: row[name] for name in METRICS}) for row in wide.iter_rows(named=True))
 
 
 def test_a_row_that_no_ranking_gives_is_refused() -> None:
     values = {"H@10": 0.3, "H@20": 0.4, "N@10": 0.2, "N@20": 0.2}
     rows = [
-        {**dict.fromkeys(results_file._RESULT), "method": "m", "metric": name, "value": value, "users": 10}
+        {**dict.fromkeys(_RESULT), "method": "m", "metric": name, "value": value, "users": 10}
         for name, value in values.items()
     ]
     with pytest.raises(ArtifactError, match="N@20 - N@10 between"):
-        results_file.require_bound(pl.DataFrame(rows, schema=results_file._RESULT))
+        require_bound(pl.DataFrame(rows, schema=_RESULT))
 
 
 def test_the_groups_of_users_are_split_by_the_frequency_of_their_target(finished: Path, drawn_dataset: Path) -> None:
@@ -368,6 +367,7 @@ def test_tables_and_figures_come_from_the_parquet_files_alone(finished: Path, tm
 
 FIGURES = (
     "collapse",
+    "collapse-ranks",
     "differences",
     "fig1a-views",
     "fig1b-gradients",
@@ -375,6 +375,7 @@ FIGURES = (
     "fig5-sensitivity",
     "learning",
     "table1-geometry",
+    "task2-models",
 )
 
 
@@ -391,14 +392,22 @@ def test_the_page_prints_the_means_beside_the_papers_rows(finished: Path) -> Non
     assert "Qwen2.5-VL-3B" in page and "without replacement" in page
     assert page.count("<svg") == len(FIGURES)
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
-    for section in ("Task 1", "Task 2", "Geometry", "Trained here, measured elsewhere", "Rare items", "disagree most"):
+    for section in (
+        "Task 1",
+        "Task 2",
+        "Geometry",
+        "Trained here, measured elsewhere",
+        "Rare items",
+        "disagree most",
+        "What ran",
+    ):
         assert section in page
 
 
 def test_a_misprint_of_the_paper_is_marked() -> None:
-    cells, breaks = study_report.tables._paper_cells({"Beauty": (0.41, 0.5794, 0.2941, 0.3498)}, "Beauty")
+    cells, breaks = tables._paper_cells({"Beauty": (0.41, 0.5794, 0.2941, 0.3498)}, "Beauty")
     assert breaks and cells[3].text == ".3498†"
-    cells, breaks = study_report.tables._paper_cells({"Beauty": (0.5644, 0.6822, 0.3824, 0.4121)}, "Beauty")
+    cells, breaks = tables._paper_cells({"Beauty": (0.5644, 0.6822, 0.3824, 0.4121)}, "Beauty")
     assert not breaks and cells[3].text == ".4121"
 
 
@@ -409,5 +418,5 @@ def test_titles_from_the_catalogue_are_escaped(finished: Path, tmp_path: Path) -
     pictures.with_columns(pl.lit("<script>alert(1)</script>").alias("title")).write_parquet(
         tmp_path / "pictures.parquet"
     )
-    page = study_report.run(tmp_path).read_text(encoding="utf-8")
+    page = study.run(StudyConfig(out=tmp_path, report_only=True)).read_text(encoding="utf-8")
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page

@@ -11,7 +11,7 @@ import yaml
 
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, cells, read_study
+from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, read_study, runs
 
 HOME = Target("home", Path("/data/home"))
 THERE = Target("there", Path("/data/there"), "cross-0-")
@@ -24,13 +24,13 @@ def study(tmp_path: Path, users: int | None = None, **keys: Any) -> Study:
 
 
 def laid_out(found: Study, domains: tuple[Target, ...] = ()) -> dict[tuple[str, int | None], Run]:
-    laid = cells(found, Path("out"), HOME, domains, "BB", "cpu")
-    assert len({cell.folder for cell in laid}) == len(laid)
-    return {(cell.method.name, cell.seed): cell for cell in laid}
+    laid = runs(found, Path("out"), HOME, domains, "BB", "cpu")
+    assert len({run.folder for run in laid}) == len(laid)
+    return {(run.method.name, run.seed): run for run in laid}
 
 
-def names(cell: Run) -> list[str]:
-    return [step.name for step in cell.steps]
+def names(run: Run) -> list[str]:
+    return [step.name for step in run.steps]
 
 
 def test_the_default_study_holds_the_papers_rows_ablations_and_grids() -> None:
@@ -55,9 +55,9 @@ def test_every_step_of_the_default_study_is_a_setting_of_its_command() -> None:
         *("adapter", "embeddings", "evaluate", "recommender-SASRec", "recommender-GRU4Rec"),
         *("cross-0-embeddings", "cross-0-evaluate", "cross-0-recommender-SASRec"),
     ]
-    for cell in laid.values():
-        for step in cell.steps:
-            assert step.folder.parent in (cell.folder, cell.folder.parent / "seed-any")
+    for run in laid.values():
+        for step in run.steps:
+            assert step.folder.parent in (run.folder, run.folder.parent / "seed-any")
 
 
 def test_the_demo_study_is_the_same_with_fewer_runs_at_the_sides() -> None:
@@ -97,9 +97,9 @@ def test_what_no_random_number_enters_is_made_once_and_read_by_every_seed() -> N
         assert {step.config.seed for step in steps} == {seed}
 
 
-def test_cells_run_seed_by_seed() -> None:
-    laid = cells(read_study(StudyConfig(out=Path("out"))), Path("out"), HOME, (), "BB", "cpu")
-    seeds = [-1 if cell.seed is None else cell.seed for cell in laid]
+def test_runs_go_seed_by_seed() -> None:
+    laid = runs(read_study(StudyConfig(out=Path("out"))), Path("out"), HOME, (), "BB", "cpu")
+    seeds = [-1 if run.seed is None else run.seed for run in laid]
     assert seeds == sorted(seeds)
 
 

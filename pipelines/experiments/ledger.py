@@ -1,6 +1,6 @@
-"""What has been run: each cell remembers which steps are done, with which settings, and how long they took.
+"""What has been done: each run remembers which steps are finished, with which settings, and how long they took.
 
-`steps.json` in a cell's folder names, for every step, the settings it was called with, its seconds, and a mark that is
+`steps.json` in a run's folder names, for every step, the settings it was called with, its seconds, and a mark that is
 new whenever the step was run. A step is finished if its record says so, its settings are the same, the file it writes
 last is there, and the steps it reads from have not been run again since.
 """
@@ -31,7 +31,7 @@ _FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budg
 class Change:
     """A finished step that is now asked for with another setting."""
 
-    cell: Run
+    run: Run
     step: Step
     setting: str
     before: Any
@@ -39,11 +39,11 @@ class Change:
 
 
 def records(folder: Path) -> dict[str, Json]:
-    """Return what a cell remembers of its steps."""
+    """Return what a run remembers of its steps."""
     if not (folder / STEPS_FILE).is_file():
         return {}
-    fix = f"remove {folder}: the cell is run again"
-    return schema.read_json(folder / STEPS_FILE, "what was run in a cell of a study", fix)
+    fix = f"remove {folder}: its steps are run again"
+    return schema.read_json(folder / STEPS_FILE, "which steps of a run are done", fix)
 
 
 def identity(step: Step, study: Path, data_mark: str) -> Json:
@@ -82,9 +82,9 @@ def _plain(value: Any, study: Path) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def change(cell: Run, step: Step, now: Json) -> Change | None:
+def change(run: Run, step: Step, now: Json) -> Change | None:
     """Return the first setting in which a step that was run differs from what is asked for now."""
-    record = records(cell.folder).get(step.name)
+    record = records(run.folder).get(step.name)
     if record is None:
         return None
     defaults = {
@@ -96,13 +96,13 @@ def change(cell: Run, step: Step, now: Json) -> Change | None:
         # a setting that the program did not have at the time was at its default
         before = record["settings"].get(name, _plain(defaults.get(name), Path()))
         if before != value:
-            return Change(cell, step, name, before, value)
+            return Change(run, step, name, before, value)
     return None
 
 
-def is_finished(cell: Run, step: Step) -> bool:
+def is_finished(run: Run, step: Step) -> bool:
     """Whether a step whose settings are unchanged need not run."""
-    record = records(cell.folder).get(step.name, {})
+    record = records(run.folder).get(step.name, {})
     if not record.get("finished") or not (step.folder / step.done).is_file():
         return False
     return bool(record["read"] == _marks(step.after))
@@ -113,10 +113,10 @@ def _marks(folders: Sequence[Path]) -> dict[str, str | None]:
     return {folder.name: records(folder.parent).get(folder.name, {}).get("mark") for folder in folders}
 
 
-def begin(cell: Run, step: Step, settings: Json) -> None:
+def begin(run: Run, step: Step, settings: Json) -> None:
     """Note that a step starts; what an earlier step of other inputs left there is removed."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    known = records(cell.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    known = records(run.folder)
     before = known.get(step.name, {})
     reads = _marks(step.after)
     if before and before["read"] != reads:
@@ -132,22 +132,22 @@ def begin(cell: Run, step: Step, settings: Json) -> None:
         "seconds": None,
         "attempts": before.get("attempts", 0) + 1,
     }
-    schema.write_json(cell.folder / STEPS_FILE, known)
+    schema.write_json(run.folder / STEPS_FILE, known)
 
 
-def end(cell: Run, step: Step, seconds: float) -> None:
+def end(run: Run, step: Step, seconds: float) -> None:
     """Note that a step is done."""
-    known = records(cell.folder)
+    known = records(run.folder)
     known[step.name] |= {"finished": _now(), "seconds": round(seconds, 3)}
-    schema.write_json(cell.folder / STEPS_FILE, known)
+    schema.write_json(run.folder / STEPS_FILE, known)
 
 
-def forget(cell: Run, step: Step) -> None:
+def forget(run: Run, step: Step) -> None:
     """Remove a step's output and its record."""
     clear(step.folder)
-    known = records(cell.folder)
+    known = records(run.folder)
     known.pop(step.name, None)
-    schema.write_json(cell.folder / STEPS_FILE, known)
+    schema.write_json(run.folder / STEPS_FILE, known)
 
 
 def clear(folder: Path) -> None:

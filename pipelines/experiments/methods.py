@@ -25,7 +25,9 @@ MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensiti
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START)
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
-DEFAULT_FILE, DEMO_FILE = (Path(__file__).parent / name for name in ("study.yaml", "study_demo.yaml"))
+DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
+    Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
+)
 ANY_SEED = None
 """Seed of the steps that no random number enters: the vectors of a backbone as it is."""
 
@@ -129,12 +131,12 @@ def read_study(config: StudyConfig, users: int | None = None, more: Json | None 
     Args:
         config: flags of the command.
         users: users of the dataset; few-shot runs that ask for as many or more are left out with a note.
-        more: settings between the default and the YAML.
+        more: what a command lays over the default, below the YAML.
 
     Raises:
         ConfigError: a key, an analysis, a source or a setting is not known, or two methods share a folder.
     """
-    layers = [read_yaml(DEFAULT_FILE), *([read_yaml(DEMO_FILE)] if config.demo else []), more or {}]
+    layers = [read_yaml(DEFAULT_FILE), *([read_yaml(LABORATORY_FILE)] if config.demo else []), more or {}]
     if config.config is not None:
         layers.append(read_yaml(config.config))
     if config.quick:
@@ -275,9 +277,9 @@ def _check(study: Study, where: str) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a cell: what it writes, and the settings it is called with."""
+    """One command of a run: what it writes, and the settings it is called with."""
 
-    name: str  # folder below the cell
+    name: str  # folder below the run
     command: str  # "finetune", "export-items", ...
     config: Any
     done: str  # the file that the command writes last
@@ -309,7 +311,7 @@ class RunContext:
     data: Path
     backbone: str
     device: str
-    folder: Path  # of the cell
+    folder: Path  # of the run
     prefix: str = ""  # of the steps' folders: "" on the study's dataset, "cross-…-" on a target domain
     trained: Path | None = None  # the adapter folder
 
@@ -428,8 +430,8 @@ class Target:
     prefix: str = ""
 
 
-def cells(study: Study, out: Path, source: Target, domains: Sequence[Target], backbone: str, device: str) -> list[Run]:
-    """Return every cell of the matrix, seed by seed: after each round the tables hold every method."""
+def runs(study: Study, out: Path, source: Target, domains: Sequence[Target], backbone: str, device: str) -> list[Run]:
+    """Return every run of the matrix, seed by seed: after each round the tables hold every method."""
     found: list[tuple[tuple[int, int], Run]] = []
     for number, method in enumerate(study.methods):
         asked = _asked(study, method)
@@ -444,7 +446,7 @@ def cells(study: Study, out: Path, source: Target, domains: Sequence[Target], ba
             if steps:
                 order = (-1 if seed is None else seeds.index(seed), number)
                 found.append((order, Run(method, seed, folder, tuple(steps))))
-    return [cell for _, cell in sorted(found, key=lambda pair: pair[0])]
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
 def seeds_of(study: Study, method: Method) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
-"""What each view of an embeddings folder finds: neighbours of a few items, and what neighbours have in common."""
+"""What each view of the vectors finds: neighbours of a few items, and what neighbours have in common.
+
+The same items are looked up in the vectors of a few methods; the rows go to three Parquet files of the study.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,121 @@ from vlm2rec.pipelines.experiments.methods import Json, Method, Study
 MOST_ITEMS = 10_000  # of a larger catalogue a sample is compared: the page shows examples, not measurements
 MOST_QUERIES = 1_000
 AMONG = 10  # neighbours that count as near
+QUERIES = 6
+DISAGREEMENTS = 4
+NEIGHBOURS = 7
+SHOWN = ("VLM2Rec", "VLM SFT (ext.)", "VLM vanilla (ext.)")  # rows of the paper whose vectors are shown
+_NEIGHBOURS: dict[str, Any] = {
+    "method": pl.String,
+    "kind": pl.String,  # spread | disagreeing
+    "query": pl.String,
+    "place": pl.Int32,
+    "view": pl.String,
+    "rank": pl.Int32,
+    schema.ITEM_ID: pl.String,
+    "cosine": pl.Float64,
+    "shared": pl.Int32,  # items that text and image have in common among the query's nearest ten
+}
+_COMMON: dict[str, Any] = {
+    "method": pl.String,
+    "attribute": pl.String,  # null: neighbours that text and image share
+    "view": pl.String,
+    "share": pl.Float64,
+    "chance": pl.Float64,
+}
+_PICTURES: dict[str, Any] = {schema.ITEM_ID: pl.String, schema.TITLE: pl.String, "picture": pl.Binary}
+
+
+# --- the tables --------------------------------------------------------------------------------------------
+
+
+def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data: Path) -> dict[str, pl.DataFrame]:
+    """Look up the same items in the vectors of each shown method.
+
+    Args:
+        study: names the reference, which is shown first.
+        embedded: methods with an embeddings folder.
+        data: dataset folder.
+
+    Returns:
+        `neighbours`, `common` and `pictures`; without rows where no method is shown.
+    """
+    dataset = Dataset(data)
+    folders = {method.name: folder for method, folder in embedded if _is_shown(study, method)}
+    order = sorted(folders, key=lambda name: (name != study.reference, list(folders).index(name)))
+    neighbours: list[Json] = []
+    common: list[Json] = []
+    queries: list[int] = []
+    for name in order:
+        views = read_views(folders[name], dataset)
+        if views is None:
+            continue
+        queries = queries or _spread(views, dataset)
+        neighbours += _rows(name, "spread", dataset, look_up(views, queries, NEIGHBOURS))
+        if {*schema.MODALITIES} <= views.vectors.keys():
+            worst, shared = disagreeing(views, DISAGREEMENTS)
+            neighbours += _rows(name, "disagreeing", dataset, look_up(views, worst, NEIGHBOURS))
+            common.append({"method": name, "share": shared / AMONG})
+        common += [{"method": name, **found} for found in in_common(views, dataset, attributes_of(dataset))]
+    shown = {row[column] for row in neighbours for column in ("query", schema.ITEM_ID)}
+    return {
+        "neighbours": pl.DataFrame(neighbours, schema=_NEIGHBOURS, orient="row"),
+        "common": pl.DataFrame(common, schema=_COMMON, orient="row"),
+        "pictures": pl.DataFrame(list(_pictures(dataset, shown)), schema=_PICTURES, orient="row"),
+    }
+
+
+def _is_shown(study: Study, method: Method) -> bool:
+    return method.name == study.reference or (method.paper in SHOWN and method.of is None)
+
+
+def _spread(views: Views, dataset: Dataset) -> list[int]:
+    base = views.vectors.get(schema.FUSED, next(iter(views.vectors.values())))
+    first = int(np.argmax(dataset.train_frequency()[views.rows]))
+    return [int(views.rows[place]) for place in spread_out(base, first, QUERIES)]
+
+
+def _rows(method: str, kind: str, dataset: Dataset, queries: Iterable[Query]) -> list[Json]:
+    return [
+        {
+            "method": method,
+            "kind": kind,
+            "query": dataset.item_ids[query.row],
+            "place": place,
+            "view": view,
+            "rank": rank,
+            schema.ITEM_ID: dataset.item_ids[near.row],
+            "cosine": near.cosine,
+            "shared": query.shared,
+        }
+        for place, query in enumerate(queries)
+        for view, found in query.found.items()
+        for rank, near in enumerate(found)
+    ]
+
+
+def _pictures(dataset: Dataset, shown: set[str]) -> Iterator[Json]:
+    """Yield title and thumbnail of every item that is shown, and of some of the catalogue."""
+    some = np.linspace(0, len(dataset.item_ids) - 1, 24).astype(int)
+    shown = shown | {dataset.item_ids[row] for row in some}
+    for row, item in enumerate(dataset.item_ids):
+        if item in shown:
+            yield {schema.ITEM_ID: item, schema.TITLE: dataset.titles[row], "picture": _thumbnail(dataset, row)}
+
+
+def _thumbnail(dataset: Dataset, row: int, side: int = 112) -> bytes | None:
+    """Return the picture of an item as a small JPEG; None where it cannot be read."""
+    try:
+        picture = open_image(dataset.image_root, dataset.image_paths[row], side * side)
+    except ImageError:
+        return None
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=82, optimize=True)
+    return file.getvalue()
+
+
+# --- looking up ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,7 +149,6 @@ class Views:
 
     rows: np.ndarray  # (M,) rows of items.parquet
     vectors: dict[str, np.ndarray]  # view → (M, d)
-    sampled: bool  # not the whole catalogue
 
 
 @dataclass(frozen=True)
@@ -52,44 +168,6 @@ class Query:
     shared: int  # items among the nearest ten of both text and image
 
 
-@dataclass(frozen=True)
-class Common:
-    """How often near items share an attribute: among the nearest ten of each view, and among items at random."""
-
-    attribute: str
-    chance: float
-    share: dict[str, float]  # view → share of the nearest ten with the query's value
-
-    def above(self, view: str) -> float:
-        """Return how far a view is from chance (0) to always (1)."""
-        return max(0.0, (self.share[view] - self.chance) / (1 - self.chance)) if self.chance < 1 else 0.0
-
-
-@dataclass
-class Pictures:
-    """Thumbnails as data URIs, each made once; an item whose image cannot be read has none."""
-
-    dataset: Dataset
-    side: int = 128
-    made: dict[int, str | None] = field(default_factory=dict)
-
-    def of(self, row: int) -> str | None:
-        """Return the picture of an item as a data URI."""
-        if row not in self.made:
-            self.made[row] = self._thumbnail(self.dataset.image_paths[row])
-        return self.made[row]
-
-    def _thumbnail(self, relative: str) -> str | None:
-        try:
-            picture = open_image(self.dataset.image_root, relative, self.side * self.side)
-        except ImageError:
-            return None
-        picture.thumbnail((self.side, self.side))
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=82, optimize=True)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
 def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
     """Read the vectors of the items that every exported view has; None if fewer than two have them.
 
@@ -107,9 +185,9 @@ def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
     rows = np.flatnonzero(everywhere)
     if len(rows) < 2:
         return None
-    context = np.cumsum(wanted) - 1  # row of items.parquet → row of what was read
-    vectors = {view: unit_rows(values[context[rows]]) for view, (values, _) in read.items()}
-    return Views(rows, vectors, len(known) > MOST_ITEMS)
+    place = np.cumsum(wanted) - 1  # row of items.parquet → row of what was read
+    vectors = {view: unit_rows(values[place[rows]]) for view, (values, _) in read.items()}
+    return Views(rows, vectors)
 
 
 def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,12 +195,12 @@ def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> 
     dim = schema.dims_of(schema.read_manifest(folder))[view]
     values = np.zeros((int(wanted.sum()), dim), np.float32)
     has = np.zeros(len(known), bool)
-    context = np.cumsum(wanted) - 1
+    place = np.cumsum(wanted) - 1
     for ids, vectors, present in read_batches(folder, view):
         rows = pc.fill_null(pc.index_in(pa.array(ids, pa.string()), value_set=known), -1).to_numpy(zero_copy_only=False)
         take = present & (rows >= 0)
         take[take] = wanted[rows[take]]
-        values[context[rows[take]]] = vectors[take]
+        values[place[rows[take]]] = vectors[take]
         has[rows[take]] = True
     return values, has
 
@@ -144,7 +222,7 @@ def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
     places = places[np.argsort([rows.index(row) for row in views.rows[places]])]
     top = {view: nearest(vectors, places, max(count, AMONG)) for view, vectors in views.vectors.items()}
     queries = []
-    for number, context in enumerate(places):
+    for number, place in enumerate(places):
         found = {
             view: [
                 Found(int(views.rows[near]), float(cosine))
@@ -152,7 +230,7 @@ def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
             ]
             for view, (neighbours, cosines) in top.items()
         }
-        queries.append(Query(int(views.rows[context]), found, _shared(top, number)))
+        queries.append(Query(int(views.rows[place]), found, _shared(top, number)))
     return queries
 
 
@@ -225,126 +303,15 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
 
 
-def in_common(views: Views, dataset: Dataset, attributes: list[str], seed: int = 0) -> list[Common]:
-    """Return, for each attribute, how often an item's nearest ten share its value in each view."""
+def in_common(views: Views, dataset: Dataset, attributes: list[str], seed: int = 0) -> Iterator[Json]:
+    """Yield how often an item's nearest ten share its value of an attribute, view by view, and items at random do."""
     queries = _query_places(len(views.rows), seed)
     near = {view: nearest(vectors, queries, AMONG)[0] for view, vectors in views.vectors.items()}
-    rows = []
     for name in attributes:
         _, values = np.unique(np.array(dataset.items[name].to_pylist(), dtype=object).astype(str), return_inverse=True)
         values = values[views.rows]
         counts = np.bincount(values)
-        others = len(values) - 1
-        chance = float((counts[values] - 1).mean() / others)
-        share = {view: float((values[top] == values[queries, None]).mean()) for view, top in near.items()}
-        rows.append(Common(name, chance, share))
-    return rows
-
-
-QUERIES = 6
-DISAGREEMENTS = 4
-NEIGHBOURS = 7
-SHOWN = ("VLM2Rec", "VLM SFT (ext.)", "VLM vanilla (ext.)")  # rows of the paper whose vectors are shown
-_NEIGHBOURS: dict[str, Any] = {
-    "method": pl.String,
-    "kind": pl.String,  # spread | disagreeing
-    "query": pl.String,
-    "place": pl.Int32,
-    "view": pl.String,
-    "rank": pl.Int32,
-    schema.ITEM_ID: pl.String,
-    "cosine": pl.Float64,
-    "shared": pl.Int32,  # items that text and image have in common among the query's nearest ten
-}
-_COMMON: dict[str, Any] = {
-    "method": pl.String,
-    "attribute": pl.String,  # null: neighbours that text and image share
-    "view": pl.String,
-    "share": pl.Float64,
-    "chance": pl.Float64,
-}
-_PICTURES: dict[str, Any] = {schema.ITEM_ID: pl.String, schema.TITLE: pl.String, "picture": pl.Binary}
-
-
-def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data: Path) -> dict[str, pl.DataFrame]:
-    """Look up the same items in the vectors of each shown method.
-
-    Args:
-        study: names the reference, which is shown first.
-        embedded: methods with an embeddings folder.
-        data: dataset folder.
-
-    Returns:
-        `neighbours`, `common` and `pictures`; without rows where no method is shown.
-    """
-    dataset = Dataset(data)
-    folders = {method.name: folder for method, folder in embedded if _is_shown(study, method)}
-    order = sorted(folders, key=lambda name: (name != study.reference, list(folders).index(name)))
-    neighbours: list[Json] = []
-    common: list[Json] = []
-    queries: list[int] = []
-    for name in order:
-        views = read_views(folders[name], dataset)
-        if views is None:
-            continue
-        queries = queries or _spread(views, dataset)
-        neighbours += _rows(name, "spread", dataset, look_up(views, queries, NEIGHBOURS))
-        if {*schema.MODALITIES} <= views.vectors.keys():
-            worst, shared = disagreeing(views, DISAGREEMENTS)
-            neighbours += _rows(name, "disagreeing", dataset, look_up(views, worst, NEIGHBOURS))
-            common.append({"method": name, "share": shared / AMONG})
-        for found in in_common(views, dataset, attributes_of(dataset)):
-            common += [
-                {"method": name, "attribute": found.attribute, "view": view, "share": share, "chance": found.chance}
-                for view, share in found.share.items()
-            ]
-    shown = {row[column] for row in neighbours for column in ("query", schema.ITEM_ID)}
-    return {
-        "neighbours": pl.DataFrame(neighbours, schema=_NEIGHBOURS, orient="row"),
-        "common": pl.DataFrame(common, schema=_COMMON, orient="row"),
-        "pictures": pl.DataFrame(list(_pictures(dataset, shown)), schema=_PICTURES, orient="row"),
-    }
-
-
-def _is_shown(study: Study, method: Method) -> bool:
-    return method.name == study.reference or (method.paper in SHOWN and method.of is None)
-
-
-def _spread(views: Views, dataset: Dataset) -> list[int]:
-    base = views.vectors.get(schema.FUSED, next(iter(views.vectors.values())))
-    first = int(np.argmax(dataset.train_frequency()[views.rows]))
-    return [int(views.rows[context]) for context in spread_out(base, first, QUERIES)]
-
-
-def _rows(method: str, kind: str, dataset: Dataset, queries: Iterable[Query]) -> list[Json]:
-    return [
-        {
-            "method": method,
-            "kind": kind,
-            "query": dataset.item_ids[query.row],
-            "place": context,
-            "view": view,
-            "rank": rank,
-            schema.ITEM_ID: dataset.item_ids[near.row],
-            "cosine": near.cosine,
-            "shared": query.shared,
-        }
-        for context, query in enumerate(queries)
-        for view, found in query.found.items()
-        for rank, near in enumerate(found)
-    ]
-
-
-def _pictures(dataset: Dataset, shown: set[str]) -> Iterator[Json]:
-    """Yield title and thumbnail of every item that is shown, and of some of the catalogue."""
-    some = np.linspace(0, len(dataset.item_ids) - 1, 24).astype(int)
-    shown = shown | {dataset.item_ids[row] for row in some}
-    pictures = Pictures(dataset, side=112)
-    for row, item in enumerate(dataset.item_ids):
-        if item in shown:
-            picture = pictures.of(row)
-            yield {
-                schema.ITEM_ID: item,
-                schema.TITLE: dataset.titles[row],
-                "picture": None if picture is None else base64.b64decode(picture.partition(",")[2]),
-            }
+        chance = float((counts[values] - 1).mean() / (len(values) - 1))
+        for view, top in near.items():
+            share = float((values[top] == values[queries, None]).mean())
+            yield {"attribute": name, "view": view, "share": share, "chance": chance}

@@ -1,4 +1,4 @@
-"""From the cells of a study to its Parquet files; every table and figure is drawn from these alone.
+"""From the runs of a study to its Parquet files; every table and figure is drawn from these alone.
 
 results.parquet      one row per method, seed, dataset, task, model, protocol, view, user group and metric
 users.parquet        per user, means over candidate sets: what the bootstrap resamples
@@ -13,9 +13,10 @@ methods.parquet      the methods, in order;  about.parquet  dataset, versions, s
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments import ledger as ledger
+from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
@@ -122,7 +123,7 @@ TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
 class Done:
     """A finished step of a method, with the seeds that its output stands for."""
 
-    cell: Run
+    run: Run
     step: Step
     dataset: str
     seeds: tuple[int, ...]
@@ -132,20 +133,21 @@ class Done:
         return schema.read_json(self.step.folder / name, f"what `vlm2rec {self.step.command}` writes", "run it again")
 
 
-def collect(study: Study, out: Path, cells: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
-    """Read every finished cell and write the Parquet files, each whole or not at all.
+def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
+    """Read every finished run and write the Parquet files, each whole or not at all.
 
     Raises:
-        ArtifactError: a row breaks the N@20 - N@10 bound, or a cell's output cannot be read.
+        ArtifactError: a row breaks the N@20 - N@10 bound, or a run's output cannot be read.
     """
     names = {target.data: target.name for target in (home, *domains)}
     done = [
-        Done(cell, step, names[step.config.data], _seeds(study, cell))
-        for cell in cells
-        for step in cell.steps
-        if ledger.is_finished(cell, step)
+        Done(run, step, names[step.config.data], _seeds(study, run))
+        for run in runs
+        for step in run.steps
+        if ledger.is_finished(run, step)
     ]
     datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
+    embedded = _home_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     rows = list(_users(measured, datasets))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
@@ -160,8 +162,8 @@ def collect(study: Study, out: Path, cells: Sequence[Run], home: Target, domains
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
         "methods": _frame("methods", _methods(study)),
-        "about": _frame("about", _about(study, out, home, domains, datasets)),
-        **neighbour_tables(study, [(d.cell.method, d.step.folder) for d in _home_embeddings(done, home)], home.data),
+        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded)),
+        **neighbour_tables(study, [(each.run.method, each.step.folder) for each in embedded], home.data),
     }
     for name, table in tables.items():
         _write(table, out / f"{name}.parquet")
@@ -184,7 +186,7 @@ def require_bound(results: pl.DataFrame) -> None:
             raise ArtifactError(
                 f"{ {key: row[key] for key in keys} } has {[row[name] for name in METRICS]}",
                 "N@20 - N@10 between 0.2277 and 0.2789 of H@20 - H@10",
-                "remove the cell's folder and run the study again",
+                "remove the run's folder and run the study again",
             )
 
 
@@ -198,9 +200,9 @@ def _write(table: pl.DataFrame, path: Path) -> None:
     temporary.replace(path)
 
 
-def _seeds(study: Study, cell: Run) -> tuple[int, ...]:
-    """Return the seeds that a cell's output stands for: what no random number enters is the same with each."""
-    return seeds_of(study, cell.method) if cell.seed is None else (cell.seed,)
+def _seeds(study: Study, run: Run) -> tuple[int, ...]:
+    """Return the seeds that a run's output stands for: what no random number enters is the same with each."""
+    return seeds_of(study, run.method) if run.seed is None else (run.seed,)
 
 
 def _keys(done: Done) -> Iterator[Json]:
@@ -208,7 +210,7 @@ def _keys(done: Done) -> Iterator[Json]:
     model = None if task == 1 else done.step.config.model
     for seed in done.seeds:
         yield {
-            "method": done.cell.method.name,
+            "method": done.run.method.name,
             "seed": seed,
             "dataset": done.dataset,
             "task": task,
@@ -221,7 +223,7 @@ def _home_embeddings(done: Iterable[Done], home: Target) -> list[Done]:
     found: dict[str, Done] = {}
     for each in done:
         if each.step.done == schema.MANIFEST_FILE and each.dataset == home.name:
-            found.setdefault(each.cell.method.name, each)
+            found.setdefault(each.run.method.name, each)
     return list(found.values())
 
 
@@ -356,7 +358,7 @@ def _curves(done: Iterable[Done]) -> Iterator[Json]:
     for each in done:
         if each.step.command != "finetune":
             continue
-        context = {"method": each.cell.method.name, "seed": each.cell.seed}
+        context = {"method": each.run.method.name, "seed": each.run.seed}
         for kind, points in each.read("curves.json").items():
             for point in points if kind != "warnings" else []:
                 for name, value in point.items():
@@ -369,15 +371,15 @@ def _warnings(done: Iterable[Done]) -> Iterator[Json]:
         if each.step.command == "finetune":
             for found in each.read("curves.json").get("warnings", []):
                 yield {
-                    "method": each.cell.method.name,
-                    "seed": each.cell.seed,
+                    "method": each.run.method.name,
+                    "seed": each.run.seed,
                     **{name: found.get(name) for name in ("step", "until", "view", "rule", "message")},
                 }
 
 
 def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
     for each in done:
-        record = ledger.records(each.cell.folder)[each.step.name]
+        record = ledger.records(each.run.folder)[each.step.name]
         epochs = users = None
         if each.step.command == "finetune":
             made = each.read("vlm2rec.json")
@@ -387,8 +389,8 @@ def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
         elif each.step.command == "train-recommender":
             epochs = float(each.read("metrics.json")["epochs"])
         yield {
-            "method": each.cell.method.name,
-            "seed": each.cell.seed,
+            "method": each.run.method.name,
+            "seed": each.run.seed,
             "dataset": each.dataset,
             "step": each.step.name,
             "command": each.step.command,
@@ -424,7 +426,13 @@ def _methods(study: Study) -> Iterator[Json]:
 
 
 def _about(
-    study: Study, out: Path, home: Target, domains: Sequence[Target], datasets: dict[str, Dataset]
+    study: Study,
+    out: Path,
+    runs: Sequence[Run],
+    home: Target,
+    domains: Sequence[Target],
+    datasets: dict[str, Dataset],
+    embedded: Iterable[Done],
 ) -> Iterator[Json]:
     data = datasets[home.name]
     written = schema.read_json(out / "study.json", "what `vlm2rec study` notes", "run the study again")
@@ -447,9 +455,33 @@ def _about(
         "quick": written["command"]["quick"],
         "versions": written["versions"],
         "notes": list(study.notes),
+        "counts": data.meta.get("counts", []),
+        "rules": data.meta.get("rules", {}),
+        "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
+        "settings": _own_settings(runs),
+        **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }
     for key, value in facts.items():
         yield {"key": key, "value": json.dumps(value)}
+
+
+def _own_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:
+    """Return method → step → what is set otherwise than the command's defaults, of each method's first seed."""
+    found: dict[str, dict[str, Json]] = {}
+    for run in runs:
+        of_method = found.setdefault(run.method.name, {})
+        for step in run.steps:
+            if step.name not in of_method:
+                of_method[step.name] = {
+                    f.name: value if isinstance(value, int | float | str) or value is None else str(value)
+                    for f in fields(step.config)
+                    if (value := getattr(step.config, f.name)) != f.default and f.name not in _OF_THE_STUDY
+                }
+    return found
+
+
+_OF_THE_STUDY = {"data", "backbone", "adapter", "embeddings", "out", "seed", "device", "model"}
+"""Settings of a step that its place in the study gives it."""
 
 
 def facts(out: Path) -> Json:
@@ -471,7 +503,10 @@ def print_tables(out: Path) -> None:
         & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
     )
     columns = results.select("task", "model").unique().sort("task", "model", descending=[False, True]).rows()
-    table = Table(title="N@20 on the stored candidates, mean ± std over seeds", title_justify="left", box=None)
+    among = facts(out)["candidates"] + 1
+    floor = random_floor(COMPARED, among)
+    log.print(f"{COMPARED} among {among}, mean ± std over seeds (a random order: {floor:.3f})", soft_wrap=True)
+    table = Table(box=None)
     table.add_column("method")
     for task, model in columns:
         table.add_column(f"Task {task}" + (f", {model}" if model else ""), justify="right")
@@ -481,6 +516,13 @@ def print_tables(out: Path) -> None:
         if any(cells):
             table.add_row(name, *cells)
     log.print(table)
+
+
+def random_floor(metric: str, candidates: int) -> float:
+    """Return what a random order reaches in `H@k` or `N@k` among so many candidates."""
+    kind, _, cutoff = metric.partition("@")
+    ranks = range(1, min(int(cutoff), candidates) + 1)
+    return sum(1.0 if kind == "H" else 1 / math.log2(rank + 1) for rank in ranks) / candidates
 
 
 def _cell(rows: pl.DataFrame, task: int, model: str | None, fixed: bool) -> str:

@@ -14,10 +14,9 @@ from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments import ledger as ledger
-from vlm2rec.pipelines.experiments import results as results_file
-from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, cells, read_study
+from vlm2rec.pipelines.console import headline, log
+from vlm2rec.pipelines.experiments import ledger, results
+from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.workers import workers
 
 # Seconds for one unit of work before anything is measured: the small backbone and small recommenders on one core.
@@ -36,9 +35,9 @@ _ROUGH = {
 
 @dataclass
 class Failure:
-    """A step that could not be done; the rest of its cell was left out."""
+    """A step that could not be done; the rest of its run was left out."""
 
-    cell: Run
+    run: Run
     step: Step
     error: Vlm2RecError
 
@@ -52,25 +51,25 @@ class Pace:
 
     def add(self, step: Step, seconds: float, data: Dataset) -> None:
         """Learn from a step that was done in one go."""
-        self.units[_kind(step)] += _work(step, data)
-        self.seconds[_kind(step)] += seconds
+        self.units[kind_of(step)] += _work(step, data)
+        self.seconds[kind_of(step)] += seconds
 
     def of(self, step: Step, data: Dataset) -> float:
         """Return how long a step may take, in seconds."""
-        kind = _kind(step)
+        kind = kind_of(step)
         rate = self.seconds[kind] / self.units[kind] if self.units[kind] else _ROUGH.get(kind, 0.01)
         return 0.5 + rate * _work(step, data)
 
 
 @dataclass
 class Schedule:
-    """A study under way: its cells, and what they are measured on."""
+    """A study under way: its runs, and what they are measured on."""
 
     study: Study
     out: Path
     home: Target
     domains: list[Target]
-    cells: list[Run]
+    runs: list[Run]
     datasets: dict[Path, Dataset]
     marks: dict[Path, str]
     pace: Pace = field(default_factory=Pace)
@@ -79,27 +78,32 @@ class Schedule:
         """Return a step's settings as they are remembered and compared."""
         return ledger.identity(step, self.out, self.marks[step.config.data])
 
-    def unfinished(self, cells: Sequence[Run]) -> list[tuple[Run, Step]]:
+    def unfinished(self, runs: Sequence[Run]) -> list[tuple[Run, Step]]:
         """Return the steps that have to run, in order; what follows an unfinished step has to run as well."""
         stale: set[Path] = set()
         found = []
-        for cell in cells:
-            for step in cell.steps:
-                if stale.intersection(step.after) or not ledger.is_finished(cell, step):
+        for run in runs:
+            for step in run.steps:
+                if stale.intersection(step.after) or not ledger.is_finished(run, step):
                     stale.add(step.folder)
-                    found.append((cell, step))
+                    found.append((run, step))
         return found
 
 
-def plan_schedule(config: StudyConfig) -> Schedule:
-    """Read the study and its datasets and lay out the cells; nothing is written."""
+def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
+    """Read the study and its datasets and lay out the runs; nothing is written.
+
+    Args:
+        config: flags of the command.
+        more: what a command lays over the default study, below the YAML.
+    """
     assert config.data is not None and config.backbone is not None
     data = Dataset(config.data)
-    study = read_study(config, users=len(data.user_ids))
+    study = read_study(config, len(data.user_ids), more)
     home = Target(data.name, config.data)
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data) for target in (home, *domains)}
-    laid = cells(study, config.out, home, domains, config.backbone, config.device)
+    laid = runs(study, config.out, home, domains, config.backbone, config.device)
     return Schedule(study, config.out, home, domains, laid, datasets, {p: mark_of(d) for p, d in datasets.items()})
 
 
@@ -150,33 +154,42 @@ def require_other_domain(home: Dataset, there: Dataset, shared_users: str) -> No
         )
 
 
-def _settle_changes(schedule: Schedule, redo: bool) -> None:
-    """Refuse cells whose settings changed, or with `redo` forget them, so that they are run again."""
+def settle_changes(schedule: Schedule, redo: bool) -> None:
+    """Refuse runs whose settings changed, or with `redo` forget them, so that they are run again."""
     changed = []
-    for cell in schedule.cells:
-        for step in cell.steps:
-            change = ledger.change(cell, step, schedule.settings(step))
+    for run in schedule.runs:
+        for step in run.steps:
+            change = ledger.change(run, step, schedule.settings(step))
             if change is not None:
                 changed.append(change)
     if changed and not redo:
         first = changed[0]
         raise ConfigError(
-            f"{len(changed)} steps were run with other settings, the first {_title(first.cell)}, {first.step.name}:"
+            f"{len(changed)} steps were run with other settings, the first {title_of(first.run)}, {first.step.name}:"
             f" {first.setting} was {first.before!r} and is now {first.now!r}",
             "the same settings, to go on with the study",
             "give another --out, or --redo to run these steps again",
         )
     for change in changed:
-        ledger.forget(change.cell, change.step)
+        ledger.forget(change.run, change.step)
 
 
-def _run_steps(schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int) -> list[Failure]:
-    """Run the steps in order, `jobs` at a time; a failure leaves out what depends on it and nothing else."""
+def run_steps(
+    schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int = 1, aloud: bool = False
+) -> list[Failure]:
+    """Run the steps, `jobs` at a time; a failure leaves out what depends on it and nothing else.
+
+    Args:
+        schedule: the study.
+        todo: the steps, in order.
+        jobs: how many at a time.
+        aloud: steps speak at the terminal, in place of a log in the folder of their run; one at a time.
+    """
     failures: list[Failure] = []
     without: set[Path] = set()
     waiting, under_way = list(todo), list[tuple[Run, Step]]()
     begun, number = time.perf_counter(), 0
-    with workers(jobs) as hands:
+    with workers(jobs, aloud) as hands:
         while waiting or under_way:
             while hands.free and (work := _next_to_start(waiting, under_way, without)) is not None:
                 waiting.remove(work)
@@ -184,41 +197,42 @@ def _run_steps(schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int) 
                 left = sum(
                     schedule.pace.of(s, schedule.datasets[s.config.data]) for _, s in (work, *waiting, *under_way)
                 )
-                _headline(number, len(todo), *work, time.perf_counter() - begun, left / jobs)
+                _announce(number, len(todo), *work, time.perf_counter() - begun, left / jobs, aloud)
                 ledger.begin(*work, schedule.settings(work[1]))
                 under_way.append(work)
                 hands.start(work)
             if not under_way:
                 break  # what is left depends on what failed
-            (cell, step), outcome = hands.next()
-            under_way.remove((cell, step))
+            (run, step), outcome = hands.next()
+            under_way.remove((run, step))
             if isinstance(outcome, Vlm2RecError):
                 log.print(f"  failed: {outcome}", style="red", markup=False, soft_wrap=True)
-                failures.append(Failure(cell, step, outcome))
+                failures.append(Failure(run, step, outcome))
                 without.add(step.folder)
                 continue
-            ledger.end(cell, step, outcome)
-            if ledger.records(cell.folder)[step.name]["attempts"] == 1:
+            ledger.end(run, step, outcome)
+            if ledger.records(run.folder)[step.name]["attempts"] == 1:
                 schedule.pace.add(step, outcome, schedule.datasets[step.config.data])
-            if not any(cell.seed == other.seed for other, _ in (*waiting, *under_way)):
+            if not any(run.seed == other.seed for other, _ in (*waiting, *under_way)):
                 # a round is complete: the tables hold one more seed of every method
-                results_file.collect(schedule.study, schedule.out, schedule.cells, schedule.home, schedule.domains)
+                results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
     return failures
 
 
 def _next_to_start(
     waiting: Sequence[tuple[Run, Step]], under_way: Sequence[tuple[Run, Step]], without: set[Path]
 ) -> tuple[Run, Step] | None:
-    """Return the first step that reads from nothing missing; a cell does one at a time, as it keeps one log."""
-    busy = {cell.folder for cell, _ in under_way}
+    """Return the first step that reads from nothing missing; a run does one at a time, as it keeps one log."""
+    busy = {run.folder for run, _ in under_way}
     missing = without | {step.folder for _, step in (*waiting, *under_way)}
-    for cell, step in waiting:
-        if cell.folder not in busy and not missing.intersection(step.after):
-            return cell, step
+    for run, step in waiting:
+        if run.folder not in busy and not missing.intersection(step.after):
+            return run, step
     return None
 
 
-def _kind(step: Step) -> str:
+def kind_of(step: Step) -> str:
+    """Return what a step is counted as: its command, or the recommender that it trains."""
     return str(step.config.model) if step.command == "train-recommender" else step.command
 
 
@@ -227,8 +241,7 @@ def _work(step: Step, data: Dataset) -> float:
     config, users = step.config, len(data.user_ids)
     if step.command == "finetune":
         taken = min(config.users or users, users)
-        rows = config.epochs * taken
-        rows = min(rows, config.max_steps * config.batch_size) if config.max_steps else rows
+        rows = config.max_steps * config.batch_size if config.max_steps else config.epochs * taken
         one_view = getattr(config, "views", "both") not in ("both", None) or config.fusion == "internal"
         return float(rows * (0.6 if one_view else 1.0))
     if step.command == "train-recommender":
@@ -236,26 +249,27 @@ def _work(step: Step, data: Dataset) -> float:
     return float(users if step.command == "evaluate" else len(data.item_ids))
 
 
-def _learn_pace(schedule: Schedule) -> None:
+def learn_pace(schedule: Schedule) -> None:
     """Take the seconds of steps that were finished in one go."""
-    for cell in schedule.cells:
-        known = ledger.records(cell.folder)
-        for step in cell.steps:
+    for run in schedule.runs:
+        known = ledger.records(run.folder)
+        for step in run.steps:
             record = known.get(step.name, {})
             if record.get("finished") and record.get("attempts") == 1:
                 schedule.pace.add(step, record["seconds"], schedule.datasets[step.config.data])
 
 
-def _title(cell: Run) -> str:
-    return cell.method.name if cell.seed is None else f"{cell.method.name}, seed {cell.seed}"
+def title_of(run: Run) -> str:
+    """Return what a run is called at the terminal."""
+    return run.method.name if run.seed is None else f"{run.method.name}, seed {run.seed}"
 
 
-def _headline(number: int, total: int, cell: Run, step: Step, elapsed: float, left: float) -> None:
-    log.print(
-        f"{number:>4}/{total}  {_title(cell)}: {step.name}  ({clock(elapsed)} gone, about {clock(left)} left)",
-        markup=False,
-        soft_wrap=True,
-    )
+def _announce(number: int, total: int, run: Run, step: Step, elapsed: float, left: float, aloud: bool) -> None:
+    times = f"{clock(elapsed)} gone, about {clock(left)} left"
+    if aloud:
+        headline(f"{number}/{total}  {step.command}", f"{run.method.name}, {step.name} · {times}")
+    else:
+        log.print(f"{number:>4}/{total}  {title_of(run)}: {step.name}  ({times})", markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -35,12 +35,15 @@ class Workers(Protocol):
         """Wait until a step has ended."""
 
 
-def perform(log: Path, step: Step) -> Outcome:
-    """Run one step; what it says goes to the cell's log, as the terminal shows the study."""
+def perform(log: Path | None, step: Step) -> Outcome:
+    """Run one step; what it says goes to the run's log, as the terminal shows the study, or without one to stderr."""
     started = time.perf_counter()
     try:
-        with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-            file.write(f"--- {step.name}: vlm2rec {step.command}\n")
+        with contextlib.ExitStack() as stack:
+            if log is not None:
+                file = stack.enter_context(log.open("a", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stderr(file))
+                file.write(f"--- {step.name}: vlm2rec {step.command}\n")
             import_module(f"vlm2rec.pipelines.{step.command.replace('-', '_')}").run(step.config)
     except Vlm2RecError as error:
         return error
@@ -50,10 +53,10 @@ def perform(log: Path, step: Step) -> Outcome:
 
 
 @contextlib.contextmanager
-def workers(count: int) -> Iterator[Workers]:
-    """Open `count` workers; one works in this process."""
+def workers(count: int, aloud: bool = False) -> Iterator[Workers]:
+    """Open `count` workers; one works in this process, and with `aloud` speaks at the terminal."""
     if count == 1:
-        yield _Here()
+        yield _Here(aloud)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
     with shared_cores(count):
@@ -70,8 +73,9 @@ def workers(count: int) -> Iterator[Workers]:
 class _Here:
     """Works when it is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, aloud: bool) -> None:
         self.free = 1
+        self._aloud = aloud
         self._taken: list[Work] = []
 
     def start(self, work: Work) -> None:
@@ -79,9 +83,9 @@ class _Here:
         self.free = 0
 
     def next(self) -> tuple[Work, Outcome]:
-        cell, step = self._taken.pop()
+        run, step = self._taken.pop()
         self.free = 1
-        return (cell, step), perform(cell.folder / LOG_FILE, step)
+        return (run, step), perform(None if self._aloud else run.folder / LOG_FILE, step)
 
 
 class _Pool:
@@ -93,8 +97,8 @@ class _Pool:
         self._under_way: dict[Future[Outcome], Work] = {}
 
     def start(self, work: Work) -> None:
-        cell, step = work
-        self._under_way[self._pool.submit(perform, cell.folder / LOG_FILE, step)] = work
+        run, step = work
+        self._under_way[self._pool.submit(perform, run.folder / LOG_FILE, step)] = work
         self.free -= 1
 
     def next(self) -> tuple[Work, Outcome]:

@@ -20,8 +20,8 @@ from matplotlib.patches import Patch
 from vlm2rec.downstream.evaluation.statistics import Spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.experiments.methods import FAMILIES, FEW_SHOT, MAIN, SENSITIVITY
-from vlm2rec.pipelines.experiments.results import COMPARED
-from vlm2rec.pipelines.reporting.style import _OTHERS, _STYLE, COLOURS, ID, INK, MUTED, SFT, VANILLA, VLM2REC, Picture
+from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
+from vlm2rec.pipelines.reporting.style import COLOURS, ID, INK, MUTED, OTHERS, SFT, STYLE, VANILLA, VLM2REC, Picture
 from vlm2rec.pipelines.reporting.tables import SFT_ROW, VANILLA_ROW, VIEW_PAIRS, Results, grid_values
 
 VIEW_STYLES: dict[str, Any] = {schema.FUSED: "solid", schema.TEXT: (0, (5, 1.5)), schema.IMAGE: (0, (1.2, 1.4))}
@@ -46,9 +46,11 @@ def draw(results: Results) -> list[Drawn]:
     makers: tuple[Callable[[Results], Drawn | None], ...] = (
         differences,
         view_bars,
+        recommender_bars,
         geometry_dots,
         gradients,
         collapse,
+        ranks,
         ablation_bars,
         few_shot,
         cold_start,
@@ -56,7 +58,7 @@ def draw(results: Results) -> list[Drawn]:
         sensitivity,
         learning,
     )
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         return [drawn for make in makers if (drawn := make(results)) is not None]
 
 
@@ -73,7 +75,7 @@ def colours(results: Results) -> dict[str, str]:
         elif method["paper"] in fixed and not method["of"]:
             found[method["name"]] = fixed[method["paper"]]
         else:
-            found[method["name"]] = _OTHERS[turn % len(_OTHERS)]
+            found[method["name"]] = OTHERS[turn % len(OTHERS)]
             turn += 1
     return found
 
@@ -96,12 +98,7 @@ def view_bars(results: Results) -> Drawn | None:
     for axes, metric in zip(panels, (COMPARED, "H@10"), strict=True):
         groups = {name: [results.spread(name, 1, metric=metric, view=view) for view in VIEW_PAIRS] for name in methods}
         _bars(axes, groups, ("fused user\nf2f", "text user\nt2f", "image user\nv2f"), colours(results))
-        axes.axhline(
-            random_floor(metric, int(results.facts["candidates"]) + 1),
-            color=MUTED,
-            linewidth=0.9,
-            linestyle=(0, (4, 3)),
-        )
+        _random_line(axes, metric, results)
         axes.set_title(f"{metric}, {results.facts['candidates'] + 1} candidates")
     _legend(figure, methods, colours(results))
     return _saved(figure, "fig1a-views", "Task 1 with fused, text and image user vectors by method")
@@ -212,7 +209,7 @@ def sensitivity(results: Results) -> Drawn | None:
         x = [value for value, _, _ in points]
         found = [each for _, each, _ in points]
         _line(axes, x, found, colours(results)[results.reference])
-        own = next((context for context, point in enumerate(points) if point[2] == results.reference), None)
+        own = next((place for place, point in enumerate(points) if point[2] == results.reference), None)
         if own is not None and found[own] is not None:
             axes.plot([x[own]], [found[own].mean], "o", markersize=10, markerfacecolor="none", color=INK)  # type: ignore[union-attr]
         base = results.spread(sft, 1, analysis=SENSITIVITY) if sft else None
@@ -240,11 +237,11 @@ def differences(results: Results) -> Drawn | None:
         return None
     figure, panels = _panels(1, len(found), 0.7 + 0.27 * len(names), sharey=True)
     for axes, ((task, model), each) in zip(panels, found.items(), strict=True):
-        for context, (name, row) in enumerate(zip(names, each, strict=True)):
+        for place, (name, row) in enumerate(zip(names, each, strict=True)):
             if row is not None:
                 colour = colours(results)[name]
-                axes.plot([row["low"], row["high"]], [context, context], color=colour, linewidth=2.4)
-                axes.plot([row["difference"]], [context], "o", color=colour, markersize=6)
+                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4)
+                axes.plot([row["difference"]], [place], "o", color=colour, markersize=6)
         axes.axvline(0, color=MUTED, linewidth=0.9)
         axes.set_yticks(range(len(names)), [_plain(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
@@ -252,6 +249,25 @@ def differences(results: Results) -> Drawn | None:
         axes.set_xlabel(f"{_plain(results.reference)} − method, {COMPARED}")
         axes.spines["left"].set_visible(False)
     return _saved(figure, "differences", "Difference of the reference to every method with bootstrap intervals")
+
+
+def recommender_bars(results: Results) -> Drawn | None:
+    """Task 2: each recommender, started from ids and from the vectors of each protagonist."""
+    ids = [method["name"] for method in results.methods if method["source"] == "id"]
+    models = results.models()
+    methods = [
+        name for name in [*ids, *protagonists(results)] if any(results.spread(name, 2, model) for model in models)
+    ]
+    if not methods:
+        return None
+    figure, panels = _panels(1, 2, 3.0)
+    for axes, metric in zip(panels, (COMPARED, "H@10"), strict=True):
+        groups = {name: [results.spread(name, 2, model, metric) for model in models] for name in methods}
+        _bars(axes, groups, models, colours(results))
+        _random_line(axes, metric, results)
+        axes.set_title(f"{metric}, {results.facts['candidates'] + 1} candidates")
+    _legend(figure, methods, colours(results))
+    return _saved(figure, "task2-models", "Task 2: each recommender by where its items start")
 
 
 def geometry_dots(results: Results) -> Drawn | None:
@@ -262,11 +278,11 @@ def geometry_dots(results: Results) -> Drawn | None:
     figure, panels = _panels(1, 4, 2.6)
     titles = {"A_pos": "to the next item", "A_neg": "to other items", "U": "uniformity", "S": "separability"}
     for number, (axes, name) in enumerate(zip(panels, titles, strict=True)):
-        for context, method in enumerate(methods):
+        for place, method in enumerate(methods):
             for row, view in enumerate(schema.VIEWS):
                 found = results.geometry(method, view)
                 if found:
-                    height = row + 0.22 * (context - (len(methods) - 1) / 2)
+                    height = row + 0.22 * (place - (len(methods) - 1) / 2)
                     axes.errorbar(
                         found[name].mean, height, xerr=found[name].std, fmt="o", color=colours(results)[method]
                     )
@@ -291,6 +307,26 @@ def collapse(results: Results) -> Drawn | None:
     return None if figure is None else _saved(figure, "collapse", "Separability of each view during training")
 
 
+def ranks(results: Results) -> Drawn | None:
+    """Effective rank of the items on the probe while training goes on, and for whom the image is the weak modality."""
+    rows = results.frames["curves"]
+    wanted = pl.col("name").str.starts_with("rank_") | (pl.col("name") == "weak_is_image")
+    methods = [name for name in protagonists(results) if rows.filter(wanted & (pl.col("method") == name)).height]
+    if not methods:
+        return None
+    figure, panels = _panels(1, 2, 2.9)
+    for method in methods:
+        mine, colour = rows.filter(pl.col("method") == method), colours(results)[method]
+        for view in schema.VIEWS:
+            rank = mine.filter((pl.col("kind") == "probe") & (pl.col("name") == f"rank_{view}"))
+            _band(panels[0], rank, colour, VIEW_STYLES[view], f"{_plain(method)}, {view}")
+        weak = mine.filter((pl.col("kind") == "train") & (pl.col("name") == "weak_is_image"))
+        _band(panels[1], weak, colour, "solid", _plain(method))
+    _finish_steps(panels[0], "Effective rank of the items, on the probe", "directions")
+    _finish_steps(panels[1], "Whose weak modality is the image", "share of a batch’s users")
+    return _saved(figure, "collapse-ranks", "Effective rank of each view, and whose weak modality is the image")
+
+
 def ablation_bars(results: Results) -> Drawn | None:
     """Table 5 as bars."""
     methods = [
@@ -302,12 +338,12 @@ def ablation_bars(results: Results) -> Drawn | None:
         return None
     figure, panels = _panels(1, 2, 0.9 + 0.34 * len(methods), sharey=True)
     for axes, (task, model) in zip(panels, ((1, None), (2, "SASRec")), strict=True):
-        for context, name in enumerate(methods):
+        for place, name in enumerate(methods):
             found = results.spread(name, task, model)
             if found:
-                axes.errorbar(found.mean, context, xerr=found.std, fmt="o", color=colours(results)[name], markersize=7)
+                axes.errorbar(found.mean, place, xerr=found.std, fmt="o", color=colours(results)[name], markersize=7)
                 axes.annotate(
-                    f"{found.mean:.4f}", (found.mean, context), (0, 7), textcoords="offset points", fontsize=7.5
+                    f"{found.mean:.4f}", (found.mean, place), (0, 7), textcoords="offset points", fontsize=7.5
                 )
         axes.set_yticks(range(len(methods)), [_plain(name) for name in methods])
         axes.set_ylim(len(methods) - 0.5, -0.7)
@@ -350,26 +386,35 @@ def few_shot(results: Results) -> Drawn | None:
     return _saved(figure, "table7-few-shot", "N@20 over the number of training users")
 
 
+PENALTY = {"weight": "mean weight $w$", "alpha": "$α$", "beta": "$β$"}
+LOSS_PARTS = {"loss": "total", "wpcl": "WPCL", "crtr": "CRTR"}
+_STYLES_IN_TURN: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.5)))
+
+
 def learning(results: Results) -> Drawn | None:
-    """Validation and margins of both modalities over the steps."""
+    """Parts of the loss, validation, margins of both modalities and the penalty on the negatives over the steps."""
     rows = results.frames["curves"]
     methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
     if not methods:
         return None
-    figure, panels = _panels(1, 2, 2.9)
+    figure, (loss, validation, margins, penalty) = _panels(2, 2, 5.2)
     for method in methods:
         mine, colour = rows.filter(pl.col("method") == method), colours(results)[method]
+        train = mine.filter(pl.col("kind") == "train")
+        for (name, label), style in zip(LOSS_PARTS.items(), _STYLES_IN_TURN, strict=True):
+            _band(loss, train.filter(pl.col("name") == name), colour, style, f"{_plain(method)}, {label}")
         valid = mine.filter((pl.col("kind") == "valid") & (pl.col("name") == COMPARED))
-        _band(panels[0], valid, colour, "solid", _plain(method))
+        _band(validation, valid, colour, "solid", _plain(method))
         for view in schema.MODALITIES:
-            margin = mine.filter((pl.col("kind") == "train") & (pl.col("name") == f"margin_{view}"))
-            _band(panels[1], margin, colour, VIEW_STYLES[view], f"{_plain(method)}, {view}")
-    panels[0].set_title(f"Validation {COMPARED}")
-    panels[1].set_title("Margin of each modality in training")
-    for axes in panels:
-        axes.set_xlabel("training step")
-        axes.legend(fontsize=7.5, labelcolor=MUTED)
-    return _saved(figure, "learning", "Validation and margins over the training steps")
+            margin = train.filter(pl.col("name") == f"margin_{view}")
+            _band(margins, margin, colour, VIEW_STYLES[view], f"{_plain(method)}, {view}")
+        for (name, label), style in zip(PENALTY.items(), _STYLES_IN_TURN, strict=True):
+            _band(penalty, train.filter(pl.col("name") == name), colour, style, label)
+    _finish_steps(loss, "Training loss", "loss (nats)")
+    _finish_steps(validation, f"Validation {COMPARED}", COMPARED)
+    _finish_steps(margins, "Margin of each modality in training", "cosine, next item − others")
+    _finish_steps(penalty, "Penalty on the negatives", "factor")
+    return _saved(figure, "learning", "Training loss, validation, margins and penalty over the training steps")
 
 
 # --- strokes ------------------------------------------------------------------------------------------------
@@ -411,7 +456,7 @@ def _line(axes: Axes, x: Sequence[float], found: Sequence[Spread | None], colour
 
 
 def _band(axes: Axes, rows: pl.DataFrame, colour: str, style: Any, label: str) -> None:
-    """Draw the mean over seeds at each step, and the range of the seeds behind it."""
+    """Draw the mean over seeds at each step, smoothed where points are many, and the range of the seeds behind it."""
     if not rows.height:
         return
     value = pl.col("value")
@@ -421,14 +466,37 @@ def _band(axes: Axes, rows: pl.DataFrame, colour: str, style: Any, label: str) -
     if (steps["high"] > steps["low"]).any():
         axes.fill_between(x, steps["low"].to_numpy(), steps["high"].to_numpy(), color=colour, alpha=0.13, linewidth=0)
     marker = "o" if len(x) < 4 else ""
-    axes.plot(x, steps["mean"].to_numpy(), color=colour, linestyle=style, marker=marker, linewidth=1.7, label=label)
+    mean = _running_mean(steps["mean"].to_numpy())
+    axes.plot(x, mean, color=colour, linestyle=style, marker=marker, linewidth=1.7, label=label)
 
 
-def random_floor(metric: str, candidates: int) -> float:
-    """Return what a random order reaches in `H@k` or `N@k` among so many candidates."""
-    kind, _, cutoff = metric.partition("@")
-    ranks = range(1, min(int(cutoff), candidates) + 1)
-    return sum(1.0 if kind == "H" else 1 / math.log2(rank + 1) for rank in ranks) / candidates
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of a fifteenth of the values around each; of fewer at both ends."""
+    half = len(values) // 30
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    start, end = np.maximum(0, places - half), np.minimum(len(values), places + half + 1)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _finish_steps(axes: Axes, title: str, unit: str) -> None:
+    """Name a panel of curves over the training steps, and say so where there are none."""
+    axes.set_title(title)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(unit)
+    axes.margins(y=0.12)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7.5, ncols=2, labelcolor=MUTED)
+    else:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def _random_line(axes: Axes, metric: str, results: Results) -> None:
+    """Draw what a random order of the candidates reaches."""
+    floor = random_floor(metric, int(results.facts["candidates"]) + 1)
+    axes.axhline(floor, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    words, edge = f"random\n{floor:.3f}".replace("0.", "."), (axes.get_xlim()[1], floor)
+    axes.annotate(words, edge, (3, 0), textcoords="offset points", va="center", fontsize=7.5, color=MUTED)
 
 
 def _plain(name: str) -> str:

@@ -9,18 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.experiments.methods import Json
-from vlm2rec.pipelines.experiments.results import COMPARED
-from vlm2rec.pipelines.reporting import figures as study_figures
-from vlm2rec.pipelines.reporting import tables
-from vlm2rec.pipelines.reporting.tables import Cell, Results, Sheet, number
+from vlm2rec.pipelines.experiments.neighbours import AMONG, MOST_ITEMS
+from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
+from vlm2rec.pipelines.reporting import figures, tables
+from vlm2rec.pipelines.reporting.style import VARIABLES
+from vlm2rec.pipelines.reporting.tables import Cell, Group, Results, Row, Sheet, number
 from vlm2rec.pipelines.reporting.verdicts import HOLDS, Claim, verdicts
 
 TEMPLATE = "page.html.j2"
+PAGE_FILE = "report.html"
+FIGURES = "figures"
+VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
+MOST_STAGES = 40
+"""Of more steps than these each kind has one bar; of fewer, each step."""
+MOST_WARNINGS = 12
+"""Of more warnings than these each method and view has one line; of fewer, each warning."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One bar of what ran: its seconds, and how long the bar is in percent of the longest."""
+
+    name: str
+    what: str
+    seconds: float
+    width: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,8 @@ class Section:
     words: tuple[str, ...] = ()
     sheets: tuple[Sheet, ...] = ()
     figures: tuple[str, ...] = ()
+    lines: tuple[tuple[str, str], ...] = ()  # (method, what there is to say of it)
     why: str = ""  # why our numbers may differ from the paper's
-    folded: bool = False  # the sheets are behind a click
 
     def has(self, drawn: Mapping[str, Any]) -> bool:
         """Whether there is anything to show."""
@@ -56,55 +74,75 @@ class Neighbourhood:
     method: str
     spread: list[Grid]
     disagreeing: list[Grid]
-    shared: float | None
-    common: Sheet | None
+    shared: float | None  # of ten neighbours, how many text and image share on average
 
 
 @dataclass
 class Page:
     """Everything the template prints."""
 
+    kind: str
     title: str
     lede: str
     warning: str
     tiles: list[tuple[str, str]]
+    stages: list[Stage]
+    seconds: float
+    counts: Sheet | None
+    index: str
     verdicts: list[Claim]
     sections: list[Section]
     figures: dict[str, Markup]
     neighbourhoods: list[Neighbourhood]
+    common: Sheet | None
+    sampled: bool
     hero: list[str]
     titles: dict[str, str]
     pictures: dict[str, tuple[int, str]]
     colours: dict[str, str]
     settings: list[tuple[str, str]]
-    methods: list[Json]
+    methods: list[tuple[str, str]]
     notes: list[str] = field(default_factory=list)
 
 
-def run(out: Path) -> Path:
-    """Write `report.html` and `figures/` of a study folder and return the path of the page.
+def run(study: Path, out: Path | None = None) -> Path:
+    """Write the page of a study folder, with its figures in `figures/` beside it, and return its path.
+
+    Args:
+        study: folder of the Parquet files.
+        out: HTML file; default: `report.html` in the study folder.
 
     Raises:
         ArtifactError: a Parquet file of the study is missing, or a row to print breaks the bound on N@20 - N@10.
     """
-    results = Results.open(out)
-    drawn = study_figures.draw(results)
+    results = Results.open(study)
+    drawn = figures.draw(results)
     page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn})
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
-    for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
-        old.unlink()
+    out = study / PAGE_FILE if out is None else out
+    folder = out.parent / FIGURES
+    folder.mkdir(parents=True, exist_ok=True)
+    if out.parent == study:  # elsewhere other pictures may lie beside it
+        for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
+            old.unlink()
     for each in drawn:
         (folder / f"{each.name}.svg").write_text(each.picture.svg, encoding="utf-8")
         (folder / f"{each.name}.png").write_bytes(each.png)
-    report = out / "report.html"
-    schema.write_text(report, render(page))
-    return report
+    schema.write_text(out, render(page))
+    return out
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML."""
-    return page_template(TEMPLATE, {"number": number}).render(page=page, views=VIEW_ORDER, holds=HOLDS)
+    """Return the page as HTML; every text that comes from a file is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {"number": number, "seconds": duration}
+    environment.filters.update(filters)
+    return environment.get_template(TEMPLATE).render(page=page, views=VIEW_ORDER, holds=HOLDS, among=AMONG)
 
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
@@ -113,26 +151,33 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
     pictures = results.frames["pictures"]
     with_picture = pictures.filter(pl.col("picture").is_not_null())
     ids = pictures[schema.ITEM_ID].to_list()
-    sections = [section for section in _sections(results) if section.has(drawn)]
+    stages = _stages(results)
     return Page(
+        kind="vlm2rec demo" if "demo" in results.facts else "vlm2rec study",
         title=results.dataset,
         lede=_lede(results, found),
         warning=_warning(results),
         tiles=_tiles(results),
+        stages=stages,
+        seconds=_seconds(results),
+        counts=tables.counts_sheet(results),
+        index=_index(results.facts.get("index")),
         verdicts=found,
-        sections=sections,
+        sections=[section for section in _sections(results) if section.has(drawn)],
         figures=drawn,
         neighbourhoods=_neighbourhoods(results),
+        common=_common_sheet(results),
+        sampled=results.facts["items"] > MOST_ITEMS,
         hero=with_picture[schema.ITEM_ID].gather_every(max(1, with_picture.height // 24)).to_list()[:24],
         titles=dict(zip(ids, pictures[schema.TITLE].to_list(), strict=True)),
         pictures={
-            row[schema.ITEM_ID]: (context, base64.b64encode(row["picture"]).decode("ascii"))
-            for context, row in enumerate(with_picture.iter_rows(named=True))
+            row[schema.ITEM_ID]: (place, base64.b64encode(row["picture"]).decode("ascii"))
+            for place, row in enumerate(with_picture.iter_rows(named=True))
         },
-        colours=study_figures.colours(results),
+        colours={name: f"var(--{VARIABLES[colour]})" for name, colour in figures.colours(results).items()},
         settings=_settings(results),
-        methods=[method for method in results.methods if method["analyses"]],
-        notes=[*results.facts["notes"], *_collapses(results)],
+        methods=_methods(results),
+        notes=results.facts["notes"],
     )
 
 
@@ -140,17 +185,32 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
 
 
 def _lede(results: Results, found: Sequence[Claim]) -> str:
-    scores = [
+    among = results.facts["candidates"] + 1
+    text = []
+    if found:
+        held = sum(claim.verdict == HOLDS for claim in found)
+        text.append(f"Of {len(found)} claims of the paper that these runs can decide, {held} hold here.")
+    if scores := _scores(results, 1, None):
+        floor = number(random_floor(COMPARED, among), 3)
+        text.append(
+            f"Ranking the next item among {among} by similarity alone, {COMPARED} is {scores}; a random order reaches"
+            f" {floor}."
+        )
+    for model in results.models()[:1]:
+        if scores := _scores(results, 2, model):
+            text.append(f"{model} trained from each starting point reaches {scores}.")
+    return " ".join(text)
+
+
+def _scores(results: Results, task: int, model: str | None) -> str:
+    """Return `.412 for VLM2Rec, .330 for SFT`."""
+    ids = [method["name"] for method in results.methods if method["source"] == "id"] if task == 2 else []
+    found = [
         f"{number(each.mean, 3)} for {name}"
-        for name in reversed(study_figures.protagonists(results))
-        if (each := results.spread(name, 1)) is not None
+        for name in reversed([*ids, *figures.protagonists(results)])
+        if (each := results.spread(name, task, model)) is not None
     ]
-    held = sum(claim.verdict == HOLDS for claim in found)
-    text = f"Of {len(found)} claims of the paper that these runs can decide, {held} hold here." if found else ""
-    if scores:
-        among = results.facts["candidates"] + 1
-        text += f" Ranking the next item among {among} by similarity alone, {COMPARED} is {', '.join(scores)}."
-    return text.strip()
+    return ", ".join(found)
 
 
 def _warning(results: Results) -> str:
@@ -160,17 +220,14 @@ def _warning(results: Results) -> str:
 
 
 def _tiles(results: Results) -> list[tuple[str, str]]:
-    cost = results.frames["cost"]
-    hours = float(cost["seconds"].sum()) / 3600
-    tiles = [
-        (f"{results.frames['results']['method'].n_unique()}", "methods"),
-        (f"{cost.height}", "runs"),
-        (f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min", "of computing"),
-    ]
-    for key in ("items", "users", "interactions"):
-        if isinstance(results.facts[key], int):
-            tiles.append((f"{results.facts[key]:,}", key))
-    return tiles
+    facts = results.facts
+    tiles = [(f"{facts[key]:,}", key) for key in ("items", "users", "interactions") if isinstance(facts[key], int)]
+    if isinstance(facts.get("average_length"), int | float):
+        tiles.append((f"{facts['average_length']:.1f}", "items a user, on average"))
+    if len(facts.get("dims", [])) == 1:
+        tiles.append((f"{facts['dims'][0]:,}", "numbers in a vector"))
+    methods = results.frames["results"]["method"].n_unique()
+    return [*tiles, (f"{methods}", "methods"), (duration(_seconds(results)), "of computing")]
 
 
 def _why(results: Results, paper: str, more: str) -> str:
@@ -183,13 +240,87 @@ def _why(results: Results, paper: str, more: str) -> str:
     )
 
 
-def _collapses(results: Results) -> list[str]:
-    """Return what the collapse monitor said, once per method and view."""
+def _collapses(results: Results) -> tuple[tuple[str, str], ...]:
+    """Return what the collapse monitor said, as (method, text)."""
     rows = results.frames["warnings"]
-    return [
-        f"collapse monitor, {method}, {view}: {each.height} of its runs; for instance {each['message'][0]}"
-        for (method, view), each in rows.group_by("method", "view", maintain_order=True)
-    ]
+    if rows.height > MOST_WARNINGS:
+        return tuple(
+            (str(method), f"{method}, {view}: {each.height} warnings; for instance {each['message'][0]}")
+            for (method, view), each in rows.group_by("method", "view", maintain_order=True)
+        )
+    lines = []
+    for row in rows.iter_rows(named=True):
+        end = "to the end" if row["until"] is None else f"until step {row['until']}"
+        text = f"{row['method']}, seed {row['seed']}, from step {row['step']} {end}: {row['message']}"
+        lines.append((row["method"], text))
+    return tuple(lines)
+
+
+# --- what ran -----------------------------------------------------------------------------------------------
+
+
+def _stages(results: Results) -> list[Stage]:
+    """Return a bar for everything that ran: drawing a laboratory, the steps of the study, and what followed it."""
+    cost = results.frames["cost"].with_columns(_label().alias("label"))
+    if cost.height <= MOST_STAGES:
+        steps = [
+            {"stage": row["label"], "what": _whose(results, row), "seconds": row["seconds"]}
+            for row in cost.iter_rows(named=True)
+        ]
+    else:
+        steps = [
+            {
+                "stage": label,
+                "what": f"{each.height} times, {each['method'].n_unique()} methods",
+                "seconds": each["seconds"].sum(),
+            }
+            for (label,), each in cost.group_by("label", maintain_order=True)
+        ]
+    found = [*results.facts.get("before", []), *steps, *results.facts.get("after", [])]
+    longest = max((each["seconds"] for each in found), default=0) or 1
+    return [Stage(e["stage"], e["what"], e["seconds"], round(100 * e["seconds"] / longest, 1)) for e in found]
+
+
+def _label() -> pl.Expr:
+    """What a step is called: its command, and the recommender that it trains."""
+    model = pl.col("step").str.extract(r"recommender-(\w+)$", 1)
+    return pl.when(model.is_not_null()).then(pl.format("{} {}", "command", model)).otherwise("command")
+
+
+def _whose(results: Results, row: Json) -> str:
+    parts = [row["method"]]
+    if row["seed"] is not None:
+        parts.append(f"seed {row['seed']}")
+    if row["dataset"] != results.dataset:
+        parts.append(row["dataset"])
+    return ", ".join(parts)
+
+
+def _seconds(results: Results) -> float:
+    others = [*results.facts.get("before", []), *results.facts.get("after", [])]
+    return float(results.frames["cost"]["seconds"].sum()) + sum(each["seconds"] for each in others)
+
+
+def _index(index: Json | None) -> str:
+    """Say what `build-index` measured."""
+    if index is None:
+        return ""
+    text = f"{index['factory']} over {index['rows']:,} {index['column']} vectors"
+    if index.get("recall@10") is not None:
+        text += f": recall@10 {index['recall@10']:.4f} against exact search"
+    if index.get("search_ms") is not None:
+        text += f", {index['search_ms']:.3f} ms a query in a batch"
+    return f"{text}."
+
+
+def duration(seconds: float) -> str:
+    """`75.2` → `75 s`, `4000` → `1.1 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{seconds / 3600:.1f} h"
 
 
 _WHY = {
@@ -228,7 +359,7 @@ def _sections(results: Results) -> list[Section]:
             "Task 2: recommenders that start from the vectors (Table 4)",
             ("RecBole trains each recommender on the same sequences, from item ids or behind a frozen table.",),
             _present(*task2),
-            ("differences",),
+            ("task2-models", "differences"),
             why=_why(results, "Table 4", _WHY["Table 4"]),
         ),
         Section(
@@ -255,9 +386,13 @@ def _sections(results: Results) -> list[Section]:
             (
                 "The cosine of the update with the gradient that each modality alone would ask for, and how well each"
                 " view tells the next item from others while training goes on.",
+                "The margin is how much nearer a user’s vector lies to the next item than to the others of the batch,"
+                " in one modality alone. A view collapses when its S stays at or below where it began while the"
+                " other’s rises, or when its vectors gather in few directions or in one point.",
             ),
             (),
-            ("fig1b-gradients", "collapse", "learning"),
+            ("fig1b-gradients", "collapse", "collapse-ranks", "learning"),
+            _collapses(results),
         ),
         Section(
             "ablation",
@@ -321,11 +456,27 @@ def _settings(results: Results) -> list[tuple[str, str]]:
         ("recommender", _flat(facts["recommender"]) or "defaults"),
     ]
     rows += [(f"plan, {name}", _flat(asked)) for name, asked in facts["plan"].items()]
+    rows += [(name, _flat(facts[key])) for name, key in (("demo", "demo"), ("prepare", "rules")) if facts.get(key)]
     return [*rows, ("versions", _flat(facts["versions"]))]
 
 
-def _flat(values: Mapping[str, Any]) -> str:
-    return "; ".join(f"{key} {value}" for key, value in values.items())
+def _methods(results: Results) -> list[tuple[str, str]]:
+    """Return each method's source and analyses, and what its commands are told besides their defaults."""
+    rows = []
+    for method in results.methods:
+        if not method["analyses"]:
+            continue
+        parts = [method["source"], ", ".join(method["analyses"])]
+        if method["of"]:
+            parts.append(f"{method['of']} with another {method['varies']}")
+        own = results.facts.get("settings", {}).get(method["name"], {})
+        parts += [f"{step}: {_flat(values, ', ')}" for step, values in own.items() if values]
+        rows.append((method["name"], "; ".join(parts)))
+    return rows
+
+
+def _flat(values: Mapping[str, Any], between: str = "; ") -> str:
+    return between.join(f"{key} {value}" for key, value in values.items())
 
 
 # --- neighbours ---------------------------------------------------------------------------------------------
@@ -344,7 +495,6 @@ def _neighbourhoods(results: Results) -> list[Neighbourhood]:
                 _grids(each.filter(pl.col("kind") == "spread")),
                 _grids(each.filter(pl.col("kind") == "disagreeing")),
                 float(shared[0]) * 10 if len(shared) else None,
-                _common_sheet(common.filter(pl.col("attribute").is_not_null())),
             )
         )
     return found
@@ -360,30 +510,34 @@ def _grids(rows: pl.DataFrame) -> list[Grid]:
     return grids
 
 
-def _common_sheet(rows: pl.DataFrame) -> Sheet | None:
+def _common_sheet(results: Results) -> Sheet | None:
+    """Return how often near items have the same value of an attribute, method by method and view by view."""
+    rows = results.frames["common"].filter(pl.col("attribute").is_not_null())
     if not rows.height:
         return None
-    shown = [view for view in VIEW_ORDER if view in set(rows["view"].to_list())]
+    share = {(row["method"], row["attribute"], row["view"]): row["share"] for row in rows.iter_rows(named=True)}
+    chance = dict(rows.select("attribute", "chance").unique(maintain_order=True).iter_rows())
+    methods = rows["method"].unique(maintain_order=True).to_list()
+    views = [view for view in VIEW_ORDER if view in set(rows["view"].to_list())]
     lines = []
-    for (attribute,), each in rows.group_by("attribute", maintain_order=True):
-        share = dict(zip(each["view"].to_list(), each["share"].to_list(), strict=True))
-        top = max(share.values())
-        cells = [Cell(f"{100 * share[view]:.0f} %", best=share[view] == top) for view in shown]
-        lines.append(tables.Row(str(attribute), (*cells, Cell(f"{100 * each['chance'][0]:.0f} %"))))
-    return Sheet("same", (tables.Group("among the nearest ten", (*shown, "at random")),), tuple(lines))
+    for attribute, random in chance.items():
+        cells = [Cell(_percent(random))]
+        for method in methods:
+            found = [share.get((method, attribute, view)) for view in views]
+            top = max((value for value in found if value is not None), default=None)
+            cells += [_share_cell(value, random, value == top) for value in found]
+        lines.append(Row(str(attribute), tuple(cells)))
+    groups = (Group("", ("at random",)), *(Group(str(method), tuple(views)) for method in methods))
+    return Sheet("attribute", groups, tuple(lines))
 
 
-VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
+def _share_cell(share: float | None, chance: float, best: bool) -> Cell:
+    """Return a share, coloured by how far it is from chance to always."""
+    if share is None:
+        return Cell("–")
+    heat = max(0.0, (share - chance) / (1 - chance)) if chance < 1 else 0.0
+    return Cell(_percent(share), best=best, heat=round(heat, 3))
 
 
-def page_template(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
-    """Return a template of this folder; every text that comes from a file is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(filters)
-    return environment.get_template(name)
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -18,11 +18,11 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, MODELS, Json
 from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, METRICS, TABLE_NAMES, TAIL_USERS, read
-from vlm2rec.pipelines.read_config import read_yaml
+from vlm2rec.pipelines.reporting.paper import read_paper
 
-PAPER_FILE = Path(__file__).parent / "paper.yaml"
 PAPER_DEFAULT = "Beauty"
 PRINTED = 1.3e-4  # slack of the bound for figures printed with four decimals
+PROTOCOLS = ("candidates", "full")
 VIEW_PAIRS = ("f2f", "t2f", "v2f")
 VANILLA_ROW, SFT_ROW = "VLM vanilla (ext.)", "VLM SFT (ext.)"
 
@@ -34,6 +34,7 @@ class Cell:
     text: str
     small: str = ""
     best: bool = False
+    heat: float | None = None  # from 0 to 1: how strongly the cell is coloured
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Results:
     out: Path
     frames: dict[str, pl.DataFrame]
     facts: Json
-    paper: Json = field(default_factory=lambda: read_yaml(PAPER_FILE))
+    paper: Json = field(default_factory=read_paper)
 
     @classmethod
     def open(cls, out: Path) -> Results:
@@ -234,18 +235,31 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
     if task == 1:  # as in the paper, recommenders that know ids alone stand on top
         ids = [each["name"] for each in results.methods if each["source"] == "id"]
         entries = [(f"{each} ({name})", name, 2, each) for each in results.models() for name in ids] + entries
-    means = {label: [results.spread(name, t, m, metric) for metric in METRICS] for label, name, t, m in entries}
-    entries = [entry for entry in entries if means[entry[0]][0] is not None]
+    measured = {
+        (label, protocol): [results.spread(name, t, m, metric, protocol=protocol) for metric in METRICS]
+        for label, name, t, m in entries
+        for protocol in PROTOCOLS
+    }
+    entries = [entry for entry in entries if measured[entry[0], "candidates"][0] is not None]
     if not entries:
         return None
-    best = [max(means[label][c].mean for label, *_ in entries) for c in range(len(METRICS))]  # type: ignore[union-attr]
+    best = {
+        protocol: [
+            max((each.mean for label, *_ in entries if (each := measured[label, protocol][c])), default=None)
+            for c in range(len(METRICS))
+        ]
+        for protocol in PROTOCOLS
+    }
     rows, broken = [], False
     for label, name, t, m in entries:
-        found = [each for each in means[label] if each is not None]
-        require_printable({metric: each.mean for metric, each in zip(METRICS, found, strict=True)})
         fixed = results.is_fixed(name) and t == 1
-        cells = [mean_cell(each, fixed, each.mean == top) for each, top in zip(found, best, strict=True)]
-        cells.append(mean_cell(results.spread(name, t, m, protocol="full"), fixed))
+        cells = []
+        for protocol in PROTOCOLS:
+            found = measured[label, protocol]
+            if all(found):
+                require_printable({metric: each.mean for metric, each in zip(METRICS, found, strict=True) if each})
+            tops = zip(found, best[protocol], strict=True)
+            cells += [mean_cell(each, fixed, each is not None and each.mean == top) for each, top in tops]
         printed, breaks = _paper_cells(
             paper.get(str(m) if t != task else results.paper_row(name) or ""), results.paper_data
         )
@@ -256,7 +270,7 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
         "Task 1" if task == 1 else str(model),
         (
             Group(f"{results.facts['candidates'] + 1} candidates", METRICS),
-            Group("all items", (COMPARED,)),
+            Group("all items", METRICS),
             Group(f"{results.reference} − this, {COMPARED}", ("difference", "p, Holm")),
             Group(f"paper, {results.paper_data}", METRICS, paper=True),
         ),
@@ -476,6 +490,21 @@ def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
     embedded = cost.filter(pl.col("step") == "embeddings")
     minutes = float((trained["seconds"] / trained["epochs"]).to_numpy().mean() / 60) if trained.height else None
     return minutes, float(embedded["seconds"].to_numpy().mean()) if embedded.height else None
+
+
+def counts_sheet(results: Results) -> Sheet | None:
+    """Return how many users, items and interactions each step of `prepare` left, beside the paper's of that name."""
+    steps = [(str(step["step"]), step) for step in results.facts.get("counts", [])]
+    if not steps:
+        return None
+    columns = ("users", "items", "interactions")
+    if results.dataset in results.paper["datasets"]:
+        steps.append((f"the paper’s {results.dataset}", results.paper["datasets"][results.dataset]))
+    rows = [
+        Row(name, tuple(Cell(f"{step[key]:,}" if isinstance(step.get(key), int) else "–") for key in columns))
+        for name, step in steps
+    ]
+    return Sheet("step of prepare", (Group("", columns),), tuple(rows))
 
 
 def cost_sheet(results: Results) -> Sheet | None:
