@@ -174,7 +174,8 @@ def started(out: Path) -> subprocess.Popen[bytes]:
     """The demo with the flags of `SMALL`, as a process of its own."""
     flags = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "demo", "--out", str(out)]
-    return subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (out.parent / "said.txt").open("ab") as said:
+        return subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=said)
 
 
 def test_a_killed_demo_goes_on_and_ends_with_the_same_numbers(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_killed_demo_goes_on_and_ends_with_the_same_numbers(finished: tuple[Pa
     assert "sft/seed-0/adapter" in done and "vlm2rec/seed-0/adapter" not in done
     assert not (out / "report.html").exists()
     with started(out) as process:
-        assert process.wait() == 0
+        assert process.wait() == 0, (tmp_path / "said.txt").read_text()[-3000:]
     assert {name: mark for name, mark in marks(out).items() if name in done} == done
     assert {path: path.stat().st_mtime_ns for path in (out / "laboratory" / "backbone").iterdir()} == drawn
     assert metrics_of(out) == metrics_of(reference)

@@ -195,9 +195,17 @@ def test_the_task_2_tables_start_with_the_id_model(text: str) -> None:
     assert gru[3][11:] == [".5064", ".6185", ".3386", ".3669"]
 
 
-def test_differences_to_the_reference_carry_an_interval(text: str) -> None:
-    assert table(text, "Task 1")[5][9] == "+.1000" or table(text, "Task 1")[5][9:11] == ["+.1000", "–"]
-    assert "[+.0800, +.1200]" in text
+def test_differences_to_the_reference_carry_an_interval_and_over_several_seeds_a_test(
+    study: Path, text: str, tmp_path: Path
+) -> None:
+    rows = {row[0]: row[1:] for row in table(text, "Task 1")[2:]}
+    assert rows["SFT"][8:10] == ["+.1000", ".020"]
+    assert "[+.0800, +.1200]" in text and "paired t-test over 3 seeds" in text
+    one = table_of(study, "comparisons").with_columns(pl.lit(1, pl.Int32).alias("seeds"), pl.lit(None).alias("p_holm"))
+    alone = printed(changed(study, tmp_path, comparisons=one))
+    rows = {row[0]: row[1:] for row in table(alone, "Task 1")[2:]}
+    assert rows["SFT"][8:10] == ["+.1000", ".4038"]  # the paper's column follows
+    assert "t-test" not in alone and "One seed was run" in alone
 
 
 def test_figures_lie_beside_the_page_and_follow_its_theme_inside(study: Path, text: str) -> None:
@@ -296,7 +304,7 @@ def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study
 
 
 def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(study: Path, tmp_path: Path) -> None:
-    few = {name: table_of(study, name).clear() for name in ("results", "comparisons", "geometry")}
+    few = {name: table_of(study, name).clear() for name in ("curves", "geometry")}
     own, elsewhere = changed(study, tmp_path / "study", **few) / "figures", tmp_path / "thesis" / "figures"
     for folder in (own, elsewhere):
         folder.mkdir(parents=True)
@@ -304,7 +312,7 @@ def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(s
     run(ReportConfig(study=own.parent))
     run(ReportConfig(study=own.parent, out=elsewhere.parent / "page.html"))
     assert not (own / "mine.svg").exists()
-    assert (elsewhere / "mine.svg").exists() and (elsewhere / "learning.svg").exists()
+    assert (elsewhere / "mine.svg").exists() and (elsewhere / "differences.svg").exists()
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Page:
     counts: Sheet | None
     index: str
     verdicts: list[Claim]
+    one_seed: bool
     sections: list[Section]
     figures: dict[str, Markup]
     neighbourhoods: list[Neighbourhood]
@@ -163,6 +164,7 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
         counts=tables.counts_sheet(results),
         index=_index(results.facts.get("index")),
         verdicts=found,
+        one_seed=results.frames["results"]["seed"].n_unique() == 1,
         sections=[section for section in _sections(results) if section.has(drawn)],
         figures=drawn,
         neighbourhoods=_neighbourhoods(results),

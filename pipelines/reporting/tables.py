@@ -250,6 +250,9 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
         ]
         for protocol in PROTOCOLS
     }
+    compared = _compared(results, task, model)
+    # one seed has no t-test
+    differences = ("difference",) if set(compared["seeds"]) == {1} else ("difference", "p, Holm")
     rows, broken = [], False
     for label, name, t, m in entries:
         fixed = results.is_fixed(name) and t == 1
@@ -264,18 +267,19 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
             paper.get(str(m) if t != task else results.paper_row(name) or ""), results.paper_data
         )
         broken |= breaks
-        cells += [*_difference_cells(results.comparison(name, task, model) if t == task else None), *printed]
+        difference = _difference_cells(results.comparison(name, task, model) if t == task else None)
+        cells += [*difference[: len(differences)], *printed]
         rows.append(Row(label, tuple(cells), name, name == results.reference))
     return Sheet(
         "Task 1" if task == 1 else str(model),
         (
             Group(f"{results.facts['candidates'] + 1} candidates", METRICS),
             Group("all items", METRICS),
-            Group(f"{results.reference} − this, {COMPARED}", ("difference", "p, Holm")),
+            Group(f"{results.reference} − this, {COMPARED}", differences),
             Group(f"paper, {results.paper_data}", METRICS, paper=True),
         ),
         tuple(rows),
-        _note(results, task, model, broken),
+        _note(compared, broken),
     )
 
 
@@ -296,21 +300,26 @@ def _difference_cells(found: Json | None) -> list[Cell]:
     return [Cell(number(found["difference"], 4, True), interval, sure), Cell(p_value(found["p_holm"]))]
 
 
-def _note(results: Results, task: int, model: str | None, broken: bool) -> str:
-    compared = results.frames["comparisons"].filter(
+def _compared(results: Results, task: int, model: str | None) -> pl.DataFrame:
+    """Return the comparisons that stand in one table."""
+    return results.frames["comparisons"].filter(
         (pl.col("dataset") == results.dataset)
         & (pl.col("task") == task)
         & pl.col("model").eq_missing(pl.lit(model))
         & (pl.col("family") == MAIN)
     )
+
+
+def _note(compared: pl.DataFrame, broken: bool) -> str:
     seeds = sorted(set(compared["seeds"].to_list()))
-    text = "Best of each column in bold; ± is the standard deviation over seeds, absent where none enters."
+    text = "Best of each column in bold."
+    if seeds != [1]:
+        text += " ± is the standard deviation over seeds, absent where none enters."
     if seeds:
+        text += " The interval holds 95 % of bootstrap resamples of the users, bold where it leaves out zero."
+    if seeds and seeds != [1]:
         number_of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        text += (
-            " The interval holds 95 % of bootstrap resamples of the users, bold where it leaves out zero; p is the"
-            f" paired t-test over {number_of} seeds, corrected by Holm for {compared.height} comparisons."
-        )
+        text += f" p is the paired t-test over {number_of} seeds, corrected by Holm for {compared.height} comparisons."
     if broken:
         text += " † breaks the bound on N@20 − N@10 that every ranking with one relevant item keeps: a misprint."
     return text

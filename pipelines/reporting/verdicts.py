@@ -131,7 +131,7 @@ def _cure(results: Results, sft: str) -> Iterator[Claim]:
         numbers = (
             f"{number(found['difference'], 4, True)}"
             f" [{number(found['low'], 4, True)}, {number(found['high'], 4, True)}] over {found['users']:,} users and"
-            f" {found['seeds']} seeds"
+            f" {found['seeds']} seed{'s' if found['seeds'] > 1 else ''}"
         )
         verdict = HOLDS if found["low"] > 0 else FAILS if found["high"] < 0 else OPEN
         yield Claim(f"{results.reference} is above SFT in N@20 ({where})", numbers, verdict)
