@@ -45,6 +45,7 @@ COMMANDS = {
     "report": config.ReportConfig,
     "doctor": None,
 }
+POSITIONAL = {("verify", "embeddings"), ("failures", "embeddings"), ("convert", "embeddings"), ("report", "study")}
 WITH_CONFIG = {name: cls for name, cls in COMMANDS.items() if cls is not None}
 # what commands work with; none of it may be loaded to print a help text
 HEAVY = {
@@ -113,9 +114,16 @@ def test_help_of_every_command_shows_its_flags(name: str, vlm2rec: Run, monkeypa
     assert code == 0
     cls = COMMANDS[name]
     for field in dataclasses.fields(cls) if cls else ():
-        positional = name in ("verify", "failures", "convert") and field.name == "embeddings"
-        flag = "EMBEDDINGS" if positional else "--" + field.name.replace("_", "-")
+        positional = (name, field.name) in POSITIONAL
+        flag = field.name if positional else "--" + field.name.replace("_", "-")
         assert flag.lower() in out.lower()
+
+
+@pytest.mark.parametrize("flag", [(), ("--run",)])
+def test_report_takes_its_folder_with_and_without_a_flag(flag: tuple[str, ...], vlm2rec: Run, tmp_path: Path) -> None:
+    code, out, err = vlm2rec("report", *flag, str(tmp_path))
+    assert (code, out) == (5, "")
+    assert f"{tmp_path} is no study" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["search", "--help"], ["nonsense"]])

@@ -359,8 +359,7 @@ def test_tables_and_figures_come_from_the_parquet_files_alone(finished: Path, tm
     assert study.run(StudyConfig(out=tmp_path, report_only=True)) == tmp_path / "report.html"
     assert (tmp_path / "report.html").read_bytes() == (finished / "report.html").read_bytes()
     drawn = sorted(path.name for path in (finished / "figures").iterdir())
-    assert [name for name in drawn if name.endswith(".png")] == [f"{n}.png" for n in FIGURES]
-    assert [name for name in drawn if name.endswith(".svg")] == [f"{n}.svg" for n in FIGURES]
+    assert drawn == sorted(f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg"))
     for name in drawn:
         assert (tmp_path / "figures" / name).read_bytes() == (finished / "figures" / name).read_bytes()
 
