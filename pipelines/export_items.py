@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm2rec.downstream.evaluation.geometry import effective_ranks
 from vlm2rec.embedder.backbones.lora import backbone_licence
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -28,7 +29,6 @@ from vlm2rec.embedder.export.distribute import ALONE, Distribution
 from vlm2rec.embedder.export.estimate import describe, estimate
 from vlm2rec.embedder.export.export import _plan, export
 from vlm2rec.embedder.export.reuse import Reuse, _earlier_rows, _work
-from vlm2rec.embedder.export.verify import effective_ranks
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.embedder.options import ImagePolicy
 from vlm2rec.pipelines import console

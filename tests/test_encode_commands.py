@@ -190,7 +190,7 @@ def test_an_item_without_image_is_a_failure_row(drawn_dataset: Path, tiny: Tiny,
 def test_settings_are_known_before_the_weights_and_change_with_the_question(tiny: Tiny) -> None:
     folder = str(tiny("qwen2_5_vl"))
     settings = prompted_fingerprint(folder, device="cpu")
-    assert PromptedEncoder.load(folder, device="cpu").settings == json.loads(json.dumps(settings)) == settings
+    assert PromptedEncoder.load(folder, device="cpu").fingerprint == json.loads(json.dumps(settings)) == settings
     hashes = {
         prompted_fingerprint(folder, instruction=asked, prompt_mode=mode)["prompt_hash"]
         for asked in (None, "What is it?")

@@ -30,7 +30,7 @@ def write_adapter(backbone: Path, folder: Path, scale: float = 0.02) -> np.ndarr
     draw_lora(wrapped, "lora_B", scale, seed=0)
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
-    settings = {"encoder": vars(encoder.settings)}
+    settings = {"encoder": encoder.settings.stored()}
     lora.save_adapter(
         wrapped, folder, settings, lora.Canary(titles, images, vectors), {"train": [], "valid": []}, "card"
     )

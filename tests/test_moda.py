@@ -43,7 +43,7 @@ def save(encoder: ItemEncoder, folder: Path) -> np.ndarray:
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
     canary = lora.Canary(titles, images, vectors)
-    lora.save_adapter(encoder.backbone.model, folder, {"encoder": vars(encoder.settings)}, canary, {}, "card")
+    lora.save_adapter(encoder.backbone.model, folder, {"encoder": encoder.settings.stored()}, canary, {}, "card")
     return vectors
 
 
