@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from vlm2rec.downstream.evaluation.protocol import _Rankings, _Task
+from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
 from vlm2rec.downstream.recbole import compat as recbole_compat
 from vlm2rec.downstream.recbole import plugin as recbole_plugin
 from vlm2rec.embedder.contract import schema
@@ -472,16 +472,15 @@ def evaluate(
     """
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
-    seeds = list(seeds) or folder.candidate_seeds
-    task = _Task(folder, {seed: folder.negatives(seed) for seed in seeds})
-    rankings, popular = _Rankings(task), _Rankings(task)
+    task = RankingTask(folder, "test", seeds)
+    rankings, popular = Rankings(task), Rankings(task)
     frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)
     for part, scores in user_scores(model, config, folder, numbers):
         rankings.add(part, scores)
         popular.add(part, np.broadcast_to(frequency, scores.shape))
     popularity = popular.means()
-    return rankings.means() | {"seeds": seeds, "popularity": popularity}, rankings.tables()
+    return rankings.means() | {"seeds": task.seeds, "popularity": popularity}, rankings.tables()
 
 
 def user_scores(
