@@ -97,9 +97,7 @@ def said_of(folder: Path) -> dict[str, Any]:
             "ids": digest(item.encode() for item in table["item_id"].to_pylist()),
             "columns": table.column_names,
             "status": sorted(set(table["status"].to_pylist())),
-            "settings": {
-                key: value for key, value in settings.items() if key not in ("images", "backbone", *of_weights)
-            },
+            "settings": {key: value for key, value in settings.items() if key not in elsewhere},
             "keys": sorted(json.loads((folder / "emb" / "manifest.json").read_text())),
         },
         "adapter_keys": sorted(json.loads((folder / "adapter" / "vlm2rec.json").read_text())),
