@@ -24,10 +24,6 @@ from rich.table import Table
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import MissingDependencyError
-from vlm2rec.embedder.export import verify
-from vlm2rec.pipelines import export_items, make_backbone, prepare
-from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig
-from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 Status = Literal["ok", "warn", "fail"]
 DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a middling catalogue
@@ -43,7 +39,7 @@ except MissingDependencyError as error:
     raise SystemExit(f"{error.found}|{error.fix}")
 """
 
-_TINY_EXPORT = "from vlm2rec.pipelines.doctor import main; main()"
+_TINY_EXPORT = "from vlm2rec.pipelines.doctor import tiny_export; tiny_export()"
 
 
 class Check(NamedTuple):
@@ -63,7 +59,7 @@ def run() -> list[Check]:
     """
     # these load whole libraries: each in a process of its own, while this one looks at the rest
     recbole = _start("-c", _RECBOLE)
-    tiny_export = _start("-c", _TINY_EXPORT)
+    exporting = _start("-c", _TINY_EXPORT)
     torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
     checks = [
         check_python(),
@@ -73,7 +69,7 @@ def run() -> list[Check]:
         check_threads(),
         check_recbole(recbole),
         *check_disks(),
-        check_export(tiny_export),
+        check_export(exporting),
     ]
     _print(checks)
     failed = [check for check in checks if check.status == "fail"]
@@ -280,14 +276,20 @@ def check_disk(name: str, folder: Path, free: int) -> Check:
     return Check(name, "ok", found)
 
 
-def main() -> None:
+def tiny_export() -> None:
     """Export, and say in one line on stderr, the last one, what came out; a fault ends the process with an error."""
     with tempfile.TemporaryDirectory(prefix="vlm2rec-doctor-") as folder:
-        print(export(Path(folder)), file=sys.stderr)
+        print(_export(Path(folder)), file=sys.stderr)
 
 
-def export(folder: Path) -> str:
+def _export(folder: Path) -> str:
     """Export twenty items with a backbone of random weights, as the commands would by default."""
+    # here, not above: a library that does not load is what this command looks for
+    from vlm2rec.embedder.export import verify
+    from vlm2rec.pipelines import export_items, make_backbone, prepare
+    from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig
+    from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+
     drawn, data, backbone, out = (folder / name for name in ("drawn", "data", "backbone", "embeddings"))
     draw_catalogue(drawn, products=20, users=20, seed=0)
     items, images = drawn / "items.parquet", drawn / "images"

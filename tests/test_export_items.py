@@ -32,6 +32,7 @@ from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
+from vlm2rec.pipelines.console import TERMINAL
 
 BROKEN = (3, 11)  # items whose image cannot be read, where a test asks for that
 
@@ -204,7 +205,7 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     first = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert export(data, tmp_path / "out", encoder.fingerprint, never, shard_size=8) == first
+    assert export(data, tmp_path / "out", encoder.fingerprint, never, shard_size=8, reporter=TERMINAL) == first
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 

@@ -152,7 +152,7 @@ def test_sampling_is_switched_off_for_cross_entropy_only_where_the_settings_are_
 # --- 6 anomaly detection ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("import recbole.model.sequential_recommender", "True"), ("recbole_compat.require_recbole()", "False")],
+    [("import recbole.model.sequential_recommender", "True"), ("compat.require_recbole()", "False")],
 )
 def test_importing_a_recbole_model_still_slows_autograd_down_and_the_cure_lifts_that(
     before: str, after: str, tmp_path: Path
@@ -160,9 +160,9 @@ def test_importing_a_recbole_model_still_slows_autograd_down_and_the_cure_lifts_
     script = f"""
 import torch
 from pathlib import Path
-from vlm2rec.downstream import recbole_compat
+from vlm2rec.downstream.recbole import compat
 {before}
-with recbole_compat.cured(Path({str(tmp_path)!r})):
+with compat.cured(Path({str(tmp_path)!r})):
     print(torch.is_anomaly_enabled())
 print(torch.is_anomaly_enabled())
 """

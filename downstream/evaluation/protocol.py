@@ -18,7 +18,7 @@ from vlm2rec.downstream.evaluation import metrics
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories, Split
 
-METRICS = ("H@10", "H@20", "N@10", "N@20")
+METRICS = ("H@10", "N@10", "H@20", "N@20")
 _LETTERS = {schema.FUSED: "f", schema.TEXT: "t", schema.IMAGE: "v"}
 # user view → item view: what the fused item is found by (Fig. 1a), and each modality by itself
 _PAIRS = (
