@@ -30,6 +30,7 @@ from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName
 from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
@@ -68,16 +69,9 @@ def _finetune(config: FinetuneConfig) -> Training | None:
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
-        views=config.views,
-        fusion=config.fusion,
-        fusion_norm=config.fusion_norm,
-        prompt_mode=config.prompt_mode,
-        max_pixels=config.max_pixels,
-        max_title_tokens=config.max_title_tokens,
-        pooling=config.pooling,
-        prompt_style=config.prompt_style,
         dtype=_training_dtype(config),
         device=config.device,
+        **{field.name: getattr(config, field.name) for field in fields(EncoderSettings)},
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
