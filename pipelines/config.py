@@ -1,7 +1,7 @@
 """The settings of every command: one frozen dataclass each, and how they are read.
 
-A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. Of `finetune`
-with `--method sda`, `SDA_DEFAULTS` come before the default.
+A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. `finetune` takes
+the defaults of its `--method` before those (`METHOD_OPTIONS`).
 Unknown keys are refused with the nearest known name. Importing this module costs nothing: pydantic,
 which checks types and bounds, is loaded when a command runs.
 """
@@ -121,7 +121,7 @@ class MakeBackboneConfig:
 class FinetuneConfig:
     """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one.
 
-    Those of SDA that differ stand in `SDA_DEFAULTS`, and `read_config` applies them.
+    Those of a method that differ stand in `METHOD_OPTIONS`, and `read_config` applies them.
     """
 
     data: Place = setting("Dataset folder.")
@@ -204,25 +204,6 @@ class FinetuneConfig:
     )
     resume: bool = setting("Go on from the last checkpoint in --out; off starts anew.", True)
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
-
-
-SDA_DEFAULTS: dict[str, Any] = {
-    "pooling": "mean",
-    "prompt_style": "sda",
-    "lora_rank": 8,
-    "lora_dropout": 0.1,
-    "batch_size": 32,
-}
-"""What `finetune --method sda` has where nothing is given."""
-
-OF_METHOD: dict[str, tuple[str, ...]] = {
-    "vlm2rec": (
-        *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
-        *("crtr", "negatives", "samples", "users"),
-    ),
-    "sda": ("cmsa", "tau_cmsa", "experts"),
-}
-"""The settings of `finetune` that one method alone has."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ def loaded_by(code: str) -> set[str]:
         "downstream.formats",
         "downstream.mmrec",
         "pipelines.config",
+        "pipelines.read_config",
         "pipelines.build_index",
         "pipelines.convert",
     ],

@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on_with_its_views_and_with_no_others(
     cut = replace(whole, out=tmp_path / "cut")
     steps: list[int] = []
 
-    def stop(advance: Any) -> Callable[..., None]:
+    def stop(advance: Any, shown: Any) -> Callable[..., None]:
         def on_step(step: int, of: int, latest: dict[str, float]) -> None:
             steps.append(step)
             if step == 5:

@@ -195,6 +195,11 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
     backbone.model.requires_grad_(False).eval()
 
 
+def kind_of(wrapped: torch.nn.Module) -> str:
+    """Return what kind of adapter a model has, `lora` or `moda`; `wrapped` as for `save_adapter`."""
+    return "lora" if isinstance(wrapped, PeftModel) else "moda"
+
+
 def kind(folder: Path) -> str:
     """Return what a finished adapter folder holds: `lora`, or `moda`, which has weights for each modality."""
     found = str(read_adapter(folder).get("kind", "lora"))  # the only one that there was before the word

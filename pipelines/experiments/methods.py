@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.options import METHOD_OPTIONS, MethodOptions
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
 from vlm2rec.pipelines.config import StudyConfig
@@ -215,8 +216,8 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    own = settings.SDA_DEFAULTS if _kind(study, method) == "sda" else {}
-    return {**defaults, **own, **study.finetune, **method.finetune}[setting]
+    own = METHOD_OPTIONS.get(_kind(study, method), MethodOptions())
+    return {**defaults, **own.defaults, **study.finetune, **method.finetune}[setting]
 
 
 def _variant(base: Method, grid: Grid, value: Any) -> Method:
@@ -337,7 +338,8 @@ class Source:
 
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
-    others = {name for kind in settings.OF_METHOD if kind != _kind(study, method) for name in settings.OF_METHOD[kind]}
+    kind = _kind(study, method)
+    others = {name for other, options in METHOD_OPTIONS.items() if other != kind for name in options.own}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
     return context.step(
