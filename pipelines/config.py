@@ -1,13 +1,14 @@
 """The settings of every command: one frozen dataclass each, and how they are read.
 
 A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. `finetune` takes
-the defaults of its `--method` before those (`METHOD_OPTIONS`).
+the defaults of its `--method` before those (`METHODS` of `embedder/training/recipes.py`).
 Unknown keys are refused with the nearest known name. Importing this module costs nothing: pydantic,
 which checks types and bounds, is loaded when a command runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,8 +26,6 @@ from vlm2rec.embedder.options import (
     FusionNorm,
     ImagePolicy,
     ImagesBy,
-    LossName,
-    MethodName,
     Negatives,
     Pooling,
     PromptMode,
@@ -39,6 +38,7 @@ from vlm2rec.embedder.options import (
     View,
     ViewChoice,
 )
+from vlm2rec.embedder.training.recipes import LOSSES, METHODS, LossRecipe, Recipe
 
 
 class _Anywhere:
@@ -71,6 +71,10 @@ _BACKBONE = "Hub id or local folder of a vision-language model; with --views tex
 def setting(text: str, default: Any = MISSING) -> Any:
     """Declare one setting with its help text; without a default it is required."""
     return field(default=default, metadata={"help": text})
+
+
+def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe]) -> str:
+    return "; ".join(f"{name}: {row.help}" for name, row in table.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +125,15 @@ class MakeBackboneConfig:
 class FinetuneConfig:
     """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one.
 
-    Those of a method that differ stand in `METHOD_OPTIONS`, and `read_config` applies them.
+    Those of a method that differ stand in its recipe, and `read_config` applies them.
     """
 
     data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
-    method: MethodName = setting(
-        "What is learned from: vlm2rec: users' histories, by --loss; sda: text and image of items, by --cmsa.",
-        "vlm2rec",
-    )
-    loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
+    method: str = setting(f"What is learned from: {_rows(METHODS)}.", "vlm2rec")
+    loss: str = setting(f"Loss of histories: {_rows(LOSSES)}.", "vlm2rec")
     cmsa: Alignment = setting(
         "SDA's alignment: paper: as its equations; reference: as its public code; off: InfoNCE, without soft target.",
         "paper",

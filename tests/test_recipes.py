@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.options import METHOD_OPTIONS, LossName, MethodName, MethodOptions
 from vlm2rec.embedder.training import losses
 from vlm2rec.embedder.training.losses import InfoNCEObjective, VLM2RecLoss, VLM2RecObjective, info_nce
 from vlm2rec.embedder.training.monitor import Collapse
@@ -25,6 +25,7 @@ from vlm2rec.embedder.training.train import Model
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.finetune_probe import warning
+from vlm2rec.pipelines.read_config import read_config
 
 Tiny = Callable[[str], Path]
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Pull]:
         built.append(Pull(settings.lam))
         return built[-1]
 
-    row = LossRecipe(make, refuse_internal, lambda settings, behind: ("--loss sft",) if behind else ())
+    row = LossRecipe("a toy", make, refuse_internal, lambda settings, behind: ("--loss sft",) if behind else ())
     monkeypatch.setitem(LOSSES, "toy", row)
     return built
 
@@ -138,7 +139,8 @@ def test_a_new_method_trains_by_its_row(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = Recipe(
-        options=MethodOptions(own=("lam",)),
+        help="a toy",
+        own=("lam",),
         samples=lambda settings, dataset: ItemSamples(len(dataset.item_ids)),
         model=lambda settings, encoder, wrapped, items: Together(encoder, wrapped, items, nn.MSELoss()),
         title=lambda settings: "drawn together",
@@ -165,16 +167,22 @@ def test_a_new_method_trains_by_its_row(
 
 
 # --- the rows that are there ----------------------------------------------------------------------------------
-def test_the_rows_are_what_the_command_line_offers() -> None:
-    assert set(METHODS) == set(MethodName.__args__) == set(METHOD_OPTIONS)  # type: ignore[attr-defined]
-    assert set(LOSSES) == set(LossName.__args__)  # type: ignore[attr-defined]
-    assert all(METHODS[name].options is options for name, options in METHOD_OPTIONS.items())
+def test_the_rows_are_what_the_command_line_offers(made: list[Pull]) -> None:
+    help_of = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)}
+    for name, rows in (("method", METHODS), ("loss", LOSSES)):
+        assert all(f"{row}: " in help_of[name] for row in rows if row != "toy")
+        given = {"data": "data", "backbone": "b", "out": "out"}
+        for row in rows:
+            assert getattr(read_config(FinetuneConfig, flags={**given, name: row}), name) == row
+        with pytest.raises(ConfigError, match=f"--{name} 'vlm2re' is not known .did you mean 'vlm2rec'") as refused:
+            read_config(FinetuneConfig, flags={**given, name: "vlm2re"})
+        assert f"one of {', '.join(rows)}" in str(refused.value)
 
 
 def test_settings_that_methods_name_are_settings_of_finetune() -> None:
     known = set(FinetuneConfig.__dataclass_fields__)
-    for options in METHOD_OPTIONS.values():
-        assert {*options.own, *options.defaults} <= known
+    for recipe in METHODS.values():
+        assert {*recipe.own, *recipe.defaults} <= known
 
 
 def test_losses_by_view_are_the_losses_themselves() -> None:

@@ -1,30 +1,32 @@
 """Which methods and losses `finetune` can train by: a row of `METHODS` each, and of `LOSSES`.
 
 A recipe takes the settings of a run where what it needs depends on them, and hands on plain values. `vlm2rec` learns
-from users' histories, by any of `LOSSES`; `sda` aligns the text and the image vectors of items.
+from users' histories, by any of `LOSSES`; `sda` aligns the text and the image vectors of items. The command line reads
+this table for its help, its checks and a method's defaults, so models and losses are imported where they are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.options import SDA_PROBED
 
-from vlm2rec.embedder.backbones.backbone import Backbone
-from vlm2rec.embedder.backbones.lora import add_lora
-from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
-from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.options import METHOD_OPTIONS, MethodOptions
-from vlm2rec.embedder.training.losses import InfoNCEObjective, VLM2RecObjective
-from vlm2rec.embedder.training.samples import Samples
-from vlm2rec.embedder.training.sda import PROBED, ItemAlignment, ItemModel, ItemSamples
-from vlm2rec.embedder.training.train import Model, TrainingSamples
-from vlm2rec.embedder.training.vlm2rec import HistoryModel
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlm2rec.embedder.backbones.backbone import Backbone
+    from vlm2rec.embedder.contract.dataset import Dataset
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+    from vlm2rec.embedder.encoders.item_features import ItemFeatures
+    from vlm2rec.embedder.training.samples import Samples
+    from vlm2rec.embedder.training.sda import ItemModel, ItemSamples
+    from vlm2rec.embedder.training.train import Model, TrainingSamples
+    from vlm2rec.embedder.training.vlm2rec import HistoryModel
+
+_Row = TypeVar("_Row")
 
 Settings = Any
 """The settings of `finetune`, read by attribute: their class, `FinetuneConfig`, belongs to the pipelines."""
@@ -42,6 +44,8 @@ def _no_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
+    from vlm2rec.embedder.backbones.lora import add_lora
+
     return add_lora(backbone, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
 
 
@@ -51,17 +55,21 @@ class LossRecipe:
     """A loss that a model of histories is trained by.
 
     Args:
+        help: what it is, for `--help`.
         make: returns it, called as `loss(users, items, targets)` (`HistoryModel`).
         check: raises `ConfigError` where settings contradict it.
         advice: what to try against collapse.
     """
 
+    help: str
     make: Callable[[Settings], nn.Module]
     check: Callable[[Settings], None] = _nothing_to_check
     advice: Advice = _no_advice
 
 
 def _info_nce(settings: Settings) -> nn.Module:
+    from vlm2rec.embedder.training.losses import InfoNCEObjective
+
     return InfoNCEObjective(settings.tau_wpcl)
 
 
@@ -72,6 +80,8 @@ def _info_nce_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _vlm2rec_loss(settings: Settings) -> nn.Module:
+    from vlm2rec.embedder.training.losses import VLM2RecObjective
+
     return VLM2RecObjective(
         settings.tau_wpcl,
         settings.tau_crtr,
@@ -110,8 +120,8 @@ def _vlm2rec_loss_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 LOSSES: dict[str, LossRecipe] = {
-    "vlm2rec": LossRecipe(_vlm2rec_loss, _check_vlm2rec_loss, _vlm2rec_loss_advice),
-    "sft": LossRecipe(_info_nce, advice=_info_nce_advice),
+    "vlm2rec": LossRecipe("WPCL + CRTR", _vlm2rec_loss, _check_vlm2rec_loss, _vlm2rec_loss_advice),
+    "sft": LossRecipe("InfoNCE", _info_nce, advice=_info_nce_advice),
 }
 """The losses of histories, by `--loss`."""
 
@@ -122,10 +132,13 @@ class Recipe:
     """A way to train an adapter.
 
     Args:
-        options: the settings it alone has, and its defaults.
+        help: what it learns from, for `--help`.
         samples: returns what it learns from.
         model: puts an encoder, its adapter and items together with a loss.
         title: returns what is trained, in a word or two.
+        own: names of settings that mean something to this method; with a method that does not name them, they are
+            refused. What no method names belongs to all of them.
+        defaults: its own, where they differ from those of `FinetuneConfig`.
         adapter: puts a fresh adapter into a backbone, in place, and returns what `save_adapter` takes.
         check: raises `ConfigError` where settings contradict each other.
         advice: what to try against collapse.
@@ -134,10 +147,12 @@ class Recipe:
         distributed: whether several processes may train it together.
     """
 
-    options: MethodOptions
+    help: str
     samples: Callable[[Settings, Dataset], TrainingSamples]
     model: Callable[[Settings, ItemEncoder, nn.Module, ItemFeatures], Model]
     title: Callable[[Settings], str]
+    own: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     adapter: Callable[[Settings, Backbone], nn.Module] = _lora
     check: Callable[[Settings], None] = _nothing_to_check
     advice: Advice = _no_advice
@@ -147,11 +162,15 @@ class Recipe:
 
 
 def _history_samples(settings: Settings, dataset: Dataset) -> Samples:
+    from vlm2rec.embedder.training.samples import Samples
+
     return Samples(dataset.train_sequences(), dataset.max_history, settings.samples, settings.users, settings.seed)
 
 
 def _history_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> HistoryModel:
-    loss = LOSSES[settings.loss].make(settings)
+    from vlm2rec.embedder.training.vlm2rec import HistoryModel
+
+    loss = loss_of(settings.loss).make(settings)
     return HistoryModel(encoder, wrapped, items, loss, settings.tau_wpcl, settings.chunk_users, settings.negatives)
 
 
@@ -166,18 +185,22 @@ def _check_histories(settings: Settings) -> None:
             "--prompt-style vlm2rec, or --method sda",
             "change one of the two",
         )
-    LOSSES[settings.loss].check(settings)
+    loss_of(settings.loss).check(settings)
 
 
 def _history_advice(settings: Settings, behind: bool) -> Sequence[str]:
-    return LOSSES[settings.loss].advice(settings, behind)
+    return loss_of(settings.loss).advice(settings, behind)
 
 
 def _item_samples(settings: Settings, dataset: Dataset) -> ItemSamples:
+    from vlm2rec.embedder.training.sda import ItemSamples
+
     return ItemSamples(len(dataset.item_ids))
 
 
 def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
+    from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+
     if settings.experts == 1:
         return _lora(settings, backbone)
     moda = ModaSettings(settings.experts, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
@@ -185,6 +208,8 @@ def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
 
 
 def _item_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> ItemModel:
+    from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel
+
     return ItemModel(encoder, wrapped, items, ItemAlignment(settings.cmsa, settings.tau_cmsa), settings.chunk_users)
 
 
@@ -209,37 +234,61 @@ def _alignment_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
-        options=METHOD_OPTIONS["vlm2rec"],
+        help="users' histories, by --loss",
         samples=_history_samples,
         model=_history_model,
         title=_loss_title,
+        own=(
+            *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
+            *("crtr", "negatives", "samples", "users"),
+        ),
         check=_check_histories,
         advice=_history_advice,
         shown=("wpcl", "crtr", "margin_text", "margin_image", "weight", "alpha", "beta"),
         distributed=True,
     ),
     "sda": Recipe(
-        options=METHOD_OPTIONS["sda"],
+        help="text and image of items, by --cmsa",
         samples=_item_samples,
         model=_item_model,
         title=_alignment_title,
+        own=("cmsa", "tau_cmsa", "experts"),
+        defaults={"pooling": "mean", "prompt_style": "sda", "lora_rank": 8, "lora_dropout": 0.1, "batch_size": 32},
         adapter=_experts,
         check=_check_items,
         advice=_alignment_advice,
         shown=("own_text_first", "tau"),
-        probed=PROBED,
+        probed=SDA_PROBED,
     ),
 }
 """The training methods, by `--method`."""
 
 
+def recipe_of(method: str) -> Recipe:
+    """Return the recipe of a method; raise `ConfigError` where there is none of that name."""
+    return _known("--method", method, METHODS)
+
+
+def loss_of(name: str) -> LossRecipe:
+    """Return the recipe of a loss; raise `ConfigError` where there is none of that name."""
+    return _known("--loss", name, LOSSES)
+
+
+def _known(flag: str, name: str, rows: Mapping[str, _Row]) -> _Row:
+    if name not in rows:
+        raise ConfigError(
+            f"{flag} {name!r} is not known{did_you_mean(name, rows)}", f"one of {', '.join(rows)}", f"change {flag}"
+        )
+    return rows[name]
+
+
 def check_settings(settings: Settings) -> None:
     """Raise `ConfigError` where a setting belongs to another method than the chosen one, or contradicts it."""
-    recipe = METHODS[settings.method]
+    recipe = recipe_of(settings.method)
     defaults = {field.name: field.default for field in fields(settings)}
     for other, theirs in METHODS.items():
-        for name in theirs.options.own:
-            if name not in recipe.options.own and getattr(settings, name) != defaults[name]:
+        for name in theirs.own:
+            if name not in recipe.own and getattr(settings, name) != defaults[name]:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(
                     f"{flag} with --method {settings.method}, which has no such setting",

@@ -19,12 +19,11 @@ from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.pooling import at_least_float32, norm_ratio, unit
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
-from vlm2rec.embedder.options import Alignment
+from vlm2rec.embedder.options import SDA_PROBED, Alignment
 from vlm2rec.embedder.training.gradients import TOTAL, Part, conflict, gradient_alignment
 from vlm2rec.embedder.training.losses import check_batch, cosines, info_nce, require
 from vlm2rec.embedder.training.train import Model
 
-PROBED = ("q_proj", "k_proj")
 """Projections of the last layer in which the paper compares the gradients of text and image."""
 
 
@@ -73,7 +72,7 @@ class ItemModel(Model):
         Args:
             rows: (N,) different item rows.
             with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
-                adapted weights and in the projections `PROBED` (section 3.3.3); the graph stays as it is.
+                adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph stays as it is.
         """
         vectors = self.encode([[int(row)] for row in rows])
         text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
@@ -99,7 +98,7 @@ class ItemModel(Model):
 def probed(backbone: Backbone) -> dict[str, list[Part]]:
     """Return, by projection of the last layer, A and B of its adapter: of MoDA the first expert's part of them."""
     attention = backbone.language_model.layers[-1].self_attn
-    return {name: _matrices(getattr(attention, name)) for name in PROBED}
+    return {name: _matrices(getattr(attention, name)) for name in SDA_PROBED}
 
 
 def _matrices(layer: nn.Module) -> list[Part]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
-from vlm2rec.embedder.options import METHOD_OPTIONS, MethodOptions
+from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
 from vlm2rec.pipelines.config import StudyConfig
@@ -216,8 +216,9 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    own = METHOD_OPTIONS.get(_kind(study, method), MethodOptions())
-    return {**defaults, **own.defaults, **study.finetune, **method.finetune}[setting]
+    kind = _kind(study, method)
+    own = METHODS[kind].defaults if kind in METHODS else {}
+    return {**defaults, **own, **study.finetune, **method.finetune}[setting]
 
 
 def _variant(base: Method, grid: Grid, value: Any) -> Method:
@@ -339,7 +340,7 @@ class Source:
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
     kind = _kind(study, method)
-    others = {name for other, options in METHOD_OPTIONS.items() if other != kind for name in options.own}
+    others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
     return context.step(
