@@ -22,6 +22,14 @@ Pooling = Literal["last", "mean"]
 Strategy = Literal["visual", "textual", "prompt1", "prompt2", "dual"]
 STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 """The prompts of the VLM2Vec feature study."""
+StrategyChoice = Literal[Strategy, "question"]
+"""One of the study's prompts, or a question about title and image together."""
+QuestionMode = Literal["auto", PromptMode]
+"""`auto`: chat where the model has a chat template."""
+EncoderKind = Literal["auto", "sentence", "clip"]
+"""Of a frozen encoder: titles alone, or titles and images in one space; `auto`: what its folder holds."""
+EncoderPooling = Literal["auto", "mean", "cls", "last"]
+"""Of a frozen text encoder; `auto`: as its folder says, else the mean."""
 
 # --- training -------------------------------------------------------------------------------------------------
 Alignment = Literal["paper", "reference", "off"]

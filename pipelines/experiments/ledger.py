@@ -87,17 +87,26 @@ def change(cell: Run, step: Step, now: Json) -> Change | None:
     record = records(cell.folder).get(step.name)
     if record is None:
         return None
+    recorded = _in_todays_words(record)
     defaults = {
         schema.stored_name(f.name): f.default for f in dataclasses.fields(step.config) if f.default is not MISSING
     }
     for name, value in now.items():
-        if name not in record["settings"] and name not in defaults:
+        if name not in recorded and name not in defaults:
             continue  # not yet looked at when the step was run
         # a setting that the program did not have at the time was at its default
-        before = record["settings"].get(name, _plain(defaults.get(name), Path()))
+        before = recorded.get(name, _plain(defaults.get(name), Path()))
         if before != value:
             return Change(cell, step, name, before, value)
     return None
+
+
+def _in_todays_words(record: Json) -> Json:
+    """Return the settings of a recorded step; what two commands of their own did before is done by export-items."""
+    settings: Json = record["settings"]
+    if record["command"] == "encode-frozen":
+        return settings | {"encoder_kind": settings.get("kind", "auto")}
+    return settings | {"strategy": "question"} if record["command"] == "encode-prompted" else settings
 
 
 def is_finished(cell: Run, step: Step) -> bool:

@@ -372,31 +372,39 @@ def _export(context: RunContext) -> Step:
     )
 
 
-def _frozen(
-    command: str, cls: str, renamed: Mapping[str, str], fixed: Mapping[str, Any]
+def _embedded(
+    command: str, cls: type, defaults: Mapping[str, Any], asks_backbone: bool = False
 ) -> Callable[[RunContext], Step]:
     """Return a source's function for a command that writes an embeddings folder from the method's own options."""
 
     def embed(context: RunContext) -> Step:
-        options = {renamed.get(key, key): value for key, value in context.method.options.items()}
-        values = {**fixed, **options, "data": context.data}
-        if cls == "EncodePromptedConfig":
+        options = {_FLAGS.get(key, key): value for key, value in context.method.options.items()}
+        values = {**defaults, **options, "data": context.data}
+        if asks_backbone:
             values["backbone"] = context.backbone
-        return context.step(command, getattr(settings, cls), context.out("embeddings"), "manifest.json", [], **values)
+        return context.step(command, cls, context.out("embeddings"), "manifest.json", [], **values)
 
     return embed
 
+
+def _frozen(kind: str) -> Callable[[RunContext], Step]:
+    """Return the function of a source whose vectors a frozen encoder makes."""
+    return _embedded("export-items", settings.ExportConfig, {"encoder_kind": kind, **_OF_ENCODER})
+
+
+_FLAGS = {"folder": "encoder", "kind": "encoder_kind"}  # what a study calls settings of export-items
+# what is also the default is spelled out: steps that earlier versions have recorded hold it
+_OF_ENCODER = {"pooling": "auto", "fusion_norm": "raw", "dtype": "float32"}
+_OF_QUESTION = {"strategy": "question", "prompt_mode": "auto", "max_pixels": 224 * 224, "max_title_tokens": 64}
 
 SOURCES: dict[str, Source] = {
     "id": Source(),
     "backbone": Source(_export, encodes_users=True),
     "finetune": Source(_export, _finetune, encodes_users=True),
-    "vectors": Source(_frozen("import-vectors", "ImportVectorsConfig", {}, {}), anywhere=False),
-    "sentence-transformers": Source(
-        _frozen("encode-frozen", "EncodeFrozenConfig", {"folder": "encoder"}, {"kind": "sentence"})
-    ),
-    "clip": Source(_frozen("encode-frozen", "EncodeFrozenConfig", {"folder": "encoder"}, {"kind": "clip"})),
-    "prompt": Source(_frozen("encode-prompted", "EncodePromptedConfig", {}, {})),
+    "vectors": Source(_embedded("import-vectors", settings.ImportVectorsConfig, {}), anywhere=False),
+    "sentence-transformers": Source(_frozen("sentence")),
+    "clip": Source(_frozen("clip")),
+    "prompt": Source(_embedded("export-items", settings.ExportConfig, _OF_QUESTION, asks_backbone=True)),
 }
 
 
