@@ -31,7 +31,7 @@ from vlm2rec.downstream.evaluation.protocol import (
     mean_of_history,
 )
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
@@ -45,8 +45,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
     dataset = Dataset(config.data)
     seeds = list(config.seeds) or dataset.candidate_seeds
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+    publish.require_folder(config.out)
     manifest = schema.read_manifest(config.embeddings)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
@@ -91,7 +90,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             # no ranking can give other figures: a row that breaks the bound is an error of ours
             assert bound_check(row), f"{protocol} {pair} breaks the N@20 - N@10 bound: {row}"
     config.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(_users_table(histories.user_ids, seeds, by_candidates, by_catalogue), config.out / USERS_FILE)
+    with publish.whole_file(config.out / USERS_FILE) as file:
+        pq.write_table(_users_table(histories.user_ids, seeds, by_candidates, by_catalogue), file)
     schema.write_json(config.out / METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)

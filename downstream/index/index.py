@@ -31,10 +31,9 @@ import pyarrow.parquet as pq
 from vlm2rec.downstream.index.plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from vlm2rec.embedder.contract.publish import plain_disk_errors, replace_folder, staging, sync
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
 INDEX_FILE = "items.faiss"
@@ -85,7 +84,7 @@ def build_index(
     """
     check_out(out)
     plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample)
-    with staging(out) as folder:
+    with publish.whole_folder(out) as folder:
         begun = time.perf_counter()
         index = _trained_index(plan, embeddings, column, seed, watch)
         queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
@@ -128,7 +127,7 @@ def build_index(
             "vlm2rec_version": version("vlm2rec"),
             "faiss_version": faiss.__version__,
         }
-        return _publish(folder, out, index, item_ids, titles, meta)
+        return _write(folder, out, index, item_ids, titles, meta)
 
 
 def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int, watch: Watch) -> Any:
@@ -199,31 +198,24 @@ def _shards_sha256(manifest: dict[str, Any]) -> str:
 # --- publishing -----------------------------------------------------------------------------------------------
 def check_out(out: Path) -> None:
     """Raise `ConfigError` unless `out` is free, empty, or an index folder that may be replaced."""
-    if not out.exists():
-        return
-    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    if names and (META_FILE not in names or names - {INDEX_FILE, IDS_FILE, META_FILE}):
-        foreign = sorted(names - {INDEX_FILE, IDS_FILE, META_FILE})
-        raise ConfigError(
-            f"{out} holds {', '.join(foreign[:3])}" if out.is_dir() and foreign else f"{out} is not an index folder",
-            "a new or empty folder, or an earlier index with nothing else in it",
-            "choose another --out",
-        )
+    publish.require_ours(
+        out,
+        "an earlier index with nothing else in it",
+        ours=(out / META_FILE).is_file(),
+        only=(INDEX_FILE, IDS_FILE, META_FILE),
+    )
 
 
-def _publish(
+def _write(
     folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    with plain_disk_errors(out):
+    with publish.plain_disk_errors(out):
         faiss.write_index(index, str(folder / INDEX_FILE))
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
-        for name in (INDEX_FILE, IDS_FILE):
-            sync(folder / name)
         meta = {**meta, "bytes": (folder / INDEX_FILE).stat().st_size}
         schema.write_json(folder / META_FILE, meta)
-        replace_folder(folder, out)
     return meta
 
 

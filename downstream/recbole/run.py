@@ -30,7 +30,7 @@ import yaml
 from vlm2rec.downstream.evaluation.protocol import _Rankings, _Task
 from vlm2rec.downstream.recbole import compat as recbole_compat
 from vlm2rec.downstream.recbole import plugin as recbole_plugin
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
@@ -156,9 +156,10 @@ def run(
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
+    publish.require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     for stale in (METRICS_FILE, USERS_FILE, CHECKPOINT_FILE):
-        (out / stale).unlink(missing_ok=True)
+        publish.discard(out / stale)
     with recbole_compat.cured(out):
         recbole_config = _recbole_config(layers, settings, folder, out, device)
         if recbole_plugin.read_flag(settings):
@@ -170,7 +171,8 @@ def run(
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
             metrics |= ours
     if users:
-        pq.write_table(pa.concat_tables(users), out / USERS_FILE)
+        with publish.whole_file(out / USERS_FILE) as file:
+            pq.write_table(pa.concat_tables(users), file)
     schema.write_json(out / METRICS_FILE, metrics)
     return Outcome(metrics, trained.model, recbole_config, out)
 
@@ -404,10 +406,8 @@ def _watched(trainer: Any) -> Any:
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            final = Path(self.saved_model_file)
-            temporary = final.with_name(f".{final.name}.tmp")
-            super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(temporary))
-            temporary.replace(final)
+            with publish.whole_file(Path(self.saved_model_file)) as file:
+                super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(file))
             self.course.best_epoch = epoch + 1
 
     return Watched

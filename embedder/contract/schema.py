@@ -138,6 +138,14 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
     return value
 
 
+def is_written_by(path: Location, writer: str) -> bool:
+    """Tell whether a JSON file says that it was `written_by` this command: a stranger's of that name does not."""
+    try:
+        return read_json(path, "", "").get("written_by") == writer
+    except ArtifactError:
+        return False
+
+
 def read_manifest(folder: Location) -> dict[str, Any]:
     """Read the manifest of a finished embeddings folder.
 

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, readable
-from vlm2rec.embedder.export.lock import Share, is_lock, is_writing
+from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, is_writing
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
@@ -356,20 +356,18 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _refuse_foreign(folder: Location) -> None:
-    there = sorted(path.name for path in folder.iterdir())
-    strange = [name for name in there if not is_lock(name) and not is_temporary(name)]
-    if strange:
-        raise ArtifactError(
-            f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
-            "a new or empty folder, or one of an export to go on with",
-            "choose another --out",
-        )
+    publish.require_ours(
+        folder,
+        "an export to go on with",
+        ours=False,
+        ignored=lambda name: is_lock(name) or is_temporary(name),
+        error=ArtifactError,
+    )
 
 
 def is_temporary(name: str) -> bool:
     """Tell whether a file name is that of an unfinished write of ours."""
-    ours = (".part-", ".export.lock.", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")
-    return name.startswith(ours) and name.endswith(".tmp")
+    return publish.is_temporary(name, "part-", LOCK_FILE, STATE_FILE, schema.MANIFEST_FILE)
 
 
 def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
