@@ -37,6 +37,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError, ModelError
 from vlm2rec.embedder.encoders import cache_choice as vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export import worker as shard_maker
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.verify import verify
@@ -486,7 +487,7 @@ def test_fault_44_a_writer_that_dies_ends_the_export_without_a_hang(
         raise Dies
 
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    monkeypatch.setattr(export_items.shards, "publish", dying)
+    monkeypatch.setattr(shards, "publish_shard", dying)
     with pytest.raises(Dies):
         export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
 
