@@ -6,15 +6,13 @@ import csv
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vlm2rec.downstream import formats, mmrec
 from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, Selection
 from vlm2rec.downstream.options import Missing
-from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.pipelines import console
@@ -140,8 +138,8 @@ def _record(
         "files": sorted({path.relative_to(folder).parts[0] for path in folder.iterdir()}),
         "embeddings": str(config.embeddings.resolve()),
         "fingerprint": manifest["fingerprint"],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "vlm2rec_version": version("vlm2rec"),
+        "created": provenance.created(),
+        "vlm2rec_version": provenance.version_of("vlm2rec"),
     }
 
 

@@ -17,8 +17,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ import pyarrow.parquet as pq
 from vlm2rec.downstream.index.plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from vlm2rec.embedder.contract.storage import Location, location, readable
@@ -123,8 +121,8 @@ def build_index(
             "fingerprint": manifest["fingerprint"],
             "shards_sha256": _shards_sha256(manifest),
             "seed": seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "vlm2rec_version": version("vlm2rec"),
+            "created": provenance.created(),
+            "vlm2rec_version": provenance.version_of("vlm2rec"),
             "faiss_version": faiss.__version__,
         }
         return _write(folder, out, index, item_ids, titles, meta)
