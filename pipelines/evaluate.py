@@ -37,9 +37,6 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
-METRICS_FILE = "metrics.json"
-USERS_FILE = "users.parquet"
-
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
@@ -90,9 +87,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             # no ranking can give other figures: a row that breaks the bound is an error of ours
             assert bound_check(row), f"{protocol} {pair} breaks the N@20 - N@10 bound: {row}"
     config.out.mkdir(parents=True, exist_ok=True)
-    with publish.whole_file(config.out / USERS_FILE) as file:
+    with publish.whole_file(config.out / schema.USERS_FILE) as file:
         pq.write_table(_users_table(histories.user_ids, seeds, by_candidates, by_catalogue), file)
-    schema.write_json(config.out / METRICS_FILE, result)
+    schema.write_json(config.out / schema.METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)
     return result
@@ -207,8 +204,8 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
             "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions in training",
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
-            "metrics": Path(config.out) / METRICS_FILE,
-            "per user": Path(config.out) / USERS_FILE,
+            "metrics": Path(config.out) / schema.METRICS_FILE,
+            "per user": Path(config.out) / schema.USERS_FILE,
         },
     )
 

@@ -34,9 +34,8 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
-INDEX_FILE = "items.faiss"
+FAISS_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
-META_FILE = "index.json"
 INDEX_SCHEMA_VERSION = 1
 ROW = "row"  # int64, in ids.parquet
 
@@ -199,8 +198,8 @@ def check_out(out: Path) -> None:
     publish.require_ours(
         out,
         "an earlier index with nothing else in it",
-        ours=(out / META_FILE).is_file(),
-        only=(INDEX_FILE, IDS_FILE, META_FILE),
+        ours=(out / schema.INDEX_FILE).is_file(),
+        only=(FAISS_FILE, IDS_FILE, schema.INDEX_FILE),
     )
 
 
@@ -208,12 +207,12 @@ def _write(
     folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
 ) -> dict[str, Any]:
     with publish.plain_disk_errors(out):
-        faiss.write_index(index, str(folder / INDEX_FILE))
+        faiss.write_index(index, str(folder / FAISS_FILE))
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
-        meta = {**meta, "bytes": (folder / INDEX_FILE).stat().st_size}
-        schema.write_json(folder / META_FILE, meta)
+        meta = {**meta, "bytes": (folder / FAISS_FILE).stat().st_size}
+        schema.write_json(folder / schema.INDEX_FILE, meta)
     return meta
 
 
@@ -244,7 +243,7 @@ class ItemIndex:
         while True:
             meta = read_meta(folder)
             try:
-                index = _read_index(folder / INDEX_FILE)
+                index = _read_index(folder / FAISS_FILE)
                 ids = schema.read_table(folder / IDS_FILE, fix=_BUILD_AGAIN)
             except ArtifactError:
                 if read_meta(folder) == meta:
@@ -370,7 +369,9 @@ class ItemIndex:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read `index.json`; raise `ArtifactError` if the folder is no finished index or of a newer version."""
     meta = schema.read_json(
-        folder / META_FILE, f"an index folder, whose {META_FILE} is written last", "run `vlm2rec build-index` first"
+        folder / schema.INDEX_FILE,
+        f"an index folder, whose {schema.INDEX_FILE} is written last",
+        "run `vlm2rec build-index` first",
     )
     found = meta.get("schema_version")
     if not isinstance(found, int) or found > INDEX_SCHEMA_VERSION:

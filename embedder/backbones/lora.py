@@ -35,9 +35,9 @@ from vlm2rec.embedder.contract.errors import ModelError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
-SETTINGS_FILE = "vlm2rec.json"
+SETTINGS_FILE = schema.ADAPTER_FILE
 CANARY_FILE = "canary.safetensors"
-CURVES_FILE = "curves.json"
+CURVES_FILE = schema.CURVES_FILE
 CANARY_COSINE = 0.999
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
 # PEFT stops at a type it does not know, and shows it: here is room for what to do
