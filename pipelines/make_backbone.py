@@ -14,7 +14,7 @@ from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import DataError, did_you_mean
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.images import find_images
 from vlm2rec.pipelines.config import MakeBackboneConfig
 from vlm2rec.pipelines.synthetic.small_backbone import (
@@ -73,8 +73,8 @@ def run(config: MakeBackboneConfig) -> Path:
 
 def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     """Return item_id, title, caption and image_path (may be null) of items with words, and the caption's column."""
-    names = catalogue_files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
-    frame = catalogue_files.read_items(config.items, names).frame
+    names = files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
+    frame = files.read_items(config.items, names).frame
     column = _caption_column(config, frame)
     frame = frame.with_columns(find_images(config.images, frame), _as_text(frame, column).alias("caption"))
     frame = frame.select(schema.ITEM_ID, schema.TITLE, "caption", schema.IMAGE_PATH)

@@ -23,10 +23,10 @@ from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.catalogue import files as catalogue_files
-from vlm2rec.pipelines.catalogue import images as image_files
+from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.dataset_writer import _write_candidates, _write_items, _write_sequences
 from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
+from vlm2rec.pipelines.catalogue.images import find_images
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.config import PrepareConfig
 
@@ -55,15 +55,13 @@ def run(config: PrepareConfig) -> Dataset:
             many items for `candidates`.
     """
     _check(config)
-    names = catalogue_files.ColumnNames(
-        config.item_id_column, config.title_column, config.user_id_column, config.time_column
-    )
+    names = files.ColumnNames(config.item_id_column, config.title_column, config.user_id_column, config.time_column)
     with _working_folder(config) as work:
-        items = catalogue_files.read_items(config.items, names)
+        items = files.read_items(config.items, names)
         console.log.print(f"items: {items.format}, {items.frame.height:,} rows")
-        found = catalogue_files.scan_interactions(config.interactions, names, scratch=work)
+        found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
-        images = image_files.find_images(config.images, items.frame)
+        images = find_images(config.images, items.frame)
 
         catalogue = items.frame.with_columns(images)
         user_ids, log, steps = read_log(found, catalogue)

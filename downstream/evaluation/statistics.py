@@ -1,7 +1,7 @@
 """Is one method better than another? Paired tests over seeds and users, corrected for many comparisons. NumPy only.
 
 Two questions, two tests. Over *seeds*, the paired t-test of the paper: would another training run say the same? Over
-*users*, the paired bootstrap of `ranking.paired_bootstrap`: would other users say the same? With five seeds the first
+*users*, the paired bootstrap of `metrics.paired_bootstrap`: would other users say the same? With five seeds the first
 has four degrees of freedom; the second is the stronger test, but knows only the runs that were made.
 """
 
