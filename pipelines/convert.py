@@ -6,18 +6,15 @@ import csv
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vlm2rec.downstream import formats, mmrec
 from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, Selection
 from vlm2rec.downstream.options import Missing
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
-from vlm2rec.embedder.contract.publish import plain_disk_errors, replace_folder, staging, sync
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 
@@ -56,38 +53,26 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     form = FORMATS[config.to]
     columns = _columns(config, form, manifest)
     missing = _missing(config, form)
-    with staging(config.out) as folder, plain_disk_errors(config.out):
+    with publish.whole_folder(config.out) as folder, publish.plain_disk_errors(config.out):
         gaps = form.write(config, folder, columns, missing)
         if gaps:
             write_gaps(folder / MISSING_FILE, gaps)
         record = _record(config, manifest, folder, columns, missing, gaps)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                sync(path)
         schema.write_json(folder / RECORD_FILE, record)
-        replace_folder(folder, config.out)
     _report(config, form, record)
     return record
 
 
 def check_out(out: Path, kind: str) -> None:
     """Raise `ConfigError` unless `out` is free, empty, or an earlier conversion to the same form and nothing else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{out} is a file", "a folder, or a place to make one", "choose another --out")
-    found = {path.relative_to(out).parts[0] for path in out.iterdir()}
-    if not found:
-        return
     record = out / RECORD_FILE
     earlier = schema.read_json(record, "a conversion", "choose another --out") if record.is_file() else {}
-    strange = sorted(found - set(earlier.get("files", [])) - {RECORD_FILE})
-    if earlier.get("to") != kind or strange:
-        raise ConfigError(
-            f"{out} holds {', '.join(strange[:3]) or 'a conversion to ' + str(earlier.get('to'))}",
-            f"a new or empty folder, or an earlier conversion to {kind} with nothing else in it",
-            "choose another --out, or remove what is there; what a tool computed from earlier vectors is stale anyway",
-        )
+    publish.require_ours(
+        out,
+        f"an earlier conversion to {kind} with nothing else in it",
+        ours=earlier.get("to") == kind,
+        only=(RECORD_FILE, *earlier.get("files", ())),
+    )
 
 
 def _refuse_idle_flags(config: ConvertConfig) -> None:
@@ -153,8 +138,8 @@ def _record(
         "files": sorted({path.relative_to(folder).parts[0] for path in folder.iterdir()}),
         "embeddings": str(config.embeddings.resolve()),
         "fingerprint": manifest["fingerprint"],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "vlm2rec_version": version("vlm2rec"),
+        "created": provenance.created(),
+        "vlm2rec_version": provenance.version_of("vlm2rec"),
     }
 
 

@@ -13,24 +13,20 @@ from rich.table import Table
 
 from vlm2rec.downstream.evaluation.geometry import geometry_from_rows
 from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
-from vlm2rec.downstream.evaluation.protocol import METRICS, RankingTask, Views, mean_of_history, rank_vectors
+from vlm2rec.downstream.evaluation.protocol import RankingTask, Views, mean_of_history, rank_vectors
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
-
-METRICS_FILE = "metrics.json"
-USERS_FILE = "users.parquet"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
     dataset = Dataset(config.data)
     seeds = list(config.seeds) or dataset.candidate_seeds
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+    publish.require_folder(config.out)
     manifest = schema.read_manifest(config.embeddings)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
@@ -73,8 +69,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
-    pq.write_table(pa.concat_tables([*by_candidates, *by_catalogue]), config.out / USERS_FILE)
-    schema.write_json(config.out / METRICS_FILE, result)
+    with publish.whole_file(config.out / schema.USERS_FILE) as file:
+        pq.write_table(pa.concat_tables([*by_candidates, *by_catalogue]), file)
+    schema.write_json(config.out / schema.METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)
     return result
@@ -169,14 +166,14 @@ def print_metrics(result: dict[str, Any]) -> None:
     Where some users' target is an item of the long tail, theirs among the candidates follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "ranked among", *METRICS):
-        table.add_column(name, justify="right" if name in METRICS else "left")
+    for name in ("", "ranked among", *schema.METRICS):
+        table.add_column(name, justify="right" if name in schema.METRICS else "left")
     for pair in result["candidates"]:
         for protocol, name in (("candidates", pair), ("full", "")):
-            cells = [f"{result[protocol][pair][metric]:.4f}" for metric in METRICS]
+            cells = [f"{result[protocol][pair][metric]:.4f}" for metric in schema.METRICS]
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
         if tail := result["tail"]["candidates"][pair]:
-            table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in METRICS))
+            table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
     log.print(table)
 
 
@@ -189,8 +186,8 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
             "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions in training",
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
-            "metrics": Path(config.out) / METRICS_FILE,
-            "per user": Path(config.out) / USERS_FILE,
+            "metrics": Path(config.out) / schema.METRICS_FILE,
+            "per user": Path(config.out) / schema.USERS_FILE,
         },
     )
 

@@ -31,8 +31,8 @@ from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerp
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.estimate import describe, estimate
-from vlm2rec.embedder.export.export import _plan, export
-from vlm2rec.embedder.export.reuse import Reuse, _earlier_rows, _work
+from vlm2rec.embedder.export.export import export, plan_export
+from vlm2rec.embedder.export.reuse import Reuse, open_earlier_rows, plan_work
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ExportConfig
@@ -173,7 +173,7 @@ def _dry_run(
 ) -> dict[str, Any]:
     """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
     dataset, out = Dataset(config.data), config.out
-    plan = _plan(
+    plan = plan_export(
         dataset,
         out,
         fingerprint,
@@ -185,8 +185,8 @@ def _dry_run(
         TERMINAL,
     )
     finished = shards.recorded(out, plan, reuse.revises)
-    earlier = _earlier_rows(out, plan, finished, reuse)
-    work = _work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+    earlier = open_earlier_rows(out, plan, finished, reuse)
+    work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
     rows = [plan.rows(number)[place] for number, reuse_rows in work.items() for place in np.flatnonzero(reuse_rows < 0)]
     encoder = _load(config)
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:

@@ -26,7 +26,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export import worker
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
@@ -66,7 +66,7 @@ def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items
 
 
 def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_maker, "ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(worker, "ITEMS_AT_ONCE", 3)
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=10)
     assert [len(call) for call in encoder.calls] == [3, 3, 3, 1, 3, 3, 3, 1]
@@ -348,7 +348,7 @@ def test_fault_14_batch_size_threads_and_cache_may_change_between_runs_and_pixel
     assert not {"device", "token_budget", "vision_cache", "image_timeout"} & set(manifest["settings"])
     before = parts(config.out)
     (config.out / "part-00001.parquet").unlink()
-    monkeypatch.setattr(shard_maker, "READERS", 1)
+    monkeypatch.setattr(worker, "READERS", 1)
     export_items.run(replace(config, token_budget=40, vision_cache="off", image_timeout=5.0))
     assert parts(config.out) == before and verify(config.out) == []
     with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):

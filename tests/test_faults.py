@@ -37,10 +37,9 @@ from vlm2rec.embedder.backbones import image_readers, lora
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError, ModelError
-from vlm2rec.embedder.encoders import cache_choice as vision_cache
+from vlm2rec.embedder.encoders import cache_choice
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export import shards, worker
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
@@ -267,7 +266,7 @@ else:
 
 def test_fault_31_images_that_are_never_read_are_failure_rows_and_hold_nobody_up(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
-    slow = range(2, 2 + shard_maker.READERS + 1)  # more than there are threads
+    slow = range(2, 2 + worker.READERS + 1)  # more than there are threads
     code = """
 from test_faults import *
 encoder = ShadeEncoder()
@@ -301,7 +300,7 @@ def test_fault_31_a_disk_that_is_gone_stops_the_export_and_the_rerun_completes_i
 def test_fault_31_the_command_waits_neither_for_the_estimate_nor_for_the_image(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision_cache, "_PATIENCE", 0.3)
+    monkeypatch.setattr(cache_choice, "_PATIENCE", 0.3)
     data = write_dataset(tmp_path / "data", items=4)
     with held(data / "images" / "2.png"):
         manifest = export_items.run(settings(tiny, data, tmp_path / "out", image_timeout=0.3))
@@ -466,7 +465,7 @@ class Dies(BaseException):
 def test_fault_44_a_reader_that_dies_ends_the_export_without_a_hang_and_the_rerun_completes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = shard_maker.open_image
+    read = worker.open_image
 
     def dying(root: Path, relative: str, pixels: int) -> Image.Image:
         if relative == "13.png":
@@ -474,7 +473,7 @@ def test_fault_44_a_reader_that_dies_ends_the_export_without_a_hang_and_the_reru
         return read(root, relative, pixels)
 
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
-    monkeypatch.setattr(shard_maker, "open_image", dying)
+    monkeypatch.setattr(worker, "open_image", dying)
     with pytest.raises(Dies):
         export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert list(parts(out)) == ["part-00000.parquet"]

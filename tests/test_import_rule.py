@@ -212,6 +212,7 @@ def loaded_by(code: str) -> set[str]:
         "embedder.contract.dataset",
         "embedder.contract.storage",
         "embedder.contract.publish",
+        "embedder.contract.provenance",
         "embedder.contract.errors",
         "downstream.table",
         "downstream.evaluation.metrics",

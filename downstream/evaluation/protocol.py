@@ -18,7 +18,6 @@ from vlm2rec.downstream.evaluation import metrics
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories, Split
 
-METRICS = ("H@10", "N@10", "H@20", "N@20")
 _LETTERS = {schema.FUSED: "f", schema.TEXT: "t", schema.IMAGE: "v"}
 # user view → item view: what the fused item is found by (Fig. 1a), and each modality by itself
 _PAIRS = (
@@ -82,12 +81,12 @@ class Rankings:
     def users(self, seed: int | None) -> PerUser:
         """Return the metrics of every user among the candidates of a seed, or in the catalogue (None)."""
         blocks = self._blocks[seed]
-        return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def means(self) -> dict[str, Any]:
         """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, and the `tail`'s."""
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
-        values = {name: [means[name] for means in of_seed] for name in METRICS}
+        values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         found = {
             "candidates": {name: statistics.mean(each) for name, each in values.items()},
             "candidates_std": {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()},

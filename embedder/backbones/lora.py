@@ -29,15 +29,15 @@ from torch import Tensor
 
 from vlm2rec.embedder.backbones import moda
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
-from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
-SETTINGS_FILE = "vlm2rec.json"
+SETTINGS_FILE = schema.ADAPTER_FILE
 CANARY_FILE = "canary.safetensors"
-CURVES_FILE = "curves.json"
+CURVES_FILE = schema.CURVES_FILE
 CANARY_COSINE = 0.999
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
 # PEFT stops at a type it does not know, and shows it: here is room for what to do
@@ -116,19 +116,19 @@ def save_adapter(
     if isinstance(wrapped, PeftModel):
         wrapped.peft_config["default"].inference_mode = True
         wrapped.save_pretrained(str(folder), safe_serialization=True)
+        publish.sync(folder / WEIGHTS_FILE)
         settings = {"kind": "lora", **settings}
     else:
-        safetensors.torch.save_file(moda.weights(wrapped), folder / MODA_FILE)
+        with publish.whole_file(folder / MODA_FILE) as file:
+            safetensors.torch.save_file(moda.weights(wrapped), file)
         schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
         settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
-    safetensors.torch.save_file(
-        {"images": pixels, "fused": torch.from_numpy(canary.fused)},
-        folder / CANARY_FILE,
-        metadata={"titles": json.dumps(canary.titles)},
-    )
+    vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
+    with publish.whole_file(folder / CANARY_FILE) as file:
+        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
     schema.write_json(folder / CURVES_FILE, curves)
-    (folder / "README.md").write_text(card, encoding="utf-8")  # in place of PEFT's empty template
+    schema.write_text(folder / "README.md", card)  # in place of PEFT's empty template
     schema.write_json(folder / SETTINGS_FILE, settings)
 
 
