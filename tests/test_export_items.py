@@ -22,7 +22,7 @@ from children import child
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -274,7 +274,7 @@ def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_sa
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
-    monkeypatch.setattr(export_items.shards.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(provenance, "version_of", lambda name: "0.0.1")
     first = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     monkeypatch.undo()
     (out / "part-00001.parquet").unlink()
