@@ -42,6 +42,7 @@ from vlm2rec.embedder.options import (
     ViewChoice,
 )
 from vlm2rec.embedder.training.recipes import LOSSES, METHODS, LossRecipe, Recipe
+from vlm2rec.pipelines.convert_formats import FORMATS, Format
 
 
 class _Anywhere:
@@ -76,7 +77,7 @@ def setting(text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe]) -> str:
+def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, Format]) -> str:
     return "; ".join(f"{name}: {row.help}" for name, row in table.items())
 
 
@@ -424,10 +425,7 @@ class ConvertConfig:
     """Settings of `vlm2rec convert`."""
 
     embeddings: Place = setting("Embeddings folder.")
-    to: Literal["mmrec", "cornac", "recbole", "npy", "safetensors", "lance", "sentence-transformers"] = setting(
-        "mmrec: a dataset for FREEDOM, LATTICE and others; cornac, npy, safetensors: matrix and ids; recbole:"
-        " .itememb; lance: a table; sentence-transformers: the merged model as a folder it opens."
-    )
+    to: str = setting(f"{_rows(FORMATS)}.")
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
         "Views that go out, of fused, text, image. Default: for mmrec text and image, or fused where it is alone; for"

@@ -26,7 +26,7 @@ from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_fingerprint
-from vlm2rec.embedder.encoders.settings import fingerprint_of
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerprint
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import Distribution
@@ -57,7 +57,7 @@ class Source:
 
 
 _BACKBONE = ("backbone", "revision", "prompt_mode", "max_pixels", "max_title_tokens")
-_ITEMS = (*_BACKBONE, "adapter", "views", "fusion", "fusion_norm", "pooling", "prompt_style", "vision_cache")
+_ITEMS = (*_BACKBONE, "adapter", *(field.name for field in dataclasses.fields(EncoderSettings)), "vision_cache")
 
 # the first that applies; a strategy itself refuses what it decides, such as --views
 SOURCES = (

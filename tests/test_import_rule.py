@@ -91,7 +91,10 @@ ORDER = {
         *("options", "principal_components", "table", "formats", "mmrec"),
         *("evaluation", "recbole", "index"),
     ),
-    "pipelines": ("config", "read_config", "console", "commands", "catalogue", "synthetic", "experiments", "reporting"),
+    "pipelines": (
+        *("convert_formats", "config", "read_config", "console", "commands"),
+        *("catalogue", "synthetic", "experiments", "reporting"),
+    ),
 }
 
 
