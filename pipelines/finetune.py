@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.backbones.lora import (
-    CURVES_FILE,
-    SETTINGS_FILE,
     Canary,
     backbone_licence,
     canary_items,
@@ -24,7 +21,7 @@ from vlm2rec.embedder.backbones.lora import (
     read_adapter,
     save_adapter,
 )
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
@@ -130,8 +127,7 @@ def _check(config: FinetuneConfig) -> None:
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
         )
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+    publish.require_folder(config.out)
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
@@ -171,9 +167,9 @@ def _is_finished(config: FinetuneConfig) -> bool:
     if not config.resume:
         if distributed.is_main():
             shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
-            (config.out / SETTINGS_FILE).unlink(missing_ok=True)
+            (config.out / schema.ADAPTER_FILE).unlink(missing_ok=True)
         return False
-    if (config.out / SETTINGS_FILE).is_file():
+    if (config.out / schema.ADAPTER_FILE).is_file():
         _refuse_change(config, read_adapter(config.out)["config"])
         return True
     if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
@@ -248,7 +244,6 @@ def _provenance(
     licence: str,
 ) -> dict[str, Any]:
     """Return what `vlm2rec.json` says about where an adapter came from."""
-    libraries = (__name__.partition(".")[0], "torch", "transformers", "peft", "accelerate")
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "kind": kind_of(wrapped),
@@ -276,7 +271,7 @@ def _provenance(
             "users": len(samples.users),
         },
         "config": _identity(config),
-        "versions": {name: version(name) for name in libraries},
+        "versions": provenance.library_versions(provenance.OURS, "torch", "transformers", "peft", "accelerate"),
     }
 
 
@@ -298,7 +293,7 @@ def _summarise(
         **samples.summary(),
         "valid N@20": f"{last['N@20']:.4f}" + (f" (before training {first['N@20']:.4f})" if first["step"] == 0 else ""),
         "adapter": config.out,
-        "curves": config.out / CURVES_FILE,
+        "curves": config.out / schema.CURVES_FILE,
     }
     if probes := training.curves["probe"]:
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"

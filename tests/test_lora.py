@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
@@ -107,7 +108,7 @@ def test_changed_weights_are_caught_by_the_canary(tiny: Tiny, adapter: Path) -> 
 
 
 def test_an_unfinished_folder_is_refused(tiny: Tiny, adapter: Path) -> None:
-    (adapter / lora.SETTINGS_FILE).unlink()
+    (adapter / schema.ADAPTER_FILE).unlink()
     with pytest.raises(ModelError, match="not a finished adapter folder"):
         load(tiny, adapter)
 

@@ -6,6 +6,8 @@ import datetime
 import platform
 from importlib import metadata
 
+OURS = "vlm2rec"
+
 
 def created() -> str:
     """Return the time of now, UTC, to the second: `2026-03-17T09:30:00+00:00`."""

@@ -35,7 +35,7 @@ from transformers import (
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.lora import restore, trainable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
@@ -375,9 +375,8 @@ class _Watch(TrainerCallback):
         before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
         state.log_history.append({"step": state.global_step, **metrics})
         if keep and distributed.is_main() and metrics["N@20"] > max(before, default=-math.inf):
-            temporary = self._folder / f".{_BEST}.tmp"
-            safetensors.torch.save_file(trainable(self._model), temporary)
-            temporary.replace(self._folder / _BEST)
+            with publish.whole_file(self._folder / _BEST) as temporary:
+                safetensors.torch.save_file(trainable(self._model), temporary)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
