@@ -22,12 +22,20 @@ Pooling = Literal["last", "mean"]
 Strategy = Literal["visual", "textual", "prompt1", "prompt2", "dual"]
 STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 """The prompts of the VLM2Vec feature study."""
+StrategyChoice = Literal[Strategy, "question"]
+"""One of the study's prompts, or a question about title and image together."""
+QuestionMode = Literal["auto", PromptMode]
+"""`auto`: chat where the model has a chat template."""
+EncoderKind = Literal["auto", "sentence", "clip"]
+"""Of a frozen encoder: titles alone, or titles and images in one space; `auto`: what its folder holds."""
+EncoderPooling = Literal["auto", "mean", "cls", "last"]
+"""Of a frozen text encoder; `auto`: as its folder says, else the mean."""
 
 # --- training -------------------------------------------------------------------------------------------------
-MethodName = Literal["vlm2rec", "sda"]
-LossName = Literal["vlm2rec", "sft"]
 Alignment = Literal["paper", "reference", "off"]
 """SDA's CMSA: as its paper writes it, as its public code has it, or without the soft target."""
+SDA_PROBED: Final = ("q_proj", "k_proj")
+"""Projections of the last layer in which SDA's gradients of text and image are compared (its section 3.3.3)."""
 SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]

@@ -38,6 +38,13 @@ app = typer.Typer(
     " folder, 6 too many failed items, 7 a missing library, 130/143 interrupted.",
 )
 
+RENAMED = {
+    "encode-frozen": "export-items --encoder FOLDER",
+    "encode-prompted": "export-items --strategy question",
+    "import-embeddings": "import-vectors",
+}
+"""Commands that had another name before."""
+
 
 def _part(hint: Any) -> Any:
     """Return what a field holds when it is set, without its bounds."""
@@ -193,7 +200,10 @@ def finetune(config: settings.FinetuneConfig) -> None:
 
 @command(settings.ExportConfig)
 def export_items(config: settings.ExportConfig) -> None:
-    """Encode every item once: fused, text and image vectors in Parquet."""
+    """Encode every item once: fused, text and image vectors in Parquet.
+
+    With a fine-tuned or plain backbone, a backbone that is asked otherwise (--strategy), or a frozen --encoder.
+    """
     _stage("export_items").run(config)
 
 
@@ -201,24 +211,6 @@ def export_items(config: settings.ExportConfig) -> None:
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn vectors of yours (Parquet, CSV, npy) into an embeddings folder."""
     _stage("import_vectors").run(config)
-
-
-@command(settings.ImportVectorsConfig)
-def import_embeddings(config: settings.ImportVectorsConfig) -> None:
-    """Another name of import-vectors."""
-    _stage("import_vectors").run(config)
-
-
-@command(settings.EncodeFrozenConfig)
-def encode_frozen(config: settings.EncodeFrozenConfig) -> None:
-    """Encode every item with a small frozen encoder: sentence-transformers, CLIP, SigLIP."""
-    _stage("export_items").run_frozen(config)
-
-
-@command(settings.EncodePromptedConfig)
-def encode_prompted(config: settings.EncodePromptedConfig) -> None:
-    """Encode every item by asking a vision-language model about it, without fine-tuning."""
-    _stage("export_items").run_prompted(config)
 
 
 @command(settings.VerifyConfig, positional="embeddings")
@@ -289,6 +281,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line; turn every error into one paragraph and a documented exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    if (old := sys.argv[1] if len(sys.argv) > 1 else "") in RENAMED:
+        print(f"vlm2rec: {old} is now `{RENAMED[old]}`", file=sys.stderr)
+        raise SystemExit(2)
     try:
         app(standalone_mode=True)
     except Vlm2RecError as error:

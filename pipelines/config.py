@@ -1,13 +1,14 @@
 """The settings of every command: one frozen dataclass each, and how they are read.
 
-A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. Of `finetune`
-with `--method sda`, `SDA_DEFAULTS` come before the default.
+A value comes from the first of: its flag, `--set key=value`, the `--config` file, the default below. `finetune` takes
+the defaults of its `--method` before those (`METHODS` of `embedder/training/recipes.py`).
 Unknown keys are refused with the nearest known name. Importing this module costs nothing: pydantic,
 which checks types and bounds, is loaded when a command runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,25 +21,28 @@ from vlm2rec.embedder.options import (
     Alignment,
     DeviceName,
     DtypeName,
+    EncoderKind,
+    EncoderPooling,
     EngineName,
     FusionMode,
     FusionNorm,
     ImagePolicy,
     ImagesBy,
-    LossName,
-    MethodName,
     Negatives,
     Pooling,
     PromptMode,
     PromptStyle,
+    QuestionMode,
     SamplesMode,
     Schedule,
     Split,
     Storage,
-    Strategy,
+    StrategyChoice,
     View,
     ViewChoice,
 )
+from vlm2rec.embedder.training.recipes import LOSSES, METHODS, LossRecipe, Recipe
+from vlm2rec.pipelines.convert_formats import FORMATS, Format
 
 
 class _Anywhere:
@@ -71,6 +75,10 @@ _BACKBONE = "Hub id or local folder of a vision-language model; with --views tex
 def setting(text: str, default: Any = MISSING) -> Any:
     """Declare one setting with its help text; without a default it is required."""
     return field(default=default, metadata={"help": text})
+
+
+def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, Format]) -> str:
+    return "; ".join(f"{name}: {row.help}" for name, row in table.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +129,15 @@ class MakeBackboneConfig:
 class FinetuneConfig:
     """Settings of `vlm2rec finetune`; the defaults are the paper's where it gives one.
 
-    Those of SDA that differ stand in `SDA_DEFAULTS`, and `read_config` applies them.
+    Those of a method that differ stand in its recipe, and `read_config` applies them.
     """
 
     data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
-    method: MethodName = setting(
-        "What is learned from: vlm2rec: users' histories, by --loss; sda: text and image of items, by --cmsa.",
-        "vlm2rec",
-    )
-    loss: LossName = setting("vlm2rec (WPCL + CRTR) or sft (InfoNCE).", "vlm2rec")
+    method: str = setting(f"What is learned from: {_rows(METHODS)}.", "vlm2rec")
+    loss: str = setting(f"Loss of histories: {_rows(LOSSES)}.", "vlm2rec")
     cmsa: Alignment = setting(
         "SDA's alignment: paper: as its equations; reference: as its public code; off: InfoNCE, without soft target.",
         "paper",
@@ -206,55 +211,59 @@ class FinetuneConfig:
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
 
 
-SDA_DEFAULTS: dict[str, Any] = {
-    "pooling": "mean",
-    "prompt_style": "sda",
-    "lora_rank": 8,
-    "lora_dropout": 0.1,
-    "batch_size": 32,
-}
-"""What `finetune --method sda` has where nothing is given."""
-
-OF_METHOD: dict[str, tuple[str, ...]] = {
-    "vlm2rec": (
-        *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
-        *("crtr", "negatives", "samples", "users"),
-    ),
-    "sda": ("cmsa", "tau_cmsa", "experts"),
-}
-"""The settings of `finetune` that one method alone has."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Settings of `vlm2rec export-items`."""
+    """Settings of `vlm2rec export-items`; which belong together says `pipelines.export_items.SOURCES`."""
 
     data: Place = setting("Dataset folder.")
-    backbone: str = setting(_BACKBONE)
+    backbone: str | None = setting(_BACKBONE + " This, or --encoder.", None)
+    encoder: Path | None = setting(
+        "Folder of a frozen encoder in place of --backbone: sentence-transformers or other text encoder, CLIP, SigLIP.",
+        None,
+    )
     out: Place = setting("Embeddings folder to write.")
     adapter: Path | None = setting("Adapter folder of `finetune`; without it the vanilla backbone.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
+    encoder_kind: EncoderKind = setting(
+        "What --encoder is: sentence: titles alone; clip: titles and images in one space; auto: what the folder holds.",
+        "auto",
+    )
     views: ViewChoice | None = setting(
         "both; or text or image alone: fused is then that view. Default: the adapter's, else both.", None
     )
     fusion: FusionMode | None = setting("Default: the adapter's, else external.", None)
     fusion_norm: FusionNorm | None = setting("Default: the adapter's, else raw.", None)
-    prompt_mode: PromptMode | None = setting("Default: the adapter's, else raw.", None)
-    max_pixels: Positive | None = setting("Default: the adapter's, else 224² (50176).", None)
-    max_title_tokens: Positive | None = setting(
-        "Default: the adapter's, else 64; with --strategy 128, for title and category together.", None
-    )
-    strategy: Strategy | None = setting(
-        "The VLM2Vec study's prompts, with the item's category, in place of the paper's: visual, textual, prompt1,"
-        " prompt2 (one prompt around both), or dual (fused is text and image end to end). Without --adapter.",
+    prompt_mode: QuestionMode | None = setting(
+        "raw or chat. Default, and auto: the adapter's, else raw; with --strategy question chat, if the model has a"
+        " chat template.",
         None,
     )
-    pooling: Pooling | None = setting("last or mean, as for finetune. Default: the adapter's, else last.", None)
+    max_pixels: Positive | None = setting("Default: the adapter's, else 224² (50176).", None)
+    max_title_tokens: Positive | None = setting(
+        "Default: the adapter's, else 64; with the study's strategies 128, for title and category together.", None
+    )
+    strategy: StrategyChoice | None = setting(
+        "Other prompts than the paper's, without --adapter. Of the VLM2Vec study, with the item's category: visual,"
+        " textual, prompt1, prompt2 (one prompt around both), or dual (fused is text and image end to end). Or"
+        " question: --instruction about title and image together.",
+        None,
+    )
+    instruction: str | None = setting(
+        "What --strategy question asks of every item; default: six attributes in JSON.", None
+    )
+    pooling: EncoderPooling | None = setting(
+        "last or mean, as for finetune; of a text encoder also cls. Default, and auto: the adapter's, else last; of a"
+        " text encoder as its folder says, else mean.",
+        None,
+    )
     prompt_style: PromptStyle | None = setting(
         "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    token_budget: Count = setting("Tokens in one packed row; 0 takes what suits the device.", 0)
+    token_budget: Count = setting(
+        "Tokens in one packed row; with --encoder and --strategy question padded ones in a batch; 0 takes what suits.",
+        0,
+    )
     storage: Storage = setting("Number format of the vectors on disk.", "float32")
     on_image_error: ImagePolicy = setting("fail: stop; null: a failure row; text_only: text vector alone.", "null")
     images_by: ImagesBy = setting(
@@ -267,7 +276,9 @@ class ExportConfig:
     )
     image_timeout: PositiveFloat = setting("Seconds after which an image that cannot be read is given up.", 60.0)
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
-    dtype: DtypeName = setting("auto: bfloat16 where the processor multiplies it natively, float32 elsewhere.", "auto")
+    dtype: DtypeName = setting(
+        "auto: bfloat16 where the processor multiplies it natively, float32 elsewhere and with --encoder.", "auto"
+    )
     vision_cache: str = setting(
         "Where the vision tower's tokens are kept: auto (in the dataset folder, if there is room), off, or a folder.",
         "auto",
@@ -310,61 +321,6 @@ class ImportVectorsConfig:
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     storage: Storage = setting("Number format of the vectors on disk.", "float32")
     max_failures: Fraction = setting("Exit code 6 when a larger share of the items has no vector.", 0.01)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeFrozenConfig:
-    """Settings of `vlm2rec encode-frozen`."""
-
-    data: Place = setting("Dataset folder.")
-    encoder: Path = setting("Model folder: sentence-transformers or another text encoder, CLIP, SigLIP.")
-    out: Place = setting("Embeddings folder to write.")
-    kind: Literal["auto", "sentence", "clip"] = setting(
-        "sentence: titles alone; clip: titles and images in one space; auto: what the folder holds.", "auto"
-    )
-    pooling: Literal["auto", "mean", "cls", "last"] = setting(
-        "Which token states make the vector of a title; auto: as the folder's modules say, else mean.", "auto"
-    )
-    fusion_norm: FusionNorm = setting("raw: text + image; normalised: unit vectors first.", "raw")
-    shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
-    on_image_error: ImagePolicy = setting("As for export-items.", "null")
-    images_by: ImagesBy = setting("As for export-items.", "mtime")
-    extend: bool = setting("As for export-items.", False)
-    retry_failed: bool = setting("As for export-items.", False)
-    changed_since: Place | None = setting("As for export-items.", None)
-    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
-    max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
-    dtype: DtypeName = setting("As for export-items.", "float32")
-    device: DeviceName = setting("Where to run.", "auto")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodePromptedConfig:
-    """Settings of `vlm2rec encode-prompted`."""
-
-    data: Place = setting("Dataset folder.")
-    backbone: str = setting("Hub id or local folder of a vision-language model.")
-    out: Place = setting("Embeddings folder to write.")
-    revision: str | None = setting("Revision of a hub backbone.", None)
-    instruction: str | None = setting("The question asked of every item; default: six attributes in JSON.", None)
-    prompt_mode: Literal["auto", "raw", "chat"] = setting(
-        "chat: in the model's chat template; raw: without; auto: chat if it has one.", "auto"
-    )
-    max_pixels: Positive = setting("Largest image area; a smaller limit of the processor wins.", 224 * 224)
-    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
-    shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    token_budget: Positive = setting("Padded tokens in one batch.", 4096)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
-    images_by: ImagesBy = setting("As for export-items.", "mtime")
-    extend: bool = setting("As for export-items.", False)
-    retry_failed: bool = setting("As for export-items.", False)
-    changed_since: Place | None = setting("As for export-items.", None)
-    image_timeout: PositiveFloat = setting("As for export-items.", 60.0)
-    max_failures: Fraction = setting("Exit code 6 when a larger share of the items failed.", 0.01)
-    dtype: DtypeName = setting("As for export-items.", "auto")
-    device: DeviceName = setting("Where to run.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,10 +425,7 @@ class ConvertConfig:
     """Settings of `vlm2rec convert`."""
 
     embeddings: Place = setting("Embeddings folder.")
-    to: Literal["mmrec", "cornac", "recbole", "npy", "safetensors", "lance", "sentence-transformers"] = setting(
-        "mmrec: a dataset for FREEDOM, LATTICE and others; cornac, npy, safetensors: matrix and ids; recbole:"
-        " .itememb; lance: a table; sentence-transformers: the merged model as a folder it opens."
-    )
+    to: str = setting(f"{_rows(FORMATS)}.")
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
         "Views that go out, of fused, text, image. Default: for mmrec text and image, or fused where it is alone; for"

@@ -78,7 +78,10 @@ def _use_the_vectors(schedule: Schedule) -> Json:
         started = time.perf_counter()
         call()
         done.append({"stage": name, "what": what, "seconds": round(time.perf_counter() - started, 2)})
-    return {"after": done, "index": schema.read_json(schedule.out / "index" / "index.json", "an index", "run it again")}
+    return {
+        "after": done,
+        "index": schema.read_json(schedule.out / "index" / schema.INDEX_FILE, "an index", "run it again"),
+    }
 
 
 def _uses(schedule: Schedule) -> Iterator[tuple[str, str, Callable[[], object]]]:

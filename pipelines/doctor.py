@@ -18,16 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import MissingDependencyError
-from vlm2rec.embedder.export import verify
-from vlm2rec.pipelines import export_items, make_backbone, prepare
-from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig
-from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 Status = Literal["ok", "warn", "fail"]
 DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a middling catalogue
@@ -43,7 +42,7 @@ except MissingDependencyError as error:
     raise SystemExit(f"{error.found}|{error.fix}")
 """
 
-_TINY_EXPORT = "from vlm2rec.pipelines.doctor import main; main()"
+_TINY_EXPORT = "from vlm2rec.pipelines.doctor import tiny_export; tiny_export()"
 
 
 class Check(NamedTuple):
@@ -63,7 +62,7 @@ def run() -> list[Check]:
     """
     # these load whole libraries: each in a process of its own, while this one looks at the rest
     recbole = _start("-c", _RECBOLE)
-    tiny_export = _start("-c", _TINY_EXPORT)
+    exporting = _start("-c", _TINY_EXPORT)
     torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
     checks = [
         check_python(),
@@ -73,7 +72,7 @@ def run() -> list[Check]:
         check_threads(),
         check_recbole(recbole),
         *check_disks(),
-        check_export(tiny_export),
+        check_export(exporting),
     ]
     _print(checks)
     failed = [check for check in checks if check.status == "fail"]
@@ -98,21 +97,22 @@ def _print(checks: list[Check]) -> None:
 
 
 # --- libraries --------------------------------------------------------------------------------------------------
-def requirements(extra: str | None = None) -> list[str]:
+def requirements(extra: str = "") -> list[str]:
     """Return what vlm2rec requires, such as 'torch>=2.8': always, or for an extra."""
-    found = []
-    for text in metadata.requires("vlm2rec") or []:
-        requirement, _, marker = text.partition(";")
-        wanted = re.search(r"extra == ['\"](.+?)['\"]", marker)
-        if (wanted[1] if wanted else None) == extra:
-            found.append(requirement.strip())
-    return found
+    found = map(Requirement, metadata.requires("vlm2rec") or [])
+    return [f"{each.name}{each.specifier}" for each in found if _extra_of(each) == extra]
+
+
+def _extra_of(requirement: Requirement) -> str:
+    """Return the extra that a requirement belongs to, nothing where it always holds."""
+    wanted = re.search(r"extra == ['\"](.+?)['\"]", str(requirement.marker or ""))
+    return wanted[1] if wanted else ""
 
 
 def installed_version(requirement: str) -> str | None:
     """Return the version of the library a requirement names; None if it is not installed."""
     try:
-        return metadata.version(_name(requirement))
+        return metadata.version(Requirement(requirement).name)
     except metadata.PackageNotFoundError:
         return None
 
@@ -128,7 +128,8 @@ def check_python() -> Check:
 
 def check_library(requirement: str, version: str | None) -> Check:
     """Hold an installed version (None: not installed) against a requirement such as 'pandas<3,>=2.2'."""
-    name, wanted = _name(requirement), requirement[len(_name(requirement)) :]
+    parsed = Requirement(requirement)
+    name, wanted = parsed.name, str(parsed.specifier)
     if version is None:
         module = _OTHER_NAMES.get(name)
         if module and importlib.util.find_spec(module):
@@ -140,31 +141,8 @@ def check_library(requirement: str, version: str | None) -> Check:
 
 
 def in_range(version: str, wanted: str) -> bool:
-    """Return whether a version lies in a range such as '<3,>=2.2'; local parts such as '+cpu' do not count."""
-    return all(_compare(version, clause.strip()) for clause in wanted.split(",") if clause.strip())
-
-
-def _compare(version: str, clause: str) -> bool:
-    parsed = re.fullmatch(r"(>=|<=|==|!=|<|>|~=)\s*([\d.]+)(?:\.\*)?", clause)
-    if parsed is None:
-        return True  # an unusual clause is pip's business
-    here, there = _numbers(version), _numbers(parsed[2])
-    length = max(len(here), len(there))
-    padded, bound = (part + (0,) * (length - len(part)) for part in (here, there))
-    if parsed[1] == "~=":
-        return padded >= bound and here[: len(there) - 1] == there[:-1]
-    order = (padded > bound) - (padded < bound)
-    allowed = {">=": (0, 1), "<=": (0, -1), "==": (0,), "!=": (1, -1), "<": (-1,), ">": (1,)}
-    return order in allowed[parsed[1]]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[\s<>=!~\[(]", requirement, maxsplit=1)[0]
+    """Return whether a version lies in a range such as '<3,>=2.2'; of '2.8.0a0+cpu' the numbers count."""
+    return SpecifierSet(wanted).contains(Version(version).base_version)
 
 
 def check_torchvision(process: subprocess.Popen[str] | None) -> Check:
@@ -280,14 +258,20 @@ def check_disk(name: str, folder: Path, free: int) -> Check:
     return Check(name, "ok", found)
 
 
-def main() -> None:
+def tiny_export() -> None:
     """Export, and say in one line on stderr, the last one, what came out; a fault ends the process with an error."""
     with tempfile.TemporaryDirectory(prefix="vlm2rec-doctor-") as folder:
-        print(export(Path(folder)), file=sys.stderr)
+        print(_export(Path(folder)), file=sys.stderr)
 
 
-def export(folder: Path) -> str:
+def _export(folder: Path) -> str:
     """Export twenty items with a backbone of random weights, as the commands would by default."""
+    # here, not above: a library that does not load is what this command looks for
+    from vlm2rec.embedder.export import verify
+    from vlm2rec.pipelines import export_items, make_backbone, prepare
+    from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig
+    from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+
     drawn, data, backbone, out = (folder / name for name in ("drawn", "data", "backbone", "embeddings"))
     draw_catalogue(drawn, products=20, users=20, seed=0)
     items, images = drawn / "items.parquet", drawn / "images"

@@ -7,46 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.downstream.evaluation.geometry import geometry_from_rows
-from vlm2rec.downstream.evaluation.metrics import (
-    TAIL,
-    bound_check,
-    mean_over_users,
-    tail_means,
-    tail_users,
-    unit_rows,
-)
-from vlm2rec.downstream.evaluation.protocol import (
-    CUTOFF_NAMES,
-    Views,
-    _over_seeds,
-    _rank_candidates,
-    _rank_catalogue,
-    _std,
-    _tail_over_seeds,
-    _users_table,
-    mean_of_history,
-)
+from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
+from vlm2rec.downstream.evaluation.protocol import RankingTask, Views, mean_of_history, rank_vectors
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
-
-METRICS_FILE = "metrics.json"
-USERS_FILE = "users.parquet"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
     dataset = Dataset(config.data)
     seeds = list(config.seeds) or dataset.candidate_seeds
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
+    publish.require_folder(config.out)
     manifest = schema.read_manifest(config.embeddings)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
@@ -58,10 +38,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     items = {view: unit_rows(vectors) for view, vectors in raw_items.items()}
     users = {view: unit_rows(vectors) for view, vectors in raw_users.items()}
 
-    by_candidates = _rank_candidates(dataset, histories, users, items, seeds)
-    by_catalogue = _rank_catalogue(config.split, dataset, histories, users, items)
-    negatives = dataset.negatives(seeds[0])
-    tail = tail_users(dataset.train_frequency(), histories.targets)
+    task = RankingTask(dataset, config.split, seeds)
+    rankings = rank_vectors(task, users, items)
+    means = {pair: ranked.means() for pair, ranked in rankings.items()}
+    of_tail = {pair: found["tail"] for pair, found in means.items()}
     result = {
         "task": 1,
         "dataset": dataset.name,
@@ -73,26 +53,25 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "seeds": seeds,
         "embeddings": str(config.embeddings.resolve()),
         "fingerprint": manifest["fingerprint"],
-        "candidates": {pair: _over_seeds(values, np.mean) for pair, values in by_candidates.items()},
-        "candidates_std": {pair: _over_seeds(values, _std) for pair, values in by_candidates.items()},
-        "full": {pair: mean_over_users(values) for pair, values in by_catalogue.items()},
+        **{
+            key: {pair: found[key] for pair, found in means.items()} for key in ("candidates", "candidates_std", "full")
+        },
         "tail": {
             "below": TAIL,
-            "users": int(tail.sum()),
-            "candidates": {pair: _tail_over_seeds(values, tail) for pair, values in by_candidates.items()},
-            "full": {pair: tail_means(values, tail) for pair, values in by_catalogue.items()},
+            "users": int(task.tail.sum()),
+            **{key: {pair: tail[key] for pair, tail in of_tail.items()} for key in ("candidates", "full")},
         },
         "geometry": {
-            view: geometry_from_rows(users[view], items[view], histories.targets, negatives) for view in items
+            view: geometry_from_rows(users[view], items[view], task.targets, task.negatives[seeds[0]]) for view in items
         },
     }
-    for protocol in ("candidates", "full"):
-        for pair, row in result[protocol].items():
-            # no ranking can give other figures: a row that breaks the bound is an error of ours
-            assert bound_check(row), f"{protocol} {pair} breaks the N@20 - N@10 bound: {row}"
     config.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(_users_table(histories.user_ids, seeds, by_candidates, by_catalogue), config.out / USERS_FILE)
-    schema.write_json(config.out / METRICS_FILE, result)
+    tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
+    by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
+    by_catalogue = [of_pair[-1] for of_pair in tables.values()]
+    with publish.whole_file(config.out / schema.USERS_FILE) as file:
+        pq.write_table(pa.concat_tables([*by_candidates, *by_catalogue]), file)
+    schema.write_json(config.out / schema.METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)
     return result
@@ -187,14 +166,14 @@ def print_metrics(result: dict[str, Any]) -> None:
     Where some users' target is an item of the long tail, theirs among the candidates follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "ranked among", *CUTOFF_NAMES):
-        table.add_column(name, justify="right" if name in CUTOFF_NAMES else "left")
+    for name in ("", "ranked among", *schema.METRICS):
+        table.add_column(name, justify="right" if name in schema.METRICS else "left")
     for pair in result["candidates"]:
         for protocol, name in (("candidates", pair), ("full", "")):
-            cells = [f"{result[protocol][pair][metric]:.4f}" for metric in CUTOFF_NAMES]
+            cells = [f"{result[protocol][pair][metric]:.4f}" for metric in schema.METRICS]
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
         if tail := result["tail"]["candidates"][pair]:
-            table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in CUTOFF_NAMES))
+            table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
     log.print(table)
 
 
@@ -207,8 +186,8 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
             "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions in training",
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
-            "metrics": Path(config.out) / METRICS_FILE,
-            "per user": Path(config.out) / USERS_FILE,
+            "metrics": Path(config.out) / schema.METRICS_FILE,
+            "per user": Path(config.out) / schema.USERS_FILE,
         },
     )
 

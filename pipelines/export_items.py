@@ -1,54 +1,120 @@
-"""`vlm2rec export-items`: every item of a dataset once through the encoder, into an embeddings folder.
+"""`vlm2rec export-items`: every item of a dataset once through an encoder, into an embeddings folder.
 
-`export` takes any encoder and can be called from Python; `run` is the command, with `ItemEncoder`.
+`SOURCES` says which encoders there are and which settings choose them. `embedder.export.export` takes any encoder and
+can be called from Python.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.backbones.lora import backbone_licence
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import FailureLimitError
+from vlm2rec.embedder.contract.errors import ConfigError, FailureLimitError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.prompted import PromptedEncoder, prompted_fingerprint
-from vlm2rec.embedder.encoders.settings import fingerprint_of
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerprint
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.distribute import ALONE, Distribution
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.estimate import describe, estimate
-from vlm2rec.embedder.export.export import _plan, export
-from vlm2rec.embedder.export.reuse import Reuse, _earlier_rows, _work
-from vlm2rec.embedder.export.verify import effective_ranks
+from vlm2rec.embedder.export.export import export, plan_export
+from vlm2rec.embedder.export.reuse import Reuse, open_earlier_rows, plan_work
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
-from vlm2rec.embedder.options import ImagePolicy
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.config import EncodeFrozenConfig, EncodePromptedConfig, ExportConfig
+from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
 from vlm2rec.pipelines.verify import warn_of_collapse
 
-_ENCODER_ARGUMENTS = (
-    "revision",
-    "views",
-    "fusion",
-    "fusion_norm",
-    "prompt_mode",
-    "max_pixels",
-    "max_title_tokens",
-    "pooling",
-    "prompt_style",
-    "dtype",
-    "device",
+
+@dataclass(frozen=True)
+class Source:
+    """Where vectors come from: an encoder, and the settings of the command that are its own."""
+
+    name: str  # the flag that chooses it
+    applies: Callable[[ExportConfig], bool]
+    takes: tuple[str, ...]
+    fingerprint: Callable[..., dict[str, Any]]
+    load: Callable[..., Encoder]
+
+    def given(self, config: ExportConfig) -> dict[str, Any]:
+        """Return the arguments of both functions; what is not given, or auto, is their default."""
+        names = {*self.takes, "dtype", "device"} - {"vision_cache"}  # that is opened when the encoder is there
+        return {name: value for name in names if (value := getattr(config, name)) not in (None, "auto")}
+
+
+_BACKBONE = ("backbone", "revision", "prompt_mode", "max_pixels", "max_title_tokens")
+_ITEMS = (*_BACKBONE, "adapter", *(field.name for field in dataclasses.fields(EncoderSettings)), "vision_cache")
+
+# the first that applies; a strategy itself refuses what it decides, such as --views
+SOURCES = (
+    Source(
+        "--encoder",
+        lambda config: config.encoder is not None,
+        ("encoder", "encoder_kind", "pooling", "fusion_norm"),
+        frozen_fingerprint,
+        load_frozen,
+    ),
+    Source(
+        "--strategy question",
+        lambda config: config.strategy == "question",
+        (*_BACKBONE, "instruction"),
+        prompted_fingerprint,
+        PromptedEncoder.load,
+    ),
+    Source(
+        "--strategy",
+        lambda config: config.strategy is not None,
+        (*_ITEMS, "strategy"),
+        strategy_fingerprint,
+        load_strategy,
+    ),
+    Source("--backbone", lambda config: True, _ITEMS, fingerprint_of, ItemEncoder.load),
 )
+
+
+def source_of(config: ExportConfig) -> Source:
+    """Return the source that the settings choose.
+
+    Raises:
+        ConfigError: neither backbone nor encoder, or a setting that is another source's.
+    """
+    if config.backbone is None and config.encoder is None:
+        raise ConfigError("neither --backbone nor --encoder is given", "what encodes the items", "give one of the two")
+    source = next(source for source in SOURCES if source.applies(config))
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) not in (field.default, "auto", "off"):
+            _require_own(source, field.name, getattr(config, field.name))
+    if source.name != "--encoder" and config.pooling == "cls":
+        raise ConfigError("--pooling cls with --backbone", "last or mean", "choose one of them, or leave it out")
+    return source
+
+
+def _require_own(source: Source, name: str, value: Any) -> None:
+    """Refuse a setting that other sources have, and this one has not."""
+    flag = "--" + name.replace("_", "-")
+    takers = [other.name for other in SOURCES if name in other.takes]
+    if not takers or name in source.takes or source.name.startswith(flag + " "):
+        return
+    only = takers[0] if len(takers) == 1 and takers[0] != flag else ""
+    raise ConfigError(
+        f"{flag} {value} with {source.name}",
+        f"{flag} with {only}" if only else "one of the two",
+        f"leave {flag} out" + (f", or give {only}" if only else ""),
+    )
 
 
 def run(config: ExportConfig) -> dict[str, Any] | None:
@@ -59,94 +125,27 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
 
     Raises:
         DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
-        ModelError, ConfigError: as `ItemEncoder.load`.
+        ModelError, ConfigError, MissingDependencyError: as `source_of` and the source's functions.
         ArtifactError: the output folder is of another export, in use, not writable, or full.
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
-    given: dict[str, Any] = {name: getattr(config, name) for name in _ENCODER_ARGUMENTS}
-    settings = _settings(config, given)
+    source = source_of(config)
+    fingerprint = source.fingerprint(**source.given(config))
     distribution = Distribution(config.engine, config.num_workers, config.worker, config.gpus)
+    reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
     if config.dry_run:
-        return _dry_run(config, settings, given, distribution)
-    return run_export(config, settings, functools.partial(_load, config, given), config.on_image_error, distribution)
-
-
-def _settings(config: ExportConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    if config.strategy is None:
-        return fingerprint_of(config.backbone, config.adapter, **given)
-    return strategy_fingerprint(config.backbone, config.strategy, adapter=config.adapter, **given)
-
-
-def _encoder(config: ExportConfig, given: Mapping[str, Any]) -> ItemEncoder:
-    if config.strategy is None:
-        return ItemEncoder.load(config.backbone, config.adapter, token_budget=config.token_budget, **given)
-    return load_strategy(config.backbone, config.strategy, token_budget=config.token_budget, **given)
-
-
-def _load(config: ExportConfig, given: Mapping[str, Any], dataset: Dataset) -> ItemEncoder:
-    encoder = _encoder(config, given)
-    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
-    return encoder
-
-
-def _dry_run(
-    config: ExportConfig, settings: Mapping[str, Any], given: Mapping[str, Any], distribution: Distribution
-) -> dict[str, Any]:
-    """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
-    dataset, out = Dataset(config.data), config.out
-    reuse = _reuse(config)
-    plan = _plan(
-        dataset,
-        out,
-        settings,
-        config.shard_size,
-        config.storage,
-        config.on_image_error,
-        config.images_by,
-        reuse,
-        TERMINAL,
-    )
-    finished = shards.recorded(out, plan, reuse.revises)
-    earlier = _earlier_rows(out, plan, finished, reuse)
-    work = _work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
-    rows = [plan.rows(number)[place] for number, reuse_rows in work.items() for place in np.flatnonzero(reuse_rows < 0)]
-    encoder = _encoder(config, given)
-    with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
-        found = estimate(plan, out, rows, len(work), maker.encoded, encoder.backbone.device)
-    console.summary("dry run: nothing was written", describe(found) | {"licence": backbone_licence(config.backbone)})
-    return found
-
-
-def run_export(
-    config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig,
-    settings: Mapping[str, Any],
-    load_encoder: Callable[[Dataset], Encoder],
-    on_image_error: ImagePolicy,
-    distribution: Distribution = ALONE,
-) -> dict[str, Any] | None:
-    """Do what every command with an encoder does: export, print what came out, and refuse too many failures.
-
-    Args:
-        config: the command's settings.
-        settings: as of `export`.
-        load_encoder: as of `export`, for the dataset that the settings name.
-        on_image_error: as of `export`.
-        scale: as of `export`.
-
-    Returns:
-        The manifest; None where workers are at work that somebody else has started.
-    """
+        return _dry_run(config, fingerprint, reuse, distribution)
     dataset = Dataset(config.data)
     manifest = export(
         dataset,
         config.out,
-        settings,
-        functools.partial(load_encoder, dataset),
+        fingerprint,
+        functools.partial(_load, config, dataset),
         shard_size=config.shard_size,
         storage=config.storage,
-        on_image_error=on_image_error,
+        on_image_error=config.on_image_error,
         images_by=config.images_by,
-        reuse=_reuse(config),
+        reuse=reuse,
         image_timeout=config.image_timeout,
         distribution=distribution,
         reporter=TERMINAL,
@@ -159,8 +158,42 @@ def run_export(
     return manifest
 
 
-def _reuse(config: ExportConfig | EncodeFrozenConfig | EncodePromptedConfig) -> Reuse:
-    return Reuse(config.extend, config.retry_failed, config.changed_since)
+def _load(config: ExportConfig, dataset: Dataset | None = None) -> Encoder:
+    """Load the encoder; where a dataset is given, with its vision cache."""
+    source = source_of(config)
+    budget = {"token_budget": config.token_budget} if config.token_budget else {}
+    encoder = source.load(**source.given(config), **budget)
+    if dataset is not None and isinstance(encoder, ItemEncoder) and config.backbone is not None:
+        use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
+    return encoder
+
+
+def _dry_run(
+    config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
+) -> dict[str, Any]:
+    """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
+    dataset, out = Dataset(config.data), config.out
+    plan = plan_export(
+        dataset,
+        out,
+        fingerprint,
+        config.shard_size,
+        config.storage,
+        config.on_image_error,
+        config.images_by,
+        reuse,
+        TERMINAL,
+    )
+    finished = shards.recorded(out, plan, reuse.revises)
+    earlier = open_earlier_rows(out, plan, finished, reuse)
+    work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+    rows = [plan.rows(number)[place] for number, reuse_rows in work.items() for place in np.flatnonzero(reuse_rows < 0)]
+    encoder = _load(config)
+    with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
+        found = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
+    licence = {} if config.backbone is None else {"licence": backbone_licence(config.backbone)}
+    console.summary("dry run: nothing was written", describe(found) | licence)
+    return found
 
 
 def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
@@ -192,55 +225,3 @@ def check_failures(manifest: Mapping[str, Any], out: Location, max_failures: flo
             f"`vlm2rec failures {out}` lists them; mend these items and run the command again with"
             " --retry-failed, or raise --max-failures",
         )
-
-
-def run_frozen(config: EncodeFrozenConfig) -> dict[str, Any] | None:
-    """Encode every item of a dataset and return the manifest; an interrupted run goes on where it stopped.
-
-    Raises:
-        DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
-        ModelError, ConfigError: as `load_frozen`.
-        ArtifactError: the output folder is of another export, in use, not writable, or full.
-        FailureLimitError: the folder is complete, but more items failed than `max_failures` allows.
-    """
-    given: dict[str, Any] = {
-        "kind": config.kind,
-        "pooling": config.pooling,
-        "fusion_norm": config.fusion_norm,
-        "dtype": config.dtype,
-        "device": config.device,
-    }
-    return run_export(
-        config,
-        frozen_fingerprint(config.encoder, **given),
-        lambda _: load_frozen(config.encoder, token_budget=config.token_budget, **given),
-        config.on_image_error,
-    )
-
-
-def run_prompted(config: EncodePromptedConfig) -> dict[str, Any] | None:
-    """Encode every item of a dataset and return the manifest; an interrupted run goes on where it stopped.
-
-    An item without a readable image is a failure row: title and image are asked about together.
-
-    Raises:
-        DataError: the dataset cannot be used.
-        ModelError, ConfigError: as `PromptedEncoder.load`.
-        ArtifactError: the output folder is of another export, in use, not writable, or full.
-        FailureLimitError: the folder is complete, but more items failed than `max_failures` allows.
-    """
-    given: dict[str, Any] = {
-        "revision": config.revision,
-        "instruction": config.instruction,
-        "prompt_mode": config.prompt_mode,
-        "max_pixels": config.max_pixels,
-        "max_title_tokens": config.max_title_tokens,
-        "dtype": config.dtype,
-        "device": config.device,
-    }
-    return run_export(
-        config,
-        prompted_fingerprint(config.backbone, **given),
-        lambda _: PromptedEncoder.load(config.backbone, token_budget=config.token_budget, **given),
-        "null",
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,25 @@ from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.backbones.lora import (
-    CURVES_FILE,
-    SETTINGS_FILE,
     Canary,
-    add_lora,
     backbone_licence,
     canary_items,
+    kind_of,
     read_adapter,
     save_adapter,
 )
-from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName
-from vlm2rec.embedder.training.losses import VLM2RecLoss
 from vlm2rec.embedder.training.model_card import model_card
-from vlm2rec.embedder.training.samples import Samples
-from vlm2rec.embedder.training.sda import PROBED, ItemAlignment, ItemModel, ItemSamples
-from vlm2rec.embedder.training.train import CHECKPOINTS, Model, Training, TrainingSettings, train
-from vlm2rec.embedder.training.vlm2rec import HistoryModel
-from vlm2rec.pipelines.config import OF_METHOD, FinetuneConfig
+from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.train import CHECKPOINTS, Training, TrainingSamples, TrainingSettings, train
+from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 
@@ -57,32 +51,24 @@ def run(config: FinetuneConfig) -> Training | None:
     """
     _check(config)
     with distributed.joined(pick_device(config.device)):
-        if config.method == "sda" and distributed.count() > 1:
-            raise ConfigError(
-                f"--method sda in {distributed.count()} processes", "one process", "start it without a launcher"
-            )
+        if distributed.count() > 1 and not METHODS[config.method].distributed:
+            found = f"--method {config.method} in {distributed.count()} processes"
+            raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
         return _finetune(config)
 
 
 def _finetune(config: FinetuneConfig) -> Training | None:
-    dataset = Dataset(config.data)
+    recipe, dataset = METHODS[config.method], Dataset(config.data)
     if _is_finished(config):
         log.print(f"{config.out} is already complete; give another --out, or --no-resume to train anew.")
         return None
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
-        views=config.views,
-        fusion=config.fusion,
-        fusion_norm=config.fusion_norm,
-        prompt_mode=config.prompt_mode,
-        max_pixels=config.max_pixels,
-        max_title_tokens=config.max_title_tokens,
-        pooling=config.pooling,
-        prompt_style=config.prompt_style,
         dtype=_training_dtype(config),
         device=config.device,
+        **{field.name: getattr(config, field.name) for field in fields(EncoderSettings)},
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
@@ -90,21 +76,21 @@ def _finetune(config: FinetuneConfig) -> Training | None:
         log.print(
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
         )
-    samples = _samples(config, dataset)
+    samples = recipe.samples(config, dataset)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
-    wrapped = _adapter(config, encoder)
-    model = _model(config, encoder, wrapped, items)
+    wrapped = recipe.adapter(config, encoder.backbone)
+    model = recipe.model(config, encoder, wrapped, items)
     _remember_run(config)
     validate = _validation(config, dataset, encoder, items)
-    with progress(f"finetune {_loss_name(config)}", None) as advance:
+    with progress(f"finetune {recipe.title(config)}", None) as advance:
         training = train(
             model,
             samples,
             config.out,
             _training_settings(config),
             validate,
-            _reporter(advance),
+            _reporter(advance, recipe.shown),
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
         )
@@ -118,7 +104,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
 def _save(
     config: FinetuneConfig,
     dataset: Dataset,
-    samples: Samples | ItemSamples,
+    samples: TrainingSamples,
     encoder: ItemEncoder,
     wrapped: nn.Module,
     training: Training,
@@ -126,47 +112,14 @@ def _save(
 ) -> None:
     titles, images = canary_items()
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
-    settings = _provenance(config, dataset, samples, encoder, training, licence)
+    settings = _provenance(config, dataset, samples, encoder, wrapped, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
     save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
     shutil.rmtree(config.out / CHECKPOINTS)
 
 
-def _samples(config: FinetuneConfig, dataset: Dataset) -> Samples | ItemSamples:
-    if config.method == "sda":
-        return ItemSamples(len(dataset.item_ids))
-    return Samples(dataset.train_sequences(), dataset.max_history, config.samples, config.users, config.seed)
-
-
-def _adapter(config: FinetuneConfig, encoder: ItemEncoder) -> nn.Module:
-    if config.method == "sda" and config.experts > 1:
-        settings = ModaSettings(config.experts, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        return add_moda(encoder.backbone, settings, config.seed)
-    return add_lora(encoder.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-
-
-def _model(config: FinetuneConfig, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> Model:
-    if config.method == "sda":
-        return ItemModel(encoder, wrapped, items, ItemAlignment(config.cmsa, config.tau_cmsa), config.chunk_users)
-    return HistoryModel(encoder, wrapped, items, _loss(config), config.tau_wpcl, config.chunk_users, config.negatives)
-
-
-def _loss_name(config: FinetuneConfig) -> str:
-    """Return what is trained, in a word or two."""
-    if config.method == "vlm2rec":
-        return config.loss
-    aligned = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce"}[config.cmsa]
-    return f"sda, {aligned}, {'moda' if config.experts > 1 else 'lora'}"
-
-
 def _check(config: FinetuneConfig) -> None:
-    _check_method(config)
-    if config.method == "vlm2rec" and config.fusion == "internal" and config.loss == "vlm2rec":
-        raise ConfigError(
-            "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
-            "--fusion external, or --loss sft",
-            "change one of the two",
-        )
+    check_settings(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(
             f"--gradient-steps with --fusion {config.fusion} and --views {config.views}: it compares the gradients of"
@@ -174,65 +127,13 @@ def _check(config: FinetuneConfig) -> None:
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
         )
-    if config.method == "vlm2rec" and config.views != "both" and config.loss == "vlm2rec":
-        raise ConfigError(
-            f"--views {config.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) hold a text"
-            " and an image vector of each user and item against each other, and one view has nothing to balance",
-            "--loss sft (InfoNCE) with one view, or --views both",
-            "change one of the two",
-        )
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out} is a file", "a folder to write", "choose another --out")
-
-
-def _check_method(config: FinetuneConfig) -> None:
-    defaults = {field.name: field.default for field in fields(config)}
-    for other in OF_METHOD.keys() - {config.method}:
-        for name in OF_METHOD[other]:
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"{flag} with --method {config.method}, which has no such setting",
-                    f"{flag} with --method {other}",
-                    f"leave {flag} out",
-                )
-    if config.method == "vlm2rec" and config.prompt_style == "sda":
-        raise ConfigError(
-            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
-            "--prompt-style vlm2rec, or --method sda",
-            "change one of the two",
-        )
-    if config.method == "sda" and (config.fusion == "internal" or config.views != "both"):
-        raise ConfigError(
-            f"--method sda with --fusion {config.fusion} and --views {config.views}: it aligns the text and the image"
-            " vectors of items, and one of them or both are not there",
-            "--fusion external and --views both",
-            "leave --fusion and --views out",
-        )
+    publish.require_folder(config.out)
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
     # on a CPU the backward pass in bf16 gains little and rounds every LoRA step
     on_cpu = pick_device(config.device).type == "cpu"
     return "float32" if config.dtype == "auto" and on_cpu else config.dtype
-
-
-def _loss(config: FinetuneConfig) -> VLM2RecLoss | None:
-    if config.loss == "sft":
-        return None
-    return VLM2RecLoss(
-        config.tau_wpcl,
-        config.tau_crtr,
-        config.lam,
-        config.alpha,
-        config.beta,
-        config.learnable,
-        config.stop_gradient,
-        config.penalty,
-        config.crtr,
-        fusion_norm=config.fusion_norm,
-        wpcl=config.wpcl,
-    )
 
 
 def _training_settings(config: FinetuneConfig) -> TrainingSettings:
@@ -266,9 +167,9 @@ def _is_finished(config: FinetuneConfig) -> bool:
     if not config.resume:
         if distributed.is_main():
             shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
-            (config.out / SETTINGS_FILE).unlink(missing_ok=True)
+            (config.out / schema.ADAPTER_FILE).unlink(missing_ok=True)
         return False
-    if (config.out / SETTINGS_FILE).is_file():
+    if (config.out / schema.ADAPTER_FILE).is_file():
         _refuse_change(config, read_adapter(config.out)["config"])
         return True
     if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
@@ -321,24 +222,12 @@ def _validation(
     return validate
 
 
-def _reporter(advance: Any) -> Callable[[int, int, dict[str, float]], None]:
+def _reporter(advance: Any, shown: Sequence[str]) -> Callable[[int, int, dict[str, float]], None]:
     done = 0
 
     def on_step(step: int, steps: int, latest: dict[str, float]) -> None:
         nonlocal done
-        names = (
-            "loss",
-            "own_text_first",
-            "tau",
-            "wpcl",
-            "crtr",
-            "margin_text",
-            "margin_image",
-            "weight",
-            "alpha",
-            "beta",
-        )
-        text = " ".join(f"{name} {latest[name]:.3f}" for name in names if name in latest)
+        text = " ".join(f"{name} {latest[name]:.3f}" for name in ("loss", *shown) if name in latest)
         advance(step - done, total=steps, description=f"finetune  {text}")
         done = step
 
@@ -348,29 +237,29 @@ def _reporter(advance: Any) -> Callable[[int, int, dict[str, float]], None]:
 def _provenance(
     config: FinetuneConfig,
     dataset: Dataset,
-    samples: Samples | ItemSamples,
+    samples: TrainingSamples,
     encoder: ItemEncoder,
+    wrapped: nn.Module,
     training: Training,
     licence: str,
 ) -> dict[str, Any]:
     """Return what `vlm2rec.json` says about where an adapter came from."""
-    libraries = ("vlm2rec", "torch", "transformers", "peft", "accelerate")
     return {
         "schema_version": schema.SCHEMA_VERSION,
-        "kind": "moda" if config.method == "sda" and config.experts > 1 else "lora",
+        "kind": kind_of(wrapped),
         "backbone": config.backbone,
         "licence": licence,
         "backbone_settings": encoder.fingerprint,
         "encoder": encoder.settings.stored(),
         "training": {
             "method": config.method,
-            "loss": _loss_name(config),
+            "loss": METHODS[config.method].title(config),
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],
             "processes": distributed.count(),
             "users_a_step": _users_a_step(config),
-            "effective_negatives": training.curves["train"][-1]["effective_negatives"]
+            "effective_negatives": training.curves["train"][-1].get("effective_negatives")
             if training.curves["train"]
             else None,
             "collapse": training.curves["warnings"],
@@ -379,42 +268,36 @@ def _provenance(
             "name": dataset.name,
             "sha256": dataset.meta["sha256"],
             "samples": len(samples),
-            "users": len(samples.users) if isinstance(samples, Samples) else 0,
+            "users": len(samples.users),
         },
         "config": _identity(config),
-        "versions": {name: version(name) for name in libraries},
+        "versions": provenance.library_versions(provenance.OURS, "torch", "transformers", "peft", "accelerate"),
     }
 
 
-def _told_samples(samples: Samples | ItemSamples) -> dict[str, object]:
-    if isinstance(samples, ItemSamples):
-        return {"items": f"{len(samples)}"}
-    return {"users": f"{len(samples.users)}, {len(samples)} samples a epoch, {samples.skipped} users too short"}
-
-
-def _told_conflict(rows: list[dict[str, Any]]) -> dict[str, object]:
-    """Return the mean cosine of SDA's text and image gradients in each projection that was looked at."""
+def _told_conflict(rows: list[dict[str, Any]], probed: Sequence[str]) -> dict[str, object]:
+    """Return the mean cosine of the text and image gradients in each projection that was looked at, if one was."""
     found = {
-        name: [row[f"cos_text_image_{name}"] for row in rows if f"cos_text_image_{name}" in row] for name in PROBED
+        name: [row[f"cos_text_image_{name}"] for row in rows if f"cos_text_image_{name}" in row] for name in probed
     }
     describe = ", ".join(f"{name} {np.mean(values):+.4f}" for name, values in found.items() if values)
     return {"gradient cosine": f"text to image, last layer: {describe} (mean of {len(rows)} steps)"} if describe else {}
 
 
 def _summarise(
-    config: FinetuneConfig, samples: Samples | ItemSamples, unreadable: dict[str, str], training: Training
+    config: FinetuneConfig, samples: TrainingSamples, unreadable: dict[str, str], training: Training
 ) -> None:
     first, last = training.curves["valid"][0], training.best
     rows: dict[str, object] = {
         "steps": f"{training.steps} (kept: step {last['step']:.0f})",
-        **_told_samples(samples),
+        **samples.summary(),
         "valid N@20": f"{last['N@20']:.4f}" + (f" (before training {first['N@20']:.4f})" if first["step"] == 0 else ""),
         "adapter": config.out,
-        "curves": config.out / CURVES_FILE,
+        "curves": config.out / schema.CURVES_FILE,
     }
     if probes := training.curves["probe"]:
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
-    rows |= _told_conflict(training.curves["gradients"])
+    rows |= _told_conflict(training.curves["gradients"], METHODS[config.method].probed)
     if training.curves["warnings"]:
         rows["collapse"] = describe(training.curves["warnings"])
     if unreadable:

@@ -12,6 +12,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.training.monitor import Collapse, Probe
+from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines.config import FinetuneConfig
 
 _IN_SHORT = {"behind": "falls behind", "flat": "in few directions", "narrow": "in one point"}
@@ -72,15 +73,9 @@ def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
 
 
 def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
-    slower = f"a --learning-rate below {config.learning_rate:g} or fewer steps"
-    if config.method == "sda":
-        return f"a lower --tau-cmsa, --cmsa off (InfoNCE), or {slower}"
-    if any(collapse.rule != "behind" for collapse in noticed):
-        lam = "" if config.loss == "sft" else f"a smaller --lam (now {config.lam:g}), "
-        return f"{lam}a higher --tau-wpcl (now {config.tau_wpcl:g}), or {slower}"
-    if config.loss == "sft":
-        return f"--loss vlm2rec, which presses harder on the negatives the further one modality lags, or {slower}"
-    return f"a larger --beta (it starts at {config.beta:g}), a larger --lam (now {config.lam:g}), or {slower}"
+    behind = all(collapse.rule == "behind" for collapse in noticed)
+    advice = "".join(f"{text}, " for text in METHODS[config.method].advice(config, behind))
+    return f"{advice}{'or ' if advice else ''}a --learning-rate below {config.learning_rate:g} or fewer steps"
 
 
 def describe(warnings: Sequence[dict[str, object]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import polars as pl
 
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.images import ImageError
-from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
+from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract.errors import DataError, did_you_mean
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.images import find_images
 from vlm2rec.pipelines.config import MakeBackboneConfig
 from vlm2rec.pipelines.synthetic.small_backbone import (
@@ -51,16 +50,16 @@ def run(config: MakeBackboneConfig) -> Path:
     settings = SmallBackboneSettings(
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(SmallBackboneSettings)}
     )
-    _refuse_foreign(config.out)
+    publish.require_ours(
+        config.out,
+        "a model of an earlier make-backbone",
+        ours=schema.is_written_by(config.out / PROVENANCE_FILE, WRITTEN_BY),
+    )
     catalogue, column = _read_catalogue(config)
     words = caption_words(catalogue["caption"].to_list())
     tokenizer = train_tokenizer(catalogue[schema.TITLE].to_list(), words, settings.vocabulary)
 
-    work = config.out.with_name(f".{config.out.name}.unfinished")
-    if work.exists():
-        shutil.rmtree(work)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with publish.whole_folder(config.out) as work:
         write_random_model(work, tokenizer, settings)
         backbone = Backbone.load(str(work), max_pixels=settings.max_pixels, dtype="float32", device="cpu")
         items = _with_pictures(config.images, catalogue, words, backbone)
@@ -68,37 +67,14 @@ def run(config: MakeBackboneConfig) -> Path:
         save_weights(backbone.model, work)
         vocabulary = len({word for of_item in words for word in of_item})
         write_provenance(work, settings, training, items=len(items), words=vocabulary)
-        if config.out.exists():
-            shutil.rmtree(config.out)
-        work.rename(config.out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     _summarise(config, backbone, items, column, vocabulary, training)
     return config.out
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise unless `out` is new, empty, or a model that this command made."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"--out {out} is a file", "a folder to write", "choose another --out")
-    if not any(out.iterdir()):
-        return
-    mine = out / PROVENANCE_FILE
-    fix = "choose another --out, or remove the folder yourself"
-    if not mine.is_file() or schema.read_json(mine, "the origin of a model", fix).get("written_by") != WRITTEN_BY:
-        raise ConfigError(
-            f"--out {out} is not empty and no model of an earlier make-backbone",
-            "a new or empty folder, or such a model, which is replaced",
-            "choose another --out",
-        )
-
-
 def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     """Return item_id, title, caption and image_path (may be null) of items with words, and the caption's column."""
-    names = catalogue_files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
-    frame = catalogue_files.read_items(config.items, names).frame
+    names = files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
+    frame = files.read_items(config.items, names).frame
     column = _caption_column(config, frame)
     frame = frame.with_columns(find_images(config.images, frame), _as_text(frame, column).alias("caption"))
     frame = frame.select(schema.ITEM_ID, schema.TITLE, "caption", schema.IMAGE_PATH)

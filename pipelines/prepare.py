@@ -7,7 +7,6 @@ happen in memory, while the files are scanned by Polars and written row group by
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,10 +23,10 @@ from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import console
-from vlm2rec.pipelines.catalogue import files as catalogue_files
-from vlm2rec.pipelines.catalogue import images as image_files
-from vlm2rec.pipelines.catalogue.dataset_writer import _write_candidates, _write_items, _write_sequences
+from vlm2rec.pipelines.catalogue import files
+from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_items, write_sequences
 from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
+from vlm2rec.pipelines.catalogue.images import find_images
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.config import PrepareConfig
 from vlm2rec.pipelines.reporting.paper import read_paper
@@ -51,15 +49,13 @@ def run(config: PrepareConfig) -> Dataset:
             many items for `candidates`.
     """
     _check(config)
-    names = catalogue_files.ColumnNames(
-        config.item_id_column, config.title_column, config.user_id_column, config.time_column
-    )
+    names = files.ColumnNames(config.item_id_column, config.title_column, config.user_id_column, config.time_column)
     with _working_folder(config) as work:
-        items = catalogue_files.read_items(config.items, names)
+        items = files.read_items(config.items, names)
         console.log.print(f"items: {items.format}, {items.frame.height:,} rows")
-        found = catalogue_files.scan_interactions(config.interactions, names, scratch=work)
+        found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
-        images = image_files.find_images(config.images, items.frame)
+        images = find_images(config.images, items.frame)
 
         catalogue = items.frame.with_columns(images)
         user_ids, log, steps = read_log(found, catalogue)
@@ -67,9 +63,9 @@ def run(config: PrepareConfig) -> Dataset:
         user_ids, catalogue = user_ids.gather(kept.users), catalogue[kept.items]
         sequences = Sequences(log.item, np.concatenate([[0], np.cumsum(np.bincount(log.user))]))
 
-        _write_items(catalogue, work / schema.ITEMS_FILE)
-        _write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
-        _write_candidates(sequences, user_ids, catalogue[schema.ITEM_ID], config, work / schema.NEGATIVES_FILE)
+        write_items(catalogue, work / schema.ITEMS_FILE)
+        write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
+        write_candidates(sequences, user_ids, catalogue[schema.ITEM_ID], config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
         meta = _describe(config, steps, sources, work)
         _publish(work, config.out, meta)
@@ -88,19 +84,6 @@ def _check(config: PrepareConfig) -> None:
     columns = [config.item_id_column, config.title_column, config.user_id_column, config.time_column]
     if len(set(columns)) != len(columns):
         raise ConfigError(f"two of the columns {', '.join(columns)} are the same", "four columns", "correct the names")
-
-
-# --- from the files to integers -----------------------------------------------------------------------------
-
-
-# --- filtering ----------------------------------------------------------------------------------------------
-
-
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-def _short_string(kind: pa.DataType) -> pa.DataType:
-    return pa.string() if pa.types.is_large_string(kind) else kind
 
 
 def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
@@ -210,25 +193,17 @@ def _disk_error(out: Path, error: OSError) -> Vlm2RecError:
 def _refuse_foreign(config: PrepareConfig) -> None:
     """Raise unless `out` is new, empty, a dataset folder, or holds nothing but the images."""
     out = config.out
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"--out {out} is a file", "a folder", "choose another")
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
             raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
-    names = {path.name for path in out.iterdir()}
-    own = bool(names & {WORKING_FOLDER, schema.SEQUENCES_FILE})
-    names = {name for name in names if not name.startswith(".")}
-    root = config.images.resolve()
-    if root.is_relative_to(out.resolve()) and root != out.resolve():
-        names.discard(root.relative_to(out.resolve()).parts[0])
-    if names and not own:
-        raise ConfigError(
-            f"--out {out} is not empty and not a dataset folder: it holds {', '.join(sorted(names)[:3])}",
-            "a new or empty folder, or a dataset folder to replace",
-            "choose another --out",
-        )
+    root, place = config.images.resolve(), out.resolve()
+    images = root.relative_to(place).parts[0] if root.is_relative_to(place) and root != place else None
+    publish.require_ours(
+        out,
+        "a dataset folder",
+        ours=(out / WORKING_FOLDER).exists() or (out / schema.SEQUENCES_FILE).exists(),
+        ignored=lambda name: name.startswith(".") or name == images,
+    )
 
 
 _FILES = (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.DATASET_FILE)
@@ -237,11 +212,9 @@ _FILES = (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schem
 def _publish(work: Path, out: Path, meta: Mapping[str, Any]) -> None:
     """Move the finished files into place; dataset.json goes first when it is old and comes last when it is new."""
     for name in meta["sha256"]:
-        with (work / name).open("rb") as file:
-            os.fsync(file.fileno())
+        publish.sync(work / name)
     (out / schema.DATASET_FILE).unlink(missing_ok=True)
     # sequences.parquet first: by its name a later run knows a folder that was left half done as its own
     for name in (schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.ITEMS_FILE):
-        (work / name).replace(out / name)
-    publish.sync_folder(out)
+        publish.put_in_place(work / name, out / name)
     schema.write_json(out / schema.DATASET_FILE, meta)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
-from vlm2rec.pipelines.config import SDA_DEFAULTS, Config, FinetuneConfig
+from vlm2rec.embedder.training.recipes import loss_of, recipe_of
+from vlm2rec.pipelines.config import Config, FinetuneConfig
 
 RENAMED = {"wording": "prompt_style"}
 """Settings that had another name before."""
@@ -39,8 +40,9 @@ def read_config(
             raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
         values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
-    if cls is FinetuneConfig and values.get("method") == "sda":
-        values = SDA_DEFAULTS | values
+    if cls is FinetuneConfig:
+        values = {**recipe_of(str(values.get("method", FinetuneConfig.method))).defaults, **values}
+        loss_of(str(values.get("loss", FinetuneConfig.loss)))
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             flag = f"--{f.name.replace('_', '-')}"

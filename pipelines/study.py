@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.provenance import library_versions
 from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
@@ -145,23 +144,12 @@ def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: A
             "study": dataclasses.asdict(schedule.study),
             "data": str(schedule.home.data.resolve()),
             "contents of data": schedule.marks[schedule.home.data],
-            "versions": library_versions(),
+            "versions": library_versions("python", *LIBRARIES, absent="not installed"),
             "notes": list(schedule.study.notes),
             "before": laboratory.drawn_stages(schedule.out / laboratory.FOLDER),
             **more,
         },
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what comes out."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 # --- what the person sees -----------------------------------------------------------------------------------

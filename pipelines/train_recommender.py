@@ -8,8 +8,18 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from vlm2rec.downstream.recbole import plugin as recbole_plugin
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole import plugin
+from vlm2rec.downstream.recbole.run import (
+    CHECKPOINT_FILE,
+    Epoch,
+    Outcome,
+    Settings,
+    ignored_settings,
+    needs_no_negatives,
+    read_settings,
+)
+from vlm2rec.downstream.recbole.run import run as train
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import console
@@ -28,10 +38,10 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
             "a dataset folder, or a RecBole YAML that names its own dataset",
             "give --data DATA (and --model), or --config recbole.yaml",
         )
-    theirs = recbole_run.read_settings(config.config) if config.config else {}
+    theirs = read_settings(config.config) if config.config else {}
     model = str(config.model or theirs.get("model") or "")
     folder = Dataset(config.data) if config.data is not None else None
-    layers: list[recbole_run.Settings] = []
+    layers: list[Settings] = []
     if folder is not None:
         layers.append(task2_settings(config, model, folder.max_history, theirs))
     if config.config is not None:
@@ -39,7 +49,7 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
     layers.append(chosen_settings(config, model, theirs))
     _announce(config, theirs, folder)
     with _Display() as display:
-        outcome = recbole_run.run(
+        outcome = train(
             layers, config.out, data=folder, candidate_seeds=config.seeds, device=config.device, watcher=display
         )
     _summarise(outcome)
@@ -93,17 +103,17 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
     for field in changed & _RECBOLE_KEYS.keys():
         settings |= _RECBOLE_KEYS[field](config, model, theirs)
     if config.embeddings is not None:
-        settings[recbole_plugin.INIT] = str(config.embeddings)
+        settings[plugin.INIT] = str(config.embeddings)
     if "column" in changed:
-        settings[recbole_plugin.COLUMN] = config.column
+        settings[plugin.COLUMN] = config.column
     if "mode" in changed:
-        settings[recbole_plugin.TRAINABLE] = config.mode == "table"
+        settings[plugin.TRAINABLE] = config.mode == "table"
     if "missing" in changed:
-        settings[recbole_plugin.MISSING] = config.missing
+        settings[plugin.MISSING] = config.missing
     if "adapter" in changed:
-        settings[recbole_plugin.ADAPTER] = config.adapter
+        settings[plugin.ADAPTER] = config.adapter
     if "pca" in changed:
-        settings[recbole_plugin.PCA] = config.pca
+        settings[plugin.PCA] = config.pca
     return settings
 
 
@@ -139,13 +149,13 @@ _RECBOLE_KEYS: dict[str, _Translation] = {
 
 def _announce(config: TrainRecommenderConfig, theirs: Mapping[str, Any], folder: Dataset | None) -> None:
     if folder is not None:
-        ignored = recbole_run.ignored_settings(theirs)
+        ignored = ignored_settings(theirs)
         if ignored:
             console.log.print(
                 f"{config.config}: {', '.join(ignored)} have no effect beside --data, whose folder is filtered and"
                 " split already."
             )
-    elif recbole_run.needs_no_negatives(dict(theirs) | {"model": config.model or theirs.get("model")}):
+    elif needs_no_negatives(dict(theirs) | {"model": config.model or theirs.get("model")}):
         console.log.print(
             f"{config.config} has no train_neg_sample_args: taken as null, which its cross-entropy needs"
             " (RecBole alone would stop here)."
@@ -177,7 +187,7 @@ class _Display:
     def batch(self) -> None:
         self._advance(1)
 
-    def epoch(self, epoch: recbole_run.Epoch) -> None:
+    def epoch(self, epoch: Epoch) -> None:
         self._seconds += epoch.seconds
         left = self._seconds / epoch.number * (self._epochs - epoch.number) / 60
         score = "" if epoch.score is None else f"  valid {self._metric} {epoch.score:.4f}"
@@ -186,7 +196,7 @@ class _Display:
         )
 
 
-def _summarise(outcome: recbole_run.Outcome) -> None:
+def _summarise(outcome: Outcome) -> None:
     metrics = outcome.metrics
     layers = "" if metrics["adapter"] in (None, "linear") else f", {metrics['adapter']}"
     start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']}{layers})"
@@ -210,8 +220,8 @@ def _summarise(outcome: recbole_run.Outcome) -> None:
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])
-    rows["checkpoint"] = outcome.folder / recbole_run.CHECKPOINT_FILE
-    rows["metrics"] = outcome.folder / recbole_run.METRICS_FILE
+    rows["checkpoint"] = outcome.folder / CHECKPOINT_FILE
+    rows["metrics"] = outcome.folder / schema.METRICS_FILE
     console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vlm2rec.downstream.evaluation.geometry import effective_ranks
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location, readable
-from vlm2rec.embedder.export.verify import effective_ranks, verify
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import FailuresConfig, VerifyConfig
 

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from vlm2rec.embedder.contract.errors import DataError
-from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue import records
 from vlm2rec.pipelines.catalogue.files import ColumnNames, read_items, scan_interactions
 from vlm2rec.pipelines.catalogue.images import find_images
 
@@ -353,7 +353,7 @@ def test_every_format_gives_the_same_interactions_in_the_files_order(
 
 
 def test_a_file_of_several_blocks_keeps_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue_files, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 100)
     log = [(f"u{n % 7}", f"i{n}", 1000 - n) for n in range(300)]
     lines = [json.dumps({"user_id": u, "item_id": i, "timestamp": t}) for u, i, t in log]
     assert rows(read_interactions(write(tmp_path / "x.jsonl", "\n".join(lines)))) == log

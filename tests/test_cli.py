@@ -31,9 +31,6 @@ COMMANDS = {
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
     "import-vectors": config.ImportVectorsConfig,
-    "import-embeddings": config.ImportVectorsConfig,
-    "encode-frozen": config.EncodeFrozenConfig,
-    "encode-prompted": config.EncodePromptedConfig,
     "verify": config.VerifyConfig,
     "failures": config.FailuresConfig,
     "evaluate": config.EvaluateConfig,
@@ -356,6 +353,26 @@ def test_an_empty_settings_file_changes_nothing(tmp_path: Path, vlm2rec: Run, re
     (tmp_path / "settings.yaml").write_text("# nothing yet\n")
     assert vlm2rec(*SEARCH, "--config", tmp_path / "settings.yaml")[0] == 0
     assert received[-1].k == 10
+
+
+# --- commands that had another name -----------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [(), ("--help",), ("--data", "d", "--no-such-flag", "1")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encode-frozen", "export-items --encoder FOLDER"),
+        ("encode-prompted", "export-items --strategy question"),
+        ("import-embeddings", "import-vectors"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(old: str, new: str, flags: tuple[str, ...], vlm2rec: Run) -> None:
+    assert vlm2rec(old, *flags) == (2, "", f"vlm2rec: {old} is now `{new}`\n")
+
+
+def test_old_names_are_not_in_the_help(vlm2rec: Run) -> None:
+    _, out, _ = vlm2rec("--help")
+    assert set(cli.RENAMED) == {"encode-frozen", "encode-prompted", "import-embeddings"}
+    assert not [name for name in cli.RENAMED if name in out]
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from_rows
 from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -52,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found = json.loads((folder / lora.CURVES_FILE).read_text())
+    found = json.loads((folder / schema.CURVES_FILE).read_text())
     assert isinstance(found, dict)
     return found
 
@@ -169,7 +170,7 @@ def _cut_at(step: int, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(train._Watch, "on_step_begin", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
             finetune.run(config)
-    assert not (config.out / lora.SETTINGS_FILE).exists()
+    assert not (config.out / schema.ADAPTER_FILE).exists()
 
 
 def test_a_space_that_draws_together_is_told_with_numbers_and_recorded(
@@ -182,7 +183,7 @@ def test_a_space_that_draws_together_is_told_with_numbers_and_recorded(
     assert finetune.run(config) is not None
     said = " ".join(capsys.readouterr().err.split())
     recorded = curves(config.out)["warnings"]
-    assert json.loads((config.out / lora.SETTINGS_FILE).read_text())["training"]["collapse"] == recorded != []
+    assert json.loads((config.out / schema.ADAPTER_FILE).read_text())["training"]["collapse"] == recorded != []
     assert {("text", "narrow"), ("image", "narrow")} <= {(entry["view"], entry["rule"]) for entry in recorded}
     for entry in recorded:
         assert f"Collapse at step {entry['step']}: " in said and entry["message"] in said

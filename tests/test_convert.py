@@ -17,8 +17,8 @@ from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_atomic, write_dataset
 
 from vlm2rec.downstream import formats
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole import compat
+from vlm2rec.downstream.recbole.run import _recbole_config
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, Vlm2RecError
 from vlm2rec.embedder.export.verify import verify
@@ -176,8 +176,8 @@ def test_recbole_preloads_the_vector_of_each_of_its_items(holed: Path, tmp_path:
     (tmp_path / "out" / "mine.itememb").rename(tmp_path / "dataset" / "mine" / "mine.itememb")
     settings = yaml.safe_load((tmp_path / "out" / "recbole.yaml").read_text())
     settings |= {"data_path": str(tmp_path / "dataset"), "dataset": "mine", "model": "SASRec"}
-    with recbole_compat.cured(tmp_path):
-        config = recbole_run._recbole_config([settings], settings, None, tmp_path, "cpu")
+    with compat.cured(tmp_path):
+        config = _recbole_config([settings], settings, None, tmp_path, "cpu")
         dataset = create_dataset(config)
     matrix = dataset.get_preload_weight("vector_of")
     tokens = dataset.field2id_token["item_id"]
@@ -383,7 +383,7 @@ def test_a_second_conversion_takes_the_place_of_the_first(whole: Path, holed: Pa
 
 def test_nothing_but_a_conversion_to_the_same_form_is_replaced(whole: Path, tmp_path: Path) -> None:
     run(whole, "npy", tmp_path / "out", columns=("text",))
-    with pytest.raises(ConfigError, match="holds a conversion to npy"):
+    with pytest.raises(ConfigError, match=r"not an earlier conversion to cornac .*: it holds convert\.json"):
         run(whole, "cornac", tmp_path / "out")
     (tmp_path / "out" / "mm_adj_freedomdsp_10_1.pt").touch()
     with pytest.raises(ConfigError, match=r"holds mm_adj_freedomdsp_10_1\.pt"):

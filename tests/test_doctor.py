@@ -160,7 +160,7 @@ def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_libraries_that_do_not_load_are_the_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vlm2rec.embedder.backbones.backbone", None)
+    monkeypatch.setitem(sys.modules, "vlm2rec.embedder.backbones.devices", None)
     check = doctor.check_device()
     assert check.status == "fail"
     assert "does not load" in check.found

@@ -23,10 +23,12 @@ from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import Share, writing
+from vlm2rec.embedder.export.plan import plan_shards
 from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
+from vlm2rec.pipelines.console import TERMINAL
 
 SETTINGS = ShadeEncoder().fingerprint
 Tiny = Callable[[str], Path]
@@ -65,7 +67,7 @@ def whole(data: Dataset, tmp_path: Path) -> dict[str, bytes]:
 
 
 def make(data: Dataset, out: Path, load: Callable[[], Any] = ShadeEncoder, **choices: Any) -> dict[str, Any] | None:
-    return export(data, out, SETTINGS, load, shard_size=3, **choices)
+    return export(data, out, SETTINGS, load, shard_size=3, reporter=TERMINAL, **choices)
 
 
 # --- processes of this machine ------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ import os, sys, time
 from pathlib import Path
 from chairs import ShadeEncoder
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.pipelines.export_items import export
 class Slow(ShadeEncoder):
     def encode_items(self, titles, images):
@@ -137,7 +139,7 @@ class Slow(ShadeEncoder):
         return super().encode_items(titles, images)
 if __name__ == "__main__":
     export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), Slow().fingerprint, Slow, shard_size=2,
-           scale=Scale(num_workers=2))
+           distribution=Distribution(num_workers=2))
 """
     (tmp_path / "main.py").write_text(code)  # workers import it again
     (tmp_path / "pids").mkdir()
@@ -175,10 +177,10 @@ import sys
 from pathlib import Path
 from chairs import ShadeEncoder
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.export.distribute import Scale
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.pipelines.export_items import export
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
-       scale=Scale(num_workers=3, worker=int(sys.argv[3])))
+       distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
 """
     started = [child(code, data.path, tmp_path / "out", worker) for worker in range(3)]
     told = [worker.communicate() for worker in started]
@@ -247,7 +249,7 @@ def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, t
     mine, other = out / ".part-00001.parquet.4711.tmp", out / ".part-00000.parquet.4712.tmp"
     for path in (mine, other):
         path.write_bytes(b"half")
-    plan = export_items.plan_shards(data.item_ids, 3, {**SETTINGS, "storage": "float32"})
+    plan = plan_shards(data.item_ids, 3, {**SETTINGS, "storage": "float32"})
     shards._remove_temporaries(out, shards.shards_of(plan, Share(1, 2)))
     assert not mine.exists() and other.exists()
 

@@ -22,16 +22,17 @@ from children import child
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export import worker
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
+from vlm2rec.pipelines.console import TERMINAL
 
 BROKEN = (3, 11)  # items whose image cannot be read, where a test asks for that
 
@@ -65,7 +66,7 @@ def test_fault_37_shards_of_eight_hold_any_number_of_items(tmp_path: Path, items
 
 
 def test_more_items_than_are_read_at_once_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_maker, "ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(worker, "ITEMS_AT_ONCE", 3)
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=10)
     assert [len(call) for call in encoder.calls] == [3, 3, 3, 1, 3, 3, 3, 1]
@@ -204,7 +205,7 @@ def test_a_complete_folder_is_left_alone_and_no_model_is_loaded(
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
     first = export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert export(data, tmp_path / "out", encoder.fingerprint, never, shard_size=8) == first
+    assert export(data, tmp_path / "out", encoder.fingerprint, never, shard_size=8, reporter=TERMINAL) == first
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert "already complete" in " ".join(capsys.readouterr().err.split())
 
@@ -273,7 +274,7 @@ def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_sa
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
-    monkeypatch.setattr(export_items.shards.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(provenance, "version_of", lambda name: "0.0.1")
     first = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     monkeypatch.undo()
     (out / "part-00001.parquet").unlink()
@@ -347,7 +348,7 @@ def test_fault_14_batch_size_threads_and_cache_may_change_between_runs_and_pixel
     assert not {"device", "token_budget", "vision_cache", "image_timeout"} & set(manifest["settings"])
     before = parts(config.out)
     (config.out / "part-00001.parquet").unlink()
-    monkeypatch.setattr(shard_maker, "READERS", 1)
+    monkeypatch.setattr(worker, "READERS", 1)
     export_items.run(replace(config, token_budget=40, vision_cache="off", image_timeout=5.0))
     assert parts(config.out) == before and verify(config.out) == []
     with pytest.raises(ArtifactError, match="max_pixels was 50176, now 3136"):

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +31,15 @@ from PIL import Image
 from test_export_items import never
 from test_images import png, quarters
 from test_lora import write_adapter
+from tiny_encoders import sentence_folder
 
 from vlm2rec.embedder.backbones import image_readers, lora
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError, ModelError
-from vlm2rec.embedder.encoders import cache_choice as vision_cache
+from vlm2rec.embedder.encoders import cache_choice
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export import shards, worker
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
@@ -264,7 +266,7 @@ else:
 
 def test_fault_31_images_that_are_never_read_are_failure_rows_and_hold_nobody_up(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
-    slow = range(2, 2 + shard_maker.READERS + 1)  # more than there are threads
+    slow = range(2, 2 + worker.READERS + 1)  # more than there are threads
     code = """
 from test_faults import *
 encoder = ShadeEncoder()
@@ -298,7 +300,7 @@ def test_fault_31_a_disk_that_is_gone_stops_the_export_and_the_rerun_completes_i
 def test_fault_31_the_command_waits_neither_for_the_estimate_nor_for_the_image(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision_cache, "_PATIENCE", 0.3)
+    monkeypatch.setattr(cache_choice, "_PATIENCE", 0.3)
     data = write_dataset(tmp_path / "data", items=4)
     with held(data / "images" / "2.png"):
         manifest = export_items.run(settings(tiny, data, tmp_path / "out", image_timeout=0.3))
@@ -463,7 +465,7 @@ class Dies(BaseException):
 def test_fault_44_a_reader_that_dies_ends_the_export_without_a_hang_and_the_rerun_completes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = shard_maker.open_image
+    read = worker.open_image
 
     def dying(root: Path, relative: str, pixels: int) -> Image.Image:
         if relative == "13.png":
@@ -471,7 +473,7 @@ def test_fault_44_a_reader_that_dies_ends_the_export_without_a_hang_and_the_reru
         return read(root, relative, pixels)
 
     data, encoder, out = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder(), tmp_path / "out"
-    monkeypatch.setattr(shard_maker, "open_image", dying)
+    monkeypatch.setattr(worker, "open_image", dying)
     with pytest.raises(Dies):
         export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert list(parts(out)) == ["part-00000.parquet"]
@@ -486,12 +488,27 @@ def test_fault_44_a_writer_that_dies_ends_the_export_without_a_hang(
         raise Dies
 
     data, encoder = Dataset(write_dataset(tmp_path / "data")), ShadeEncoder()
-    monkeypatch.setattr(export_items.shards, "publish", dying)
+    monkeypatch.setattr(shards, "publish_shard", dying)
     with pytest.raises(Dies):
         export(data, tmp_path / "out", encoder.fingerprint, lambda: encoder, shard_size=8)
 
 
 # --- what an export never does ----------------------------------------------------------------------------------
+WATCHED = """
+from test_faults import *
+from vlm2rec.pipelines.cli import main
+import vlm2rec.pipelines.export_items
+told = open(os.environ["EVENTS"], "w", buffering=1)
+watched = ("socket.__new__", "socket.connect", "socket.getaddrinfo", "urllib.", "subprocess.", "os.system", "os.exec")
+watched += ("os.posix_spawn", "os.fork", "pickle.", "open")
+def hook(event, arguments):
+    if event.startswith(watched):
+        told.write(event + " " + (str(arguments[0]) if event == "open" else repr(arguments)[:200]) + "\\n")
+sys.addaudithook(hook)
+main()
+"""
+
+
 def test_an_export_opens_no_file_outside_the_root_no_socket_no_process_and_no_pickle(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -508,22 +525,9 @@ def test_an_export_opens_no_file_outside_the_root_no_socket_no_process_and_no_pi
     (images / "a.tiff").write_bytes(encoded("TIFF"))
     (images / "folder").mkdir()
     write_adapter(tiny("qwen2_5_vl"), tmp_path / "adapter")
-    code = """
-from test_faults import *
-from vlm2rec.pipelines.cli import main
-import vlm2rec.pipelines.export_items
-told = open(os.environ["EVENTS"], "w", buffering=1)
-watched = ("socket.__new__", "socket.connect", "socket.getaddrinfo", "urllib.", "subprocess.", "os.system", "os.exec")
-watched += ("os.posix_spawn", "os.fork", "pickle.", "open")
-def hook(event, arguments):
-    if event.startswith(watched):
-        told.write(event + " " + (str(arguments[0]) if event == "open" else repr(arguments)[:200]) + "\\n")
-sys.addaudithook(hook)
-main()
-"""
     flags = ["--data", data, "--backbone", tiny("qwen2_5_vl"), "--adapter", tmp_path / "adapter"]
     out = ["--out", tmp_path / "out", "--max-failures", 1]
-    watched = child(code, "export-items", *flags, *out, EVENTS=str(tmp_path / "events"))
+    watched = child(WATCHED, "export-items", *flags, *out, EVENTS=str(tmp_path / "events"))
     told = watched.communicate()[1]
     assert watched.returncode == 0, told
     assert [row["status"] for row in rows_of(tmp_path / "out")] == ["ok"] + ["failed"] * 9
@@ -532,3 +536,51 @@ main()
     opened = {event.removeprefix("open ") for event in events}
     assert f"{images}/0.png" in opened  # the hook sees reads
     assert not {path for path in opened if "secret" in path or "pipe.png" in path or path == "/etc/passwd"}
+
+
+def evil(folder: Path, kind: str) -> Path:
+    """Write a text encoder that wants its own code run, or its pickle opened."""
+    sentence_folder(folder, dense=9)
+    code = folder / "evil.py"
+    code.write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\nclass Normalize: pass\n")
+    if kind == "module":
+        listed = json.loads((folder / "modules.json").read_text())
+        (folder / "modules.json").write_text(json.dumps([*listed[:-1], {**listed[-1], "type": "evil.Normalize"}]))
+    elif kind == "auto_map":
+        config = json.loads((folder / "config.json").read_text())
+        auto = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto}))
+    else:
+        weights = (folder if kind == "pickle" else folder / "2_Dense") / "model.safetensors"
+        torch.save(safetensors.torch.load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    return folder
+
+
+def test_of_a_text_encoder_nothing_is_run_or_unpickled_and_what_needs_that_is_refused(tmp_path: Path) -> None:
+    data, sound = write_dataset(tmp_path / "data"), sentence_folder(tmp_path / "sound", dense=9)
+    wants = {kind: evil(tmp_path / kind, kind) for kind in ("module", "auto_map", "pickle", "dense pickle")}
+    config = json.loads((sound / "config.json").read_text())
+    auto = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}  # beside a type that transformers knows: not followed
+    (sound / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    (sound / "evil.py").write_text(f"open({str(sound / 'ran')!r}, 'w')\n")
+    each = """
+    for folder in json.loads(os.environ["FOLDERS"]):
+        sys.argv[4:] = ["--encoder", folder, "--out", folder + "-out"]
+        try:
+            main()
+        except SystemExit as ended:
+            print(Path(folder).name, ended.code or 0)
+"""
+    folders = json.dumps([str(folder) for folder in (sound, *wants.values())])
+    code = WATCHED.removesuffix("main()\n") + textwrap.dedent(each)
+    watched = child(code, "export-items", "--data", data, EVENTS=str(tmp_path / "events"), FOLDERS=folders)
+    out, told = watched.communicate()
+    assert dict(line.rsplit(" ", 1) for line in out.splitlines()) == {"sound": "0", **dict.fromkeys(wants, "4")}, told
+    assert "pickled weights are never opened" in told and "evil.Normalize" in told
+    events = (tmp_path / "events").read_text().splitlines()
+    assert sorted({event for event in events if not event.startswith("open ")}) == []
+    opened = {event.removeprefix("open ") for event in events}
+    assert any(path.endswith("sound/2_Dense/model.safetensors") for path in opened)  # the hook sees reads
+    assert not {path for path in opened if path.endswith((".bin", "evil.py", "ran"))}
+    assert not list(tmp_path.rglob("ran"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import safetensors.torch
 import torch
 import transformers
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from tiny_encoders import CLIP_DIM, MEAN, WIDTH, sentence_folder, tiny_bert, tiny_clip, tiny_siglip, tiny_siglip2
 from torch import Tensor
 
 from vlm2rec.embedder.backbones.images import ImageError
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError, ModelError, Vlm2RecError
 from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 
 TITLES = ["red chair", "A small Blue lamp of 1987", "x", "soft woollen hat, green"]
@@ -95,6 +97,8 @@ def test_several_poolings_are_concatenated_in_the_packages_order(tmp_path: Path)
 def test_the_newer_form_of_the_pooling_file_is_read(tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path, {"pooling_mode": "cls"}, normalise=False)
     np.testing.assert_allclose(text_of(folder, TITLES)[0], states(folder, TITLES[0])[0], atol=1e-5)
+    both = sentence_folder(tmp_path, {"pooling_mode": ["cls", "mean"]}, normalise=False)
+    assert text_of(both, TITLES).shape == (4, 2 * WIDTH)
 
 
 def test_a_dense_module_maps_the_pooled_vector(tmp_path: Path) -> None:
@@ -111,6 +115,26 @@ def test_a_folder_without_modules_is_pooled_by_the_mean_or_as_asked(bert: Path) 
     hidden = states(bert, TITLES[1])
     for pooling, expected in (("auto", hidden.mean(0)), ("cls", hidden[0]), ("last", hidden[-1])):
         np.testing.assert_allclose(text_of(bert, TITLES, pooling=pooling)[1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [None, 9])
+@pytest.mark.parametrize("mode", ["mean_tokens", "cls_token", "lasttoken"])
+def test_a_folder_gives_the_vectors_that_sentence_transformers_itself_gives(
+    tmp_path: Path, mode: str, dense: int | None
+) -> None:
+    folder = sentence_folder(tmp_path, {f"pooling_mode_{mode}": True}, dense=dense)
+    theirs = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(TITLES)
+    np.testing.assert_allclose(text_of(folder, TITLES), theirs, atol=1e-6)
+
+
+def test_means_and_dense_layers_stay_in_float32_beside_a_model_in_bfloat16(tmp_path: Path) -> None:
+    encoder: Any = load_frozen(sentence_folder(tmp_path, dense=9), device="cpu", dtype="bfloat16")
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in encoder.head.parameters()} == {torch.float32}
+
+
+def test_auto_is_float32(bert: Path) -> None:
+    assert frozen_fingerprint(bert, dtype="auto") == frozen_fingerprint(bert, dtype="float32")
 
 
 def test_a_title_does_not_depend_on_its_neighbours_or_the_budget(sentence: Path) -> None:
@@ -211,7 +235,7 @@ def test_a_sentence_transformers_folder_around_clip_is_read_as_clip(tmp_path: Pa
 def test_settings_are_known_before_the_weights_and_are_plain_json(sentence: Path, tmp_path: Path, kind: str) -> None:
     folder = sentence if kind == "sentence" else tiny_clip(tmp_path)
     settings = frozen_fingerprint(folder, device="cpu")
-    assert load_frozen(folder, device="cpu").settings == json.loads(json.dumps(settings)) == settings
+    assert load_frozen(folder, device="cpu").fingerprint == json.loads(json.dumps(settings)) == settings
     assert (settings["source"], settings["encoder"]) == (kind, folder.name)
 
 
@@ -222,16 +246,22 @@ def test_other_weights_and_other_pooling_are_other_settings(bert: Path, tmp_path
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
-def break_modules(folder: Path, kind: str) -> None:
+def name_module(folder: Path, kind: str) -> None:
+    """Let the last module be of another class."""
     listed = json.loads((folder / "modules.json").read_text())
-    listed[-1]["type"] = f"sentence_transformers.models.{kind}"
+    listed[-1]["type"] = kind
     (folder / "modules.json").write_text(json.dumps(listed))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: break_modules(folder, "LSTM"), "modules of .* Transformer, Pooling, LSTM.*import-vectors"),
+        (
+            lambda folder: name_module(folder, "sentence_transformers.models.LSTM"),
+            "modules of .* Transformer, Pooling, LSTM.*import-vectors",
+        ),
+        (lambda folder: name_module(folder, "evil.Normalize"), "modules of .* Transformer, Pooling, evil.Normalize"),
+        (lambda folder: name_module(folder, "sentence_transformers_evil.Normalize"), "sentence_transformers_evil"),
         (lambda folder: (folder / "modules.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "modules.json").write_text("{}"), "lists no modules"),
         (lambda folder: (folder / "modules.json").write_text("[]"), "modules of .* are none"),
@@ -255,6 +285,34 @@ def test_a_damaged_or_unknown_folder_is_a_model_error(
         text_of(folder, TITLES)
 
 
+@pytest.mark.parametrize("named", ["torch.hub.load", "torch.nn.modules.container.Sequential", "evil.Tanh"])
+def test_a_dense_module_with_another_class_than_an_activation_is_refused(tmp_path: Path, named: str) -> None:
+    folder = sentence_folder(tmp_path, dense=9)
+    config = json.loads((folder / "2_Dense" / "config.json").read_text())
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(config | {"activation_function": named}))
+    with pytest.raises(ModelError, match=f"has the activation {named}"):
+        load_frozen(folder, device="cpu")
+
+
+def test_a_dense_module_with_weights_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = sentence_folder(tmp_path, dense=9)
+    safetensors.torch.save_file({"linear.weight": torch.zeros(9, WIDTH)}, folder / "2_Dense" / "model.safetensors")
+    with pytest.raises(ModelError, match="weights of a Dense module"):
+        load_frozen(folder, device="cpu")
+
+
+def test_without_the_extra_a_text_encoder_is_refused_and_clip_is_not(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in {name for name in sys.modules if name.split(".")[0] == "sentence_transformers"}:
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (frozen_fingerprint, load_frozen):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'vlm2rec\[sentence\]'") as refused:
+            call(bert, device="cpu")
+        assert refused.value.exit_code == 7
+    assert load_frozen(tiny_clip(tmp_path), device="cpu").fingerprint["source"] == "clip"
+
+
 def test_a_dense_module_with_pickled_weights_is_refused(tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path, dense=9)
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
@@ -265,8 +323,8 @@ def test_a_dense_module_with_pickled_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("which", "settings", "error", "message"),
     [
-        ("bert", {"kind": "clip"}, ConfigError, "--kind clip with a folder of type 'bert'"),
-        ("clip", {"kind": "sentence"}, ConfigError, "--kind sentence with a clip folder"),
+        ("bert", {"encoder_kind": "clip"}, ConfigError, "--encoder-kind clip with a folder of type 'bert'"),
+        ("clip", {"encoder_kind": "sentence"}, ConfigError, "--encoder-kind sentence with a clip folder"),
         ("clip", {"pooling": "cls"}, ConfigError, "--pooling with a CLIP"),
         ("nothing", {}, ModelError, "is not a folder"),
         ("t5", {}, ModelError, "is of type 't5'"),

@@ -19,6 +19,7 @@ from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.training.gradients import gradient_alignment, modality_losses
 from vlm2rec.embedder.training.losses import (
     VLM2RecLoss,
+    VLM2RecObjective,
     contrastive,
     cosines,
     margins,
@@ -116,7 +117,7 @@ def model(tiny: Callable[[str], Path], drawn_dataset: Path) -> HistoryModel:
     items = ItemFeatures(Dataset(drawn_dataset), encoder)
     wrapped = add_lora(encoder.backbone, 2, 4.0, 0.2, 0)
     draw_lora(wrapped, "lora_", 0.1, seed=1)
-    return HistoryModel(encoder, wrapped, items, VLM2RecLoss(0.5, 0.5, stop_gradient=False), 0.5)
+    return HistoryModel(encoder, wrapped, items, VLM2RecObjective(0.5, 0.5, stop_gradient=False), 0.5)
 
 
 def lora_weights(module: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -79,6 +79,123 @@ def test_the_rule_finds_every_form_of_import(tmp_path: Path) -> None:
     }
 
 
+# --- rooms ----------------------------------------------------------------------------------------------------
+# What stands later may import what stands earlier in its list, and never the other way round. An item of a catalogue
+# goes down this list once. Commands come last, as nothing but another command calls them.
+ORDER = {
+    "embedder": (
+        *("options", "contract", "progress", "prompts", "distributed"),
+        *("backbones", "encoders", "training", "export"),
+    ),
+    "downstream": (
+        *("options", "principal_components", "table", "formats", "mmrec"),
+        *("evaluation", "recbole", "index"),
+    ),
+    "pipelines": (
+        *("convert_formats", "config", "read_config", "console", "commands"),
+        *("catalogue", "synthetic", "experiments", "reporting"),
+    ),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name below vlm2rec; a package is its __init__."""
+    found = {}
+    for path in (path for package in sorted(PACKAGES) for path in files(package)):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def module_imports(path: Path, known: set[str]) -> set[str]:
+    """Which modules of ours a file imports while it runs, inside functions too; what only types need is left out."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vlm2rec."):
+            module = node.module.removeprefix("vlm2rec.")
+            found |= {inner if (inner := f"{module}.{alias.name}") in known else module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("vlm2rec.") for a in node.names if a.name.startswith("vlm2rec.")}
+    return found & known
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: module_imports(path, {*known}) - {name} for name, path in known.items()}
+
+
+def room(module: str) -> str:
+    """`embedder.export.plan` lies in embedder.export; `pipelines.config` is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Some nodes that lead back to themselves, in order; empty where there are none."""
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for following in sorted(graph.get(node, ())):
+                if found := visit(following, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = import_graph()
+    assert len(graph) > 100 and sum(map(len, graph.values())) > 300
+    assert circle(graph) == []
+
+
+def test_no_room_imports_itself_through_others() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, imported in import_graph().items():
+        if "." in module:  # the packages themselves hand on names from within
+            rooms.setdefault(room(module), set()).update({room(other) for other in imported} - {room(module)})
+    assert circle(rooms) == []
+
+
+def test_no_import_runs_upward() -> None:
+    upward = []
+    for module, imported in import_graph().items():
+        package, _, inside = room(module).partition(".")
+        for other in imported:
+            of, _, theirs = room(other).partition(".")
+            order = ORDER[package]
+            if of != package or not inside or inside == theirs or inside not in order:
+                continue
+            if theirs not in order or order.index(theirs) > order.index(inside):
+                upward.append(f"{module} -> {other}")
+    assert upward == []
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    rooms = {room(module) for module in modules() if "." in module}
+    listed = {f"{package}.{name}" for package, names in ORDER.items() for name in names}
+    assert listed <= rooms
+    commands = {name for name in rooms - listed if name.startswith("pipelines.")}
+    assert rooms - listed == commands
+
+
 def loaded_by(code: str) -> set[str]:
     """Return the top-level modules that a fresh Python has loaded after running `code`."""
     script = (
@@ -98,6 +215,7 @@ def loaded_by(code: str) -> set[str]:
         "embedder.contract.dataset",
         "embedder.contract.storage",
         "embedder.contract.publish",
+        "embedder.contract.provenance",
         "embedder.contract.errors",
         "downstream.table",
         "downstream.evaluation.metrics",
@@ -107,6 +225,7 @@ def loaded_by(code: str) -> set[str]:
         "downstream.formats",
         "downstream.mmrec",
         "pipelines.config",
+        "pipelines.read_config",
         "pipelines.build_index",
         "pipelines.convert",
     ],

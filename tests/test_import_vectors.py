@@ -429,14 +429,3 @@ def test_ids_of_an_npy_may_be_a_json_list(data: Path, tmp_path: Path) -> None:
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(DataError, match=r"broken\.json"):
             run(data, tmp_path / "v.npy", tmp_path / "o", ids=tmp_path / "broken.json")
-
-
-def test_import_embeddings_is_the_same_command(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = npy(tmp_path / "v.npy", drawn())
-    arguments = ["--data", str(data), "--file", str(file), "--in-item-order", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["vlm2rec", "import-embeddings", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code and EmbeddingTable.open(tmp_path / "out").item_ids == ITEMS

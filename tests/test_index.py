@@ -23,8 +23,7 @@ from vlm2rec.downstream.index.index import ItemIndex, build_index
 from vlm2rec.downstream.index.plan import bytes_per_vector, choose_factory, plan_index
 from vlm2rec.downstream.index.recall import drop_own, exact_neighbours, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder.contract import publish as staging
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 
 
@@ -382,7 +381,7 @@ def test_a_rebuild_replaces_the_whole_index(tmp_path: Path) -> None:
 
 
 def test_a_rebuild_works_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
     test_a_rebuild_replaces_the_whole_index(tmp_path)
 
 

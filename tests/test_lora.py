@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
@@ -30,7 +31,7 @@ def write_adapter(backbone: Path, folder: Path, scale: float = 0.02) -> np.ndarr
     draw_lora(wrapped, "lora_B", scale, seed=0)
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
-    settings = {"encoder": vars(encoder.settings)}
+    settings = {"encoder": encoder.settings.stored()}
     lora.save_adapter(
         wrapped, folder, settings, lora.Canary(titles, images, vectors), {"train": [], "valid": []}, "card"
     )
@@ -107,7 +108,7 @@ def test_changed_weights_are_caught_by_the_canary(tiny: Tiny, adapter: Path) -> 
 
 
 def test_an_unfinished_folder_is_refused(tiny: Tiny, adapter: Path) -> None:
-    (adapter / lora.SETTINGS_FILE).unlink()
+    (adapter / schema.ADAPTER_FILE).unlink()
     with pytest.raises(ModelError, match="not a finished adapter folder"):
         load(tiny, adapter)
 

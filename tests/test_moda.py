@@ -43,7 +43,7 @@ def save(encoder: ItemEncoder, folder: Path) -> np.ndarray:
     titles, images = lora.canary_items()
     vectors = encoder.encode_items(titles, images).fused
     canary = lora.Canary(titles, images, vectors)
-    lora.save_adapter(encoder.backbone.model, folder, {"encoder": vars(encoder.settings)}, canary, {}, "card")
+    lora.save_adapter(encoder.backbone.model, folder, {"encoder": encoder.settings.stored()}, canary, {}, "card")
     return vectors
 
 
@@ -220,7 +220,7 @@ def test_a_damaged_file_and_an_unfinished_folder_are_clear_errors(tiny: Tiny, ad
     (adapter / lora.MODA_FILE).write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="damaged"):
         load(tiny, adapter=adapter)
-    (adapter / lora.SETTINGS_FILE).unlink()
+    (adapter / schema.ADAPTER_FILE).unlink()
     with pytest.raises(ModelError, match="not a finished adapter folder"):
         load(tiny, adapter=adapter)
 

@@ -31,7 +31,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import StorePath, location
-from vlm2rec.embedder.export import lock as writer_lock
+from vlm2rec.embedder.export import lock
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import writing
@@ -132,7 +132,7 @@ def _export_and_die(folder: Path, out: str, moment: int) -> None:
 def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
     data: Dataset, whole: Path, store: StorePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_lock, "SETTLE", 0.01)
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
     left_behind = []
     for moment in range(100):
         out = store / str(moment)
@@ -245,7 +245,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_followed_at_once(
 def test_a_writer_of_another_machine_is_dead_when_it_is_silent_for_long(
     store: StorePath, holder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_lock, "_processes", lambda: "another machine")
+    monkeypatch.setattr(lock, "_processes", lambda: "another machine")
     holder.kill()
     holder.join()
     with (
@@ -253,7 +253,7 @@ def test_a_writer_of_another_machine_is_dead_when_it_is_silent_for_long(
         writing(store),
     ):
         pass
-    monkeypatch.setattr(writer_lock, "SILENCE", -1.0)
+    monkeypatch.setattr(lock, "SILENCE", -1.0)
     with writing(store) as hold:
         hold.require()
 
@@ -295,7 +295,7 @@ def test_a_writer_whose_folder_was_taken_over_writes_no_manifest(data: Dataset, 
 
 
 def test_signs_of_life_come_and_end(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
     beats, write = [], StorePath.write_bytes
 
     def counted(self: StorePath, content: bytes) -> None:

@@ -23,6 +23,7 @@ from vlm2rec.embedder.contract import storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.pipelines import cli, prepare
+from vlm2rec.pipelines.catalogue import dataset_writer
 from vlm2rec.pipelines.catalogue.negatives import Sequences, draw_candidates, random_items, untouched_counts
 from vlm2rec.pipelines.config import PrepareConfig
 
@@ -331,7 +332,7 @@ def test_files_have_the_promised_columns_for_any_reader(paths: dict[str, Path]) 
 
 
 def test_candidates_are_stored_as_codes_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "_USERS_PER_GROUP", 16)
+    monkeypatch.setattr(dataset_writer, "_USERS_PER_GROUP", 16)
     long_ids = [(u, f"{i}-{'x' * 200}", t) for u, i, t in a_log(users=40, items=60, length=8)]
     paths = write_catalogue(tmp_path, long_ids)
     dataset = prepare.run(config(paths, candidates=30))

@@ -49,7 +49,7 @@ def test_the_example_that_encodes_gives_the_vectors_of_the_adapter(
     draw_lora(wrapped, "lora_B", 0.1, seed=0)
     titles, images = lora.canary_items()
     canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused)
-    lora.save_adapter(wrapped, tmp_path / "adapter", {"encoder": vars(encoder.settings)}, canary, {}, "card")
+    lora.save_adapter(wrapped, tmp_path / "adapter", {"encoder": encoder.settings.stored()}, canary, {}, "card")
     chair = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     chair.save(tmp_path / "chair.jpg")
 

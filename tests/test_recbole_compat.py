@@ -16,8 +16,7 @@ import pytest
 import torch
 from recommender_world import cyclic_sequences, write_atomic, write_dataset
 
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole import compat, run
 from vlm2rec.embedder.contract.errors import MissingDependencyError
 
 ITEMS = [f"i{number}" for number in range(24)]
@@ -78,10 +77,10 @@ def test_recbole_still_asks_numpy_for_names_it_removed(
 
 
 def test_numpy_is_afterwards_as_it_was_before(atomic: Path, tmp_path: Path) -> None:
-    names = (*recbole_compat._REMOVED_NAMES, *recbole_compat._LEFT_BEHIND)
+    names = (*compat._REMOVED_NAMES, *compat._LEFT_BEHIND)
     before = {name: vars(np).get(name) for name in names}
     assert before["float_"] is None and before["unicode"] is None
-    with recbole_compat.cured(tmp_path):
+    with compat.cured(tmp_path):
         config(atomic, tmp_path)
         assert None not in {name: vars(np).get(name) for name in names}.values()
     assert {name: vars(np).get(name) for name in names} == before
@@ -90,13 +89,13 @@ def test_numpy_is_afterwards_as_it_was_before(atomic: Path, tmp_path: Path) -> N
 # --- 3 checkpoints ------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4:UserWarning")
 def test_torch_still_refuses_recboles_checkpoint_and_our_reader_takes_our_own(atomic: Path, tmp_path: Path) -> None:
-    outcome = recbole_run.run(
+    outcome = run.run(
         SMALL | {"dataset": "small", "data_path": str(atomic), "load_col": None}, tmp_path / "out", device="cpu"
     )
     checkpoint = tmp_path / "out" / "checkpoint.pth"
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoint)
-    loaded = recbole_compat.load_own_checkpoint(checkpoint, torch.device("cpu"))
+    loaded = compat.load_own_checkpoint(checkpoint, torch.device("cpu"))
     assert loaded["state_dict"].keys() == outcome.model.state_dict().keys()
 
 
@@ -116,19 +115,19 @@ def test_filling_in_place_is_lost_with_the_semantics_of_pandas_3() -> None:
 def test_pandas_3_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pd, "__version__", "3.0.1")
     with pytest.raises(MissingDependencyError, match=r"pandas>=2.2,<3"):
-        recbole_compat.require_recbole()
+        compat.require_recbole()
 
 
 def test_a_missing_recbole_is_an_error_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "recbole.config", None)
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps recbole==1\.2\.1 thop"):
-        recbole_compat.require_recbole()
+        compat.require_recbole()
 
 
 # --- 5 cross-entropy ----------------------------------------------------------------------------------------
 def test_recbole_still_stops_at_cross_entropy_with_its_own_default_sampling(atomic: Path, tmp_path: Path) -> None:
     default = {"distribution": "uniform", "sample_num": 1}
-    with recbole_compat.cured(tmp_path), pytest.raises(ValueError, match="should be None"):
+    with compat.cured(tmp_path), pytest.raises(ValueError, match="should be None"):
         config(atomic, tmp_path, train_neg_sample_args=default)
 
 
@@ -146,13 +145,13 @@ def test_recbole_still_stops_at_cross_entropy_with_its_own_default_sampling(atom
 def test_sampling_is_switched_off_for_cross_entropy_only_where_the_settings_are_silent(
     settings: dict[str, Any], defaults: dict[str, Any], expected: bool
 ) -> None:
-    assert recbole_compat.without_negative_sampling(settings, defaults) is expected
+    assert compat.without_negative_sampling(settings, defaults) is expected
 
 
 # --- 6 anomaly detection ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("import recbole.model.sequential_recommender", "True"), ("recbole_compat.require_recbole()", "False")],
+    [("import recbole.model.sequential_recommender", "True"), ("compat.require_recbole()", "False")],
 )
 def test_importing_a_recbole_model_still_slows_autograd_down_and_the_cure_lifts_that(
     before: str, after: str, tmp_path: Path
@@ -160,9 +159,9 @@ def test_importing_a_recbole_model_still_slows_autograd_down_and_the_cure_lifts_
     script = f"""
 import torch
 from pathlib import Path
-from vlm2rec.downstream import recbole_compat
+from vlm2rec.downstream.recbole import compat
 {before}
-with recbole_compat.cured(Path({str(tmp_path)!r})):
+with compat.cured(Path({str(tmp_path)!r})):
     print(torch.is_anomaly_enabled())
 print(torch.is_anomaly_enabled())
 """
@@ -175,9 +174,9 @@ def test_recbole_still_reads_the_command_line_and_the_cure_hides_it(
     atomic: Path, tmp_path: Path, arguments: pytest.MonkeyPatch
 ) -> None:
     arguments.setattr(sys, "argv", ["program", "--seed=7", "--hidden_size=4"])
-    with recbole_compat._numpy_names():
+    with compat._numpy_names():
         assert config(atomic, tmp_path)["seed"] == 7
-    with recbole_compat.cured(tmp_path):
+    with compat.cured(tmp_path):
         assert config(atomic, tmp_path)["seed"] == 2020
     assert sys.argv == ["program", "--seed=7", "--hidden_size=4"]
 
@@ -186,7 +185,7 @@ def test_recbole_still_sets_the_visible_devices_and_the_cure_restores_them(
     atomic: Path, tmp_path: Path, arguments: pytest.MonkeyPatch
 ) -> None:
     arguments.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with recbole_compat.cured(tmp_path):
+    with compat.cured(tmp_path):
         config(atomic, tmp_path)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
@@ -198,7 +197,7 @@ def test_recboles_tensorboard_files_stay_out_of_the_working_folder(
     import recbole.trainer.trainer as trainer
 
     monkeypatch.chdir(tmp_path)
-    with recbole_compat.cured(tmp_path / "out"):
+    with compat.cured(tmp_path / "out"):
         trainer.get_tensorboard(logging.getLogger()).add_scalar("x", 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     trainer.get_tensorboard(logging.getLogger()).close()
@@ -210,7 +209,7 @@ def test_recboles_log_goes_to_a_file_and_only_its_warnings_to_stderr(
 ) -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
-    with recbole_compat.cured(tmp_path):
+    with compat.cured(tmp_path):
         root.info("\x1b[1;34mepoch 0\x1b[0m training")
         root.warning("\x1b[1;31mline 7\x1b[0m will be removed")
     assert (root.handlers, root.level) == before

@@ -11,12 +11,11 @@ import torch
 from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, circle_vectors, cyclic_sequences, write_atomic, write_dataset
 
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import plugin as recbole_plugin
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole import compat, plugin, run
 from vlm2rec.downstream.recbole.item_embedding import ItemEmbedding, standardise
 from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors, read_flag
 from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
@@ -33,7 +32,7 @@ TINY: dict[str, Any] = {
     "MAX_ITEM_LIST_LENGTH": 5,
     "seed": 3,
 }
-MODELS = pytest.mark.parametrize("model", recbole_plugin.MODELS)
+MODELS = pytest.mark.parametrize("model", schema.RECOMMENDERS)
 Built = tuple[Any, Any, Any]  # model, RecBole's config, RecBole's dataset
 
 
@@ -63,12 +62,12 @@ def build(settings: dict[str, Any], data: Dataset | None, out: Path) -> Built:
     from recbole.data import data_preparation
     from recbole.utils import get_model, init_seed
 
-    with recbole_compat.cured(out):
-        config = recbole_run._recbole_config([settings], settings, data, out, "cpu")
+    with compat.cured(out):
+        config = run._recbole_config([settings], settings, data, out, "cpu")
         init_seed(config["seed"], config["reproducibility"])
-        dataset = recbole_run._dataset(config, data)
+        dataset = run._dataset(config, data)
         train_data, _, _ = data_preparation(config, dataset)
-        recbole_plugin.install()
+        plugin.install()
         init_seed(config["seed"], config["reproducibility"])
         model = get_model(config["model"])(config, train_data._dataset)
     return model, config, dataset
@@ -185,7 +184,7 @@ def test_predict_and_full_sort_predict_agree(
         {} if start == "id" else {"item_embedding_init": str(embeddings), "item_embedding_trainable": start == "table"}
     )
     settings = TINY | {"model": model, "learning_rate": 0.01} | flag
-    trained = recbole_run.run(settings, tmp_path, data=data, device="cpu").model
+    trained = run.run(settings, tmp_path, data=data, device="cpu").model
     lists = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]])
     rows = {"item_id_list": lists, "item_length": torch.tensor([3, 5, 1])}
     with torch.no_grad():
@@ -226,9 +225,9 @@ def test_loss_and_prediction_see_the_same_table(model: str, data: Dataset, embed
 def test_a_table_checkpoint_loads_in_recbole_without_vlm2rec(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
     settings = TINY | {"model": "SASRec"}
     flag = {"item_embedding_init": str(embeddings), "item_embedding_trainable": True}
-    outcome = recbole_run.run(settings | flag, tmp_path / "flagged", data=data, device="cpu")
+    outcome = run.run(settings | flag, tmp_path / "flagged", data=data, device="cpu")
     stock, _, _ = build(settings, data, tmp_path / "stock")
-    saved = recbole_compat.load_own_checkpoint(tmp_path / "flagged" / "checkpoint.pth", "cpu")
+    saved = compat.load_own_checkpoint(tmp_path / "flagged" / "checkpoint.pth", "cpu")
     assert stock.load_state_dict(saved["state_dict"]).missing_keys == []
     assert torch.equal(stock.item_embedding.weight, outcome.model.item_embedding.weight)
 
@@ -239,7 +238,7 @@ def test_without_the_flag_a_wrapped_model_is_the_stock_model(data: Dataset, tmp_
     wrapped, config, dataset = build(TINY | {"model": "SASRec"}, data, tmp_path)
     stock_class = get_model("SASRec")
     init_seed(config["seed"], config["reproducibility"])
-    with recbole_compat.cured(tmp_path):
+    with compat.cured(tmp_path):
         stock = stock_class.__new__(stock_class)
         stock_class.__init__.__wrapped__(stock, config, dataset)
     assert type(wrapped) is stock_class
@@ -249,9 +248,9 @@ def test_without_the_flag_a_wrapped_model_is_the_stock_model(data: Dataset, tmp_
 def test_wrapping_twice_wraps_once() -> None:
     from recbole.utils import get_model
 
-    recbole_plugin.install()
+    plugin.install()
     first = get_model("GRU4Rec").__init__
-    recbole_plugin.install()
+    plugin.install()
     assert get_model("GRU4Rec").__init__ is first
     assert not hasattr(first.__wrapped__, "__wrapped__")
 
@@ -344,7 +343,7 @@ def test_every_model_trains_through_two_layers_over_components(
     model: str, adapter: str, data: Dataset, embeddings: Path, tmp_path: Path
 ) -> None:
     flag = {"item_embedding_init": str(embeddings), "item_embedding_adapter": adapter, "item_embedding_pca": 3}
-    outcome = recbole_run.run(TINY | {"model": model} | flag, tmp_path / "run", data=data, device="cpu")
+    outcome = run.run(TINY | {"model": model} | flag, tmp_path / "run", data=data, device="cpu")
     table = outcome.model.item_embedding
     assert (table.hidden.in_features, table.hidden.out_features, table.embedding_dim) == (3, 16, 16)
     assert (outcome.metrics["adapter"], outcome.metrics["pca"]["components"]) == (adapter, 3)

@@ -176,15 +176,16 @@ def test_killed_while_failed_rows_are_made_the_same_command_finishes(tmp_path: P
 import os, signal, sys
 from pathlib import Path
 from chairs import ShadeEncoder
-from vlm2rec.embedder import storage
+from vlm2rec.embedder.contract import publish
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.pipelines.export_items import Reuse, export
-put_in_place = storage.put_in_place
+from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.reuse import Reuse
+put_in_place = publish.put_in_place
 def dies(draft, path, *rest):
     put_in_place(draft, path, *rest)
     if path.name == "part-00001.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
-storage.put_in_place = dies
+publish.put_in_place = dies
 encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))

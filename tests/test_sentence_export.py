@@ -122,7 +122,7 @@ def trained(tiny: Tiny, drawn_dataset: Path, tmp_path_factory: pytest.TempPathFa
     draw_lora(wrapped, "lora_B", 0.1, seed=0)
     titles, images = lora.canary_items()
     canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused)
-    lora.save_adapter(wrapped, folder / "adapter", {"encoder": vars(encoder.settings)}, canary, {}, "card")
+    lora.save_adapter(wrapped, folder / "adapter", {"encoder": encoder.settings.stored()}, canary, {}, "card")
     export_items.run(
         ExportConfig(
             data=drawn_dataset,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from recommender_world import load_as_mmrec
 
+from vlm2rec.downstream.evaluation.geometry import effective_ranks
 from vlm2rec.downstream.index.plan import plan_index
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.backbones.images import open_image
@@ -22,7 +23,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.strategies import load_strategy, strategy_fingerprint
-from vlm2rec.embedder.export.verify import effective_ranks, verify
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.options import STRATEGIES, PromptMode, Strategy
 from vlm2rec.embedder.prompts import Prompt, joint_prompt, product_text, render, textual_prompt, visual_prompt
 from vlm2rec.pipelines import convert, evaluate, export_items, train_recommender
@@ -217,7 +218,7 @@ def test_settings_are_known_before_the_weights_and_no_two_strategies_share_a_fin
     folder = str(tiny("qwen2_5_vl"))
     for strategy in STRATEGIES:
         settings = strategy_fingerprint(folder, strategy, device="cpu")
-        assert load_strategy(folder, strategy, device="cpu").settings == json.loads(json.dumps(settings)) == settings
+        assert load_strategy(folder, strategy, device="cpu").fingerprint == json.loads(json.dumps(settings)) == settings
     manifests = [schema.read_manifest(exported / strategy) for strategy in STRATEGIES]
     assert len({manifest["fingerprint"] for manifest in manifests}) == 5
     assert len({manifest["settings"]["prompt_hash"] for manifest in manifests}) == 5

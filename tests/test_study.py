@@ -22,12 +22,13 @@ import yaml
 from study_world import Tiny, settings
 
 from vlm2rec.downstream.evaluation.metrics import bound_check
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import finetune, prepare, study
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
 from vlm2rec.pipelines.experiments import ledger, schedule
-from vlm2rec.pipelines.experiments.results import _RESULT, METRICS, require_bound
+from vlm2rec.pipelines.experiments.results import _RESULT, require_bound
 from vlm2rec.pipelines.reporting import tables
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
@@ -234,7 +235,7 @@ def test_every_row_of_results_keeps_the_bound(finished: Path) -> None:
     keys = ["method", "seed", "dataset", "task", "model", "protocol", "view", "user_group"]
     wide = results.pivot("metric", index=keys, values="value")
     assert wide.height > 50
-    assert all(bound_check({name: row[name] for name in METRICS}) for row in wide.iter_rows(named=True))
+    assert all(bound_check({name: row[name] for name in schema.METRICS}) for row in wide.iter_rows(named=True))
 
 
 def test_a_row_that_no_ranking_gives_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, read_study, runs
 
 HOME = Target("home", Path("/data/home"))
@@ -139,15 +141,70 @@ def test_vectors_of_yours_enter_with_pca_and_a_two_layer_adapter(tmp_path: Path)
 @pytest.mark.parametrize(
     ("source", "options", "command"),
     [
-        ("sentence-transformers", {"folder": "m"}, "encode-frozen"),
-        ("clip", {"folder": "m"}, "encode-frozen"),
-        ("prompt", {}, "encode-prompted"),
+        ("sentence-transformers", {"folder": "m"}, "export-items"),
+        ("clip", {"folder": "m"}, "export-items"),
+        ("prompt", {}, "export-items"),
         ("backbone", {"export": {"views": "text"}}, "export-items"),
     ],
 )
 def test_each_source_has_its_command(tmp_path: Path, source: str, options: dict[str, Any], command: str) -> None:
     found = study(tmp_path, more_methods=[{"name": "new", "source": source, **options}])
     assert laid_out(found)["new", None].steps[0].command == command
+
+
+COMMON = {
+    "shard_size": 4096,
+    "storage": "float32",
+    "images_by": "mtime",
+    "extend": False,
+    "retry_failed": False,
+    "changed_since": None,
+    "image_timeout": 60.0,
+    "max_failures": 0.01,
+    "contents of data": "mark",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "command", "recorded"),
+    [
+        (
+            {"source": "sentence-transformers", "folder": "m"},
+            "encode-frozen",
+            {"kind": "sentence", "pooling": "auto", "fusion_norm": "raw", "dtype": "float32", "on_image_error": "null"},
+        ),
+        (
+            {"source": "clip", "folder": "m", "fusion_norm": "normalised"},
+            "encode-frozen",
+            {"kind": "clip", "pooling": "auto", "fusion_norm": "normalised", "dtype": "float32"},
+        ),
+        (
+            {"source": "prompt", "instruction": "What?"},
+            "encode-prompted",
+            {
+                **{"backbone": "BB", "revision": None, "instruction": "What?", "prompt_mode": "auto", "dtype": "auto"},
+                **{"max_pixels": 50176, "max_title_tokens": 64},
+            },
+        ),
+    ],
+)
+def test_finished_steps_of_commands_that_are_no_more_are_recognised(
+    tmp_path: Path, method: dict[str, Any], command: str, recorded: dict[str, Any]
+) -> None:
+    found = study(tmp_path, more_methods=[{"name": "new", **method}])
+    run = dataclasses.replace(laid_out(found)["new", None], folder=tmp_path)
+    step = run.steps[0]
+    now = ledger.identity(step, Path("out"), "mark")
+    recorded = {**COMMON, **recorded, "data": now["data"]}
+    if command == "encode-frozen":
+        recorded["encoder"] = now["encoder"]
+    record = {"command": command, "settings": recorded}
+    (tmp_path / ledger.STEPS_FILE).write_text(json.dumps({step.name: record}))
+    assert ledger.change(run, step, now) is None
+    record["settings"] = recorded | {"shard_size": 8}
+    (tmp_path / ledger.STEPS_FILE).write_text(json.dumps({step.name: record}))
+    changed = ledger.change(run, step, now)
+    assert changed is not None and (changed.setting, changed.before, changed.now) == ("shard_size", 8, 4096)
 
 
 def test_the_strategies_are_rows_beside_the_others_whose_users_are_the_mean_of_their_items() -> None:

@@ -19,9 +19,8 @@ from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, write_atomic, write_dataset
 from typer.testing import CliRunner
 
-from vlm2rec.downstream.evaluation import metrics as ranking
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.evaluation.metrics import TAIL
+from vlm2rec.downstream.recbole import compat, run
 from vlm2rec.downstream.recbole.run import evaluate, user_scores
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
@@ -55,7 +54,7 @@ def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = recbole_compat.load_own_checkpoint(folder / "checkpoint.pth", "cpu")["state_dict"]
+    loaded: dict[str, torch.Tensor] = compat.load_own_checkpoint(folder / "checkpoint.pth", "cpu")["state_dict"]
     return loaded
 
 
@@ -122,7 +121,7 @@ def test_without_the_flag_a_recbole_yaml_gives_stock_recboles_result_bit_for_bit
     metrics = train_recommender.run(config)
     assert metrics["recbole"] == expected[model]
     checkpoint = next((folder / f"stock-{model}").glob(f"{model}-*.pth"))
-    saved = recbole_compat.load_own_checkpoint(checkpoint, "cpu")["state_dict"]
+    saved = compat.load_own_checkpoint(checkpoint, "cpu")["state_dict"]
     assert same(state(tmp_path / "out"), saved)
     assert (metrics["start"], metrics["candidates"], metrics["full"]) == ("id", None, None)
     assert not (tmp_path / "out" / "users.parquet").exists()
@@ -147,12 +146,12 @@ def test_a_dataset_folder_gives_recbole_the_rows_of_an_atomic_file(
     from recbole.data import create_dataset
 
     settings = STOCK | {"model": "SASRec", "data_path": str(stock[0])}
-    with recbole_compat.cured(tmp_path):
-        theirs = create_dataset(recbole_run._recbole_config([settings], settings, None, tmp_path, "cpu"))
+    with compat.cured(tmp_path):
+        theirs = create_dataset(run._recbole_config([settings], settings, None, tmp_path, "cpu"))
         parts = theirs.build()
         folder = Dataset(data)
         asked = settings | {"eval_args": {"mode": "full"}}
-        ours = recbole_run._dataset(recbole_run._recbole_config([asked], asked, folder, tmp_path, "cpu"), folder)
+        ours = run._dataset(run._recbole_config([asked], asked, folder, tmp_path, "cpu"), folder)
         own_parts = ours.build()
     assert list(ours.field2id_token["item_id"]) == list(theirs.field2id_token["item_id"])
     for their, own in zip(parts, own_parts, strict=True):
@@ -163,9 +162,9 @@ def test_a_dataset_folder_gives_recbole_the_rows_of_an_atomic_file(
 # --- the dataset folder -------------------------------------------------------------------------------------
 def rows_of_parts(folder: Dataset, out: Path) -> list[list[tuple[str, list[str], str]]]:
     """Return (user, history, target) of RecBole's train, valid and test rows, in item ids."""
-    with recbole_compat.cured(out):
+    with compat.cured(out):
         settings = {"model": "SASRec", "MAX_ITEM_LIST_LENGTH": folder.max_history, "eval_args": {"mode": "full"}}
-        dataset = recbole_run._dataset(recbole_run._recbole_config([settings], settings, folder, out, "cpu"), folder)
+        dataset = run._dataset(run._recbole_config([settings], settings, folder, out, "cpu"), folder)
         parts = dataset.build()
     users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
     return [
@@ -239,7 +238,7 @@ def test_metrics_equal_a_brute_force_count_over_the_models_scores(model: str, da
         train_recommender.task2_settings(config, model, folder.max_history), TINY,
         train_recommender.chosen_settings(config, model, {}),
     ]  # fmt: skip
-    again = recbole_run.run(settings, tmp_path / "again", data=folder, device="cpu")
+    again = run.run(settings, tmp_path / "again", data=folder, device="cpu")
     assert again.metrics["full"] == metrics["full"]
     tokens = [str(token) for token in first_seen_order(folder)]
     blocks = user_scores(again.model, again.config, folder, recbole_ids(tokens, folder.item_ids), max_scores=300)
@@ -297,12 +296,13 @@ def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkey
     folder = Dataset(data)
     bought = [item for sequence in folder.train_sequences() for item in sequence.tolist()]
     counts = np.array([bought.count(item) for item in folder.histories("test").targets.tolist()])
-    assert ranking.TAIL == 4
-    monkeypatch.setattr(ranking, "TAIL", int(np.median(counts)))  # nothing is as rare as that here
+    assert TAIL == 4
+    below = int(np.median(counts))
+    monkeypatch.setattr("vlm2rec.downstream.evaluation.metrics.TAIL", below)  # nothing is as rare as that here
     metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
-    rare = counts < ranking.TAIL
+    rare = counts < below
     tail = metrics["tail"]
-    assert (tail["users"], tail["below"]) == (rare.sum(), ranking.TAIL) and 0 < rare.sum() < len(rare)
+    assert (tail["users"], tail["below"]) == (rare.sum(), below) and 0 < rare.sum() < len(rare)
     by_seed = [np.mean(np.array(table["N@10"])[rare]) for table in tables]  # the last one is the full ranking
     assert tail["candidates"]["N@10"] == pytest.approx(np.mean(by_seed[:-1]))
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
@@ -441,15 +441,15 @@ def test_a_meaningful_table_beats_a_random_one(data: Path, embeddings: Path, tmp
 def effective(config: TrainRecommenderConfig, out: Path) -> Any:
     """RecBole's Config as `train-recommender` makes it."""
     folder = Dataset(config.data) if config.data else None
-    theirs = recbole_run.read_settings(config.config) if config.config else {}
+    theirs = run.read_settings(config.config) if config.config else {}
     model = config.model or theirs["model"]
     layers: list[Any] = []
     if folder is not None:
         layers.append(train_recommender.task2_settings(config, model, folder.max_history, theirs))
     layers += [config.config] if config.config else []
     layers.append(train_recommender.chosen_settings(config, model, theirs))
-    with recbole_compat.cured(out):
-        return recbole_run._recbole_config(layers, recbole_run._merged(layers), folder, out, "cpu")
+    with compat.cured(out):
+        return run._recbole_config(layers, run._merged(layers), folder, out, "cpu")
 
 
 COMMON = {

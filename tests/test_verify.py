@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
+from vlm2rec.downstream.evaluation.geometry import effective_ranks
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.export import shard_file, shards
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards
-from vlm2rec.embedder.export.verify import effective_ranks, verify
+from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import verify as stage
 from vlm2rec.pipelines.config import VerifyConfig
 

@@ -21,7 +21,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
-from vlm2rec.embedder.export import worker as shard_maker
+from vlm2rec.embedder.export import worker
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import evaluate, export_items, finetune, train_recommender
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig, FinetuneConfig, TrainRecommenderConfig
@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on_with_its_views_and_with_no_others(
     cut = replace(whole, out=tmp_path / "cut")
     steps: list[int] = []
 
-    def stop(advance: Any) -> Callable[..., None]:
+    def stop(advance: Any, shown: Any) -> Callable[..., None]:
         def on_step(step: int, of: int, latest: dict[str, float]) -> None:
             steps.append(step)
             if step == 5:
@@ -217,7 +217,7 @@ def test_the_whole_line_on_titles_alone(
     def never(*arguments: Any) -> None:
         raise AssertionError("an image was asked for")
 
-    monkeypatch.setattr(shard_maker, "open_image", never)
+    monkeypatch.setattr(worker, "open_image", never)
     monkeypatch.setattr(Backbone, "look_at_once", never)
     backbone, adapter = text_adapter
     out = tmp_path / "embeddings"

@@ -16,7 +16,7 @@ from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.backbones.backbone import Backbone, ImageFeatures
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
-from vlm2rec.embedder.encoders import cache_choice as vision_cache
+from vlm2rec.embedder.encoders import cache_choice
 from vlm2rec.pipelines import export_items, finetune
 from vlm2rec.pipelines.config import ExportConfig, FinetuneConfig
 
@@ -191,7 +191,7 @@ def test_a_writer_finds_what_another_has_added_since(backbone: Backbone, tmp_pat
 def test_a_cache_without_room_is_left_out_and_said(
     config: ExportConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(vision_cache, "MOST_BYTES", 100)
+    monkeypatch.setattr(cache_choice, "MOST_BYTES", 100)
     exported(config)
     said = " ".join(capsys.readouterr().err.split())
     assert "images are looked at every time" in said and "--vision-cache DIR" in said

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vlm2rec.downstream.table import read_batches
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.contract.storage import Location
 
 
 def geometry(users: np.ndarray, positives: np.ndarray, negatives: np.ndarray, eps: float = 1e-8) -> dict[str, float]:
@@ -65,9 +68,12 @@ def geometry_from_rows(
 def effective_rank(vectors: np.ndarray) -> float:
     """Return in how many directions vectors vary: exp of the entropy of their principal components' shares of variance.
 
-    Vectors are L2-normalised and centred first, so that the direction which all of them share does not count: this
-    says how evenly the cloud spreads over directions, and U of `geometry` how wide it is. Between 1 (all on a line)
-    and min(n - 1, d); 0 where all vectors are the same.
+        p_k = λ_k / Σ λ,   rank = exp(-Σ p_k log p_k)      λ: eigenvalues of the covariance of the unit vectors
+
+    This is the effective rank of Roy and Vetterli (EUSIPCO 2007) of the covariance matrix. Vectors are L2-normalised
+    and centred first, so that the direction which all of them share does not count: it says how evenly the cloud
+    spreads over directions, and U of `geometry` how wide it is. Between 1 (all on a line) and min(n - 1, d); 0 where
+    all vectors are the same but for rounding.
 
     Args:
         vectors: n vectors, (n, d).
@@ -81,15 +87,40 @@ def effective_rank(vectors: np.ndarray) -> float:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = vectors / np.where(length > 0, length, 1)
     variance = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
-    # float32 vectors that should be equal differ by 1e-7, in every direction alike
-    if variance.sum() <= 1e-12 * len(rows):
+    if variance.sum() <= _ROUNDING**2 * len(rows):
         return 0.0
     share = variance / variance.sum()
     share = share[share > 0]
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
+    """Return, per view of a finished embeddings folder, the effective rank of its first `sample` vectors.
+
+    Views with fewer than 16 vectors are left out.
+
+    Raises:
+        ArtifactError: no manifest, or a shard is damaged.
+    """
+    ranks = {}
+    for view in schema.read_manifest(folder)["views"]:
+        vectors = _first_vectors(folder, view, sample)
+        if len(vectors) >= 16:
+            ranks[view] = effective_rank(vectors)
+    return ranks
+
+
+def _first_vectors(folder: Location, view: str, count: int) -> np.ndarray:
+    blocks: list[np.ndarray] = []
+    for _, vectors, present in read_batches(folder, view, count):
+        blocks.append(vectors[present])
+        if sum(map(len, blocks)) >= count:
+            break
+    return np.concatenate(blocks)[:count] if blocks else np.empty((0, 0), np.float32)
+
+
 _BLOCK = 2**22  # float64 numbers of a gathered block: 32 MB
+_ROUNDING = 1e-3  # bfloat16 alone moves unit vectors this far
 
 
 def _geometry(

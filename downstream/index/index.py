@@ -17,8 +17,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,13 @@ import pyarrow.parquet as pq
 from vlm2rec.downstream.index.plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from vlm2rec.embedder.contract.publish import plain_disk_errors, replace_folder, staging, sync
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
-INDEX_FILE = "items.faiss"
+FAISS_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
-META_FILE = "index.json"
 INDEX_SCHEMA_VERSION = 1
 ROW = "row"  # int64, in ids.parquet
 
@@ -85,7 +81,7 @@ def build_index(
     """
     check_out(out)
     plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample)
-    with staging(out) as folder:
+    with publish.whole_folder(out) as folder:
         begun = time.perf_counter()
         index = _trained_index(plan, embeddings, column, seed, watch)
         queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
@@ -124,11 +120,11 @@ def build_index(
             "fingerprint": manifest["fingerprint"],
             "shards_sha256": _shards_sha256(manifest),
             "seed": seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "vlm2rec_version": version("vlm2rec"),
+            "created": provenance.created(),
+            "vlm2rec_version": provenance.version_of("vlm2rec"),
             "faiss_version": faiss.__version__,
         }
-        return _publish(folder, out, index, item_ids, titles, meta)
+        return _write(folder, out, index, item_ids, titles, meta)
 
 
 def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int, watch: Watch) -> Any:
@@ -199,31 +195,24 @@ def _shards_sha256(manifest: dict[str, Any]) -> str:
 # --- publishing -----------------------------------------------------------------------------------------------
 def check_out(out: Path) -> None:
     """Raise `ConfigError` unless `out` is free, empty, or an index folder that may be replaced."""
-    if not out.exists():
-        return
-    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    if names and (META_FILE not in names or names - {INDEX_FILE, IDS_FILE, META_FILE}):
-        foreign = sorted(names - {INDEX_FILE, IDS_FILE, META_FILE})
-        raise ConfigError(
-            f"{out} holds {', '.join(foreign[:3])}" if out.is_dir() and foreign else f"{out} is not an index folder",
-            "a new or empty folder, or an earlier index with nothing else in it",
-            "choose another --out",
-        )
+    publish.require_ours(
+        out,
+        "an earlier index with nothing else in it",
+        ours=(out / schema.INDEX_FILE).is_file(),
+        only=(FAISS_FILE, IDS_FILE, schema.INDEX_FILE),
+    )
 
 
-def _publish(
+def _write(
     folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    with plain_disk_errors(out):
-        faiss.write_index(index, str(folder / INDEX_FILE))
+    with publish.plain_disk_errors(out):
+        faiss.write_index(index, str(folder / FAISS_FILE))
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
-        for name in (INDEX_FILE, IDS_FILE):
-            sync(folder / name)
-        meta = {**meta, "bytes": (folder / INDEX_FILE).stat().st_size}
-        schema.write_json(folder / META_FILE, meta)
-        replace_folder(folder, out)
+        meta = {**meta, "bytes": (folder / FAISS_FILE).stat().st_size}
+        schema.write_json(folder / schema.INDEX_FILE, meta)
     return meta
 
 
@@ -254,7 +243,7 @@ class ItemIndex:
         while True:
             meta = read_meta(folder)
             try:
-                index = _read_index(folder / INDEX_FILE)
+                index = _read_index(folder / FAISS_FILE)
                 ids = schema.read_table(folder / IDS_FILE, fix=_BUILD_AGAIN)
             except ArtifactError:
                 if read_meta(folder) == meta:
@@ -380,7 +369,9 @@ class ItemIndex:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read `index.json`; raise `ArtifactError` if the folder is no finished index or of a newer version."""
     meta = schema.read_json(
-        folder / META_FILE, f"an index folder, whose {META_FILE} is written last", "run `vlm2rec build-index` first"
+        folder / schema.INDEX_FILE,
+        f"an index folder, whose {schema.INDEX_FILE} is written last",
+        "run `vlm2rec build-index` first",
     )
     found = meta.get("schema_version")
     if not isinstance(found, int) or found > INDEX_SCHEMA_VERSION:

@@ -36,8 +36,6 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location, location
 
-MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
-
 INIT = "item_embedding_init"
 COLUMN = "item_embedding_column"
 TRAINABLE = "item_embedding_trainable"
@@ -110,7 +108,7 @@ def install() -> None:
     """
     from recbole.utils import get_model
 
-    for name in MODELS:
+    for name in schema.RECOMMENDERS:
         model = get_model(name)
         if not hasattr(model.__init__, "__wrapped__"):
             model.__init__ = _obeying(model.__init__)

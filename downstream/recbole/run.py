@@ -27,17 +27,14 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from vlm2rec.downstream.evaluation.protocol import _Rankings, _Task
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import plugin as recbole_plugin
-from vlm2rec.embedder.contract import schema
+from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
+from vlm2rec.downstream.recbole import compat, plugin
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
 
 CHECKPOINT_FILE = "checkpoint.pth"
-METRICS_FILE = "metrics.json"
-USERS_FILE = "users.parquet"
 
 Settings = Path | Mapping[str, Any]
 _MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
@@ -150,19 +147,20 @@ def run(
         DataError: there is no such RecBole dataset.
         ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other.
     """
-    recbole_compat.require_recbole()
+    compat.require_recbole()
     out = Path(out)
     folder = data if isinstance(data, Dataset | None) else Dataset(data)
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
+    publish.require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (METRICS_FILE, USERS_FILE, CHECKPOINT_FILE):
-        (out / stale).unlink(missing_ok=True)
-    with recbole_compat.cured(out):
+    for stale in (schema.METRICS_FILE, schema.USERS_FILE, CHECKPOINT_FILE):
+        publish.discard(out / stale)
+    with compat.cured(out):
         recbole_config = _recbole_config(layers, settings, folder, out, device)
-        if recbole_plugin.read_flag(settings):
-            recbole_plugin.install()
+        if plugin.read_flag(settings):
+            plugin.install()
         trained = _train(recbole_config, folder, out, watcher or NoWatcher())
         users: list[pa.Table] = []
         metrics = _describe(trained, recbole_config, settings, folder)
@@ -170,8 +168,9 @@ def run(
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
             metrics |= ours
     if users:
-        pq.write_table(pa.concat_tables(users), out / USERS_FILE)
-    schema.write_json(out / METRICS_FILE, metrics)
+        with publish.whole_file(out / schema.USERS_FILE) as file:
+            pq.write_table(pa.concat_tables(users), file)
+    schema.write_json(out / schema.METRICS_FILE, metrics)
     return Outcome(metrics, trained.model, recbole_config, out)
 
 
@@ -196,13 +195,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
     model = settings.get("model")
-    if model not in recbole_plugin.MODELS:
+    if model not in schema.RECOMMENDERS:
         raise ConfigError(
-            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), recbole_plugin.MODELS)}",
-            f"one of {', '.join(recbole_plugin.MODELS)}",
+            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), schema.RECOMMENDERS)}",
+            f"one of {', '.join(schema.RECOMMENDERS)}",
             "give --model, or a `model:` line in the YAML",
         )
-    recbole_plugin.read_flag(settings)
+    plugin.read_flag(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
             "no data is named",
@@ -264,11 +263,11 @@ def _recbole_config(
 
 def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
     """Return whether a run adds `train_neg_sample_args: null`, without which RecBole stops at cross-entropy."""
-    recbole_compat.require_recbole()
+    compat.require_recbole()
     import recbole
 
     path = Path(recbole.__file__).parent / "properties" / "model" / f"{settings.get('model')}.yaml"
-    return path.is_file() and recbole_compat.without_negative_sampling(settings, read_settings(path))
+    return path.is_file() and compat.without_negative_sampling(settings, read_settings(path))
 
 
 def _usable_device(name: str) -> torch.device:
@@ -298,7 +297,7 @@ def _refusals(what: str) -> Iterator[None]:
 class _Trained:
     model: Any
     tokens: list[str]
-    course: TrainingLog
+    training_log: TrainingLog
     recbole: dict[str, float]
     users: int
     items: int
@@ -319,21 +318,21 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     # run_recbole counts FLOPs here, and on the way masks one row at random for BERT4Rec
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
-    course = TrainingLog()
-    trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, course, watcher)
+    training_log = TrainingLog()
+    trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, training_log, watcher)
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
-    course.seconds = time.perf_counter() - begin
-    best = recbole_compat.load_own_checkpoint(out / CHECKPOINT_FILE, config["device"])
+    training_log.seconds = time.perf_counter() - begin
+    best = compat.load_own_checkpoint(out / CHECKPOINT_FILE, config["device"])
     model.load_state_dict(best["state_dict"])
     model.load_other_parameter(best.get("other_parameter"))
     figures = trainer.evaluate(test_data, load_best_model=False) or {}
     model.eval()
     return _Trained(
         model,
-        recbole_plugin.item_tokens(dataset),
-        course,
+        plugin.item_tokens(dataset),
+        training_log,
         {name: float(value) for name, value in figures.items()},
         dataset.user_num - 1,
         dataset.item_num - 1,
@@ -362,11 +361,11 @@ def _watched(trainer: Any) -> Any:
     """Return RecBole's trainer class, made to report and to keep its checkpoint at one place."""
 
     class Watched(trainer):
-        def __init__(self, config: Any, model: Any, out: Path, course: TrainingLog, watcher: Watcher) -> None:
+        def __init__(self, config: Any, model: Any, out: Path, training_log: TrainingLog, watcher: Watcher) -> None:
             super().__init__(config, model)
             # RecBole names checkpoints by model and second: two runs could overwrite each other
             self.saved_model_file = str(out / CHECKPOINT_FILE)
-            self.course, self.watcher = course, watcher
+            self.training_log, self.watcher = training_log, watcher
             self.batches = 0
             self.began = 0.0
 
@@ -384,11 +383,11 @@ def _watched(trainer: Any) -> Any:
                     "lower the learning rate, or look for extreme values in the embeddings",
                 ) from None
             total = sum(loss) if isinstance(loss, tuple) else loss
-            self.course.epochs.append(
+            self.training_log.epochs.append(
                 Epoch(epoch_idx + 1, total / max(1, self.batches), time.perf_counter() - self.began, None)
             )
             if (epoch_idx + 1) % self.eval_step:
-                self.watcher.epoch(self.course.epochs[-1])
+                self.watcher.epoch(self.training_log.epochs[-1])
             return loss
 
         def _counted_loss(self, interaction: Any) -> Any:
@@ -398,24 +397,22 @@ def _watched(trainer: Any) -> Any:
 
         def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
             score, result = super()._valid_epoch(*args, **kwargs)
-            last = self.course.epochs[-1]
-            self.course.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
-            self.watcher.epoch(self.course.epochs[-1])
+            last = self.training_log.epochs[-1]
+            self.training_log.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
+            self.watcher.epoch(self.training_log.epochs[-1])
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            final = Path(self.saved_model_file)
-            temporary = final.with_name(f".{final.name}.tmp")
-            super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(temporary))
-            temporary.replace(final)
-            self.course.best_epoch = epoch + 1
+            with publish.whole_file(Path(self.saved_model_file)) as file:
+                super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(file))
+            self.training_log.best_epoch = epoch + 1
 
     return Watched
 
 
 def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folder: Dataset | None) -> dict[str, Any]:
-    start = recbole_plugin.read_flag(settings)
-    course = trained.course
+    start = plugin.read_flag(settings)
+    training_log = trained.training_log
     return {
         "task": 2,
         "dataset": config["dataset"] if folder is None else folder.name,
@@ -436,13 +433,13 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "tail": None,
         "popularity": None,
         "recbole": trained.recbole,
-        "epochs": len(course.epochs),
-        "best_epoch": course.best_epoch,
-        "seconds": round(course.seconds, 3),
+        "epochs": len(training_log.epochs),
+        "best_epoch": training_log.best_epoch,
+        "seconds": round(training_log.seconds, 3),
         "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
         "curve": [
             {"epoch": e.number, "loss": e.loss, config["valid_metric"]: e.score, "seconds": round(e.seconds, 3)}
-            for e in course.epochs
+            for e in training_log.epochs
         ],
     }
 
@@ -472,16 +469,15 @@ def evaluate(
     """
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
-    seeds = list(seeds) or folder.candidate_seeds
-    task = _Task(folder, {seed: folder.negatives(seed) for seed in seeds})
-    rankings, popular = _Rankings(task), _Rankings(task)
+    task = RankingTask(folder, "test", seeds)
+    rankings, popular = Rankings(task), Rankings(task)
     frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)
     for part, scores in user_scores(model, config, folder, numbers):
         rankings.add(part, scores)
         popular.add(part, np.broadcast_to(frequency, scores.shape))
     popularity = popular.means()
-    return rankings.means() | {"seeds": seeds, "popularity": popularity}, rankings.tables()
+    return rankings.means() | {"seeds": task.seeds, "popularity": popularity}, rankings.tables()
 
 
 def user_scores(

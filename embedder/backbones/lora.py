@@ -29,15 +29,13 @@ from torch import Tensor
 
 from vlm2rec.embedder.backbones import moda
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
-from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
-SETTINGS_FILE = "vlm2rec.json"
 CANARY_FILE = "canary.safetensors"
-CURVES_FILE = "curves.json"
 CANARY_COSINE = 0.999
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
 # PEFT stops at a type it does not know, and shows it: here is room for what to do
@@ -111,25 +109,29 @@ def save_adapter(
         card: the README.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SETTINGS_FILE, WEIGHTS_FILE, MODA_FILE):  # of a run before, which may have been of the other kind
+    for name in (
+        schema.ADAPTER_FILE,
+        WEIGHTS_FILE,
+        MODA_FILE,
+    ):  # of a run before, which may have been of the other kind
         (folder / name).unlink(missing_ok=True)
     if isinstance(wrapped, PeftModel):
         wrapped.peft_config["default"].inference_mode = True
         wrapped.save_pretrained(str(folder), safe_serialization=True)
+        publish.sync(folder / WEIGHTS_FILE)
         settings = {"kind": "lora", **settings}
     else:
-        safetensors.torch.save_file(moda.weights(wrapped), folder / MODA_FILE)
+        with publish.whole_file(folder / MODA_FILE) as file:
+            safetensors.torch.save_file(moda.weights(wrapped), file)
         schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
         settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
-    safetensors.torch.save_file(
-        {"images": pixels, "fused": torch.from_numpy(canary.fused)},
-        folder / CANARY_FILE,
-        metadata={"titles": json.dumps(canary.titles)},
-    )
-    schema.write_json(folder / CURVES_FILE, curves)
-    (folder / "README.md").write_text(card, encoding="utf-8")  # in place of PEFT's empty template
-    schema.write_json(folder / SETTINGS_FILE, settings)
+    vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
+    with publish.whole_file(folder / CANARY_FILE) as file:
+        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
+    schema.write_json(folder / schema.CURVES_FILE, curves)
+    schema.write_text(folder / "README.md", card)  # in place of PEFT's empty template
+    schema.write_json(folder / schema.ADAPTER_FILE, settings)
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -139,17 +141,17 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         ModelError: not an adapter folder of vlm2rec, or an unfinished one.
     """
     weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
-    for name in (CONFIG_FILE, weights, CANARY_FILE, SETTINGS_FILE):
+    for name in (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE):
         if not (folder / name).is_file():
             raise ModelError(
                 f"{folder} is not a finished adapter folder: it has no {name}",
                 "a folder written by `vlm2rec finetune`",
                 "run the same `vlm2rec finetune` command again: it goes on from its last checkpoint",
             )
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings = json.loads((folder / schema.ADAPTER_FILE).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "encoder" not in settings:
         raise ModelError(
-            f"{folder / SETTINGS_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
+            f"{folder / schema.ADAPTER_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
         )
     return settings
 
@@ -193,6 +195,11 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
     wrapped.to(backbone.device)
     wrapped.merge_and_unload()
     backbone.model.requires_grad_(False).eval()
+
+
+def kind_of(wrapped: torch.nn.Module) -> str:
+    """Return what kind of adapter a model has, `lora` or `moda`; `wrapped` as for `save_adapter`."""
+    return "lora" if isinstance(wrapped, PeftModel) else "moda"
 
 
 def kind(folder: Path) -> str:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm2rec.embedder.backbones.modality import _required
+from vlm2rec.embedder.backbones.modality import required
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 
@@ -87,7 +87,7 @@ class MoDALinear(nn.Module):
         """Return the layer's output for the current modality, (..., out)."""
         found = self.base(x)
         low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        added = F.linear(low * self._shares(_required()), self.lora_B)
+        added = F.linear(low * self._shares(required()), self.lora_B)
         return (found + self.scale * added).to(found.dtype)
 
 
@@ -104,7 +104,7 @@ class FoldedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the current modality, (..., out)."""
-        return F.linear(x, self.get_parameter(_required()), self.bias)
+        return F.linear(x, self.get_parameter(required()), self.bias)
 
 
 def add_moda(backbone: Backbone, settings: ModaSettings, seed: int) -> nn.Module:

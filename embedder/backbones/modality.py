@@ -37,7 +37,8 @@ def remembered() -> tuple[AbstractContextManager[None], AbstractContextManager[N
     return nullcontext(), modality(current())
 
 
-def _required() -> str:
+def required() -> str:
+    """Return the modality of the prompt at hand, or raise `RuntimeError` where none is set."""
     name = _modality.get()
     if name is None:
         raise ModelError(

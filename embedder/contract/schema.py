@@ -65,6 +65,16 @@ STATUS_FAILED = "failed"  # no vectors; `error` says why
 STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
 
 
+# --- what other folders hold ------------------------------------------------------------------------------------
+INDEX_FILE = "index.json"  # of an index folder, written last
+ADAPTER_FILE = "vlm2rec.json"  # of an adapter folder, written last
+CURVES_FILE = "curves.json"  # of an adapter folder: how the training went
+METRICS_FILE = "metrics.json"  # of a folder of metrics, of either task, written last
+USERS_FILE = "users.parquet"  # of a folder of metrics: those of each user
+METRICS = ("H@10", "H@20", "N@10", "N@20")  # hit rate and NDCG among the first 10 and 20
+RECOMMENDERS = ("SASRec", "GRU4Rec", "BERT4Rec")  # RecBole's models that start from item vectors, too
+
+
 def embedding_schema(
     dim: int | Mapping[str, int], dtype: str = "float32", metadata: dict[str, str] | None = None
 ) -> pa.Schema:
@@ -136,6 +146,14 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds a {type(value).__name__}", what, fix)
     return value
+
+
+def is_written_by(path: Location, writer: str) -> bool:
+    """Tell whether a JSON file says that it was `written_by` this command: a stranger's of that name does not."""
+    try:
+        return read_json(path, "", "").get("written_by") == writer
+    except ArtifactError:
+        return False
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:

@@ -1,35 +1,35 @@
 """Small pretrained encoders, used as they are: sentence-transformers folders, other text encoders, CLIP, SigLIP.
 
-Models run in transformers; of a sentence-transformers folder the modules that `modules.json` lists are read from their
-files, so that package is not needed. No code of a model folder is run and no pickle is opened.
+A model runs in transformers, and what follows it in a sentence-transformers folder in that package's own modules. The
+folder is never handed to the package as a whole: it would leave missing weights random. No code of a model folder is
+run and no pickle is opened.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from vlm2rec.embedder.backbones import lora
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet_if
 from vlm2rec.embedder.backbones.families import neutralise, read_model_config
-from vlm2rec.embedder.backbones.pooling import fuse, last_token, mean_tokens, unit
+from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
-from vlm2rec.embedder.options import DeviceName, DtypeName, FusionNorm
+from vlm2rec.embedder.options import DeviceName, DtypeName, EncoderKind, EncoderPooling, FusionNorm
 
-Kind = Literal["auto", "sentence", "clip"]
 # tokens of a title: CLIP takes what its text model has positions for, padded to the longest; SigLIP was trained on
 # titles padded to full length, and its padding is attended
 CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
@@ -42,19 +42,8 @@ _LONGEST_TITLE = 512  # tokens, for a tokenizer that names no limit
 _POSITIONS_FROM_TWO = ("RobertaModel", "XLMRobertaModel", "CamembertModel", "MPNetModel")  # 0 and 1 are for padding
 
 
-class FrozenEncoder(Protocol):
-    """What `pipelines.export_items.export` needs of an encoder."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides a vector, as JSON."""
-
-    def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
-        """Return the vectors of n items."""
-
-
 # --- kinds --------------------------------------------------------------------------------------------------------
-def resolve_kind(folder: Path, kind: Kind) -> tuple[Literal["sentence", "clip"], Path]:
+def resolve_kind(folder: Path, kind: EncoderKind) -> tuple[Literal["sentence", "clip"], Path]:
     """Return what a folder holds, and the folder of its transformers model.
 
     Raises:
@@ -70,56 +59,73 @@ def resolve_kind(folder: Path, kind: Kind) -> tuple[Literal["sentence", "clip"],
     model_type = str(read_model_config(inner).get("model_type"))
     if kind == "clip" and model_type not in CLIP_PADDING:
         raise ConfigError(
-            f"--kind clip with a folder of type {model_type!r}",
+            f"--encoder-kind clip with a folder of type {model_type!r}",
             f"one of {', '.join(CLIP_PADDING)}",
-            "leave --kind out, or choose another --encoder",
+            "leave --encoder-kind out, or choose another --encoder",
         )
     if kind == "clip" or (kind == "auto" and model_type in CLIP_PADDING):
         return "clip", inner
     if model_type in CLIP_PADDING:
-        raise ConfigError(f"--kind sentence with a {model_type} folder", "a text encoder", "leave --kind out")
+        raise ConfigError(
+            f"--encoder-kind sentence with a {model_type} folder", "a text encoder", "leave --encoder-kind out"
+        )
     return "sentence", inner
 
 
 def frozen_fingerprint(
-    folder: Path,
-    kind: Kind = "auto",
+    encoder: Path,
+    encoder_kind: EncoderKind = "auto",
     *,
-    pooling: Pooling = "auto",
+    pooling: EncoderPooling = "auto",
     fusion_norm: FusionNorm = "raw",
-    dtype: DtypeName = "float32",
+    dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> dict[str, Any]:
     """Return what `load_frozen(...).fingerprint` will be, from config files alone.
 
     Raises:
-        ModelError, ConfigError: as far as `load_frozen` can know without the weights.
+        ModelError, ConfigError, MissingDependencyError: as far as `load_frozen` can know without the weights.
     """
-    found, inner = resolve_kind(folder, kind)
+    found, inner = resolve_kind(encoder, encoder_kind)
     config = read_model_config(inner)
     common = {
         "source": found,
-        "encoder": folder.resolve().name,
+        "encoder": encoder.resolve().name,
         "encoder_hash": lora.backbone_hash(str(inner), None),
         "model_type": config["model_type"],
-        "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
+        "dtype": str(_pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
     }
     if found == "clip":
         if pooling != "auto":
             raise ConfigError("--pooling with a CLIP or SigLIP folder", "none: the model pools", "leave it out")
         return common | _clip_settings(inner, config, fusion_norm)
-    modules = read_sentence_modules(folder, pooling)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise _extra_missing()
+    modules = read_sentence_modules(encoder, pooling)
     return common | {
         "dim": _sentence_dim(modules, config),
         "views": [schema.FUSED, schema.TEXT],
         "modules": list(modules.names),
         "pooling": list(modules.pooling),
-        "dense": [lora.backbone_hash(str(layer.folder), None) for layer in modules.dense],
+        "dense": [lora.backbone_hash(str(layer), None) for layer in modules.dense],
         "normalise": modules.normalise,
         "lower_case": modules.lower_case,
         "max_tokens": modules.max_tokens,
         "prompt": modules.prompt,
     }
+
+
+def _pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; these models are small, and published in float32: `auto` is that."""
+    return pick_dtype("float32" if name == "auto" else name, device)
+
+
+def _extra_missing() -> MissingDependencyError:
+    return MissingDependencyError(
+        "a text encoder as --encoder, and sentence-transformers is not installed",
+        "sentence-transformers 6 or newer",
+        "pip install 'vlm2rec[sentence]'",
+    )
 
 
 def _sentence_dim(modules: SentenceModules, config: Mapping[str, Any]) -> int:
@@ -130,7 +136,9 @@ def _sentence_dim(modules: SentenceModules, config: Mapping[str, Any]) -> int:
             "one stack of layers with a hidden_size, such as BERT",
             "choose another --encoder",
         )
-    return modules.dense[-1].out_features if modules.dense else width * len(modules.pooling)
+    if not modules.dense:
+        return width * len(modules.pooling)
+    return int(read_json_file(modules.dense[-1] / "config.json")["out_features"])
 
 
 def _clip_settings(inner: Path, config: Mapping[str, Any], fusion_norm: FusionNorm) -> dict[str, Any]:
@@ -157,44 +165,52 @@ def _siglip_dim(config: Any) -> int:
 
 
 def load_frozen(
-    folder: Path,
-    kind: Kind = "auto",
+    encoder: Path,
+    encoder_kind: EncoderKind = "auto",
     *,
-    pooling: Pooling = "auto",
+    pooling: EncoderPooling = "auto",
     fusion_norm: FusionNorm = "raw",
-    dtype: DtypeName = "float32",
+    dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     token_budget: int = 4096,
-) -> FrozenEncoder:
+) -> SentenceEncoder | ClipEncoder:
     """Load a frozen encoder from a local folder, in evaluation mode.
 
     Args:
-        folder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP or SigLIP.
-        kind: what it holds; `auto` looks.
+        encoder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP or SigLIP.
+        encoder_kind: what it holds; `auto` looks.
         pooling: of a text encoder; `auto` as its modules say, else mean.
         fusion_norm: of CLIP and SigLIP: how text and image make the fused vector.
-        dtype: number format of the model.
+        dtype: number format of the model; `auto` is float32.
         device: where to run.
         token_budget: padded tokens in one batch of titles.
 
     Raises:
         ModelError: files are missing or damaged, or a module is unknown.
         ConfigError: settings that do not fit the folder, or a device that is not there.
+        MissingDependencyError: a text encoder without sentence-transformers.
     """
-    settings = frozen_fingerprint(folder, kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device)
+    settings = frozen_fingerprint(
+        encoder, encoder_kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device
+    )
     place = pick_device(device)
-    model, tokenizer = _load_model(resolve_kind(folder, kind)[1], pick_dtype(dtype, place), place)
+    model, tokenizer = _load_model(resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, place), place)
     if settings["source"] == "clip":
         return ClipEncoder(model, tokenizer, settings, token_budget)
-    return SentenceEncoder(model, tokenizer, read_sentence_modules(folder, pooling), settings, token_budget)
+    return SentenceEncoder(model, tokenizer, read_sentence_modules(encoder, pooling), settings, token_budget)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with quiet_if(True):
             model, info = AutoModel.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,  # the other format is a pickle
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -251,16 +267,15 @@ class SentenceEncoder:
     def __init__(
         self, model: Any, tokenizer: Any, modules: SentenceModules, settings: dict[str, Any], token_budget: int
     ) -> None:
-        self.model, self.modules, self.token_budget = model, modules, token_budget
+        self.model, self.token_budget = model, token_budget
         self._fingerprint = settings
         longest = _longest(model, tokenizer, modules.max_tokens)
         self.titles = _Titles(tokenizer, longest, modules.prompt, modules.lower_case)
-        self.dense = nn.Sequential(*(layer.load() for layer in modules.dense)).to(model.device)
-        self.dense.requires_grad_(False)
+        self.head = _load_head(modules, model.config.hidden_size).requires_grad_(False).to(model.device)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """See `FrozenEncoder`."""
+        """Everything that decides a vector, as JSON."""
         return self._fingerprint
 
     @torch.no_grad()
@@ -275,11 +290,11 @@ class SentenceEncoder:
 
     def _encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
         inputs = self.titles.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
-        hidden = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         mask = inputs["attention_mask"]
-        pooled = torch.cat([POOLERS[mode](hidden.float(), mask) for mode in self.modules.pooling], dim=1)
-        vectors = self.dense(pooled)
-        return unit(vectors) if self.modules.normalise else vectors
+        hidden = self.model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        # in float32 whatever the model runs in: the package would round means and dense layers to bfloat16
+        found: Tensor = self.head({"token_embeddings": hidden.float(), "attention_mask": mask})["sentence_embedding"]
+        return found
 
 
 class ClipEncoder:
@@ -304,7 +319,7 @@ class ClipEncoder:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """See `FrozenEncoder`."""
+        """Everything that decides a vector, as JSON."""
         return self._fingerprint
 
     @torch.no_grad()
@@ -344,39 +359,8 @@ class ClipEncoder:
         return output.pooler_output.float().cpu()
 
 
-Pooling = Literal["auto", "mean", "cls", "last"]
-
-
-def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the state of each row's first attended token, (B, d)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.bool().int().argmax(1)]
-
-
-def max_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the largest value of each dimension over each row's attended tokens, (B, d)."""
-    return hidden.masked_fill(~mask.bool()[..., None], -torch.inf).amax(1)
-
-
-def mean_over_root_length(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over each row's attended tokens divided by the root of their number, (B, d)."""
-    return mean_tokens(hidden, mask) * mask.sum(1, keepdim=True).sqrt()
-
-
-def position_weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over each row's attended tokens, the token at position i weighted by i + 1, (B, d)."""
-    weights = mask * mask.cumsum(1)  # (B, T)
-    return torch.einsum("bt,btd->bd", weights.to(hidden.dtype), hidden) / weights.sum(1, keepdim=True)
-
-
-# sentence-transformers' names; several at once are concatenated in this order
-POOLERS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls": first_token,
-    "max": max_tokens,
-    "mean": mean_tokens,
-    "mean_sqrt_len_tokens": mean_over_root_length,
-    "weightedmean": position_weighted_mean,
-    "lasttoken": last_token,
-}
+# --- sentence-transformers folders --------------------------------------------------------------------------------
+# what a pooling file says, and sentence-transformers' names; several at once are concatenated in this order
 _POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -385,39 +369,9 @@ _POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS: Mapping[str, type[nn.Module]] = {
-    "Tanh": nn.Tanh,
-    "Identity": nn.Identity,
-    "ReLU": nn.ReLU,
-    "GELU": nn.GELU,
-    "Sigmoid": nn.Sigmoid,
-    "SiLU": nn.SiLU,
-}
-
-
-@dataclass(frozen=True)
-class DenseLayer:
-    """A sentence-transformers `Dense` module: its files, not yet read."""
-
-    folder: Path
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str  # key of `_ACTIVATIONS`
-
-    def load(self) -> nn.Module:
-        """Return the layer with its weights."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias)
-        try:
-            weights = load_file(self.folder / "model.safetensors")
-            layer.load_state_dict({name.removeprefix("linear."): value for name, value in weights.items()})
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ModelError(
-                f"the weights of {self.folder} cannot be loaded ({str(error).splitlines()[0]})",
-                "model.safetensors of a Dense module; pickled weights are never opened",
-                "download the folder again, or convert its weights to safetensors",
-            ) from None
-        return nn.Sequential(layer, _ACTIVATIONS[self.activation]())
+_POOLINGS = tuple(_POOLING_KEYS.values())
+_ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "Sigmoid", "SiLU")
+_OF_THE_PACKAGE = "sentence_transformers."  # a class of any other package is somebody's code
 
 
 @dataclass(frozen=True)
@@ -425,16 +379,34 @@ class SentenceModules:
     """What a text encoder's folder says of the way from token states to a vector."""
 
     transformer: Path  # folder of the transformers model
-    pooling: tuple[str, ...]  # keys of `POOLERS`
-    dense: tuple[DenseLayer, ...] = ()
+    pooling: tuple[str, ...]  # of `_POOLINGS`
+    dense: tuple[Path, ...] = ()  # folders
     normalise: bool = False
     lower_case: bool = False
     max_tokens: int | None = None  # None: what tokenizer and positions allow
     prompt: str = ""  # stands before every title
-    names: tuple[str, ...] = field(default=("Transformer", "Pooling"))
+    names: tuple[str, ...] = ("Transformer", "Pooling")
 
 
-def read_sentence_modules(folder: Path, pooling: Pooling = "auto") -> SentenceModules:
+def _load_head(modules: SentenceModules, width: int) -> nn.Module:
+    """Return what makes a vector of token states, as sentence-transformers does it."""
+    try:
+        from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+    except ImportError:
+        raise _extra_missing() from None
+    try:
+        dense = [Dense.load(str(layer), local_files_only=True) for layer in modules.dense]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights of a Dense module of {modules.transformer} cannot be loaded ({str(error).splitlines()[0]})",
+            "config.json and model.safetensors that fit one another",
+            "download the folder again",
+        ) from None
+    last = [Normalize()] if modules.normalise else []
+    return nn.Sequential(Pooling(width, modules.pooling), *dense, *last)
+
+
+def read_sentence_modules(folder: Path, pooling: EncoderPooling = "auto") -> SentenceModules:
     """Read the modules of a text encoder's folder; a folder without `modules.json` is pooled by the mean.
 
     Raises:
@@ -444,18 +416,20 @@ def read_sentence_modules(folder: Path, pooling: Pooling = "auto") -> SentenceMo
     if not (folder / "modules.json").is_file():
         return SentenceModules(folder, ("mean" if chosen == "auto" else chosen,))
     listed = listed_modules(folder)
-    names, paths = [name for name, _ in listed], [path for _, path in listed]
-    _require_known(folder, names)
+    _require_known(folder, [kind for kind, _ in listed])
+    names = [kind.rpartition(".")[2] for kind, _ in listed]
     modes: tuple[str, ...] = ("mean",)
-    dense: list[DenseLayer] = []
-    for name, path in zip(names, paths, strict=True):
+    dense: list[Path] = []
+    for name, (_, path) in zip(names, listed, strict=True):
         if name == "Pooling":
             modes = _pooling_modes(path)
         elif name == "Dense":
-            dense.append(_dense_layer(path))
-    own = read_json_file(paths[0] / "sentence_bert_config.json", missing={})
+            _require_plain_dense(path)
+            dense.append(path)
+    transformer = listed[0][1]
+    own = read_json_file(transformer / "sentence_bert_config.json", missing={})
     return SentenceModules(
-        transformer=paths[0],
+        transformer=transformer,
         pooling=modes if chosen == "auto" else (chosen,),
         dense=tuple(dense),
         normalise="Normalize" in names,
@@ -467,21 +441,22 @@ def read_sentence_modules(folder: Path, pooling: Pooling = "auto") -> SentenceMo
 
 
 def listed_modules(folder: Path) -> list[tuple[str, Path]]:
-    """Return class name and folder of each module in `modules.json`, in order."""
+    """Return class and folder of each module in `modules.json`, in order."""
     file = folder / "modules.json"
     listed = read_json_file(file)
     if not isinstance(listed, list) or not all(isinstance(m, dict) and {"type", "path"} <= set(m) for m in listed):
         raise ModelError(f"{file} lists no modules", "modules with type and path", "download the folder again")
-    return [(str(module["type"]).rpartition(".")[2], folder / str(module["path"])) for module in listed]
+    return [(str(module["type"]), folder / str(module["path"])) for module in listed]
 
 
-def _require_known(folder: Path, names: Sequence[str]) -> None:
+def _require_known(folder: Path, kinds: Sequence[str]) -> None:
+    names = [kind.rpartition(".")[2] if kind.startswith(_OF_THE_PACKAGE) else kind for kind in kinds]
     unknown = [name for name in names if name not in ("Transformer", "Pooling", "Dense", "Normalize")]
     late = "Normalize" in names and names[-1] != "Normalize"
     if unknown or not names or names[0] != "Transformer" or late:
         raise ModelError(
             f"the modules of {folder} are {', '.join(names) or 'none'}",
-            "Transformer, Pooling, any number of Dense, and Normalize last if at all",
+            "sentence-transformers' own Transformer, Pooling, any number of Dense, and Normalize last if at all",
             "encode the items with sentence-transformers itself, and take the vectors in with `vlm2rec import-vectors`",
         )
 
@@ -492,25 +467,31 @@ def _pooling_modes(path: Path) -> tuple[str, ...]:
         raise ModelError(
             f"{path} leaves the prompt out of the pooling", "include_prompt: true", "choose another encoder"
         )
-    if isinstance(named := config.get("pooling_mode"), str):
-        modes = [named]
+    if named := config.get("pooling_mode"):
+        modes = [named] if isinstance(named, str) else [str(mode) for mode in named]
     else:
         modes = [mode for key, mode in _POOLING_KEYS.items() if config.get(key)]
-    if not modes or any(mode not in POOLERS for mode in modes):
+    if not modes or any(mode not in _POOLINGS for mode in modes):
         raise ModelError(
-            f"{path} pools by {', '.join(modes) or 'nothing'}", f"{', '.join(POOLERS)}", "choose --pooling"
+            f"{path} pools by {', '.join(modes) or 'nothing'}", f"{', '.join(_POOLINGS)}", "choose --pooling"
         )
     return tuple(modes)
 
 
-def _dense_layer(path: Path) -> DenseLayer:
+def _require_plain_dense(path: Path) -> None:
+    """Refuse a Dense module whose weights are a pickle, or that names a class which is no plain activation."""
     config = read_json_file(path / "config.json")
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
-    if activation not in _ACTIVATIONS:
+    named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    if not named.startswith("torch.nn.") or named.rpartition(".")[2] not in _ACTIVATIONS:
         raise ModelError(
-            f"{path} has the activation {activation}", f"one of {', '.join(_ACTIVATIONS)}", "choose another encoder"
+            f"{path} has the activation {named}", f"torch's {', '.join(_ACTIVATIONS)}", "choose another encoder"
         )
-    return DenseLayer(path, config["in_features"], config["out_features"], config.get("bias", True), activation)
+    if not (path / "model.safetensors").is_file():
+        raise ModelError(
+            f"{path} has no model.safetensors",
+            "model.safetensors of a Dense module; pickled weights are never opened",
+            "download the folder again, or convert its weights to safetensors",
+        )
 
 
 def _default_prompt(folder: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -27,16 +27,10 @@ from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.contract.storage import Location
-from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
+from vlm2rec.embedder.encoders.settings import EncoderSettings, GivenSettings, fingerprint_of
 from vlm2rec.embedder.options import (
     DeviceName,
     DtypeName,
-    FusionMode,
-    FusionNorm,
-    Pooling,
-    PromptMode,
-    PromptStyle,
-    ViewChoice,
 )
 
 logger = logging.getLogger(__name__)
@@ -83,37 +77,26 @@ class ItemEncoder:
         adapter: str | Path | None = None,
         *,
         revision: str | None = None,
-        fusion: FusionMode | None = None,
-        fusion_norm: FusionNorm | None = None,
-        prompt_mode: PromptMode | None = None,
-        max_pixels: int | None = None,
-        max_title_tokens: int | None = None,
-        views: ViewChoice | None = None,
-        pooling: Pooling | None = None,
-        prompt_style: PromptStyle | None = None,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 0,
+        **given: Unpack[GivenSettings],
     ) -> ItemEncoder:
         """Load a backbone, merge the adapter into it if one is given, and check the adapter's canary vectors.
 
-        Settings left at None are the adapter's, or the defaults of `EncoderSettings` without an adapter; a token
-        budget of 0 is one that suits the device.
+        Args:
+            backbone: hub id or folder.
+            adapter: folder that `finetune` wrote.
+            revision: of a hub backbone.
+            dtype: number format; auto is what the device multiplies natively.
+            device: where to run; auto is a GPU where there is one.
+            token_budget: tokens in one packed row; 0 is what suits the device.
+            given: fields of `EncoderSettings`. Those left out, or None, are the adapter's, or the defaults without one.
 
         Raises:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
             ConfigError: a setting contradicts the adapter's, or a text model is asked for images.
         """
-        given = {
-            "fusion": fusion,
-            "fusion_norm": fusion_norm,
-            "prompt_mode": prompt_mode,
-            "max_pixels": max_pixels,
-            "max_title_tokens": max_title_tokens,
-            "views": views,
-            "pooling": pooling,
-            "prompt_style": prompt_style,
-        }
         backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
         provenance = fingerprint_of(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.encoders.settings import fingerprint_of
-from vlm2rec.embedder.options import DeviceName, DtypeName, PromptMode
+from vlm2rec.embedder.options import DeviceName, DtypeName, PromptMode, QuestionMode
 from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question
 
 SOURCE = "prompt"  # the manifest's settings.source
@@ -44,18 +44,18 @@ class PromptedEncoder:
         *,
         revision: str | None = None,
         instruction: str | None = None,
-        prompt_mode: Literal["auto", "raw", "chat"] = "auto",
+        prompt_mode: QuestionMode = "auto",
         max_pixels: int = 224 * 224,
         max_title_tokens: int = 64,
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 4096,
     ) -> PromptedEncoder:
-        """Load a backbone; the arguments are those of `prompted_settings`, and padded tokens in a batch.
+        """Load a backbone; the arguments are those of `prompted_fingerprint`, and padded tokens in a batch.
 
         Raises:
             ModelError: the backbone cannot be loaded.
-            ConfigError: as `prompted_settings`.
+            ConfigError: as `prompted_fingerprint`.
         """
         settings = prompted_fingerprint(
             backbone,
@@ -107,7 +107,7 @@ def prompted_fingerprint(
     *,
     revision: str | None = None,
     instruction: str | None = None,
-    prompt_mode: Literal["auto", "raw", "chat"] = "auto",
+    prompt_mode: QuestionMode = "auto",
     max_pixels: int = 224 * 224,
     max_title_tokens: int = 64,
     dtype: DtypeName = "auto",

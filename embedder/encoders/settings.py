@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from transformers import AutoConfig
 
@@ -85,7 +85,7 @@ class EncoderSettings:
         return {schema.stored_name(name): value for name, value in asdict(self).items()}
 
     @classmethod
-    def resolve(cls, adapter: Path | None, **given: Any) -> EncoderSettings:
+    def resolve(cls, adapter: Path | None, **given: Unpack[GivenSettings]) -> EncoderSettings:
         """Return the adapter's settings, or the defaults without one, with what was given explicitly.
 
         Raises:
@@ -94,6 +94,8 @@ class EncoderSettings:
         """
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
+        if strange := chosen.keys() - {field.name for field in fields(cls)}:
+            raise TypeError(f"{', '.join(sorted(strange))}: no setting of an encoder")
         for name, value in chosen.items():
             trained = getattr(base, name)
             if adapter is not None and value != trained:
@@ -106,6 +108,19 @@ class EncoderSettings:
         return cls(**(asdict(base) | chosen))
 
 
+class GivenSettings(TypedDict, total=False):
+    """Fields of `EncoderSettings` that a caller chooses; None leaves the choice to the adapter or the default."""
+
+    fusion: FusionMode | None
+    fusion_norm: FusionNorm | None
+    prompt_mode: PromptMode | None
+    max_pixels: int | None
+    max_title_tokens: int | None
+    views: ViewChoice | None
+    pooling: Pooling | None
+    prompt_style: PromptStyle | None
+
+
 def fingerprint_of(
     backbone: str,
     adapter: Path | None = None,
@@ -113,7 +128,7 @@ def fingerprint_of(
     revision: str | None = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
-    **given: Any,
+    **given: Unpack[GivenSettings],
 ) -> dict[str, Any]:
     """Return what `ItemEncoder.load(...).fingerprint` will be, from config files alone: no weights are read.
 

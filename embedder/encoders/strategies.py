@@ -107,7 +107,7 @@ def load_strategy(backbone: str, strategy: Strategy, *, token_budget: int = 0, *
 
     Raises:
         ModelError: the backbone cannot be loaded.
-        ConfigError: as `strategy_settings`.
+        ConfigError: as `strategy_fingerprint`.
     """
     arguments = _arguments(strategy, given)
     return StrategyEncoder(strategy, ItemEncoder.load(backbone, token_budget=token_budget, **arguments))

@@ -20,7 +20,7 @@ from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards, read_inputs
-from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, _earlier_rows, _require_same_start, _work
+from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, open_earlier_rows, plan_work, require_same_start
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.embedder.options import ImagePolicy, ImagesBy, Storage
 from vlm2rec.embedder.progress import SILENT, Reporter
@@ -60,11 +60,11 @@ def export(
     Returns:
         The manifest; None for one of several workers, while others have not made all their shards.
     """
-    plan = _plan(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
+    plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
     with writing(out, distribution.share) as hold:
         finished = shards.begin(out, plan, reuse.revises, distribution.share)
-        earlier = _earlier_rows(out, plan, finished, reuse)
-        work = _work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+        earlier = open_earlier_rows(out, plan, finished, reuse)
+        work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
             job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout)
@@ -90,7 +90,7 @@ def export(
         return shards.finish(out, plan, finished, dataset.path)
 
 
-def _plan(
+def plan_export(
     dataset: Dataset,
     out: Location,
     settings: Mapping[str, Any],
@@ -101,6 +101,12 @@ def _plan(
     reuse: Reuse,
     reporter: Reporter = SILENT,
 ) -> Plan:
+    """Return the plan of an export, as `export` makes it; its arguments are those of `export`.
+
+    Raises:
+        ConfigError: the policy for images needs a text vector that these settings do not make.
+        ArtifactError: `out` holds other items, and `reuse` does not allow for that.
+    """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
         raise ConfigError(
             "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
@@ -122,7 +128,7 @@ def _plan(
         choices["category"] = dataset.category_column
         reporter.say(f"category of an item: {dataset.category_column or 'none in this catalogue'}")
     if reuse.revises:
-        _require_same_start(out, inputs, reuse)
+        require_same_start(out, inputs, reuse)
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
 
 

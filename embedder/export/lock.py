@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.publish import process_runs, require_folder, temporary_name
 from vlm2rec.embedder.contract.storage import Location, StorePath
 
 LOCK_FILE = "export.lock"
@@ -74,9 +75,7 @@ class Hold:
 
 def is_writing(temporary: Location) -> bool:
     """Tell whether somebody may still be writing a temporary file, whose name ends in the number of its process."""
-    process = temporary.name.split(".")[-2]
-    with suppress(ProcessLookupError, PermissionError, ValueError, OverflowError):
-        os.kill(int(process), 0)
+    if process_runs(temporary.name.split(".")[-2]):
         return True
     try:
         hosts = [_text_of(path) for path in temporary.parent.iterdir() if is_lock(path.name)]
@@ -109,8 +108,7 @@ def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
             yield hold
         return
     path = folder / (share.lock_file if share else LOCK_FILE)
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file", "a folder, or a place to make one", "choose another --out")
+    require_folder(folder, ArtifactError)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +198,7 @@ def _still_alive(silent: float) -> str:
 
 def _now(folder: Path) -> float:
     """Return the time by the clock of the file system, which is what a sign of life is measured by."""
-    probe = folder / f".export.lock.{os.getpid()}.tmp"
+    probe = folder / temporary_name(LOCK_FILE)
     try:
         probe.touch()
         return probe.stat().st_mtime
@@ -324,19 +322,14 @@ def _refuse_other_objects(folder: StorePath, share: Share | None) -> None:
 
 def _object_alive(path: StorePath, owner: dict[str, Any]) -> str:
     """Return what speaks for the life of a lock's owner, nothing if it is dead."""
-    if owner and owner["processes"] and owner["processes"] == _processes():
-        try:
-            os.kill(owner["pid"], 0)
-        except ProcessLookupError:
-            return ""
-        except PermissionError:
-            pass  # it is there, and somebody else's
+    if owner and owner["processes"] and owner["processes"] == _processes() and not process_runs(owner["pid"]):
+        return ""
     return _still_alive(_store_time(path.parent) - path.stat().st_mtime)
 
 
 def _store_time(folder: StorePath) -> float:
     """Return the time by the clock of the store, which is what a sign of life is measured by."""
-    probe = folder / f".export.lock.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    probe = folder / temporary_name(f"{LOCK_FILE}.{uuid.uuid4().hex[:8]}")  # hosts may share a number
     try:
         probe.write_bytes(b"?")
         return probe.stat().st_mtime

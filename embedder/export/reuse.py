@@ -144,7 +144,7 @@ class Reuse:
 REUSE_NOTHING = Reuse()
 
 
-def _require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
+def require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
     """Raise `ArtifactError` unless the folder's items are the first ones of the input, as the choices promise."""
     known = shards.known_settings(out)
     if known is None:
@@ -172,7 +172,10 @@ def _require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
         )
 
 
-def _earlier_rows(out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse) -> EarlierRows | None:
+def open_earlier_rows(
+    out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse
+) -> EarlierRows | None:
+    """Return the rows that may be taken over; None where nothing is reused."""
     if reuse.changed_since is not None:
         return EarlierRows.of_export(reuse.changed_since, plan)
     if reuse.retry_failed and finished:
@@ -180,7 +183,7 @@ def _earlier_rows(out: Location, plan: Plan, finished: Mapping[int, shards.Shard
     return None
 
 
-def _work(
+def plan_work(
     plan: Plan,
     numbers: Iterable[int],
     finished: Mapping[int, shards.Shard],

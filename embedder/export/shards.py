@@ -14,17 +14,14 @@ the next run keeps what is recorded, checks and adopts a shard that is there but
 
 from __future__ import annotations
 
-import datetime
 import errno
 import json
 import logging
-import platform
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -32,10 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder.contract import publish, schema, storage
+from vlm2rec.embedder.contract import provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, readable
-from vlm2rec.embedder.export.lock import Share, is_lock, is_writing
+from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, is_writing
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
@@ -43,7 +40,7 @@ STATE_FILE = "export.json"
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _GO_ON = "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped"
-_LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
+_LIBRARIES = ("python", "vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +192,8 @@ def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Loca
         "shards": [asdict(shard) for shard in ordered],
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "created": provenance.created(),
+        "versions": provenance.library_versions(*_LIBRARIES),
         "data": str(data.resolve()) if data else None,
         "seconds": round(sum(shard.seconds for shard in ordered), 3),
     }
@@ -356,20 +353,18 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _refuse_foreign(folder: Location) -> None:
-    there = sorted(path.name for path in folder.iterdir())
-    strange = [name for name in there if not is_lock(name) and not is_temporary(name)]
-    if strange:
-        raise ArtifactError(
-            f"{folder} holds {', '.join(strange[:5])}{' …' if len(strange) > 5 else ''} and no export",
-            "a new or empty folder, or one of an export to go on with",
-            "choose another --out",
-        )
+    publish.require_ours(
+        folder,
+        "an export to go on with",
+        ours=False,
+        ignored=lambda name: is_lock(name) or is_temporary(name),
+        error=ArtifactError,
+    )
 
 
 def is_temporary(name: str) -> bool:
     """Tell whether a file name is that of an unfinished write of ours."""
-    ours = (".part-", ".export.lock.", f".{STATE_FILE}.", f".{schema.MANIFEST_FILE}.")
-    return name.startswith(ours) and name.endswith(".tmp")
+    return publish.is_temporary(name, "part-", LOCK_FILE, STATE_FILE, schema.MANIFEST_FILE)
 
 
 def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
@@ -409,13 +404,3 @@ def _disk_error(folder: Location, error: OSError) -> ArtifactError:
         "room for the vectors and a disk that keeps them, or a store that takes them",
         f"free some space or mend the disk (or the store's address and credentials), then {_GO_ON}",
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

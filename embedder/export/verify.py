@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,7 +13,7 @@ from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.storage import Location, readable
 from vlm2rec.embedder.export.lock import is_lock
 from vlm2rec.embedder.export.plan import duplicates, fingerprint, without_inputs
-from vlm2rec.embedder.export.shard_file import ShardContent, read_rows, vectors_of
+from vlm2rec.embedder.export.shard_file import ShardContent, read_rows
 from vlm2rec.embedder.export.shards import is_temporary
 
 
@@ -60,43 +59,6 @@ def verify(folder: Location) -> list[Problem]:
         if name not in known and not is_lock(name) and (not name.startswith(".") or is_temporary(name)):
             problems.append(Problem(name, "is not part of this export"))
     return problems
-
-
-def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
-    """Return, per view, the effective rank of the first `sample` vectors, 0.0 when they are practically constant.
-
-    That is exp(entropy of the normalised singular values) of the centred unit vectors: how many directions they
-    really use. Views with fewer than 16 vectors are left out.
-    """
-    manifest = schema.read_manifest(folder)
-    ranks = {}
-    for view in manifest["views"]:
-        vectors = _sample(folder, manifest, view, sample)
-        if len(vectors) >= 16:
-            ranks[view] = _effective_rank(vectors)
-    return ranks
-
-
-def _effective_rank(vectors: np.ndarray) -> float:
-    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    spread = units - units.mean(0)
-    if np.linalg.norm(spread) < 1e-3 * np.sqrt(len(units)):  # rounding of bfloat16 alone moves vectors this far
-        return 0.0
-    values = np.linalg.svd(spread, compute_uv=False)
-    share = values[values > 0] / values.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def _sample(folder: Location, manifest: Mapping[str, Any], view: str, sample: int) -> np.ndarray:
-    blocks: list[np.ndarray] = []
-    for entry in manifest["shards"]:
-        with readable(folder / entry["file"]) as source, pq.ParquetFile(source) as file:
-            for batch in file.iter_batches(sample, columns=[view]):
-                vectors, present = vectors_of(batch[view])
-                blocks.append(vectors[present].astype(np.float64))
-                if sum(map(len, blocks)) >= sample:
-                    return np.concatenate(blocks)[:sample]
-    return np.concatenate(blocks) if blocks else np.empty((0, schema.dims_of(manifest)[view]))
 
 
 def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:

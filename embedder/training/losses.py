@@ -1,10 +1,11 @@
-"""The training losses: InfoNCE (SFT), VLM2Rec's WPCL + CRTR, and SDA's CMSA. Pure tensor code.
+"""The losses of users and items: InfoNCE (SFT) and VLM2Rec's WPCL + CRTR. Pure tensor code.
 
-Those of users take a batch of B users with their B target items; row i of one belongs to row i of the other.
+They take a batch of B users with their B target items; row i of one belongs to row i of the other.
 The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target and its
 repeats at other users are left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
-CMSA, at the end of the file with equation numbers of its own paper, takes a batch of N items.
+
+At the end stand the two as a training calls any loss, by view: `InfoNCEObjective` and `VLM2RecObjective`.
 
 Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
 τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
@@ -13,6 +14,7 @@ Arithmetic is float32 for half-precision input, under autocast too, and float64 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm2rec.embedder.backbones.pooling import at_least_float32, fuse, unit
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.options import FusionNorm
 
@@ -76,10 +79,10 @@ class VLM2RecLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"tau_wpcl": tau_wpcl, "tau_crtr": tau_crtr, "alpha": alpha, "beta": beta}.items():
-            _require(value > 0 and math.isfinite(value), f"{name} is {value}", "a finite number above 0")
-        _require(lam >= 0 and math.isfinite(lam), f"lam is {lam}", "a finite number, 0 or above")
-        _require(fusion_norm in ("raw", "normalised"), f"fusion_norm is {fusion_norm!r}", "raw or normalised")
-        _require(wpcl or crtr, "wpcl and crtr are both off", "at least one loss")
+            require(value > 0 and math.isfinite(value), f"{name} is {value}", "a finite number above 0")
+        require(lam >= 0 and math.isfinite(lam), f"lam is {lam}", "a finite number, 0 or above")
+        require(fusion_norm in ("raw", "normalised"), f"fusion_norm is {fusion_norm!r}", "raw or normalised")
+        require(wpcl or crtr, "wpcl and crtr are both off", "at least one loss")
         self.tau_wpcl, self.tau_crtr, self.lam = tau_wpcl, tau_crtr, lam
         self.stop_gradient, self.fusion_norm = stop_gradient, fusion_norm
         self.use_penalty, self.use_crtr, self.use_wpcl = penalty, crtr, wpcl
@@ -115,7 +118,7 @@ class VLM2RecLoss(nn.Module):
         Raises:
             ValueError: the shapes do not fit together.
         """
-        _check_batch(item_ids, user_text, user_image, item_text, item_image)
+        check_batch(item_ids, user_text, user_image, item_text, item_image)
         with torch.autocast(user_text.device.type, enabled=False):
             others = other_items(item_ids)  # (B, B)
             text = cosines(user_text, item_text)  # (B, B)
@@ -155,8 +158,8 @@ def info_nce(user: Tensor, item: Tensor, item_ids: Tensor, tau: float = 0.1) -> 
         item_ids: integer ids of the target items, (B,); equal ids are never each other's negatives.
         tau: temperature τ.
     """
-    _require(tau > 0 and math.isfinite(tau), f"tau is {tau}", "a finite number above 0")
-    _check_batch(item_ids, user, item)
+    require(tau > 0 and math.isfinite(tau), f"tau is {tau}", "a finite number above 0")
+    check_batch(item_ids, user, item)
     with torch.autocast(user.device.type, enabled=False):
         return contrastive(cosines(user, item), other_items(item_ids), tau).mean()
 
@@ -240,7 +243,64 @@ def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float)
     return 0.5 * ((log_text.exp() - log_image.exp()) * (log_text - log_image)).sum(dim=1)
 
 
-# --- SDA ----------------------------------------------------------------------------------------------------
+# --- as a training calls them ---------------------------------------------------------------------------------
+
+Views = Mapping[str, Tensor]
+"""Vectors of B users or items by view, (B, d) each: `fused`, and `text` and `image` where the encoder makes them."""
+
+Log = dict[str, Tensor]
+"""Scalars for the training curves, by name."""
+
+
+class InfoNCEObjective(nn.Module):
+    """InfoNCE of the fused vectors (`info_nce`)."""
+
+    def __init__(self, tau: float = 0.1) -> None:
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, users: Views, items: Views, targets: Tensor) -> tuple[Tensor, Log]:
+        """Return the loss of users and their target items, and the margins of each view for the curves.
+
+        Args:
+            users: vectors by view, (B, d) each.
+            items: those of their target items.
+            targets: integer ids of the target items, (B,).
+        """
+        total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
+        others = other_items(targets)
+        own = [view for view in schema.MODALITIES if view in users]
+        return total, _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
+
+
+class VLM2RecObjective(VLM2RecLoss):
+    """`VLM2RecLoss` of vectors by view. It is one, not around one: checkpoints name its α and β."""
+
+    def forward(  # type: ignore[override]
+        self, users: Views, items: Views, targets: Tensor
+    ) -> tuple[Tensor, Log]:
+        """Return the loss of users and their target items, and its parts for the curves; arguments as InfoNCE's."""
+        sides = (users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE])
+        parts = super().forward(*sides, targets)
+        return parts.total, {
+            "wpcl": parts.wpcl,
+            "crtr": parts.crtr,
+            "weight": parts.weight.mean(),
+            **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
+            "alpha": self.alpha,
+            "beta": self.beta,
+        }
+
+
+def _margins_to_log(by_view: Mapping[str, Tensor]) -> Log:
+    """Return each view's mean margin and, where there are two, the share of users whose weak modality is the image."""
+    log = {f"margin_{view}": margin.mean() for view, margin in by_view.items()}
+    if len(by_view) == len(schema.MODALITIES):
+        log["weak_is_image"] = (by_view[schema.IMAGE] < by_view[schema.TEXT]).float().mean()
+    return log
+
+
+# --- settings and shapes --------------------------------------------------------------------------------------
 
 
 def _positive(raw: Tensor) -> Tensor:
@@ -252,12 +312,14 @@ def _softplus_inverse(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
-def _require(condition: bool, found: str, expected: str) -> None:
+def require(condition: bool, found: str, expected: str) -> None:
+    """Raise `ConfigError` of a loss's settings unless the condition holds."""
     if not condition:
         raise ConfigError(found, expected, "correct the loss settings")
 
 
-def _check_batch(item_ids: Tensor, *vectors: Tensor) -> None:
+def check_batch(item_ids: Tensor, *vectors: Tensor) -> None:
+    """Raise `ValueError` unless the ids are (B,) and all vectors (B, d), B > 0."""
     shapes = [tuple(v.shape) for v in vectors]
     batch = item_ids.shape[0] if item_ids.dim() == 1 else None
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][0] != batch or batch == 0:

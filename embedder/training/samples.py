@@ -74,6 +74,10 @@ class Samples:
             position = int(np.random.default_rng([self._seed, 2, self._epoch, user]).integers(1, len(items)))
         return Sample(user, items[max(0, position - self._max_history) : position], int(items[position]))
 
+    def summary(self) -> dict[str, str]:
+        """Return the row of a run's summary that says what was learned from."""
+        return {"users": f"{len(self.users)}, {len(self)} samples a epoch, {self.skipped} users too short"}
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which decides the positions of `random`."""
         self._epoch = epoch

@@ -1,6 +1,6 @@
 """SDA's training: items, not histories. Each step aligns the text and the image vectors of a batch of items.
 
-The loss is `losses.ItemAlignment` (CMSA), the adapter MoDA (`moda`) or, as its ablation, plain LoRA. A user is the mean
+The loss is `ItemAlignment` (CMSA), the adapter MoDA (`moda`) or, as its ablation, plain LoRA. A user is the mean
 of the history's item vectors: there is no prompt for a sequence.
 """
 
@@ -19,17 +19,18 @@ from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.pooling import at_least_float32, norm_ratio, unit
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
-from vlm2rec.embedder.options import Alignment
+from vlm2rec.embedder.options import SDA_PROBED, Alignment
 from vlm2rec.embedder.training.gradients import TOTAL, Part, conflict, gradient_alignment
-from vlm2rec.embedder.training.losses import _check_batch, _require, cosines, info_nce
+from vlm2rec.embedder.training.losses import check_batch, cosines, info_nce, require
 from vlm2rec.embedder.training.train import Model
 
-PROBED = ("q_proj", "k_proj")
 """Projections of the last layer in which the paper compares the gradients of text and image."""
 
 
 class ItemSamples(Sequence[int]):
     """Every item of a catalogue, as rows of `items.parquet`: their texts and images are known, bought or not."""
+
+    users: tuple[int, ...] = ()  # nobody's history is read
 
     def __init__(self, count: int) -> None:
         if count < 2:
@@ -41,6 +42,10 @@ class ItemSamples(Sequence[int]):
 
     def __getitem__(self, index: Any) -> Any:
         return range(self._count)[index]
+
+    def summary(self) -> dict[str, str]:
+        """Return the row of a run's summary that says what was learned from."""
+        return {"items": f"{len(self)}"}
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: every epoch has all items."""
@@ -67,7 +72,7 @@ class ItemModel(Model):
         Args:
             rows: (N,) different item rows.
             with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
-                adapted weights and in the projections `PROBED` (section 3.3.3); the graph stays as it is.
+                adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph stays as it is.
         """
         vectors = self.encode([[int(row)] for row in rows])
         text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
@@ -93,7 +98,7 @@ class ItemModel(Model):
 def probed(backbone: Backbone) -> dict[str, list[Part]]:
     """Return, by projection of the last layer, A and B of its adapter: of MoDA the first expert's part of them."""
     attention = backbone.language_model.layers[-1].self_attn
-    return {name: _matrices(getattr(attention, name)) for name in PROBED}
+    return {name: _matrices(getattr(attention, name)) for name in SDA_PROBED}
 
 
 def _matrices(layer: nn.Module) -> list[Part]:
@@ -124,9 +129,9 @@ class ItemAlignment(nn.Module):
 
     def __init__(self, kind: Alignment = "paper", tau: float | None = None) -> None:
         super().__init__()
-        _require(kind in CMSA_TAU, f"cmsa is {kind!r}", "paper, reference or off")
+        require(kind in CMSA_TAU, f"cmsa is {kind!r}", "paper, reference or off")
         tau = CMSA_TAU[kind] if tau is None else tau
-        _require(tau > 0 and math.isfinite(tau), f"tau_cmsa is {tau}", "a finite number above 0")
+        require(tau > 0 and math.isfinite(tau), f"tau_cmsa is {tau}", "a finite number above 0")
         self.kind: Alignment = kind
         if kind == "reference":
             self.tau: Tensor = nn.Parameter(torch.tensor(tau))
@@ -135,7 +140,7 @@ class ItemAlignment(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Return the loss, a scalar, of the items' image and text vectors, (N, d) each."""
-        _check_batch(torch.arange(len(image)), image, text)
+        check_batch(torch.arange(len(image)), image, text)
         with torch.autocast(image.device.type, enabled=False):
             if self.kind == "paper":
                 return cmsa(image, text, float(self.tau))

@@ -1,6 +1,6 @@
-"""Fine-tuning: the four encodes of a batch, the loss over them, and transformers' Trainer around it.
+"""Fine-tuning: a model with an adapter and a loss, and transformers' Trainer around it.
 
-`train` trains any `Model`: `HistoryModel` here, which learns from users' histories, and `sda.ItemModel`.
+`train` trains any `Model` by whatever loss that has; which there are say the rows of `recipes`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from transformers import (
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.lora import restore, trainable
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
@@ -52,11 +52,18 @@ _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one pie
 
 
 class TrainingSamples(Protocol):
-    """What `train` draws batches from: `Samples`, or `sda.ItemSamples`."""
+    """What `train` draws batches from."""
+
+    @property
+    def users(self) -> Sized:
+        """Whose histories are learned from; empty where it is items."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
+
+    def summary(self) -> dict[str, str]:
+        """Return the row of a run's summary that says what is learned from."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch."""
@@ -69,7 +76,7 @@ class Model(nn.Module, ABC):
         encoder: with adapted layers in its backbone.
         wrapped: the module that holds the adapter, registered so that the trainer sees its parameters.
         items: titles and image features.
-        loss: with the parameters that are learned beside the adapter, if it has any.
+        loss: with the parameters that are learned beside the adapter, if it has any; `forward` calls it.
         chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
     """
 
@@ -78,7 +85,7 @@ class Model(nn.Module, ABC):
         encoder: ItemEncoder,
         wrapped: nn.Module,
         items: ItemFeatures,
-        loss: nn.Module | None,
+        loss: nn.Module,
         chunk_users: int = 0,
     ) -> None:
         super().__init__()
@@ -271,8 +278,8 @@ def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *a
 
 
 def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
-    # decay would pull α and β towards ln 2, as they are softplus of a free parameter, and a temperature towards 0
-    own = [] if model.loss is None else [p for p in model.loss.parameters() if p.requires_grad]
+    # a loss learns weights and temperatures, for which 0 is no neutral value: no decay pulls them there
+    own = [p for p in model.loss.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": model.adapted, "weight_decay": settings.weight_decay}]
     if own:
         groups.append({"params": own, "weight_decay": 0.0})
@@ -368,9 +375,8 @@ class _Watch(TrainerCallback):
         before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
         state.log_history.append({"step": state.global_step, **metrics})
         if keep and distributed.is_main() and metrics["N@20"] > max(before, default=-math.inf):
-            temporary = self._folder / f".{_BEST}.tmp"
-            safetensors.torch.save_file(trainable(self._model), temporary)
-            temporary.replace(self._folder / _BEST)
+            with publish.whole_file(self._folder / _BEST) as temporary:
+                safetensors.torch.save_file(trainable(self._model), temporary)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The model that VLM2Rec trains: histories and their next items through one encoder, and the loss on both."""
+"""The model that VLM2Rec trains: histories and their next items through one encoder, and any loss on both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.options import Negatives
 from vlm2rec.embedder.training.gradients import TOTAL, gradient_alignment, modality_losses
-from vlm2rec.embedder.training.losses import VLM2RecLoss, cosines, effective_negatives, info_nce, margins, other_items
+from vlm2rec.embedder.training.losses import Log, effective_negatives
 from vlm2rec.embedder.training.samples import Sample
 from vlm2rec.embedder.training.train import Model
 
@@ -29,22 +29,21 @@ class HistoryModel(Model):
         encoder: with LoRA layers in its backbone.
         wrapped: the PEFT wrapper of the same backbone.
         items: titles and image features.
-        loss: `VLM2RecLoss`, or None for plain InfoNCE.
-        tau: temperature of InfoNCE.
+        loss: called as `loss(users, items, targets)`, the first two by view (`losses.Views`), the targets (B,) item
+            rows; returns the loss, a scalar, and scalars for the curves (`losses.Log`).
+        tau: temperature at which `gradients` contrasts each modality alone, whatever the loss is.
         chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
         negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
             loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
             one process with the whole batch).
     """
 
-    loss: VLM2RecLoss | None
-
     def __init__(
         self,
         encoder: ItemEncoder,
         wrapped: nn.Module,
         items: ItemFeatures,
-        loss: VLM2RecLoss | None,
+        loss: nn.Module,
         tau: float,
         chunk_users: int = 0,
         negatives: Negatives = "local",
@@ -85,11 +84,11 @@ class HistoryModel(Model):
             with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
                 weights (`gradient_alignment`); the loss and its graph stay as they are.
         """
-        vectors = self.encode(histories)
+        users_by_view = self._encode_own(histories)
         distinct, place = targets.unique(return_inverse=True)
-        encoded = self.encode([[int(row)] for row in distinct])
+        encoded = self._encode_own([[int(row)] for row in distinct])
         items = {view: found[place] for view, found in encoded.items()}
-        batches = self._held_together(vectors, items, targets)
+        batches = self._held_together(users_by_view, items, targets)
         totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
         sizes = [len(batch.targets) for batch in batches]
         total, log = _mean([{TOTAL: total} for total in totals], sizes)[TOTAL], _mean(logs, sizes)
@@ -99,6 +98,11 @@ class HistoryModel(Model):
             losses = {TOTAL: total, **_mean(parts, sizes)}
             alignment = gradient_alignment(losses, self.adapted)
         return total, {name: value.detach() for name, value in log.items()}, alignment
+
+    def _encode_own(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Encode sequences of item rows; returns the views that the encoder makes, (n, d) each."""
+        vectors = self.encode(sequences)
+        return {view: vectors[view] for view in self.encoder.views}
 
     def _held_together(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
         """Return the users and items whose vectors are held against each other, of all processes."""
@@ -119,28 +123,15 @@ class HistoryModel(Model):
             if len(own)
         ]
 
-    def _loss_of(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_of(self, batch: _Batch) -> tuple[Tensor, Log]:
         """Return the loss of users whose negatives are each other's targets, and what to log of it."""
         users, items, targets = batch
-        log: dict[str, Tensor] = {"effective_negatives": effective_negatives(targets).float().mean()}
+        log: Log = {"effective_negatives": effective_negatives(targets).float().mean()}
         if self.has_both_modalities:
             log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
             log["norm_ratio_item"] = norm_ratio(items[schema.TEXT], items[schema.IMAGE]).mean()
-        if self.loss is None:
-            total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
-            others = other_items(targets)
-            own = [view for view in schema.MODALITIES if view in self.encoder.views]
-            log |= _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
-            return total, log
-        parts = self.loss(users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE], targets)
-        return parts.total, log | {
-            "wpcl": parts.wpcl,
-            "crtr": parts.crtr,
-            "weight": parts.weight.mean(),
-            **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
-            "alpha": self.loss.alpha,
-            "beta": self.loss.beta,
-        }
+        total, parts = self.loss(users, items, targets)
+        return total, log | parts
 
 
 class _Batch(NamedTuple):
@@ -158,11 +149,3 @@ def _mean(rows: Sequence[dict[str, Tensor]], weights: Sequence[int]) -> dict[str
         name: torch.stack([row[name] * share for row, share in zip(rows, shares, strict=True)]).sum()
         for name in rows[0]
     }
-
-
-def _margins_to_log(by_view: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each view's mean margin and, where there are two, the share of users whose weak modality is the image."""
-    log = {f"margin_{view}": margin.mean() for view, margin in by_view.items()}
-    if len(by_view) == len(schema.MODALITIES):
-        log["weak_is_image"] = (by_view[schema.IMAGE] < by_view[schema.TEXT]).float().mean()
-    return log

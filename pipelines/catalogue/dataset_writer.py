@@ -21,7 +21,8 @@ _USERS_PER_GROUP = 16_384
 _ITEMS_PER_GROUP = 65_536
 
 
-def _write_items(catalogue: pl.DataFrame, path: Path) -> None:
+def write_items(catalogue: pl.DataFrame, path: Path) -> None:
+    """Write `items.parquet`: id, title and image first, then whatever else the catalogue has."""
     first = [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH]
     table = catalogue.select(*first, *(c for c in catalogue.columns if c not in first))
     arrow_schema = pa.schema(
@@ -39,7 +40,8 @@ def _arrow(table: pl.DataFrame) -> pa.Table:
     return table.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def _write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, path: Path) -> None:
+def write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, path: Path) -> None:
+    """Write `sequences.parquet`: each user's items in time order, split into train, valid and test."""
     items, users = _arrow_ids(item_ids), _arrow_ids(user_ids)
     columns = [(schema.USER_ID, users.type), (schema.TRAIN, _LISTS), (schema.VALID, _CODED), (schema.TEST, _CODED)]
     with _id_writer(path, columns) as writer:
@@ -77,9 +79,10 @@ def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int
         )
 
 
-def _write_candidates(
+def write_candidates(
     sequences: Sequences, user_ids: pl.Series, item_ids: pl.Series, config: PrepareConfig, path: Path
 ) -> None:
+    """Write `negatives.parquet`: the candidates of every user, for each seed."""
     count, num_items, num_users = config.candidates, len(item_ids), len(sequences)
     _require_untouched(sequences, user_ids, num_items, count)
     items, users = _arrow_ids(item_ids), _arrow_ids(user_ids)

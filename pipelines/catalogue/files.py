@@ -24,19 +24,19 @@ from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
-    _as_type,
-    _blocks,
-    _csv_header,
-    _encoding_error,
-    _frames,
-    _id_text,
-    _kind,
-    _open,
-    _parse,
-    _record_schema,
-    _records,
-    _require,
-    _unpacked,
+    build_frame,
+    cast_value,
+    csv_header,
+    encoding_error,
+    id_as_text,
+    kind_of,
+    line_blocks,
+    open_text,
+    parse_lines,
+    read_records,
+    record_schema,
+    require_columns,
+    unpack_csv,
 )
 
 TIME = "time"
@@ -96,7 +96,7 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
         DataError: missing or empty file, wrong encoding, broken row, missing column, missing or duplicate id.
     """
     names = names or ColumnNames()
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in ("JSON lines", "Python literal lines"):
         frame, label = _items_from_records(path, kind, names)
     else:
@@ -112,8 +112,8 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
     with _polars_errors(path, kind):
         if kind == "CSV":
             # every column stays text: a type guessed from the first rows would turn "007" into 7
-            with _open(path) as file:
-                header, separator = _csv_header(path, file)
+            with open_text(path) as file:
+                header, separator = csv_header(path, file)
                 file.seek(0)
                 source = file.read()
             frame = pl.read_csv(source, separator=separator, infer_schema=False)
@@ -123,7 +123,7 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
             frame = pl.read_parquet(path)
             columns = frame.columns
         item, label = _item_column(columns, names, kind)
-        _require(path, columns, {item: "--item-id-column", names.title: "--title-column"})
+        require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
         ids = _as_ids(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title].cast(pl.String)
@@ -135,7 +135,7 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
-    first = next(iter(_records(path, kind)), None)
+    first = next(iter(read_records(path, kind)), None)
     if first is None:
         raise DataError(f"{path} holds no record", "one object per line", "check the file")
     item, label = _item_column(list(first[1]), names, kind)
@@ -143,20 +143,20 @@ def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.
         year = _AMAZON_YEARS[item]
         clean = _amazon_2014 if year == 2014 else _amazon_2023
         schema: dict[str, Any] = dict.fromkeys(clean({}, item), pl.String)
-        return _frames(path, kind, schema, lambda row, record: clean(record, item)), label
-    schema = _record_schema(path, kind)
-    _require(path, list(schema), {item: "--item-id-column", names.title: "--title-column"})
+        return build_frame(path, kind, schema, lambda row, record: clean(record, item)), label
+    schema = record_schema(path, kind)
+    require_columns(path, list(schema), {item: "--item-id-column", names.title: "--title-column"})
     renamed = {column: f"source_{column}" if column in (ITEM_ID, TITLE) else column for column in schema}
     renamed.update({names.title: TITLE, item: ITEM_ID})
     types: dict[str, Any] = {ITEM_ID: pl.String, TITLE: pl.String}
     types.update({renamed[c]: dtype for c, dtype in schema.items() if renamed[c] not in types})
 
     def clean_record(row: int, record: Mapping[str, Any]) -> dict[str, Any]:
-        values = {renamed[c]: _as_type(record.get(c), types[renamed[c]]) for c in schema if c != item}
-        values[ITEM_ID] = _id_text(record.get(item), path, row)
+        values = {renamed[c]: cast_value(record.get(c), types[renamed[c]]) for c in schema if c != item}
+        values[ITEM_ID] = id_as_text(record.get(item), path, row)
         return values
 
-    return _frames(path, kind, types, clean_record), label
+    return build_frame(path, kind, types, clean_record), label
 
 
 def _item_column(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str]:
@@ -248,21 +248,21 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             item or time.
     """
     names = names or ColumnNames()
-    kind = _kind(path)
+    kind = kind_of(path)
     with _polars_errors(path, kind):
         if kind == "Parquet":
             source = pl.scan_parquet(path)
             columns = list(source.collect_schema())
         elif kind == "CSV":
-            with _open(path) as file:
-                columns, separator = _csv_header(path, file)
-            source = pl.scan_csv(_unpacked(path, scratch), separator=separator, infer_schema=False)
+            with open_text(path) as file:
+                columns, separator = csv_header(path, file)
+            source = pl.scan_csv(unpack_csv(path, scratch), separator=separator, infer_schema=False)
         else:
-            columns = list(dict.fromkeys(key for _, record in islice(_records(path, kind), 100) for key in record))
+            columns = list(dict.fromkeys(key for _, record in islice(read_records(path, kind), 100) for key in record))
             if not columns:
                 raise DataError(f"{path} holds no record", "one object per line", "check the file")
     user, item, time, label = _interaction_columns(columns, names, kind)
-    _require(path, columns, {user: "--user-id-column", item: "--item-id-column", time: "--time-column"})
+    require_columns(path, columns, {user: "--user-id-column", item: "--item-id-column", time: "--time-column"})
     with _polars_errors(path, kind):
         if kind in ("JSON lines", "Python literal lines"):
             source = pl.scan_parquet(_condensed(path, kind, [user, item, time], scratch))
@@ -395,7 +395,7 @@ def _text_as_number(source: pl.LazyFrame, column: str, path: Path) -> pl.Expr:
 def _condensed(path: Path, kind: Kind, columns: list[str], scratch: Path) -> list[Path]:
     """Write the wanted columns of a file of records, as text, into Parquet files of one block each."""
     parts: list[Path] = []
-    for number, lines in _blocks(path):
+    for number, lines in line_blocks(path):
         if not lines.strip():
             continue
         frame = _block_frame(path, kind, columns, number, lines)
@@ -413,8 +413,8 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
         except pl.exceptions.PolarsError:
             pass  # Python's reader, slower, names the row or can read it after all
     rows = []
-    for row, record in _parse(path, kind, number, lines):
-        rows.append({c: _id_text(record.get(c), path, row) for c in columns})
+    for row, record in parse_lines(path, kind, number, lines):
+        rows.append({c: id_as_text(record.get(c), path, row) for c in columns})
     return pl.DataFrame(rows, schema=schema)
 
 
@@ -444,14 +444,14 @@ def _explain_csv(path: Path) -> None:
 
     Slow and only used once reading has failed.
     """
-    with _open(path) as file:
-        columns, separator = _csv_header(path, file)
+    with open_text(path) as file:
+        columns, separator = csv_header(path, file)
         file.seek(0)
         for row, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _encoding_error(path, row, error.start) from None
+                raise encoding_error(path, row, error.start) from None
         file.seek(0)
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
         for fields in reader:

@@ -9,7 +9,7 @@ import polars as pl
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
-from vlm2rec.pipelines.catalogue import files as catalogue_files
+from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.config import PrepareConfig
 
 SHORTEST = 3  # one interaction to train on, one to validate, one to test
@@ -41,7 +41,7 @@ class Log:
         return Log(self.user[rows], self.item[rows], self.time[rows])
 
 
-def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Series, Log, list[Count]]:
+def read_log(found: files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Series, Log, list[Count]]:
     """Read the interactions of catalogue items.
 
     Returns:
@@ -53,10 +53,10 @@ def read_log(found: catalogue_files.Interactions, catalogue: pl.DataFrame) -> tu
     table = (
         found.frame.join(items, on=schema.ITEM_ID, how="inner", maintain_order="left")
         .join(users, on=schema.USER_ID, how="left", maintain_order="left")
-        .select("user", "item", catalogue_files.TIME)
+        .select("user", "item", files.TIME)
         .collect(engine="streaming")
     )
-    user, time = table["user"].to_numpy(), table[catalogue_files.TIME].to_numpy()
+    user, time = table["user"].to_numpy(), table[files.TIME].to_numpy()
     order = np.lexsort((time, user))  # stable: equal times stay in the file's order
     log = Log(user[order], table["item"].to_numpy()[order], time[order])
     steps = [

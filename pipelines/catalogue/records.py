@@ -25,7 +25,7 @@ _BLOCK_BYTES = 32 << 20
 _RECORDS_PER_FRAME = 20_000
 
 
-def _kind(path: Path) -> Kind:
+def kind_of(path: Path) -> Kind:
     """Return what the file is, from its first bytes."""
     if not path.is_file():
         raise DataError(
@@ -40,13 +40,13 @@ def _kind(path: Path) -> Kind:
         raise DataError(f"{path} cannot be read ({error.strerror})", "a readable file", "check its rights") from None
     if magic == b"PAR1":
         return "Parquet"
-    with _open(path) as file:
+    with open_text(path) as file:
         head = file.read(1 << 16)
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         if not text:
             raise DataError(f"{path} is empty", "a file with rows", "check how it was made")
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-            raise _encoding_error(path, 1, head.find(b"\0") if b"\0" in head else 0, "UTF-16 or no text at all")
+            raise encoding_error(path, 1, head.find(b"\0") if b"\0" in head else 0, "UTF-16 or no text at all")
         if text[:1] == b"[":
             raise DataError(
                 f"{path} begins with '[': it holds one JSON array",
@@ -68,7 +68,7 @@ def _kind(path: Path) -> Kind:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def open_text(path: Path) -> Iterator[IO[bytes]]:
     """Open a text file for reading bytes, unpacking gzip by the way."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
@@ -81,30 +81,31 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
-def _unpacked(path: Path, scratch: Path) -> Path:
+def unpack_csv(path: Path, scratch: Path) -> Path:
+    """Return the file itself, or an unpacked copy of a gzipped one in `scratch`."""
     with path.open("rb") as raw:
         if raw.read(2) != b"\x1f\x8b":
             return path
     target = scratch / f"{path.name}.csv"
-    with _open(path) as file, target.open("wb") as plain:
+    with open_text(path) as file, target.open("wb") as plain:
         shutil.copyfileobj(file, plain, 1 << 20)
     return target
 
 
-def _csv_header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
+def csv_header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
     """Return the column names and the separator: the one that occurs most often in the first line."""
     line = file.readline()
     try:
         header = line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise _encoding_error(path, 1, error.start) from None
+        raise encoding_error(path, 1, error.start) from None
     separator = max(",\t;|", key=header.count)
     return next(csv.reader([header], delimiter=separator), []), separator
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number of the first line counted from 1, a block of whole lines)."""
-    with _open(path) as file:
+    with open_text(path) as file:
         number, rest = 1, b""
         first = file.read(3)
         rest = b"" if first == b"\xef\xbb\xbf" else first
@@ -117,20 +118,21 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, rest
 
 
-def _records(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number counted from 1, record)."""
-    for number, lines in _blocks(path):
-        yield from _parse(path, kind, number, lines)
+    for number, lines in line_blocks(path):
+        yield from parse_lines(path, kind, number, lines)
 
 
-def _parse(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_lines(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, record) of a block of lines whose first has this number."""
     for row, line in enumerate(lines.split(b"\n"), number):
         if not line.strip():
             continue
         try:
             record = json.loads(line) if kind == "JSON lines" else _literal(line)
         except UnicodeDecodeError as error:
-            raise _encoding_error(path, row, error.start) from None
+            raise encoding_error(path, row, error.start) from None
         except (ValueError, RecursionError) as error:
             raise _broken_row(path, row, str(error)) from None
         if not isinstance(record, dict):
@@ -150,10 +152,10 @@ def _literal(line: bytes) -> Any:
         return None
 
 
-def _record_schema(path: Path, kind: Kind) -> dict[str, Any]:
+def record_schema(path: Path, kind: Kind) -> dict[str, Any]:
     """Return a Polars type for every key that occurs: a plain type where all values share it, else text."""
     seen: dict[str, set[str]] = {}
-    for _, record in _records(path, kind):
+    for _, record in read_records(path, kind):
         for key, value in record.items():
             if value is not None:
                 seen.setdefault(key, set()).add(_value_kind(value))
@@ -181,13 +183,15 @@ def _value_kind(value: Any) -> str:
     return "other"
 
 
-def _as_type(value: Any, dtype: Any) -> Any:
+def cast_value(value: Any, dtype: Any) -> Any:
+    """Return a value as the column's type wants it: what is no text becomes JSON in a column of text."""
     if value is None or dtype != pl.String or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
-def _id_text(value: Any, path: Path, row: int) -> str | None:
+def id_as_text(value: Any, path: Path, row: int) -> str | None:
+    """Return an id as text, or raise `DataError` where it cannot be one."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -197,11 +201,11 @@ def _id_text(value: Any, path: Path, row: int) -> str | None:
     raise _broken_row(path, row, f"{value!r} where an id or a time belongs")
 
 
-def _frames(
+def build_frame(
     path: Path, kind: Kind, schema: Mapping[str, Any], clean: Callable[[int, Mapping[str, Any]], dict[str, Any]]
 ) -> pl.DataFrame:
     """Return the cleaned records as one frame, built in blocks so that few Python objects live at once."""
-    records = (clean(row, record) for row, record in _records(path, kind))
+    records = (clean(row, record) for row, record in read_records(path, kind))
     frames = [pl.DataFrame(schema=schema)]
     with console.progress(f"reading {path.name}", None) as advance:
         while block := list(islice(records, _RECORDS_PER_FRAME)):
@@ -221,7 +225,8 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-def _require(path: Path, columns: list[str], wanted: Mapping[str, str]) -> None:
+def require_columns(path: Path, columns: list[str], wanted: Mapping[str, str]) -> None:
+    """Raise `DataError` naming the first wanted column that a file lacks, and the flag that names another."""
     for column, flag in wanted.items():
         if column not in columns:
             shown = ", ".join(columns[:20]) + (" …" if len(columns) > 20 else "")
@@ -232,7 +237,8 @@ def _require(path: Path, columns: list[str], wanted: Mapping[str, str]) -> None:
             )
 
 
-def _encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> DataError:
+def encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> DataError:
+    """Return the error of a line that is no text, with the place in it."""
     return DataError(
         f"{path} is {what}: line {row:,}, byte {byte + 1:,} of that line",
         "text in UTF-8",

@@ -8,7 +8,6 @@ last is there, and the steps it reads from have not been run again since.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import shutil
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.provenance import created
 from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
@@ -87,17 +87,26 @@ def change(run: Run, step: Step, now: Json) -> Change | None:
     record = records(run.folder).get(step.name)
     if record is None:
         return None
+    recorded = _in_todays_words(record)
     defaults = {
         schema.stored_name(f.name): f.default for f in dataclasses.fields(step.config) if f.default is not MISSING
     }
     for name, value in now.items():
-        if name not in record["settings"] and name not in defaults:
+        if name not in recorded and name not in defaults:
             continue  # not yet looked at when the step was run
         # a setting that the program did not have at the time was at its default
-        before = record["settings"].get(name, _plain(defaults.get(name), Path()))
+        before = recorded.get(name, _plain(defaults.get(name), Path()))
         if before != value:
             return Change(run, step, name, before, value)
     return None
+
+
+def _in_todays_words(record: Json) -> Json:
+    """Return the settings of a recorded step; what two commands of their own did before is done by export-items."""
+    settings: Json = record["settings"]
+    if record["command"] == "encode-frozen":
+        return settings | {"encoder_kind": settings.get("kind", "auto")}
+    return settings | {"strategy": "question"} if record["command"] == "encode-prompted" else settings
 
 
 def is_finished(run: Run, step: Step) -> bool:
@@ -127,7 +136,7 @@ def begin(run: Run, step: Step, settings: Json) -> None:
         "settings": settings,
         "read": reads,
         "mark": uuid.uuid4().hex,
-        "started": _now(),
+        "started": created(),
         "finished": None,
         "seconds": None,
         "attempts": before.get("attempts", 0) + 1,
@@ -138,7 +147,7 @@ def begin(run: Run, step: Step, settings: Json) -> None:
 def end(run: Run, step: Step, seconds: float) -> None:
     """Note that a step is done."""
     known = records(run.folder)
-    known[step.name] |= {"finished": _now(), "seconds": round(seconds, 3)}
+    known[step.name] |= {"finished": created(), "seconds": round(seconds, 3)}
     schema.write_json(run.folder / STEPS_FILE, known)
 
 
@@ -156,7 +165,3 @@ def clear(folder: Path) -> None:
         raise ConfigError(f"{folder} is a link", "a folder of the study", "remove the link")
     if folder.is_dir():
         shutil.rmtree(folder)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
 from vlm2rec.pipelines.config import StudyConfig
@@ -24,7 +26,6 @@ Json = dict[str, Any]
 MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensitivity"
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START)
-MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
 DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
     Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
 )
@@ -217,7 +218,8 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    own = settings.SDA_DEFAULTS if _kind(study, method) == "sda" else {}
+    kind = _kind(study, method)
+    own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
 
 
@@ -253,10 +255,11 @@ def _check(study: Study, where: str) -> None:
             near = did_you_mean(name, ANALYSES)
             raise ConfigError(f"analysis {name!r} in {where}{near}", f"some of {', '.join(ANALYSES)}", "correct it")
     for name, asked in study.plan.items():
-        unknown = [model for model in asked.models if model not in MODELS]
+        unknown = [model for model in asked.models if model not in schema.RECOMMENDERS]
         if unknown or not set(asked.tasks) <= {1, 2} or not asked.seeds:
             raise ConfigError(
-                f"plan.{name} in {where} is {asked}", f"seeds, tasks of 1 and 2, models of {', '.join(MODELS)}"
+                f"plan.{name} in {where} is {asked}",
+                f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
     slugs: dict[str, str] = {}
     for method in study.methods:
@@ -339,14 +342,15 @@ class Source:
 
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
-    others = {name for kind in settings.OF_METHOD if kind != _kind(study, method) for name in settings.OF_METHOD[kind]}
+    kind = _kind(study, method)
+    others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
     return context.step(
         "finetune",
         settings.FinetuneConfig,
         context.out("adapter"),
-        "vlm2rec.json",
+        schema.ADAPTER_FILE,
         [],
         **(values | {"data": context.data, "backbone": context.backbone, "seed": context.seed}),
     )
@@ -367,35 +371,48 @@ def _export(context: RunContext) -> Step:
     after = [] if context.trained is None else [context.trained]
     given = {"data": context.data, "backbone": context.backbone, "adapter": context.trained}
     return context.step(
-        "export-items", settings.ExportConfig, context.out("embeddings"), "manifest.json", after, **(values | given)
+        "export-items",
+        settings.ExportConfig,
+        context.out("embeddings"),
+        schema.MANIFEST_FILE,
+        after,
+        **(values | given),
     )
 
 
-def _frozen(
-    command: str, cls: str, renamed: Mapping[str, str], fixed: Mapping[str, Any]
+def _embedded(
+    command: str, cls: type, defaults: Mapping[str, Any], asks_backbone: bool = False
 ) -> Callable[[RunContext], Step]:
     """Return a source's function for a command that writes an embeddings folder from the method's own options."""
 
     def embed(context: RunContext) -> Step:
-        options = {renamed.get(key, key): value for key, value in context.method.options.items()}
-        values = {**fixed, **options, "data": context.data}
-        if cls == "EncodePromptedConfig":
+        options = {_FLAGS.get(key, key): value for key, value in context.method.options.items()}
+        values = {**defaults, **options, "data": context.data}
+        if asks_backbone:
             values["backbone"] = context.backbone
-        return context.step(command, getattr(settings, cls), context.out("embeddings"), "manifest.json", [], **values)
+        return context.step(command, cls, context.out("embeddings"), schema.MANIFEST_FILE, [], **values)
 
     return embed
 
+
+def _frozen(kind: str) -> Callable[[RunContext], Step]:
+    """Return the function of a source whose vectors a frozen encoder makes."""
+    return _embedded("export-items", settings.ExportConfig, {"encoder_kind": kind, **_OF_ENCODER})
+
+
+_FLAGS = {"folder": "encoder", "kind": "encoder_kind"}  # what a study calls settings of export-items
+# what is also the default is spelled out: steps that earlier versions have recorded hold it
+_OF_ENCODER = {"pooling": "auto", "fusion_norm": "raw", "dtype": "float32"}
+_OF_QUESTION = {"strategy": "question", "prompt_mode": "auto", "max_pixels": 224 * 224, "max_title_tokens": 64}
 
 SOURCES: dict[str, Source] = {
     "id": Source(),
     "backbone": Source(_export, encodes_users=True),
     "finetune": Source(_export, _finetune, encodes_users=True),
-    "vectors": Source(_frozen("import-vectors", "ImportVectorsConfig", {}, {}), anywhere=False),
-    "sentence-transformers": Source(
-        _frozen("encode-frozen", "EncodeFrozenConfig", {"folder": "encoder"}, {"kind": "sentence"})
-    ),
-    "clip": Source(_frozen("encode-frozen", "EncodeFrozenConfig", {"folder": "encoder"}, {"kind": "clip"})),
-    "prompt": Source(_frozen("encode-prompted", "EncodePromptedConfig", {}, {})),
+    "vectors": Source(_embedded("import-vectors", settings.ImportVectorsConfig, {}), anywhere=False),
+    "sentence-transformers": Source(_frozen("sentence")),
+    "clip": Source(_frozen("clip")),
+    "prompt": Source(_embedded("export-items", settings.ExportConfig, _OF_QUESTION, asks_backbone=True)),
 }
 
 
@@ -405,7 +422,9 @@ def _evaluate(context: RunContext, embeddings: Path) -> Step:
     if source.encodes_users and not _exported(context).get("strategy"):  # its prompts hold one item, no history
         values |= {"backbone": context.backbone, "adapter": context.trained}
     after = [embeddings, *([context.trained] if context.trained else [])]
-    return context.step("evaluate", settings.EvaluateConfig, context.out("evaluate"), "metrics.json", after, **values)
+    return context.step(
+        "evaluate", settings.EvaluateConfig, context.out("evaluate"), schema.METRICS_FILE, after, **values
+    )
 
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
@@ -415,7 +434,7 @@ def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step
         "train-recommender",
         settings.TrainRecommenderConfig,
         context.out(f"recommender-{model}"),
-        "metrics.json",
+        schema.METRICS_FILE,
         [embeddings] if embeddings else [],
         **(values | given),
     )
@@ -484,7 +503,7 @@ def _steps(context: RunContext, asked: Mapping[str, AnalysisPlan], domains: Sequ
 def _measured(context: RunContext, source: Source, asked: Sequence[AnalysisPlan]) -> list[Step]:
     """Return the steps that embed one dataset and measure on it, as far as they belong to the place's seed."""
     tasks = {task for each in asked for task in each.tasks}
-    models = [model for model in MODELS if any(2 in each.tasks and model in each.models for each in asked)]
+    models = [model for model in schema.RECOMMENDERS if any(2 in each.tasks and model in each.models for each in asked)]
     if source.embed is None:
         return [_recommend(context, model, None) for model in models]
     fixed = source.train is None

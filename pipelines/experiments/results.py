@@ -35,7 +35,6 @@ from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Stud
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
 RESULTS_FILE = "results.parquet"
-METRICS = ("H@10", "H@20", "N@10", "N@20")
 ALL_USERS = "all"
 TAIL_USERS = "tail"
 """Users whose target has fewer than `ranking.TAIL` interactions in training, whatever the buckets are."""
@@ -63,7 +62,7 @@ _TABLES: dict[str, dict[str, Any]] = {
         **{name: _RESULT[name] for name in _KEY},
         schema.USER_ID: pl.String,
         "frequency": pl.Int32,
-        **dict.fromkeys(METRICS, pl.Float64),
+        **dict.fromkeys(schema.METRICS, pl.Float64),
     },
     "comparisons": {
         **{name: _RESULT[name] for name in ("dataset", "task", "model")},
@@ -182,9 +181,9 @@ def require_bound(results: pl.DataFrame) -> None:
     keys = [name for name in _RESULT if name not in ("metric", "value", "users")]
     wide = results.pivot("metric", index=keys, values="value")
     for row in wide.iter_rows(named=True):
-        if not bound_check({name: row[name] for name in METRICS}):
+        if not bound_check({name: row[name] for name in schema.METRICS}):
             raise ArtifactError(
-                f"{ {key: row[key] for key in keys} } has {[row[name] for name in METRICS]}",
+                f"{ {key: row[key] for key in keys} } has {[row[name] for name in schema.METRICS]}",
                 "N@20 - N@10 between 0.2277 and 0.2789 of H@20 - H@10",
                 "remove the run's folder and run the study again",
             )
@@ -232,13 +231,13 @@ def _home_embeddings(done: Iterable[Done], home: Target) -> list[Done]:
 
 def _results(measured: Iterable[Done]) -> Iterator[Json]:
     for done in measured:
-        metrics = done.read("metrics.json")
+        metrics = done.read(schema.METRICS_FILE)
         for protocol in ("candidates", "full"):
             by_view = metrics[protocol] if metrics["task"] == 1 else {None: metrics[protocol]}
             for key in _keys(done):
                 for view, values in by_view.items():
                     context = {**key, "protocol": protocol, "view": view, "user_group": ALL_USERS}
-                    for metric in METRICS:
+                    for metric in schema.METRICS:
                         yield {**context, "metric": metric, "value": values[metric], "users": metrics["users"]}
 
 
@@ -247,11 +246,11 @@ def _users(measured: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[p
     order = list(_TABLES["users"])
     frequency = {name: _target_frequency(dataset) for name, dataset in datasets.items()}
     for done in measured:
-        table = pl.read_parquet(done.step.folder / "users.parquet")
+        table = pl.read_parquet(done.step.folder / schema.USERS_FILE)
         mine = table.filter(
             (pl.col("protocol") == "candidates") & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
         )
-        means = mine.group_by(schema.USER_ID, maintain_order=True).agg(pl.col(*METRICS).mean())
+        means = mine.group_by(schema.USER_ID, maintain_order=True).agg(pl.col(*schema.METRICS).mean())
         means = means.join(frequency[done.dataset], on=schema.USER_ID, how="left", maintain_order="left")
         for key in _keys(done):
             constants = [pl.lit(value, _RESULT[name]).alias(name) for name, value in key.items()]
@@ -281,9 +280,9 @@ def _grouped(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
         inside = pl.col("frequency") >= low
         group = users.filter(inside if high is None else inside & (pl.col("frequency") <= high))
         means = group.group_by(*_KEY, maintain_order=True).agg(
-            pl.col(*METRICS).mean(), pl.len().cast(pl.Int32).alias("users")
+            pl.col(*schema.METRICS).mean(), pl.len().cast(pl.Int32).alias("users")
         )
-        long = means.unpivot(METRICS, index=[*_KEY, "users"], variable_name="metric", value_name="value")
+        long = means.unpivot(schema.METRICS, index=[*_KEY, "users"], variable_name="metric", value_name="value")
         parts.append(
             long.with_columns(
                 pl.lit("candidates").alias("protocol"),
@@ -346,7 +345,7 @@ def _matrix(runs: pl.DataFrame) -> dict[int, np.ndarray]:
 def _geometry(measured: Iterable[Done]) -> Iterator[Json]:
     for done in measured:
         if done.step.command == "evaluate":
-            for view, values in done.read("metrics.json")["geometry"].items():
+            for view, values in done.read(schema.METRICS_FILE)["geometry"].items():
                 for key in _keys(done):
                     yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **values}
 
@@ -359,7 +358,7 @@ def _curves(done: Iterable[Done]) -> Iterator[Json]:
         if each.step.command != "finetune":
             continue
         context = {"method": each.run.method.name, "seed": each.run.seed}
-        for kind, points in each.read("curves.json").items():
+        for kind, points in each.read(schema.CURVES_FILE).items():
             for point in points if kind != "warnings" else []:
                 for name, value in point.items():
                     if name != "step" and isinstance(value, int | float):
@@ -369,7 +368,7 @@ def _curves(done: Iterable[Done]) -> Iterator[Json]:
 def _warnings(done: Iterable[Done]) -> Iterator[Json]:
     for each in done:
         if each.step.command == "finetune":
-            for found in each.read("curves.json").get("warnings", []):
+            for found in each.read(schema.CURVES_FILE).get("warnings", []):
                 yield {
                     "method": each.run.method.name,
                     "seed": each.run.seed,
@@ -382,12 +381,12 @@ def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
         record = ledger.records(each.run.folder)[each.step.name]
         epochs = users = None
         if each.step.command == "finetune":
-            made = each.read("vlm2rec.json")
+            made = each.read(schema.ADAPTER_FILE)
             users = made["dataset"]["users"]
             per_epoch = -(-made["dataset"]["samples"] // each.step.config.batch_size)
             epochs = made["training"]["steps"] / per_epoch
         elif each.step.command == "train-recommender":
-            epochs = float(each.read("metrics.json")["epochs"])
+            epochs = float(each.read(schema.METRICS_FILE)["epochs"])
         yield {
             "method": each.run.method.name,
             "seed": each.run.seed,

@@ -24,8 +24,8 @@ _ROUGH = {
     "finetune": 0.042,  # a user in a training step
     "export-items": 0.004,  # an item
     "import-vectors": 0.001,
-    "encode-frozen": 0.02,
-    "encode-prompted": 0.1,
+    "encoder": 0.02,  # an item, by export-items
+    "question": 0.1,
     "evaluate": 0.005,  # a user
     "SASRec": 0.00016,  # an interaction in an epoch
     "GRU4Rec": 0.00009,
@@ -233,6 +233,10 @@ def _next_to_start(
 
 def kind_of(step: Step) -> str:
     """Return what a step is counted as: its command, or the recommender that it trains."""
+    if step.command == "export-items" and step.config.encoder is not None:
+        return "encoder"
+    if step.command == "export-items" and step.config.strategy == "question":
+        return "question"
     return str(step.config.model) if step.command == "train-recommender" else step.command
 
 

@@ -16,8 +16,8 @@ from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
 from vlm2rec.downstream.evaluation.statistics import Spread, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
-from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, MODELS, Json
-from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, METRICS, TABLE_NAMES, TAIL_USERS, read
+from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json
+from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, TABLE_NAMES, TAIL_USERS, read
 from vlm2rec.pipelines.reporting.paper import read_paper
 
 PAPER_DEFAULT = "Beauty"
@@ -191,7 +191,7 @@ class Results:
     def models(self) -> list[str]:
         """Return the recommenders that were trained on the study's dataset."""
         rows = self.frames["results"].filter((pl.col("task") == 2) & (pl.col("dataset") == self.dataset))
-        return [model for model in MODELS if model in set(rows["model"].to_list())]
+        return [model for model in schema.RECOMMENDERS if model in set(rows["model"].to_list())]
 
 
 # --- numbers in print ---------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
         ids = [each["name"] for each in results.methods if each["source"] == "id"]
         entries = [(f"{each} ({name})", name, 2, each) for each in results.models() for name in ids] + entries
     measured = {
-        (label, protocol): [results.spread(name, t, m, metric, protocol=protocol) for metric in METRICS]
+        (label, protocol): [results.spread(name, t, m, metric, protocol=protocol) for metric in schema.METRICS]
         for label, name, t, m in entries
         for protocol in PROTOCOLS
     }
@@ -246,7 +246,7 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
     best = {
         protocol: [
             max((each.mean for label, *_ in entries if (each := measured[label, protocol][c])), default=None)
-            for c in range(len(METRICS))
+            for c in range(len(schema.METRICS))
         ]
         for protocol in PROTOCOLS
     }
@@ -260,7 +260,9 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
         for protocol in PROTOCOLS:
             found = measured[label, protocol]
             if all(found):
-                require_printable({metric: each.mean for metric, each in zip(METRICS, found, strict=True) if each})
+                require_printable(
+                    {metric: each.mean for metric, each in zip(schema.METRICS, found, strict=True) if each}
+                )
             tops = zip(found, best[protocol], strict=True)
             cells += [mean_cell(each, fixed, each is not None and each.mean == top) for each, top in tops]
         printed, breaks = _paper_cells(
@@ -273,10 +275,10 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
     return Sheet(
         "Task 1" if task == 1 else str(model),
         (
-            Group(f"{results.facts['candidates'] + 1} candidates", METRICS),
-            Group("all items", METRICS),
+            Group(f"{results.facts['candidates'] + 1} candidates", schema.METRICS),
+            Group("all items", schema.METRICS),
             Group(f"{results.reference} − this, {COMPARED}", differences),
-            Group(f"paper, {results.paper_data}", METRICS, paper=True),
+            Group(f"paper, {results.paper_data}", schema.METRICS, paper=True),
         ),
         tuple(rows),
         _note(compared, broken),
@@ -286,8 +288,8 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
 def _paper_cells(row: Mapping[str, Sequence[float]] | None, data: str) -> tuple[list[Cell], bool]:
     """Return the paper's four numbers, and whether they break the bound that every ranking keeps."""
     if not row or data not in row:
-        return [Cell("–")] * len(METRICS), False
-    values = dict(zip(METRICS, row[data], strict=True))
+        return [Cell("–")] * len(schema.METRICS), False
+    values = dict(zip(schema.METRICS, row[data], strict=True))
     breaks = not bound_check(values, PRINTED)
     return [Cell(number(value) + ("†" if breaks else "")) for value in values.values()], breaks
 

@@ -32,7 +32,12 @@ class FreeEncoder:
     """Vectors from a table of a thousand, at no cost."""
 
     def __init__(self, dim: int) -> None:
-        self.settings: dict[str, Any] = {"dim": dim, "views": ["fused", "text"], "max_pixels": 50176, "pooling": "last"}
+        self.fingerprint: dict[str, Any] = {
+            "dim": dim,
+            "views": ["fused", "text"],
+            "max_pixels": 50176,
+            "pooling": "last",
+        }
         self._table = np.random.default_rng(0).normal(size=(1000, dim)).astype(np.float32)
 
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:

@@ -167,7 +167,7 @@ def main() -> None:
             f"{shape.language_weights / 1e6:.0f} M language weights, {shape.vision_weights / 1e6:.0f} M in the vision"
             f" tower, {len(titles)} items, {chosen.threads} threads, torch {torch.__version__}"
         )
-        auto = str(ItemEncoder.load(str(folder), device="cpu").settings["dtype"])
+        auto = str(ItemEncoder.load(str(folder), device="cpu").fingerprint["dtype"])
         first = naive(folder, titles[:few], pictures[:few], "float32")
         half = slice(None, len(titles) // 2)
         table = [first, sentence_transformers(folder, titles[half], pictures[half], "float32")]

@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedding_folder import write_embeddings
 from recommender_world import write_dataset
 
-from vlm2rec.downstream.recbole import compat as recbole_compat
-from vlm2rec.downstream.recbole import plugin as recbole_plugin
-from vlm2rec.downstream.recbole import run as recbole_run
+from vlm2rec.downstream.recbole import compat, plugin, run
 from vlm2rec.downstream.recbole.dataset import recbole_ids
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.pipelines.config import TrainRecommenderConfig
 from vlm2rec.pipelines.train_recommender import task2_settings
@@ -60,10 +59,10 @@ def built(settings: dict[str, Any], data: Dataset, out: Path) -> Iterator[tuple[
     from recbole.data import data_preparation
     from recbole.utils import get_model
 
-    with recbole_compat.cured(out):
-        config = recbole_run._recbole_config([settings], settings, data, out, "cpu")
-        recbole_plugin.install()
-        dataset = recbole_run._dataset(config, data)
+    with compat.cured(out):
+        config = run._recbole_config([settings], settings, data, out, "cpu")
+        plugin.install()
+        dataset = run._dataset(config, data)
         loaders = data_preparation(config, dataset)
         yield config, get_model(config["model"])(config, loaders[0]._dataset), dataset, loaders
 
@@ -86,10 +85,10 @@ def compare_evaluation(settings: dict[str, Any], data: Dataset, out: Path) -> No
         trainer = Trainer(config, model)
         theirs: list[dict[str, float]] = []
         slow = cpu_seconds(lambda: theirs.append(trainer.evaluate(loaders[2], load_best_model=False)), 2)
-        tokens = recbole_plugin.item_tokens(dataset)
+        tokens = plugin.item_tokens(dataset)
         equal = same_metrics(model, config, data, tokens)
         ours: list[dict[str, Any]] = []
-        fast = cpu_seconds(lambda: ours.append(recbole_run.evaluate(model, config, data, tokens)[0]), 2)
+        fast = cpu_seconds(lambda: ours.append(run.evaluate(model, config, data, tokens)[0]), 2)
     figures = " ".join(f"{each['hit@10']:.4f}" for each in theirs)
     print(f"  evaluation: uni100 {slow:.2f} s (H@10 {figures}, drawn anew each time)")
     again = " ".join(f"{each['candidates']['H@10']:.4f}" for each in ours)
@@ -120,7 +119,7 @@ def same_metrics(model: Any, config: Any, data: Dataset, tokens: list[str]) -> b
         with torch.no_grad():
             scores = model.predict(pairs).numpy()
         hits.append(bool((scores[1:] > scores[0]).sum() < 10))
-    ours = recbole_run.evaluate(model, config, data, tokens, [seed])[0]["candidates"]["H@10"]
+    ours = run.evaluate(model, config, data, tokens, [seed])[0]["candidates"]["H@10"]
     return abs(float(np.mean(hits)) - ours) < 1e-9
 
 
@@ -142,7 +141,7 @@ def compare_steps(settings: dict[str, Any], flag: dict[str, Any], data: Dataset,
                 one()
                 return cpu_seconds(one, len(batches))
 
-    ids, adapter, table = step({}, False), step(flag, False), step(flag | {recbole_plugin.TRAINABLE: True}, False)
+    ids, adapter, table = step({}, False), step(flag, False), step(flag | {plugin.TRAINABLE: True}, False)
     detecting = step({}, True)
     print(f"  step: ids {1000 * ids:.1f} ms; adapter {adapter / ids:.2f} x; table {table / ids:.2f} x")
     print(f"        ids under RecBole's anomaly detection {detecting / ids:.2f} x")
@@ -156,16 +155,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
     asked = parser.parse_args()
-    recbole_compat.require_recbole()
+    compat.require_recbole()
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
         data, embeddings = world(folder, asked.users, asked.items, asked.dim)
-        for model in recbole_plugin.MODELS:
+        for model in schema.RECOMMENDERS:
             print(f"{model}, {asked.users} users, {asked.items} items, vectors of {asked.dim}")
             settings = task2_settings(TrainRecommenderConfig(out=folder / model), model, data.max_history)
             compare_evaluation(settings, data, folder / model)
-            compare_steps(settings, {recbole_plugin.INIT: str(embeddings)}, data, folder / model, asked.steps)
+            compare_steps(settings, {plugin.INIT: str(embeddings)}, data, folder / model, asked.steps)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.recbole import compat as recbole_compat
+from vlm2rec.downstream.recbole import compat
 from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors
 
 
@@ -102,12 +102,12 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--large", type=int, default=100_000)
     chosen = parser.parse_args()
-    recbole_compat.require_recbole()
+    compat.require_recbole()
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
-        with recbole_compat.cured(folder):
+        with compat.cured(folder):
             vectors = as_bfloat16(random.normal(size=(chosen.rows, chosen.dim)))
             tokens = [f"i{number}" for number in range(chosen.rows)]
             write_text_files(folder / "text", vectors)

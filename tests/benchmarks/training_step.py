@@ -33,10 +33,11 @@ from PIL import Image
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.training.losses import VLM2RecLoss
+from vlm2rec.embedder.training.losses import VLM2RecObjective
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.config import PrepareConfig
@@ -76,7 +77,7 @@ def build(folder: Path) -> tuple[HistoryModel, list[list[int]], torch.Tensor]:
     dataset = Dataset(folder / "data")
     wrapped = add_lora(encoder.backbone, 16, 32.0, 0.0, 0)
     draw_lora(wrapped, "lora_B", 0.01, seed=1)
-    model = HistoryModel(encoder, wrapped, ItemFeatures(dataset, encoder), VLM2RecLoss(), 0.1)
+    model = HistoryModel(encoder, wrapped, ItemFeatures(dataset, encoder), VLM2RecObjective(), 0.1)
     sequences = dataset.train_sequences()[:USERS]
     histories = [[int(row) for row in items[-HISTORY - 1 : -1]] for items in sequences]
     return model, histories, torch.tensor([int(items[-1]) for items in sequences])
@@ -105,9 +106,10 @@ def naive_loss(model: HistoryModel, dataset: Dataset, histories: list[list[int]]
         return hidden[torch.arange(len(rows)), last]
 
     items = [[int(row)] for row in targets]
-    assert model.loss is not None
-    vectors = [encode(rows, view) for rows in (histories, items) for view in (False, True)]
-    return model.loss(vectors[0], vectors[1], vectors[2], vectors[3], targets).total
+    users, targeted = (
+        {view: encode(rows, view == schema.IMAGE) for view in schema.MODALITIES} for rows in (histories, items)
+    )
+    return model.loss(users, targeted, targets)[0]
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:

@@ -1,0 +1,298 @@
+"""Which methods and losses `finetune` can train by: a row of `METHODS` each, and of `LOSSES`.
+
+A recipe takes the settings of a run where what it needs depends on them, and hands on plain values. `vlm2rec` learns
+from users' histories, by any of `LOSSES`; `sda` aligns the text and the image vectors of items. The command line reads
+this table for its help, its checks and a method's defaults, so models and losses are imported where they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.options import SDA_PROBED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlm2rec.embedder.backbones.backbone import Backbone
+    from vlm2rec.embedder.contract.dataset import Dataset
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+    from vlm2rec.embedder.encoders.item_features import ItemFeatures
+    from vlm2rec.embedder.training.samples import Samples
+    from vlm2rec.embedder.training.sda import ItemModel, ItemSamples
+    from vlm2rec.embedder.training.train import Model, TrainingSamples
+    from vlm2rec.embedder.training.vlm2rec import HistoryModel
+
+_Row = TypeVar("_Row")
+
+Settings = Any
+"""The settings of `finetune`, read by attribute: their class, `FinetuneConfig`, belongs to the pipelines."""
+
+Advice = Callable[[Settings, bool], Sequence[str]]
+"""Settings to change when a view collapses, in words. True: one modality falls behind, and the space is wide enough."""
+
+
+def _nothing_to_check(settings: Settings) -> None:
+    """Accept all settings."""
+
+
+def _no_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return ()
+
+
+def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
+    from vlm2rec.embedder.backbones.lora import add_lora
+
+    return add_lora(backbone, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+
+
+# --- losses of histories --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LossRecipe:
+    """A loss that a model of histories is trained by.
+
+    Args:
+        help: what it is, for `--help`.
+        make: returns it, called as `loss(users, items, targets)` (`HistoryModel`).
+        check: raises `ConfigError` where settings contradict it.
+        advice: what to try against collapse.
+    """
+
+    help: str
+    make: Callable[[Settings], nn.Module]
+    check: Callable[[Settings], None] = _nothing_to_check
+    advice: Advice = _no_advice
+
+
+def _info_nce(settings: Settings) -> nn.Module:
+    from vlm2rec.embedder.training.losses import InfoNCEObjective
+
+    return InfoNCEObjective(settings.tau_wpcl)
+
+
+def _info_nce_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    if behind:
+        return ("--loss vlm2rec, which presses harder on the negatives the further one modality lags",)
+    return (f"a higher --tau-wpcl (now {settings.tau_wpcl:g})",)
+
+
+def _vlm2rec_loss(settings: Settings) -> nn.Module:
+    from vlm2rec.embedder.training.losses import VLM2RecObjective
+
+    return VLM2RecObjective(
+        settings.tau_wpcl,
+        settings.tau_crtr,
+        settings.lam,
+        settings.alpha,
+        settings.beta,
+        settings.learnable,
+        settings.stop_gradient,
+        settings.penalty,
+        settings.crtr,
+        fusion_norm=settings.fusion_norm,
+        wpcl=settings.wpcl,
+    )
+
+
+def _check_vlm2rec_loss(settings: Settings) -> None:
+    if settings.fusion == "internal":
+        raise ConfigError(
+            "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
+            "--fusion external, or --loss sft",
+            "change one of the two",
+        )
+    if settings.views != "both":
+        raise ConfigError(
+            f"--views {settings.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) hold a text"
+            " and an image vector of each user and item against each other, and one view has nothing to balance",
+            "--loss sft (InfoNCE) with one view, or --views both",
+            "change one of the two",
+        )
+
+
+def _vlm2rec_loss_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    if behind:
+        return (f"a larger --beta (it starts at {settings.beta:g})", f"a larger --lam (now {settings.lam:g})")
+    return (f"a smaller --lam (now {settings.lam:g})", f"a higher --tau-wpcl (now {settings.tau_wpcl:g})")
+
+
+LOSSES: dict[str, LossRecipe] = {
+    "vlm2rec": LossRecipe("WPCL + CRTR", _vlm2rec_loss, _check_vlm2rec_loss, _vlm2rec_loss_advice),
+    "sft": LossRecipe("InfoNCE", _info_nce, advice=_info_nce_advice),
+}
+"""The losses of histories, by `--loss`."""
+
+
+# --- methods --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train an adapter.
+
+    Args:
+        help: what it learns from, for `--help`.
+        samples: returns what it learns from.
+        model: puts an encoder, its adapter and items together with a loss.
+        title: returns what is trained, in a word or two.
+        own: names of settings that mean something to this method; with a method that does not name them, they are
+            refused. What no method names belongs to all of them.
+        defaults: its own, where they differ from those of `FinetuneConfig`.
+        adapter: puts a fresh adapter into a backbone, in place, and returns what `save_adapter` takes.
+        check: raises `ConfigError` where settings contradict each other.
+        advice: what to try against collapse.
+        shown: numbers of the training curves that are shown while it runs, beside the loss.
+        probed: projections in which it also compares the gradients of text and image (`gradients.conflict`).
+        distributed: whether several processes may train it together.
+    """
+
+    help: str
+    samples: Callable[[Settings, Dataset], TrainingSamples]
+    model: Callable[[Settings, ItemEncoder, nn.Module, ItemFeatures], Model]
+    title: Callable[[Settings], str]
+    own: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Callable[[Settings, Backbone], nn.Module] = _lora
+    check: Callable[[Settings], None] = _nothing_to_check
+    advice: Advice = _no_advice
+    shown: tuple[str, ...] = ()
+    probed: tuple[str, ...] = ()
+    distributed: bool = False
+
+
+def _history_samples(settings: Settings, dataset: Dataset) -> Samples:
+    from vlm2rec.embedder.training.samples import Samples
+
+    return Samples(dataset.train_sequences(), dataset.max_history, settings.samples, settings.users, settings.seed)
+
+
+def _history_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> HistoryModel:
+    from vlm2rec.embedder.training.vlm2rec import HistoryModel
+
+    loss = loss_of(settings.loss).make(settings)
+    return HistoryModel(encoder, wrapped, items, loss, settings.tau_wpcl, settings.chunk_users, settings.negatives)
+
+
+def _loss_title(settings: Settings) -> str:
+    return str(settings.loss)
+
+
+def _check_histories(settings: Settings) -> None:
+    if settings.prompt_style == "sda":
+        raise ConfigError(
+            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
+            "--prompt-style vlm2rec, or --method sda",
+            "change one of the two",
+        )
+    loss_of(settings.loss).check(settings)
+
+
+def _history_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return loss_of(settings.loss).advice(settings, behind)
+
+
+def _item_samples(settings: Settings, dataset: Dataset) -> ItemSamples:
+    from vlm2rec.embedder.training.sda import ItemSamples
+
+    return ItemSamples(len(dataset.item_ids))
+
+
+def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
+    from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+
+    if settings.experts == 1:
+        return _lora(settings, backbone)
+    moda = ModaSettings(settings.experts, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+    return add_moda(backbone, moda, settings.seed)
+
+
+def _item_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> ItemModel:
+    from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel
+
+    return ItemModel(encoder, wrapped, items, ItemAlignment(settings.cmsa, settings.tau_cmsa), settings.chunk_users)
+
+
+def _alignment_title(settings: Settings) -> str:
+    aligned = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce"}[settings.cmsa]
+    return f"sda, {aligned}, {'moda' if settings.experts > 1 else 'lora'}"
+
+
+def _check_items(settings: Settings) -> None:
+    if settings.fusion == "internal" or settings.views != "both":
+        raise ConfigError(
+            f"--method sda with --fusion {settings.fusion} and --views {settings.views}: it aligns the text and the"
+            " image vectors of items, and one of them or both are not there",
+            "--fusion external and --views both",
+            "leave --fusion and --views out",
+        )
+
+
+def _alignment_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return ("a lower --tau-cmsa", "--cmsa off (InfoNCE)")
+
+
+METHODS: dict[str, Recipe] = {
+    "vlm2rec": Recipe(
+        help="users' histories, by --loss",
+        samples=_history_samples,
+        model=_history_model,
+        title=_loss_title,
+        own=(
+            *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
+            *("crtr", "negatives", "samples", "users"),
+        ),
+        check=_check_histories,
+        advice=_history_advice,
+        shown=("wpcl", "crtr", "margin_text", "margin_image", "weight", "alpha", "beta"),
+        distributed=True,
+    ),
+    "sda": Recipe(
+        help="text and image of items, by --cmsa",
+        samples=_item_samples,
+        model=_item_model,
+        title=_alignment_title,
+        own=("cmsa", "tau_cmsa", "experts"),
+        defaults={"pooling": "mean", "prompt_style": "sda", "lora_rank": 8, "lora_dropout": 0.1, "batch_size": 32},
+        adapter=_experts,
+        check=_check_items,
+        advice=_alignment_advice,
+        shown=("own_text_first", "tau"),
+        probed=SDA_PROBED,
+    ),
+}
+"""The training methods, by `--method`."""
+
+
+def recipe_of(method: str) -> Recipe:
+    """Return the recipe of a method; raise `ConfigError` where there is none of that name."""
+    return _known("--method", method, METHODS)
+
+
+def loss_of(name: str) -> LossRecipe:
+    """Return the recipe of a loss; raise `ConfigError` where there is none of that name."""
+    return _known("--loss", name, LOSSES)
+
+
+def _known(flag: str, name: str, rows: Mapping[str, _Row]) -> _Row:
+    if name not in rows:
+        raise ConfigError(
+            f"{flag} {name!r} is not known{did_you_mean(name, rows)}", f"one of {', '.join(rows)}", f"change {flag}"
+        )
+    return rows[name]
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise `ConfigError` where a setting belongs to another method than the chosen one, or contradicts it."""
+    recipe = recipe_of(settings.method)
+    defaults = {field.name: field.default for field in fields(settings)}
+    for other, theirs in METHODS.items():
+        for name in theirs.own:
+            if name not in recipe.own and getattr(settings, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} with --method {settings.method}, which has no such setting",
+                    f"{flag} with --method {other}",
+                    f"leave {flag} out",
+                )
+    recipe.check(settings)

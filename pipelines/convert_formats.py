@@ -1,0 +1,241 @@
+"""Which formats `convert` writes: a row of `FORMATS` each.
+
+The command line reads this table for its choices and help, so writers and their libraries are imported where a format
+is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm2rec.downstream.options import Missing
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from vlm2rec.downstream.formats import Gap, Selection
+    from vlm2rec.embedder.contract.dataset import Dataset
+
+Settings = Any
+"""The settings of `convert`, read by attribute: `ConvertConfig` takes its help from this table."""
+
+Write = Callable[[Settings, Path, list[str], Missing], "list[Gap]"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format can hold, and how it is written.
+
+    Args:
+        help: what comes out, for `--help`.
+        columns: returns the views that go out by default, from those there are.
+        most_columns: how many views it holds.
+        missing: what may become of items without a vector, the default first.
+        write: writes it into a folder, and returns which items have no vector of their own.
+        reads: how the other tool takes it.
+        flags: settings of `convert` that mean something to it, beside --out.
+    """
+
+    help: str
+    columns: Callable[[Sequence[str]], list[str]]
+    most_columns: int
+    missing: tuple[Missing, ...]
+    write: Write
+    reads: str
+    flags: tuple[str, ...] = ("columns", "missing")
+
+
+def format_of(name: str) -> Format:
+    """Return a format by its name; raise `ConfigError` where there is none of that name."""
+    if name not in FORMATS:
+        raise ConfigError(
+            f"--to {name!r} is not known{did_you_mean(name, FORMATS)}", f"one of {', '.join(FORMATS)}", "change --to"
+        )
+    return FORMATS[name]
+
+
+def dataset_name(config: Settings) -> str:
+    """Return what the dataset is called in a file name."""
+    name = config.name or config.out.resolve().name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(
+            f"the dataset's name is {name!r}", "letters, digits, '.', '-' and '_': it is a file name", "give --name"
+        )
+    return name
+
+
+def _rows(writer: str) -> Write:
+    """Return how a format is written that takes every row of a selection: `writer` is a function of `formats`."""
+
+    def write(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+        from vlm2rec.downstream import formats
+
+        selection: Selection = formats.select(config.embeddings, columns, missing)
+        getattr(formats, writer)(selection, folder)
+        return selection.gaps
+
+    return write
+
+
+def _recbole(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.downstream import formats
+
+    name = dataset_name(config)
+    selection = formats.select(config.embeddings, columns, missing)
+    return selection.gaps + formats.write_recbole(selection, folder, name)
+
+
+def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.downstream import formats, mmrec
+
+    gaps = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, dataset_name(config), columns)
+    if missing == "error":
+        formats.refuse([gap for gap in gaps if gap.outcome == formats.MEAN_VECTOR])
+    return gaps
+
+
+def _dataset(config: Settings) -> Dataset:
+    from vlm2rec.embedder.contract import schema
+    from vlm2rec.embedder.contract.dataset import Dataset
+
+    exported = schema.read_manifest(config.embeddings).get("data")
+    if config.data is None and not exported:
+        raise ConfigError(
+            f"{config.embeddings} does not say which dataset it is of", "a dataset folder", "give it with --data"
+        )
+    return Dataset(config.data or str(exported))
+
+
+def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.backbones.lora import backbone_licence, kind
+    from vlm2rec.embedder.contract import schema
+    from vlm2rec.embedder.contract.errors import ModelError
+    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+    from vlm2rec.embedder.encoders.sentence_export import model_readme, write_sentence_transformer
+    from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
+
+    if config.backbone is None:
+        raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
+    exported = schema.read_manifest(config.embeddings)["settings"]
+    if "source" in exported or "backbone_hash" not in exported:
+        source = exported.get("source", "by hand")
+        raise ModelError(
+            f"the vectors of {config.embeddings} were not made by export-items, or with --strategy ({source})",
+            "an export of a backbone with vlm2rec's own prompts",
+            "export one",
+        )
+    given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
+    # an adapter brings its settings; without one they are the export's
+    given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
+    found = fingerprint_of(config.backbone, config.adapter, **given)
+    for name in (
+        "backbone_hash",
+        "adapter",
+        "prompt_hash",
+        *(schema.stored_name(field.name) for field in fields(EncoderSettings)),
+    ):
+        if found.get(name) != exported.get(name):
+            raise ModelError(
+                f"{config.embeddings} was exported with {name} {exported.get(name)!r}, this model has"
+                f" {found.get(name)!r}",
+                "the backbone and the adapter of the export",
+                "give these with --backbone, --revision and --adapter",
+            )
+    settings = EncoderSettings.of_export(exported)
+    if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
+        raise ModelError(
+            f"{config.embeddings} was exported with the prompts and the pooling of SDA",
+            "an export with VLM2Rec's, which the folder's chat template and pooling can express",
+            "convert to another format",
+        )
+    if config.adapter is not None and kind(config.adapter) == "moda":
+        raise ModelError(
+            f"the adapter {config.adapter} has weights of its own for text and for images",
+            "an adapter of one set of weights, as sentence-transformers runs one model",
+            "convert to another format",
+        )
+    try:
+        encoder = ItemEncoder.load(config.backbone, config.adapter, **given)
+    except RuntimeError as error:
+        raise ModelError(f"the model cannot be loaded ({error})", "memory for the whole model", "free some") from error
+    licence = backbone_licence(config.backbone)
+    adapter = config.adapter.resolve().name if config.adapter else None
+    write_sentence_transformer(encoder, folder, model_readme(encoder, exported["backbone"], adapter, licence))
+    return []
+
+
+def _fused(there: Sequence[str]) -> list[str]:
+    return ["fused"]
+
+
+def _modalities(there: Sequence[str]) -> list[str]:
+    return [view for view in there if view != "fused"] or ["fused"]
+
+
+_SKIP_FIRST: tuple[Missing, ...] = ("skip", "mean", "error")
+FORMATS = {
+    "mmrec": Format(
+        "a dataset for FREEDOM, LATTICE and others",
+        _modalities,
+        2,
+        ("mean", "error"),
+        _mmrec,
+        "MMRec: move the folder to data/{name} and {name}.yaml to src/configs/dataset, then"
+        " python main.py -m FREEDOM -d {name}",
+        ("columns", "missing", "data", "name"),
+    ),
+    "cornac": Format(
+        "a matrix and the ids of its rows, for ImageModality",
+        _fused,
+        1,
+        ("mean", "error"),
+        _rows("write_cornac"),
+        "ImageModality(features=np.load('{out}/features.npy'), ids=json.load(open('{out}/item_ids.json')))",
+    ),
+    "recbole": Format(
+        "an .itememb file",
+        _fused,
+        1,
+        ("mean", "skip", "error"),
+        _recbole,
+        "RecBole: move {name}.itememb beside {name}.inter and add the lines of recbole.yaml",
+        ("columns", "missing", "name"),
+    ),
+    "npy": Format(
+        "a matrix for each view, and ids",
+        list,
+        3,
+        _SKIP_FIRST,
+        _rows("write_npy"),
+        "np.load('{out}/fused.npy'), json.load(open('{out}/item_ids.json'))",
+    ),
+    "safetensors": Format(
+        "the same in one file",
+        list,
+        3,
+        _SKIP_FIRST,
+        _rows("write_safetensors"),
+        "safetensors.numpy.load_file('{out}/vectors.safetensors')",
+    ),
+    "lance": Format(
+        "a table of Lance or LanceDB",
+        list,
+        3,
+        _SKIP_FIRST,
+        _rows("write_lance"),
+        "lance.dataset('{out}/items.lance')",
+    ),
+    "sentence-transformers": Format(
+        "the merged model as a folder it opens",
+        list,
+        3,
+        ("skip",),
+        _sentence_transformers,
+        "SentenceTransformer('{out}').encode([title, ...])",
+        ("backbone", "adapter", "revision"),
+    ),
+}
+"""The formats, by `--to`."""

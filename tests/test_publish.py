@@ -1,0 +1,85 @@
+"""One way to write a file or a folder whole, and one question to a folder that is to be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_free_folder_and_one_of_ours_are_taken(tmp_path: Path) -> None:
+    publish.require_ours(tmp_path / "new", "a model", ours=False)
+    publish.require_ours(tmp_path, "a model", ours=False)
+    (tmp_path / "weights").touch()
+    publish.require_ours(tmp_path, "a model", ours=True)
+    publish.require_ours(tmp_path, "a model", ours=False, ignored=lambda name: name == "weights")
+    publish.require_ours(tmp_path, "a model", ours=True, only=("weights", "config"))
+
+
+def test_a_strangers_folder_is_refused_in_one_wording(tmp_path: Path) -> None:
+    for name in ("d", "b", "a", "c"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        publish.require_ours(tmp_path, "a model", ours=False)
+    assert str(caught.value) == (
+        f"--out {tmp_path} is not empty and not a model: it holds a, b, c …."
+        " Expected: a new or empty folder, or a model. To fix it: choose another --out."
+    )
+    with pytest.raises(ArtifactError, match=r"it holds d\."):  # what is foreign in a folder of ours
+        publish.require_ours(tmp_path, "a model", ours=True, only=("a", "b", "c"), error=ArtifactError)
+    with pytest.raises(ConfigError, match="is a file"):
+        publish.require_ours(tmp_path / "a", "a model", ours=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"), [('{"written_by": "us"}', True), ('{"written_by": "them"}', False), ("{", False), ("[]", False)]
+)
+def test_a_strangers_file_of_our_name_makes_no_folder_ours(text: str, ours: bool, tmp_path: Path) -> None:
+    assert not schema.is_written_by(tmp_path / "made.json", "us")
+    (tmp_path / "made.json").write_text(text)
+    assert schema.is_written_by(tmp_path / "made.json", "us") == ours
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_whole_or_stays(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exchange:
+        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+    for text in ("first", "second"):
+        with publish.whole_folder(tmp_path / "out") as folder:
+            (folder / "below").mkdir()
+            (folder / "below" / text).write_text(text)
+        assert names(tmp_path / "out" / "below") == [text]
+    with pytest.raises(FileNotFoundError), publish.whole_folder(tmp_path / "out") as folder:
+        (folder / "half" / "way").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out" / "below") == ["second"]
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with publish.whole_file(path) as temporary:
+        temporary.write_text("first")
+        assert publish.is_temporary(temporary.name, "file") and not path.exists()
+    with pytest.raises(UnicodeEncodeError), publish.whole_file(path) as temporary:
+        temporary.write_text("half \ud800", encoding="utf-8")
+    assert path.read_text() == "first" and names(tmp_path) == ["file"]
+
+
+def test_discarding_takes_what_killed_processes_left(tmp_path: Path) -> None:
+    for name in ("file", ".file.4711.tmp", "file2", ".file2.4711.tmp"):
+        (tmp_path / name).touch()
+    publish.discard(tmp_path / "file")
+    publish.discard(tmp_path / "absent")
+    assert names(tmp_path) == [".file2.4711.tmp", "file2"]
+
+
+def test_only_a_process_that_is_there_runs() -> None:
+    assert publish.process_runs(os.getpid()) and publish.process_runs("1")
+    assert not any(map(publish.process_runs, ("99999999", "abc", str(2**70))))
