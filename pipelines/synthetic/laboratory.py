@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import polars as pl
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.config import DemoConfig, MakeBackboneConfig, PrepareConfig
 from vlm2rec.pipelines.console import headline
 from vlm2rec.pipelines.synthetic.drawn_catalogue import CatalogueSettings, draw_catalogue
@@ -171,7 +171,7 @@ def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
             "make-backbone",
             "a small Qwen2.5-VL that reads such titles and pictures",
             "backbone",
-            lambda: _make_backbone(backbone),
+            lambda: _run("make_backbone", backbone),
         ),
     ]
     if wanted.second:
@@ -192,7 +192,8 @@ def _second_catalogue(folder: Path, wanted: Laboratory) -> None:
 
 
 def _prepare(catalogue: Path, data: Path, name: str) -> None:
-    prepare.run(
+    _run(
+        "prepare",
         PrepareConfig(
             items=catalogue / "items.parquet",
             interactions=catalogue / "interactions.parquet",
@@ -200,14 +201,13 @@ def _prepare(catalogue: Path, data: Path, name: str) -> None:
             out=data,
             name=name,
             core=largest_core(catalogue / "interactions.parquet", catalogue / "items.parquet"),
-        )
+        ),
     )
 
 
-def _make_backbone(config: MakeBackboneConfig) -> None:
-    from vlm2rec.pipelines import make_backbone  # loads torch
-
-    make_backbone.run(config)
+def _run(command: str, config: Any) -> None:
+    """Run a command, which lies above this folder; its libraries are loaded now."""
+    import_module(f"vlm2rec.pipelines.{command}").run(config)
 
 
 def largest_core(interactions: Path, items: Path, most: int = 5, keep: float = 0.9) -> int:
