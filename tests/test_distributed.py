@@ -27,7 +27,7 @@ from vlm2rec.embedder.backbones import lora
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.training import recipes
+from vlm2rec.embedder.training import vlm2rec
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
@@ -144,7 +144,7 @@ def test_local_negatives_give_the_curves_of_one_process_that_averages_the_shares
             }
             return total, log, {}
 
-    monkeypatch.setattr(recipes, "HistoryModel", ByShare)
+    monkeypatch.setattr(vlm2rec, "HistoryModel", ByShare)
     expected = alone({**runs["local"], "gradient_steps": 0}, tmp_path / "one")
     together = saved(runs["local"])
     assert_alike({**together, "gradients": []}, expected)
