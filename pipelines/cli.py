@@ -16,7 +16,6 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -165,28 +164,22 @@ def _reader_gone() -> bool:
     return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
-def _stage(module: str) -> Any:
-    # RecBole, torch and polars each start a thread pool per core; tokenizers warn when a worker forks after use
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return import_module(f"vlm2rec.pipelines.{module}")
-
-
 @command(settings.DemoConfig)
 def demo(config: settings.DemoConfig) -> None:
     """Run the whole line on a drawn catalogue: four methods, both tasks, and one HTML page."""
-    _stage("demo").run(config)
+    module_of("demo").run(config)
 
 
 @command(settings.PrepareConfig)
 def prepare(config: settings.PrepareConfig) -> None:
     """Turn items, interactions and images into a dataset folder."""
-    _stage("prepare").run(config)
+    module_of("prepare").run(config)
 
 
 @command(settings.MakeBackboneConfig)
 def make_backbone(config: settings.MakeBackboneConfig) -> None:
     """Build and briefly train a small local Qwen2.5-VL, for trying things out."""
-    _stage("make_backbone").run(config)
+    module_of("make_backbone").run(config)
 
 
 @command(settings.FinetuneConfig)
@@ -195,7 +188,7 @@ def finetune(config: settings.FinetuneConfig) -> None:
 
     On N GPUs: torchrun --no-python --nproc-per-node N vlm2rec finetune ...
     """
-    _stage("finetune").run(config)
+    module_of("finetune").run(config)
 
 
 @command(settings.ExportConfig)
@@ -204,74 +197,74 @@ def export_items(config: settings.ExportConfig) -> None:
 
     With a fine-tuned or plain backbone, a backbone that is asked otherwise (--strategy), or a frozen --encoder.
     """
-    _stage("export_items").run(config)
+    module_of("export_items").run(config)
 
 
 @command(settings.ImportVectorsConfig)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn vectors of yours (Parquet, CSV, npy) into an embeddings folder."""
-    _stage("import_vectors").run(config)
+    module_of("import_vectors").run(config)
 
 
 @command(settings.VerifyConfig, positional="embeddings")
 def verify(config: settings.VerifyConfig) -> None:
     """Check an embeddings folder against its manifest."""
-    _stage("verify").run(config)
+    module_of("verify").run(config)
 
 
 @command(settings.FailuresConfig, positional="embeddings")
 def failures(config: settings.FailuresConfig) -> None:
     """List the items that failed, and why, as CSV on stdout."""
-    _stage("verify").failures(config)
+    module_of("verify").failures(config)
 
 
 @command(settings.EvaluateConfig)
 def evaluate(config: settings.EvaluateConfig) -> None:
     """Task 1: rank items by similarity to the user's vector."""
-    _stage("evaluate").run(config)
+    module_of("evaluate").run(config)
 
 
 @command(settings.TrainRecommenderConfig, own_config_key=True)
 def train_recommender(config: settings.TrainRecommenderConfig) -> None:
     """Task 2: train SASRec, GRU4Rec or BERT4Rec in RecBole, from embeddings or from ids."""
-    _stage("train_recommender").run(config)
+    module_of("train_recommender").run(config)
 
 
 @command(settings.BuildIndexConfig)
 def build_index(config: settings.BuildIndexConfig) -> None:
     """Build a FAISS index over one view and measure its recall."""
-    _stage("build_index").run(config)
+    module_of("build_index").run(config)
 
 
 @command(settings.SearchConfig)
 def search(config: settings.SearchConfig) -> None:
     """Print the nearest neighbours of an item."""
-    _stage("build_index").search(config)
+    module_of("build_index").search(config)
 
 
 @command(settings.ConvertConfig, positional="embeddings")
 def convert(config: settings.ConvertConfig) -> None:
     """Write vectors (or the model) for another tool: MMRec, cornac, RecBole, npy, Lance, sentence-transformers."""
-    _stage("convert").run(config)
+    module_of("convert").run(config)
 
 
 @command(settings.StudyConfig, own_config_key=True)
 def study(config: settings.StudyConfig) -> None:
     """Run methods x seeds, and draw every table and figure of the paper from the results."""
-    _stage("study").run(config)
+    module_of("study").run(config)
 
 
 @command(settings.ReportConfig, positional="study")
 def report(config: settings.ReportConfig) -> None:
     """Draw the page of a study or a demo again, from its Parquet files alone."""
-    _stage("report").run(config)
+    module_of("report").run(config)
 
 
 @app.command()
 def doctor() -> None:
     """Check Python, libraries, device and disk, and export a few drawn items."""
     with _own_endings():
-        _stage("doctor").run()
+        module_of("doctor").run()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

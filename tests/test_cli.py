@@ -79,7 +79,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that stages were called with; no stage runs."""
     configs: list[Any] = []
     stage = types.SimpleNamespace(run=configs.append, search=configs.append)
-    monkeypatch.setattr(cli, "_stage", lambda module: stage)
+    monkeypatch.setattr(cli, "module_of", lambda module: stage)
     return configs
 
 
@@ -145,7 +145,7 @@ def test_every_command_has_a_module_with_the_function_it_calls() -> None:
                 case ast.Call(
                     func=ast.Attribute(
                         attr=entry,
-                        value=ast.Call(func=ast.Name(id="_stage"), args=[ast.Constant(value=str(module))]),
+                        value=ast.Call(func=ast.Name(id="module_of"), args=[ast.Constant(value=str(module))]),
                     )
                 ):
                     called[function.name.replace("_", "-")] = (module, entry)
@@ -380,7 +380,7 @@ def stage_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
     def run(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_stage", lambda module: types.SimpleNamespace(search=run))
+    monkeypatch.setattr(cli, "module_of", lambda module: types.SimpleNamespace(search=run))
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_a_reader_that_went_away_is_not_an_error(arguments: list[str], tmp_path:
     code = (
         "import sys, types\n"
         "from vlm2rec.pipelines import cli\n"
-        "cli._stage = lambda module: types.SimpleNamespace(run=lambda: print('a result'))\n"
+        "cli.module_of = lambda module: types.SimpleNamespace(run=lambda: print('a result'))\n"
         f"sys.argv = ['vlm2rec', *{arguments!r}]\n"
         "cli.main()\n"
     )

@@ -8,8 +8,8 @@ scores of a recommender, block by block (`Rankings.add`); what is counted, avera
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,18 @@ _PAIRS = (
 )
 Views = dict[str, np.ndarray]  # view → (n, d) float32
 PerUser = dict[str, np.ndarray]  # metric → (U,) float64
+
+
+class Average(NamedTuple):
+    """How figures of several candidate seeds become one: the mean, and the spread with n - 1 in the denominator."""
+
+    mean: Callable[[Sequence[float]], float]
+    spread: Callable[[Sequence[float]], float]
+
+
+# Each task keeps the arithmetic of its first figures, so that they can be reproduced to the last digit.
+_IN_FLOAT64 = Average(lambda values: float(np.mean(values)), lambda values: float(np.std(values, ddof=1)))
+_EXACT = Average(statistics.mean, statistics.stdev)
 
 
 class RankingTask:
@@ -53,8 +65,8 @@ class RankingTask:
 class Rankings:
     """The per-user metrics of one scorer under a protocol."""
 
-    def __init__(self, task: RankingTask) -> None:
-        self.task = task
+    def __init__(self, task: RankingTask, average: Average = _EXACT) -> None:
+        self.task, self._average = task, average
         self._blocks: dict[int | None, list[PerUser]] = {seed: [] for seed in (*task.seeds, None)}
 
     def add(self, part: slice, scores: np.ndarray) -> None:
@@ -87,9 +99,10 @@ class Rankings:
         """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, and the `tail`'s."""
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
+        mean, spread = self._average
         found = {
-            "candidates": {name: statistics.mean(each) for name, each in values.items()},
-            "candidates_std": {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()},
+            "candidates": {name: mean(each) for name, each in values.items()},
+            "candidates_std": {name: spread(each) if len(each) > 1 else 0.0 for name, each in values.items()},
             "full": metrics.mean_over_users(self.users(None)),
             "tail": self._tail(),
         }
@@ -105,7 +118,7 @@ class Rankings:
         return {
             "below": metrics.TAIL,
             "users": int(tail.sum()),
-            "candidates": {name: statistics.mean(means[name] for means in of_seed) for name in of_seed[0]},
+            "candidates": {name: self._average.mean([means[name] for means in of_seed]) for name in of_seed[0]},
             "full": metrics.tail_means(self.users(None), tail),
         }
 
@@ -136,7 +149,7 @@ def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Ran
     for user_view, item_view in _PAIRS:
         # a part is not compared with a concatenation, which is longer
         if {user_view, item_view} <= {*users} and users[user_view].shape[1] == items[item_view].shape[1]:
-            rankings = found[f"{_LETTERS[user_view]}2{_LETTERS[item_view]}"] = Rankings(task)
+            rankings = found[f"{_LETTERS[user_view]}2{_LETTERS[item_view]}"] = Rankings(task, _IN_FLOAT64)
             rankings.add_vectors(users[user_view], items[item_view])
     return found
 

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import polars as pl
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines.commands import module_of
 from vlm2rec.pipelines.config import DemoConfig, MakeBackboneConfig, PrepareConfig
 from vlm2rec.pipelines.console import headline
 from vlm2rec.pipelines.synthetic.drawn_catalogue import CatalogueSettings, draw_catalogue
@@ -207,7 +207,7 @@ def _prepare(catalogue: Path, data: Path, name: str) -> None:
 
 def _run(command: str, config: Any) -> None:
     """Run a command, which lies above this folder; its libraries are loaded now."""
-    import_module(f"vlm2rec.pipelines.{command}").run(config)
+    module_of(command).run(config)
 
 
 def largest_core(interactions: Path, items: Path, most: int = 5, keep: float = 0.9) -> int:
