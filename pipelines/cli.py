@@ -26,6 +26,7 @@ from vlm2rec.embedder.contract.errors import Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
+from vlm2rec.pipelines.commands import module_of
 
 app = typer.Typer(
     name="vlm2rec",
