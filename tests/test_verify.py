@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from vlm2rec.embedder.export import shard_file, shards
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards
 from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import finetune_probe
 from vlm2rec.pipelines import verify as stage
 from vlm2rec.pipelines.config import VerifyConfig
 
@@ -242,6 +244,22 @@ def test_the_effective_rank_is_the_number_of_directions_in_use(tmp_path: Path) -
     assert ranks["fused"] == pytest.approx(4, abs=0.01)
     assert ranks["text"] == pytest.approx(1, abs=0.01)
     assert ranks["image"] == 0
+
+
+def test_verify_prints_the_rank_that_the_training_curves_and_the_report_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(1)
+    vectors = (random.normal(size=(64, 12)) * 0.6 ** np.arange(12)).astype(np.float32)
+    write_embeddings(tmp_path / "emb", [f"i{n}" for n in range(64)], vectors)
+    stage.run(VerifyConfig(embeddings=tmp_path / "emb"))
+    printed = re.search(r"effective rank, fused\s+(\S+)", capsys.readouterr().err)
+    # the row of curves.json from which the report draws
+    row = finetune_probe._measured("fused", vectors, vectors, np.stack([np.arange(64), np.arange(64)[::-1]], axis=1))
+    singular = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False)
+    assert printed is not None and printed[1] == f"{row['rank_fused']:.1f}"
+    share = singular / singular.sum()
+    assert row["rank_fused"] < 0.8 * np.exp(-share @ np.log(share)), "singular values would give another number"
 
 
 def test_fault_39_collapsed_vectors_are_a_warning_and_no_error(
