@@ -231,5 +231,5 @@ def test_a_prompt_that_does_not_fit_by_itself_is_an_error(tiny: Tiny, monkeypatc
 
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
     monkeypatch.setattr(Backbone, "encode", never)
-    with pytest.raises(ModelError, match="does not suffice for a prompt of"):
+    with pytest.raises(ModelError, match="too little memory for the model and a prompt of"):
         encoder.encode_items(TITLES, [None] * 4)

@@ -24,8 +24,8 @@ def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -
     """Return the README of an adapter folder.
 
     Args:
-        settings: what `vlm2rec.json` says of the adapter.
-        metrics: names and values of the best validation.
+        settings: the content of the adapter's `vlm2rec.json`.
+        metrics: names and values of the best validation metrics.
     """
     encoder, training, data = settings["encoder"], settings["training"], settings["dataset"]
     backbone = settings["backbone"]
