@@ -99,9 +99,9 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
     for column in columns:
         masks: list[np.ndarray] = []
         total: Any = 0.0
-        for batch_ids, vectors, there in read_batches(folder, column, _BATCH):
-            masks.append(there)
-            total = total + vectors[there].sum(0, dtype=np.float64)
+        for batch_ids, vectors, has_vector in read_batches(folder, column, _BATCH):
+            masks.append(has_vector)
+            total = total + vectors[has_vector].sum(0, dtype=np.float64)
             if column == columns[0]:
                 ids += batch_ids
         present[column] = np.concatenate(masks) if masks else np.zeros(0, bool)

@@ -85,8 +85,8 @@ def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.nd
         for user, sequence in enumerate(train):
             items = [*sequence, valid[user], test[user]]
             labels = [TRAIN] * len(sequence) + [VALID, TEST]
-            for place, (item, label) in enumerate(zip(items, labels, strict=True)):
-                lines.write(f"{user}\t{number[item]}\t1.0\t{place}\t{label}\n")
+            for position, (item, label) in enumerate(zip(items, labels, strict=True)):
+                lines.write(f"{user}\t{number[item]}\t1.0\t{position}\t{label}\n")
     return np.flatnonzero(is_touched), np.flatnonzero(~is_touched)
 
 

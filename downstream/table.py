@@ -59,11 +59,11 @@ class EmbeddingTable:
 
         def read(number: int) -> list[str]:
             ids: list[str] = []
-            for batch_ids, batch, there in _read_shard(folder, manifest, number, column, _BATCH):
+            for batch_ids, batch, has_vector in _read_shard(folder, manifest, number, column, _BATCH):
                 rows = slice(starts[number] + len(ids), starts[number] + len(ids) + len(batch_ids))
                 ids.extend(batch_ids)
                 if len(ids) <= counts[number]:
-                    vectors[rows], present[rows] = batch, there
+                    vectors[rows], present[rows] = batch, has_vector
             return ids
 
         by_shard = _every_shard(manifest, column, read)
@@ -115,13 +115,13 @@ def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: n
         ArtifactError: as `EmbeddingTable.open`.
     """
     manifest = schema.read_manifest(folder)
-    place = {item_id: row for row, item_id in enumerate(item_ids)}
+    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     found = np.zeros(len(item_ids), bool)
 
     def read(number: int) -> bool:
         anything = False
         for ids, batch, present in _read_shard(folder, manifest, number, column, _BATCH):
-            rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
+            rows = np.array([row_of.get(item_id, -1) for item_id in ids], np.int64)
             anything = anything or bool(present.any())
             wanted = present & (rows >= 0)
             if not wanted.all():

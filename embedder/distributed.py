@@ -134,8 +134,8 @@ def gather_shares(rows: Tensor) -> Tensor:
     """Return the results of all processes for their `share`, in the order of the whole."""
     parts = gather(rows)
     whole = rows.new_empty((sum(map(len, parts)), *rows.shape[1:]))
-    for place, part in enumerate(parts):
-        whole[place :: len(parts)] = part
+    for offset, part in enumerate(parts):
+        whole[offset :: len(parts)] = part
     return whole
 
 

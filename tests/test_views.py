@@ -218,7 +218,7 @@ def test_the_whole_line_on_titles_alone(
         raise AssertionError("an image was asked for")
 
     monkeypatch.setattr(worker, "open_image", never)
-    monkeypatch.setattr(Backbone, "look_at_once", never)
+    monkeypatch.setattr(Backbone, "run_vision_tower", never)
     backbone, adapter = text_adapter
     out = tmp_path / "embeddings"
     manifest = export_items.run(exporting(without_images, backbone, out, adapter=adapter))

@@ -40,7 +40,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> list[ImageFeatures]:
         raise AssertionError("the vision tower was asked")
 
-    monkeypatch.setattr(Backbone, "look_at_once", never)
+    monkeypatch.setattr(Backbone, "run_vision_tower", never)
 
 
 def test_a_second_export_asks_no_vision_tower_and_gives_the_same_bits(
@@ -62,8 +62,10 @@ def test_what_training_looked_at_serves_the_export(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    plain = Backbone.look_at_once
-    monkeypatch.setattr(Backbone, "look_at_once", lambda self, images: asked.append(len(images)) or plain(self, images))
+    plain = Backbone.run_vision_tower
+    monkeypatch.setattr(
+        Backbone, "run_vision_tower", lambda self, images: asked.append(len(images)) or plain(self, images)
+    )
     common = {"data": drawn_dataset, "backbone": str(tiny("qwen2_5_vl")), "dtype": "float32"}
     cache = str(tmp_path / "cache")
     finetune.run(

@@ -411,7 +411,7 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
 def nearest_ids(item_id: str, known: pa.ChunkedArray, count: int = 3) -> list[str]:
     """Return the known ids most similar to `item_id`; in a large catalogue, those near it in alphabetical order."""
     ids = sorted(known.to_pylist())
-    place = bisect.bisect_left(ids, item_id)
+    position = bisect.bisect_left(ids, item_id)
     matcher = difflib.SequenceMatcher(b=item_id, autojunk=False)
 
     def similarity(other: str) -> tuple[float, int]:
@@ -419,4 +419,4 @@ def nearest_ids(item_id: str, known: pa.ChunkedArray, count: int = 3) -> list[st
         same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(other, item_id, strict=False))
         return matcher.ratio(), len(list(same))  # of equally similar ids, the one with the longest common start
 
-    return sorted(ids[max(0, place - 1000) : place + 1000], key=similarity, reverse=True)[:count]
+    return sorted(ids[max(0, position - 1000) : position + 1000], key=similarity, reverse=True)[:count]

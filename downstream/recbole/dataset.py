@@ -71,9 +71,9 @@ class FolderDataset(SequentialDataset):
         targets = np.flatnonzero(np.arange(len(users)) != begin)
         lengths = np.minimum(targets - begin[targets], self.max_item_list_len)
         lists = np.zeros((len(targets), self.max_item_list_len), np.int64)
-        for place in range(self.max_item_list_len):
-            filled = place < lengths
-            lists[filled, place] = items[(targets - lengths + place)[filled]]
+        for position in range(self.max_item_list_len):
+            filled = position < lengths
+            lists[filled, position] = items[(targets - lengths + position)[filled]]
         rows = self.inter_feat[targets]
         rows.update(
             Interaction(

@@ -272,11 +272,11 @@ def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def _usable_device(name: str) -> torch.device:
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.partition(":")[0], False):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name.partition(":")[0], False):
         raise ConfigError(
             f"device {name!r} is not available here",
-            f"one of {', '.join(kind for kind, found in there.items() if found)}, or auto",
+            f"one of {', '.join(kind for kind, found in available.items() if found)}, or auto",
             "change --device",
         )
     return torch.device(name)

@@ -116,8 +116,8 @@ class Backbone:
         processor = load_processor(source, revision, max_pixels)
         if prompt_mode == "chat" and not processor.chat_template:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
-        place = device if isinstance(device, torch.device) else pick_device(device)
-        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
+        target_device = device if isinstance(device, torch.device) else pick_device(device)
+        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, target_device)
         text_only = processor.family.text_only
         loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         try:
@@ -145,7 +145,7 @@ class Backbone:
                 "a complete model",
                 "download the model folder again",
             )
-        model.requires_grad_(False).eval().to(place)
+        model.requires_grad_(False).eval().to(target_device)
         return cls(model, processor, prompt_mode, max_title_tokens, pooling)
 
     @property
@@ -281,11 +281,11 @@ class Backbone:
         step = IMAGES_AT_ONCE[self.device.type]
         with IndependentRows():  # an image's features must not depend on the other images of its batch
             for start in range(0, len(images), step):
-                for found in in_halves(self.look_at_once, images[start : start + step], lambda _: "an image"):
+                for found in in_halves(self.run_vision_tower, images[start : start + step], lambda _: "an image"):
                     features += found
         return features
 
-    def look_at_once(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+    def run_vision_tower(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the vision tower over RGB images in one call.
 
         Unlike `encode_images`, gradients flow to the tower if its weights are trainable and grad mode is on.
@@ -340,9 +340,9 @@ class Backbone:
         for row, prompt in enumerate(prompts):
             by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
         vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
-        place = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
+        order = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
         found = torch.cat(vectors)
-        return torch.empty_like(found).index_copy_(0, place, found)
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
         """Encode prompts that all begin with `start`; the keys and values of `start` are computed once."""
@@ -373,13 +373,15 @@ class Backbone:
         """
         embedded = self.language_model.get_input_embeddings()(row)  # (1, T, d)
         if images:
-            place = row == self.image_token_id  # (1, T)
+            is_image = row == self.image_token_id  # (1, T)
             tokens = torch.cat([image.tokens for image in images]).to(embedded)
-            if int(place.sum()) != len(tokens):
-                raise ValueError(f"the prompts have room for {int(place.sum())} image tokens, {len(tokens)} were given")
-            embedded = embedded.masked_scatter(place.unsqueeze(-1), tokens)
+            if int(is_image.sum()) != len(tokens):
+                raise ValueError(
+                    f"the prompts have room for {int(is_image.sum())} image tokens, {len(tokens)} were given"
+                )
+            embedded = embedded.masked_scatter(is_image.unsqueeze(-1), tokens)
             if images[0].deepstack:
-                arguments["visual_pos_masks"] = place
+                arguments["visual_pos_masks"] = is_image
                 arguments["deepstack_visual_embeds"] = [
                     torch.cat(layer).to(embedded) for layer in zip(*(image.deepstack for image in images), strict=True)
                 ]
@@ -398,9 +400,9 @@ class Backbone:
         if key not in self._prefixes:
             cache = DynamicCache()
             row = torch.tensor([start], device=self.device)
-            place = torch.arange(len(start), device=self.device)[None]
+            positions = torch.arange(len(start), device=self.device)[None]
             layout = Layout((len(start),), 0, self.device, self.pooling == "mean")
-            pooled = self._pooled(layout, row, (), position_ids=place, past_key_values=cache)
+            pooled = self._pooled(layout, row, (), position_ids=positions, past_key_values=cache)
             self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
         return self._prefixes[key]
 

@@ -100,17 +100,17 @@ def pick_device(name: DeviceName) -> torch.device:
 
     A process that a launcher started takes the GPU with the number that the launcher gave it.
     """
-    there: dict[DeviceName, bool] = {
+    available: dict[DeviceName, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(key for key, value in there.items() if value)
-    if not there[name]:
+        name = next(key for key, value in available.items() if value)
+    if not available[name]:
         raise ConfigError(
             f"device {name!r} is not available in this torch ({torch.__version__})",
-            f"one of {', '.join(key for key, value in there.items() if value)}",
+            f"one of {', '.join(key for key, value in available.items() if value)}",
             "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is available",
         )
     local_rank = os.environ.get("LOCAL_RANK")

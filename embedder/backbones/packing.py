@@ -278,8 +278,8 @@ def _kernel_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
             expected = _attend_by_runs(query, key, value, layout, scaling=width**-0.5)
             found = _attend_by_kernel(query, key, value, layout, width**-0.5)
         with torch.enable_grad():
-            asked = query.clone().requires_grad_()
-            _attend_by_kernel(asked, key, value, layout, width**-0.5).float().sum().backward()
+            trainable = query.clone().requires_grad_()
+            _attend_by_kernel(trainable, key, value, layout, width**-0.5).float().sum().backward()
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         logger.warning("torch's kernel for packed rows is not used: %s", error)
         return False
@@ -378,12 +378,12 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads())
     found = flat.new_empty(len(flat), len(weight))
     for start in range(0, len(flat), most):
-        part, place = flat[start : start + most], found[start : start + most]
+        part, part_out = flat[start : start + most], found[start : start + most]
         if len(part) >= least:
-            _product(part, weight, bias, place)
+            _product(part, weight, bias, part_out)
         else:
             padded = F.pad(part, (0, 0, 0, least - len(part)))
-            place.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
+            part_out.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
     return found.unflatten(0, rows.shape[:-1])
 
 

@@ -258,7 +258,7 @@ def free_bytes(folder: Location) -> int | None:
     """Return the free bytes on the disk of a folder, which need not exist; None for a store, which has no limit."""
     if isinstance(folder, StorePath):
         return None
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
 
 
 def _require_client(scheme: str) -> None:

@@ -80,8 +80,8 @@ def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) 
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
     sizes = []
     with closing(Readers(4, _PATIENCE)) as readers:
-        asked = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
-        for reading in asked:
+        readings = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
+        for reading in readings:
             try:
                 length = encoder.backbone.image_length(*readers.take(reading))
             except (ImageError, ValueError):

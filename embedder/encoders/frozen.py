@@ -193,8 +193,10 @@ def load_frozen(
     settings = frozen_fingerprint(
         encoder, encoder_kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device
     )
-    place = pick_device(device)
-    model, tokenizer = _load_model(resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, place), place)
+    target_device = pick_device(device)
+    model, tokenizer = _load_model(
+        resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, target_device), target_device
+    )
     if settings["source"] == "clip":
         return ClipEncoder(model, tokenizer, settings, token_budget)
     return SentenceEncoder(model, tokenizer, read_sentence_modules(encoder, pooling), settings, token_budget)
@@ -330,7 +332,9 @@ class ClipEncoder:
         seen = [row for row, picture in enumerate(images) if isinstance(picture, Image.Image)]
         pictures = [picture for picture in images if isinstance(picture, Image.Image)]
         for start in range(0, len(seen), IMAGES_AT_ONCE):
-            image[seen[start : start + IMAGES_AT_ONCE]] = self._run_vision(pictures[start : start + IMAGES_AT_ONCE])
+            image[seen[start : start + IMAGES_AT_ONCE]] = self._encode_pictures(
+                pictures[start : start + IMAGES_AT_ONCE]
+            )
         with_image = ~image.isnan().any(dim=1, keepdim=True)
         fused = torch.where(with_image, fuse(text, image, self._fingerprint["fusion_norm"]), text)
         return EncodedItems(to_numpy(fused), to_numpy(text), to_numpy(image), truncated)
@@ -352,7 +356,7 @@ class ClipEncoder:
             vectors[batch] = output.pooler_output.float().cpu()
         return vectors, truncated
 
-    def _run_vision(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         inputs = self.image_processor(images=list(pictures), return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         output = self.model.get_image_features(**inputs, return_dict=True)

@@ -121,11 +121,11 @@ def encode_users_together(
     """
     if encoder.settings.reads_histories:
         return encode_rows_together(encoder, items, histories)
-    rows, place = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
+    rows, index = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
     found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
     starts = np.cumsum([0, *(len(history) for history in histories[:-1])])
     lengths = np.array([len(history) for history in histories], np.float32)[:, None]
-    return {view: np.add.reduceat(vectors[place], starts, axis=0) / lengths for view, vectors in found.items()}
+    return {view: np.add.reduceat(vectors[index], starts, axis=0) / lengths for view, vectors in found.items()}
 
 
 def encode_rows_together(

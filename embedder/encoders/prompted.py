@@ -94,8 +94,8 @@ class PromptedEncoder:
         for start in range(0, len(complete), _ITEMS_AT_ONCE):
             rows = complete[start : start + _ITEMS_AT_ONCE]
             features = backbone.encode_images(pictures[start : start + _ITEMS_AT_ONCE])
-            asked = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
-            encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(asked, features, strict=True)]
+            questions = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
+            encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(questions, features, strict=True)]
             for batch in batches_by_tokens([len(prompt) for prompt in encoded], self.token_budget):
                 fused[[rows[i] for i in batch]] = to_numpy(backbone.encode([encoded[i] for i in batch]))
         absent = np.full_like(fused, np.nan)
@@ -129,7 +129,7 @@ def prompted_fingerprint(
         ConfigError: an empty instruction, chat mode without a chat template, or a model that takes no images.
         ModelError: the backbone's files cannot be read.
     """
-    asked = DEFAULT_QUESTION if instruction is None else instruction.strip()
+    full_question = DEFAULT_QUESTION if instruction is None else instruction.strip()
     processor = load_processor(backbone, revision, max_pixels)
     if isinstance(processor, TextProcessor):
         raise ConfigError(
@@ -137,7 +137,7 @@ def prompted_fingerprint(
             "a vision-language model: the question is about an item's image and title",
             "choose another --backbone",
         )
-    if not asked or processor.image_token in asked:
+    if not full_question or processor.image_token in full_question:
         raise ConfigError(
             f"--instruction {instruction!r}", "a question in words; the image is put before it", "change it"
         )
@@ -155,12 +155,14 @@ def prompted_fingerprint(
         max_pixels=max_pixels,
         max_title_tokens=max_title_tokens,
     )
-    wording = "\0".join([repr(question("", asked, mode)), mode, (processor.chat_template or "") * (mode == "chat")])
+    wording = "\0".join(
+        [repr(question("", full_question, mode)), mode, (processor.chat_template or "") * (mode == "chat")]
+    )
     changed = {
         "source": SOURCE,
         "fusion": SOURCE,
         "views": [schema.FUSED],
-        "instruction": asked,
+        "instruction": full_question,
         "prompt_hash": hashlib.sha256(wording.encode()).hexdigest()[:16],
     }
     return settings | changed

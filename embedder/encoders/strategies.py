@@ -74,8 +74,8 @@ class StrategyEncoder(ItemEncoder):
         texts = {row: sequence[0] for row, sequence in enumerate(titles) if sequence and sequence[0]}
         seen = {row: sequence for row, sequence in enumerate(images) if sequence}
         if self.settings.fusion == "internal":
-            asked = {row: joint_prompt(self.strategy, titles[row][0]) for row in seen}
-            prompts = {row: backbone.tokenize(prompt, seen[row]) for row, prompt in asked.items()}
+            joint = {row: joint_prompt(self.strategy, titles[row][0]) for row in seen}
+            prompts = {row: backbone.tokenize(prompt, seen[row]) for row, prompt in joint.items()}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
             fused = self._encode_rows(prompts, count, budget)
             return {schema.FUSED: fused, schema.TEXT: absent, schema.IMAGE: absent.clone()}

@@ -120,7 +120,7 @@ def _sum_problems(manifest: Mapping[str, Any], status: Sequence[str]) -> list[st
     if len(status) != manifest["num_items"]:
         problems.append(f"num_items is {manifest['num_items']}, the shards hold {len(status)} rows")
     for name in sorted({*schema.STATUSES, *manifest["counts"]}):
-        found, said = status.count(name), manifest["counts"].get(name, 0)
-        if found != said:
-            problems.append(f"counts[{name}] is {said}, the shards hold {found}")
+        found, stated = status.count(name), manifest["counts"].get(name, 0)
+        if found != stated:
+            problems.append(f"counts[{name}] is {stated}, the shards hold {found}")
     return problems

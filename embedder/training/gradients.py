@@ -80,11 +80,11 @@ def conflict(losses: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) 
     """
     (a, first), (b, second) = losses.items()
     row = {}
-    for place, here in parts.items():
-        one, other = (_gradient(loss, [parameter for parameter, _ in here]) for loss in (first, second))
+    for place, place_parts in parts.items():
+        one, other = (_gradient(loss, [parameter for parameter, _ in place_parts]) for loss in (first, second))
         pairs = [
             (x[index], y[index])
-            for x, y, (_, index) in zip(one, other, here, strict=True)
+            for x, y, (_, index) in zip(one, other, place_parts, strict=True)
             if x is not None and y is not None
         ]
         xs, ys = [x for x, _ in pairs], [y for _, y in pairs]

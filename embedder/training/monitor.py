@@ -96,9 +96,9 @@ def _episodes(probes: Sequence[Row], view: str, rule: Rule) -> list[Collapse]:
     """Return the stretches of at least `PATIENCE` probes in which a rule holds for a view."""
     episodes: list[Collapse] = []
     run = 0
-    for place, row in enumerate(probes):
+    for index, row in enumerate(probes):
         step = int(row["step"])
-        if place and _HOLDS[rule](probes[0], row, view):
+        if index and _HOLDS[rule](probes[0], row, view):
             run += 1
             if run == PATIENCE:
                 episodes.append(Collapse(step, view, rule, _message(probes[0], row, view, rule)))

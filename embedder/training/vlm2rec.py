@@ -85,9 +85,9 @@ class HistoryModel(Model):
                 weights (`gradient_alignment`); the loss and its graph do not change.
         """
         users_by_view = self._encode_own(histories)
-        distinct, place = targets.unique(return_inverse=True)
+        distinct, index = targets.unique(return_inverse=True)
         encoded = self._encode_own([[int(row)] for row in distinct])
-        items = {view: found[place] for view, found in encoded.items()}
+        items = {view: found[index] for view, found in encoded.items()}
         batches = self._batches(users_by_view, items, targets)
         totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
         sizes = [len(batch.targets) for batch in batches]
