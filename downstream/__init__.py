@@ -1,6 +1,6 @@
 """downstream reads the table: ranking, geometry, RecBole, FAISS, other tools.
 
-Needs no transformers. From `vlm2rec.embedder` it imports the package `contract` only.
+It needs no transformers. From `vlm2rec.embedder` it imports the package `contract` only.
 `from vlm2rec.downstream import EmbeddingTable` loads pyarrow and NumPy at that moment; importing the package alone
 loads nothing.
 """

@@ -1,13 +1,13 @@
-"""An embeddings folder in the forms that other tools read, one function for each; MMRec's is in `mmrec`.
+"""Writes an embeddings folder in the formats of other tools, one function for each; MMRec's is in `mmrec`.
 
     npy          fused.npy ...        item_ids.json           one matrix for each view
     cornac       features.npy         item_ids.json           for ImageModality and FeatureModality
     safetensors  vectors.safetensors  item_ids.json           one tensor for each view
-    recbole      NAME.itememb         recbole.yaml            text, read through `preload_weight`
+    recbole      NAME.itememb         recbole.yaml            text, for RecBole's `preload_weight`
     lance        items.lance/                                 item_id and one vector column for each view
 
 Row i of every matrix is the item at position i of `item_ids.json`, a plain list of strings: ids may hold line breaks
-and anything else. Tables are streamed: a catalogue does not have to fit into memory, its ids do.
+and any other character. Tables are streamed: the ids have to fit into memory, the vectors do not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IDS_FILE = "item_ids.json"
 LEFT_OUT = "left out"
 MEAN_VECTOR = "mean vector"
 _BATCH = 1024  # rows read at a time
-# what pandas, and so RecBole, reads as a missing value
+# strings that pandas, and therefore RecBole, reads as missing values
 _NOT_AVAILABLE = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
     | {"NULL", "NaN", "None", "n/a", "nan", "null"}
@@ -43,7 +43,7 @@ _NOT_AVAILABLE = frozenset(
 
 @dataclass(frozen=True)
 class Gap:
-    """An item without a vector in some view, why, and what became of it."""
+    """An item without a vector in some view, the reason, and what was done."""
 
     item_id: str
     column: str
@@ -53,13 +53,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of an embeddings folder that go out: those with a vector in every view, or filled up."""
+    """The rows of an embeddings folder to write: those with a vector in every view, or with filled ones."""
 
     folder: Location
     columns: tuple[str, ...]
-    dims: dict[str, int]  # of each view
+    dims: dict[str, int]  # length of each view's vectors
     kept: np.ndarray  # (N,) bool, in the folder's order
-    means: dict[str, np.ndarray]  # view → (d,) float32, the mean of the vectors there are
+    means: dict[str, np.ndarray]  # view → (d,) float32, the mean of the existing vectors
     gaps: list[Gap]
 
     def __len__(self) -> int:
@@ -81,17 +81,17 @@ class Selection:
 
 
 def select(folder: Location, columns: Sequence[str], missing: Missing) -> Selection:
-    """Look through an embeddings folder and say which items go out.
+    """Read an embeddings folder once and choose the items to write.
 
     Args:
         folder: a finished embeddings folder.
         columns: which views.
-        missing: what becomes of an item that lacks one of them: `skip` leaves it out of all, `mean` gives it the mean
-            of the view's vectors, `error` refuses.
+        missing: what to do with an item that lacks one of them: `skip` leaves it out of all views, `mean` gives it the
+            mean of the view's vectors, `error` raises.
 
     Raises:
         ArtifactError: as `read_batches`, or no vector at all in a view.
-        DataError: items without a vector, and `missing` is `error`.
+        DataError: an item lacks a vector, and `missing` is `error`.
     """
     ids: list[str] = []
     present: dict[str, np.ndarray] = {}
@@ -99,9 +99,9 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
     for column in columns:
         masks: list[np.ndarray] = []
         total: Any = 0.0
-        for batch_ids, vectors, there in read_batches(folder, column, _BATCH):
-            masks.append(there)
-            total = total + vectors[there].sum(0, dtype=np.float64)
+        for batch_ids, vectors, has_vector in read_batches(folder, column, _BATCH):
+            masks.append(has_vector)
+            total = total + vectors[has_vector].sum(0, dtype=np.float64)
             if column == columns[0]:
                 ids += batch_ids
         present[column] = np.concatenate(masks) if masks else np.zeros(0, bool)
@@ -141,13 +141,13 @@ def refuse(gaps: Sequence[Gap]) -> None:
         raise DataError(
             f"{len({gap.item_id for gap in gaps})} items lack a vector, the first is {gaps[0].item_id!r}:"
             f" {gaps[0].column}, {gaps[0].reason}",
-            "a vector of every item",
-            "mend them and export again, or choose --missing mean or skip where the format allows it",
+            "a vector for every item",
+            "repair these items and export again, or choose --missing mean or skip where the format allows it",
         )
 
 
 def read_reasons(folder: Location) -> dict[str, str]:
-    """Return why items of an embeddings folder lack a vector, by id."""
+    """Return the reason why items of an embeddings folder lack a vector, by id."""
     reasons: dict[str, str] = {}
     for shard in schema.read_manifest(folder)["shards"]:
         with readable(folder / shard["file"]) as source:
@@ -165,8 +165,8 @@ def write_npy(selection: Selection, out: Path) -> None:
 def write_cornac(selection: Selection, out: Path) -> None:
     """Write `features.npy` and ids, as `ImageModality(features=..., ids=...)` takes them.
 
-    cornac moves rows to where its own numbering wants them, and an item it knows without a row of its own silently
-    keeps the row of another. So every item has one here: there is no `skip`.
+    cornac reorders the rows by its own numbering. An item of cornac's without a row silently gets the row of another
+    item. So every item has a row here, and `skip` is not allowed.
     """
     (column,) = selection.columns
     _write_matrices(selection, {column: out / "features.npy"}, out / IDS_FILE)
@@ -178,7 +178,7 @@ def write_safetensors(selection: Selection, out: Path) -> None:
 
     files = {column: out / f".{column}.npy" for column in selection.columns}
     _write_matrices(selection, files, out / IDS_FILE)
-    # mapped, not read: what is written comes from the page cache
+    # mapped, not read: the data to write comes from the page cache
     tensors = {column: np.load(file, mmap_mode="r") for column, file in files.items()}
     save_file(tensors, out / "vectors.safetensors", metadata={"item_ids": IDS_FILE})
     for file in files.values():
@@ -186,7 +186,7 @@ def write_safetensors(selection: Selection, out: Path) -> None:
 
 
 def _write_matrices(selection: Selection, files: dict[str, Path], ids_file: Path) -> None:
-    # written in order, not mapped: a full disk is an error then, and no crash
+    # written in order, not mapped: then a full disk is an error and not a crash
     item_ids: list[str] = []
     with ExitStack() as stack:
         opened = {column: stack.enter_context(file.open("wb")) for column, file in files.items()}
@@ -201,16 +201,16 @@ def _write_matrices(selection: Selection, files: dict[str, Path], ids_file: Path
 
 
 def write_recbole(selection: Selection, out: Path, name: str) -> list[Gap]:
-    """Write `<name>.itememb`, and the lines of a RecBole YAML that load it; return ids RecBole cannot hold.
+    """Write `<name>.itememb` and the lines of a RecBole YAML that load it; return the ids that RecBole cannot hold.
 
-    RecBole reads ids such as "NA" or "null" as missing values and drops them: they are left out, and named.
+    RecBole reads ids such as "NA" or "null" as missing values and drops them. They are left out and returned.
     """
     (column,) = selection.columns
     unfit = []
     with (out / f"{name}.itememb").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, delimiter="\t", lineterminator="\n")
         rows.writerow(["vector_of:token", "item_vector:float_seq"])
-        numbers = " ".join(["%.9g"] * selection.dims[column])  # nine digits bring every float32 back
+        numbers = " ".join(["%.9g"] * selection.dims[column])  # nine digits restore every float32 exactly
         for ids, views in selection.batches():
             for item_id, vector in zip(ids, views[column].tolist(), strict=True):
                 if item_id in _NOT_AVAILABLE:

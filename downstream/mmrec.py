@@ -1,15 +1,15 @@
-"""A dataset folder and its vectors as a dataset of MMRec, the toolbox of FREEDOM, LATTICE, BM3 and others.
+"""Writes a dataset folder and its vectors as a dataset of MMRec, the toolbox of FREEDOM, LATTICE, BM3 and others.
 
     NAME.inter                            userID itemID rating timestamp x_label, tab-separated, numbers from 0
     image_feat.npy  text_feat.npy         (items, d) float32: row i is itemID i
-    fused_feat.npy                        in place of these two, named as the text features: one joint vector an item
-    i_id_mapping.csv  u_id_mapping.csv    our ids beside MMRec's numbers, tab-separated
-    NAME.yaml                             to be copied into MMRec's src/configs/dataset
+    fused_feat.npy                        instead of these two, given as the text features: one joint vector per item
+    i_id_mapping.csv  u_id_mapping.csv    our ids and MMRec's numbers, tab-separated
+    NAME.yaml                             copy it into MMRec's src/configs/dataset
 
 MMRec takes the largest itemID of the `.inter` file as the number of items, and every matrix must have as many rows:
-items that nobody touched are left out. It divides vectors by their length without a guard, so that a zero vector
-makes NaN of a whole graph: it counts as missing here. Its models keep item graphs in the same folder
-(`mm_adj_*.pt`, `image_adj_*.pt`) and would use them with other vectors as well: a new conversion wants a new folder.
+items without interactions are left out. It divides vectors by their length without a guard, so a zero vector makes a
+whole graph NaN: it counts as missing here. Its models keep item graphs in the same folder (`mm_adj_*.pt`,
+`image_adj_*.pt`) and would use them with other vectors too: use a new folder for each conversion.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def write_mmrec(embeddings: Location, dataset: Dataset, out: Path, name: str, co
 
     Args:
         embeddings: a finished embeddings folder.
-        dataset: whose interactions and items.
+        dataset: the dataset with interactions and items.
         out: an existing folder.
-        name: of the dataset, in MMRec.
+        name: the dataset's name in MMRec.
         columns: `text`, `image`, or both; or `fused` alone.
 
     Raises:
-        ArtifactError: a view without vectors, or users without a training item.
-        DataError: a mean vector of length zero, which cannot stand for missing ones.
+        ArtifactError: a view has no vectors, or a user has no training item.
+        DataError: the mean vector is zero, and cannot replace missing vectors.
     """
     touched, untouched = _write_interactions(dataset, out / f"{name}.inter")
     item_ids = [dataset.item_ids[row] for row in touched]
@@ -59,18 +59,18 @@ def write_mmrec(embeddings: Location, dataset: Dataset, out: Path, name: str, co
         for row in np.flatnonzero(~found):
             reason = reasons.get(item_ids[row], f"no {column} vector, or one of zeros")
             gaps.append(Gap(item_ids[row], column, reason, MEAN_VECTOR))
-    nobody = "nobody touched it: MMRec counts items by their interactions"
-    return gaps + [Gap(dataset.item_ids[row], "", nobody, LEFT_OUT) for row in untouched]
+    untouched_reason = "it has no interactions: MMRec counts items by their interactions"
+    return gaps + [Gap(dataset.item_ids[row], "", untouched_reason, LEFT_OUT) for row in untouched]
 
 
 def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write the `.inter` file; return the items it numbers, in that order, and those nobody touched, as rows.
+    """Write the `.inter` file; return the rows of the numbered items, in that order, and of those without interactions.
 
-    Items are numbered in the catalogue's order. The dataset folder keeps the order of a user's items and not their
-    times: `timestamp` is the place in the sequence. MMRec does not read it, nor the rating.
+    Items are numbered in the catalogue's order. The dataset folder keeps the order of a user's items but not their
+    times: `timestamp` is the position in the sequence. MMRec reads neither it nor the rating.
     """
     train = dataset.train_sequences()
-    if not train or min(map(len, train)) == 0:  # MMRec looks up every user among those it trains on
+    if not train or min(map(len, train)) == 0:  # MMRec needs every user in training
         raise ArtifactError(
             f"{dataset.path} has {'a user without a training item' if train else 'no user'}",
             "users with three interactions or more",
@@ -85,16 +85,16 @@ def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.nd
         for user, sequence in enumerate(train):
             items = [*sequence, valid[user], test[user]]
             labels = [TRAIN] * len(sequence) + [VALID, TEST]
-            for place, (item, label) in enumerate(zip(items, labels, strict=True)):
-                lines.write(f"{user}\t{number[item]}\t1.0\t{place}\t{label}\n")
+            for position, (item, label) in enumerate(zip(items, labels, strict=True)):
+                lines.write(f"{user}\t{number[item]}\t1.0\t{position}\t{label}\n")
     return np.flatnonzero(is_touched), np.flatnonzero(~is_touched)
 
 
 def _write_features(embeddings: Location, column: str, item_ids: list[str], file: Path) -> np.ndarray:
-    """Write one matrix, missing rows as the mean of the others; return which items have a vector, (I,) bool."""
+    """Write one matrix, with the mean vector in missing rows; return which items have a vector, (I,) bool."""
     shape = (len(item_ids), schema.dims_of(schema.read_manifest(embeddings))[column])
     vectors: np.ndarray = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-    if hasattr(os, "posix_fallocate"):  # a disk that fills up under mapped memory would end the process
+    if hasattr(os, "posix_fallocate"):  # a full disk under mapped memory would kill the process
         with file.open("r+b") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
     found = read_in_order(embeddings, column, item_ids, vectors)  # rows without a vector stay zero
@@ -109,8 +109,8 @@ def _write_features(embeddings: Location, column: str, item_ids: list[str], file
     if not found.all() and not mean.any():
         raise DataError(
             f"the mean of the {column} vectors is zero, and {int((~found).sum())} items have none",
-            "a mean that can stand for a missing vector",
-            "give all items a vector, or vectors that are not centred",
+            "a mean that can replace a missing vector",
+            "give every item a vector, or use vectors that are not centred",
         )
     for start in range(0, len(item_ids), _ROWS):
         rows = vectors[start : start + _ROWS]
@@ -134,7 +134,7 @@ def _yaml(name: str, columns: Sequence[str]) -> str:
         "filter_out_cod_start_users": "True",
         "inter_file_name": f"'{name}.inter'",
         "vision_feature_file": f"'{_FILES[schema.IMAGE]}'",
-        # MMRec knows features of two kinds, and takes what is there
+        # MMRec knows two kinds of features, and uses those it finds
         "text_feature_file": f"'{_FILES[schema.FUSED if schema.FUSED in columns else schema.TEXT]}'",
         "field_separator": '"\\t"',
     }

@@ -1,4 +1,4 @@
-"""Principal components of a table of vectors. NumPy in, NumPy out."""
+"""Principal components of a table of vectors, in NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PrincipalComponents:
     def project(self, vectors: np.ndarray) -> tuple[np.ndarray, float]:
         """Centre vectors on their own mean and project them.
 
-        Projection is linear: where fused = text + image, the three views projected on the same directions keep that.
+        Projection is linear: if fused = text + image, that also holds for the projections on the same directions.
 
         Args:
             vectors: (N, d), finite.
@@ -43,8 +43,8 @@ class PrincipalComponents:
 def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents:
     """Return the first `count` principal components of (N, d) finite vectors.
 
-    By SVD of the centred matrix, in float64. The entry of largest size in each direction is positive, so the same
-    vectors give the same signs on every machine.
+    They come from the SVD of the centred matrix, in float64. The largest entry of each direction is made positive, so
+    the same vectors give the same signs on every machine.
 
     Raises:
         ConfigError: the vectors have fewer than `count` directions.
@@ -54,17 +54,17 @@ def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents
         raise ConfigError(
             f"{count} principal components of {rows} vectors of length {dim}",
             f"at most {max(0, min(rows - 1, dim))}: centred vectors have no more directions",
-            "ask for fewer",
+            "choose fewer",
         )
     _, lengths, directions = np.linalg.svd(_triangle(vectors), full_matrices=False)
-    # what float32 rounding alone makes of vectors that do not vary
+    # the variance that float32 rounding alone gives to equal vectors
     rounding = np.finfo(np.float32).eps * float(np.linalg.norm(vectors.astype(np.float32, copy=False)))
     varying = int((lengths > rounding).sum())
     if count > varying:
         raise ConfigError(
             f"{count} principal components of vectors that vary in {varying} directions only",
             f"at most {varying}",
-            "ask for fewer",
+            "choose fewer",
         )
     directions = directions[:count]
     largest = directions[np.arange(count), np.abs(directions).argmax(1)]
@@ -72,9 +72,9 @@ def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents
 
 
 def _triangle(vectors: np.ndarray) -> np.ndarray:
-    """Return R of the QR decomposition of the centred vectors: it has their singular values and right vectors.
+    """Return R of the QR decomposition of the centred vectors: it has the same singular values and right vectors.
 
-    Made block by block, so that memory is that of a block and of (d, d), whatever the number of rows.
+    It is computed block by block, so memory holds one block and (d, d), whatever the number of rows.
     """
     mean = vectors.mean(0, dtype=np.float64)
     triangle = np.empty((0, vectors.shape[1]))

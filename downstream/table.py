@@ -17,9 +17,9 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
-_EXPORT_AGAIN = "run the command that wrote it (`vlm2rec export-items`, for one) again: it redoes what is damaged"
+_EXPORT_AGAIN = "run the command that wrote it (for example `vlm2rec export-items`) again: it repairs damaged shards"
 
-_BATCH = 1024  # rows read at a time: what is copied is still in the processor's cache
+_BATCH = 1024  # rows read at a time: few enough to stay in the processor's cache while they are copied
 _READERS = min(8, os.cpu_count() or 1)
 _Read = TypeVar("_Read")
 
@@ -28,7 +28,7 @@ _Read = TypeVar("_Read")
 class EmbeddingTable:
     """One view of an embeddings folder in memory: ids and vectors share a row.
 
-    `vectors` is (N, d) float32 with rows of NaN for items that have no vector in this view; `present` says which do.
+    `vectors` is (N, d) float32 with rows of NaN for items without a vector in this view; `present` says which have one.
     """
 
     item_ids: list[str]
@@ -47,7 +47,7 @@ class EmbeddingTable:
         """Read one view of a finished embeddings folder, on a disk or in an object store (`s3://bucket/folder`).
 
         Raises:
-            ArtifactError: no manifest, a damaged or foreign shard, or not a single vector in this view.
+            ArtifactError: no manifest, a damaged or foreign shard, or no vector at all in this view.
         """
         folder = location(folder)
         _require_view(column)
@@ -59,11 +59,11 @@ class EmbeddingTable:
 
         def read(number: int) -> list[str]:
             ids: list[str] = []
-            for batch_ids, batch, there in _read_shard(folder, manifest, number, column, _BATCH):
+            for batch_ids, batch, has_vector in _read_shard(folder, manifest, number, column, _BATCH):
                 rows = slice(starts[number] + len(ids), starts[number] + len(ids) + len(batch_ids))
                 ids.extend(batch_ids)
                 if len(ids) <= counts[number]:
-                    vectors[rows], present[rows] = batch, there
+                    vectors[rows], present[rows] = batch, has_vector
             return ids
 
         by_shard = _every_shard(manifest, column, read)
@@ -94,19 +94,19 @@ class EmbeddingTable:
             raise ArtifactError(
                 f"{int((rows < 0).sum())} of {len(rows)} items have no {self.column} vector, among them {missing}",
                 "a vector for every item",
-                "export the same dataset these items come from, or mend the failed items and export again",
+                "export the dataset that these items come from, or repair the failed items and export again",
             )
         return self.vectors[rows]
 
 
 def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: np.ndarray) -> np.ndarray:
-    """Read the vectors of some items straight to where they are wanted; the table itself is never in memory.
+    """Read the vectors of some items directly into a given array; the table itself is never in memory.
 
     Args:
         folder: a finished embeddings folder.
         column: which view.
         item_ids: M different ids.
-        vectors: (M, d) float32 to fill; rows of items without a vector are left as they are.
+        vectors: (M, d) float32 to fill; rows of items without a vector do not change.
 
     Returns:
         Which items have a vector, (M,) bool.
@@ -115,13 +115,13 @@ def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: n
         ArtifactError: as `EmbeddingTable.open`.
     """
     manifest = schema.read_manifest(folder)
-    place = {item_id: row for row, item_id in enumerate(item_ids)}
+    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     found = np.zeros(len(item_ids), bool)
 
     def read(number: int) -> bool:
         anything = False
         for ids, batch, present in _read_shard(folder, manifest, number, column, _BATCH):
-            rows = np.array([place.get(item_id, -1) for item_id in ids], np.int64)
+            rows = np.array([row_of.get(item_id, -1) for item_id in ids], np.int64)
             anything = anything or bool(present.any())
             wanted = present & (rows >= 0)
             if not wanted.all():
@@ -140,7 +140,7 @@ def _nothing_in(folder: Location, column: str) -> ArtifactError:
     return ArtifactError(
         f"{folder} has no vector in column {column!r}: all its rows are null",
         "at least one vector",
-        "choose another column, or look at the status and error columns of the export",
+        "choose another column, or check the status and error columns of the export",
     )
 
 
@@ -149,8 +149,8 @@ def read_batches(
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream (item_ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
 
-    Memory is that of one batch, whatever the catalogue's size. Each shard's size is held against the manifest and
-    Parquet's page checksums are checked on the way; `vlm2rec verify` also compares SHA-256.
+    Memory holds one batch, whatever the catalogue's size. Each shard's size is compared with the manifest, and
+    Parquet's page checksums are checked; `vlm2rec verify` also compares SHA-256.
     """
     _require_view(column)
     manifest = schema.read_manifest(folder)
@@ -159,7 +159,7 @@ def read_batches(
 
 
 def _every_shard(manifest: Mapping[str, Any], column: str, read: Callable[[int], _Read]) -> list[_Read]:
-    """Read the shards in several threads, as decoding leaves Python's lock alone; results come in the shards' order."""
+    """Read the shards in several threads, as decoding releases Python's lock; results come in the shards' order."""
     _require_view(column)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="shard") as pool:
         return list(pool.map(read, range(len(manifest["shards"]))))
@@ -205,7 +205,7 @@ def _require_vectors(found: pa.Schema, column: str, dim: int, path: Location) ->
 
 
 def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    # `.flatten()` would drop null rows and shift every id after them: read the values and mark the nulls
+    # not `.flatten()`, which would drop null rows and shift every id after them
     present = column.is_valid().to_numpy(zero_copy_only=False)
     flat = column.values.slice(column.offset * dim, len(column) * dim)
     vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(column), dim)

@@ -1,10 +1,10 @@
-"""Several processes that fine-tune one model: `torchrun` or `accelerate launch` starts them, and they join here.
+"""Several processes that fine-tune one model: `torchrun` or `accelerate launch` starts them, this module joins them.
 
-Each has a rank from 0 to count - 1. Rank 0 is the main process: it alone writes files and talks to the terminal. A
-process that nobody launched is the only one, and nothing here makes it wait or send.
+Each has a rank from 0 to count - 1. Rank 0 is the main process: only it writes files and terminal output. A process
+that was started without a launcher is the only one, and nothing here makes it wait or send.
 
-What they learn is what one process with the whole batch would, because each of them computes the same loss over the
-vectors of all: `gather` brings these together, and its backward pass gives each process the gradient of its own.
+Together they learn what one process with the whole batch would learn, because each computes the same loss over the
+vectors of all. `gather` collects these vectors; its backward pass gives each process the gradient of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # for a process that lives and does not answer; one that died is noticed at once
+PATIENCE = timedelta(minutes=30)  # wait for a process that runs but does not answer; a dead one is noticed at once
 
 
 def count() -> int:
@@ -32,7 +32,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Return this process's place among them."""
+    """Return this process's rank."""
     return dist.get_rank() if _is_joined() else 0
 
 
@@ -47,16 +47,16 @@ def _is_joined() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes launched together, over NCCL on GPUs and gloo on CPUs, and part from them at the end.
+    """Join the processes launched together, over NCCL on GPUs and gloo on CPUs, and leave them at the end.
 
     Args:
-        device: where this process computes.
+        device: the device of this process.
 
     Raises:
-        ConfigError: several processes were launched, and this device cannot send.
+        ConfigError: several processes were launched, and this device cannot exchange tensors.
         Vlm2RecError: another process has died.
     """
-    if _is_joined():  # by the caller, who ends it too
+    if _is_joined():  # the caller joined the processes, and leaves them too
         yield
         return
     PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
@@ -64,20 +64,20 @@ def joined(device: torch.device) -> Iterator[None]:
     if launched > count():
         raise ConfigError(
             f"{launched} processes were launched on device {device}, which cannot train together",
-            "GPUs of CUDA, or the CPU",
+            "CUDA GPUs, or the CPU",
             "--device cpu, or launch one process",
         )
     try:
         yield
-    except RuntimeError as error:  # neither library has a class of its own for it
+    except RuntimeError as error:  # neither NCCL nor gloo has an exception class for it
         if count() == 1 or not _is_lost_peer(error):
             raise
         raise Vlm2RecError(
             f"process {rank()} of {count()} has lost another ({str(error).partition('. ')[0]})",
-            "all of them at work to the end",
-            "look for the message of the one that stopped first; the same command goes on from the last checkpoint",
+            "all processes running to the end",
+            "read the message of the one that stopped first; the same command continues from the last checkpoint",
         ) from error
-    if _is_joined():  # after an error the others may not answer any more: the end of the process parts as well
+    if _is_joined():  # not after an error, as the others may no longer answer: the end of the process does the same
         dist.destroy_process_group()
         PartialState._reset_state()
 
@@ -87,11 +87,11 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows, one tensor a process; backwards, the gradient of this process's own.
+    """The rows of all processes, one tensor for each; the backward pass gives the gradient of this process's rows.
 
-    Every process computes the whole loss from what it gathered, so the gradient of its own rows is complete as it is:
-    nothing has to travel back. `DistributedDataParallel` takes the mean of what the processes find, where their sum is
-    meant; hence the factor.
+    Every process computes the whole loss from the gathered rows, so the gradient of its own rows is already complete
+    and nothing is sent back. `DistributedDataParallel` averages the gradients of the processes, but their sum is
+    needed; hence the factor.
     """
 
     @staticmethod
@@ -104,10 +104,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> list[Tensor]:
-    """Return the rows of every process, by rank; gradients of a loss that all compute alike flow back to the owners.
+    """Return the rows of every process, by rank; the gradient of a loss that all compute reaches each process's rows.
 
     Args:
-        rows: this process's, (n, ...); n may differ between processes and may be 0.
+        rows: the rows of this process, (n, ...); n may differ between processes and may be 0.
     """
     if count() == 1:
         return [rows]
@@ -126,16 +126,16 @@ def _gathered(rows: Tensor) -> list[Tensor]:
 
 
 def share(rows: Sequence[T]) -> Sequence[T]:
-    """Return the rows that fall to this process, every `count()`-th; together the processes have each row once."""
+    """Return this process's share of the rows, every `count()`-th; together the processes have each row once."""
     return rows[rank() :: count()]
 
 
 def gather_shares(rows: Tensor) -> Tensor:
-    """Return what every process made of its `share`, in the order of the whole."""
+    """Return the results of all processes for their `share`, in the order of the whole."""
     parts = gather(rows)
     whole = rows.new_empty((sum(map(len, parts)), *rows.shape[1:]))
-    for place, part in enumerate(parts):
-        whole[place :: len(parts)] = part
+    for offset, part in enumerate(parts):
+        whole[offset :: len(parts)] = part
     return whole
 
 
@@ -165,6 +165,6 @@ def from_all(value: T) -> list[T]:
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have reached this point."""
     if count() > 1:
         dist.barrier()

@@ -1,6 +1,6 @@
-"""The choices of every setting that takes one of a few words, each once. No torch in here.
+"""The choices of every setting that takes one of a few words, each defined once. No torch in here.
 
-The command line, `ItemEncoder`, the trainer and the export all take their words from this module.
+The command line, `ItemEncoder`, the trainer and the export all take their choices from this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 # --- from an item to a vector ---------------------------------------------------------------------------------
 PromptMode = Literal["raw", "chat"]
 PromptStyle = Literal["vlm2rec", "sda"]
-"""Whose prompts: those of VLM2Rec, or those of SDA, which know single items only."""
+"""Whose prompts: VLM2Rec's, or SDA's, which are for single items only."""
 FusionMode = Literal["external", "internal"]
 FusionNorm = Literal["raw", "normalised"]
 ViewChoice = Literal["both", "text", "image"]
@@ -25,17 +25,17 @@ STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 StrategyChoice = Literal[Strategy, "question"]
 """One of the study's prompts, or a question about title and image together."""
 QuestionMode = Literal["auto", PromptMode]
-"""`auto`: chat where the model has a chat template."""
+"""`auto`: chat if the model has a chat template."""
 EncoderKind = Literal["auto", "sentence", "clip"]
 """Of a frozen encoder: titles alone, or titles and images in one space; `auto`: what its folder holds."""
 EncoderPooling = Literal["auto", "mean", "cls", "last"]
-"""Of a frozen text encoder; `auto`: as its folder says, else the mean."""
+"""Of a frozen text encoder; `auto`: what its folder says, else the mean."""
 
 # --- training -------------------------------------------------------------------------------------------------
 Alignment = Literal["paper", "reference", "off"]
-"""SDA's CMSA: as its paper writes it, as its public code has it, or without the soft target."""
+"""SDA's CMSA: as in its paper, as in its public code, or without the soft target."""
 SDA_PROBED: Final = ("q_proj", "k_proj")
-"""Projections of the last layer in which SDA's gradients of text and image are compared (its section 3.3.3)."""
+"""Projections of the last layer where SDA's gradients of text and image are compared (its section 3.3.3)."""
 SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]

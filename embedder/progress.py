@@ -1,6 +1,6 @@
-"""How long work tells what it does: a protocol that the command line fulfils, and silence for everybody else.
+"""How long-running work reports its progress: a protocol that the command line implements; the default is silent.
 
-Code in this package prints nothing. What has something to say takes a `Reporter`; the default says nothing.
+Code in this package prints nothing. A function with something to report takes a `Reporter`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Moves a progress bar on; the total and the text may be set along the way."""
+    """Moves a progress bar forward; it may also change the bar's total and text."""
 
     def __call__(self, count: int, *, total: int | None = None, description: str | None = None) -> None:
         """Advance by `count` steps."""
 
 
 class Reporter(Protocol):
-    """Where long work says what it does."""
+    """Receives the messages and the progress of long-running work."""
 
     @property
     def draws_bars(self) -> bool:
-        """Whether somebody watches a bar; where not, lines say how far the work is."""
+        """Whether progress bars are visible; if not, the work reports its progress in lines."""
 
     def say(self, text: str, *, warning: bool = False) -> None:
         """Print one line of plain text."""
@@ -32,12 +32,12 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that says nothing."""
+    """A reporter that shows nothing."""
 
     draws_bars = True
 
     def say(self, text: str, *, warning: bool = False) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Advance]:

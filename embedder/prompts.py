@@ -1,8 +1,8 @@
 """The prompts of section 2.2.1, as the paper prints them, and those of SDA for single items. No model code.
 
-A prompt is a tuple of parts: text, or `IMAGE_HERE` where an image goes. It becomes a string in one of two modes:
+A prompt is a tuple of parts: text, or `IMAGE_HERE` in place of an image. It becomes a string in one of two modes:
 `raw` joins the parts, so that the last token of the prompt is the last token of the last item; `chat` puts them into
-the family's chat template and opens the assistant's turn, so that the last token is the one the answer follows.
+the family's chat template and opens the assistant's turn, so that the answer would follow the last token.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ CONSTANT_STARTS: Final = (
     SDA_TEXT_INSTRUCTION,
     SDA_IMAGE_INSTRUCTION,
 )
-"""What prompts of one kind all begin with."""
+"""The constant starts of the prompts, one for each kind."""
 
 
 def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
-    In the wording of SDA, which knows single items only: `The product has the following attributes: <title>`.
+    In the style of SDA, for a single item: `The product has the following attributes: <title>`.
     """
     if prompt_style == "sda":
-        return (SDA_TEXT_INSTRUCTION + titles[_the_only(len(titles))],)
+        return (SDA_TEXT_INSTRUCTION + titles[_single_item(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
 
 
 def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
-    In the wording of SDA: `The product has the image: <image>`.
+    In the style of SDA: `The product has the image: <image>`.
     """
     if prompt_style == "sda":
-        _the_only(count)
+        _single_item(count)
         return (SDA_IMAGE_INSTRUCTION, IMAGE_HERE)
     return _with_images(IMAGE_INSTRUCTION, [""] * count)
 
@@ -55,10 +55,10 @@ def item_prompt(titles: Sequence[str]) -> Prompt:
     return _with_images(ITEM_INSTRUCTION, [f"{title} " for title in titles])
 
 
-def _the_only(count: int) -> int:
+def _single_item(count: int) -> int:
     """Return 0, the row of a single item; raise `ValueError` for a sequence."""
     if count != 1:
-        raise ValueError(f"a sequence of {count} items; SDA's prompts ask about one")
+        raise ValueError(f"a sequence of {count} items; SDA's prompts are about one")
     return 0
 
 
@@ -79,7 +79,7 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
 
 
 def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: PromptStyle = "vlm2rec") -> str:
-    """Return a short hash of everything that decides a prompt's wording, for fingerprints."""
+    """Return a short hash of everything that decides the text of a prompt, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
         "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
@@ -94,7 +94,7 @@ DETAILS = "Product details:"
 
 
 def product_text(title: str, category: str) -> str:
-    """Return `[TITLE], category: [CATEGORY]`, or the one of them that is not blank."""
+    """Return `[TITLE], category: [CATEGORY]`, or only the part that is not blank."""
     return ", ".join(part for part in (title, category and f"category: {category}") if part)
 
 
@@ -109,7 +109,7 @@ def textual_prompt(text: str) -> Prompt:
 
 
 def joint_prompt(strategy: Strategy, text: str) -> Prompt:
-    """Return the one prompt around image and text of `prompt1` or `prompt2`."""
+    """Return the prompt with image and text of `prompt1` or `prompt2`."""
     if strategy == "prompt1":
         return (IMAGE_HERE, f"\n{text}\n{JOINT_INSTRUCTION}")
     return (f"{FRAMING} ", IMAGE_HERE, f"\n{DETAILS} {text}\n{JOINT_INSTRUCTION}")
@@ -119,7 +119,7 @@ DEFAULT_QUESTION = (
     "What kind of item is this, and whom would it please? Answer in JSON with the keys category, theme, style, look,"
     " audience and use."
 )
-_ANSWER = "\nAnswer:"  # without a chat template something else has to say that the answer follows
+_ANSWER = "\nAnswer:"  # without a chat template, this marks where the answer would begin
 
 
 def question(title: str, instruction: str, mode: PromptMode) -> Prompt:

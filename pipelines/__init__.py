@@ -1,1 +1,1 @@
-"""pipelines runs both: one module per command. Nothing imports this package."""
+"""pipelines runs embedder and downstream: one module per command. Neither of them imports this package."""

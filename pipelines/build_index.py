@@ -51,7 +51,7 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    log.print(text, soft_wrap=True)  # one line in a log file, whatever its width
+    log.print(text, soft_wrap=True)  # never folded, so that it is one line in a log file
 
 
 def _print_estimate(plan: IndexPlan) -> None:
@@ -62,7 +62,7 @@ def _print_estimate(plan: IndexPlan) -> None:
     free = _free_memory()
     if free is not None and plan.memory > free:
         _say(
-            f"[yellow]only {_size(free)} of memory are free:[/] --kind 'OPQ64_256,IVF4096,PQ64' takes far less, at a"
+            f"[yellow]only {_size(free)} of memory are free:[/] --kind 'OPQ64_256,IVF4096,PQ64' needs far less, at a"
             " lower recall"
         )
 
@@ -77,7 +77,7 @@ def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
     rows["built in"] = _duration(meta["build_seconds"]) + f", checked in {_duration(meta['check_seconds'])}"
     summary("Index", rows)
     if not meta["titles"]:
-        _say("no dataset folder was found, so the index has no titles: give --data to have them in search results")
+        _say("no dataset folder was found, so the index has no titles; give --data to see titles in search results")
     elif meta["titles"] < meta["rows"]:
         _say(f"{meta['rows'] - meta['titles']:,} items have no title in {escape(meta['titles_from'])}")
     if meta["recall@10"] is not None and meta["recall@10"] < TARGET_RECALL:
@@ -105,8 +105,8 @@ def search(config: SearchConfig) -> list[Neighbour]:
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
-    # an index may travel without its embeddings folder; only a folder that is there and differs is worth a word, and
-    # of a store every search would have to wait for the answer
+    # an index may be used without its embeddings folder, so only an existing folder that differs is reported; a folder
+    # in an object store is not checked, because every search would wait for the store
     reason = index.stale() if Path(index.meta["embeddings"]).exists() else None
     if reason:
         _say(f"[yellow]the index is stale:[/] {escape(reason)}; run `vlm2rec build-index` again")
@@ -115,7 +115,7 @@ def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return text without tabs, line ends and terminal escapes: titles come from anywhere."""
+    """Return text without tabs, line ends and terminal escapes: titles may hold anything."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
@@ -136,5 +136,5 @@ def _duration(seconds: float) -> str:
 def _free_memory() -> int | None:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told by this system
+    except (ValueError, OSError):  # this system does not say
         return None

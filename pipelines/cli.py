@@ -1,4 +1,4 @@
-"""The command line. Every flag is a field of the command's config in `config.py`; heavy imports wait for the call.
+"""The command line. Every flag is a field of the command's config in `config.py`. Heavy imports wait for the call.
 
 Results go to stdout, everything else to stderr. Exit codes:
 0 done · 1 a bug · 2 a setting · 3 input data · 4 backbone or adapter · 5 a damaged or unfit folder ·
@@ -47,7 +47,7 @@ RENAMED = {
 
 
 def _part(hint: Any) -> Any:
-    """Return what a field holds when it is set, without its bounds."""
+    """Return the type of a field's value without None and without its bounds."""
     part = next(part for part in read_config._union_parts(hint) if part is not type(None))
     return typing.get_args(part)[0] if typing.get_origin(part) is Annotated else part
 
@@ -75,7 +75,7 @@ def command(
 
     Args:
         cls: The config dataclass.
-        positional: Field that is given without a flag.
+        positional: Field that takes its value without a flag.
         own_config_key: `--config` is a field of the dataclass (a RecBole YAML), not a file of our settings.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -142,16 +142,16 @@ def command(
 
 @contextmanager
 def _own_endings() -> Iterator[None]:
-    # typer would end both itself: an interrupt without a word, a reader that went away (`| head`) as a failure
+    # typer would handle both itself: an interrupt without a message, a closed stdout (`| head`) as a failure
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("vlm2rec: interrupted; run the same command again to go on.", file=sys.stderr)
+        print("vlm2rec: interrupted; run the same command again to continue.", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError as error:
         if not _reader_gone():
-            raise RuntimeError("a worker process went away") from error  # it was another pipe than stdout
+            raise RuntimeError("a worker process has ended") from error  # the broken pipe was not stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
 
@@ -196,14 +196,14 @@ def finetune(config: settings.FinetuneConfig) -> None:
 def export_items(config: settings.ExportConfig) -> None:
     """Encode every item once: fused, text and image vectors in Parquet.
 
-    With a fine-tuned or plain backbone, a backbone that is asked otherwise (--strategy), or a frozen --encoder.
+    The encoder is a fine-tuned or plain backbone, a backbone with other prompts (--strategy), or a frozen --encoder.
     """
     module_of("export_items").run(config)
 
 
 @command(settings.ImportVectorsConfig)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
-    """Turn vectors of yours (Parquet, CSV, npy) into an embeddings folder."""
+    """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
     module_of("import_vectors").run(config)
 
 
@@ -263,7 +263,7 @@ def report(config: settings.ReportConfig) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check Python, libraries, device and disk, and export a few drawn items."""
+    """Check Python, libraries, device and disk, and export a few generated items."""
     with _own_endings():
         module_of("doctor").run()
 

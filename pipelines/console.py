@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: progress with an estimate, and a short summary. All on stderr."""
+"""Output for the user at the terminal: progress with an estimate, and a short summary. All on stderr."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rich.text import Text
 from vlm2rec.embedder.progress import Advance
 
 log = Console(stderr=True, highlight=False)
-"""Where stages talk. Results for other programs go to stdout with `print`."""
+"""The console for messages of the commands. Results for other programs go to stdout with `print`."""
 
 
 class _RateColumn(ProgressColumn):
@@ -58,7 +58,7 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
 
 
 class Terminal:
-    """The `Reporter` of the command line: bars where somebody watches, plain lines in a log file."""
+    """The `Reporter` of the command line: progress bars on a terminal, plain lines in a log file."""
 
     @property
     def draws_bars(self) -> bool:
@@ -83,7 +83,7 @@ def headline(name: str, more: str) -> None:
 
 
 def summary(title: str, rows: Mapping[str, object]) -> None:
-    """Print a two-column summary: what came out and where it lies."""
+    """Print a two-column summary of the results."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""`vlm2rec convert`: an embeddings folder in the form another tool reads. The folder appears whole, or not at all."""
+"""`vlm2rec convert`: writes an embeddings folder in the format of another tool, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Manifest = dict[str, Any]
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
-    """Write the folder and return what its `convert.json` says.
+    """Write the folder and return the content of its `convert.json`.
 
     Raises:
-        ConfigError: settings that do not go together, an output folder with other things in it, or no room on the disk.
+        ConfigError: settings that contradict each other, an output folder with other content, or a full disk.
         ArtifactError: the embeddings or the dataset folder cannot be used, or a view has no vector.
         DataError: items without a vector, with `--missing error`.
         MissingDependencyError: lance without pylance.
-        ModelError: sentence-transformers with a backbone or adapter that the vectors are not of.
+        ModelError: for sentence-transformers, the vectors are not of this backbone and adapter.
     """
     manifest = schema.read_manifest(config.embeddings)
     form = format_of(config.to)
     check_out(config.out, config.to)
-    _refuse_idle_flags(config)
+    _refuse_unused_flags(config)
     columns = _columns(config, form, manifest)
     missing = _missing(config, form)
     with publish.whole_folder(config.out) as folder, publish.plain_disk_errors(config.out):
@@ -48,7 +48,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def check_out(out: Path, kind: str) -> None:
-    """Raise `ConfigError` unless `out` is free, empty, or an earlier conversion to the same form and nothing else."""
+    """Raise `ConfigError` unless `out` is free, empty, or holds only an earlier conversion to the same format."""
     record = out / RECORD_FILE
     earlier = schema.read_json(record, "a conversion", "choose another --out") if record.is_file() else {}
     publish.require_ours(
@@ -59,8 +59,8 @@ def check_out(out: Path, kind: str) -> None:
     )
 
 
-def _refuse_idle_flags(config: ConvertConfig) -> None:
-    """Raise `ConfigError` for a setting that says nothing to this form."""
+def _refuse_unused_flags(config: ConvertConfig) -> None:
+    """Raise `ConfigError` for a setting that this format does not use."""
     for flag in dict.fromkeys(flag for form in FORMATS.values() for flag in form.flags):
         forms = [name for name, form in FORMATS.items() if flag in form.flags]
         if getattr(config, flag) not in (None, (), "auto") and config.to not in forms:
@@ -68,20 +68,20 @@ def _refuse_idle_flags(config: ConvertConfig) -> None:
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:
-    there = [view for view in schema.VIEWS if view in manifest.get("views", schema.VIEWS)]
-    chosen = list(dict.fromkeys(config.columns)) or form.columns(there)
-    absent = [column for column in chosen if column not in there]
+    views = [view for view in schema.VIEWS if view in manifest.get("views", schema.VIEWS)]
+    chosen = list(dict.fromkeys(config.columns)) or form.columns(views)
+    absent = [column for column in chosen if column not in views]
     if absent:
         raise ConfigError(
             f"{config.embeddings} has no {' and no '.join(absent)} vectors",
-            f"some of {', '.join(there)}",
+            f"some of {', '.join(views)}",
             "choose other --columns, or another format",
         )
     if len(chosen) > form.most_columns:
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
     if config.to == "mmrec" and schema.FUSED in chosen and len(chosen) > 1:
         raise ConfigError(
-            f"--columns {','.join(chosen)} with mmrec, which has two places for vectors",
+            f"--columns {','.join(chosen)} with mmrec, which takes two kinds of vectors",
             "text, image, or both, which MMRec's models fuse; or fused alone",
             "leave fused out, or the others",
         )
@@ -93,7 +93,7 @@ def _missing(config: ConvertConfig, form: Format) -> Missing:
         return form.missing[0]
     if config.missing not in form.missing:
         raise ConfigError(
-            f"--missing {config.missing} with {config.to}, which wants a row of every item",
+            f"--missing {config.missing} with {config.to}, which needs a row for every item",
             " or ".join(form.missing),
             "choose one of these",
         )

@@ -1,7 +1,7 @@
-"""Which formats `convert` writes: a row of `FORMATS` each.
+"""The formats that `convert` writes: each is a row of `FORMATS`.
 
-The command line reads this table for its choices and help, so writers and their libraries are imported where a format
-is written.
+The command line reads this table for its choices and help, so the writers and their libraries are imported only when a
+format is written.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Write = Callable[[Settings, Path, list[str], Missing], "list[Gap]"]
 
 @dataclass(frozen=True)
 class Format:
-    """What a format can hold, and how it is written.
+    """What a format can hold, and how to write it.
 
     Args:
-        help: what comes out, for `--help`.
-        columns: returns the views that go out by default, from those there are.
-        most_columns: how many views it holds.
-        missing: what may become of items without a vector, the default first.
-        write: writes it into a folder, and returns which items have no vector of their own.
-        reads: how the other tool takes it.
-        flags: settings of `convert` that mean something to it, beside --out.
+        help: what it is, for `--help`.
+        columns: returns the views to write by default, of the existing ones.
+        most_columns: the largest number of views it holds.
+        missing: the allowed choices for items without a vector, the default first.
+        write: writes the format into a folder, and returns the items without their own vector.
+        reads: how the other tool reads it.
+        flags: the settings of `convert` that it uses, besides --out.
     """
 
     help: str
@@ -49,7 +49,7 @@ class Format:
 
 
 def format_of(name: str) -> Format:
-    """Return a format by its name; raise `ConfigError` where there is none of that name."""
+    """Return a format by its name; raise `ConfigError` if there is none of this name."""
     if name not in FORMATS:
         raise ConfigError(
             f"--to {name!r} is not known{did_you_mean(name, FORMATS)}", f"one of {', '.join(FORMATS)}", "change --to"
@@ -58,7 +58,7 @@ def format_of(name: str) -> Format:
 
 
 def dataset_name(config: Settings) -> str:
-    """Return what the dataset is called in a file name."""
+    """Return the dataset's name for file names."""
     name = config.name or config.out.resolve().name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(
@@ -68,7 +68,7 @@ def dataset_name(config: Settings) -> str:
 
 
 def _rows(writer: str) -> Write:
-    """Return how a format is written that takes every row of a selection: `writer` is a function of `formats`."""
+    """Return the writer of a format that takes every row of a selection; `writer` is a function of `formats`."""
 
     def write(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
         from vlm2rec.downstream import formats
@@ -123,12 +123,12 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     if "source" in exported or "backbone_hash" not in exported:
         source = exported.get("source", "by hand")
         raise ModelError(
-            f"the vectors of {config.embeddings} were not made by export-items, or with --strategy ({source})",
+            f"the vectors of {config.embeddings} were not made by export-items, or made with --strategy ({source})",
             "an export of a backbone with vlm2rec's own prompts",
-            "export one",
+            "run export-items with a backbone, without --strategy",
         )
     given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
-    # an adapter brings its settings; without one they are the export's
+    # with an adapter, its settings apply; without one, the export's
     given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
     found = fingerprint_of(config.backbone, config.adapter, **given)
     for name in (
@@ -148,31 +148,33 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
         raise ModelError(
             f"{config.embeddings} was exported with the prompts and the pooling of SDA",
-            "an export with VLM2Rec's, which the folder's chat template and pooling can express",
+            "an export with VLM2Rec's, which a chat template and a pooling module can express",
             "convert to another format",
         )
     if config.adapter is not None and kind(config.adapter) == "moda":
         raise ModelError(
-            f"the adapter {config.adapter} has weights of its own for text and for images",
-            "an adapter of one set of weights, as sentence-transformers runs one model",
+            f"the adapter {config.adapter} has separate weights for text and for images",
+            "an adapter with one set of weights, as sentence-transformers runs one model",
             "convert to another format",
         )
     try:
         encoder = ItemEncoder.load(config.backbone, config.adapter, **given)
     except RuntimeError as error:
-        raise ModelError(f"the model cannot be loaded ({error})", "memory for the whole model", "free some") from error
+        raise ModelError(
+            f"the model cannot be loaded ({error})", "memory for the whole model", "free some memory"
+        ) from error
     licence = backbone_licence(config.backbone)
     adapter = config.adapter.resolve().name if config.adapter else None
     write_sentence_transformer(encoder, folder, model_readme(encoder, exported["backbone"], adapter, licence))
     return []
 
 
-def _fused(there: Sequence[str]) -> list[str]:
+def _fused(views: Sequence[str]) -> list[str]:
     return ["fused"]
 
 
-def _modalities(there: Sequence[str]) -> list[str]:
-    return [view for view in there if view != "fused"] or ["fused"]
+def _modalities(views: Sequence[str]) -> list[str]:
+    return [view for view in views if view != "fused"] or ["fused"]
 
 
 _SKIP_FIRST: tuple[Missing, ...] = ("skip", "mean", "error")
@@ -229,7 +231,7 @@ FORMATS = {
         "lance.dataset('{out}/items.lance')",
     ),
     "sentence-transformers": Format(
-        "the merged model as a folder it opens",
+        "the merged model as a folder that it opens",
         list,
         3,
         ("skip",),

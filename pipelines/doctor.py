@@ -1,7 +1,7 @@
-"""`vlm2rec doctor`: is this machine ready? Python, libraries, device, disk, a tiny export; a line each, with advice.
+"""`vlm2rec doctor`: checks whether this machine is ready: Python, libraries, device, disk, a tiny export.
 
-Exit code 0 if every required library is there, in range and loads, and the export works; 7 otherwise. Warnings never
-change it.
+The exit code is 0 if every required library is installed, in range and loads, and the export works; otherwise it is 7.
+Warnings never change it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import MissingDependencyError
 
 Status = Literal["ok", "warn", "fail"]
-DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a middling catalogue
+DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a medium-sized catalogue
 _COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
-_OTHER_NAMES = {"faiss-cpu": "faiss"}  # the same module comes from faiss-gpu and from conda's faiss
+_OTHER_NAMES = {"faiss-cpu": "faiss"}  # faiss-gpu and conda's faiss provide the same module
 
 _RECBOLE = """
 from vlm2rec.downstream.recbole.compat import require_recbole
@@ -46,7 +46,7 @@ _TINY_EXPORT = "from vlm2rec.pipelines.doctor import tiny_export; tiny_export()"
 
 
 class Check(NamedTuple):
-    """One line of the table: what was looked at, how it stands, what was found, what to do about it."""
+    """One line of the table: what was checked, its status, what was found, and what to do."""
 
     name: str
     status: Status
@@ -60,7 +60,7 @@ def run() -> list[Check]:
     Raises:
         MissingDependencyError: a required library is missing, out of range or broken.
     """
-    # these load whole libraries: each in a process of its own, while this one looks at the rest
+    # these load whole libraries: each runs in its own process, while this one checks the rest
     recbole = _start("-c", _RECBOLE)
     exporting = _start("-c", _TINY_EXPORT)
     torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
@@ -92,19 +92,19 @@ def _print(checks: list[Check]) -> None:
     for check in checks:
         colour = _COLOURS[check.status]
         table.add_row(check.name, f"[{colour}]{check.status}[/]", escape(check.found), escape(check.advice))
-    # outside a terminal a line is never folded, so that it can be searched
+    # outside a terminal, lines are never folded, so that they can be searched
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
 # --- libraries --------------------------------------------------------------------------------------------------
 def requirements(extra: str = "") -> list[str]:
-    """Return what vlm2rec requires, such as 'torch>=2.8': always, or for an extra."""
+    """Return the requirements of vlm2rec, such as 'torch>=2.8': the basic ones, or those of an extra."""
     found = map(Requirement, metadata.requires("vlm2rec") or [])
     return [f"{each.name}{each.specifier}" for each in found if _extra_of(each) == extra]
 
 
 def _extra_of(requirement: Requirement) -> str:
-    """Return the extra that a requirement belongs to, nothing where it always holds."""
+    """Return the extra that a requirement belongs to; "" for a basic one."""
     wanted = re.search(r"extra == ['\"](.+?)['\"]", str(requirement.marker or ""))
     return wanted[1] if wanted else ""
 
@@ -118,7 +118,7 @@ def installed_version(requirement: str) -> str | None:
 
 
 def check_python() -> Check:
-    """Hold this Python against the range in the package's metadata."""
+    """Compare this Python with the range in the package's metadata."""
     wanted = metadata.metadata("vlm2rec")["Requires-Python"]
     version = ".".join(map(str, sys.version_info[:3]))
     if in_range(version, wanted):
@@ -127,13 +127,13 @@ def check_python() -> Check:
 
 
 def check_library(requirement: str, version: str | None) -> Check:
-    """Hold an installed version (None: not installed) against a requirement such as 'pandas<3,>=2.2'."""
+    """Compare an installed version (None: not installed) with a requirement such as 'pandas<3,>=2.2'."""
     parsed = Requirement(requirement)
     name, wanted = parsed.name, str(parsed.specifier)
     if version is None:
         module = _OTHER_NAMES.get(name)
         if module and importlib.util.find_spec(module):
-            return Check(name, "warn", f"module {module} from another package", f"see that it is {wanted}")
+            return Check(name, "warn", f"module {module} from another package", f"make sure that it is {wanted}")
         return Check(name, "fail", "not installed", f"pip install '{requirement}'")
     if not in_range(version, wanted):
         return Check(name, "fail", f"{version}, wanted {wanted}", f"pip install '{requirement}'")
@@ -141,26 +141,26 @@ def check_library(requirement: str, version: str | None) -> Check:
 
 
 def in_range(version: str, wanted: str) -> bool:
-    """Return whether a version lies in a range such as '<3,>=2.2'; of '2.8.0a0+cpu' the numbers count."""
+    """Return whether a version lies in a range such as '<3,>=2.2'; of '2.8.0a0+cpu' only the numbers count."""
     return SpecifierSet(wanted).contains(Version(version).base_version)
 
 
 def check_torchvision(process: subprocess.Popen[str] | None) -> Check:
-    """Judge the attempt to import torchvision beside torch; None where it is not installed, which is fine.
+    """Check the attempt to import torchvision with torch; None if it is not installed, which is fine.
 
-    A torchvision built for CUDA beside a CPU torch (or for another torch) breaks every image processor of
-    transformers, which imports it wherever it is present.
+    A torchvision built for CUDA with a CPU torch (or for another torch) breaks every image processor of transformers,
+    which imports torchvision if it is installed.
     """
     if process is None:
         return Check("torchvision", "ok", "not installed, not needed")
     _, error = process.communicate()
     if process.returncode == 0:
-        return Check("torchvision", "ok", "loads beside torch; not needed")
+        return Check("torchvision", "ok", "loads with torch; not needed")
     return Check("torchvision", "fail", f"broken: {_last_line(error)}", "pip uninstall torchvision: it is not needed")
 
 
 def check_recbole(process: subprocess.Popen[str]) -> Check:
-    """Judge the attempt to import RecBole: only `train-recommender` needs it."""
+    """Check the attempt to import RecBole, which only `train-recommender` needs."""
     _, error = process.communicate()
     if process.returncode != 0:
         found, _, advice = _last_line(error).partition("|")
@@ -175,11 +175,11 @@ def check_recbole(process: subprocess.Popen[str]) -> Check:
 
 
 def check_export(process: subprocess.Popen[str]) -> Check:
-    """Judge the attempt to export a few drawn items with a random backbone."""
+    """Check the attempt to export a few generated items with a random backbone."""
     _, error = process.communicate()
     if process.returncode == 0:
         return Check("tiny export", "ok", _last_line(error))
-    return Check("tiny export", "fail", _last_line(error), "mend what fails above; if nothing does, please report it")
+    return Check("tiny export", "fail", _last_line(error), "fix what fails above; if nothing does, please report it")
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
@@ -199,13 +199,13 @@ def _last_line(text: str) -> str:
 
 # --- the machine ------------------------------------------------------------------------------------------------
 def check_device() -> Check:
-    """Say which device and number format the commands take by themselves."""
+    """Say which device and number format the commands choose by default."""
     try:
         import torch
 
         from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
-    except Exception as error:  # whatever a broken installation raises is the finding
-        return Check("device", "fail", f"torch or transformers does not load: {error}", "mend the libraries above")
+    except Exception as error:  # report whatever a broken installation raises
+        return Check("device", "fail", f"torch or transformers does not load: {error}", "fix the libraries above")
     device = pick_device("auto")
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     native = "" if dtype == "bfloat16" else ": no native bfloat16"
@@ -218,13 +218,13 @@ def check_device() -> Check:
             "device",
             "warn",
             f"cpu, {dtype}{native}; torch is built for CUDA {torch.version.cuda}, but no GPU is visible",
-            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or go on without",
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES, or continue without a GPU",
         )
     return Check("device", "ok", f"{device.type}, {dtype}{native}")
 
 
 def check_threads() -> Check:
-    """Compare the threads a library starts with the cores this process may use."""
+    """Compare the threads that a library starts with the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     setting = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(setting) if setting.isdecimal() else cores
@@ -239,7 +239,7 @@ def check_threads() -> Check:
 
 
 def check_disks() -> list[Check]:
-    """Look at the room where outputs and backbones go; one line where both are on the same disk."""
+    """Check the free space for outputs and backbones; one line if both are on the same disk."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     while not cache.exists():
         cache = cache.parent
@@ -251,22 +251,22 @@ def check_disks() -> list[Check]:
 
 
 def check_disk(name: str, folder: Path, free: int) -> Check:
-    """Judge the free bytes of a folder's disk."""
+    """Check the free bytes of a folder's disk."""
     found = f"{free / 1e9:.0f} GB free ({folder})"
     if free < DISK_WANTED:
-        return Check(name, "warn", found, f"{DISK_WANTED / 1e9:.0f} GB hold a 3B backbone and its outputs")
+        return Check(name, "warn", found, f"a 3B backbone and its outputs need {DISK_WANTED / 1e9:.0f} GB")
     return Check(name, "ok", found)
 
 
 def tiny_export() -> None:
-    """Export, and say in one line on stderr, the last one, what came out; a fault ends the process with an error."""
+    """Export a few items, and print the result as the last line on stderr; a fault ends the process with an error."""
     with tempfile.TemporaryDirectory(prefix="vlm2rec-doctor-") as folder:
         print(_export(Path(folder)), file=sys.stderr)
 
 
 def _export(folder: Path) -> str:
-    """Export twenty items with a backbone of random weights, as the commands would by default."""
-    # here, not above: a library that does not load is what this command looks for
+    """Export twenty items with a backbone of random weights, as the commands do by default."""
+    # imported here, not above: this command reports libraries that do not load
     from vlm2rec.embedder.export import verify
     from vlm2rec.pipelines import export_items, make_backbone, prepare
     from vlm2rec.pipelines.config import ExportConfig, MakeBackboneConfig, PrepareConfig

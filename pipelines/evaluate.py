@@ -23,7 +23,7 @@ from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Rank, write `metrics.json` and `users.parquet`, print the table; returns the metrics."""
+    """Rank the items, write `metrics.json` and `users.parquet`, print the table, and return the metrics."""
     dataset = Dataset(config.data)
     seeds = list(config.seeds) or dataset.candidate_seeds
     publish.require_folder(config.out)
@@ -83,7 +83,7 @@ def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
         return "mean" if config.backbone is None or single_items else "sequence"
     if config.users_from == "sequence" and single_items:
         raise ConfigError(
-            f"--users-from sequence with {config.embeddings}, whose prompts (SDA's) ask about single items",
+            f"--users-from sequence with {config.embeddings}, whose prompts (SDA's) are for single items",
             "--users-from mean",
             "leave --users-from out",
         )
@@ -97,14 +97,14 @@ def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
 
 
 def _item_vectors(config: EvaluateConfig, dataset: Dataset, manifest: dict[str, Any]) -> tuple[Views, int]:
-    """Return each view in the order of `items.parquet`, and how many items have no vector."""
+    """Return each view in the order of `items.parquet`, and the number of items without a vector."""
     views, missing = {}, 0
     for view in manifest["views"]:
         table = EmbeddingTable.open(config.embeddings, view)
         rows = table.rows_of(dataset.item_ids)
         absent = rows < 0
         if absent.any() and config.missing == "error":
-            table.take(dataset.item_ids)  # raises, naming some of them
+            table.take(dataset.item_ids)  # raises an error that names some of them
         missing = max(missing, int(absent.sum()))
         views[view] = np.where(absent[:, None], np.float32(0), table.vectors[rows])
     return views, missing
@@ -113,14 +113,14 @@ def _item_vectors(config: EvaluateConfig, dataset: Dataset, manifest: dict[str, 
 def _encode_histories(
     config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
 ) -> Views:
-    """Return the sequence encoder's user vectors; the encoder must be the one that made the table."""
+    """Return the sequence encoder's user vectors; it must be the encoder that made the table."""
     from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
     from vlm2rec.embedder.encoders.settings import EncoderSettings
 
     exported = manifest["settings"]
-    if "source" in exported:  # vectors of users' own, of a frozen encoder, or of prompts about one item
+    if "source" in exported:  # imported vectors, those of a frozen encoder, or of prompts about one item
         raise ArtifactError(
             f"--backbone with {config.embeddings}, whose vectors come from another source ({exported['source']})",
             "a table of export-items without --strategy, whose encoder reads whole histories too",
@@ -144,13 +144,13 @@ def _encode_histories(
     with progress("encode histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)
     for name, reason in list(items.unreadable.items())[:1]:
-        log.print(f"{len(items.unreadable)} unreadable images were shown as white; item {name}: {reason}")
+        log.print(f"{len(items.unreadable)} unreadable images were replaced by white ones; item {name}: {reason}")
     return {view: vectors[view] for view in manifest["views"]}
 
 
 def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
     for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU; a moved folder changes no weight
+        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU, and a model folder may have moved
         if name in ("dtype", "backbone", "revision") or name not in exported or exported[name] == value:
             continue
         raise ArtifactError(
@@ -163,7 +163,7 @@ def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], con
 def print_metrics(result: dict[str, Any]) -> None:
     """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue.
 
-    Where some users' target is an item of the long tail, theirs among the candidates follow.
+    If some users' targets are items of the long tail, their metrics among the candidates follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "ranked among", *schema.METRICS):

@@ -1,7 +1,7 @@
-"""`vlm2rec export-items`: every item of a dataset once through an encoder, into an embeddings folder.
+"""`vlm2rec export-items`: encodes every item of a dataset once, into an embeddings folder.
 
-`SOURCES` says which encoders there are and which settings choose them. `embedder.export.export` takes any encoder and
-can be called from Python.
+`SOURCES` lists the encoders and the settings that choose them. `embedder.export.export` takes any encoder and can be
+called from Python.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from vlm2rec.pipelines.verify import warn_of_collapse
 
 @dataclass(frozen=True)
 class Source:
-    """Where vectors come from: an encoder, and the settings of the command that are its own."""
+    """A source of vectors: an encoder, and the settings of the command that belong to it."""
 
-    name: str  # the flag that chooses it
+    name: str  # the flag that chooses this source
     applies: Callable[[ExportConfig], bool]
     takes: tuple[str, ...]
     fingerprint: Callable[..., dict[str, Any]]
     load: Callable[..., Encoder]
 
     def given(self, config: ExportConfig) -> dict[str, Any]:
-        """Return the arguments of both functions; what is not given, or auto, is their default."""
-        names = {*self.takes, "dtype", "device"} - {"vision_cache"}  # that is opened when the encoder is there
+        """Return the arguments of `fingerprint` and `load`; settings that are None or auto keep their defaults."""
+        names = {*self.takes, "dtype", "device"} - {"vision_cache"}  # the cache is opened after the encoder is loaded
         return {name: value for name in names if (value := getattr(config, name)) not in (None, "auto")}
 
 
 _BACKBONE = ("backbone", "revision", "prompt_mode", "max_pixels", "max_title_tokens")
 _ITEMS = (*_BACKBONE, "adapter", *(field.name for field in dataclasses.fields(EncoderSettings)), "vision_cache")
 
-# the first that applies; a strategy itself refuses what it decides, such as --views
+# the first source that applies is used; a strategy itself refuses settings that it decides, such as --views
 SOURCES = (
     Source(
         "--encoder",
@@ -90,10 +90,12 @@ def source_of(config: ExportConfig) -> Source:
     """Return the source that the settings choose.
 
     Raises:
-        ConfigError: neither backbone nor encoder, or a setting that is another source's.
+        ConfigError: neither backbone nor encoder, or a setting of another source.
     """
     if config.backbone is None and config.encoder is None:
-        raise ConfigError("neither --backbone nor --encoder is given", "what encodes the items", "give one of the two")
+        raise ConfigError(
+            "neither --backbone nor --encoder is given", "a model that encodes the items", "give one of the two"
+        )
     source = next(source for source in SOURCES if source.applies(config))
     for field in dataclasses.fields(config):
         if getattr(config, field.name) not in (field.default, "auto", "off"):
@@ -104,7 +106,7 @@ def source_of(config: ExportConfig) -> Source:
 
 
 def _require_own(source: Source, name: str, value: Any) -> None:
-    """Refuse a setting that other sources have, and this one has not."""
+    """Refuse a setting that belongs to other sources and not to this one."""
     flag = "--" + name.replace("_", "-")
     takers = [other.name for other in SOURCES if name in other.takes]
     if not takers or name in source.takes or source.name.startswith(flag + " "):
@@ -118,15 +120,15 @@ def _require_own(source: Source, name: str, value: Any) -> None:
 
 
 def run(config: ExportConfig) -> dict[str, Any] | None:
-    """Export every item of a dataset and return the manifest; an interrupted export goes on where it stopped.
+    """Export every item of a dataset and return the manifest; an interrupted export continues where it stopped.
 
-    One of several workers that somebody else has started returns None while others have not made all their shards. With
-    `dry_run` nothing is written: what would be done is measured, printed and returned.
+    A worker (`--worker`) returns None while other workers still have shards to make. With `dry_run` nothing is written:
+    the estimate is measured, printed and returned.
 
     Raises:
-        DataError: the dataset cannot be used, or an image cannot and the policy is `fail`.
+        DataError: the dataset cannot be used, or an image cannot be read and the policy is `fail`.
         ModelError, ConfigError, MissingDependencyError: as `source_of` and the source's functions.
-        ArtifactError: the output folder is of another export, in use, not writable, or full.
+        ArtifactError: the output folder belongs to another export, is in use or not writable, or the disk is full.
         FailureLimitError: the export is complete, but more items failed than `max_failures` allows.
     """
     source = source_of(config)
@@ -159,7 +161,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
 
 
 def _load(config: ExportConfig, dataset: Dataset | None = None) -> Encoder:
-    """Load the encoder; where a dataset is given, with its vision cache."""
+    """Load the encoder; if a dataset is given, with its vision cache."""
     source = source_of(config)
     budget = {"token_budget": config.token_budget} if config.token_budget else {}
     encoder = source.load(**source.given(config), **budget)
@@ -171,7 +173,7 @@ def _load(config: ExportConfig, dataset: Dataset | None = None) -> Encoder:
 def _dry_run(
     config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
 ) -> dict[str, Any]:
-    """Print what the export would do and take, from a few of its items, which are encoded and not kept."""
+    """Print what the export would do and what it would take, measured on a few items, whose vectors are not kept."""
     dataset, out = Dataset(config.data), config.out
     plan = plan_export(
         dataset,
@@ -187,7 +189,7 @@ def _dry_run(
     finished = shards.recorded(out, plan, reuse.revises)
     earlier = open_earlier_rows(out, plan, finished, reuse)
     work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
-    rows = [plan.rows(number)[place] for number, reuse_rows in work.items() for place in np.flatnonzero(reuse_rows < 0)]
+    rows = [plan.rows(number)[index] for number, reuse_rows in work.items() for index in np.flatnonzero(reuse_rows < 0)]
     encoder = _load(config)
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
         found = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
@@ -222,6 +224,6 @@ def check_failures(manifest: Mapping[str, Any], out: Location, max_failures: flo
         raise FailureLimitError(
             f"the export is complete, but {failed} of {items} items failed ({failed / items:.1%})",
             f"at most {max_failures:.1%}",
-            f"`vlm2rec failures {out}` lists them; mend these items and run the command again with"
+            f"`vlm2rec failures {out}` lists them; repair these items and run the command again with"
             " --retry-failed, or raise --max-failures",
         )

@@ -37,7 +37,7 @@ from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 
 _RUN_FILE = "run.json"
-# these may differ between a run and its continuation: they do not change what is learned
+# these settings may differ when a run continues: they do not change what is learned
 _FREE = (
     *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
     *("probe_users", "probe_steps", "gradient_steps"),
@@ -45,9 +45,9 @@ _FREE = (
 
 
 def run(config: FinetuneConfig) -> Training | None:
-    """Fine-tune and write the adapter folder; returns None when a finished one with these settings is there.
+    """Fine-tune and write the adapter folder; returns None if a finished one with these settings exists.
 
-    Processes that `torchrun` or `accelerate launch` started train together; the main one writes and talks.
+    Processes that `torchrun` or `accelerate launch` started train together; only the main one writes and prints.
     """
     _check(config)
     with distributed.joined(pick_device(config.device)):
@@ -61,7 +61,7 @@ def run(config: FinetuneConfig) -> Training | None:
 def _finetune(config: FinetuneConfig) -> Training | None:
     recipe, dataset = METHODS[config.method], Dataset(config.data)
     if _is_finished(config):
-        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train anew.")
+        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
         return None
     encoder = ItemEncoder.load(
         config.backbone,
@@ -123,7 +123,7 @@ def _check(config: FinetuneConfig) -> None:
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(
             f"--gradient-steps with --fusion {config.fusion} and --views {config.views}: it compares the gradients of"
-            " text and image vectors, and one of them or both are not there",
+            " text and image vectors, and these settings do not make both",
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
         )
@@ -131,7 +131,7 @@ def _check(config: FinetuneConfig) -> None:
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
-    # on a CPU the backward pass in bf16 gains little and rounds every LoRA step
+    # on a CPU a backward pass in bf16 is hardly faster and rounds every LoRA step
     on_cpu = pick_device(config.device).type == "cpu"
     return "float32" if config.dtype == "auto" and on_cpu else config.dtype
 
@@ -154,7 +154,7 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 
 
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings that decide what is learned, and the number of processes, in the form they take in JSON."""
+    """Return the settings that decide what is learned, and the number of processes, in their JSON form."""
     decisive = {schema.stored_name(name): value for name, value in asdict(config).items() if name not in _FREE}
     return {**decisive, "data": str(config.data.resolve()), "processes": distributed.count()}
 
@@ -173,13 +173,13 @@ def _is_finished(config: FinetuneConfig) -> bool:
         _refuse_change(config, read_adapter(config.out)["config"])
         return True
     if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
-        fix = "give another --out, or --no-resume to start anew"
+        fix = "give another --out, or --no-resume to start again"
         _refuse_change(config, schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix))
     return False
 
 
 def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
-    # a run begun before a setting existed did what is now its default
+    # a run from before a setting existed did what is now the setting's default
     defaults = {schema.stored_name(field.name): field.default for field in fields(config)}
     defaults |= {"processes": 1}
     for name, value in _identity(config).items():
@@ -187,8 +187,8 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
         if begun != value:
             raise ConfigError(
                 f"{config.out} was begun with {name} = {begun!r}, now it is {value!r}",
-                "the same settings, to go on with that run",
-                "give another --out, or --no-resume to start anew",
+                "the same settings, to continue that run",
+                "give another --out, or --no-resume to start again",
             )
 
 
@@ -209,14 +209,14 @@ def _validation(
     if 0 < config.valid_users < len(users):
         users = np.sort(np.random.default_rng([config.seed, 3]).choice(users, config.valid_users, replace=False))
     negatives, positives = dataset.negatives(seed)[users], histories.targets[users]
-    rows, place = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
-    place = place.reshape(len(users), -1)
+    rows, index = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
+    index = index.reshape(len(users), -1)
     sequences = [histories.of(int(user)).tolist() for user in users]
 
     def validate() -> dict[str, float]:
         user_vectors = encode_users_together(encoder, items, sequences)[schema.FUSED]
         item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
-        scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), place[:, 0], place[:, 1:])
+        scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), index[:, 0], index[:, 1:])
         return rank_metrics(*scores)
 
     return validate
@@ -243,7 +243,7 @@ def _provenance(
     training: Training,
     licence: str,
 ) -> dict[str, Any]:
-    """Return what `vlm2rec.json` says about where an adapter came from."""
+    """Return the provenance of an adapter for `vlm2rec.json`."""
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "kind": kind_of(wrapped),
@@ -275,8 +275,8 @@ def _provenance(
     }
 
 
-def _told_conflict(rows: list[dict[str, Any]], probed: Sequence[str]) -> dict[str, object]:
-    """Return the mean cosine of the text and image gradients in each projection that was looked at, if one was."""
+def _conflict_row(rows: list[dict[str, Any]], probed: Sequence[str]) -> dict[str, object]:
+    """Return the mean cosine of the text and image gradients in each measured projection, as a row of the summary."""
     found = {
         name: [row[f"cos_text_image_{name}"] for row in rows if f"cos_text_image_{name}" in row] for name in probed
     }
@@ -297,10 +297,10 @@ def _summarise(
     }
     if probes := training.curves["probe"]:
         rows["collapse probe"] = f"{len(probes)} times, {sum(row['seconds'] for row in probes):.1f} s"
-    rows |= _told_conflict(training.curves["gradients"], METHODS[config.method].probed)
+    rows |= _conflict_row(training.curves["gradients"], METHODS[config.method].probed)
     if training.curves["warnings"]:
         rows["collapse"] = describe(training.curves["warnings"])
     if unreadable:
         name, reason = next(iter(unreadable.items()))
-        rows["unreadable images"] = f"{len(unreadable)}, shown as white; item {name}: {reason}"
+        rows["unreadable images"] = f"{len(unreadable)}, replaced by white ones; item {name}: {reason}"
     summary("Fine-tuning done", rows)

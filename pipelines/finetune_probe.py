@@ -1,4 +1,4 @@
-"""The fixed probe of `vlm2rec finetune`: the geometry of every view on the same few users, while the model trains."""
+"""The fixed probe of `vlm2rec finetune`: the geometry of every view during training, on the same few users."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines.config import FinetuneConfig
 
 _IN_SHORT = {"behind": "falls behind", "flat": "in few directions", "narrow": "in one point"}
-CANDIDATES = 4  # stored negatives per user: an item costs as much as a tenth of a history
+CANDIDATES = 4  # stored negatives per user: encoding an item takes a tenth of the time of a history
 _CACHE = 2**28  # bytes of image features
 
 
 def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -> Probe | None:
-    """Return the probe of a run, or None when it is off: validation users, their next items, and a few candidates.
+    """Return the probe of a run, or None if it is off: validation users, their next items, and a few candidates.
 
-    Which users these are depends on the dataset, the seed and `probe_users` only.
+    The choice of users depends only on the dataset, the seed and `probe_users`.
     """
     if not config.probe_users:
         return None
@@ -31,10 +31,11 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     count = min(config.probe_users, len(histories))
     users = np.sort(np.random.default_rng([config.seed, 4]).choice(len(histories), count, replace=False))
     negatives = dataset.negatives(dataset.candidate_seeds[0])[users, :CANDIDATES]
-    rows, place = np.unique(np.concatenate([histories.targets[users, None], negatives], axis=1), return_inverse=True)
-    place = place.reshape(count, -1)
+    rows, index = np.unique(np.concatenate([histories.targets[users, None], negatives], axis=1), return_inverse=True)
+    index = index.reshape(count, -1)
     sequences = [histories.of(int(user)).tolist() for user in users]
-    # items of its own: an image looked at here, in another batch, would reach the training with other rounding
+    # a separate feature cache: the probe encodes images in other batches, whose rounding differs; a shared cache would
+    # pass those features to training and change what is learned
     items = ItemFeatures(dataset, encoder, _CACHE)
 
     def measure() -> dict[str, float]:
@@ -42,7 +43,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
         item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])
         row: dict[str, float] = {}
         for view in schema.VIEWS:
-            row |= _measured(view, user_vectors[view], item_vectors[view], place)
+            row |= _measured(view, user_vectors[view], item_vectors[view], index)
         for name, vectors in (("user", user_vectors), ("item", item_vectors)):
             row |= _norm_ratio(name, vectors[schema.TEXT], vectors[schema.IMAGE])
         return row
@@ -50,16 +51,16 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     return Probe(count, measure, config.probe_steps)
 
 
-def _measured(view: str, users: np.ndarray, items: np.ndarray, place: np.ndarray) -> dict[str, float]:
-    """Return the geometry and the effective rank of a view; nothing if it is absent or has left the numbers."""
+def _measured(view: str, users: np.ndarray, items: np.ndarray, index: np.ndarray) -> dict[str, float]:
+    """Return the geometry and the effective rank of a view; nothing if it is absent or not finite."""
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         return {}
-    numbers = geometry_from_rows(users, items, place[:, 0], place[:, 1:])
+    numbers = geometry_from_rows(users, items, index[:, 0], index[:, 1:])
     return {f"{name}_{view}": value for name, value in {**numbers, "rank": effective_rank(items)}.items()}
 
 
 def _norm_ratio(name: str, text: np.ndarray, image: np.ndarray) -> dict[str, float]:
-    """Return the mean of ‖z_T‖ / ‖z_V‖ where both are there."""
+    """Return the mean of ‖z_T‖ / ‖z_V‖, if both exist."""
     lengths = np.linalg.norm(text, axis=1), np.linalg.norm(image, axis=1)
     if not np.isfinite(lengths).all() or not lengths[1].all():
         return {}
@@ -67,7 +68,7 @@ def _norm_ratio(name: str, text: np.ndarray, image: np.ndarray) -> dict[str, flo
 
 
 def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
-    """Return what to tell the person at the terminal of one probe: what was measured, and what to try."""
+    """Return the warning about one probe: what was measured, and what to try."""
     found = "; ".join(collapse.message for collapse in noticed)
     return f"Collapse at step {noticed[0].step}: {found}. Try {_to_try(noticed, config)}."
 
@@ -79,7 +80,7 @@ def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
 
 
 def describe(warnings: Sequence[dict[str, object]]) -> str:
-    """Return a run's warnings as one line for its summary."""
+    """Return the warnings of a run as one line of its summary."""
     parts = []
     for entry in warnings:
         until = "to the end" if entry["until"] is None else f"until step {entry['until']}"

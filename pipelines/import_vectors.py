@@ -1,6 +1,6 @@
-"""`vlm2rec import-vectors`: vectors that others made become an embeddings folder, as complete as an export.
+"""`vlm2rec import-vectors`: turns existing vectors into an embeddings folder, as complete as an export.
 
-Every item of the dataset has a row: its vectors, or the reason why it has none.
+Every item of the dataset gets a row, with its vectors or the reason why it has none.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from vlm2rec.pipelines.export_items import check_failures, print_summary
 SOURCE = "vectors"  # the manifest's settings.source
 
 READERS = {".parquet": ("Parquet", read_parquet), ".csv": ("CSV", read_csv), ".tsv": ("TSV", read_csv)}
-"""Files that hold ids beside their vectors: what they are called, and their reader."""
+"""The kinds of files that hold ids and vectors: name and reader of each."""
 
 Views = dict[str, np.ndarray]  # view → (I, d) float32, rows of NaN where an item has none
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of each item."""
+    """The status of each item."""
 
     status: list[str]
     error: list[str | None]
@@ -63,10 +63,10 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     """Write the embeddings folder and return its manifest.
 
     Raises:
-        ConfigError: settings that do not go together, or more principal components than there are.
-        DataError: a file that cannot be read, ids that stand twice, NaN, vectors of different lengths, or not a
-            single id of the dataset.
-        ArtifactError: the output folder is of another import, in use, not writable, or full.
+        ConfigError: settings that contradict each other, or more principal components than there are.
+        DataError: a file cannot be read, an id occurs twice, a vector holds NaN, vectors differ in length, or no id
+            is in the dataset.
+        ArtifactError: the output folder belongs to another import, is in use or not writable, or the disk is full.
         FailureLimitError: the folder is complete, but more items than `max_failures` allows have no vector.
     """
     start = time.perf_counter()
@@ -109,19 +109,19 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
     if suffix in READERS:
         if config.ids or config.in_item_order:
             raise ConfigError(
-                f"{'--ids' if config.ids else '--in-item-order'} beside a {READERS[suffix][0]} file",
-                "ids in the file itself, where they cannot lose their vectors",
+                f"{'--ids' if config.ids else '--in-item-order'} with a {READERS[suffix][0]} file",
+                "ids in the file itself, next to their vectors",
                 "leave it out, and name the id column with --item-id-column",
             )
         return READERS[suffix][1](config.file, config.item_id_column, config.column, config.view)
     if suffix != ".npy":
         raise ConfigError(
             f"--file {config.file} ends in {suffix!r}",
-            ".parquet, .csv, .tsv or .npy; nothing that has to be unpickled",
+            ".parquet, .csv, .tsv or .npy; pickles are never opened",
             "save the vectors as one of these",
         )
     if config.column:
-        raise ConfigError("--column beside an .npy", "--view, as an .npy has no columns", "leave --column out")
+        raise ConfigError("--column with an .npy", "--view, as an .npy has no columns", "leave --column out")
     if bool(config.ids) == config.in_item_order:
         raise ConfigError(
             "both --ids and --in-item-order" if config.ids else "an .npy without ids",
@@ -135,15 +135,15 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
 
 
 def _rows_of(item_ids: Sequence[str], source: VectorFile, file: Path) -> np.ndarray:
-    """Return the source's row of each item, (I,) int64; -1 where it has none."""
+    """Return each item's row in the source, (I,) int64; -1 if it has none."""
     found = pc.index_in(pa.array(item_ids, pa.string()), value_set=pa.array(source.item_ids, pa.string()))
     rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     if (rows < 0).all():
-        theirs = ", ".join(map(repr, source.item_ids[:3])) or "none at all"
+        examples = ", ".join(map(repr, source.item_ids[:3])) or "none at all"
         raise DataError(
-            f"none of the {len(source.item_ids)} ids of {file} is an item; they begin with {theirs}",
+            f"none of the {len(source.item_ids)} ids of {file} is an item; they begin with {examples}",
             f"ids such as {', '.join(map(repr, item_ids[:3]))}",
-            "give the vectors the item ids of the catalogue",
+            "use the catalogue's item ids in the file",
         )
     return rows
 
@@ -166,8 +166,8 @@ def _require_fit(views: Views, storage: str) -> None:
 def with_fused(found: Mapping[str, np.ndarray], norm: FusionNorm) -> tuple[Views, str]:
     """Return the views with `fused` among them, and how it was made.
 
-    Without a fused column it is text + image, or the only view there is, as in an export of one modality. An item
-    without image has its text vector as fused vector.
+    Without a fused column, `fused` is text + image, or the only view, as in an export of one modality. An item
+    without an image gets its text vector as fused vector.
     """
     if schema.FUSED in found:
         return dict(found), "as given"
@@ -182,11 +182,11 @@ def with_fused(found: Mapping[str, np.ndarray], norm: FusionNorm) -> tuple[Views
 
 
 def judge(views: Views, known: np.ndarray) -> Outcomes:
-    """Return each item's status; an item that lacks more than its image vector is a failure, its other views dropped.
+    """Return each item's status. An item that lacks more than its image vector fails and loses its other vectors.
 
     Args:
         views: changed in place: rows of failures become NaN.
-        known: (I,) the source has a row for the item.
+        known: (I,) whether the source has a row for the item.
     """
     absent = {view: np.asarray(np.isnan(vectors).all(1)) for view, vectors in views.items()}
     needed = [view for view in views if view != schema.IMAGE or schema.TEXT not in views]
@@ -214,7 +214,7 @@ def reduce_views(views: Views, usable: np.ndarray, count: int) -> tuple[Views, d
     centred on its own mean.
 
     Returns:
-        The views, (I, count), and what the manifest says of it: length before, share of variance kept by view.
+        The views, (I, count), and the manifest's entry: the length before, and the share of variance kept in each view.
     """
     components = principal_components(views[schema.FUSED][usable], count)
     reduced, explained = {}, {}
@@ -252,7 +252,7 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
     print_summary(manifest, config.out)
     settings = manifest["settings"]
     if settings["extra_ids"]:
-        console.log.print(f"{settings['extra_ids']:,} ids of {config.file} are no items of the dataset: left out")
+        console.log.print(f"{settings['extra_ids']:,} ids of {config.file} are not in the dataset and were left out")
     if settings["pca"]:
         kept = ", ".join(f"{view} {share:.1%}" for view, share in settings["pca"]["explained"].items())
         console.log.print(
@@ -261,8 +261,8 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
     for view, vectors in views.items():
         if empty := int((vectors == 0).all(1).sum()):
             console.log.print(
-                f"warning: {empty:,} {view} vectors are zero throughout; leave such items out or set them to null, if"
-                " zero stands for a missing vector",
+                f"warning: {empty:,} {view} vectors are zero; if zero means a missing vector, leave these items out or"
+                " set them to null",
                 style="yellow",
                 markup=False,
             )

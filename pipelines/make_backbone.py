@@ -1,4 +1,4 @@
-"""`vlm2rec make-backbone`: a small Qwen2.5-VL that has learnt to read one catalogue, in three minutes."""
+"""`vlm2rec make-backbone`: builds and trains a small Qwen2.5-VL for one catalogue, in three minutes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from vlm2rec.pipelines.synthetic.small_backbone import (
 
 CAPTION_COLUMNS = ("caption", "description", "genres", "category", "categories", schema.TITLE)
 LARGEST_CATALOGUE = 20_000
-"""Items read at most: a training of a thousand steps draws about as many, and their pictures stay in memory."""
+"""Most items to read: a training of a thousand steps draws about this many, and their pictures stay in memory."""
 
 
 def run(config: MakeBackboneConfig) -> Path:
     """Build and train the model; return its folder.
 
-    A folder that an earlier `make-backbone` wrote is replaced, once the new model is complete.
+    A folder of an earlier `make-backbone` is replaced once the new model is complete.
 
     Raises:
         ConfigError: `out` holds something else, or a size is impossible.
@@ -72,7 +72,7 @@ def run(config: MakeBackboneConfig) -> Path:
 
 
 def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
-    """Return item_id, title, caption and image_path (may be null) of items with words, and the caption's column."""
+    """Return item_id, title, caption and image_path (may be null) of items with words, and the caption column."""
     names = files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
     frame = files.read_items(config.items, names).frame
     column = _caption_column(config, frame)
@@ -82,8 +82,8 @@ def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     if usable.is_empty():
         raise DataError(
             f"none of the {frame.height} items of {config.items} has both a title and words in column {column!r}",
-            "captions: a few words on what an item is or looks like",
-            "name a column that has them with --caption-column",
+            "captions: a few words that say what an item is or looks like",
+            "name a column with captions with --caption-column",
         )
     if usable.height > LARGEST_CATALOGUE:
         console.log.print(f"Learning from {LARGEST_CATALOGUE:,} of {usable.height:,} items, drawn at random.")
@@ -115,7 +115,7 @@ def _as_text(frame: pl.DataFrame, column: str) -> pl.Series:
 def _with_pictures(
     root: Path, catalogue: pl.DataFrame, words: Sequence[tuple[str, ...]], backbone: Backbone
 ) -> list[CaptionedItem]:
-    """Read every picture once, small; an item whose picture is missing or unreadable is learnt from its title."""
+    """Read every picture once, small; the model learns an item without a readable picture from its title."""
     items: list[CaptionedItem] = []
     unreadable: list[str] = []
     with console.progress("reading pictures", catalogue.height) as advance:
@@ -131,7 +131,7 @@ def _with_pictures(
             advance(1)
     if unreadable:
         console.log.print(
-            f"{len(unreadable)} pictures cannot be read, the first is {unreadable[0]}", soft_wrap=True, markup=False
+            f"{len(unreadable)} pictures cannot be read; the first is {unreadable[0]}", soft_wrap=True, markup=False
         )
     if not any(item.picture is not None for item in items):
         raise DataError(
@@ -180,5 +180,5 @@ def _summarise(
 def _in_words(score: Score) -> str:
     return (
         f"{score.accuracy:.0%} of {score.items} answered with a word of the item;"
-        f" the commonest word alone is right for {score.majority:.0%}"
+        f" always giving the most common word is right for {score.majority:.0%}"
     )

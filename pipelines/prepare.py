@@ -1,7 +1,7 @@
-"""`vlm2rec prepare`: items, interactions and images become a dataset folder.
+"""`vlm2rec prepare`: turns items, interactions and images into a dataset folder.
 
-Interactions are turned into integers early: ten million of them are 160 MB, so that filtering, sorting and splitting
-happen in memory, while the files are scanned by Polars and written row group by row group.
+Interactions become integers early: ten million of them take 160 MB, so they are filtered, sorted and split in memory.
+Polars scans the input files, and the output is written row group by row group.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def run(config: PrepareConfig) -> Dataset:
 
     Raises:
         ConfigError: the output folder holds something else, or a setting is impossible.
-        DataError: an input file or the images cannot be used, nothing is left after a step, or a user has touched too
-            many items for `candidates`.
+        DataError: an input file or the images cannot be used, nothing is left after a step, or a user has too
+            few items left for `candidates`.
     """
     _check(config)
     names = files.ColumnNames(config.item_id_column, config.title_column, config.user_id_column, config.time_column)
@@ -87,7 +87,7 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
-    """Return what dataset.json holds. Nothing in it depends on the day or the machine's speed."""
+    """Return the content of dataset.json. Nothing in it depends on the date or the machine's speed."""
     out = config.out.resolve()
     name = config.name or out.name
     last = steps[-1]
@@ -122,7 +122,7 @@ def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, s
 
 
 def paper_name(name: str) -> str | None:
-    """Return the paper's name of a dataset (`Toys_and_Games` → `Toys`), None where it has none."""
+    """Return the paper's name of a dataset (`Toys_and_Games` → `Toys`), None if it has none."""
     known = {short.lower(): short for short in read_paper()["datasets"]} | _LONG_NAMES
     return known.get(re.sub(r"[^a-z]", "", name.lower()))
 
@@ -150,7 +150,7 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
 
 @contextmanager
 def _working_folder(config: PrepareConfig) -> Iterator[Path]:
-    """Make, lock and finally remove a folder inside `out` for files that are not finished."""
+    """Make and lock a folder inside `out` for unfinished files; it is removed at the end."""
     out = config.out
     _refuse_foreign(config)
     existed = out.exists()
@@ -187,7 +187,9 @@ def _take_lock(lock: IO[str], out: Path) -> None:
 
 
 def _disk_error(out: Path, error: OSError) -> Vlm2RecError:
-    return DataError(f"reading the inputs or writing {out} failed: {error}", "", "make room or check the rights")
+    return DataError(
+        f"reading the inputs or writing {out} failed: {error}", "", "free some space or check the permissions"
+    )
 
 
 def _refuse_foreign(config: PrepareConfig) -> None:
@@ -196,8 +198,8 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
             raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
-    root, place = config.images.resolve(), out.resolve()
-    images = root.relative_to(place).parts[0] if root.is_relative_to(place) and root != place else None
+    root, target = config.images.resolve(), out.resolve()
+    images = root.relative_to(target).parts[0] if root.is_relative_to(target) and root != target else None
     publish.require_ours(
         out,
         "a dataset folder",
@@ -210,11 +212,11 @@ _FILES = (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schem
 
 
 def _publish(work: Path, out: Path, meta: Mapping[str, Any]) -> None:
-    """Move the finished files into place; dataset.json goes first when it is old and comes last when it is new."""
+    """Move the finished files into place: an old dataset.json is removed first, the new one is moved last."""
     for name in meta["sha256"]:
         publish.sync(work / name)
     (out / schema.DATASET_FILE).unlink(missing_ok=True)
-    # sequences.parquet first: by its name a later run knows a folder that was left half done as its own
+    # sequences.parquet first: its name tells a later run that an unfinished folder is ours
     for name in (schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.ITEMS_FILE):
         publish.put_in_place(work / name, out / name)
     schema.write_json(out / schema.DATASET_FILE, meta)

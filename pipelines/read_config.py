@@ -1,4 +1,4 @@
-"""How settings are read: defaults, a YAML file, `key=value` overrides and flags into one checked config."""
+"""Reads settings: merges defaults, a YAML file, `key=value` overrides and flags into one checked config."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def read_config(
     for key, value in values.items():
         if isinstance(value, str) and "://" in value and isinstance(getattr(config, key), Path):
             raise ConfigError(
-                f"--{key.replace('_', '-')} {value} is an address", "a path on this machine", "copy it from or to there"
+                f"--{key.replace('_', '-')} {value} is an address",
+                "a path on this machine",
+                "use a local path, and copy the files",
             )
     return config
 
@@ -66,7 +68,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "a mapping of settings", "mend the file") from None
+        raise ConfigError(f"{file} is not YAML: {error}", "a mapping of settings", "correct the file") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -79,7 +81,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
     for key in values:
         if RENAMED.get(key) in known:
-            raise ConfigError(f"{key} in {where}", f"its new name, {RENAMED[key]}", "write that in its place")
+            raise ConfigError(f"{key} in {where}", f"its new name, {RENAMED[key]}", "use the new name")
         if key not in known:
             raise ConfigError(
                 f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",
@@ -115,7 +117,7 @@ def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
 
 @functools.cache
 def _checker(cls: Any) -> Any:
-    """Return pydantic's checker of a config class; making one takes a hundred times as long as a check."""
+    """Return pydantic's checker of a config class, kept because making one takes a hundred times as long as a check."""
     import pydantic
 
     return pydantic.TypeAdapter(cls)

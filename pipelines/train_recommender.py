@@ -1,4 +1,4 @@
-"""`vlm2rec train-recommender`: Task 2, a recommender in RecBole from item ids or from an embeddings folder."""
+"""`vlm2rec train-recommender`: Task 2 trains a recommender in RecBole, from item ids or from an embeddings folder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from vlm2rec.pipelines.config import TrainRecommenderConfig
 
 
 def run(config: TrainRecommenderConfig) -> dict[str, Any]:
-    """Train and evaluate one recommender; return what metrics.json holds.
+    """Train and evaluate one recommender; return the content of metrics.json.
 
-    With a dataset folder, a setting comes from the first of: a flag that differs from its default, the RecBole YAML,
-    our Task 2 defaults. Without one the YAML stands alone, as RecBole would read it, below such flags.
+    With a dataset folder, a setting comes from a flag that differs from its default, else from the RecBole YAML, else
+    from our Task 2 defaults. Without one, it comes from such a flag, else from the YAML, as RecBole reads it.
     """
     if config.data is None and config.config is None:
         raise ConfigError(
@@ -59,7 +59,7 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
 def task2_settings(
     config: TrainRecommenderConfig, model: str, max_history: int, theirs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return RecBole's keys for Task 2: the same care for every model and every start.
+    """Return RecBole's keys for Task 2: the same training for every model, from ids or vectors.
 
     Two layers, cross-entropy over all items, AdamW, and the last `max_history` items of every prefix of the training
     sequence.
@@ -67,8 +67,8 @@ def task2_settings(
     Args:
         config: the sizes and rates.
         model: SASRec, GRU4Rec or BERT4Rec.
-        max_history: items of a history.
-        theirs: the keys of a YAML that will win over these; `patience` counts its epochs.
+        max_history: longest history.
+        theirs: the keys of the user's YAML, which override these; `eval_step` there changes `patience`.
     """
     settings: dict[str, Any] = {
         "model": model,
@@ -89,7 +89,7 @@ def task2_settings(
     else:
         settings |= {"n_layers": 2, "n_heads": 2, "inner_size": 256, "hidden_act": "gelu"}
     if model == "BERT4Rec":
-        # RecBole makes room for int(ratio * length) masked items: there has to be one
+        # RecBole masks at most int(ratio * length) items: that must be at least one
         settings["mask_ratio"] = max(0.2, 1 / max_history)
     for field in _RECBOLE_KEYS:
         settings |= _RECBOLE_KEYS[field](config, model, theirs or {})
@@ -97,7 +97,7 @@ def task2_settings(
 
 
 def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RecBole's keys for the flags that differ from their defaults; they win over the YAML."""
+    """Return RecBole's keys for the flags that differ from their defaults; they override the YAML."""
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     settings: dict[str, Any] = {"model": config.model} if config.model else {}
     for field in changed & _RECBOLE_KEYS.keys():
@@ -128,7 +128,7 @@ def _dropout(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, An
 
 
 def _patience(config: TrainRecommenderConfig, model: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
-    # RecBole counts validations, and goes on until the count *exceeds* stopping_step
+    # RecBole counts validations, and continues until the count *exceeds* stopping_step
     every = int(theirs.get("eval_step", config.eval_step))
     return {"stopping_step": max(0, math.ceil(config.patience / max(1, every)) - 1)}
 
@@ -152,18 +152,18 @@ def _announce(config: TrainRecommenderConfig, theirs: Mapping[str, Any], folder:
         ignored = ignored_settings(theirs)
         if ignored:
             console.log.print(
-                f"{config.config}: {', '.join(ignored)} have no effect beside --data, whose folder is filtered and"
-                " split already."
+                f"{config.config}: {', '.join(ignored)} have no effect with --data, whose folder is already filtered"
+                " and split."
             )
     elif needs_no_negatives(dict(theirs) | {"model": config.model or theirs.get("model")}):
         console.log.print(
-            f"{config.config} has no train_neg_sample_args: taken as null, which its cross-entropy needs"
+            f"{config.config} has no train_neg_sample_args; it is set to null, which cross-entropy needs"
             " (RecBole alone would stop here)."
         )
 
 
 class _Display:
-    """Progress on stderr: a bar over batches, a line per validation."""
+    """Progress on stderr: a bar over batches, and a line for each epoch."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

@@ -1,4 +1,4 @@
-"""`vlm2rec verify`: is an embeddings folder what its manifest says?"""
+"""`vlm2rec verify`: checks an embeddings folder against its manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = 5
 
 
 def run(config: VerifyConfig) -> None:
-    """Check every file of an embeddings folder; vectors that hardly differ from each other are only a warning.
+    """Check every file of an embeddings folder; vectors that hardly differ from each other only cause a warning.
 
     Raises:
         ArtifactError: the folder is unfinished, or something in it is wrong.
@@ -41,8 +41,8 @@ def run(config: VerifyConfig) -> None:
         raise ArtifactError(
             f"{folder} has {len(problems)} problems: {'; '.join(map(str, problems[:SHOWN]))}{more}",
             "the files as export-items wrote them",
-            "run the command that wrote it (`vlm2rec export-items`, for one) again: it writes damaged shards"
-            " anew; remove files that do not belong there",
+            "run the command that wrote it (for example `vlm2rec export-items`) again: it writes damaged shards"
+            " again; remove files that do not belong there",
         )
     manifest = schema.read_manifest(folder)
     ranks = effective_ranks(folder)
@@ -59,7 +59,7 @@ def run(config: VerifyConfig) -> None:
 
 
 def warn_of_collapse(ranks: Mapping[str, float]) -> None:
-    """Say which views, of those with these effective ranks, hold vectors that hardly differ."""
+    """Warn about the views whose effective rank says that their vectors hardly differ."""
     for view, rank in ranks.items():
         if rank < 2:
             console.log.print(
@@ -75,7 +75,7 @@ _WITH_REASON = (schema.STATUS_FAILED, schema.STATUS_TEXT_ONLY)
 
 
 def failures(config: FailuresConfig) -> None:
-    """Print the items that failed as CSV on stdout, with what is needed to mend them, and the reasons on stderr.
+    """Print the failed items as CSV on stdout, with title and image to repair, and the reasons on stderr.
 
     Raises:
         ArtifactError: the folder is unfinished, or a shard is missing.
@@ -97,8 +97,7 @@ def failures(config: FailuresConfig) -> None:
         {f"{count:,}": reason for reason, count in reasons.most_common(20)},
     )
     console.log.print(
-        "mend these images or titles where they lie, then run the command that wrote the folder again with"
-        " --retry-failed"
+        "repair these images or titles in place, then run the command that wrote the folder again with --retry-failed"
     )
 
 
@@ -116,14 +115,14 @@ def _failures(folder: Location, manifest: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return title and image file of each item, if the dataset is still where it was."""
+    """Return title and image file of each item, if the dataset still exists at its path."""
     try:
         dataset = Dataset(manifest["data"]) if manifest.get("data") else None
     except Vlm2RecError:
         dataset = None
     if dataset is None:
         console.log.print(
-            "titles and images are left out: the dataset is not where it was exported from", style="yellow"
+            "titles and images are left out: the dataset is no longer at the path of the export", style="yellow"
         )
         return {}
     images = (str(dataset.image_root / path) for path in dataset.image_paths)

@@ -282,7 +282,7 @@ def test_fault_36_duplicate_and_missing_ids_are_an_error_naming_the_row(
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not there"):
+    with pytest.raises(DataError, match="is missing"):
         read_items(tmp_path / "nothing.csv")
     with pytest.raises(DataError, match="a folder"):
         read_items(tmp_path)

@@ -436,7 +436,7 @@ def test_a_broken_pipe_to_a_worker_is_not_taken_for_success(vlm2rec: Run, monkey
     stage_that_raises(monkeypatch, BrokenPipeError(32, "Broken pipe"))
     code, _, err = vlm2rec(*SEARCH)
     assert code == 1
-    assert "a worker process went away" in err
+    assert "a worker process has ended" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor"]])

@@ -337,7 +337,7 @@ def test_mmrec_refuses_a_mean_of_zero_for_a_missing_vector(data: Path, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": ("text", "fused")}, "--columns text,fused with mmrec, which has two places for vectors"),
+        ({"columns": ("text", "fused")}, "--columns text,fused with mmrec, which takes two kinds of vectors"),
         ({"missing": "skip"}, "--missing skip with mmrec"),
         ({"name": "../up"}, "the dataset's name is '../up'"),
     ],

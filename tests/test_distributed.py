@@ -270,7 +270,7 @@ def test_a_process_takes_the_gpu_that_its_launcher_numbered(monkeypatch: pytest.
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match=r"process 2, counted from 0, of a machine with 2 GPUs"):
+    with pytest.raises(ConfigError, match=r"process 2, counted from 0, on a machine with 2 GPUs"):
         pick_device("auto")
 
 

@@ -95,7 +95,7 @@ def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
     load = functools.partial(Deadly, "red chair 6", tmp_path / "deaths")
     make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
-    assert "died (exit code -9), with part-00002.parquet in hand, which another makes" in " ".join(
+    assert "died (exit code -9) while making part-00002.parquet; another worker makes it now" in " ".join(
         capsys.readouterr().err.split()
     )
 
@@ -105,7 +105,7 @@ def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_r
 ) -> None:
     (tmp_path / "deaths").write_text("xx")
     load = functools.partial(Deadly, "red chair 6", tmp_path / "deaths")
-    with pytest.raises(ArtifactError, match=r"two workers died over part-00002\.parquet"):
+    with pytest.raises(ArtifactError, match=r"two workers died while making part-00002\.parquet"):
         make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
     assert len(parts(tmp_path / "out")) >= 2
     make(data, tmp_path / "out", load, distribution=Distribution(num_workers=2))
@@ -161,7 +161,7 @@ def test_each_worker_makes_its_share_and_the_last_one_completes_the_folder(
     out = tmp_path / "out"
     assert make(data, out, distribution=Distribution(num_workers=3, worker=2)) is None
     assert sorted(parts(out)) == ["part-00002.parquet", "part-00005.parquet"]
-    assert "5 of 7 are still to be made by others" in " ".join(capsys.readouterr().err.split())
+    assert "other workers still have 5 of 7 to make" in " ".join(capsys.readouterr().err.split())
     assert make(data, out, distribution=Distribution(num_workers=3, worker=0)) is None
     manifest = make(data, out, distribution=Distribution(num_workers=3, worker=1))
     assert manifest is not None and manifest["num_items"] == ITEMS
@@ -258,8 +258,8 @@ def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, t
     ("choices", "told"),
     [
         ({"worker": 2, "num_workers": 2}, "--worker 2 of --num-workers 2"),
-        ({"worker": 0, "num_workers": 2, "engine": "ray"}, "--worker beside --engine ray or --gpus"),
-        ({"gpus": 2, "num_workers": 3}, "--gpus 2 beside --num-workers 3"),
+        ({"worker": 0, "num_workers": 2, "engine": "ray"}, "--worker together with --engine ray or --gpus"),
+        ({"gpus": 2, "num_workers": 3}, "--gpus 2 together with --num-workers 3"),
     ],
 )
 def test_contradictions_are_refused(choices: dict[str, Any], told: str) -> None:
@@ -268,7 +268,7 @@ def test_contradictions_are_refused(choices: dict[str, Any], told: str) -> None:
 
 
 def test_more_gpus_than_there_are_are_refused_by_number(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--gpus 99, and this machine has"):
+    with pytest.raises(ConfigError, match="--gpus 99, but this machine has"):
         make(data, tmp_path / "out", distribution=Distribution(gpus=99))
 
 

@@ -430,7 +430,7 @@ def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_ho
 ) -> None:
     code, told = stopped(config, tmp_path / "ready", number)
     assert code == expected
-    assert "1 of 3 shards are finished and kept; run the same command again to go on" in told
+    assert "1 of 3 shards are finished and kept; run the same command again to continue" in told
     assert "Traceback" not in told
     assert sorted(path.name for path in config.out.iterdir()) == [
         "export.json",

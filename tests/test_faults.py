@@ -94,7 +94,7 @@ main()
     full = child(code, "export-items", *flags, "--shard-size", 8)
     told = " ".join(full.communicate()[1].split())
     assert full.returncode == 5, told
-    assert "vision cache: File too large" in told and "going on without" in told
+    assert "vision cache: File too large" in told and "continuing without it" in told
     assert "cannot be written (File too large)" in told and "Traceback" not in told
     assert [path.name for path in config.out.iterdir()] == ["export.json"]
     assert [path.stat().st_size for path in config.data.glob("vision-cache/*/segment-*")] == [0]
@@ -290,7 +290,7 @@ def test_fault_31_a_disk_that_is_gone_stops_the_export_and_the_rerun_completes_i
     data, out = Dataset(folder), tmp_path / "out"
     with (
         held(*(folder / "images" / f"{row}.png" for row in range(8, 16))),
-        pytest.raises(DataError, match=r"4 images at once give no answer within 0\.3 s.*--image-timeout"),
+        pytest.raises(DataError, match=r"4 images at the same time could not be read within 0\.3 s.*--image-timeout"),
     ):
         export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8, image_timeout=0.3)
     assert list(parts(out)) == ["part-00000.parquet"]

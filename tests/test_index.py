@@ -294,14 +294,14 @@ def test_more_neighbours_than_items_gives_all_other_items_once(tmp_path: Path) -
 def test_a_view_without_a_vector_is_refused(rows: int, tmp_path: Path) -> None:
     write_embeddings(tmp_path / "emb", names(rows), np.zeros((rows, 4), np.float32))
     for kind in ("flat", "hnsw"):
-        with pytest.raises(ArtifactError, match="not one usable vector"):
+        with pytest.raises(ArtifactError, match="no usable vector"):
             build_index(tmp_path / "emb", tmp_path / "idx", kind=kind)
     assert not (tmp_path / "idx").exists()
 
 
 def test_too_few_vectors_for_the_factory_is_a_setting_error(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "emb", names(20), clustered(20, 8))
-    with pytest.raises(ConfigError, match=r"cannot train 'IVF64,Flat' on 20 vectors.*take --kind auto"):
+    with pytest.raises(ConfigError, match=r"cannot train 'IVF64,Flat' on 20 vectors.*choose --kind auto"):
         build_index(tmp_path / "emb", tmp_path / "idx", kind="IVF64,Flat")
 
 

@@ -83,7 +83,7 @@ def test_the_gate_knows_the_modality_and_nothing_else() -> None:
 
 
 def test_a_layer_is_not_called_without_a_modality() -> None:
-    with pytest.raises(ModelError, match="without saying whether it sees text or an image"):
+    with pytest.raises(ModelError, match="without saying whether its input is text or an image"):
         drawn_layer()(torch.randn(1, 6))
     with modality.modality("text"):
         assert modality.current() == "text"

@@ -205,7 +205,7 @@ def test_fault_40_out_of_memory_halves_the_rows_and_loses_nothing(
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
     images = [Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green", "black")]
     expected = encoder.encode_items(TITLES, images)
-    rows, pictures = Backbone.encode, Backbone.look_at_once
+    rows, pictures = Backbone.encode, Backbone.run_vision_tower
 
     def small(self: Backbone, batch: Sequence[EncodedPrompt]) -> torch.Tensor:
         if sum(len(prompt) for prompt in batch) > 60:
@@ -218,7 +218,7 @@ def test_fault_40_out_of_memory_halves_the_rows_and_loses_nothing(
         return pictures(self, batch)
 
     monkeypatch.setattr(Backbone, "encode", small)
-    monkeypatch.setattr(Backbone, "look_at_once", one)
+    monkeypatch.setattr(Backbone, "run_vision_tower", one)
     found = encoder.encode_items(TITLES, images)
     for view in ("fused", "text", "image"):
         np.testing.assert_array_equal(getattr(found, view), getattr(expected, view))
@@ -231,5 +231,5 @@ def test_a_prompt_that_does_not_fit_by_itself_is_an_error(tiny: Tiny, monkeypatc
 
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
     monkeypatch.setattr(Backbone, "encode", never)
-    with pytest.raises(ModelError, match="does not suffice for a prompt of"):
+    with pytest.raises(ModelError, match="too little memory for the model and a prompt of"):
         encoder.encode_items(TITLES, [None] * 4)

@@ -577,9 +577,9 @@ LOG = b"user_id,item_id,timestamp\n" + b"".join(
 )
 BROKEN = {
     "nothing is broken": Broken(0, ("average length 3.8",)),
-    "items missing": Broken(3, ("nowhere.csv is not there",), {"items": "nowhere.csv"}),
-    "interactions missing": Broken(3, ("nowhere.csv is not there",), {"interactions": "nowhere.csv"}),
-    "images missing": Broken(3, ("nowhere is not there", "img2dataset"), {"images": "nowhere"}),
+    "items missing": Broken(3, ("nowhere.csv is missing",), {"items": "nowhere.csv"}),
+    "interactions missing": Broken(3, ("nowhere.csv is missing",), {"interactions": "nowhere.csv"}),
+    "images missing": Broken(3, ("nowhere is missing", "img2dataset"), {"images": "nowhere"}),
     "items empty": Broken(3, ("items.csv is empty",), items=b""),
     "only a header": Broken(3, ("no interactions",), interactions=b"user_id,item_id,timestamp\n"),
     "wrong item column": Broken(
@@ -588,7 +588,7 @@ BROKEN = {
     "wrong time column": Broken(3, ("no column 'time'", "--time-column"), {"time-column": "time"}),
     "latin-1": Broken(3, ("not UTF-8", "line 3"), items=ITEMS.replace(b"b,title", b"b,caf\xe9")),
     "utf-16": Broken(3, ("UTF-16",), interactions=LOG.decode().encode("utf-16")),
-    "duplicate item": Broken(3, ("item id 'a' stands in rows 1 and 7",), items=ITEMS + b"a,again\n"),
+    "duplicate item": Broken(3, ("item id 'a' occurs in rows 1 and 7",), items=ITEMS + b"a,again\n"),
     "null user": Broken(3, ("row 16 ", "no user_id"), interactions=LOG + b",a,1\n"),
     "null time": Broken(3, ("row 16 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
     "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),

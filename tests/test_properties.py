@@ -63,7 +63,7 @@ def test_whatever_the_ids_a_plan_takes_them_as_they_are_or_names_what_is_wrong(i
     if sound:
         assert plan_shards(ids, 3, {"dim": 2}).item_ids == ids
     else:
-        with pytest.raises(DataError, match=r"in row|stand twice"):
+        with pytest.raises(DataError, match=r"in row|occur more than once"):
             plan_shards(ids, 3, {"dim": 2})
 
 

@@ -80,7 +80,7 @@ def test_fault_15_extend_keeps_the_shards_and_encodes_the_new_items_alone(tmp_pa
 def test_without_the_flag_appended_items_are_refused_with_the_flag_s_name(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data")
     exported(Dataset(folder), tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"items was 20, now 21.*--extend makes the new ones"):
+    with pytest.raises(ArtifactError, match=r"items was 20, now 21.*--extend encodes them"):
         exported(append_items(folder, 21), tmp_path / "out")
     with pytest.raises(ArtifactError, match="--extend"):
         exported(Dataset(folder), tmp_path / "out", reuse=Reuse(retry_failed=True))
@@ -253,7 +253,7 @@ def test_changed_since_refuses_vectors_of_another_model(tmp_path: Path) -> None:
 
 
 def test_two_sources_of_the_same_vectors_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--changed-since beside"):
+    with pytest.raises(ConfigError, match="--changed-since together with"):
         Reuse(extend=True, changed_since=Path("monday"))
 
 

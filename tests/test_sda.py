@@ -231,7 +231,7 @@ def test_task_1_takes_the_mean_of_the_history_even_where_a_backbone_is_given(
     given |= {"backbone": str(tiny("qwen2_5_vl")), "adapter": trained}
     result = evaluate.run(EvaluateConfig(out=tmp_path / "a", **given))
     assert result["users_from"] == "mean"
-    with pytest.raises(ConfigError, match=r"--users-from sequence.*ask about single items"):
+    with pytest.raises(ConfigError, match=r"--users-from sequence.*are for single items"):
         evaluate.run(EvaluateConfig(out=tmp_path / "b", users_from="sequence", **given))
     # what validation ranks by during training is the same vector
     dataset, histories = Dataset(drawn_dataset), Dataset(drawn_dataset).histories("test")

@@ -324,7 +324,7 @@ def test_other_prompts_are_not_sold_as_a_sentence_transformer(exported: Path, ti
         out=tmp_path / "out",
         backbone=str(tiny("qwen2_5_vl")),
     )
-    with pytest.raises(ModelError, match=r"or with --strategy \(strategy\)"):
+    with pytest.raises(ModelError, match=r"or made with --strategy \(strategy\)"):
         convert.run(config)
     assert list(tmp_path.iterdir()) == []
 

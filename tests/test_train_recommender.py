@@ -537,7 +537,7 @@ def test_settings_that_would_change_the_folders_data_have_no_effect_and_are_name
     config = TrainRecommenderConfig(data=data, model="SASRec", config=file, out=tmp_path / "out", **SMALL)
     assert train_recommender.run(config)["users"] == 50
     said = " ".join(capsys.readouterr().err.split())
-    assert "dataset, data_path, user_inter_num_interval have no effect beside --data" in said
+    assert "dataset, data_path, user_inter_num_interval have no effect with --data" in said
 
 
 def test_short_histories_leave_bert4rec_a_place_to_mask(tmp_path: Path) -> None:

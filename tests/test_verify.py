@@ -143,7 +143,7 @@ def test_fault_11_foreign_files_are_named_and_hidden_ones_of_others_are_not(fold
 
 def test_an_id_in_two_shards_is_found(folder: Path) -> None:
     replace_shard(folder, 2, with_column("item_id", lambda ids: ["i0", *ids[1:]]))
-    assert found(folder) == "all shards: 1 ids stand twice, among them ['i0']"
+    assert found(folder) == "all shards: 1 ids occur more than once, among them ['i0']"
 
 
 def test_rows_that_are_missing_or_too_many_are_found(folder: Path) -> None:

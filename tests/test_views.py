@@ -101,7 +101,7 @@ def test_with_both_views_a_fingerprint_holds_what_it_held_before_the_setting_exi
 @pytest.mark.parametrize("views", ["text", "image"])
 def test_vlm2rec_with_one_view_is_refused_and_told_why(tiny: Tiny, data: Path, tmp_path: Path, views: str) -> None:
     config = training(data, tiny("qwen2_5_vl"), tmp_path / "out", loss="vlm2rec", views=views)
-    with pytest.raises(ConfigError, match=rf"--views {views} with --loss vlm2rec.*nothing to balance.*--loss sft"):
+    with pytest.raises(ConfigError, match=rf"--views {views} with --loss vlm2rec.*nothing to compare.*--loss sft"):
         finetune.run(config)
     with pytest.raises(ConfigError, match=rf"--gradient-steps with .*--views {views}"):
         finetune.run(replace(config, loss="sft", gradient_steps=1))
@@ -218,7 +218,7 @@ def test_the_whole_line_on_titles_alone(
         raise AssertionError("an image was asked for")
 
     monkeypatch.setattr(worker, "open_image", never)
-    monkeypatch.setattr(Backbone, "look_at_once", never)
+    monkeypatch.setattr(Backbone, "run_vision_tower", never)
     backbone, adapter = text_adapter
     out = tmp_path / "embeddings"
     manifest = export_items.run(exporting(without_images, backbone, out, adapter=adapter))

@@ -40,7 +40,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> list[ImageFeatures]:
         raise AssertionError("the vision tower was asked")
 
-    monkeypatch.setattr(Backbone, "look_at_once", never)
+    monkeypatch.setattr(Backbone, "run_vision_tower", never)
 
 
 def test_a_second_export_asks_no_vision_tower_and_gives_the_same_bits(
@@ -49,10 +49,10 @@ def test_a_second_export_asks_no_vision_tower_and_gives_the_same_bits(
     without = exported(replace(config, out=config.out.with_name("without"), vision_cache="off"))
     assert not (config.data / "vision-cache").exists()
     cold = exported(config)
-    assert "0 of 20 images are there" in capsys.readouterr().err
+    assert "0 of 20 images are already there" in capsys.readouterr().err
     blind(monkeypatch)
     warm = exported(replace(config, out=config.out.with_name("warm")))
-    assert "19 of 20 images are there" in capsys.readouterr().err, "one image is broken"
+    assert "19 of 20 images are already there" in capsys.readouterr().err, "one image is broken"
     for view in cold:
         np.testing.assert_array_equal(cold[view], without[view])
         np.testing.assert_array_equal(cold[view], warm[view])
@@ -62,8 +62,10 @@ def test_what_training_looked_at_serves_the_export(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    plain = Backbone.look_at_once
-    monkeypatch.setattr(Backbone, "look_at_once", lambda self, images: asked.append(len(images)) or plain(self, images))
+    plain = Backbone.run_vision_tower
+    monkeypatch.setattr(
+        Backbone, "run_vision_tower", lambda self, images: asked.append(len(images)) or plain(self, images)
+    )
     common = {"data": drawn_dataset, "backbone": str(tiny("qwen2_5_vl")), "dtype": "float32"}
     cache = str(tmp_path / "cache")
     finetune.run(
@@ -194,7 +196,7 @@ def test_a_cache_without_room_is_left_out_and_said(
     monkeypatch.setattr(cache_choice, "MOST_BYTES", 100)
     exported(config)
     said = " ".join(capsys.readouterr().err.split())
-    assert "images are looked at every time" in said and "--vision-cache DIR" in said
+    assert "every run encodes all images again" in said and "--vision-cache DIR" in said
     assert not list((config.data / "vision-cache").glob("*/*.index"))
     exported(replace(config, out=config.out.with_name("asked"), vision_cache=str(config.data / "mine")))
     assert list((config.data / "mine").glob("*/*.index")), "who names a folder has made up his mind"

@@ -1,1 +1,1 @@
-"""How good vectors are: ranking metrics, the protocol of both tasks, geometry, statistics."""
+"""Evaluation of vectors: ranking metrics, the protocol of both tasks, geometry, statistics."""

@@ -22,8 +22,8 @@ def geometry(users: np.ndarray, positives: np.ndarray, negatives: np.ndarray, ep
 
     Squared distances lie between 0 and 4. A zero vector stays zero, at squared distance 1 from every other.
 
-    P_u of Eq. 4, from which (s, i) is drawn uniformly, is taken as every user with every one of their negatives: the
-    stored candidates are themselves uniform draws over the catalogue, less the few items the user ever touched.
+    P_u of Eq. 4, from which (s, i) is drawn uniformly, is here the set of every user with each of their negatives: the
+    stored candidates are uniform draws from the catalogue without the few items of the user.
 
     Args:
         users: user (sequence) vectors s, (U, d).
@@ -51,8 +51,8 @@ def geometry_from_rows(
     Args:
         users: user vectors, (U, d).
         items: item vectors, (I, d).
-        positives: row in `items` of each user's held-out item, (U,).
-        negatives: rows of their negatives, (U, N).
+        positives: the row in `items` of each user's held-out item, (U,).
+        negatives: the rows of their negatives, (U, N).
         eps: ε of Eq. 5.
     """
     users, items, positives, negatives = (np.asarray(x) for x in (users, items, positives, negatives))
@@ -66,24 +66,24 @@ def geometry_from_rows(
 
 
 def effective_rank(vectors: np.ndarray) -> float:
-    """Return in how many directions vectors vary: exp of the entropy of their principal components' shares of variance.
+    """Return how many directions vectors vary in: exp of the entropy of their principal components' shares of variance.
 
         p_k = λ_k / Σ λ,   rank = exp(-Σ p_k log p_k)      λ: eigenvalues of the covariance of the unit vectors
 
     This is the effective rank of Roy and Vetterli (EUSIPCO 2007) of the covariance matrix. Vectors are L2-normalised
-    and centred first, so that the direction which all of them share does not count: it says how evenly the cloud
-    spreads over directions, and U of `geometry` how wide it is. Between 1 (all on a line) and min(n - 1, d); 0 where
-    all vectors are the same but for rounding.
+    and centred first, so that their common direction does not count. The rank says how evenly the vectors
+    spread over directions; U of `geometry` says how widely. It is between 1 (all on a line) and min(n - 1, d), and 0
+    if all vectors are the same but for rounding.
 
     Args:
         vectors: n vectors, (n, d).
 
     Raises:
-        DataError: not a table of vectors, no vector, or one that is not finite.
+        DataError: `vectors` is not (n, d), is empty, or holds a value that is not finite.
     """
     vectors = np.asarray(vectors, np.float64)
     if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
-        raise DataError(f"vectors {vectors.shape}, or one that is not finite", "(n, d) finite vectors")
+        raise DataError(f"vectors have shape {vectors.shape}, or one is not finite", "(n, d) finite vectors")
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = vectors / np.where(length > 0, length, 1)
     variance = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2

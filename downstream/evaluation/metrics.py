@@ -1,16 +1,16 @@
 """Hit rate and NDCG with ties in expectation, full ranking, and the comparison of two systems. NumPy only.
 
-A ranking enters as two counts per user: how many rivals score strictly higher than the positive, and how many score
-the same. Ties are resolved by the mean over all their orders, so a scorer that gives every candidate the same score
-gets k/(N + 1) at H@k, not 0 or 1.
+A ranking is given by two counts per user: how many rivals score strictly higher than the positive, and how many score
+the same. With ties, a metric is the mean over all their orders. A scorer that gives every candidate the same score
+therefore gets k/(N + 1) at H@k, not 0 or 1.
 
-Full ranking leaves out, for each user, the items they had touched before the target:
+Full ranking leaves out, for each user, the items of the user before the target:
 
     valid: the train sequence (the later test item competes like any other)
     test:  the train sequence and the validation item
 
 The whole sequence counts, not only the last `max_history` items that a model may see. The target itself is never left
-out, not even when the user had touched it before. `seen_items` builds these lists.
+out, even if it also occurs earlier in the sequence. `seen_items` builds these lists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CUTOFFS = (10, 20)
 
 
 class Counts(NamedTuple):
-    """What the metrics need to know of a ranking."""
+    """The counts that decide the metrics of a ranking."""
 
     higher: np.ndarray  # (U,) int64: rivals with a higher score than the positive
     ties: np.ndarray  # (U,) int64: rivals with the same score
@@ -71,7 +71,7 @@ def user_metrics(positive: np.ndarray, negatives: np.ndarray, k: Sequence[int] =
 def expected_metrics(higher: np.ndarray, ties: np.ndarray, k: Sequence[int] = CUTOFFS) -> dict[str, np.ndarray]:
     """Return expected hit and NDCG per user, (U,) float64 each, over all orders of the tied items.
 
-    With h rivals higher and t tied, the positive is at each of the ranks h+1 ... h+t+1 equally often. A rank r within
+    With h rivals higher and t tied, the positive has each of the ranks h+1 ... h+t+1 equally often. A rank r within
     k is a hit and has NDCG 1/log2(r + 1), as there is one relevant item and the ideal DCG is 1.
 
     Args:
@@ -99,8 +99,8 @@ def mean_over_users(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 def bound_check(metrics: Mapping[str, float | np.ndarray], tolerance: float = 1e-9) -> bool:
     """Return whether H@10, H@20, N@10 and N@20 can belong to one ranking with one relevant item per user.
 
-    N@20 exceeds N@10 by the users whose item stands at ranks 11-20, and each adds between 1/log2(21) = 0.2277 (rank
-    20) and 1/log2(12) = 0.2789 (rank 11). As exactly H@20 - H@10 of the users stand there,
+    N@20 exceeds N@10 by the users whose item has a rank from 11 to 20, and each adds between 1/log2(21) = 0.2277 (rank
+    20) and 1/log2(12) = 0.2789 (rank 11). As exactly H@20 - H@10 of the users have such a rank,
 
         (H@20 - H@10) / log2(21)  <=  N@20 - N@10  <=  (H@20 - H@10) / log2(12)
 
@@ -125,14 +125,14 @@ def tail_users(frequency: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return which users have a target of the long tail, (U,) bool.
 
     Args:
-        frequency: interactions of each item in training, (I,). What is held out is what is to be foretold.
+        frequency: how often each item occurs in training, (I,), without the held-out items.
         targets: row of each user's target, (U,).
     """
     return np.asarray(frequency[targets] < TAIL)
 
 
 def tail_means(metrics: Mapping[str, np.ndarray], tail: np.ndarray) -> dict[str, float]:
-    """Return the mean of each per-user metric over the users of the long tail; empty where there are none."""
+    """Return the mean of each per-user metric over the users of the long tail; empty if there are none."""
     return mean_over_users({name: values[tail] for name, values in metrics.items()}) if tail.any() else {}
 
 
@@ -148,12 +148,12 @@ def candidate_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return dot products with the positive, (U,), and with the candidates, (U, N), both float32.
 
-    Candidates whose vector equals the positive's bit for bit get exactly the positive's score. Computing alone does
-    not promise that: matrix products sum in another order at the edge of a block, and a collapsed table would then be
-    ranked by rounding errors.
+    Candidates whose vector equals the positive's bit for bit get exactly the positive's score. A matrix product alone
+    does not ensure that: it sums in another order at the edge of a block, and rounding errors would then rank a
+    collapsed table.
 
     Args:
-        users: user vectors, (U, d); for cosines `unit_rows` of them, and of the items.
+        users: user vectors, (U, d); for cosines, apply `unit_rows` to users and items.
         items: item vectors, (I, d).
         positives: row in `items` of each user's held-out item, (U,).
         negatives: rows of the other candidates, (U, N).
@@ -194,7 +194,7 @@ def full_ranking_counts(
     """
     users, items = _finite(users, "user vectors"), _finite(items, "item vectors")
     targets, seen_offsets = np.asarray(targets), np.asarray(seen_offsets)
-    # Each distinct vector is scored once and its score handed to all items that have it, so identical vectors tie
+    # Each distinct vector is scored once, and all items with this vector get the score, so identical vectors tie
     # exactly. Taking the target's score from the same product is not enough: BLAS sums in another order at the edge
     # of a block, so equal columns of one product may differ in the last bit.
     vectors, vector = distinct_rows(items)
@@ -240,12 +240,12 @@ def counts_among_all(
 
 
 def seen_items(sequences: Sequence[np.ndarray], *later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the items each user had touched before the target, as (rows, offsets (U + 1,)).
+    """Return each user's items before the target, as (rows, offsets (U + 1,)).
 
     Args:
-        sequences: each user's training sequence as item rows, whole.
-        later: one further item per user, (U,) each: none when ranking the validation item, the validation items when
-            ranking the test item.
+        sequences: each user's whole training sequence as item rows.
+        later: further items, one per user, (U,) each: nothing to rank the validation item; the validation items to rank
+            the test item.
     """
     parts = [np.concatenate([s, *(item[u : u + 1] for item in later)]) for u, s in enumerate(sequences)]
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
@@ -254,11 +254,11 @@ def seen_items(sequences: Sequence[np.ndarray], *later: np.ndarray) -> tuple[np.
 
 
 def distinct_rows(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the distinct rows of `vectors`, the position in them of each row (I,)); rows are compared bit by bit."""
+    """Return (the distinct rows of `vectors`, each row's position among them (I,)); rows are compared bit by bit."""
     vectors = np.ascontiguousarray(vectors)
     keys = vectors.view(np.dtype((np.void, vectors.itemsize * vectors.shape[1])))[:, 0]
     _, first, position = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(vectors):  # all distinct: the table itself, not a sorted copy of it
+    if len(first) == len(vectors):  # all are distinct: return the table itself, not a sorted copy
         return vectors, np.arange(len(vectors))
     return vectors[first], position
 
@@ -269,14 +269,14 @@ def paired_bootstrap(
 ) -> Difference:
     """Return the mean of a - b over users with its percentile bootstrap interval.
 
-    Users are resampled with both systems' values kept together. Where 0 lies outside the interval, the difference is
-    more than the choice of users.
+    A resampled user brings the values of both systems. If 0 is outside the interval, the difference is not explained by
+    the choice of users.
 
     Args:
         a: one system's metric per user, (U,).
         b: the other's for the same users in the same order, (U,).
         draws: resamples.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: seed of the resampling; the same seed gives the same interval.
         level: coverage of the interval, between 0 and 1.
 
     Raises:
@@ -307,7 +307,7 @@ _BLOCK = 2**24  # float32 numbers of a gathered block: 64 MB
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the correctly rounded mean: equal values have exactly that mean, and the order of users is no matter."""
+    """Return the correctly rounded mean: equal values have exactly that mean, whatever the order of users."""
     if len(values) == 0:
         raise DataError("there is no user to average over", "at least one user")
     _refuse_nan(values, "metrics")
@@ -317,7 +317,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _distinct_pairs(user: np.ndarray, row: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Drop repeats: an item touched twice is left out once."""
+    """Drop repeats, so that an item that occurs twice is left out once."""
     user, row = np.divmod(np.unique(user.astype(np.int64) * items + row), items)
     return user, row
 
@@ -328,7 +328,7 @@ def _refuse_nan(values: np.ndarray, what: str) -> None:
         raise DataError(
             f"{bad} of {np.size(values)} {what} are NaN",
             "numbers",
-            "look for items without a vector and for a training run that diverged",
+            "check for items without a vector and for a training run that diverged",
         )
 
 

@@ -1,8 +1,8 @@
-"""The evaluation protocol of both tasks: who is ranked among whom, and what is said of it.
+"""The evaluation protocol of both tasks: which items are ranked for each user, and which metrics are reported.
 
-Every user's held-out item is ranked twice: among the stored candidates of each seed, the same ones for every model,
-and in the whole catalogue, without what the user had touched before. Task 1 brings vectors (`rank_vectors`), Task 2
-scores of a recommender, block by block (`Rankings.add`); what is counted, averaged and written is this module's.
+Every user's held-out item is ranked twice: among the stored candidates of each seed, which are the same for every
+model, and in the whole catalogue without the user's earlier items. Task 1 passes vectors (`rank_vectors`), Task 2 the
+scores of a recommender, block by block (`Rankings.add`). This module counts, averages and makes the tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories, Split
 
 _LETTERS = {schema.FUSED: "f", schema.TEXT: "t", schema.IMAGE: "v"}
-# user view → item view: what the fused item is found by (Fig. 1a), and each modality by itself
+# user view → item view: each view against the fused items (Fig. 1a), and each modality against itself
 _PAIRS = (
     (schema.FUSED, schema.FUSED),
     (schema.TEXT, schema.FUSED),
@@ -44,12 +44,12 @@ _EXACT = Average(statistics.mean, statistics.stdev)
 
 
 class RankingTask:
-    """What is ranked for whom: each user's target, candidates, and the items that the full ranking leaves out.
+    """What is ranked: each user's target, candidates, and the items that the full ranking leaves out.
 
     Args:
         dataset: a dataset folder.
         split: which held-out item is the target.
-        seeds: of the stored candidates; empty takes all there are.
+        seeds: seeds of the stored candidates; empty takes all.
     """
 
     def __init__(self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = ()) -> None:
@@ -63,7 +63,7 @@ class RankingTask:
 
 
 class Rankings:
-    """The per-user metrics of one scorer under a protocol."""
+    """The per-user metrics of one scorer."""
 
     def __init__(self, task: RankingTask, average: Average = _EXACT) -> None:
         self.task, self._average = task, average
@@ -96,7 +96,7 @@ class Rankings:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def means(self) -> dict[str, Any]:
-        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, and the `tail`'s."""
+        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full` and `tail`."""
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         mean, spread = self._average
@@ -107,12 +107,12 @@ class Rankings:
             "tail": self._tail(),
         }
         for among in ("candidates", "full"):
-            # no ranking can give other figures: a row that breaks the bound is an error of ours
+            # no ranking can break the bound: that would be a bug
             assert metrics.bound_check(found[among]), f"{among} breaks the N@20 - N@10 bound: {found[among]}"
         return found
 
     def _tail(self) -> dict[str, Any]:
-        """Return the means over the users whose target is an item of the long tail; empty where there are none."""
+        """Return the means over the users whose target is an item of the long tail; empty if there are none."""
         tail = self.task.tail
         of_seed = [metrics.tail_means(self.users(seed), tail) for seed in self.task.seeds]
         return {
@@ -138,16 +138,16 @@ class Rankings:
 
 
 def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Rankings]:
-    """Rank by vectors (Task 1): `f2f`, `t2f`, ..., for every pair of a user view and an item view that there is.
+    """Rank by vectors (Task 1): `f2f`, `t2f`, ..., for every pair of views that users and items have.
 
     Args:
-        task: who is ranked among whom.
+        task: what is ranked.
         users: unit vectors of the users by view, (U, d) each.
         items: unit vectors of the items by view, (I, d) each, in the order of `items.parquet`.
     """
     found = {}
     for user_view, item_view in _PAIRS:
-        # a part is not compared with a concatenation, which is longer
+        # one modality cannot be compared with a concatenation, which is longer
         if {user_view, item_view} <= {*users} and users[user_view].shape[1] == items[item_view].shape[1]:
             rankings = found[f"{_LETTERS[user_view]}2{_LETTERS[item_view]}"] = Rankings(task, _IN_FLOAT64)
             rankings.add_vectors(users[user_view], items[item_view])

@@ -1,8 +1,8 @@
 """Is one method better than another? Paired tests over seeds and users, corrected for many comparisons. NumPy only.
 
-Two questions, two tests. Over *seeds*, the paired t-test of the paper: would another training run say the same? Over
-*users*, the paired bootstrap of `metrics.paired_bootstrap`: would other users say the same? With five seeds the first
-has four degrees of freedom; the second is the stronger test, but knows only the runs that were made.
+Two questions, two tests. Over *seeds*, the paired t-test of the paper: would other training runs agree? Over *users*,
+the paired bootstrap of `metrics.paired_bootstrap`: would other users agree? With five seeds the first has four degrees
+of freedom. The second is the stronger test, but covers only the runs that were made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TTest(NamedTuple):
     """A two-sided paired t-test."""
 
     difference: float  # mean of a - b
-    t: float  # NaN where the test says nothing
+    t: float  # NaN if the test is not defined
     p: float  # NaN with fewer than two pairs
 
 
@@ -51,7 +51,7 @@ def spread(values: Sequence[float] | np.ndarray) -> Spread:
 def paired_t_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> TTest:
     """Return the two-sided paired t-test of a - b, df = n - 1.
 
-    All differences equal: p is 1 if they are 0, else 0 with t at ±infinity (the runs leave no doubt at all).
+    If all differences are equal, p is 1 if they are 0, else p is 0 and t is ±infinity.
 
     Args:
         a: one method's metric, one value per seed.
@@ -68,7 +68,7 @@ def paired_t_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarr
     if len(differences) == 1:
         return TTest(mean, math.nan, math.nan)
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    # differences of equal metrics differ in the last bits only: that is no spread
+    # equal differences may differ in their last bits by rounding, which must not count as spread
     if error <= 1e-14 * max(float(np.abs(a).max()), float(np.abs(b).max())):
         return TTest(mean, math.nan, 1.0) if abs(mean) <= 1e-14 else TTest(mean, math.copysign(math.inf, mean), 0.0)
     t = mean / error
@@ -77,15 +77,15 @@ def paired_t_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarr
 
 def t_tail(t: float, df: int) -> float:
     """Return P(|T| >= |t|) of Student's t with `df` degrees of freedom, 1 or more."""
-    from scipy.special import stdtr  # what scipy.stats.t calls, in a quarter of its time to load
+    from scipy.special import stdtr  # the function behind scipy.stats.t, which takes four times as long to load
 
     return 2 * float(stdtr(df, -abs(t)))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return p-values adjusted by Holm's step-down method, in the order given; NaN stays NaN and counts for nothing.
+    """Return p-values adjusted by Holm's step-down method, in the given order; NaN stays NaN and does not count.
 
-    The k-th smallest of m is multiplied by m - k + 1, and no adjusted value may be below the one before it.
+    The k-th smallest of m is multiplied by m - k + 1, and no adjusted value may be below the previous one.
     """
     p = np.asarray(p_values, np.float64)
     adjusted = np.full(p.shape, np.nan)
@@ -105,7 +105,7 @@ def compare(a_runs: np.ndarray, b_runs: np.ndarray, draws: int = 10_000, seed: i
         a_runs: one method's metric per seed and user, (S, U).
         b_runs: the other's, in the same order.
         draws: bootstrap resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
         The t-test over the seeds' means, and the bootstrap interval over users of each user's mean over seeds.
@@ -114,7 +114,7 @@ def compare(a_runs: np.ndarray, b_runs: np.ndarray, draws: int = 10_000, seed: i
     if a_runs.ndim != 2 or a_runs.shape != b_runs.shape:
         raise DataError(f"the runs have shapes {a_runs.shape} and {b_runs.shape}", "(seeds, users), the same in both")
     over_seeds = paired_t_test(a_runs.mean(axis=1), b_runs.mean(axis=1))
-    # rounded, as equal differences that were summed in another order should count as equal
+    # rounded, so that equal differences count as equal even if they were summed in another order
     over_users = paired_bootstrap(a_runs.mean(axis=0).round(12), b_runs.mean(axis=0).round(12), draws, seed)
     return Comparison(over_seeds, over_users)
 

@@ -1,11 +1,11 @@
 """A FAISS index over one view of an embeddings folder, and neighbours of an item from it.
 
-Vectors are L2-normalised and compared by L2 distance, which orders them as cosine does (|x − y|² = 2 − 2·cos)
-and, unlike the inner product, keeps doing so when a factory string centres the data (PCA). People see cosine.
+Vectors are L2-normalised and compared by L2 distance, which gives the same order as cosine (|x − y|² = 2 − 2·cos),
+and, unlike the inner product, also if a factory string centres the data (PCA). Results are shown as cosines.
 
     index folder   items.faiss   ids.parquet (row, item_id, title)   index.json (written last)
 
-Row i of `items.faiss` is row i of `ids.parquet`: the items that have a usable vector, in the order of the export.
+Row i of `items.faiss` is row i of `ids.parquet`: the items with a usable vector, in the order of the export.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ INDEX_SCHEMA_VERSION = 1
 ROW = "row"  # int64, in ids.parquet
 
 _BUILD_AGAIN = "run `vlm2rec build-index` again"
-_REORDERED = 8  # candidates per neighbour that Refine looks at again
+_REORDERED = 8  # candidates per neighbour that Refine compares again
 
 Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
-"""Wraps a pass over the vectors, to show its progress: called with what the pass does, and the pass."""
+"""Wraps a pass over the vectors, to show its progress: called with a description and the pass."""
 
 
 # --- building -------------------------------------------------------------------------------------------------
@@ -61,18 +61,18 @@ def build_index(
 ) -> dict[str, Any]:
     """Index one view of an embeddings folder, measure the index, publish the folder; return its `index.json`.
 
-    The vectors are streamed two or three times (training sample if needed, adding, exact search) and never held
-    together outside the index. An index folder that is already at `out` is replaced in one step at the end.
+    The vectors are streamed two or three times (training sample if needed, adding, exact search) and are never all
+    in memory outside the index. An existing index folder at `out` is replaced in one step at the end.
 
     Args:
         embeddings: Finished embeddings folder.
         out: Index folder to write.
         column: View to index.
         kind: As for `choose_factory`.
-        data: Dataset folder with the titles; default: the one the export names, if it is still there.
+        data: Dataset folder with the titles; default: the one that the export names, if it still exists.
         sample: Queries for the measured recall.
         seed: Seed of the samples and of k-means.
-        plan: Result of `plan_index` for the same arguments, if it was made already.
+        plan: Result of `plan_index` for the same arguments, if it exists already.
         watch: Wraps each pass, to show progress.
 
     Raises:
@@ -148,13 +148,13 @@ def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int
         raise ConfigError(
             f"FAISS cannot train {plan.factory!r} on {len(chosen.rows)} vectors ({faiss_reason(error)})",
             "a kind that suits this many vectors",
-            "take --kind auto, or a factory string with fewer lists",
+            "choose --kind auto, or a factory string with fewer lists",
         ) from None
     return index
 
 
 def _fill(index: Any, queries: Reservoir, batches: Iterable[UnitBatch]) -> tuple[pa.ChunkedArray, dict[str, int]]:
-    """Add every vector to the index, offer it to the sample of queries, and return the ids and what was left out."""
+    """Add every vector to the index and offer it to the sample of queries; return ids, and counts of rows left out."""
     ids: list[pa.Array] = []
     absent = unusable = 0
     for batch in batches:
@@ -170,9 +170,9 @@ def _fill(index: Any, queries: Reservoir, batches: Iterable[UnitBatch]) -> tuple
 def find_titles(
     item_ids: pa.ChunkedArray, data: Location | None, manifest: dict[str, Any]
 ) -> tuple[pa.ChunkedArray, str | None]:
-    """Return a title for each item (empty where unknown) and the dataset folder they come from, or None.
+    """Return a title for each item (empty if unknown), and the dataset folder with the titles, or None.
 
-    A dataset folder that was asked for must be readable; the one the export names may have gone.
+    A dataset folder that is given must be readable; the one that the export names may be gone.
     """
     folder = data or manifest.get("data")
     try:
@@ -249,7 +249,7 @@ class ItemIndex:
                 if read_meta(folder) == meta:
                     raise
                 continue
-            if read_meta(folder) == meta:  # else a rebuild replaced the folder between two of its files
+            if read_meta(folder) == meta:  # else a rebuild replaced the folder while it was being read
                 break
         schema.require_columns(ids.column_names, [ROW, schema.ITEM_ID, schema.TITLE], IDS_FILE, _BUILD_AGAIN)
         if not index.ntotal == ids.num_rows == meta["rows"]:
@@ -266,7 +266,7 @@ class ItemIndex:
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return rows (Q, k) int64 and cosines (Q, k) of the nearest items to vectors (Q, d) of any length.
 
-        Nearest first; row -1 where there are fewer than k. The cosines are exact in a flat index; elsewhere they are
+        Nearest first; row -1 if there are fewer than k. The cosines of a flat index are exact; those of other kinds are
         off by about `meta["cosine_error"]`.
         """
         queries = np.ascontiguousarray(vectors, np.float32)
@@ -300,7 +300,7 @@ class ItemIndex:
         ]
 
     def row_of(self, item_id: str) -> int:
-        """Return the index row of an item; raise `DataError` naming the nearest ids if there is none."""
+        """Return the index row of an item; raise `DataError` naming the most similar ids if there is none."""
         row = pc.index(self.ids[schema.ITEM_ID], item_id).as_py()
         if row >= 0:
             return int(row)
@@ -315,8 +315,8 @@ class ItemIndex:
     def query_vector(self, row: int) -> np.ndarray:
         """Return the unit vector of an item, (d,) float32.
 
-        A flat index holds it exactly. Other kinds hold a rounded copy, so it is read from the embeddings folder while
-        that is there and unchanged, and taken from the index otherwise.
+        A flat index holds it exactly. Other kinds hold a rounded copy, so it is read from the embeddings folder if that
+        still exists and is unchanged, else from the index.
         """
         if self.meta["factory"] != "Flat" and self.stale() is None:
             vector = _read_vector(location(self.meta["embeddings"]), self.meta["column"], self._item_id(row))
@@ -342,9 +342,9 @@ class ItemIndex:
             ) from None
 
     def stale(self, embeddings: Location | None = None) -> str | None:
-        """Say how the embeddings folder differs from the one that was indexed; None if it is the same.
+        """Return how the embeddings folder differs from the one that was indexed; None if it is the same.
 
-        Without `embeddings`, the folder that the index was built from is looked at.
+        Without `embeddings`, it checks the folder that the index was built from.
         """
         folder = location(self.meta["embeddings"]) if embeddings is None else embeddings
         try:
@@ -367,7 +367,7 @@ class ItemIndex:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read `index.json`; raise `ArtifactError` if the folder is no finished index or of a newer version."""
+    """Read `index.json`; raise `ArtifactError` if the folder is not a finished index or is of a newer version."""
     meta = schema.read_json(
         folder / schema.INDEX_FILE,
         f"an index folder, whose {schema.INDEX_FILE} is written last",
@@ -393,7 +393,7 @@ def _read_index(path: Path) -> Any:
 
 
 def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
-    """Read one item's unit vector: ids of each shard first, then the vectors of the one row group."""
+    """Read one item's unit vector: first the ids of each shard, then the vectors of one row group."""
     for shard in schema.read_manifest(embeddings)["shards"]:
         with (
             readable(embeddings / shard["file"]) as source,
@@ -409,14 +409,14 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
 
 
 def nearest_ids(item_id: str, known: pa.ChunkedArray, count: int = 3) -> list[str]:
-    """Return the known ids most like `item_id`; of a large catalogue, those near it in alphabetical order."""
+    """Return the known ids most similar to `item_id`; in a large catalogue, those near it in alphabetical order."""
     ids = sorted(known.to_pylist())
-    place = bisect.bisect_left(ids, item_id)
+    position = bisect.bisect_left(ids, item_id)
     matcher = difflib.SequenceMatcher(b=item_id, autojunk=False)
 
-    def likeness(other: str) -> tuple[float, int]:
+    def similarity(other: str) -> tuple[float, int]:
         matcher.set_seq1(other)
         same = itertools.takewhile(lambda letters: letters[0] == letters[1], zip(other, item_id, strict=False))
-        return matcher.ratio(), len(list(same))  # of equally like ids, the one that starts alike
+        return matcher.ratio(), len(list(same))  # of equally similar ids, the one with the longest common start
 
-    return sorted(ids[max(0, place - 1000) : place + 1000], key=likeness, reverse=True)[:count]
+    return sorted(ids[max(0, position - 1000) : position + 1000], key=similarity, reverse=True)[:count]

@@ -1,4 +1,4 @@
-"""Which FAISS index suits a catalogue, and what it will cost: a kind or factory string in, a plan out."""
+"""Chooses the FAISS index for a catalogue, and estimates its size, memory and build time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlm2rec.embedder.contract.storage import Location
 
 KINDS = ("auto", "flat", "hnsw", "ivf")
 FLAT_LIMIT = 50_000  # up to here exact search answers in milliseconds
-HNSW_LIMIT = 1_000_000  # beyond, the graph takes too long to build
+HNSW_LIMIT = 1_000_000  # beyond this, the graph takes too long to build
 
 _TRAIN_PER_LIST = 40  # FAISS asks for 39 vectors per k-means centroid
 _TRAIN_ROWS = 32_768  # sample for a scalar quantiser's ranges or a rotation
@@ -66,14 +66,14 @@ def empty_index(factory: str, dim: int) -> Any:
 
 
 def faiss_reason(error: RuntimeError) -> str:
-    """Return what FAISS complained about, without the line of its C++ source."""
+    """Return FAISS's error message without the line of its C++ source."""
     text = re.sub(r"\s+", " ", str(error))
     return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", text).strip()
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What will be built and what it will take. Estimates are rough: within a factor of about three."""
+    """The index to build and its estimated cost. Estimates are rough: within a factor of about three."""
 
     kind: str
     factory: str
@@ -81,7 +81,7 @@ class IndexPlan:
     dim: int
     train_rows: int
     bytes: int  # of items.faiss
-    memory: int  # bytes at the peak
+    memory: int  # peak, in bytes
     seconds: float
 
 
@@ -107,12 +107,12 @@ def plan_index(
     queries = min(sample, rows)
     work = 4 * (train_rows * dim + queries * (dim + 2 * BATCH)) + 12 * BATCH * dim
     seconds = _seconds(factory, rows, dim, train_rows, queries)
-    memory = 2 * size + work + 200 * rows  # twice: FAISS moves to a larger array while it grows
+    memory = 2 * size + work + 200 * rows  # twice: FAISS copies to a larger array when it grows
     return IndexPlan(kind, factory, rows, dim, train_rows, size, memory, seconds)
 
 
 def bytes_per_vector(factory: str, dim: int) -> float:
-    """Return about how many bytes of the index file one vector takes, read off the factory string."""
+    """Return about how many bytes of the index file one vector takes, from the factory string."""
     width, total, coded = dim, 0.0, False
     for part in re.findall(r"(?:[^,(]|\([^)]*\))+", factory):
         if refined := re.fullmatch(r"Refine\((.*)\)|RFlat", part):
@@ -138,13 +138,13 @@ def _lists(factory: str) -> int:
 def _seconds(factory: str, rows: int, dim: int, train_rows: int, queries: int) -> float:
     """Return about how long a build takes: matrix products at this machine's rate, graph steps, reading."""
     lists = _lists(factory)
-    products = float(queries) * rows  # of two vectors: the exact search that recall is measured against
+    products = float(queries) * rows  # of two vectors: the exact search for the recall
     products += 2 * (10.0 * train_rows * lists + float(rows) * lists)  # k-means of ten rounds, then one assignment
-    products += float(queries) * rows * min(1.0, sum(EFFORTS) / lists) * 5 if lists else 0  # lists are read piecewise
-    seconds = 2 * products * dim / _multiply_rate() + 1.5e-8 * queries * rows  # and picking the best of them
+    products += float(queries) * rows * min(1.0, sum(EFFORTS) / lists) * 5 if lists else 0  # lists are read in pieces
+    seconds = 2 * products * dim / _multiply_rate() + 1.5e-8 * queries * rows  # and choosing the best of them
     seconds += (3 if train_rows else 2) * 4 * rows * dim / 5e8
     if "HNSW" in factory:
-        # single products at scattered places, more of them as the graph deepens
+        # single products at scattered addresses, more of them as the graph gets deeper
         seconds += 3e-7 * rows * dim * math.log10(max(rows, 10)) / 5 / faiss.omp_get_max_threads()
     return 0.3 + seconds
 
@@ -163,7 +163,7 @@ def _multiply_rate() -> float:
 def no_vectors(embeddings: Location, column: str) -> ArtifactError:
     """Return the error for a view that has nothing to index."""
     return ArtifactError(
-        f"{embeddings} has not one usable vector in column {column!r}",
+        f"{embeddings} has no usable vector in column {column!r}",
         "at least one vector that is finite and not zero",
-        "choose another --column, or look at the status and error columns of the export",
+        "choose another --column, or check the status and error columns of the export",
     )

@@ -1,4 +1,4 @@
-"""How many of the true neighbours an index finds, and how much search effort that takes."""
+"""Measures how many of the true neighbours an index finds, and the search effort it needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vlm2rec.downstream.index.unit_vectors import UnitBatch
 NEIGHBOURS = 10  # the k of recall@k
 TARGET_RECALL = 0.95  # the search effort is the smallest that reaches it
 EFFORTS = (16, 32, 64, 128, 256)  # tried for efSearch (HNSW) or nprobe (IVF)
-_TIE = 1e-6  # cosines closer than this are the same neighbour distance: float32 sums differ by as much
+_TIE = 1e-6  # cosines closer than this count as equal: float32 sums differ by as much
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How an index answers its sample of queries; a query is never its own neighbour."""
+    """How well an index answers a sample of queries; a query is never its own neighbour."""
 
     effort: dict[str, int]  # the search setting stored in the index: {"efSearch": 64}, {"nprobe": 32} or {}
-    recall: float | None  # share of the true k neighbours found; None when there is no neighbour to find
+    recall: float | None  # share of the true k neighbours that were found; None if there is no neighbour
     cosine_error: float | None  # mean |cosine by the index − true cosine| of the neighbours found
     search_ms: float | None  # per query, all queries at once
     search_ms_single: float | None  # median of one query at a time
@@ -38,13 +38,13 @@ def exact_neighbours(
     Args:
         batches: All indexed vectors.
         queries: (S, d) unit vectors.
-        own: (S,) the row each query was taken from; it does not count as a neighbour.
-        returned: (L, S, k) rows whose true cosine is wanted; -1 where there is none.
+        own: (S,) the row of each query, which does not count as a neighbour.
+        returned: (L, S, k) rows whose true cosine to compute; -1 if there is none.
         k: Neighbours.
 
     Returns:
-        The k largest cosines of each query in falling order, (S, k), and the cosine of every returned row,
-        (L, S, k), -inf where there is none.
+        The k largest cosines of each query in descending order, (S, k), and the cosine of every returned row,
+        (L, S, k), -inf if there is none.
     """
     best = np.full((len(queries), k), -np.inf, np.float32)
     of_returned = np.full(returned.shape, -np.inf, np.float32)
@@ -60,7 +60,7 @@ def exact_neighbours(
 
 
 def drop_own(rows: np.ndarray, values: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove each query's own row from its k + 1 neighbours, or the last one where the query is not among them.
+    """Remove each query's own row from its k + 1 neighbours, or the last one if the query is not among them.
 
     `rows` and `values` are (S, k + 1), `own` (S,); both results are (S, k).
     """
@@ -75,11 +75,11 @@ def cosines(distances: np.ndarray) -> np.ndarray:
 
 
 def measure(index: Any, queries: np.ndarray, own: np.ndarray, batches: Iterable[UnitBatch]) -> Quality:
-    """Measure recall@10 against exact search, and leave in `index` the least effort that reaches the target."""
+    """Measure recall@10 against exact search, and set in `index` the least effort that reaches the target."""
     k = min(NEIGHBOURS, index.ntotal - 1)
     if k < 1:
         return Quality({}, None, None, None, None, [])
-    index.search(queries[:10], k + 1)  # the first search starts FAISS's threads: not timed
+    index.search(queries[:10], k + 1)  # not timed: the first search starts FAISS's threads
     efforts = _efforts(index)
     answers, milliseconds = [], []
     for effort in efforts:
@@ -90,7 +90,7 @@ def measure(index: Any, queries: np.ndarray, own: np.ndarray, batches: Iterable[
         answers.append(drop_own(rows, cosines(distances), own))
     returned = np.stack([rows for rows, _ in answers])  # (L, S, k)
     best, true = exact_neighbours(batches, queries, own, returned, k)
-    # a neighbour as near as the true k-th counts, whichever of several equal ones the index picked
+    # a neighbour as near as the true k-th one counts, whichever of several equal ones the index found
     recalls = (true >= best[None, :, -1:] - _TIE).mean(axis=(1, 2))
     chosen = int(np.argmax(recalls >= TARGET_RECALL)) if (recalls >= TARGET_RECALL).any() else int(np.argmax(recalls))
     _set_effort(index, efforts[chosen])
@@ -111,11 +111,11 @@ def measure(index: Any, queries: np.ndarray, own: np.ndarray, batches: Iterable[
 
 
 def _efforts(index: Any) -> list[dict[str, int]]:
-    """Return the search settings to try, weakest first: of nprobe (IVF) or efSearch (HNSW), or none."""
+    """Return the search settings to try, least effort first: values of nprobe (IVF) or efSearch (HNSW), or none."""
     space = faiss.ParameterSpace()
     space.initialize(index)
     names = [space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())]
-    for name in ("nprobe", "efSearch"):  # an IVF whose lists are found by HNSW has both: nprobe decides
+    for name in ("nprobe", "efSearch"):  # an IVF that finds its lists by HNSW has both: nprobe decides
         if name in names:
             most = faiss.extract_index_ivf(index).nlist if name == "nprobe" else EFFORTS[-1]
             return [{str(name): value} for value in (*(e for e in EFFORTS if e < most), min(most, EFFORTS[-1]))]

@@ -20,11 +20,11 @@ class UnitBatch(NamedTuple):
     item_ids: list[str]
     vectors: np.ndarray
     absent: int  # rows of this batch without a vector
-    unusable: int  # rows whose vector is zero or not finite: they have no direction
+    unusable: int  # rows whose vector is zero or not finite and has no direction
 
 
 def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
-    """Stream one view as unit vectors; memory is that of one batch."""
+    """Stream one view as unit vectors; memory holds one batch."""
     first = 0
     for ids, vectors, present in read_batches(embeddings, column, BATCH):
         lengths = np.linalg.norm(vectors, axis=1)
@@ -36,9 +36,9 @@ def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
 
 
 class Reservoir:
-    """A uniform random sample of a stream whose length is not known beforehand.
+    """A uniform random sample of a stream of unknown length.
 
-    `rows` (n,) int64 and `vectors` (n, d) float32 hold the sample once everything was offered; n ≤ size.
+    `rows` (n,) int64 and `vectors` (n, d) float32 hold the sample once all vectors were offered; n ≤ size.
     """
 
     def __init__(self, size: int, dim: int, seed: int) -> None:
@@ -50,10 +50,10 @@ class Reservoir:
     def offer(self, vectors: np.ndarray) -> None:
         """Take the next vectors of the stream, (n, d)."""
         places = np.arange(self._seen, self._seen + len(vectors))
-        # the t-th vector goes to a place drawn from 0..t-1; a place beyond the reservoir drops it
+        # the t-th vector goes to a slot drawn from 0..t-1; a slot beyond the reservoir drops it
         slots = np.where(places < len(self._rows), places, self._random.integers(0, places + 1))
         kept = np.flatnonzero(slots < len(self._rows))
-        self._rows[slots[kept]] = places[kept]  # of two vectors for one place the later one stays
+        self._rows[slots[kept]] = places[kept]  # of two vectors for one slot, the later one stays
         self._vectors[slots[kept]] = vectors[kept]
         self._seen += len(vectors)
 

@@ -1,1 +1,1 @@
-"""The bridge to RecBole: item tables from Parquet, training runs, and cures for what its last release breaks on."""
+"""The bridge to RecBole: item tables from Parquet, training runs, and fixes for its last release."""

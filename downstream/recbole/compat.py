@@ -1,22 +1,22 @@
-"""What RecBole 1.2.1, the last release, needs on a current stack. The cures are in force only while RecBole runs.
+"""What RecBole 1.2.1, the last release, needs with current libraries. The fixes apply only while RecBole runs.
 
-1. `recbole.quick_start` imports Ray Tune, and RecBole pins a Ray that no current Python has. Nothing here imports
-   quick_start: `recbole.config`, `.data`, `.model` and `.trainer` do the same work without Ray, so RecBole is
-   installed with `--no-deps`.
-2. `Config` touches `np.float_`, `np.complex_` and `np.unicode_`, which NumPy 2 removed: `_numpy_names`. It also leaves
-   eight aliases such as `np.str` behind in NumPy; they go away again.
+1. `recbole.quick_start` imports Ray Tune, and RecBole pins a Ray release that exists for no current Python. Nothing
+   here imports quick_start: `recbole.config`, `.data`, `.model` and `.trainer` do the same work without Ray, so
+   RecBole is installed with `--no-deps`.
+2. `Config` uses `np.float_`, `np.complex_` and `np.unicode_`, which NumPy 2 removed: `_numpy_names`. It also adds
+   eight aliases such as `np.str` to NumPy; they are removed again.
 3. `Trainer.evaluate(load_best_model=True)` lets `torch.load` read a pickled Config, which torch refuses since 2.6.
-   `load_own_checkpoint` reads the file this process has just written, and no other; a pickle from elsewhere can run
-   any code.
+   `load_own_checkpoint` reads only the file that this process has just written, because a pickle from elsewhere can
+   run any code.
 4. pandas 3 turns RecBole's `fillna(inplace=True)` into a silent no-op, so that padding becomes a huge negative
    number: `require_recbole` refuses pandas 3.
 5. Cross-entropy (the default loss of SASRec, GRU4Rec and BERT4Rec) stops with a ValueError unless
-   `train_neg_sample_args` is set to nothing: `without_negative_sampling` says when to do so.
+   `train_neg_sample_args` is null: `without_negative_sampling` says when to set it.
 6. Importing any sequential model imports SINE, whose file turns on autograd's anomaly detection for the whole process:
    a stack trace is taken at every operation, and training takes about twice the time. `require_recbole` undoes that.
 
-Besides, RecBole reads `sys.argv` on its own (`--key=value` there beats every file), sets CUDA_VISIBLE_DEVICES for the
-whole process, logs to the root logger, and writes `./log_tensorboard`: `cured` keeps all that away from the caller.
+Besides, RecBole itself reads `sys.argv` (`--key=value` there overrides every file), sets CUDA_VISIBLE_DEVICES for the
+whole process, logs to the root logger, and writes `./log_tensorboard`. `cured` keeps all that away from the caller.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ INSTALL = "pip install 'vlm2rec[recbole]' && pip install --no-deps recbole==1.2.
 _REMOVED_NAMES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_}
 _LEFT_BEHIND = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
 
-# (message, category): each a library's own, seen with the versions of constraints.txt
+# (message, category) of warnings from libraries, with the versions of constraints.txt
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    # RecBole 1.2.1 builds its gradient scaler through the old name, also where it is switched off
+    # RecBole 1.2.1 makes its gradient scaler by the old name, even if it is switched off
     (r"`torch\.cuda\.amp\.GradScaler\(args\.\.\.\)` is deprecated", FutureWarning),
     # RecBole sorts torch tensors with `np.argsort`
     (r"__array_wrap__ must accept context and return_scalar arguments", DeprecationWarning),
-    # pandas 2 announces what pandas 3 breaks, see 4
+    # pandas 2 warns of what pandas 3 breaks, see 4
     (r"A value is trying to be set on a copy of a DataFrame or Series through chained assignment", FutureWarning),
 )
 
@@ -79,10 +79,10 @@ def require_recbole() -> None:
 
 @contextmanager
 def cured(folder: Path) -> Iterator[None]:
-    """Run RecBole inside: its needs met, its side effects kept in `folder` or undone at the end.
+    """Run RecBole inside this block, with the fixes; side effects stay in `folder` or are undone at the end.
 
     Args:
-        folder: takes RecBole's own log, `recbole.log`, and its TensorBoard files.
+        folder: receives RecBole's own log, `recbole.log`, and its TensorBoard files.
     """
     with ExitStack() as stack:
         for cure in (_numpy_names(), _no_arguments(), _same_devices(), _own_log(folder / "recbole.log")):
@@ -94,10 +94,10 @@ def cured(folder: Path) -> Iterator[None]:
 
 
 def without_negative_sampling(settings: Mapping[str, Any], model_defaults: Mapping[str, Any]) -> bool:
-    """Return whether `train_neg_sample_args: null` has to be added: cross-entropy, and the settings do not say.
+    """Return whether `train_neg_sample_args: null` has to be added: for cross-entropy, if the settings lack the key.
 
     Args:
-        settings: what the user wrote.
+        settings: the user's settings.
         model_defaults: RecBole's own defaults of the model.
     """
     loss = settings.get("loss_type", model_defaults.get("loss_type"))
@@ -151,14 +151,14 @@ def _same_devices() -> Iterator[None]:
 
 
 class _PlainText(logging.Formatter):
-    """RecBole puts terminal colours into its messages."""
+    """Removes the terminal colours that RecBole puts into its messages."""
 
     def format(self, record: logging.LogRecord) -> str:
         return re.sub(r"\x1b\[[0-9;]*m", "", super().format(record))
 
 
 class _ToStderr(logging.Handler):
-    """Looks `sys.stderr` up at each message: a progress bar replaces it for its time."""
+    """Reads `sys.stderr` at each message, because a progress bar replaces it temporarily."""
 
     def emit(self, record: logging.LogRecord) -> None:
         name = "RecBole" if record.name == "root" else record.name

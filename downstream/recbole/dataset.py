@@ -18,13 +18,13 @@ from vlm2rec.embedder.contract.errors import ArtifactError
 
 
 class FolderDataset(SequentialDataset):
-    """The sequences of a dataset folder, handed to RecBole in memory.
+    """The sequences of a dataset folder, passed to RecBole in memory.
 
-    No atomic file is written. pandas would read the ids "NA", "null", "None" and "nan" in it as missing and RecBole
-    would drop their rows; tabs, quotes and line ends in an id would break the file. Here an id stays the string it is.
+    No atomic file is written. In such a file pandas would read the ids "NA", "null", "None" and "nan" as missing, and
+    RecBole would drop their rows; tabs, quotes and line ends in an id would break the file. Here ids stay unchanged.
 
     The order of rows is that of an atomic file written user by user in time order, so ids, batches and metrics are
-    those of RecBole's own dataset read from such a file.
+    the same as with RecBole's own dataset from such a file.
     """
 
     def __init__(self, config: Any, folder: Dataset) -> None:
@@ -39,7 +39,7 @@ class FolderDataset(SequentialDataset):
         columns = {
             (self.uid_field, FeatureType.TOKEN): np.repeat(np.array(self.folder.user_ids, object), lengths),
             (self.iid_field, FeatureType.TOKEN): item_ids[rows],
-            # the place in the sequence: RecBole keeps times as float32, which merges unix seconds within a minute
+            # the position: RecBole keeps times as float32, which merges unix seconds within a minute
             (self.time_field, FeatureType.FLOAT): np.concatenate([np.arange(n, dtype=np.float64) for n in lengths]),
         }
         for field, kind in columns:
@@ -49,31 +49,31 @@ class FolderDataset(SequentialDataset):
         self.item_feat = None
         unseen = np.setdiff1d(np.arange(len(item_ids)), rows)
         if len(unseen):
-            # items nobody touched are candidates all the same; RecBole numbers them after the others
+            # items without interactions are candidates too; RecBole numbers them after the others
             every = np.concatenate([pd.unique(rows), unseen])
             self.item_feat = pd.DataFrame({self.iid_field: item_ids[every]})
             self.field2source[self.iid_field] = FeatureSource.ITEM_ID
 
     def _data_filtering(self) -> None:
-        """Filter nothing: `prepare` has done so, and every user of the folder is evaluated."""
+        """Filter nothing: `prepare` has filtered, and every user of the folder is evaluated."""
 
     def data_augmentation(self) -> None:
         """Turn each user's sequence into (prefix → next item) rows, the same as RecBole's in the same order.
 
-        Column by column instead of row by row, and without RecBole's list of times, which no model here reads.
+        It works column by column instead of row by row, without RecBole's list of times, which no model here reads.
         """
         self._aug_presets()
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
         users = self.inter_feat[self.uid_field].numpy()
         items = self.inter_feat[self.iid_field].numpy()
-        opens = np.flatnonzero(np.diff(users, prepend=-1))  # where each user's sequence begins
+        opens = np.flatnonzero(np.diff(users, prepend=-1))  # the row where each user's sequence begins
         begin = np.repeat(opens, np.diff(np.append(opens, len(users))))
         targets = np.flatnonzero(np.arange(len(users)) != begin)
         lengths = np.minimum(targets - begin[targets], self.max_item_list_len)
         lists = np.zeros((len(targets), self.max_item_list_len), np.int64)
-        for place in range(self.max_item_list_len):
-            filled = place < lengths
-            lists[filled, place] = items[(targets - lengths + place)[filled]]
+        for position in range(self.max_item_list_len):
+            filled = position < lengths
+            lists[filled, position] = items[(targets - lengths + position)[filled]]
         rows = self.inter_feat[targets]
         rows.update(
             Interaction(
@@ -88,7 +88,7 @@ class FolderDataset(SequentialDataset):
     def _split_index_by_leave_one_out(self, grouped_index: Any, leave_one_num: int) -> list[list[int]]:
         """Split off the last two rows of every user.
 
-        RecBole keeps one row for training even where only two are left, and so would train on the validation item of
+        RecBole keeps one row for training even if there are only two, and so would train on the validation item of
         users with one training item.
         """
         parts: list[list[int]] = [[], [], []]
@@ -119,6 +119,6 @@ def recbole_ids(tokens: list[str], item_ids: list[str]) -> np.ndarray:
     if places.null_count:
         unknown = pc.filter(pa.array(item_ids, pa.string()), pc.is_null(places))[0].as_py()
         raise ArtifactError(
-            f"item {unknown!r} did not survive in RecBole", "an id RecBole can hold", "use ids without NUL characters"
+            f"RecBole has lost item {unknown!r}", "an id RecBole can hold", "use ids without NUL characters"
         )
     return places.to_numpy(zero_copy_only=False).astype(np.int64) + 1

@@ -1,7 +1,7 @@
-"""The table a recommender starts from: frozen vectors behind one or two trained layers. Tensors in, tensors out.
+"""The item table of a recommender made of frozen vectors and one or two trained layers. Tensors only.
 
-Three adapters: `linear`, one Linear(d → width), the paper's; `two-linear`, two Linears without activation, as LLMEmb
-and SDA have it; `mlp`, two with GELU between. The hidden layer has d / 2 units, and no fewer than `width`.
+Three adapters: `linear`, one Linear(d → width), as in the paper; `two-linear`, two Linears without activation, as in
+LLMEmb and SDA; `mlp`, two Linears with GELU between. The hidden layer has d / 2 units, and no fewer than `width`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from vlm2rec.downstream.options import Adapter
 
 ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 PAD_ROW = 0
-_NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean length, has no direction of its own
+_NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean length, has no direction
 # GELU of a standard normal variable has mean 1 / (2√π) and this standard deviation
 _GELU_MEAN, _GELU_SPREAD = 0.5 / math.sqrt(math.pi), 0.5879
 
 
-_BLOCK = 256  # rows that are centred together, and stay in the processor's cache meanwhile
+_BLOCK = 256  # rows that are centred together: few enough to stay in the processor's cache
 
 
 def standardise(vectors: Tensor, given: np.ndarray | None = None, in_place: bool = False) -> Tensor:
     """Centre the vectors on their mean and give each length 1.
 
-    Vectors of a language model share a large common offset. Left in, every item looks the same to a fresh Linear and
-    the first optimiser steps, which all push along that offset, make the loss explode.
+    Vectors of a language model share a large common offset. With it, every item looks the same to a new Linear, and the
+    first optimiser steps all move along that offset and make the loss explode.
 
     Args:
         vectors: (N, d), finite.
-        given: which rows are vectors, (N,) bool; the others are zero and stay so. Default: all.
-        in_place: write over `vectors`, which are float32 then: tables are large.
+        given: which rows are vectors, (N,) bool; the others are zero and stay zero. Default: all.
+        in_place: overwrite `vectors`, which must be float32, because tables are large.
 
     Returns:
         (N, d) float32 with rows of length 1; rows that equal the mean have length 0.
     """
     count = len(vectors) if given is None else int(given.sum())
     found = vectors if in_place else vectors.to(torch.float32, copy=True)
-    # few rows are summed in float32 and their sums in float64: exact enough, and no second copy of the table
+    # blocks are summed in float32 and their sums in float64: exact enough, and without a second copy of the table
     blocks = found.split(_BLOCK)
     total, lengths = torch.zeros(vectors.shape[1], dtype=torch.float64), 0.0
     for block in blocks:
@@ -60,11 +60,11 @@ def standardise(vectors: Tensor, given: np.ndarray | None = None, in_place: bool
 
 
 class ItemEmbedding(nn.Module):
-    """Stands in for a recommender's `nn.Embedding`: row i is the adapter's output for the vector of item i.
+    """Replaces a recommender's `nn.Embedding`: row i is the adapter's output for the vector of item i.
 
     Recommenders call the table in two ways, `table(indices)` for inputs and `table.weight` for the output matrix, and
     both give the same rows. Row 0, the padding, is zero. Rows beyond the vectors (BERT4Rec's mask) are trained
-    parameters, as no item stands behind them.
+    parameters, as they belong to no item.
 
     The vectors are not part of the state: a checkpoint holds the adapter and the extra rows only.
     """
@@ -83,11 +83,11 @@ class ItemEmbedding(nn.Module):
         """Start the adapter so that the adapted rows are spread like the id table they replace.
 
         Args:
-            vectors: (N, d) rows of length 1 (see `standardise`); row 0 stands for the padding and is never used.
+            vectors: (N, d) rows of length 1 (see `standardise`); row 0 is the padding and is never used.
             width: length of an adapted row.
             spread: standard deviation of an element of an adapted row at the start.
             extra: (K, width) start values of rows N ... N + K - 1.
-            adapter: which layers.
+            adapter: the layers.
         """
         super().__init__()
         self.register_buffer("vectors", vectors, persistent=False)
@@ -127,7 +127,7 @@ class ItemEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole adapted table, (N + K, width); computed once per evaluation, anew at every training step."""
+        """The whole adapted table, (N + K, width); computed once per evaluation, and at every training step."""
         if not self._may_cache():
             return self._table()
         if self._cached is None:
@@ -138,12 +138,12 @@ class ItemEmbedding(nn.Module):
         """Return the adapted rows of `indices`, (..., width)."""
         if self._may_cache():
             return F.embedding(indices, self.weight)
-        # a batch names an item many times: adapt each once
+        # a batch contains an item many times: adapt each once
         rows, places = torch.unique(indices, return_inverse=True)
         return F.embedding(places, self._rows(rows))
 
     def train(self, mode: bool = True) -> ItemEmbedding:
-        """Switch the mode and forget the cached table: the adapter is about to change, or has changed."""
+        """Switch the mode and drop the cached table, because the adapter will change or has changed."""
         self._cached = None
         return super().train(mode)
 
@@ -174,5 +174,5 @@ class ItemEmbedding(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ItemEmbedding:
-        self._cached = None  # the module moves to another device or number format
+        self._cached = None  # the module changes its device or number format
         return super()._apply(*args, **kwargs)

@@ -1,6 +1,6 @@
 """The flag in a RecBole YAML: start SASRec, GRU4Rec or BERT4Rec from an embeddings folder.
 
-    item_embedding_init: path/to/embeddings   # the flag; without it RecBole stays as it is
+    item_embedding_init: path/to/embeddings   # the flag; without it RecBole does not change
     item_embedding_column: fused              # fused | text | image
     item_embedding_trainable: false           # false: frozen vectors behind a trained adapter; true: a trained table
     item_embedding_missing: error             # error | mean | random: items without a vector
@@ -10,10 +10,10 @@
 With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained adapter)
 and is then trained row by row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
 
-`vlm2rec train-recommender --config that.yaml` obeys these lines. A script that drives RecBole itself calls `install()`
-first; a relative folder is looked up from the working directory, as RecBole's own `data_path` is.
+`vlm2rec train-recommender --config that.yaml` reads these lines. A script that runs RecBole itself calls `install()`
+first. A relative folder is relative to the working directory, like RecBole's own `data_path`.
 
-Row i holds the vector of the item that RecBole calls i. Row 0, RecBole's padding, is zero. BERT4Rec's last row is its
+Row i holds the vector of RecBole's item i. Row 0, RecBole's padding, is zero. BERT4Rec's last row is its
 mask token: no item, so it keeps RecBole's random start and is trained in either mode.
 """
 
@@ -48,7 +48,7 @@ FILLS = ("error", "mean", "random")
 
 @dataclass(frozen=True)
 class EmbeddingStart:
-    """What the flag's lines say."""
+    """The values of the flag's lines."""
 
     folder: Location
     column: str = schema.FUSED
@@ -59,7 +59,7 @@ class EmbeddingStart:
 
 
 def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
-    """Return what the `item_embedding_*` keys of RecBole settings say, or None where the flag is not set.
+    """Return the values of the `item_embedding_*` keys in RecBole settings, or None if the flag is not set.
 
     Raises:
         ConfigError: an unknown `item_embedding_*` key, a value out of range, or keys without `item_embedding_init`.
@@ -74,7 +74,7 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
         if given.keys() - {INIT}:
             raise ConfigError(
                 f"{', '.join(sorted(given.keys() - {INIT}))} without {INIT}",
-                "an embeddings folder these settings apply to",
+                "an embeddings folder that these settings apply to",
                 f"add `{INIT}: path/to/embeddings`, or remove them",
             )
         return None
@@ -100,21 +100,21 @@ def _count_or_none(value: Any) -> bool:
 
 
 def install() -> None:
-    """Make SASRec, GRU4Rec and BERT4Rec obey the flag. Without the flag in their config they stay RecBole's own.
+    """Make SASRec, GRU4Rec and BERT4Rec read the flag. Without the flag in their config they stay RecBole's own.
 
-    The constructors are wrapped in place. A subclass would not do: RecBole looks default settings up by class name
-    and finds models by module path, and putting another class in a model's place breaks its `super(SASRec, self)`.
-    The table is put in after the model's own constructor, whose `_init_weights` overwrites whatever came before.
+    The constructors are wrapped in place. A subclass would not work: RecBole finds default settings by class name and
+    models by module path, and replacing a model's class breaks its `super(SASRec, self)`. The table is set after the
+    model's own constructor, because the constructor's `_init_weights` overwrites earlier values.
     """
     from recbole.utils import get_model
 
     for name in schema.RECOMMENDERS:
         model = get_model(name)
         if not hasattr(model.__init__, "__wrapped__"):
-            model.__init__ = _obeying(model.__init__)
+            model.__init__ = _with_flag(model.__init__)
 
 
-def _obeying(original: Callable[..., None]) -> Callable[..., None]:
+def _with_flag(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, dataset: Any) -> None:  # noqa: N807
         original(self, config, dataset)
@@ -140,7 +140,7 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) 
         model: has an `item_embedding` of at least len(tokens) + 1 rows.
         start: the flag.
         tokens: ids of items 1, 2, ...
-        seed: of the vectors that `missing: random` draws.
+        seed: seed of the vectors that `missing: random` draws.
     """
     vectors, missing, explained = aligned_vectors(tokens, start, seed)
     stock = model.item_embedding.weight.detach()
@@ -158,14 +158,13 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
     """Return standardised vectors with a zero row 0 for the padding, (len(tokens) + 1, d), how many were filled, and
     the share of variance that `start.pca` kept.
 
-    Components are those of the items that are trained on, each once.
+    The components come from the dataset's items, each once.
 
-    A `mean` fill has length 0 after centring, so these items all look the same; a `random` fill has a direction of its
-    own.
+    A `mean` fill has length 0 after centring, so these items are all the same; a `random` fill has its own direction.
 
     Raises:
         ArtifactError: an item has no vector and the policy is `error`, a vector is not finite, or all are equal.
-        ConfigError: `start.pca` is more than the vectors have directions.
+        ConfigError: `start.pca` exceeds the number of directions of the vectors.
     """
     where = f"{start.folder}, column {start.column},"
     vectors = torch.zeros(len(tokens) + 1, schema.dims_of(schema.read_manifest(start.folder))[start.column])
@@ -180,9 +179,9 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
             f"{start.folder} has no {start.column} vector for {int((~found).sum())} of {len(tokens)} items, among them"
             f" {', '.join(map(repr, lacking))}",
             "a vector for every item of the dataset",
-            f"export the dataset these items come from, or fill them with `{MISSING}: mean` (`--missing mean`)",
+            f"export the dataset of these items, or fill them with `{MISSING}: mean` (`--missing mean`)",
         )
-    if not bool(vectors.sum().isfinite()) and not bool(vectors.isfinite().all()):  # a sum may overflow by itself
+    if not bool(vectors.sum().isfinite()) and not bool(vectors.isfinite().all()):  # a sum may overflow
         raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
     explained = None
     if start.pca is not None:
@@ -195,7 +194,7 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
         raise ArtifactError(
             f"{where} has the same vector for every item",
             "vectors that differ",
-            "look at the training of the adapter: its space has collapsed",
+            "check the training of the adapter: its vectors have collapsed",
         )
     if start.missing == "random":
         unknown = torch.from_numpy(np.flatnonzero(~found) + 1)

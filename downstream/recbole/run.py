@@ -1,9 +1,9 @@
 """Train a sequential recommender in RecBole, from item ids or from an embeddings folder, and evaluate it (Task 2).
 
-Two kinds of data. A *dataset folder* of `vlm2rec prepare` is evaluated by our protocol: each user is scored once over
-all items, and ranked against the stored candidates and against the whole catalogue. A *RecBole dataset*, named in an
+There are two kinds of data. A *dataset folder* of `vlm2rec prepare` is evaluated by our protocol: all items are scored
+once for each user, and ranked against the stored candidates and the whole catalogue. A *RecBole dataset*, named in an
 ordinary RecBole YAML, is split and evaluated by RecBole as that YAML says; without the `item_embedding_*` lines this
-gives the figures of `run_recbole` bit for bit.
+gives the same figures as `run_recbole`, bit for bit.
 
 The output folder holds checkpoint.pth (RecBole's format, the best epoch), metrics.json, users.parquet (dataset folder
 only), recbole.log and tensorboard/. metrics.json is written last.
@@ -39,9 +39,9 @@ CHECKPOINT_FILE = "checkpoint.pth"
 Settings = Path | Mapping[str, Any]
 _MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
 
-# With a dataset folder RecBole gets ready-made sequences: what would filter, relabel or re-split them is set to nothing
+# With a dataset folder RecBole gets finished sequences: settings that would filter, relabel or split them are unset
 _DATA_SETTINGS: dict[str, Any] = {
-    "dataset": "vlm2rec",  # not the real name: RecBole has settings of its own for names such as ml-100k
+    "dataset": "vlm2rec",  # not the real name: RecBole has its own settings for names such as ml-100k
     "data_path": "",
     "benchmark_filename": None,
     "additional_feat_suffix": None,
@@ -79,7 +79,7 @@ class Epoch:
 
 @dataclass
 class TrainingLog:
-    """What a training run was like."""
+    """The course of a training run."""
 
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
@@ -87,20 +87,20 @@ class TrainingLog:
 
 
 class Watcher(Protocol):
-    """Sees the training go on."""
+    """Follows the progress of training."""
 
     def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
-        """At most `epochs` epochs of `batches` batches are ahead."""
+        """Training starts: at most `epochs` epochs of `batches` batches."""
 
     def batch(self) -> None:
-        """One more batch is done."""
+        """A batch is finished."""
 
     def epoch(self, epoch: Epoch) -> None:
-        """One more epoch is done."""
+        """An epoch is finished."""
 
 
 class NoWatcher:
-    """A `Watcher` that looks away."""
+    """A `Watcher` that does nothing."""
 
     def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
         """See `Watcher`."""
@@ -131,15 +131,15 @@ def run(
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
-    """Train one recommender, write the output folder and return what came out.
+    """Train one recommender, write the output folder and return the outcome.
 
     Args:
-        config: a RecBole YAML, a mapping of RecBole's keys, or several of either, of which the later win.
-        out: output folder; one run each.
+        config: a RecBole YAML, a mapping of RecBole's keys, or several of either; later ones override earlier ones.
+        out: output folder, for one run.
         data: dataset folder; without it the settings name a RecBole dataset (`data_path`, `dataset`).
         candidate_seeds: stored candidate sets to rank against; empty takes all.
-        device: auto (what RecBole takes), cpu, cuda or mps.
-        watcher: is told of batches and epochs.
+        device: auto (RecBole's choice), cpu, cuda or mps.
+        watcher: called after each batch and epoch.
 
     Raises:
         MissingDependencyError: RecBole is not installed.
@@ -189,7 +189,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "a RecBole YAML", "check the path and the file") from None
     if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds a {type(loaded).__name__}", "`key: value` lines", "mend the file")
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}", "`key: value` lines", "correct the file")
     return {str(key): value for key, value in (loaded or {}).items()}
 
 
@@ -208,24 +208,25 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
             "add one of them",
         )
-    asked = _eval_args(settings)
-    if folder is not None and not asked.items() <= ({"mode": asked.get("mode")} | _SPLIT).items():
+    eval_args = _eval_args(settings)
+    if folder is not None and not eval_args.items() <= ({"mode": eval_args.get("mode")} | _SPLIT).items():
         raise ConfigError(
-            f"eval_args is {asked} beside a dataset folder",
+            f"eval_args is {eval_args} together with a dataset folder",
             f"{_SPLIT} and any mode: the folder fixes the validation and test items",
-            "leave `mode` only, or run without --data on a RecBole dataset",
+            "keep `mode` only, or run without --data on a RecBole dataset",
         )
 
 
 def _eval_args(settings: Mapping[str, Any]) -> dict[str, Any]:
-    asked = settings.get("eval_args") or {}
-    if not isinstance(asked, Mapping):
-        raise ConfigError(f"eval_args: {asked!r}", "a mapping with split, order, group_by, mode", "correct the YAML")
-    return dict(asked)
+    eval_args = settings.get("eval_args") or {}
+    if not isinstance(eval_args, Mapping):
+        expected = "a mapping with split, order, group_by, mode"
+        raise ConfigError(f"eval_args: {eval_args!r}", expected, "correct the YAML")
+    return dict(eval_args)
 
 
 def ignored_settings(settings: Mapping[str, Any]) -> list[str]:
-    """Return the keys that have no effect beside a dataset folder, which is filtered and split already."""
+    """Return the keys that have no effect with a dataset folder, which is already filtered and split."""
     return [key for key, value in _DATA_SETTINGS.items() if key in settings and settings[key] != value]
 
 
@@ -241,8 +242,8 @@ def _recbole_config(
         forced["train_neg_sample_args"] = None
     if "gpu_id" not in settings and "CUDA_VISIBLE_DEVICES" in os.environ:
         forced["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]  # RecBole would take the machine's first GPU
-    # Everything goes to RecBole in files: strings in its `config_dict` are handed to eval().
-    # JSON is YAML with all strings quoted, so that RecBole reads no number out of a path.
+    # RecBole gets everything in files, because it passes strings of its `config_dict` to eval().
+    # JSON is YAML with all strings quoted, so RecBole cannot take a path for a number.
     with tempfile.TemporaryDirectory() as temporary:
         files = []
         for number, layer in enumerate([*layers, forced]):
@@ -262,7 +263,7 @@ def _recbole_config(
 
 
 def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
-    """Return whether a run adds `train_neg_sample_args: null`, without which RecBole stops at cross-entropy."""
+    """Return whether a run adds `train_neg_sample_args: null`, which RecBole needs for cross-entropy."""
     compat.require_recbole()
     import recbole
 
@@ -271,11 +272,11 @@ def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
 
 
 def _usable_device(name: str) -> torch.device:
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.partition(":")[0], False):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name.partition(":")[0], False):
         raise ConfigError(
             f"device {name!r} is not available here",
-            f"one of {', '.join(kind for kind, found in there.items() if found)}, or auto",
+            f"one of {', '.join(kind for kind, found in available.items() if found)}, or auto",
             "change --device",
         )
     return torch.device(name)
@@ -283,7 +284,7 @@ def _usable_device(name: str) -> torch.device:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Turn RecBole's ways to complain about its input into a `ConfigError`."""
+    """Turn RecBole's various errors about its input into a `ConfigError`."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
@@ -316,7 +317,7 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with _refusals("the model's settings"):
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    # run_recbole counts FLOPs here, and on the way masks one row at random for BERT4Rec
+    # run_recbole counts FLOPs here, and for BERT4Rec that draws the random mask of one row
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
     trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, training_log, watcher)
@@ -350,7 +351,7 @@ def _dataset(config: Any, folder: Dataset | None) -> Any:
     if not path.is_dir():  # RecBole would ask on the terminal whether to download it
         raise DataError(
             f"there is no folder {path}",
-            f"RecBole's atomic files, {config['dataset']}.inter first of all",
+            f"RecBole's atomic files, at least {config['dataset']}.inter",
             "correct `data_path` and `dataset` in the YAML",
         )
     with _refusals("the data"):
@@ -358,7 +359,7 @@ def _dataset(config: Any, folder: Dataset | None) -> Any:
 
 
 def _watched(trainer: Any) -> Any:
-    """Return RecBole's trainer class, made to report and to keep its checkpoint at one place."""
+    """Return a subclass of RecBole's trainer that reports its progress and keeps one checkpoint file."""
 
     class Watched(trainer):
         def __init__(self, config: Any, model: Any, out: Path, training_log: TrainingLog, watcher: Watcher) -> None:
@@ -380,7 +381,7 @@ def _watched(trainer: Any) -> Any:
                 raise ConfigError(
                     f"the training loss of epoch {epoch_idx + 1} is not a number",
                     "a finite loss",
-                    "lower the learning rate, or look for extreme values in the embeddings",
+                    "lower the learning rate, or check the embeddings for extreme values",
                 ) from None
             total = sum(loss) if isinstance(loss, tuple) else loss
             self.training_log.epochs.append(
@@ -454,8 +455,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[pa.Table]]:
     """Rank each user's test item against the stored candidates of `seeds` and against the whole catalogue.
 
-    A user is encoded and scored once, however many rankings follow. Popularity (how often an item occurs in the
-    training sequences) is ranked beside the model by the same code.
+    A user is encoded and scored once for all rankings. The same code also ranks by popularity (how often an item occurs
+    in the training sequences).
 
     Args:
         model: a trained RecBole model with `full_sort_predict`.
@@ -515,7 +516,7 @@ def user_scores(
 def _padded(
     train: Sequence[np.ndarray], valid: np.ndarray, numbers: np.ndarray, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return histories as RecBole wants them, (U, longest) right-padded with 0, and their lengths (U,)."""
+    """Return histories in RecBole's form, (U, longest) right-padded with 0, and their lengths (U,)."""
     lists = np.zeros((len(train), longest), np.int64)
     lengths = np.empty(len(train), np.int64)
     for user, (sequence, item) in enumerate(zip(train, valid, strict=True)):

@@ -1,1 +1,1 @@
-"""Vision-language models from the outside: load one, add an adapter, run packed prompts through it."""
+"""Vision-language models: load one, add an adapter, run packed prompts through it."""

@@ -1,10 +1,10 @@
-"""A vision-language or text model as an encoder: prompts in, one vector each out. One path for all families.
+"""A vision-language or text model as an encoder: one vector for each prompt. All families take the same path.
 
 The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
 packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state or
 the mean of all.
-The vision tower is frozen everywhere in vlm2rec, so an image is looked at once and its tokens serve every prompt.
-A causal text model takes the same path with text prompts alone.
+The vision tower is frozen everywhere in vlm2rec, so each image is encoded once and its tokens serve every prompt.
+A causal text model takes the same path, with text prompts only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin wit
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower says of one image: n merged tokens of width d."""
+    """The vision tower's output for one image: n merged tokens of width d."""
 
     tokens: Tensor  # (n, d)
     deepstack: tuple[Tensor, ...]  # one (n, d) for each early layer Qwen3-VL feeds; empty for the others
@@ -54,9 +54,9 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Patches:
-    """An image as the vision tower takes it: resized, cut up, and normalised unless the device does that."""
+    """An image as the vision tower takes it: resized, cut into patches, and normalised unless the device does that."""
 
-    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families that cut the image up; uint8 if not normalised
+    values: Tensor  # (patches, pixels), or (1, 3, H, W) for families whose model cuts patches; uint8 if not normalised
     grid: Tensor | None  # (1, 3) frames, rows, columns of patches
 
 
@@ -111,13 +111,13 @@ class Backbone:
 
         Raises:
             ModelError: no such model, unknown family, or weights that do not fit the config.
-            ConfigError: the device is not there, or chat mode without a chat template.
+            ConfigError: the device is not available, or chat mode without a chat template.
         """
         processor = load_processor(source, revision, max_pixels)
         if prompt_mode == "chat" and not processor.chat_template:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
-        place = device if isinstance(device, torch.device) else pick_device(device)
-        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, place)
+        target_device = device if isinstance(device, torch.device) else pick_device(device)
+        number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, target_device)
         text_only = processor.family.text_only
         loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         try:
@@ -137,7 +137,7 @@ class Backbone:
                 "safetensors weights that fit its config.json",
                 "download the model folder again",
             ) from error
-        # text encoders are often published without the head, which is never used here
+        # text models are often published without the head, which is never used here
         missing = sorted(key for key in info["missing_keys"] if not (text_only and key.startswith("lm_head.")))
         if missing:
             raise ModelError(
@@ -145,7 +145,7 @@ class Backbone:
                 "a complete model",
                 "download the model folder again",
             )
-        model.requires_grad_(False).eval().to(place)
+        model.requires_grad_(False).eval().to(target_device)
         return cls(model, processor, prompt_mode, max_title_tokens, pooling)
 
     @property
@@ -155,14 +155,14 @@ class Backbone:
 
     @property
     def language_model(self) -> Any:
-        """The layers that LoRA adapts: the body without the vision tower; of a text model the body itself."""
+        """The layers that LoRA adapts: the body without the vision tower; for a text model the body itself."""
         return getattr(self.body, "language_model", self.body)
 
     def adapted_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the language model that adapters change, by their names in `model`.
 
         Raises:
-            ModelError: there are none under the names that all supported families use.
+            ModelError: no layer has one of the names that all supported families use.
         """
         found = {
             name: module
@@ -184,7 +184,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device that holds the model."""
         return self.model.device
 
     @property
@@ -193,10 +193,10 @@ class Backbone:
         return int(self.processor.image_token_id)
 
     def prepare_title(self, title: str) -> tuple[str, bool]:
-        """Return the title as it may stand in a prompt, and whether it was cut to `max_title_tokens`.
+        """Return the title made safe for a prompt, and whether it was cut to `max_title_tokens`.
 
-        White space is folded and special tokens are broken up, so that a title can neither end the prompt nor ask for
-        an image; cutting happens between tokens of the title alone, so image tokens are never cut.
+        White space is folded and special tokens are broken up, so that a title can neither end the prompt nor insert
+        an image. Only the title's own tokens are cut, never image tokens.
         """
         # a very long title is cut by characters first: tokenising 100,000 of them only to drop them is wasted work
         text = " ".join(title.replace("\0", " ").split())[: 64 * self.max_title_tokens]
@@ -205,18 +205,18 @@ class Backbone:
         places, most = encoding["offset_mapping"], self.max_title_tokens
         if len(places) <= most:
             return text, False
-        while most > 0 and places[most][0] < places[most - 1][1]:  # in the middle of a character of several bytes
+        while most > 0 and places[most][0] < places[most - 1][1]:  # never cut inside a character of several bytes
             most -= 1
         return text[: places[most - 1][1] if most else 0].rstrip(), True
 
     def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
-        """Return the prompt's token ids, with as many image tokens for each image as it has features."""
+        """Return the prompt's token ids, with one image token for each feature of an image."""
         text = render(prompt, self.prompt_mode, self.processor)
         if images:
             first, *rest = text.split(self.processor.image_token)
             if len(rest) != len(images):
                 raise ValueError(f"the prompt has room for {len(rest)} images, {len(images)} were given")
-            start = getattr(self.processor, "start_image_token", "")  # InternVL marks an image's ends itself
+            start = getattr(self.processor, "start_image_token", "")  # InternVL's processor marks the ends of an image
             end = getattr(self.processor, "end_image_token", "")
             token = self.processor.image_token
             text = first + "".join(
@@ -228,7 +228,7 @@ class Backbone:
             note = getattr(self.processor.family, "note", "")
             raise ConfigError(
                 f"a prompt of {len(images)} images and {len(ids)} tokens{f' ({note})' if note else ''}",
-                f"at most {limit} tokens, the positions of this backbone",
+                f"at most {limit} tokens, the number of positions of this backbone",
                 "prepare the data with a smaller --max-history, or choose another backbone",
             )
         return EncodedPrompt(ids, tuple(images), self._shared(prompt, ids))
@@ -241,14 +241,14 @@ class Backbone:
     def _shared(self, prompt: Prompt, ids: list[int]) -> int:
         """Return how many leading tokens are the same in every prompt of this kind."""
         first = prompt[0] or ""
-        if first in CONSTANT_STARTS:  # everything before the first image; after an empty title there is none
+        if first in CONSTANT_STARTS:  # constant up to the first image; an empty title leaves no text after the start
             image = getattr(self.processor, "image_token_id", None)
             return ids.index(image) if image in ids else 0
         start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
         if start is None:
             return 0
         if start not in self._starts:
-            # what follows may join the last letters of the start in one token, so the start is looked for, not cut off
+            # a token may join the end of the start with what follows, so the common start of several titles is taken
             texts = (render((start + title,), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
             self._starts[start] = common_start([self._ids(text) for text in texts])
         known = self._starts[start]
@@ -271,7 +271,7 @@ class Backbone:
         """Return uint8 patches or images as (x / 255 − mean) / deviation of their colour, in float32."""
         own = self.processor.image_processor
         mean, deviation = (torch.tensor(c, device=values.device)[:, None] for c in (own.image_mean, own.image_std))
-        colours = values.view(len(values), len(mean), -1)  # they come first, in patches and in images
+        colours = values.view(len(values), len(mean), -1)  # colours are the first axis, in patches and in images
         return ((colours * own.rescale_factor - mean) / deviation).view_as(values)
 
     @torch.no_grad()
@@ -279,21 +279,21 @@ class Backbone:
         """Run the frozen vision tower over RGB images; returns features on the model's device, in the same order."""
         features: list[ImageFeatures] = []
         step = IMAGES_AT_ONCE[self.device.type]
-        with IndependentRows():  # what is kept of an image must not depend on those it was looked at with
+        with IndependentRows():  # an image's features must not depend on the other images of its batch
             for start in range(0, len(images), step):
-                for found in in_halves(self.look_at_once, images[start : start + step], lambda _: "an image"):
+                for found in in_halves(self.run_vision_tower, images[start : start + step], lambda _: "an image"):
                     features += found
         return features
 
-    def look_at_once(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
+    def run_vision_tower(self, images: Sequence[Image.Image | Patches]) -> list[ImageFeatures]:
         """Run the vision tower over RGB images in one call.
 
-        Unlike `look`, gradients flow to the tower where its weights are trainable and grad mode is on.
+        Unlike `encode_images`, gradients flow to the tower if its weights are trainable and grad mode is on.
         """
         patched = [image if isinstance(image, Patches) else self.patch(image) for image in images]
         values = torch.cat([each.values for each in patched])
         if self.device.type == "cuda":
-            values = values.pin_memory()  # copied while the GPU still works on the images before
+            values = values.pin_memory()  # copied while the GPU still works on the previous images
         values = values.to(self.device, non_blocking=True)
         if values.dtype == torch.uint8:
             values = self._normalised(values)
@@ -304,7 +304,7 @@ class Backbone:
             )
         output = self.body.get_image_features(**inputs, return_dict=True)
         grids = inputs.get("image_grid_thw")
-        deepstack = getattr(output, "deepstack_features", None) or ()  # layers of tuples, one tensor an image
+        deepstack = getattr(output, "deepstack_features", None) or ()  # a tuple for each layer, a tensor for each image
         # cloned: the parts are views of one buffer, and keeping one image must not keep its whole batch
         return [
             ImageFeatures(
@@ -316,23 +316,23 @@ class Backbone:
         ]
 
     def share_prefixes(self, share: bool = True) -> None:
-        """From now on encode the start of each kind of prompt once, or every time: while weights change.
+        """Encode the shared start of each kind of prompt once (`share`), or every time, while weights change.
 
-        To be called again when a weight has changed.
+        Call it again when a weight has changed.
         """
         self._prefixes = {} if share else None
 
     def forget_prefixes(self) -> None:
-        """Encode the starts of prompts anew from here on, if they are shared: weights have changed."""
+        """Drop the shared starts of prompts, as weights have changed; they are encoded again when needed."""
         self.share_prefixes(self._prefixes is not None)
 
     def encode(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Return the vector of each prompt, (B, d).
 
-        With pooling `last` that is the final-layer state of its last token, in the model's dtype (Eq. 1), with `mean`
-        the mean state of all its tokens, those of the instruction among them, in float32 (SDA). The prompts lie in one
-        packed row: none of them changes another's vector. Gradients flow to the language model's trainable weights if
-        there are any and grad mode is on.
+        With pooling `last` it is the final-layer state of the last token, in the model's dtype (Eq. 1). With `mean` it
+        is the mean state of all tokens, including the instruction's, in float32 (SDA). The prompts share one packed
+        row, but no prompt changes another's vector. Gradients flow to the language model's trainable weights if there
+        are any and grad mode is on.
         """
         if self._prefixes is None or torch.is_grad_enabled():
             return self._encode_packed(prompts, None)
@@ -340,12 +340,12 @@ class Backbone:
         for row, prompt in enumerate(prompts):
             by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
         vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
-        place = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
+        order = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
         found = torch.cat(vectors)
-        return torch.empty_like(found).index_copy_(0, place, found)
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
-        """Encode prompts that all begin with `start`, whose keys and values are made once."""
+        """Encode prompts that all begin with `start`; the keys and values of `start` are computed once."""
         shared = len(start) if start else 0
         ids, mask = self._pad(prompts)
         images = [image for prompt in prompts for image in prompt.images]
@@ -364,22 +364,24 @@ class Backbone:
         return found / mask.sum(dim=1, keepdim=True)
 
     def _pooled(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
-        """Run the language model over a packed row of token ids, (1, T), with its images' tokens in their places.
+        """Run the language model over a packed row of token ids, (1, T), with its images' features at the image tokens.
 
         Returns each prompt's last state or, with mean pooling, the sum of its states, (n, d).
 
-        The language model is called itself: how the models around it take features of images that were looked at
-        before has changed from release to release of transformers, and what is not known there is silently ignored.
+        The language model is called directly. The outer models take precomputed image features under names that change
+        between releases of transformers, and silently ignore unknown names.
         """
         embedded = self.language_model.get_input_embeddings()(row)  # (1, T, d)
         if images:
-            place = row == self.image_token_id  # (1, T)
+            is_image = row == self.image_token_id  # (1, T)
             tokens = torch.cat([image.tokens for image in images]).to(embedded)
-            if int(place.sum()) != len(tokens):
-                raise ValueError(f"the prompts have room for {int(place.sum())} image tokens, {len(tokens)} were given")
-            embedded = embedded.masked_scatter(place.unsqueeze(-1), tokens)
+            if int(is_image.sum()) != len(tokens):
+                raise ValueError(
+                    f"the prompts have room for {int(is_image.sum())} image tokens, {len(tokens)} were given"
+                )
+            embedded = embedded.masked_scatter(is_image.unsqueeze(-1), tokens)
             if images[0].deepstack:
-                arguments["visual_pos_masks"] = place
+                arguments["visual_pos_masks"] = is_image
                 arguments["deepstack_visual_embeds"] = [
                     torch.cat(layer).to(embedded) for layer in zip(*(image.deepstack for image in images), strict=True)
                 ]
@@ -394,18 +396,18 @@ class Backbone:
 
     def _prefix(self, start: tuple[int, ...]) -> Prefix:
         assert self._prefixes is not None
-        key = modality.current(), start  # an adapter may have other weights for another modality
+        key = modality.current(), start  # an adapter may have different weights for each modality
         if key not in self._prefixes:
             cache = DynamicCache()
             row = torch.tensor([start], device=self.device)
-            place = torch.arange(len(start), device=self.device)[None]
+            positions = torch.arange(len(start), device=self.device)[None]
             layout = Layout((len(start),), 0, self.device, self.pooling == "mean")
-            pooled = self._pooled(layout, row, (), position_ids=place, past_key_values=cache)
+            pooled = self._pooled(layout, row, (), position_ids=positions, past_key_values=cache)
             self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
         return self._prefixes[key]
 
     def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
-        """Return ids and mask as a padded batch, (B, T) each: what positions are computed from."""
+        """Return ids and mask as a padded batch, (B, T) each, from which the positions are computed."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.pad_id)  # (B, T)
         mask = torch.zeros_like(ids)
@@ -427,11 +429,11 @@ class Backbone:
 
     @property
     def image_layers(self) -> int:
-        """How many layers of tokens an image has: the merged ones, and those that Qwen3-VL feeds to early layers."""
+        """How many layers of tokens an image has: the merged tokens, and those that Qwen3-VL feeds to early layers."""
         return 1 + len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
 
     def image_length(self, width: int, height: int) -> int:
-        """Return how many tokens an image of that size becomes."""
+        """Return how many tokens an image of this size becomes."""
         return image_tokens(self.processor, width, height)
 
 
@@ -441,6 +443,6 @@ def pick_token_budget(backbone: Backbone) -> int:
         return 4096  # more is no faster
     free, _ = torch.cuda.mem_get_info(backbone.device)
     text = backbone.model.config.get_text_config()
-    # between two layers: gate, up and their product, then queries, keys, values, residuals and their copies
+    # memory between two layers: gate, up and their product, then queries, keys, values, residuals and their copies
     per_token = backbone.model.dtype.itemsize * (4 * text.intermediate_size + 12 * text.hidden_size)
     return max(1024, min(16_384, int(0.3 * free) // per_token))

@@ -1,4 +1,4 @@
-"""Which device and number format a model runs in, and what a device can hold at a time."""
+"""Which device and number format a model uses, and how large a batch the device can hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-# images in one call of the vision tower: on a CPU what lies between two layers has to fit into its cache
+# images in one call of the vision tower: on a CPU the activations between two layers have to fit into its cache
 IMAGES_AT_ONCE = {"cpu": 4, "mps": 32, "cuda": 64}
 
 
@@ -27,7 +27,7 @@ def batches_by_tokens(lengths: Sequence[int], budget: int, padded: bool = True) 
     """Yield lists of positions whose size stays within `budget` tokens, shortest prompts first.
 
     The size is the padded one, `count × longest`, or without padding the sum of the lengths. A prompt longer than the
-    budget comes alone. Neighbours have nearly the same length, so little is padded.
+    budget comes alone. Prompts of one batch have nearly the same length, so there is little padding.
     """
     batch: list[int] = []
     tokens = 0
@@ -62,16 +62,16 @@ def in_halves(
     named: Callable[[T], str],
     smaller: Callable[[Sequence[T]], None] = lambda batch: None,
 ) -> list[R]:
-    """Return what `work` makes of a batch, in parts where the device's memory does not suffice for the whole.
+    """Return the results of `work` on a batch; if the device runs out of memory, on its halves, and so on.
 
     Args:
-        work: done without gradients; what is kept for them would not become less.
-        batch: in order.
-        named: what one of them is, for the message.
-        smaller: told of each batch that was too large.
+        work: runs without gradients; memory kept for gradients would not shrink with the batch.
+        batch: the elements, in order.
+        named: describes one element, for the message.
+        smaller: called with each batch that was too large.
 
     Raises:
-        ModelError: a single one does not fit.
+        ModelError: a single element does not fit into memory.
     """
     try:
         return [work(batch)]
@@ -80,8 +80,8 @@ def in_halves(
             raise
         if len(batch) == 1:
             raise ModelError(
-                f"the memory of the device does not suffice for {named(batch[0])} beside the model",
-                "room for the model and one prompt",
+                f"the device has too little memory for the model and {named(batch[0])}",
+                "memory for the model and one prompt",
                 "use --dtype bfloat16, a smaller --max-pixels or backbone, or a larger device",
             ) from None
     torch.cuda.empty_cache()
@@ -91,36 +91,36 @@ def in_halves(
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # torch has no type of its own for what its allocator on the CPU raises
+    # torch's CPU allocator raises a plain RuntimeError
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def pick_device(name: DeviceName) -> torch.device:
     """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
 
-    One of several processes that a launcher started takes the GPU that the launcher has numbered for it.
+    A process that a launcher started takes the GPU with the number that the launcher gave it.
     """
-    there: dict[DeviceName, bool] = {
+    available: dict[DeviceName, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(key for key, value in there.items() if value)
-    if not there[name]:
+        name = next(key for key, value in available.items() if value)
+    if not available[name]:
         raise ConfigError(
             f"device {name!r} is not available in this torch ({torch.__version__})",
-            f"one of {', '.join(key for key, value in there.items() if value)}",
-            "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is there",
+            f"one of {', '.join(key for key, value in available.items() if value)}",
+            "choose another --device, or install a torch build for it; `vlm2rec doctor` shows what is available",
         )
     local_rank = os.environ.get("LOCAL_RANK")
     if name != "cuda" or local_rank is None:
         return torch.device(name)
     if int(local_rank) >= torch.cuda.device_count():
         raise ConfigError(
-            f"this is process {local_rank}, counted from 0, of a machine with {torch.cuda.device_count()} GPUs",
+            f"this is process {local_rank}, counted from 0, on a machine with {torch.cuda.device_count()} GPUs",
             "a GPU for every process",
-            "launch as many processes as there are GPUs, or give --device cpu",
+            "launch no more processes than there are GPUs, or give --device cpu",
         )
     return torch.device("cuda", int(local_rank))
 
@@ -137,6 +137,6 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    # private in torch, but the only place that asks the processor itself
+    # private in torch, but the only function that asks the processor itself
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)

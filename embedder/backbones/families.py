@@ -1,10 +1,10 @@
 """The processors of the model families: tokenizer and image processor, the same pixels on every machine.
 
 Images always go through the PIL backend. torchvision's own resize differs in the third decimal, so a table exported
-on a machine that has torchvision would not quite fit one exported on a machine that has none; and the release for
-CPU is often missing or broken. transformers' AutoProcessor insists on torchvision for the video part of four
-families, which nobody needs here: the family's own processor is put together without it.
-Causal text models have a tokenizer only; `TextProcessor` lets them take the same path.
+on a machine with torchvision would differ slightly from one exported without it. Its CPU release is also often missing
+or broken. transformers' AutoProcessor requires torchvision for the video part of four families. vlm2rec needs no
+video, so it assembles the family's own processor without that part.
+Causal text models have only a tokenizer; `TextProcessor` lets them take the same path.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model families, as data. A new family is one more row of `FAMILIES`."""
+    """What differs between model families, as data. A new family is a new row of `FAMILIES`."""
 
     model_type: str
     processor: str  # class name in transformers
     placeholder: str  # stands for one image in a prompt, wrapped as the family's chat template wraps it
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
-    note: str = ""  # said to the user when the family is loaded
+    note: str = ""  # shown to the user when the family is loaded
     text_only: bool = False  # a causal text model: no images, no processor
 
 
@@ -56,7 +56,7 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
-# causal text models whose layers have the names of Llama's
+# causal text models whose layers have the same names as Llama's
 TEXT_FAMILIES: Mapping[str, Family] = {
     model_type: Family(model_type, processor="", placeholder="", area_budget=False, text_only=True)
     for model_type in ("qwen2", "qwen3", "llama", "mistral")
@@ -66,24 +66,24 @@ _MODEL_FOLDER = (
     "a model folder with config.json, weights, tokenizer.json and preprocessor_config.json or processor_config.json"
 )
 _TOKENIZER_AGAIN = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
-_SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least the bytes
+_SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least one token for each byte
 
 
 @dataclass(frozen=True)
 class TextProcessor:
-    """What a causal text model has in place of a processor."""
+    """The processor of a causal text model: its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
 
     @property
     def chat_template(self) -> str | None:
-        """The tokenizer's template, the default one if it has several by name; None without one."""
+        """The tokenizer's template, or the default one of several; None if there is none."""
         template: Any = self.tokenizer.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Apply the template to messages whose contents are lists of text parts: text models take one string each."""
+        """Apply the template to messages whose contents are lists of text parts; text models take one string each."""
         plain = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]
         return self.tokenizer.apply_chat_template(plain, **options)
 
@@ -99,8 +99,8 @@ def load_processor(
         max_pixels: Largest image area in pixels for families with an area budget; a smaller limit of the model's own
             processor wins. Families of fixed image size ignore it.
 
-    The result has the attribute `family`; of a causal text model it is a `TextProcessor`. Code of the model repository
-    is never run.
+    The result has the attribute `family`; for a causal text model it is a `TextProcessor`. Code of the model
+    repository is never run.
 
     Raises:
         ModelError: no such model, an unknown family, or a tokenizer or image processor that does not belong to it.
@@ -136,8 +136,8 @@ def family_of(source: str | Path, revision: str | None = None) -> Family:
     """Return the family of a local model folder or hub id; reads `config.json` only.
 
     Raises:
-        ModelError: no such folder or hub model, no readable `config.json`, or a `model_type` that is none of
-            `FAMILIES` and `TEXT_FAMILIES`.
+        ModelError: no such folder or hub model, no readable `config.json`, or a `model_type` that is in neither
+            `FAMILIES` nor `TEXT_FAMILIES`.
     """
     model_type = str(read_model_config(source, revision).get("model_type"))
     known = {**FAMILIES, **TEXT_FAMILIES}
@@ -146,7 +146,7 @@ def family_of(source: str | Path, revision: str | None = None) -> Family:
         raise ModelError(
             f"{source} is a model of type {model_type!r}{hint}",
             f"one of {', '.join(FAMILIES)}, or for --views text one of {', '.join(TEXT_FAMILIES)}",
-            "choose a vision-language model of one of these families; of InternVL the repositories whose names end"
+            "choose a vision-language model of one of these families; for InternVL, a repository whose name ends"
             " in -hf",
         )
     return known[model_type]
@@ -198,17 +198,17 @@ def _hub_config(source: str, revision: str | None) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{source!r} is no folder here, and no model of that name can be fetched from the Hugging Face hub"
+            f"{source!r} is not a folder, and no model of that name can be downloaded from the Hugging Face hub"
             f" ({_first_line(error)})",
             "a local model folder, or a hub id that this machine can reach or has in its cache",
-            f"check the spelling{' and the revision' if revision else ''}; without a network run"
-            f" `hf download {source}` on a machine that has one and pass the folder; for a gated model log in first",
+            f"check the spelling{' and the revision' if revision else ''}; without a network, run"
+            f" `hf download {source}` on a machine that has one, and give the folder; for a gated model, log in first",
         ) from error
     return dict(config)
 
 
 def _require_files(folder: Path, family: Family) -> None:
-    """Name what a local model folder lacks; a hub id, which is no folder here, passes."""
+    """Raise `ModelError` naming a file that a local model folder lacks; a hub id passes."""
     tokenizer = ("tokenizer.json", "vocab.json", "tokenizer.model")
     images = ("preprocessor_config.json", "processor_config.json")
     for names in (tokenizer,) if family.text_only else (tokenizer, images):
@@ -221,7 +221,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _accepted(family_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Keep what the processor's constructor takes, without the parts that were loaded one by one."""
+    """Keep the settings that the processor's constructor takes, without the parts that are loaded separately."""
     parts = {"image_processor", "tokenizer", "video_processor"}
     names = set(inspect.signature(family_class.__init__).parameters) - parts
     return {name: value for name, value in settings.items() if name in names}
@@ -229,8 +229,8 @@ def _accepted(family_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> None:
     if not family.area_budget:
-        # InternVL would cut an image into up to twelve tiles of 256 tokens; with one tile allowed it never does,
-        # whichever of the two attributes a release of transformers looks at first
+        # InternVL would cut an image into up to twelve tiles of 256 tokens; one tile prevents that. Releases of
+        # transformers differ in which of the two attributes they read
         if hasattr(image_processor, "crop_to_patches"):
             image_processor.crop_to_patches = False
             image_processor.max_patches = 1
@@ -245,14 +245,14 @@ def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> No
     own = image_processor.size
     longest = min(max_pixels, own["longest_edge"])
     # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. Starting from half the
-    # budget, that rounding does not leave the budget again.
+    # budget, rounding stays within the budget.
     shortest = min(own["shortest_edge"], max(longest // 2, smallest))
     image_processor.size = type(own)(**{"shortest_edge": shortest, "longest_edge": longest})
 
 
 @cache
 def _without_video(family: Family) -> type[Any]:
-    """Return a subclass of the family's processor that does without a video processor."""
+    """Return a subclass of the family's processor that needs no video processor."""
     import transformers
 
     family_class: Any = getattr(transformers, family.processor)
@@ -267,7 +267,7 @@ def _without_video(family: Family) -> type[Any]:
             return _restore, (self.family.model_type, self.__dict__.copy())
 
     WithoutVideo.family = family
-    # provenance and files name the family's own class
+    # so that provenance and files name the family's own class
     WithoutVideo.__name__ = WithoutVideo.__qualname__ = family.processor
     return WithoutVideo
 
@@ -281,7 +281,7 @@ def _restore(model_type: str, state: dict[str, Any]) -> Any:
 
 
 def _check(processor: Any, source: str) -> None:
-    """Refuse what transformers loads without a word: an empty tokenizer, missing image tokens or sizes."""
+    """Refuse what transformers loads without complaint: an empty tokenizer, missing image tokens or sizes."""
     family, tokenizer = processor.family, processor.tokenizer
     _check_tokenizer(tokenizer, family, source)
     token, token_id = processor.image_token, processor.image_token_id
@@ -317,7 +317,7 @@ def _check_tokenizer(tokenizer: Any, family: Family, source: str) -> None:
 def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
     """Return how many image tokens an image of `width` × `height` pixels becomes, without opening it.
 
-    Marks around the image (`<|vision_start|>`, `<img>`) are not counted.
+    Tokens that mark the ends of the image (`<|vision_start|>`, `<img>`) are not counted.
 
     Raises:
         ValueError: the image is more than 200 times as long as wide (Qwen families).
@@ -336,19 +336,19 @@ def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
 def neutralise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Return `text` with every special or added token broken up by a space, so that it reads as ordinary text.
 
-    A title that holds `<|im_end|>` must not end the prompt, and one that holds `<|image_pad|>` must not ask for an
+    A title that holds `<|im_end|>` must not end the prompt, and one that holds `<|image_pad|>` must not insert an
     image. Other text comes back unchanged.
     """
     pattern = _token_pattern(tuple(breakable_tokens(tokenizer)))
     if pattern is None:
         return text
-    while pattern.search(text):  # each round breaks every match; a break may in theory complete another token
+    while pattern.search(text):  # each round breaks every match, but a break may complete another token
         text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     return text
 
 
 def breakable_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the special and added tokens that a space can break, longest first; not those of one character."""
+    """Return the special and added tokens of two or more characters, longest first; a space breaks them."""
     tokens = sorted(token for token in tokenizer.get_added_vocab() if len(token) > 1 and " " not in token)
     return sorted(tokens, key=len, reverse=True)
 

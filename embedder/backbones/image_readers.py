@@ -1,4 +1,4 @@
-"""Threads that read images ahead of the model. A read that gets no answer is given up, and costs its image alone."""
+"""Threads that read images ahead of the model. A read that takes too long is given up, and only its image fails."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract.errors import DataError
 
 T = TypeVar("T")
-MOST_STUCK = 64  # reads without an answer at once: then it is the disk, and not an image
+MOST_STUCK = 64  # reads that hang at the same time: more than that is a fault of the disk, not of images
 
 
 @dataclass(eq=False)
 class Reading(Generic[T]):
-    """One read that was asked for."""
+    """One requested read."""
 
     work: Callable[[], T]
     answer: Future[T] = field(default_factory=Future)
@@ -28,11 +28,11 @@ class Reading(Generic[T]):
 
 
 class Readers:
-    """A few threads that read in the order of asking; what they read is to be taken in that order too.
+    """A few threads that read in the order of the requests; take the results in that order too.
 
-    A thread cannot be stopped while the system lets it wait (a network disk that is gone, for one): its read is given
-    up after `timeout` seconds, another thread takes its place, and nothing ever waits for it, not even the end of the
-    process. That is why they are daemon threads and no `ThreadPoolExecutor`.
+    A thread cannot be stopped while the system blocks it, for example on a network disk that is gone. Its read is
+    given up after `timeout` seconds, and another thread replaces it. Nothing waits for a blocked thread, not even the
+    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`.
     """
 
     def __init__(self, count: int, timeout: float) -> None:
@@ -47,7 +47,7 @@ class Readers:
         threading.Thread(target=self._read, name="image", daemon=True).start()
 
     def ask(self, work: Callable[[], T]) -> Reading[T]:
-        """Have a thread do `work` when it comes to it."""
+        """Queue `work` for the next free thread."""
         reading = Reading(work)
         self._asked.put(reading)
         return reading
@@ -56,8 +56,8 @@ class Readers:
         """Return what was read, or raise what the work raised.
 
         Raises:
-            ImageError: it took longer than `timeout`, counted from when a thread began with it.
-            DataError: so many reads are without an answer that the disk itself must be gone.
+            ImageError: the read took longer than `timeout` seconds after a thread began it.
+            DataError: so many reads hang that the disk itself must be at fault.
         """
         started = time.monotonic()
         try:
@@ -72,7 +72,7 @@ class Readers:
             self.waited += time.monotonic() - started
 
     def close(self) -> None:
-        """Let the threads go, without waiting for any."""
+        """Tell the threads to end, without waiting for them."""
         while not self._asked.empty():
             self._asked.get()
         for _ in range(self._count):
@@ -83,9 +83,9 @@ class Readers:
         self._stuck += 1
         if self._stuck > MOST_STUCK:
             raise DataError(
-                f"{self._stuck} images at once give no answer within {self._timeout:g} s",
+                f"{self._stuck} images at the same time could not be read within {self._timeout:g} s",
                 "a disk that answers",
-                "see whether the disk of the images is there, or raise --image-timeout, and run the same command again",
+                "check the disk of the images, or raise --image-timeout, and run the same command again",
             )
         self._start()
 
@@ -94,8 +94,8 @@ class Readers:
             reading.begun = time.monotonic()
             try:
                 reading.answer.set_result(reading.work())
-            except BaseException as error:  # whoever takes it has to hear of it, or would wait for ever
+            except BaseException as error:  # `take` raises it; otherwise it would wait for ever
                 reading.answer.set_exception(error)
             if reading.given_up:
                 self._stuck -= 1
-                return  # another thread has its place
+                return  # another thread has replaced this one

@@ -1,8 +1,8 @@
-"""Read one catalogue image safely: whatever the file holds, the answer is an RGB picture or a reason.
+"""Read one catalogue image safely: whatever the file holds, the result is an RGB picture or a reason.
 
-Files come from strangers. Nothing outside the image root is opened, no URL is fetched, only regular files are read,
-only the formats below are decoded (told by the file's bytes, never by its name, so nothing reaches Ghostscript or
-a TIFF reader), and the size in the header is checked before a single pixel is decoded.
+Image files are not trusted. Nothing outside the image root is opened, no URL is fetched, and only regular files are
+read. Only the formats below are decoded; the file's bytes decide the format, never its name, so nothing reaches
+Ghostscript or a TIFF reader. The size in the header is checked before a single pixel is decoded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_BYTES = 256 * 2**20
 MAX_ASPECT = 150  # Qwen's processors refuse more than 200
 
 _ORIENTATION = 0x0112
-_TURNS = {  # EXIF orientation → what makes the picture upright
+_TURNS = {  # EXIF orientation → the operation that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,23 +40,23 @@ _TURNS = {  # EXIF orientation → what makes the picture upright
 _IGNORED = (
     # our own limit on pixels is checked right after the header is read
     ("ignore", None, Image.DecompressionBombWarning, re.compile(r"PIL\.Image$"), 0),
-    # damaged EXIF, multi-picture or animation data beside a picture that can be read
+    # damaged EXIF, multi-picture or animation data in a file whose picture can be read
     ("ignore", None, UserWarning, re.compile(r"PIL\.(Jpeg|Png|Tiff)ImagePlugin$"), 0),
 )
 
 
 class ImageError(Exception):
-    """One image cannot be used; the message is the reason that stands in the item's row."""
+    """One image cannot be used; the message is the reason in the item's row."""
 
 
 def open_image(root: Location, relative: str, target_pixels: int | None = None) -> Image.Image:
     """Return the image at `root / relative`, upright, RGB, on white.
 
-    Animated files give their first frame, 16-bit grey is scaled to 8 bits, transparency is laid on white, and a
-    picture more than 150 times longer than wide is centred on white until it is not. Safe to call from threads.
+    Animated files give their first frame, 16-bit grey is scaled to 8 bits, and transparency becomes white. A picture
+    more than 150 times as long as wide gets a white margin until it is not. Safe to call from threads.
 
     Args:
-        root: Image root, on a disk or in an object store; links inside it may not lead out of it.
+        root: Image root, on a disk or in an object store; links inside it must not lead out of it.
         relative: Path below the root.
         target_pixels: Area the caller will shrink the picture to. A much larger picture is decoded at a lower
             resolution, but never to less than twice the target's sides.
@@ -80,8 +80,8 @@ def read_file(root: Location, relative: str) -> bytes:
         raise ImageError(f"the image cannot be read ({error.strerror or error})") from None
     if not content:
         raise ImageError("the image file is empty")
-    if len(content) > MAX_BYTES:  # of a store, nothing was looked up; on a disk, it has grown since
-        raise ImageError(f"the image file has more than {MAX_BYTES} bytes, which is the most that is read")
+    if len(content) > MAX_BYTES:  # in a store, the size was not checked before; on a disk, the file has grown since
+        raise ImageError(f"the image file has more than {MAX_BYTES} bytes; larger files are not read")
     return content
 
 
@@ -92,12 +92,12 @@ def decode(file: BinaryIO, target_pixels: int | None = None) -> Image.Image:
         return _decode(file, target_pixels)
     except ImageError:
         raise
-    except Exception as error:  # decoders raise nearly every type on a hostile file
+    except Exception as error:  # decoders raise almost any exception on a hostile file
         raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
 
 
 def size_of(root: Location, relative: str) -> tuple[int, int]:
-    """Return width and height as the header of a file says; raises `ImageError` like `open_image`, pixels unseen."""
+    """Return width and height from the header of a file, without decoding it; raises `ImageError` like `open_image`."""
     path = locate(root, relative)
     _ignore_pillow_warnings()
     try:
@@ -108,7 +108,7 @@ def size_of(root: Location, relative: str) -> tuple[int, int]:
 
 
 def path_below_root(relative: str | None) -> str:
-    """Return `relative` if it names something below a root by its spelling alone, else raise `ImageError`."""
+    """Return `relative` if its spelling stays below the root, else raise `ImageError`."""
     if not relative or not relative.strip():
         raise ImageError("the item has no image path")
     if "\0" in relative:
@@ -121,7 +121,7 @@ def path_below_root(relative: str | None) -> str:
 
 
 def _named(root: StorePath, relative: str) -> StorePath:
-    """Return the object of that name below the root: a store has no links, so its spelling says where it lies."""
+    """Return the object of this name below the root; a store has no links, so checking the spelling is enough."""
     return root / path_below_root(relative)
 
 
@@ -191,7 +191,7 @@ def _decode(file: BinaryIO, target_pixels: int | None) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block is no reason to lose the picture
+    except Exception:  # a damaged EXIF block must not lose the picture
         return 1
 
 
@@ -210,9 +210,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _shrink(image: Image.Image, target_pixels: int | None) -> Image.Image:
-    """Average whole blocks of pixels away while the sides stay at least twice the target's: what `draft` does to JPEG.
+    """Average blocks of pixels while the sides stay at least twice the target's, as `draft` does for JPEG.
 
-    So a batch of decoded images fits in memory, whatever their size on disk.
+    A batch of decoded images then fits in memory, whatever their size on disk.
     """
     if not target_pixels:
         return image

@@ -1,13 +1,13 @@
-"""The adapter folder: a standard PEFT adapter, what it was trained with, and vectors that prove it works.
+"""The adapter folder: a standard PEFT adapter, its training settings, and vectors that prove it works.
 
     adapter_config.json  adapter_model.safetensors   any PEFT user can load these
-    moda.safetensors                                 in their place, of an adapter that PEFT does not know (`moda`)
+    moda.safetensors                                 instead of these, for an adapter that PEFT does not know (`moda`)
     vlm2rec.json                                     encoder settings, backbone, losses, seed, versions; written last
     canary.safetensors                               a few generated items and their vectors
     curves.json  README.md                           training curves, model card
 
 PEFT only warns when an adapter's keys do not match the model, and then runs the base model. Loading here is strict:
-an unexpected or missing key, an adapter that changes nothing, or canary vectors that do not come back are errors.
+an unexpected or missing key, an adapter that changes nothing, or canary vectors that differ are errors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODA_FILE = "moda.safetensors"
 CANARY_FILE = "canary.safetensors"
 CANARY_COSINE = 0.999
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
-# PEFT stops at a type it does not know, and shows it: here is room for what to do
+# PEFT stops at an unknown type and prints it, so the type says what to do
 _NO_PEFT_TYPE = (
     "MODA, which PEFT does not know: load this folder with vlm2rec.embedder.ItemEncoder.load(backbone, adapter=folder)"
 )
@@ -62,15 +62,15 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
 
 
 def _wrap(backbone: Backbone, config: LoraConfig) -> PeftModel:
-    backbone.share_prefixes(False)  # what is kept of them holds for the weights of the moment
+    backbone.share_prefixes(False)  # kept prefixes are only valid for the current weights
     try:
         with warnings.catch_warnings():
-            # PEFT still asks for `is_gradient_checkpointing`, of which newer transformers warn
+            # PEFT still reads `is_gradient_checkpointing`, and newer transformers warn about that
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             return get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ModelError(
-            f"LoRA finds nothing to adapt in this backbone ({str(error).splitlines()[0]})",
+            f"LoRA finds no layer to adapt in this backbone ({str(error).splitlines()[0]})",
             f"modules that match {ADAPTED_LAYERS}",
             "choose a backbone of a supported family",
         ) from None
@@ -102,18 +102,15 @@ def save_adapter(
 
     Args:
         wrapped: what `add_lora` or `moda.add_moda` returned.
-        folder: where to.
-        settings: what the adapter was trained with; `encoder` among them.
-        canary: vectors that the trained model gives.
-        curves: of the training.
-        card: the README.
+        folder: the folder to write.
+        settings: what the adapter was trained with, including `encoder`.
+        canary: vectors of the trained model.
+        curves: the training curves.
+        card: the text of the README.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (
-        schema.ADAPTER_FILE,
-        WEIGHTS_FILE,
-        MODA_FILE,
-    ):  # of a run before, which may have been of the other kind
+    # of an earlier run, perhaps with another kind of adapter
+    for name in (schema.ADAPTER_FILE, WEIGHTS_FILE, MODA_FILE):
         (folder / name).unlink(missing_ok=True)
     if isinstance(wrapped, PeftModel):
         wrapped.peft_config["default"].inference_mode = True
@@ -130,7 +127,7 @@ def save_adapter(
     with publish.whole_file(folder / CANARY_FILE) as file:
         safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
     schema.write_json(folder / schema.CURVES_FILE, curves)
-    schema.write_text(folder / "README.md", card)  # in place of PEFT's empty template
+    schema.write_text(folder / "README.md", card)  # instead of PEFT's empty template
     schema.write_json(folder / schema.ADAPTER_FILE, settings)
 
 
@@ -138,7 +135,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     """Return the settings of a finished adapter folder.
 
     Raises:
-        ModelError: not an adapter folder of vlm2rec, or an unfinished one.
+        ModelError: the folder is not an adapter folder of vlm2rec, or is unfinished.
     """
     weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
     for name in (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE):
@@ -146,7 +143,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{folder} is not a finished adapter folder: it has no {name}",
                 "a folder written by `vlm2rec finetune`",
-                "run the same `vlm2rec finetune` command again: it goes on from its last checkpoint",
+                "run the same `vlm2rec finetune` command again: it continues from its last checkpoint",
             )
     settings = json.loads((folder / schema.ADAPTER_FILE).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "encoder" not in settings:
@@ -173,8 +170,8 @@ def read_canary(folder: Path) -> Canary:
 def merge_adapter(backbone: Backbone, folder: Path) -> None:
     """Load an adapter strictly and fold it into the backbone's weights, in place.
 
-    The update is computed in float32 and rounded once, to the backbone's dtype. One with MoDA is folded into two sets
-    of weights, one for each modality.
+    The update is computed in float32 and rounded once, to the backbone's dtype. An adapter with MoDA is folded
+    into two sets of weights, one for each modality.
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
@@ -188,7 +185,7 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
         config = LoraConfig.from_pretrained(str(folder))
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise ModelError(f"the adapter {folder} is damaged ({error})", "a LoRA adapter", _TRAIN_AGAIN) from None
-    config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; a path may have moved
+    config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; the path may have changed
     wrapped = _wrap(backbone, config)
     parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
     _copy_strictly(parameters, stored, folder)
@@ -198,20 +195,20 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
 
 
 def kind_of(wrapped: torch.nn.Module) -> str:
-    """Return what kind of adapter a model has, `lora` or `moda`; `wrapped` as for `save_adapter`."""
+    """Return the kind of a model's adapter, `lora` or `moda`; `wrapped` as for `save_adapter`."""
     return "lora" if isinstance(wrapped, PeftModel) else "moda"
 
 
 def kind(folder: Path) -> str:
-    """Return what a finished adapter folder holds: `lora`, or `moda`, which has weights for each modality."""
-    found = str(read_adapter(folder).get("kind", "lora"))  # the only one that there was before the word
+    """Return the kind of a finished adapter folder: `lora`, or `moda`, which has weights for each modality."""
+    found = str(read_adapter(folder).get("kind", "lora"))  # older folders have no kind: they are all LoRA
     if found not in ("lora", "moda"):
         raise ModelError(f"the adapter {folder} is of kind {found!r}", "lora or moda", "install a newer vlm2rec")
     return found
 
 
 def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
-    """Load an adapter with MoDA strictly into fresh experts, in place, and leave it unfolded.
+    """Load an adapter with MoDA strictly into new experts, in place, without folding it.
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
@@ -227,7 +224,7 @@ def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
 
 
 def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:
-    """Copy an adapter's weights; every key must be there on both sides, with equal shapes, and B not zero."""
+    """Copy an adapter's weights; both sides must have the same keys and shapes, and not all B may be zero."""
     fix = "give the backbone named in its vlm2rec.json"
     missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
     if missing or unexpected:
@@ -261,12 +258,12 @@ def _stored_name(parameter: str) -> str:
 
 
 def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: Path) -> None:
-    """Raise `ModelError` unless the adapter changed the vectors, to those stored when it was saved.
+    """Raise `ModelError` unless the adapter changes the vectors to those stored when it was saved.
 
     Args:
-        canary: as stored with the adapter.
+        canary: the canary stored with the adapter.
         before: fused vectors of its items from the backbone alone, (n, d).
-        after: the same with the adapter, (n, d).
+        after: fused vectors of its items with the adapter, (n, d).
         folder: the adapter folder, for the message.
     """
     if np.array_equal(before, after):
@@ -298,10 +295,10 @@ def adapter_hash(folder: Path) -> str:
 
 
 def backbone_hash(source: str, revision: str | None) -> str:
-    """Return what identifies a backbone's weights: a hash of a local folder's weight files, or of hub id and revision.
+    """Return a hash that identifies a backbone's weights: of a local folder's weight files, or of hub id and revision.
 
-    Of a local file the size and the first and last megabyte are hashed: an edit of gigabytes in between, at equal
-    size, is not a case that happens by accident.
+    For a local file, the size and the first and last megabyte are hashed. A change only in between, at equal size,
+    does not happen by accident.
     """
     folder = Path(source)
     digest = hashlib.sha256()
@@ -319,7 +316,7 @@ def backbone_hash(source: str, revision: str | None) -> str:
 
 
 def backbone_licence(source: str) -> str:
-    """Return the licence of a backbone: from the front matter of a local README, or known by hub id."""
+    """Return the licence of a backbone, from the front matter of a local README or a list of known hub ids."""
     known = {
         "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research License (no commercial use)",
         "Qwen/Qwen2.5-VL-7B-Instruct": "Apache-2.0",

@@ -1,18 +1,19 @@
-"""MoDA of the SDA paper: low-rank experts in every linear layer, mixed by a gate that knows the modality.
+"""MoDA of the SDA paper: low-rank experts in every linear layer, mixed by a gate that depends on the modality.
 
     y = W x + (α/r)·Σ_i w_i(m)·B_i A_i x                        Eqs. 5 and 7
-    w(m) = softmax(G·e_m),  m one of text and image               Eq. 6
+    w(m) = softmax(G·e_m),  m is text or image                    Eq. 6
 
-The rank r is that of all E experts together, r/E each, so an adapter is as large as one of plain LoRA; with E = 1 it is
-plain LoRA. e_m are 64 numbers for each modality, G is a Linear without bias, both trained, in every layer.
+The rank r is shared by all E experts, r/E each, so the adapter is as large as a plain LoRA adapter; with E = 1 it is
+plain LoRA. Each layer has its own e_m, 64 numbers for each modality, and its own G, a Linear without bias; both are
+trained.
 
-Which modality a prompt is of reaches the layers through `modality(...)`, around the call of the model. A layer that is
-called outside of it raises: a mixture nobody asked for would look like a vector. Gradient checkpointing runs a layer
-once more when that block is left; `remembered` lets it find the same modality there.
+`modality(...)` around the call of the model tells the layers which modality a prompt has. A layer that is called
+outside of it raises an error, because a wrong mixture would go unnoticed. Gradient checkpointing runs a layer again
+after that block has ended; `remembered` gives it the same modality then.
 
-The gate looks at nothing but the modality, so a finished adapter is two sets of weights, W + (α/r)·B diag(w(m)) A.
-`fold` keeps both beside each other: vectors are those of the unfolded model, at the speed of the plain backbone. The
-adapted layers then take twice their memory, which in a 7B model in bfloat16 are about 13 GB more.
+The gate depends on nothing but the modality, so a finished adapter is two sets of weights, W + (α/r)·B diag(w(m)) A.
+`fold` keeps both: the vectors are those of the unfolded model, at the speed of the plain backbone. The adapted layers
+then take twice their memory: about 13 GB more for a 7B model in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from vlm2rec.embedder.contract.errors import ConfigError
 if TYPE_CHECKING:
     from vlm2rec.embedder.backbones.backbone import Backbone
 
-GATE_WIDTH = 64  # of a modality's embedding
+GATE_WIDTH = 64  # length of a modality's embedding
 _PARAMETERS = ("lora_A", "lora_B", "modality", "gate")
 
 
 @dataclass(frozen=True)
 class ModaSettings:
-    """What an adapter is made of, apart from its weights."""
+    """The settings of an adapter."""
 
     experts: int
     rank: int  # of all experts together
@@ -55,7 +56,7 @@ class ModaSettings:
 
 
 class MoDALinear(nn.Module):
-    """A frozen linear layer with experts. The expert i owns rows, of B columns, i·r/E to (i + 1)·r/E."""
+    """A frozen linear layer with experts. Expert i owns rows of A, and columns of B, from i·r/E to (i + 1)·r/E."""
 
     def __init__(self, base: nn.Linear, settings: ModaSettings) -> None:
         super().__init__()
@@ -68,12 +69,12 @@ class MoDALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, settings.rank, **made))
         self.modality = nn.Parameter(torch.empty(len(schema.MODALITIES), GATE_WIDTH, **made))
         self.gate = nn.Parameter(torch.empty(settings.experts, GATE_WIDTH, **made))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as LoRA
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in LoRA
         nn.init.normal_(self.modality)
         nn.init.kaiming_uniform_(self.gate, a=math.sqrt(5))
 
     def weights(self, name: str) -> Tensor:
-        """Return how much each expert counts for a modality, (E,), summing to 1."""
+        """Return the gate's weight of each expert for a modality, (E,), summing to 1."""
         return F.linear(self.modality[schema.MODALITIES.index(name)], self.gate).softmax(dim=0)
 
     def delta(self, name: str) -> Tensor:
@@ -92,7 +93,7 @@ class MoDALinear(nn.Module):
 
 
 class FoldedLinear(nn.Module):
-    """A linear layer with a weight of its own for each modality."""
+    """A linear layer with one weight matrix for each modality."""
 
     def __init__(self, layer: MoDALinear) -> None:
         super().__init__()
@@ -108,13 +109,13 @@ class FoldedLinear(nn.Module):
 
 
 def add_moda(backbone: Backbone, settings: ModaSettings, seed: int) -> nn.Module:
-    """Put fresh experts into the backbone's language model, in place; returns the model that holds them.
+    """Put new experts into the backbone's language model, in place; returns the model that holds them.
 
     Raises:
-        ModelError: the backbone has no layers under the names that all supported families use.
+        ModelError: no layer has one of the names that all supported families use.
     """
     torch.manual_seed(seed)
-    backbone.share_prefixes(False)  # what is kept of them holds for the weights of the moment
+    backbone.share_prefixes(False)  # kept prefixes are only valid for the current weights
     model: nn.Module = backbone.model
     for name, layer in backbone.adapted_layers().items():
         _replace(model, name, MoDALinear(layer, settings))
@@ -144,13 +145,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name, themselves."""
+    """Return the trained parameters themselves, by name."""
     return {f"{name}.{own}": getattr(layer, own) for name, layer in layers(model).items() for own in _PARAMETERS}
 
 
 @torch.no_grad()
 def fold(backbone: Backbone) -> None:
-    """Replace the layers with experts by layers with a weight for each modality, in place."""
+    """Replace the layers with experts by layers with one weight matrix for each modality, in place."""
     backbone.share_prefixes(False)
     for name, layer in layers(backbone.model).items():
         _replace(backbone.model, name, FoldedLinear(layer))

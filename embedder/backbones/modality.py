@@ -1,4 +1,4 @@
-"""Which modality a prompt is of, for layers that treat text and image differently."""
+"""The modality of the current prompts, for layers that treat text and image differently."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vlm2rec.embedder.contract.errors import ModelError
 _modality: ContextVar[str | None] = ContextVar("modality", default=None)
 
 
-class modality:  # noqa: N801, it is read as a word of the `with` statement
-    """Encode prompts of one modality, `text` or `image`, inside this block. May be entered again and again."""
+class modality:  # noqa: N801, it reads like a keyword in a `with` statement
+    """Encode prompts of one modality, `text` or `image`, inside this block. It may be entered repeatedly."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
@@ -30,19 +30,19 @@ def current() -> str | None:
 
 
 def remembered() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a checkpointed layer's run and of its later ones, for `torch.utils.checkpoint`.
+    """Return the contexts of a checkpointed layer's first run and of its recomputations, for `torch.utils.checkpoint`.
 
-    There are several later ones where several losses are differentiated.
+    A layer is recomputed several times if several losses are differentiated.
     """
     return nullcontext(), modality(current())
 
 
 def required() -> str:
-    """Return the modality of the prompt at hand, or raise `RuntimeError` where none is set."""
+    """Return the modality of the current prompts, or raise `ModelError` if none is set."""
     name = _modality.get()
     if name is None:
         raise ModelError(
-            "a model with MoDA was called without saying whether it sees text or an image",
+            "a model with MoDA was called without saying whether its input is text or an image",
             "prompts of one modality",
             "encode with ItemEncoder, or inside vlm2rec.embedder.backbones.modality.modality(...)",
         )

@@ -1,4 +1,4 @@
-"""Prompts laid end to end in one row, each attending to itself alone: no padding, and no neighbour in a vector.
+"""Prompts laid end to end in one row, each attending only to itself: no padding, and no effect on each other.
 
 Three savings over a padded batch, all exact:
 
@@ -9,9 +9,9 @@ Three savings over a padded batch, all exact:
 
 `IndependentRows` makes a vector the same to the last bit whatever else is encoded with it.
 
-The model's own code runs. `prepare` registers an attention function for the language model and one for a vision tower
-with windows, and lets the last layer finish early, which act only where a `Layout` is handed to the model; and it lets
-a vision tower take its patches through a linear layer.
+The model's own code runs. `prepare` registers an attention function for the language model, one for a vision tower
+with windows, and a last layer that finishes early. These act only if a `Layout` is passed to the model. `prepare` also
+replaces the patch convolution of a vision tower by a linear layer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
-# transformers hands the bounds of the windows to attention functions with this word in their name, and calls others
-# once for every window of every image
+# transformers passes the bounds of the windows to attention functions with this word in their name; it calls other
+# functions once for every window of every image
 VISION_ATTENTION = "vlm2rec_flash_windows"
 LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
 
@@ -50,26 +50,26 @@ _packing: ContextVar[bool] = ContextVar("packing", default=False)
 
 @dataclass(frozen=True)
 class Layout:
-    """How prompts lie in a packed row: one after the other, `lengths[i]` tokens each, behind a shared prefix."""
+    """Positions of prompts in a packed row: one after the other, `lengths[i]` tokens each, after a shared prefix."""
 
     lengths: tuple[int, ...]
-    prefix: int = 0  # tokens of the shared prefix, which lie in the cache and not in the row
+    prefix: int = 0  # tokens of the shared prefix, which are in the cache and not in the row
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    every_state: bool = False  # the final states of all tokens are wanted, not those of the last ones alone
+    every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Return (count, length) of neighbours of equal length, which are attended in one call."""
+        """Return (count, length) of each run of adjacent prompts of equal length, which are attended in one call."""
         return [(len(list(same)), length) for length, same in groupby(self.lengths)]
 
     @property
     def last(self) -> Tensor:
-        """Return where each prompt's last token lies in the row, (n,)."""
+        """Return the position of each prompt's last token in the row, (n,)."""
         return self._once("last", lambda: torch.tensor(self.lengths).cumsum(0) - 1)
 
     def bounds(self, before: int) -> Tensor:
-        """Return where prompts begin and end if `before` tokens precede each, (n + 1,) int32."""
+        """Return the bounds of the prompts if `before` tokens precede each, (n + 1,) int32."""
         return self._once(
             ("bounds", before),
             lambda: torch.tensor([0, *(before + length for length in self.lengths)]).cumsum(0).to(torch.int32),
@@ -78,13 +78,13 @@ class Layout:
     def sums(self, states: Tensor) -> Tensor:
         """Return the sum of each prompt's states, (T, d) to (n, d), in float32 at least.
 
-        Prompt by prompt, so that the order of a sum does not depend on the neighbours.
+        Each prompt is summed by itself, so that the order of a sum does not depend on the other prompts.
         """
         return torch.stack([own.sum(dim=0) for own in at_least_float32(states).split(self.lengths)])
 
     @property
     def keys(self) -> Tensor:
-        """Return which keys each prompt sees, one prompt after the other: the prefix and its own."""
+        """Return which keys each prompt sees, prompt after prompt: those of the prefix and its own."""
 
         def make() -> Tensor:
             prefix, start, found = torch.arange(self.prefix), self.prefix, []
@@ -102,7 +102,7 @@ class Layout:
         )
 
     def _once(self, key: Any, make: Any) -> Tensor:
-        # every layer asks for the same
+        # every layer needs the same tensor
         if key not in self._made:
             self._made[key] = make().to(self.device)
         return self._made[key]
@@ -110,13 +110,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The keys and values that each layer made of the tokens that start every prompt of a kind."""
+    """Each layer's keys and values of the tokens that start every prompt of one kind."""
 
     states: tuple[tuple[Tensor, Tensor], ...]  # per layer, keys and values (1, heads, tokens, width)
-    pooled: Tensor  # (1, d) what pooling makes of the prefix alone: of no use but to the mean, which adds it
+    pooled: Tensor  # (1, d) the pooled states of the prefix; only mean pooling uses them
 
     def cache(self) -> DynamicCache:
-        """Return the prefix as a cache of its own: a model appends to what it is given."""
+        """Return the prefix as a new cache, because a model appends to the cache it is given."""
         cache = DynamicCache()
         for number, (keys, values) in enumerate(self.states):
             cache.update(keys, values, number)
@@ -124,7 +124,7 @@ class Prefix:
 
 
 def prepare(model: Any, language_model: Any) -> None:
-    """Let a model take packed rows; without a layout it works as before.
+    """Prepare a model for packed rows; without a layout it works as before.
 
     Args:
         model: a model of transformers with or without a vision tower.
@@ -139,7 +139,7 @@ def prepare(model: Any, language_model: Any) -> None:
         if isinstance(patches, nn.Conv3d) and patches.kernel_size == patches.stride:
             patches.forward = types.MethodType(_project, patches)  # type: ignore[method-assign]
     last = language_model.layers[-1]
-    fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL adds to the whole row there
+    fed_later = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # there Qwen3-VL adds to the whole row
     pre_norm = {name for name, _ in last.named_children()} == _PRE_NORM
     if pre_norm and fed_later < len(language_model.layers):
         last.forward = types.MethodType(functools.partial(_finish_early, usual=last.forward), last)
@@ -171,7 +171,7 @@ def _attend(
 
 
 def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rest: Any) -> Tensor:
-    """Attend with torch's general attention, neighbours of equal length in one call."""
+    """Attend with torch's general attention; adjacent prompts of equal length share one call."""
     prefix = layout.prefix
     causal = {"is_causal": not prefix, "dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
     start = 0
@@ -194,11 +194,11 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies a single one as well
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # `torch.cat` would copy even a single part
 
 
 def _side_by_side(states: Tensor, start: int, count: int, length: int) -> Tensor:
-    """Return neighbours of equal length out of (1, heads, T, width) as (count, heads, length, width)."""
+    """Return adjacent prompts of equal length from (1, heads, T, width) as (count, heads, length, width)."""
     return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
 
 
@@ -211,7 +211,7 @@ def _heads(states: Tensor, query: Tensor) -> Tensor:
 def _attend_windows(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, None]:
-    """Attend within windows of a vision tower, neighbours of equal size in one call; shapes as in `_attend`."""
+    """Attend within windows of a vision tower, adjacent ones of equal size in one call; shapes as in `_attend`."""
     bounds: Tensor = rest["cu_seq_lens_q"]
     if _kernel_works(query.device, query.dtype, query.shape[-1]):
         longest = rest["max_length_q"]
@@ -251,7 +251,7 @@ def _kernel(
 
     known = inspect.signature(varlen.varlen_attn).parameters
     settings: dict[str, Any] = {"scale": scale}
-    if "window_size" in known:  # nothing to the right of a token is seen
+    if "window_size" in known:  # a token sees nothing to its right
         settings["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         settings["is_causal"] = causal
@@ -266,7 +266,7 @@ def _kernel(
 
 @functools.cache
 def _kernel_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Tell whether this torch has that kernel for this GPU, and it gives what the general attention gives."""
+    """Tell whether this torch has the kernel for this GPU, and its result agrees with the general attention."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     layout = Layout((5, 5, 17, 2), 3, device)
@@ -278,19 +278,19 @@ def _kernel_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
             expected = _attend_by_runs(query, key, value, layout, scaling=width**-0.5)
             found = _attend_by_kernel(query, key, value, layout, width**-0.5)
         with torch.enable_grad():
-            asked = query.clone().requires_grad_()
-            _attend_by_kernel(asked, key, value, layout, width**-0.5).float().sum().backward()
+            trainable = query.clone().requires_grad_()
+            _attend_by_kernel(trainable, key, value, layout, width**-0.5).float().sum().backward()
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         logger.warning("torch's kernel for packed rows is not used: %s", error)
         return False
     off = float((found.float() - expected.float()).abs().max())
     if off > 0.02:
-        logger.warning("torch's kernel for packed rows is not used: it is off by %.3f", off)
+        logger.warning("torch's kernel for packed rows is not used: its result is off by %.3f", off)
     return off <= 0.02
 
 
 def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
-    """Return no mask for a packed row, whose layout says who sees whom; else the usual one."""
+    """Return no mask for a packed row, whose layout says which tokens see each other; else the usual mask."""
     return None if _packing.get() else sdpa_mask(*arguments, **settings)
 
 
@@ -303,9 +303,9 @@ AttentionMaskInterface.register(LANGUAGE_ATTENTION, _mask)
 
 
 def _project(convolution: nn.Conv3d, patches: Tensor) -> Tensor:
-    """Do what a convolution does whose kernel covers each patch once, (n, channels, *kernel) to (n, d, 1, 1, 1).
+    """Compute a convolution whose kernel covers each patch once, (n, channels, *kernel) to (n, d, 1, 1, 1).
 
-    It is a linear layer then, and several times as fast as one on a CPU.
+    Such a convolution is a linear layer, and as that it is several times as fast on a CPU.
     """
     found = F.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
     return found[..., None, None, None]
@@ -317,7 +317,7 @@ _PRE_NORM = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments: Any) -> Tensor:
-    """Do what a pre-norm decoder layer does, and hand on the last token of each prompt alone, (1, n, d)."""
+    """Run a pre-norm decoder layer, and return only the last token of each prompt, (1, n, d)."""
     layout: Layout | None = arguments.get(LAYOUT)
     if layout is None or layout.every_state:
         return usual(hidden_states, **arguments)
@@ -326,14 +326,14 @@ def _finish_early(layer: Any, hidden_states: Tensor, *, usual: Any, **arguments:
     return state + layer.mlp(layer.post_attention_layernorm(state))
 
 
-# --- bit for bit --------------------------------------------------------------------------------------------
+# --- the same bits --------------------------------------------------------------------------------------------
 
 
 class IndependentRows(TorchFunctionMode):
-    """Lets what a linear layer on the CPU makes of a row not depend on how many others there are, in float32.
+    """Makes a linear layer's result for a row independent of the number of other rows, on the CPU in float32.
 
-    Libraries sum in an order that depends on how many rows a product has. Other devices and dtypes pass unchanged.
-    Without gradients.
+    Libraries choose the order of a sum by the number of rows of the product, so the last bits may differ. Other
+    devices and dtypes pass unchanged. It is for use without gradients.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -344,21 +344,21 @@ class IndependentRows(TorchFunctionMode):
         return _linear(*args, **kwargs)
 
 
-ROWS_IN_BLOCK = 512  # where the number of rows has to be fixed; 3 % slower than 2,048 at once
+ROWS_IN_BLOCK = 512  # rows of every product, where their number has to be fixed; 3 % slower than 2,048
 _COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 1500, 2048, 3001, 4096)
 
 
 @functools.cache
 def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
-    """Return how many rows, least and most, a product may have here that gives each row the bits of any other count.
+    """Return the least and the most rows a product may have so that every count between gives a row the same bits.
 
-    The order of a sum is chosen by the shape and not by the numbers, so it shows with any numbers. Where it changes
-    from some count to the next larger ones, all products get the same count.
+    The shape decides the order of a sum, not the numbers, so random numbers show it. If no such range reaches down to
+    `ROWS_IN_BLOCK`, both numbers are `ROWS_IN_BLOCK`: every product then has exactly that many rows.
 
     Args:
         inner: numbers in a row.
         outer: rows of the weight.
-        threads: of torch; they share the rows.
+        threads: torch's threads, which divide the rows among them.
     """
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(_COUNTS[-1], inner, generator=random)
@@ -373,27 +373,27 @@ def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return what a linear layer makes of rows (..., in), (..., out)."""
+    """Return the output of a linear layer for rows (..., in), (..., out)."""
     flat = rows.flatten(0, -2)  # (n, in)
     least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads())
     found = flat.new_empty(len(flat), len(weight))
     for start in range(0, len(flat), most):
-        part, place = flat[start : start + most], found[start : start + most]
+        part, part_out = flat[start : start + most], found[start : start + most]
         if len(part) >= least:
-            _product(part, weight, bias, place)
+            _product(part, weight, bias, part_out)
         else:
             padded = F.pad(part, (0, 0, 0, least - len(part)))
-            place.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
+            part_out.copy_(_product(padded, weight, bias, flat.new_empty(least, len(weight)))[: len(part)])
     return found.unflatten(0, rows.shape[:-1])
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     product = torch.mm(rows, weight.T, out=out)
-    return product if bias is None else product.add_(bias)  # faster than `addmm`, which copies it into each row first
+    return product if bias is None else product.add_(bias)  # `addmm` is slower: it copies the bias into each row
 
 
 def common_start(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the longest start that all rows share."""
+    """Return the longest common start of all rows."""
     same = []
     for tokens in zip(*rows, strict=False):
         if len(set(tokens)) > 1:

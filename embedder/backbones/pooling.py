@@ -8,7 +8,7 @@ from torch import Tensor
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.options import FusionNorm
 
-"""What of a prompt's final states becomes its vector: the last token's (VLM2Rec), or the mean of all (SDA)."""
+"""How a prompt's final states become its vector: the last token's state (VLM2Rec), or the mean of all (SDA)."""
 
 
 def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def fuse(text: Tensor, image: Tensor, norm: FusionNorm = "raw") -> Tensor:
         text: text vectors, (..., d).
         image: image vectors of the same shape.
         norm: `raw` adds the vectors as they are (the paper), so the longer one dominates; `normalised` adds unit
-            vectors. `norm_ratio` says how far apart the two are.
+            vectors. `norm_ratio` says how much their lengths differ.
     """
     if norm == "normalised":
         return unit(text) + unit(image)
@@ -70,7 +70,7 @@ def unit(vectors: Tensor) -> Tensor:
     """Return `vectors` (..., d) at length 1 in float32 at least; zero vectors stay zero, so their cosine is 0."""
     vectors = at_least_float32(vectors)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    # dividing a zero vector by 1, not by a tiny epsilon, keeps its gradient at the size of everybody else's
+    # dividing a zero vector by 1, not by a tiny epsilon, keeps its gradient at the size of the others
     return vectors / length.where(length > 0, 1.0)
 
 

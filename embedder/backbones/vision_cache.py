@@ -1,15 +1,15 @@
-"""What the frozen vision tower said of each image, kept on disk: computed once for every training and every export.
+"""The frozen vision tower's features of each image, kept on disk: computed once for all trainings and exports.
 
-A cache folder holds one folder for each tower that filled it, named after everything that decides its tokens: weights,
-image processor and number format. In there every writer has a segment of its own:
+A cache folder holds one folder for each vision tower, named after everything that decides its tokens: weights, image
+processor and number format. In that folder, every writer has its own segment:
 
-    about.json                     what decides the tokens, in words
-    segment-<id>.tokens            tokens, image after image, in the tower's own number format: nothing is rounded
+    about.json                     what decides the tokens, readable
+    segment-<id>.tokens            tokens, image after image, in the tower's number format: nothing is rounded
     segment-<id>.index             a record for each image, written after its tokens
 
-An image is known by the SHA-256 of its file, so a changed image is looked at again, and one that two items share is
-kept once. Any number of processes may read and write; a killed writer leaves at most tokens without a record. Each
-record has a checksum: tokens that do not match theirs are looked at again.
+The SHA-256 of its file identifies an image. A changed image is therefore encoded again, and an image that two items
+share is kept once. Any number of processes may read and write; a killed writer leaves at most tokens without a record.
+Each record has a checksum: if the tokens do not match it, the image is encoded again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RECORD = np.dtype(
         ("image", "V32"),  # SHA-256 of the file
         ("offset", "<u8"),
         ("tokens", "<u4"),
-        ("layers", "<u4"),  # the merged tokens, and one layer more for each that Qwen3-VL feeds
+        ("layers", "<u4"),  # the merged tokens, and one more for each early layer that Qwen3-VL feeds
         ("grid", "<i4", (3,)),  # zeros for families without it
         ("checksum", "<u4"),
     ]
@@ -62,15 +62,15 @@ class VisionCache:
     def __init__(self, folder: Path, dim: int, dtype: torch.dtype) -> None:
         self.folder = folder
         self.dim, self.dtype = dim, dtype
-        # an image may stand in several segments: two writers looked at it at once, or one of them is damaged
+        # an image may be in several segments: two writers encoded it at the same time, or one segment is damaged
         self._known: dict[bytes, list[tuple[Path, np.void]]] = {}
         self._maps: dict[Path, np.ndarray] = {}
-        self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # written with the first image
-        self._read: dict[Path, int] = {}  # records taken from each index
+        self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # created with the first image
+        self._read: dict[Path, int] = {}  # records read so far from each index
         self._refresh()
 
     def _refresh(self) -> None:
-        """Learn what other writers have added since."""
+        """Read the records that other writers have added."""
         for path in sorted(self.folder.glob("segment-*.index")):
             tokens, read = path.with_suffix(".tokens"), self._read.get(path, 0)
             whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
@@ -85,9 +85,9 @@ class VisionCache:
         """Open the part of `root` that belongs to a backbone's vision tower.
 
         Args:
-            root: cache folder; made if it is not there.
-            backbone: as loaded.
-            weights: what identifies its weights (`lora.backbone_hash`).
+            root: cache folder; created if it is missing.
+            backbone: the loaded backbone.
+            weights: the hash of its weights (`lora.backbone_hash`).
 
         Raises:
             OSError: the folder cannot be made.
@@ -110,11 +110,11 @@ class VisionCache:
         return len(self._known)
 
     def image_bytes(self, tokens: int, layers: int = 1) -> int:
-        """Return how many bytes an image of that many merged tokens takes."""
+        """Return how many bytes an image with this many merged tokens takes."""
         return layers * tokens * self.dim * self.dtype.itemsize + _RECORD.itemsize
 
     def read(self, root: Location, relative: str, target_pixels: int | None = None) -> ImageFeatures | NewImage:
-        """Return what is known of the image at `root / relative`, or the image itself if nothing is.
+        """Return the cached features of the image at `root / relative`, or the image itself if there are none.
 
         Raises:
             ImageError: as `images.open_image`.
@@ -124,7 +124,7 @@ class VisionCache:
         return self.find(key) or NewImage(key, decode(io.BytesIO(content), target_pixels))
 
     def find(self, key: bytes) -> ImageFeatures | None:
-        """Return the features of the image with that SHA-256, on the CPU, or None."""
+        """Return the features of the image with this SHA-256, on the CPU, or None."""
         if key not in self._known:
             self._refresh()
         for path, record in self._known.get(key, ()):
@@ -138,10 +138,10 @@ class VisionCache:
         return None
 
     def add(self, keys: Sequence[bytes], features: Sequence[ImageFeatures]) -> None:
-        """Keep what the tower said of new images.
+        """Store the features of new images.
 
         Raises:
-            OSError: the disk is full or fails; nothing of these images stays.
+            OSError: the disk is full or fails; none of these images is kept.
         """
         records = np.zeros(len(keys), _RECORD)
         before = self._segment.stat().st_size if self._segment.exists() else 0
@@ -164,11 +164,11 @@ class VisionCache:
                 record["grid"] = 0 if feature.grid is None else feature.grid.numpy()
                 record["checksum"] = zlib.crc32(content)
                 tokens.write(content)
-        with self._segment.with_suffix(".index").open("ab") as index:  # only now: its tokens are there
+        with self._segment.with_suffix(".index").open("ab") as index:  # after the tokens: no record lacks them
             index.write(records.tobytes())
 
     def _bytes(self, path: Path, start: int, size: int) -> bytearray | None:
-        """Return a copy of a stretch of a segment, or None where it is shorter than its index says."""
+        """Return a copy of part of a segment, or None if the segment is shorter than its index says."""
         mapped = self._maps.get(path)
         if mapped is None or len(mapped) < start + size:  # it has grown since
             if not path.is_file() or path.stat().st_size < start + size:

@@ -23,7 +23,7 @@ _PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
 
 @dataclass(frozen=True)
 class Histories:
-    """Users of one split: what each had seen, and the item that came next.
+    """Users of one split: each user's history, and the item that came next.
 
     `items` are rows of `items.parquet`; user u's history is `rows[offsets[u]:offsets[u + 1]]`, oldest first.
     """
@@ -49,7 +49,7 @@ class Dataset:
 
     def __init__(self, path: Location | str) -> None:
         self.path = location(path)
-        # a store has no folders: dataset.json says whether it is one
+        # an object store has no folders: reading dataset.json shows whether this is one
         if isinstance(self.path, Path) and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
         self.meta: dict[str, Any] = schema.read_json(
@@ -64,7 +64,7 @@ class Dataset:
             )
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Location]]:
-        """Let another process read the folder itself: what is in memory may be large."""
+        """Pickle the path only: the data in memory may be large, so another process reads the folder itself."""
         return Dataset, (self.path,)
 
     def _setting(self, key: str) -> Any:
@@ -83,7 +83,7 @@ class Dataset:
 
     @property
     def max_history(self) -> int:
-        """Items of a history that a model may see, counted from the latest."""
+        """How many of a user's latest items a model may see."""
         return int(self._setting("max_history"))
 
     @property
@@ -91,12 +91,12 @@ class Dataset:
         """Folder that `image_path` is relative to."""
         root = str(self._setting("image_root"))
         if isinstance(self.path, StorePath) and Path(root).is_absolute():
-            return Path(root).resolve()  # the items are in a store, their images on this machine
+            return Path(root).resolve()  # the items are in an object store, their images on this machine
         return (self.path / root).resolve()
 
     @cached_property
     def items(self) -> pa.Table:
-        """`items.parquet`: item_id, title, image_path and whatever the catalogue had besides."""
+        """`items.parquet`: item_id, title, image_path, and any other columns of the catalogue."""
         table = schema.read_table(self.path / schema.ITEMS_FILE, fix=_PREPARE_AGAIN)
         schema.require_columns(
             table.column_names,
@@ -131,12 +131,12 @@ class Dataset:
 
     @property
     def category_column(self) -> str | None:
-        """The column of `items.parquet` that says what kind of item each is; None where there is none."""
+        """The column of `items.parquet` with each item's category; None if there is none."""
         return next((column for column in schema.CATEGORY_COLUMNS if column in self.items.column_names), None)
 
     @cached_property
     def categories(self) -> list[str]:
-        """What kind of item each is, in the order of `items.parquet`: several joined by commas, "" where unknown."""
+        """Each item's category, in the order of `items.parquet`; several are joined by commas, "" is unknown."""
         if self.category_column is None:
             return [""] * len(self.items)
         named = (each if isinstance(each, list) else [each] for each in self.items[self.category_column].to_pylist())
@@ -149,7 +149,7 @@ class Dataset:
 
     def rows_of(self, item_ids: pa.Array | pa.ChunkedArray | list[str]) -> np.ndarray:
         """Return the rows in `items.parquet` of `item_ids`, int32; raise `ArtifactError` on an unknown id."""
-        # the cast: other writers of Parquet mark their strings as large, and index_in wants one type on both sides
+        # the cast: other Parquet writers use large strings, and index_in needs the same type on both sides
         wanted = pa.array(item_ids, pa.string()) if isinstance(item_ids, list) else item_ids.cast(pa.string())
         rows = pc.index_in(wanted, value_set=self.items[schema.ITEM_ID].cast(pa.string()))
         if rows.null_count:

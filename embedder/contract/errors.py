@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class Vlm2RecError(Exception):
-    """Base of every error a user can mend.
+    """Base of every error that a user can fix.
 
     `found`, `expected` and `fix` are joined into one paragraph.
     """
@@ -36,7 +36,7 @@ class ConfigError(Vlm2RecError):
 
 
 class DataError(Vlm2RecError):
-    """An input file is missing, empty, misses a column or holds impossible values."""
+    """An input file is missing or empty, lacks a column, or holds impossible values."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""What a folder says of its making: when, and with which versions of which libraries."""
+"""What a folder records about how it was made: when, and with which library versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OURS = "vlm2rec"
 
 
 def created() -> str:
-    """Return the time of now, UTC, to the second: `2026-03-17T09:30:00+00:00`."""
+    """Return the current time, UTC, to the second: `2026-03-17T09:30:00+00:00`."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -25,6 +25,6 @@ def version_of(library: str) -> str | None:
 
 
 def library_versions(*libraries: str, absent: str | None = None) -> dict[str, str]:
-    """Return the version of each library; of those that are not installed `absent`, or nothing."""
+    """Return the version of each library; one that is not installed gets `absent`, or no entry if that is None."""
     found = {library: version_of(library) or absent for library in libraries}
     return {library: version for library, version in found.items() if version is not None}

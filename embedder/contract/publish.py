@@ -1,6 +1,6 @@
-"""What is written appears whole or not at all: first under another name beside its place, then there by a rename.
+"""Writes files and folders whole or not at all: first under a temporary name beside the target, then renamed.
 
-And before that: whose is the folder that is to be written?
+Before that, it checks that the output folder is free or ours.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vlm2rec.embedder.contract.storage import Location, StorePath, sha256_file
 _OTHER_OUT = "choose another --out"
 
 
-# --- whose folder is it? --------------------------------------------------------------------------------------
+# --- is the folder ours? --------------------------------------------------------------------------------------
 def require_folder(out: Location, error: type[Vlm2RecError] = ConfigError) -> None:
-    """Raise `error` where `out` is there and is no folder."""
+    """Raise `error` if `out` exists and is not a folder."""
     if out.exists() and not out.is_dir():
-        raise error(f"--out {out} is a file", "a folder, or a place to make one", _OTHER_OUT)
+        raise error(f"--out {out} is a file", "a folder, or a path where one can be made", _OTHER_OUT)
 
 
 def require_ours(
@@ -38,15 +38,15 @@ def require_ours(
     ignored: Callable[[str], bool] = lambda name: False,
     error: type[Vlm2RecError] = ConfigError,
 ) -> None:
-    """Raise `error` unless a folder to write is free (new or empty) or ours, to be gone on with or replaced.
+    """Raise `error` unless the output folder is free (new or empty) or an earlier one of ours, to continue or replace.
 
     Args:
-        out: the folder that was asked for.
-        what: what it may be if it is not free, as the message says it: `an earlier index`.
-        ours: it has what shows that it is that.
+        out: the output folder.
+        what: what it may be if it is not free, in the words of the message: `an earlier index`.
+        ours: whether the caller recognised it as that.
         only: all names that a folder of ours may hold; None if it may hold any.
-        ignored: tells which names do not count: locks, what is temporary.
-        error: the exception.
+        ignored: tells which names do not count: locks and temporary files.
+        error: the class of the exception.
     """
     require_folder(out, error)
     names = sorted(path.name for path in out.iterdir() if not ignored(path.name)) if out.is_dir() else []
@@ -62,22 +62,22 @@ def require_ours(
 
 # --- temporary names ------------------------------------------------------------------------------------------
 def temporary_name(name: str, ending: str = "tmp") -> str:
-    """Return the name of what this process writes before it is `name`: hidden, with the number of the process."""
+    """Return the hidden name under which this process writes `name` before the rename; it contains the process id."""
     return f".{name}.{os.getpid()}.{ending}"
 
 
 def is_temporary(name: str, *of: str) -> bool:
-    """Tell whether a file name is the temporary one of a file whose name is, or begins with, one of these."""
+    """Tell whether a file name is the temporary name of a file whose name is, or begins with, one of these."""
     return name.startswith(tuple(f".{final}" for final in of)) and name.endswith(".tmp")
 
 
 def process_runs(number: int | str) -> bool:
-    """Tell whether a process of this number is there, on this machine and as far as this process can see."""
+    """Tell whether a process with this id runs on this machine, as far as this process can see."""
     try:
         os.kill(int(number), 0)
     except (ProcessLookupError, ValueError, OverflowError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return True
 
@@ -85,13 +85,13 @@ def process_runs(number: int | str) -> bool:
 # --- folders --------------------------------------------------------------------------------------------------
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` to write; it takes the place of `out` in the end, flushed, or is gone after an error.
+    """Yield a new folder beside `out`; at the end it is flushed and replaces `out`, after an error it is removed.
 
-    The folder is made before the work starts, and what was at `out` stays there until it is replaced, in one step
-    where the system can. What killed processes left beside `out` is removed.
+    The folder is made before the work starts. An old `out` stays until it is replaced, in one step where the system
+    can do that. Folders that killed processes left beside `out` are removed.
 
     Raises:
-        ConfigError: the disk refuses the folder.
+        ConfigError: the folder cannot be written.
     """
     owner = f"{out.name}.{socket.gethostname()}"
     folder = out.with_name(temporary_name(owner, "building"))
@@ -114,17 +114,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def plain_disk_errors(out: Path) -> Iterator[None]:
-    """Raise `ConfigError` where the disk refuses what is written for `out`."""
+    """Raise `ConfigError` if `out` cannot be written to the disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # FAISS reports a full disk as RuntimeError
         raise ConfigError(
-            f"{out} cannot be written ({error})", "a place you may write to, with room", _OTHER_OUT
+            f"{out} cannot be written ({error})", "a folder that you may write to, with enough free space", _OTHER_OUT
         ) from None
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put folder `new` at `target`; what was there is at `new` afterwards, or gone."""
+    """Move folder `new` to `target`; afterwards `new` is the old folder, if there was one."""
     if target.exists() and not _exchange(new, target):
         aside = new.with_suffix(".replaced")
         target.rename(aside)
@@ -136,7 +136,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, as Linux can; False where the system or file system cannot."""
+    """Swap two folders in one step, as Linux can; return False if the system or file system cannot."""
     try:
         swap = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -148,7 +148,7 @@ def _exchange(one: Path, other: Path) -> bool:
 # --- files ----------------------------------------------------------------------------------------------------
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write; it is flushed and takes the place of `path` in the end, or is gone."""
+    """Yield a temporary file name; at the end the file is flushed and replaces `path`, after an error it is removed."""
     with draft(path) as temporary:
         yield temporary
         sync(temporary)
@@ -166,7 +166,7 @@ def write_whole(path: Location, content: bytes) -> None:
 
 @contextmanager
 def draft(path: Location) -> Iterator[Path]:
-    """Give the name of a local file in which to write what will be published as `path`; it is removed in the end."""
+    """Yield the name of a local file for what will be published as `path`; the file is removed at the end."""
     if isinstance(path, StorePath):
         with tempfile.TemporaryDirectory(prefix="vlm2rec-") as folder:
             yield Path(folder) / path.name
@@ -179,15 +179,15 @@ def draft(path: Location) -> Iterator[Path]:
 
 
 def put_in_place(temporary: Path, path: Location, sha256: str | None = None) -> None:
-    """Make a flushed draft appear under its name, whole or not at all.
+    """Publish a flushed draft under its final name, whole or not at all.
 
     Args:
         temporary: the draft.
-        path: its place.
-        sha256: of the draft, which a store has to give back.
+        path: its final name.
+        sha256: of the draft; the content that a store gives back must have the same.
 
     Raises:
-        OSError: it could not be written, or a store gives back other bytes than it was given.
+        OSError: writing failed, or a store gives back other bytes than it was given.
     """
     if isinstance(path, StorePath):
         path.upload(temporary)
@@ -199,14 +199,14 @@ def put_in_place(temporary: Path, path: Location, sha256: str | None = None) -> 
 
 
 def discard(path: Path) -> None:
-    """Remove a file, and what killed processes left of it: in a folder that one process at a time writes."""
+    """Remove a file and its left-over temporary files, in a folder that only one process at a time writes."""
     path.unlink(missing_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
 def flush(file: BinaryIO) -> None:
-    """Have an open file's content on the disk, not only on its way there."""
+    """Flush an open file's content all the way to the disk."""
     file.flush()
     os.fsync(file.fileno())
 

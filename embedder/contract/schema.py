@@ -1,8 +1,7 @@
 """The embedding table and the dataset folder: names, columns, schemas. No torch in here.
 
-These names are the contract between the three packages and with every reader outside vlm2rec;
-they stand once, here. `downstream` may import this module, `dataset`, `storage` and `errors` from `embedder`, nothing
-else.
+These names are the contract between the three packages and with every reader outside vlm2rec.
+Each is defined here and nowhere else.
 
     dataset folder     items.parquet  sequences.parquet  negatives.parquet  dataset.json
     embeddings folder  part-00000.parquet ...  manifest.json (written last)
@@ -26,7 +25,7 @@ _STORED_AS = {"prompt_style": "wording"}
 
 
 def stored_name(setting: str) -> str:
-    """Return the key of a setting in manifests and records: the name it had when folders first held it."""
+    """Return the key of a setting in manifests and records: the name under which it was first stored."""
     return _STORED_AS.get(setting, setting)
 
 
@@ -34,10 +33,10 @@ def stored_name(setting: str) -> str:
 ITEM_ID = "item_id"  # string, unique
 TITLE = "title"  # string, never blank
 IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
-CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`: the first there is
+CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`; the first one found
 USER_ID = "user_id"  # string, unique in sequences.parquet
 TRAIN = "train"  # list<string>: item ids in time order, without the last two
-VALID = "valid"  # string: the last but one item
+VALID = "valid"  # string: the second to last item
 TEST = "test"  # string: the last item
 SEED = "seed"  # int32, in negatives.parquet
 NEGATIVES = "negatives"  # list<string>: items the user never touched, in no order
@@ -80,7 +79,7 @@ def embedding_schema(
 ) -> pa.Schema:
     """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view.
 
-    `dim` is the length of all vectors, or of each view's (`dims_of`).
+    `dim` is one length for all views, or the length of each view (`dims_of`).
     """
     element = pa.field("element", _VECTOR_TYPES[dtype], nullable=False)
     dims = dict.fromkeys(VIEWS, dim) if isinstance(dim, int) else dim
@@ -97,16 +96,16 @@ def embedding_schema(
 
 
 def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
-    """Return the length of each view's vectors by a manifest, or by the settings of an export.
+    """Return the length of each view's vectors, from a manifest or the settings of an export.
 
-    That is `dim`, unless `dims` gives each view its own: a concatenation is as long as its parts together, and `dim`
-    is then the length of `fused`.
+    It is `dim`, unless `dims` gives a length for each view: a concatenation is as long as its parts together, and
+    `dim` is then the length of `fused`.
     """
     return {view: int(described.get("dims", {}).get(view, described["dim"])) for view in VIEWS}
 
 
 def modalities_of(views: Sequence[str]) -> tuple[str, ...]:
-    """Return which of text and image the vectors of a table with these views are made of.
+    """Return the modalities (text, image) that the vectors of a table with these views are made of.
 
     A table of one modality has `fused` equal to it: (fused, text) is made of titles alone. One interleaved prompt
     leaves only `fused`, which is made of both.
@@ -149,7 +148,7 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
 
 
 def is_written_by(path: Location, writer: str) -> bool:
-    """Tell whether a JSON file says that it was `written_by` this command: a stranger's of that name does not."""
+    """Tell whether a JSON file names this command in `written_by`; a foreign file of the same name does not."""
     try:
         return read_json(path, "", "").get("written_by") == writer
     except ArtifactError:
@@ -165,7 +164,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     manifest = read_json(
         folder / MANIFEST_FILE,
         f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
-        "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped",
+        "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped",
     )
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
@@ -178,7 +177,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
 
 
 def require_columns(found: list[str], required: list[str], where: str, fix: str) -> None:
-    """Raise `ArtifactError` naming the first missing column and the nearest one that is there."""
+    """Raise `ArtifactError` naming the first missing column and the most similar one in the file."""
     for column in required:
         if column not in found:
             raise ArtifactError(

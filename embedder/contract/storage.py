@@ -1,8 +1,8 @@
-"""Where a folder lies: on a disk, or in an object store (`s3://bucket/folder`, `gs://bucket/folder`) through fsspec.
+"""Folders on a disk or, through fsspec, in an object store (`s3://bucket/folder`, `gs://bucket/folder`).
 
-What the two do differently stands here. A file on a disk is written under another name, flushed and renamed; an object
-appears under its name whole or not at all, and can be neither renamed nor locked. Credentials, region and endpoint are
-those of the store's own client: `AWS_ENDPOINT_URL`, `~/.aws`, fsspec's configuration.
+This module holds what differs between the two. A file on a disk is written under another name, flushed and renamed. An
+object appears under its name whole or not at all, and can be neither renamed nor locked. Credentials, region and
+endpoint are those of the store's own client: `AWS_ENDPOINT_URL`, `~/.aws`, fsspec's configuration.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
 
-_CLIENTS = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the library that speaks to it
-_FOREIGN = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests")  # their errors are no OSErrors
+_CLIENTS = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the library that connects to it
+_FOREIGN = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests")  # their errors are not OSErrors
 _BLOCK = 4 * 2**20  # bytes that a read fetches ahead
 
 
 class Stat(NamedTuple):
-    """What is known of an object without reading it; the names are those of `os.stat`."""
+    """What the store says about an object without reading it; the names are those of `os.stat`."""
 
     st_size: int
     st_mtime_ns: int
@@ -39,17 +39,17 @@ class Stat(NamedTuple):
 
 
 class StorePath:
-    """A place in an object store, with the part of pathlib's interface that is needed of it.
+    """A path in an object store, with the part of pathlib's interface that vlm2rec needs.
 
-    Nothing is remembered from one call to the next, as others write there too. Every failure is an `OSError`, and
-    something is only missing if the store says so: one that does not answer is an error. A bucket is never made.
+    Nothing is cached between calls, as others write there too. Every failure is an `OSError`. An object is missing
+    only if the store says so: a store that does not answer is an error. A bucket is never created.
 
     Args:
-        url: scheme, bucket and key; `.`, `..` and empty parts are taken out, as a store has no links.
+        url: scheme, bucket and key; `.`, `..` and empty parts are removed, as a store has no links.
 
     Raises:
         ConfigError: no bucket, or a scheme that is not supported.
-        MissingDependencyError: the library that speaks to this store is not installed.
+        MissingDependencyError: the library for this store is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -60,8 +60,8 @@ class StorePath:
             raise ConfigError(f"{url!r} names no bucket", f"{self.scheme}://bucket/folder", "correct the address")
         if self.scheme not in _CLIENTS:
             known = ", ".join(f"{scheme}://" for scheme in _CLIENTS)
-            raise ConfigError(f"{url!r} is in no store that vlm2rec knows", f"a folder, or {known}", "copy it there")
-        self.key = f"{bucket}/{inside}".rstrip("/")  # as fsspec wants it, the bucket among it
+            raise ConfigError(f"{url!r} is not a supported store", f"a folder, or {known}", "copy it there")
+        self.key = f"{bucket}/{inside}".rstrip("/")  # as fsspec expects it, with the bucket
         _require_client(self.scheme)
 
     @cached_property
@@ -71,7 +71,7 @@ class StorePath:
         return fsspec.filesystem(self.scheme, use_listings_cache=False)
 
     def __reduce__(self) -> tuple[type[StorePath], tuple[str]]:
-        """Let another process connect itself, with the credentials that it has."""
+        """Pickle the address only: another process connects with its own credentials."""
         return StorePath, (str(self),)
 
     def __str__(self) -> str:
@@ -98,23 +98,23 @@ class StorePath:
 
     @property
     def parent(self) -> StorePath:
-        """What it lies in; the bucket lies in itself."""
+        """The path one level up; that of a bucket is the bucket itself."""
         return StorePath(f"{self.scheme}://{self.key.rpartition('/')[0] or self.key}")
 
     def with_suffix(self, suffix: str) -> StorePath:
-        """Return the place with another end of the name."""
+        """Return the path with another file extension."""
         return self.parent / f"{posixpath.splitext(self.name)[0]}{suffix}"
 
     def resolve(self) -> StorePath:
-        """Return the place itself: it is absolute, and nothing in a store leads elsewhere."""
+        """Return the path itself: it is absolute, and a store has no links."""
         return self
 
     def exists(self) -> bool:
-        """Tell whether there is an object of this name, or one below it."""
+        """Tell whether there is an object with this name, or one below it."""
         return self._info() is not None
 
     def is_file(self) -> bool:
-        """Tell whether there is an object of this name."""
+        """Tell whether there is an object with this name."""
         return (self._info() or {}).get("type") == "file"
 
     def is_dir(self) -> bool:
@@ -129,7 +129,7 @@ class StorePath:
         return self._stat_of(info)
 
     def iterdir(self) -> Iterator[StorePath]:
-        """Yield what lies directly below; nothing where there is nothing."""
+        """Yield the paths directly below this one; none if there are none."""
         with _as_os_errors():
             try:
                 found = self._store.ls(self.key, detail=False)
@@ -139,14 +139,14 @@ class StorePath:
         yield from (self / name for name in sorted(names))
 
     def tree(self) -> dict[str, Stat]:
-        """Return every object below, however deep, by its path from here: one listing in place of a look at each."""
+        """Return every object below, at any depth, by its relative path: one listing instead of a request for each."""
         with _as_os_errors():
             found = self._store.find(self.key, detail=True)
         return {key.removeprefix(f"{self.key}/"): self._stat_of(info) for key, info in found.items()}
 
     @contextmanager
     def open(self, mode: str = "rb") -> Iterator[BinaryIO]:
-        """Open an object for reading; what is read is one version of it."""
+        """Open an object for reading; all reads come from the same version of it."""
         with _as_os_errors(), self._store.open(self.key, mode, block_size=_BLOCK, cache_type="readahead") as file:
             yield file
 
@@ -159,7 +159,7 @@ class StorePath:
                 raise
             except OSError:
                 if most is not None and self.is_file() and self.stat().st_size == 0:
-                    return b""  # of which no range can be asked
+                    return b""  # no range of an empty object can be requested
                 raise
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -167,15 +167,15 @@ class StorePath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, content: bytes) -> None:
-        """Put an object there, in place of what there was."""
+        """Write an object, replacing an existing one."""
         with _as_os_errors():
             self._store.pipe_file(self.key, content)
 
     def create(self, content: bytes) -> bool:
-        """Put an object there if there is none, and tell whether it was done.
+        """Write an object if there is none, and tell whether that happened.
 
-        Among several who try at once one succeeds, where the store honours `If-None-Match`; elsewhere they all do, and
-        the last one's object stays.
+        If several processes try at once, one succeeds where the store honours `If-None-Match`; elsewhere all of them
+        do, and the last object stays.
         """
         if self.exists():
             return False
@@ -185,16 +185,16 @@ class StorePath:
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno == errno.ENOSYS:  # the store has no conditions
+                if error.errno == errno.ENOSYS:  # the store has no conditional writes
                     self._store.pipe_file(self.key, content)
-                elif self.exists():  # some say so in words of their own
+                elif self.exists():  # some stores report this with an error of their own
                     return False
                 else:
                     raise
         return True
 
     def upload(self, file: Path) -> None:
-        """Put a local file's content there, in place of what there was."""
+        """Write a local file's content as an object, replacing an existing one."""
         with _as_os_errors():
             self._store.put_file(str(file), self.key)
 
@@ -224,11 +224,11 @@ class StorePath:
 
 
 Location = Path | StorePath
-"""A folder or a file, wherever it lies."""
+"""A folder or a file, on a disk or in an object store."""
 
 
 def location(given: str | os.PathLike[str] | StorePath) -> Location:
-    """Return where a path or the address of an object store leads.
+    """Return the location that a path or the address of an object store names.
 
     Raises:
         ConfigError, MissingDependencyError: as `StorePath`.
@@ -246,7 +246,7 @@ def sha256_file(path: Location) -> str:
 
 @contextmanager
 def readable(path: Location) -> Iterator[Path | BinaryIO]:
-    """Give what pyarrow and Pillow can read: the path itself, or an open object of a store."""
+    """Yield what pyarrow and Pillow can read: the path itself, or an open object of a store."""
     if isinstance(path, Path):
         yield path
         return
@@ -255,10 +255,10 @@ def readable(path: Location) -> Iterator[Path | BinaryIO]:
 
 
 def free_bytes(folder: Location) -> int | None:
-    """Return how much fits on the disk of a folder, which need not exist; None for a store, which has no end."""
+    """Return the free bytes on the disk of a folder, which need not exist; None for a store, which has no limit."""
     if isinstance(folder, StorePath):
         return None
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
 
 
 def _require_client(scheme: str) -> None:
@@ -269,7 +269,7 @@ def _require_client(scheme: str) -> None:
     except ImportError:
         client = _CLIENTS[scheme]
         raise MissingDependencyError(
-            f"{scheme}:// is given, and {client} is not installed", client, "pip install 'vlm2rec[store]'"
+            f"{scheme}:// needs {client}, which is not installed", client, "pip install 'vlm2rec[store]'"
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""From an item to its vectors: fine-tuned backbones, the study's prompts, frozen encoders."""
+"""Encoders of items: fine-tuned backbones, the VLM2Vec study's prompts, and frozen encoders."""

@@ -1,4 +1,4 @@
-"""`--vision-cache`: whether and where the frozen vision tower's tokens are kept, and how much room they take."""
+"""`--vision-cache`: whether and where the frozen vision tower's tokens are kept, and how much space they take."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vlm2rec.embedder.progress import SILENT, Reporter
 
 AUTO, OFF = "auto", "off"
 FOLDER = "vision-cache"
-MOST_BYTES = 64 * 2**30  # of a cache that nobody asked for
+MOST_BYTES = 64 * 2**30  # of a cache that --vision-cache auto chooses
 _SAMPLE = 64  # images whose size is looked up for the estimate
-_PATIENCE = 5.0  # seconds for one of them
+_PATIENCE = 5.0  # seconds to wait for one image
 
 
 def use_vision_cache(
@@ -34,24 +34,24 @@ def use_vision_cache(
     revision: str | None,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Give the encoder a cache as `--vision-cache` says, and tell how large it will be before anything is written.
+    """Give the encoder the cache that `--vision-cache` chooses, and report its expected size before writing to it.
 
-    With `auto` it lies in the dataset folder, if it takes no more than 64 GiB and half of what is free there; none in
-    an object store.
+    With `auto` the cache is in the dataset folder, if it takes at most 64 GiB and half of the free space there. In an
+    object store there is none.
 
     Args:
         setting: auto, off, or a folder.
-        dataset: whose images will be looked at.
-        encoder: whose vision tower it is.
+        dataset: the dataset whose images will be encoded.
+        encoder: the encoder with the vision tower.
         source: hub id or folder of the backbone.
         revision: of a hub backbone.
-        reporter: is told what is kept, and why nothing is.
+        reporter: receives what is kept, or why nothing is.
     """
     if setting == OFF or schema.IMAGE not in encoder.modalities:
         return
     if setting == AUTO and isinstance(dataset.path, StorePath):
         reporter.say(
-            f"vision cache: none, as {dataset.path} is in a store. A folder of this machine: --vision-cache DIR"
+            f"vision cache: none, as {dataset.path} is in an object store. For a local folder, give --vision-cache DIR"
         )
         return
     root = Path(str(dataset.path)) / FOLDER if setting == AUTO else Path(setting)
@@ -59,33 +59,33 @@ def use_vision_cache(
         cache = VisionCache.open(root, encoder.backbone, backbone_hash(source, revision))
         free = shutil.disk_usage(cache.folder).free
     except OSError as error:
-        reporter.say(f"vision cache: {root} cannot be written ({error.strerror}); images are looked at every time")
+        reporter.say(f"vision cache: {root} cannot be written ({error.strerror}); every run encodes all images again")
         return
     images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
     missing = max(0, images - len(cache)) * expected // max(1, images)
-    where = f"{root} ({len(cache):,} of {images:,} images are there)"
+    where = f"{root} ({len(cache):,} of {images:,} images are already there)"
     if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
         reporter.say(
-            f"vision cache: {_size(expected)} would be needed in {where}, and {_size(free)} are free: images are looked"
-            " at every time. A folder with more room: --vision-cache DIR",
+            f"vision cache: {where} would need {_size(expected)}, but {_size(free)} are free: every run encodes all"
+            " images again. For a folder with more space, give --vision-cache DIR",
         )
         return
-    reporter.say(f"vision cache: about {_size(expected)} in {where}; --vision-cache off does without")
+    reporter.say(f"vision cache: about {_size(expected)} in {where}; --vision-cache off keeps none")
     encoder.vision_cache = cache
 
 
 def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) -> int:
-    """Estimate the size of the cache with all images of a dataset in it from a few of them."""
+    """Estimate, from a few images, the size of the cache with all images of a dataset."""
     count = len(dataset.item_ids)
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
     sizes = []
     with closing(Readers(4, _PATIENCE)) as readers:
-        asked = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
-        for reading in asked:
+        readings = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
+        for reading in readings:
             try:
                 length = encoder.backbone.image_length(*readers.take(reading))
             except (ImageError, ValueError):
-                continue  # a broken image takes no room
+                continue  # a broken image takes no space
             sizes.append(cache.image_bytes(length, encoder.backbone.image_layers))
     return round(count * float(np.mean(sizes))) if sizes else 0
 

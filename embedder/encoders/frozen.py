@@ -1,8 +1,8 @@
 """Small pretrained encoders, used as they are: sentence-transformers folders, other text encoders, CLIP, SigLIP.
 
-A model runs in transformers, and what follows it in a sentence-transformers folder in that package's own modules. The
-folder is never handed to the package as a whole: it would leave missing weights random. No code of a model folder is
-run and no pickle is opened.
+The model runs in transformers; the modules after it, in a sentence-transformers folder, are that package's own. The
+package never loads the folder as a whole, because it would leave missing weights random. No code of a model folder is
+run, and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.options import DeviceName, DtypeName, EncoderKind, EncoderPooling, FusionNorm
 
-# tokens of a title: CLIP takes what its text model has positions for, padded to the longest; SigLIP was trained on
-# titles padded to full length, and its padding is attended
+# padding of titles: CLIP's are padded to the longest of the batch; SigLIP was trained on titles padded to full length,
+# and attends to the padding
 CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
     "clip": "longest",
     "siglip": "max_length",
     "siglip2": "max_length",
 }
 IMAGES_AT_ONCE = 32
-_LONGEST_TITLE = 512  # tokens, for a tokenizer that names no limit
+_LONGEST_TITLE = 512  # tokens, if the tokenizer has no limit
 _POSITIONS_FROM_TWO = ("RobertaModel", "XLMRobertaModel", "CamembertModel", "MPNetModel")  # 0 and 1 are for padding
 
 
 # --- kinds --------------------------------------------------------------------------------------------------------
 def resolve_kind(folder: Path, kind: EncoderKind) -> tuple[Literal["sentence", "clip"], Path]:
-    """Return what a folder holds, and the folder of its transformers model.
+    """Return the kind of encoder in a folder, and the folder of its transformers model.
 
     Raises:
-        ModelError: no model folder.
-        ConfigError: `clip` for a folder that holds no CLIP or SigLIP.
+        ModelError: it is not a model folder.
+        ConfigError: `kind` does not fit the folder.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "a folder with config.json and weights", "check --encoder")
     inner = folder
-    if (folder / "modules.json").is_file():  # sentence-transformers keeps CLIP in a folder of its own
+    if (folder / "modules.json").is_file():  # sentence-transformers keeps CLIP in a sub-folder
         listed = listed_modules(folder)
         inner = listed[0][1] if listed else folder
     model_type = str(read_model_config(inner).get("model_type"))
@@ -84,7 +84,7 @@ def frozen_fingerprint(
     """Return what `load_frozen(...).fingerprint` will be, from config files alone.
 
     Raises:
-        ModelError, ConfigError, MissingDependencyError: as far as `load_frozen` can know without the weights.
+        ModelError, ConfigError, MissingDependencyError: as `load_frozen`, as far as it can know without the weights.
     """
     found, inner = resolve_kind(encoder, encoder_kind)
     config = read_model_config(inner)
@@ -116,13 +116,13 @@ def frozen_fingerprint(
 
 
 def _pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; these models are small, and published in float32: `auto` is that."""
+    """Return the dtype of that name; `auto` is float32, in which these small models are published."""
     return pick_dtype("float32" if name == "auto" else name, device)
 
 
 def _extra_missing() -> MissingDependencyError:
     return MissingDependencyError(
-        "a text encoder as --encoder, and sentence-transformers is not installed",
+        "a text encoder as --encoder needs sentence-transformers, which is not installed",
         "sentence-transformers 6 or newer",
         "pip install 'vlm2rec[sentence]'",
     )
@@ -178,23 +178,25 @@ def load_frozen(
 
     Args:
         encoder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP or SigLIP.
-        encoder_kind: what it holds; `auto` looks.
-        pooling: of a text encoder; `auto` as its modules say, else mean.
-        fusion_norm: of CLIP and SigLIP: how text and image make the fused vector.
+        encoder_kind: the kind of encoder; `auto` finds out.
+        pooling: for a text encoder; `auto` is what its modules say, else mean.
+        fusion_norm: for CLIP and SigLIP: how text and image vectors are fused.
         dtype: number format of the model; `auto` is float32.
         device: where to run.
         token_budget: padded tokens in one batch of titles.
 
     Raises:
         ModelError: files are missing or damaged, or a module is unknown.
-        ConfigError: settings that do not fit the folder, or a device that is not there.
+        ConfigError: settings that do not fit the folder, or a device that is not available.
         MissingDependencyError: a text encoder without sentence-transformers.
     """
     settings = frozen_fingerprint(
         encoder, encoder_kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device
     )
-    place = pick_device(device)
-    model, tokenizer = _load_model(resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, place), place)
+    target_device = pick_device(device)
+    model, tokenizer = _load_model(
+        resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, target_device), target_device
+    )
     if settings["source"] == "clip":
         return ClipEncoder(model, tokenizer, settings, token_budget)
     return SentenceEncoder(model, tokenizer, read_sentence_modules(encoder, pooling), settings, token_budget)
@@ -219,7 +221,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple
             "config.json, tokenizer.json and safetensors weights that fit one another",
             "download the folder again; pickled weights are never opened",
         ) from error
-    # the pooler above BERT's first token is not used, and many text encoders have none
+    # the pooler on BERT's first token is not used, and many text encoders have none
     missing = sorted(
         name for name in info["missing_keys"] if "pooler" not in name or hasattr(model, "get_text_features")
     )
@@ -241,7 +243,7 @@ class _Titles:
             tokenizer.pad_token = tokenizer.eos_token
 
     def tokenize(self, titles: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
-        """Return each title's token ids, cut to the limit, and which were cut, (n,) bool."""
+        """Return each title's token ids, cut to the limit, and which titles were cut, (n,) bool."""
         # a very long title is cut by characters first: tokenising 100,000 of them only to drop them is wasted work
         texts = [" ".join(title.replace("\0", " ").split())[: 64 * self.longest] for title in titles]
         texts = [self.prompt + neutralise(self.tokenizer, text) for text in texts]
@@ -253,7 +255,7 @@ class _Titles:
 
 
 def _longest(model: Any, tokenizer: Any, wanted: int | None) -> int:
-    """Return how many tokens a text may have: the folder's own limit, the tokenizer's, and the model's positions."""
+    """Return how many tokens a text may have: the least of the folder's, the tokenizer's and the model's limits."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and type(model).__name__ in _POSITIONS_FROM_TWO:
         positions -= 2
@@ -262,7 +264,7 @@ def _longest(model: Any, tokenizer: Any, wanted: int | None) -> int:
 
 
 class SentenceEncoder:
-    """Titles through a text encoder and its modules; the fused vector is the text vector, images are not read."""
+    """Encodes titles with a text encoder and its modules; the fused vector is the text vector, images are not read."""
 
     def __init__(
         self, model: Any, tokenizer: Any, modules: SentenceModules, settings: dict[str, Any], token_budget: int
@@ -280,7 +282,7 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
-        """Return the vectors of n titles; `images` are not looked at, and the image vectors are NaN."""
+        """Return the vectors of n titles; `images` are ignored, and the image vectors are NaN."""
         ids, truncated = self.titles.tokenize(titles)
         vectors = torch.empty(len(titles), self._fingerprint["dim"])
         for batch in batches_by_tokens([len(each) for each in ids], self.token_budget):
@@ -292,13 +294,13 @@ class SentenceEncoder:
         inputs = self.titles.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.model.device)
         mask = inputs["attention_mask"]
         hidden = self.model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-        # in float32 whatever the model runs in: the package would round means and dense layers to bfloat16
+        # always in float32: the package would round means and dense layers to bfloat16
         found: Tensor = self.head({"token_embeddings": hidden.float(), "attention_mask": mask})["sentence_embedding"]
         return found
 
 
 class ClipEncoder:
-    """Titles and images through the two towers of CLIP or SigLIP, into the space they share."""
+    """Encodes titles and images with the two towers of CLIP or SigLIP, into their shared space."""
 
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], token_budget: int) -> None:
         self.model, self.token_budget = model, token_budget
@@ -330,7 +332,9 @@ class ClipEncoder:
         seen = [row for row, picture in enumerate(images) if isinstance(picture, Image.Image)]
         pictures = [picture for picture in images if isinstance(picture, Image.Image)]
         for start in range(0, len(seen), IMAGES_AT_ONCE):
-            image[seen[start : start + IMAGES_AT_ONCE]] = self._look(pictures[start : start + IMAGES_AT_ONCE])
+            image[seen[start : start + IMAGES_AT_ONCE]] = self._encode_pictures(
+                pictures[start : start + IMAGES_AT_ONCE]
+            )
         with_image = ~image.isnan().any(dim=1, keepdim=True)
         fused = torch.where(with_image, fuse(text, image, self._fingerprint["fusion_norm"]), text)
         return EncodedItems(to_numpy(fused), to_numpy(text), to_numpy(image), truncated)
@@ -352,7 +356,7 @@ class ClipEncoder:
             vectors[batch] = output.pooler_output.float().cpu()
         return vectors, truncated
 
-    def _look(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         inputs = self.image_processor(images=list(pictures), return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         output = self.model.get_image_features(**inputs, return_dict=True)
@@ -360,7 +364,7 @@ class ClipEncoder:
 
 
 # --- sentence-transformers folders --------------------------------------------------------------------------------
-# what a pooling file says, and sentence-transformers' names; several at once are concatenated in this order
+# keys of a pooling file, and sentence-transformers' names; if several are set, they are concatenated in this order
 _POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -371,25 +375,25 @@ _POOLING_KEYS = {
 }
 _POOLINGS = tuple(_POOLING_KEYS.values())
 _ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "Sigmoid", "SiLU")
-_OF_THE_PACKAGE = "sentence_transformers."  # a class of any other package is somebody's code
+_OF_THE_PACKAGE = "sentence_transformers."  # a class of any other package is foreign code
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What a text encoder's folder says of the way from token states to a vector."""
+    """The modules of a text encoder's folder: how token states become a vector."""
 
     transformer: Path  # folder of the transformers model
     pooling: tuple[str, ...]  # of `_POOLINGS`
     dense: tuple[Path, ...] = ()  # folders
     normalise: bool = False
     lower_case: bool = False
-    max_tokens: int | None = None  # None: what tokenizer and positions allow
-    prompt: str = ""  # stands before every title
+    max_tokens: int | None = None  # None: as many as tokenizer and positions allow
+    prompt: str = ""  # comes before every title
     names: tuple[str, ...] = ("Transformer", "Pooling")
 
 
 def _load_head(modules: SentenceModules, width: int) -> nn.Module:
-    """Return what makes a vector of token states, as sentence-transformers does it."""
+    """Return the modules that turn token states into a vector, as in sentence-transformers."""
     try:
         from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
     except ImportError:
@@ -410,7 +414,7 @@ def read_sentence_modules(folder: Path, pooling: EncoderPooling = "auto") -> Sen
     """Read the modules of a text encoder's folder; a folder without `modules.json` is pooled by the mean.
 
     Raises:
-        ModelError: a module or pooling this program does not know.
+        ModelError: a module or pooling that vlm2rec does not support.
     """
     chosen = {"last": "lasttoken"}.get(pooling, pooling)
     if not (folder / "modules.json").is_file():
@@ -457,7 +461,7 @@ def _require_known(folder: Path, kinds: Sequence[str]) -> None:
         raise ModelError(
             f"the modules of {folder} are {', '.join(names) or 'none'}",
             "sentence-transformers' own Transformer, Pooling, any number of Dense, and Normalize last if at all",
-            "encode the items with sentence-transformers itself, and take the vectors in with `vlm2rec import-vectors`",
+            "encode the items with sentence-transformers itself, and import the vectors with `vlm2rec import-vectors`",
         )
 
 
@@ -479,7 +483,7 @@ def _pooling_modes(path: Path) -> tuple[str, ...]:
 
 
 def _require_plain_dense(path: Path) -> None:
-    """Refuse a Dense module whose weights are a pickle, or that names a class which is no plain activation."""
+    """Refuse a Dense module whose weights are a pickle, or whose activation is not a plain one of torch."""
     config = read_json_file(path / "config.json")
     named = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if not named.startswith("torch.nn.") or named.rpartition(".")[2] not in _ACTIVATIONS:
@@ -501,10 +505,10 @@ def _default_prompt(folder: Path) -> str:
 
 
 def read_json_file(path: Path, missing: Any = None) -> Any:
-    """Return a JSON file's content, or `missing` where that is given and there is no file.
+    """Return a JSON file's content, or `missing` if that is given and there is no file.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: the file cannot be read.
     """
     if missing is not None and not path.is_file():
         return missing

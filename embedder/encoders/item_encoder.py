@@ -1,4 +1,4 @@
-"""`ItemEncoder`: titles and images in, fused, text and image vectors out. The adapter is merged, the head left off."""
+"""`ItemEncoder`: turns titles and images into fused, text and image vectors, with the adapter merged."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from vlm2rec.embedder.options import (
 logger = logging.getLogger(__name__)
 
 Picture = Image.Image | Patches | NewImage | ImageFeatures | ImageError | None
-"""An image as an item encoder takes it: as a picture, cut up, known to a vision cache or not, broken, or not there."""
+"""An image for an item encoder: a picture, patches, cached features, new to the vision cache, broken, or missing."""
 
-ITEMS_AT_ONCE = 256  # images whose features are held on the device together
+ITEMS_AT_ONCE = 256  # images whose features are on the device together
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ItemEncoder:
         self._loaded_with: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let another process load the same encoder, once, instead of sending it the weights."""
+        """Pickle how to load the encoder, not its weights; another process loads it once."""
         if self._loaded_with is None:
             raise TypeError("an ItemEncoder that was not made by ItemEncoder.load cannot be pickled")
         return _load_once, (*self._loaded_with, json.dumps(self.provenance, sort_keys=True))
@@ -88,10 +88,10 @@ class ItemEncoder:
             backbone: hub id or folder.
             adapter: folder that `finetune` wrote.
             revision: of a hub backbone.
-            dtype: number format; auto is what the device multiplies natively.
-            device: where to run; auto is a GPU where there is one.
-            token_budget: tokens in one packed row; 0 is what suits the device.
-            given: fields of `EncoderSettings`. Those left out, or None, are the adapter's, or the defaults without one.
+            dtype: number format; auto is bfloat16 where the device multiplies it natively, else float32.
+            device: where to run; auto is a GPU if there is one.
+            token_budget: tokens in one packed row; 0 chooses a number that suits the device.
+            given: fields of `EncoderSettings`. The adapter decides those left out or None; without one, the defaults.
 
         Raises:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
@@ -124,7 +124,7 @@ class ItemEncoder:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything of the encoder that belongs into an export's fingerprint."""
+        """Everything about the encoder that belongs in an export's fingerprint."""
         return self.provenance
 
     @property
@@ -139,17 +139,17 @@ class ItemEncoder:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Which of text and image this encoder takes; it never looks at the other."""
+        """The modalities (text, image) that this encoder reads; it ignores the other."""
         return schema.modalities_of(self.views)
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
-        """Encode items one by one: the sequence prompts with a single item at index 0.
+        """Encode items one by one, with the sequence prompts for a single item at index 0.
 
         Args:
             titles: n titles.
-            images: n RGB images, or what `vision_cache.read` returns for one; where there is none, the item has no
-                image vector, and with external fusion of both views its fused vector is the text vector alone.
+            images: n RGB images, or results of `vision_cache.read`. An item without an image has no image vector; with
+                external fusion of both views, its fused vector is the text vector alone.
         """
         if len(titles) != len(images):
             raise ValueError(f"{len(titles)} titles and {len(images)} images")
@@ -167,7 +167,7 @@ class ItemEncoder:
         prepared = [self.backbone.prepare_title(title) if with_text else ("", False) for title in titles]
         truncated = np.array([cut for _, cut in prepared], bool)
         features = self.encode_images(images) if with_image else [None] * len(titles)
-        with IndependentRows():  # no neighbour changes a bit
+        with IndependentRows():  # other items do not change a bit of a vector
             views = self.encode_sequences(
                 [[title] for title, _ in prepared], [[feature] if feature else [] for feature in features]
             )
@@ -175,9 +175,9 @@ class ItemEncoder:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Compute in float32 meanwhile, if memory suffices for the weights; they come back to the bit.
+        """Compute in float32 inside this block, if memory suffices; afterwards the weights are the same to the bit.
 
-        The vision cache, which holds what the usual number format gives, rests.
+        The vision cache is not used meanwhile, because it holds features in the usual number format.
         """
         backbone, cache = self.backbone, self.vision_cache
         tensors = (*backbone.model.parameters(), *backbone.model.buffers())
@@ -198,7 +198,7 @@ class ItemEncoder:
             backbone.forget_prefixes()
 
     def open_image(self, root: Location, relative: str) -> Picture:
-        """Read an image and cut it up, or find what the vision cache knows of it. Safe to call from threads.
+        """Read an image and make its patches, or take its features from the vision cache. Safe to call from threads.
 
         Raises:
             ImageError: as `images.open_image`.
@@ -213,7 +213,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Picture]) -> list[ImageFeatures | None]:
-        """Return the features of each image, None where there is none; new ones go into the vision cache."""
+        """Return the features of each image, None if there is none; new features go into the vision cache."""
         device = self.backbone.device
         found: list[ImageFeatures | None] = [
             image.to(device) if isinstance(image, ImageFeatures) else None for image in images
@@ -228,8 +228,8 @@ class ItemEncoder:
         if self.vision_cache is not None and new:
             try:
                 self.vision_cache.add(list(new), list(new.values()))
-            except OSError as error:  # it only saves time: its disk must not end the work
-                logger.warning("vision cache: %s (%s); going on without", error.strerror, self.vision_cache.folder)
+            except OSError as error:  # the cache only saves time: a disk error must not end the work
+                logger.warning("vision cache: %s (%s); continuing without it", error.strerror, self.vision_cache.folder)
                 self.vision_cache = None
         return found
 
@@ -241,13 +241,13 @@ class ItemEncoder:
     ) -> dict[str, Tensor]:
         """Encode n sequences of items; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent rows.
 
-        Gradients flow where the backbone has trainable weights and grad mode is on.
+        Gradients flow if the backbone has trainable weights and grad mode is on.
 
         Args:
             titles: prepared titles of each sequence (`Backbone.prepare_title`), oldest first; not read by an encoder
-                of images alone.
-            images: features of each sequence's images (`Backbone.look`); an empty list where there are none. Not read
-                by an encoder of titles alone.
+                of images only.
+            images: features of each sequence's images (`Backbone.encode_images`); an empty list if there are none.
+                Not read by an encoder of titles only.
             token_budget: tokens in one packed row; default: the encoder's.
         """
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
@@ -275,7 +275,7 @@ class ItemEncoder:
         return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
-        """Return the fused vectors: the sum, or the one view that is there."""
+        """Return the fused vectors: the sum, or the only view."""
         if self.settings.views != "both":
             return text if self.settings.views == schema.TEXT else image
         with_image = ~image.isnan().any(dim=1, keepdim=True)
@@ -294,7 +294,7 @@ class ItemEncoder:
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
         if not vectors:
             return result
-        # out of place, so that gradients pass
+        # not in place, so that gradients flow
         return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
 
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
@@ -304,15 +304,15 @@ class ItemEncoder:
 
 @functools.lru_cache(maxsize=1)
 def _load_once(backbone: str, adapter: Path | None, choices: tuple[Any, ...], provenance: str) -> ItemEncoder:
-    """Load the encoder that another process has pickled; every copy in this process is the same one.
+    """Load the encoder that another process pickled; this process loads it once and shares it.
 
     Raises:
-        ModelError: its files are not those that the other process has loaded.
+        ModelError: its files differ from those that the other process loaded.
     """
     encoder = ItemEncoder.load(backbone, adapter, **dict(choices))
     if json.dumps(encoder.provenance, sort_keys=True) != provenance:
         raise ModelError(
-            f"{backbone} or its adapter {adapter} is another here than where the encoder was pickled",
+            f"{backbone} or its adapter {adapter} differs from that of the process that pickled the encoder",
             "the same files, number format and device settings everywhere",
             "share the folders, or give --dtype and --device explicitly",
         )

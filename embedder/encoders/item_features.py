@@ -1,4 +1,4 @@
-"""The items of a dataset as the backbone takes them: titles made safe once, each image looked at once."""
+"""The items of a dataset as the backbone takes them: each title is prepared once, each image encoded once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vlm2rec.embedder.contract.dataset import Dataset
 if TYPE_CHECKING:
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder, Picture
 
-IMAGES_AT_ONCE = 64  # opened, and looked at, together
-SEQUENCES_AT_ONCE = 64  # a history of ten holds ten images: their features lie on the device together
+IMAGES_AT_ONCE = 64  # opened and encoded together
+SEQUENCES_AT_ONCE = 64  # a history of ten items has ten images, and all features are on the device together
 
 
 class ItemFeatures:
     """Prepared titles and image features by row of `items.parquet`.
 
-    Features stay in memory, on the backbone's device, up to `cache_bytes`; the least recently used go first.
-    An unreadable image is replaced by a white one and noted in `unreadable`: a history of ten is still worth training
-    on when one of its pictures is broken. (An export, where a row must be right by itself, records a failure instead.)
+    Features stay in memory, on the backbone's device, up to `cache_bytes`; the least recently used are dropped first.
+    An unreadable image is replaced by a white one and noted in `unreadable`: a history of ten items is still useful
+    if one picture is broken. (An export records a failure instead, because its row holds that item alone.)
     """
 
     def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
@@ -50,14 +50,14 @@ class ItemFeatures:
         return self._titles[row]
 
     def features(self, sequences: Sequence[Sequence[int]]) -> list[list[ImageFeatures]]:
-        """Return the image features of every sequence of rows; an item in several sequences is looked at once."""
+        """Return the image features of every sequence of rows; an item in several sequences is encoded once."""
         wanted = list(dict.fromkeys(int(row) for rows in sequences for row in rows))
         found = {row: self._features[row] for row in wanted if row in self._features}
         missing = [row for row in wanted if row not in found]
         for start in range(0, len(missing), IMAGES_AT_ONCE):
             rows = missing[start : start + IMAGES_AT_ONCE]
-            looked_at = self._encoder.encode_images([self._open(row) for row in rows])
-            found |= {row: feature for row, feature in zip(rows, looked_at, strict=True) if feature is not None}
+            encoded = self._encoder.encode_images([self._open(row) for row in rows])
+            found |= {row: feature for row, feature in zip(rows, encoded, strict=True) if feature is not None}
         self._remember(found)
         return [[found[int(row)] for row in rows] for rows in sequences]
 
@@ -84,7 +84,7 @@ def encode(
 ) -> dict[str, Tensor]:
     """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32 with NaN for absent views.
 
-    Titles and images that the encoder's views do not take are not touched.
+    Titles or images that the encoder's views do not need are not read.
     """
     nothing: list[list[str]] = [[] for _ in sequences]
     titles = [items.titles(rows) for rows in sequences] if schema.TEXT in encoder.modalities else nothing
@@ -99,9 +99,9 @@ def encode_rows(
     sequences: Sequence[Sequence[int]],
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, np.ndarray]:
-    """Encode sequences of item rows, a history or a single item each; returns each view as (n, d) float32.
+    """Encode sequences of item rows, each a history or a single item; returns each view as (n, d) float32.
 
-    `advance` is told of every finished batch of sequences.
+    `advance` receives the size of every finished batch of sequences.
     """
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
@@ -115,23 +115,23 @@ def encode_rows(
 def encode_users_together(
     encoder: ItemEncoder, items: ItemFeatures, histories: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """Return the users' vectors by view, as `encode_rows_together`: their histories encoded as sequences.
+    """Return the users' vectors by view: their histories encoded as sequences, by all processes together.
 
-    An encoder that reads single items only gives the mean of the history's item vectors (§5.1.3).
+    If the encoder reads only single items, a user's vector is the mean of the history's item vectors (§5.1.3).
     """
     if encoder.settings.reads_histories:
         return encode_rows_together(encoder, items, histories)
-    rows, place = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
+    rows, index = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
     found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
     starts = np.cumsum([0, *(len(history) for history in histories[:-1])])
     lengths = np.array([len(history) for history in histories], np.float32)[:, None]
-    return {view: np.add.reduceat(vectors[place], starts, axis=0) / lengths for view, vectors in found.items()}
+    return {view: np.add.reduceat(vectors[index], starts, axis=0) / lengths for view, vectors in found.items()}
 
 
 def encode_rows_together(
     encoder: ItemEncoder, items: ItemFeatures, sequences: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """Do as `encode_rows`, each of the processes that train together encoding a share; all of them get all vectors."""
+    """Like `encode_rows`, but each of the processes that train together encodes a share; all get all vectors."""
     own = encode_rows(encoder, items, distributed.share(sequences))
     if distributed.count() == 1:
         return own

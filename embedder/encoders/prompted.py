@@ -1,9 +1,9 @@
-"""Zero-shot prompting: one question about title and image together, and the state its answer would begin from.
+"""Zero-shot prompting: one question about title and image together; the vector is the state before the answer.
 
-The paper's VLM_Prompt row: an embedder without training, for items alone (user vectors are the mean of their items').
-Title and image stand in one prompt, so there is a fused vector only. The paper prints no prompt for it; ours asks for
-attributes in JSON, and any other question may be given. The vector is the final-layer state of the prompt's last token,
-which in chat mode is the token that the assistant's answer follows.
+This is the paper's VLM_Prompt row: no training, and single items only (a user's vector is the mean of the item
+vectors). Title and image are in one prompt, so there is only a fused vector. The paper prints no prompt for it; ours
+asks for attributes in JSON, and any other question may be given. The vector is the final-layer state of the prompt's
+last token; in chat mode the assistant's answer would follow this token.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vlm2rec.embedder.options import DeviceName, DtypeName, PromptMode, Question
 from vlm2rec.embedder.prompts import DEFAULT_QUESTION, question
 
 SOURCE = "prompt"  # the manifest's settings.source
-_ITEMS_AT_ONCE = 256  # images whose features are held on the device together
+_ITEMS_AT_ONCE = 256  # images whose features are on the device together
 
 
 class PromptedEncoder:
-    """Encodes items by asking a backbone about each. Use `PromptedEncoder.load`."""
+    """Encodes items by asking a backbone a question about each. Use `PromptedEncoder.load`."""
 
     def __init__(self, backbone: Backbone, instruction: str, settings: dict[str, Any], token_budget: int) -> None:
         self.backbone, self.instruction, self.token_budget = backbone, instruction, token_budget
@@ -80,12 +80,12 @@ class PromptedEncoder:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything of the encoder that belongs into an export's fingerprint."""
+        """Everything about the encoder that belongs in an export's fingerprint."""
         return self._fingerprint
 
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
-        """Return fused vectors of n items, NaN where there is no image; text and image vectors are all NaN."""
+        """Return fused vectors of n items, NaN for an item without an image; text and image vectors are all NaN."""
         backbone = self.backbone
         prepared = [backbone.prepare_title(title) for title in titles]
         fused = np.full((len(titles), backbone.dim), np.nan, np.float32)
@@ -94,8 +94,8 @@ class PromptedEncoder:
         for start in range(0, len(complete), _ITEMS_AT_ONCE):
             rows = complete[start : start + _ITEMS_AT_ONCE]
             features = backbone.encode_images(pictures[start : start + _ITEMS_AT_ONCE])
-            asked = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
-            encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(asked, features, strict=True)]
+            questions = [question(prepared[row][0], self.instruction, backbone.prompt_mode) for row in rows]
+            encoded = [backbone.tokenize(prompt, [image]) for prompt, image in zip(questions, features, strict=True)]
             for batch in batches_by_tokens([len(prompt) for prompt in encoded], self.token_budget):
                 fused[[rows[i] for i in batch]] = to_numpy(backbone.encode([encoded[i] for i in batch]))
         absent = np.full_like(fused, np.nan)
@@ -126,20 +126,20 @@ def prompted_fingerprint(
         device: where it will run.
 
     Raises:
-        ConfigError: an empty instruction, chat mode without a chat template, or a model that sees no images.
+        ConfigError: an empty instruction, chat mode without a chat template, or a model that takes no images.
         ModelError: the backbone's files cannot be read.
     """
-    asked = DEFAULT_QUESTION if instruction is None else instruction.strip()
+    full_question = DEFAULT_QUESTION if instruction is None else instruction.strip()
     processor = load_processor(backbone, revision, max_pixels)
     if isinstance(processor, TextProcessor):
         raise ConfigError(
             f"{backbone} is a text model ({processor.family.model_type})",
-            "a vision-language model: the question is asked of an item's image and title",
+            "a vision-language model: the question is about an item's image and title",
             "choose another --backbone",
         )
-    if not asked or processor.image_token in asked:
+    if not full_question or processor.image_token in full_question:
         raise ConfigError(
-            f"--instruction {instruction!r}", "a question in words; the image is put in front of it", "change it"
+            f"--instruction {instruction!r}", "a question in words; the image is put before it", "change it"
         )
     by_template: PromptMode = "chat" if processor.chat_template else "raw"
     mode: PromptMode = by_template if prompt_mode == "auto" else prompt_mode
@@ -155,12 +155,14 @@ def prompted_fingerprint(
         max_pixels=max_pixels,
         max_title_tokens=max_title_tokens,
     )
-    wording = "\0".join([repr(question("", asked, mode)), mode, (processor.chat_template or "") * (mode == "chat")])
+    wording = "\0".join(
+        [repr(question("", full_question, mode)), mode, (processor.chat_template or "") * (mode == "chat")]
+    )
     changed = {
         "source": SOURCE,
         "fusion": SOURCE,
         "views": [schema.FUSED],
-        "instruction": asked,
+        "instruction": full_question,
         "prompt_hash": hashlib.sha256(wording.encode()).hexdigest()[:16],
     }
     return settings | changed

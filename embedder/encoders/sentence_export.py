@@ -4,10 +4,10 @@
     chat_template.jinja                                    the prompts of an item
     modules.json  sentence_bert_config.json  1_Pooling/    Transformer, then the last token's state
 
-No code of ours is in the folder, so none has to be trusted. sentence-transformers puts every input through the folder's
-chat template: this one turns a title into P_T and an image into P_V, with what `Backbone.prepare_title` does to a title
-except the cut to `max_title_tokens`, which a template cannot do. `encode(title)` is then the item's text vector and
-`encode(image)` its image vector; with external fusion their sum is the fused vector, with internal fusion
+The folder holds no code, so none has to be trusted. sentence-transformers applies the folder's chat template to every
+input. This template turns a title into P_T and an image into P_V. It prepares a title as `Backbone.prepare_title` does,
+except for the cut to `max_title_tokens`, which a template cannot do. `encode(title)` is then the item's text vector and
+`encode(image)` its image vector. With external fusion their sum is the fused vector; with internal fusion
 `encode({"text": title, "image": image})` is.
 """
 
@@ -29,7 +29,7 @@ _MODULES = (
     ("0", "", "sentence_transformers.models.Transformer"),
     ("1", "1_Pooling", "sentence_transformers.models.Pooling"),
 )
-# what a processor keeps outside its parts: LLaVA's and InternVL's
+# settings that LLaVA's and InternVL's processors keep outside their parts
 _PROCESSOR_SETTINGS = (
     "image_seq_length",
     "image_token",
@@ -44,9 +44,9 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
     """Write the folder.
 
     Args:
-        encoder: on the CPU or a GPU, its adapter merged.
+        encoder: the encoder, with its adapter merged, on the CPU or a GPU.
         out: an existing folder.
-        card: its README.md.
+        card: the text of its README.md.
     """
     backbone = encoder.backbone
     backbone.model.save_pretrained(str(out))
@@ -76,7 +76,7 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
 
 
 def model_readme(encoder: ItemEncoder, backbone: str, adapter: str | None, licence: str) -> str:
-    """Return the README of the folder: where the model comes from, and how it is asked."""
+    """Return the README of the folder: where the model comes from, and how to call it."""
     fingerprint_of = encoder.settings
     if fingerprint_of.fusion == "internal":
         ask = 'model.encode({"text": title, "image": image})  # the item'
@@ -147,7 +147,7 @@ def chat_template(encoder: ItemEncoder) -> str:
         "{%- endfor -%}{%- endif -%}{%- endfor -%}",
         "{%- if seen.title is not none -%}",
         "{%- set seen.title = seen.title.replace('\\u0000', ' ').split() | join(' ') -%}",
-        f"{{%- for token in {_literal(tokens)} -%}}",  # as `neutralise` breaks them up
+        f"{{%- for token in {_literal(tokens)} -%}}",  # as in `neutralise`
         "{%- set seen.title = seen.title.replace(token, token[0] ~ ' ' ~ token[1:]) -%}{%- endfor -%}{%- endif -%}",
         "{%- set title = seen.title -%}{%- set images = seen.images -%}",
     ]
@@ -163,23 +163,23 @@ def chat_template(encoder: ItemEncoder) -> str:
 
 
 def _rendered(encoder: ItemEncoder, prompt: Prompt) -> str:
-    """Return a prompt as text that is tokenised to what the encoder makes of it."""
+    """Return a prompt as text that gives the same tokens as in the encoder."""
     backbone, tokenizer = encoder.backbone, encoder.backbone.tokenizer
     text = prompts.render(prompt, encoder.settings.prompt_mode, backbone.processor)
-    if not backbone.processor.family.text_only:  # a processor puts the mark of the beginning where it is missing
+    if not backbone.processor.family.text_only:  # a processor adds the begin-of-sequence token if it is missing
         return text
     wanted = tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0"))["input_ids"]
-    # a tokenizer puts no mark before a template's text, and Llama's no space after a mark that stands in the text
+    # a tokenizer adds no such token before a template's text, and Llama's adds no space after one in the text
     for start in ("", tokenizer.bos_token or "", f"{tokenizer.bos_token or ''} "):
         if tokenizer(start + text, add_special_tokens=False)["input_ids"] == wanted:
             return start + text
     raise ModelError(
         "no chat template of this tokenizer gives the tokens of the prompt",
-        "a tokenizer that puts at most its mark of the beginning before a text",
+        "a tokenizer that adds at most a begin-of-sequence token before a text",
         "use vlm2rec itself to encode with this backbone",
     )
 
 
 def _literal(value: str | list[str]) -> str:
-    """Return a value as a Jinja literal; ASCII alone, as a template may be read in any encoding."""
+    """Return a value as a Jinja literal; in ASCII only, as a template may be read in any encoding."""
     return json.dumps(value)

@@ -29,16 +29,16 @@ from vlm2rec.embedder.options import (
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What decides a vector, apart from weights. Stored with the adapter; an export takes them from there."""
+    """The settings that decide a vector, apart from weights. An adapter folder stores them; an export reads them."""
 
     fusion: FusionMode = "external"  # two prompts summed, or one interleaved prompt
     fusion_norm: FusionNorm = "raw"
     prompt_mode: PromptMode = "raw"
     max_pixels: int = 224 * 224
     max_title_tokens: int = 64
-    views: ViewChoice = "both"  # one modality alone: its vector is the fused vector, the other one is not read
+    views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
-    prompt_style: PromptStyle = "vlm2rec"  # the prompts of VLM2Rec, for sequences, or those of SDA, for single items
+    prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
 
     def __post_init__(self) -> None:
         if self.fusion == "internal" and self.prompt_style == "sda":
@@ -56,12 +56,12 @@ class EncoderSettings:
 
     @property
     def reads_histories(self) -> bool:
-        """Whether there is a prompt for a sequence of items; else a user is the mean of the history's items."""
+        """Whether there is a prompt for a sequence of items; if not, a user is the mean of the history's items."""
         return self.prompt_style == "vlm2rec"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the embedding table that are filled."""
+        """The columns of the embedding table that an encoder fills."""
         if self.fusion == "internal":
             return (schema.FUSED,)
         return schema.VIEWS if self.views == "both" else (schema.FUSED, self.views)
@@ -81,21 +81,21 @@ class EncoderSettings:
         return cls(**{names.get(key, key): value for key, value in stored.items()})
 
     def stored(self) -> dict[str, Any]:
-        """Return the settings as folders hold them."""
+        """Return the settings under the keys that folders use."""
         return {schema.stored_name(name): value for name, value in asdict(self).items()}
 
     @classmethod
     def resolve(cls, adapter: Path | None, **given: Unpack[GivenSettings]) -> EncoderSettings:
-        """Return the adapter's settings, or the defaults without one, with what was given explicitly.
+        """Return the adapter's settings, or the defaults without one, with the explicitly given ones.
 
         Raises:
-            ConfigError: a given setting differs from the adapter's: it was trained otherwise.
+            ConfigError: a given setting differs from the one that the adapter was trained with.
             ModelError: the adapter folder is unfinished.
         """
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
         if strange := chosen.keys() - {field.name for field in fields(cls)}:
-            raise TypeError(f"{', '.join(sorted(strange))}: no setting of an encoder")
+            raise TypeError(f"{', '.join(sorted(strange))}: not a setting of an encoder")
         for name, value in chosen.items():
             trained = getattr(base, name)
             if adapter is not None and value != trained:
@@ -109,7 +109,7 @@ class EncoderSettings:
 
 
 class GivenSettings(TypedDict, total=False):
-    """Fields of `EncoderSettings` that a caller chooses; None leaves the choice to the adapter or the default."""
+    """Fields of `EncoderSettings` that a caller may give; None means the adapter's, or the default."""
 
     fusion: FusionMode | None
     fusion_norm: FusionNorm | None
@@ -142,12 +142,12 @@ def fingerprint_of(
     model_type = read_model_config(backbone, revision)["model_type"]
     if processor.family.text_only and settings.views != schema.TEXT:
         raise ConfigError(
-            f"{backbone} is a text model ({model_type}), and --views {settings.views} needs one that sees images",
+            f"{backbone} is a text model ({model_type}), and --views {settings.views} needs one that takes images",
             "--views text with a text model",
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
     decisive = settings.stored()
-    if settings.prompt_style == EncoderSettings.prompt_style:  # exports from before it existed can go on
+    if settings.prompt_style == EncoderSettings.prompt_style:  # so that exports from before this setting can continue
         del decisive[schema.stored_name("prompt_style")]
     return {
         "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
@@ -159,5 +159,5 @@ def fingerprint_of(
         "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,
-        "views": list(settings.columns),  # not the setting's one word: readers look for columns
+        "views": list(settings.columns),  # the columns, not the setting's one word, because readers need columns
     }

@@ -1,15 +1,15 @@
-"""The five ways of the VLM2Vec feature study to make vectors of an item: its prompts, and an encoder that asks them.
+"""The five strategies of the VLM2Vec feature study to make an item's vectors: their prompts, and an encoder.
 
     visual    the image alone                                                          fused = image
     textual   `[TITLE], category: [CATEGORY]`                                          fused = text
     prompt1   image, text, and the instruction to unify them                           fused
-    prompt2   the same behind a sentence that says what it is for                      fused
-    dual      visual and textual, each by itself; fused is text and image end to end   fused (2d), text, image
+    prompt2   the same after a sentence that states the purpose                        fused
+    dual      visual and textual, separately; fused is text and image end to end       fused (2d), text, image
 
 After "Evaluating Vision-Language Model Embeddings for Multimodal Recommendation", section 3.1. The paper prints the
-parts of its prompts and not what stands between them: here each part has a line of its own. Where a catalogue has no
-category, the text is the title. The vector is the final-layer state of the prompt's last token, which is what
-VLM2Vec's own code means by EOS pooling. Single items only: a user is the mean of the history's items.
+parts of its prompts but not what is between them: here each part has its own line. If a catalogue has no category, the
+text is the title. The vector is the final-layer state of the prompt's last token, which is what VLM2Vec's own code
+means by EOS pooling. Single items only: a user is the mean of the history's items.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from vlm2rec.embedder.prompts import joint_prompt, product_text, textual_prompt,
 
 SOURCE = "strategy"  # the manifest's settings.source
 
-MAX_TEXT_TOKENS = 128  # room for a category behind a title of the usual 64
+MAX_TEXT_TOKENS = 128  # space for a category after a title of the usual 64
 
-# what of an item encoder's settings a strategy decides
+# the settings of an item encoder that a strategy decides
 _SETTINGS: Mapping[Strategy, Mapping[str, str]] = {
     "visual": {"views": schema.IMAGE},
     "textual": {"views": schema.TEXT},
@@ -45,7 +45,7 @@ _SETTINGS: Mapping[Strategy, Mapping[str, str]] = {
 
 
 def item_text(dataset: Dataset, settings: Mapping[str, Any], row: int) -> str:
-    """Return what the prompts of an export say of an item: its title, and with a strategy its category."""
+    """Return the text of an item in an export's prompts: its title and, with a strategy, its category."""
     title = dataset.titles[row] or ""
     return product_text(title, dataset.categories[row]) if "strategy" in settings else title
 
@@ -66,7 +66,7 @@ class StrategyEncoder(ItemEncoder):
     ) -> dict[str, Tensor]:
         """Encode n items, each as a sequence of one; returns as `ItemEncoder` does, `fused` (n, 2d) with `dual`.
 
-        A vector is NaN where its text is blank or its image absent.
+        A vector is NaN if its text is blank or its image missing.
         """
         if any(len(sequence) > 1 for sequence in (*titles, *images)):
             raise ValueError("a strategy's prompts hold one item")
@@ -74,8 +74,8 @@ class StrategyEncoder(ItemEncoder):
         texts = {row: sequence[0] for row, sequence in enumerate(titles) if sequence and sequence[0]}
         seen = {row: sequence for row, sequence in enumerate(images) if sequence}
         if self.settings.fusion == "internal":
-            asked = {row: joint_prompt(self.strategy, titles[row][0]) for row in seen}
-            prompts = {row: backbone.tokenize(prompt, seen[row]) for row, prompt in asked.items()}
+            joint = {row: joint_prompt(self.strategy, titles[row][0]) for row in seen}
+            prompts = {row: backbone.tokenize(prompt, seen[row]) for row, prompt in joint.items()}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
             fused = self._encode_rows(prompts, count, budget)
             return {schema.FUSED: fused, schema.TEXT: absent, schema.IMAGE: absent.clone()}
@@ -85,7 +85,7 @@ class StrategyEncoder(ItemEncoder):
         return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
-        """Return the one view there is, or with `dual` text and image end to end, NaN where one of them is absent."""
+        """Return the only view, or with `dual` text and image end to end, NaN if one of them is missing."""
         if self.strategy != "dual":
             return super()._fuse(text, image)
         parts = (text, image)
@@ -100,10 +100,10 @@ def load_strategy(backbone: str, strategy: Strategy, *, token_budget: int = 0, *
 
     Args:
         backbone: hub id or local folder.
-        strategy: how it is asked.
-        token_budget: tokens in one packed row; 0 is what suits the device.
+        strategy: which prompts to use.
+        token_budget: tokens in one packed row; 0 chooses a number that suits the device.
         given: `revision`, `prompt_mode`, `max_pixels`, `max_title_tokens`, `dtype` and `device` as `ItemEncoder.load`
-            takes them; with `dual` also `fusion_norm`: raw vectors end to end, or unit vectors.
+            takes them; with `dual` also `fusion_norm`: concatenates raw vectors, or unit vectors.
 
     Raises:
         ModelError: the backbone cannot be loaded.
@@ -125,7 +125,7 @@ def strategy_fingerprint(backbone: str, strategy: Strategy, **given: Any) -> dic
 
 
 def _arguments(strategy: Strategy, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the item encoder that a strategy is made of; refuse those that contradict it."""
+    """Return the arguments for the strategy's item encoder; refuse those that contradict the strategy."""
     if given.get("adapter") is not None:
         raise ConfigError(
             f"--strategy {strategy} with --adapter {given['adapter']}, which was trained with other prompts",
@@ -146,7 +146,7 @@ def _arguments(strategy: Strategy, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(strategy: Strategy, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a strategy changes in, and adds to, the settings of the item encoder that it is made of."""
+    """Return the settings that a strategy changes in, or adds to, those of its item encoder."""
     prompts = (visual_prompt(), textual_prompt(product_text("{}", "{}")), joint_prompt(strategy, "{}"))
     wording = f"{settings['prompt_hash']}\0{strategy}\0{prompts!r}"
     changed: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""From a dataset to an embeddings folder: plan, shards, workers, what is taken over from earlier, and the check."""
+"""From a dataset to an embeddings folder: plan, shards, workers, reused rows, and the final check."""

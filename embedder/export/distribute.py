@@ -1,8 +1,8 @@
 """Where the shards of an export are made: in processes of this machine, or as tasks of a Ray cluster.
 
-An engine is handed a `Job`, the numbers of the shards to make and where earlier rows of each lie, and yields the record
-of every shard that it has published, in any order. A worker that dies costs the shard it had in hand, which another
-makes; the plan and the folder are those of one process.
+An engine receives a `Job`, the numbers of the shards to make, and the positions of their rows in an earlier export. It
+yields the record of each shard that it has published, in any order. If a worker dies, another worker makes its shard.
+The plan and the folder are the same as with one process.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from vlm2rec.embedder.options import EngineName
 from vlm2rec.embedder.progress import Reporter
 
 Work = Mapping[int, np.ndarray]
-"""Shards to make, and where an earlier export has each of their rows: -1 for those to encode."""
+"""The shards to make: number → position of each row in an earlier export, -1 for rows to encode."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """How many make the shards of an export, and where.
+    """How many workers make the shards of an export, and where.
 
     Args:
         engine: processes of this machine, or tasks of a Ray cluster.
-        num_workers: how many work at a time.
-        worker: be this one of them, from 0, and make no shard of the others; they are started by somebody else.
-        gpus: as many processes of this machine, each with a GPU of its own.
+        num_workers: how many work at the same time.
+        worker: the number of this worker, from 0. It makes only its own shards; a scheduler starts the others.
+        gpus: this many processes on this machine, each with its own GPU.
     """
 
     engine: EngineName = "local"
@@ -54,7 +54,7 @@ class Distribution:
     gpus: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
+        """Refuse contradicting choices."""
         if self.worker is not None and not 0 <= self.worker < self.num_workers:
             raise ConfigError(
                 f"--worker {self.worker} of --num-workers {self.num_workers}",
@@ -63,25 +63,25 @@ class Distribution:
             )
         if self.worker is not None and (self.engine != "local" or self.gpus):
             raise ConfigError(
-                "--worker beside --engine ray or --gpus",
-                "one of them: --worker is one process, started by a scheduler, that makes its share",
+                "--worker together with --engine ray or --gpus",
+                "one of them: --worker is for one of several processes that a scheduler starts",
                 "leave one out",
             )
         if self.gpus and (self.engine != "local" or self.num_workers not in (1, self.gpus)):
             raise ConfigError(
-                f"--gpus {self.gpus} beside --num-workers {self.num_workers} and --engine {self.engine}",
-                "--gpus alone: one process of this machine for each; Ray finds its GPUs itself",
+                f"--gpus {self.gpus} together with --num-workers {self.num_workers} and --engine {self.engine}",
+                "--gpus alone: it starts one process on this machine for each GPU; Ray finds its GPUs itself",
                 "leave one out",
             )
 
     @property
     def share(self) -> Share | None:
-        """Which shards this process makes, None for all of them."""
+        """Which shards this process makes; None for all of them."""
         return None if self.worker is None else Share(self.worker, self.num_workers)
 
     @property
     def engine_to_use(self) -> Engine | None:
-        """What makes the shards, None where this process does."""
+        """What makes the shards; None if this process does."""
         if self.engine == "ray":
             return RayTasks(self.num_workers)
         if self.gpus:
@@ -95,7 +95,7 @@ ALONE = Distribution()
 
 @dataclass(frozen=True)
 class Job:
-    """All that another process needs to make shards of an export; can be pickled."""
+    """Everything another process needs to make shards of an export; it can be pickled."""
 
     dataset: Dataset
     out: Location
@@ -106,17 +106,17 @@ class Job:
     image_timeout: float
 
     def maker(self) -> ShardMaker:
-        """Return what makes the shards, in the process that is to make them."""
+        """Return what makes the shards; call it in the process that makes them."""
         keep_freed_memory()
         load = functools.partial(load_same, self.load_encoder, self.settings)
         return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
 
 
 class Engine(Protocol):
-    """Makes and publishes shards somewhere else."""
+    """Makes and publishes shards in other processes."""
 
     def make(self, job: Job, work: Work, reporter: Reporter) -> Iterator[tuple[int, shards.Shard]]:
-        """Yield the number and the record of each shard when it is published."""
+        """Yield the number and the record of each shard once it is published."""
 
 
 def _make(maker: ShardMaker, out: Location, number: int, reuse_rows: np.ndarray) -> shards.Shard:
@@ -132,11 +132,11 @@ def _make(maker: ShardMaker, out: Location, number: int, reuse_rows: np.ndarray)
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    number: int | None = None  # of the shard in hand
+    number: int | None = None  # of the shard it is making
 
 
 class Processes:
-    """Processes of this machine; the others go on when one of them dies."""
+    """Processes on this machine; if one dies, the others continue."""
 
     def __init__(self, count: int, with_gpus: bool = False) -> None:
         self._count, self._with_gpus = count, with_gpus
@@ -145,7 +145,7 @@ class Processes:
         """See `Engine`.
 
         Raises:
-            ArtifactError: all workers died, or two of them over the same shard.
+            ArtifactError: all workers died, or two of them died while making the same shard.
             Vlm2RecError: what a worker raised.
         """
         if self._with_gpus:
@@ -161,7 +161,7 @@ class Processes:
                     try:
                         found = worker.pipe.recv()
                     except (EOFError, OSError):
-                        self._bury(workers, worker, waiting, tried, reporter)
+                        self._handle_death(workers, worker, waiting, tried, reporter)
                         idle = [other for other in workers.values() if other.number is None]
                         for other in idle:
                             _hand_over(other, waiting, work)
@@ -175,13 +175,13 @@ class Processes:
                 if not any(worker.number is not None for worker in workers.values()):
                     return
             raise ArtifactError(
-                "all workers died, perhaps for want of memory",
+                "all workers died, perhaps because memory ran out",
                 "workers that live until the export ends",
-                "run the same command again: it goes on where it stopped; with a smaller --num-workers it takes less",
+                "run the same command again: it continues where it stopped; a smaller --num-workers needs less memory",
             )
         finally:
             for worker in workers.values():
-                worker.process.terminate()  # what it has in hand is published whole or not at all
+                worker.process.terminate()  # its current shard is published whole or not at all
             for worker in workers.values():
                 worker.process.join()
 
@@ -189,20 +189,20 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         workers = {}
         with shared_cores(count):
-            for place in range(count):
-                mine, its = context.Pipe()
+            for index in range(count):
+                ours, theirs = context.Pipe()
                 with (
-                    environment("CUDA_VISIBLE_DEVICES", _visible_gpu(place))
+                    environment("CUDA_VISIBLE_DEVICES", _visible_gpu(index))
                     if self._with_gpus
                     else contextlib.nullcontext()
                 ):
-                    process = context.Process(target=_serve, args=(its, job), daemon=True, name=f"worker {place}")
+                    process = context.Process(target=_serve, args=(theirs, job), daemon=True, name=f"worker {index}")
                     process.start()
-                its.close()  # so that the death of the worker closes the pipe
-                workers[mine] = _Worker(process, mine)
+                theirs.close()  # so that the pipe closes when the worker dies
+                workers[ours] = _Worker(process, ours)
         return workers
 
-    def _bury(
+    def _handle_death(
         self,
         workers: dict[Connection, _Worker],
         worker: _Worker,
@@ -210,19 +210,19 @@ class Processes:
         tried: set[int],
         reporter: Reporter,
     ) -> None:
-        """Take note of a dead worker: its shard is another's."""
+        """Remove a dead worker, and put its shard back in the queue."""
         del workers[worker.pipe]
         worker.process.join()
         lost = worker.number
-        what = "" if lost is None else f", with {schema.shard_name(lost)} in hand, which another makes"
+        what = "" if lost is None else f" while making {schema.shard_name(lost)}; another worker makes it now"
         reporter.say(f"{worker.process.name} died (exit code {worker.process.exitcode}){what}", warning=True)
         if lost is None:
             return
         if lost in tried:
             raise ArtifactError(
-                f"two workers died over {schema.shard_name(lost)}",
+                f"two workers died while making {schema.shard_name(lost)}",
                 "workers that survive the items of a shard",
-                "run the same command again with --num-workers 1 to see what it is; the other shards are kept",
+                "run the same command again with --num-workers 1 to see the cause; the other shards are kept",
             )
         tried.add(lost)
         waiting.insert(0, lost)
@@ -231,12 +231,12 @@ class Processes:
 def _hand_over(worker: _Worker, waiting: list[int], work: Work) -> None:
     if waiting:
         worker.number = waiting.pop(0)
-        with contextlib.suppress(OSError):  # it has just died: the next look at its pipe shows it
+        with contextlib.suppress(OSError):  # it has just died: the next read from its pipe reports that
             worker.pipe.send((worker.number, work[worker.number]))
 
 
 def _serve(pipe: Connection, job: Job) -> None:
-    """Make shards until nobody asks for any."""
+    """Make shards until the main process closes the pipe."""
     end_with_parent()
     try:
         maker = job.maker()
@@ -252,27 +252,27 @@ def _serve(pipe: Connection, job: Job) -> None:
 def _require_gpus(count: int) -> None:
     import torch
 
-    if (there := torch.cuda.device_count()) < count:
+    if (available := torch.cuda.device_count()) < count:
         raise ConfigError(
-            f"--gpus {count}, and this machine has {there}",
-            f"at most {there}" if there else "a machine with GPUs",
-            "choose fewer; on a CPU, --num-workers starts processes without",
+            f"--gpus {count}, but this machine has {available}",
+            f"at most {available}" if available else "a machine with GPUs",
+            "choose fewer; on a CPU, use --num-workers instead",
         )
 
 
-def _visible_gpu(place: int) -> str:
+def _visible_gpu(index: int) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",")[place] if given else str(place)
+    return given.split(",")[index] if given else str(index)
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------
 
 
 class RayTasks:
-    """A task of a Ray cluster for each shard; retries, GPUs and new nodes are Ray's.
+    """One Ray task for each shard; Ray handles retries, GPUs and new nodes.
 
-    The dataset, the backbone and the output folder have to be where every node finds them. The cluster is the one that
-    `ray.init` finds (`RAY_ADDRESS`), or one of this machine.
+    Every node must be able to reach the dataset, the backbone and the output folder. The cluster is the one that
+    `ray.init` finds (`RAY_ADDRESS`), or a new one on this machine.
     """
 
     def __init__(self, count: int) -> None:
@@ -289,7 +289,7 @@ class RayTasks:
             import ray
         except ImportError:
             raise MissingDependencyError(
-                "--engine ray, and Ray is not installed", "ray", "pip install 'vlm2rec[ray]'"
+                "--engine ray needs Ray, which is not installed", "ray", "pip install 'vlm2rec[ray]'"
             ) from None
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
@@ -317,7 +317,7 @@ _makers: dict[str, ShardMaker] = {}
 
 
 def _make_on_a_node(job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
-    """Make a shard in a process of Ray's, which keeps the model for the next one."""
+    """Make a shard in a Ray worker process, which keeps the model for its next shard."""
     key = f"{job.out} {job.plan.fingerprint}"
     if key not in _makers:
         _makers.clear()

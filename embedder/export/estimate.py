@@ -1,4 +1,4 @@
-"""`export-items --dry-run`: how much there is to do, and what it takes, measured on a few of the items."""
+"""`export-items --dry-run`: how much is left to do, and what time and space it takes, measured on a few items."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.storage import Location, free_bytes
 from vlm2rec.embedder.export.plan import Plan
 
-SAMPLE = 64  # items that are encoded for the estimate, from the first that is left to the last
-_WARM_UP = 4  # items before the clock starts: the first ones wait for libraries to get ready
+SAMPLE = 64  # items that are encoded for the estimate, spread evenly over those that are left
+_WARM_UP = 4  # items encoded before the clock starts: the first ones wait for libraries to initialise
 
 
 def estimate(
@@ -27,15 +27,15 @@ def estimate(
     encode: Callable[[Sequence[int]], object],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return what is left of an export and what it takes; nothing is written.
+    """Return what is left of an export and what time and space it takes; nothing is written.
 
     Args:
-        plan: of the export.
+        plan: the plan of the export.
         out: its folder, which need not exist.
         rows: items that are to be encoded, as rows of the plan.
         shards_left: shards that are to be written.
-        encode: encodes items, given as rows of the plan, and keeps nothing.
-        device: where it encodes them.
+        encode: encodes items, given as rows of the plan; the result is not kept.
+        device: where the items are encoded.
 
     Returns:
         items, items_left, shards, shards_left, bytes_left (on disk, before compression), bytes_free (None in a
@@ -43,7 +43,7 @@ def estimate(
         that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
         take), gpu_bytes (the peak so far, None off CUDA).
     """
-    numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # of an item
+    numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # for each item
     width = np.dtype(plan.settings["storage"]).itemsize * numbers
     found = {
         "items": len(plan.item_ids),
@@ -61,14 +61,14 @@ def estimate(
         encode(sample)
         seconds = (time.perf_counter() - started) / len(sample) * len(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # two shards are in memory at a time: one is encoded, one is written, each as arrays and as a table
+    # two shards are in memory at a time: one is being encoded, one written; each exists as arrays and as a table
     waiting = 4 * min(plan.shard_size, len(rows)) * numbers * 4
     on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return found | {"sample": len(sample), "seconds": seconds, "memory_bytes": peak + waiting, "gpu_bytes": on_gpu}
 
 
 def describe(found: Mapping[str, Any]) -> dict[str, object]:
-    """Return the estimate in words, for a summary."""
+    """Return the estimate as the rows of a summary."""
     measured = f"measured on {found['sample']} items, without vision cache" if found["sample"] else "nothing to measure"
     gpu = "" if found["gpu_bytes"] is None else f", {found['gpu_bytes'] / 2**30:.1f} GiB of the GPU"
     free = "" if found["bytes_free"] is None else f", {found['bytes_free'] / 2**30:.0f} GiB free"

@@ -1,4 +1,4 @@
-"""The export: every item of a dataset once through an encoder, shard by shard, the manifest last."""
+"""The export: encodes every item of a dataset once, shard by shard, and writes the manifest last."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def export(
         shard_size: Items in one Parquet file.
         storage: Number format on disk.
         on_image_error: What becomes of an item whose image cannot be used.
-        images_by: What tells that an image has changed since an interrupted run.
-        reuse: What is kept where the input has changed.
-        image_timeout: Seconds after which the read of an image is given up.
-        scale: Who makes the shards. With other workers or Ray, `load_encoder` has to be one that can be pickled.
-        reporter: Is told how far the work is.
+        images_by: How a changed image is recognised when an interrupted run continues.
+        reuse: Which earlier rows are kept if the input has changed.
+        image_timeout: Seconds after which reading an image is given up.
+        distribution: Who makes the shards. For other processes and Ray, `load_encoder` must be picklable.
+        reporter: Receives progress and messages.
 
     Returns:
-        The manifest; None for one of several workers, while others have not made all their shards.
+        The manifest; None for one of several workers while other workers still have shards to make.
     """
     plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
     with writing(out, distribution.share) as hold:
@@ -73,7 +73,7 @@ def export(
             except (KeyboardInterrupt, SystemExit):
                 reporter.say(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
-                    " to go on"
+                    " to continue"
                 )
                 raise
         elif (out / schema.MANIFEST_FILE).exists():
@@ -83,7 +83,7 @@ def export(
             if not (out / schema.MANIFEST_FILE).exists() and (missing := len(plan) - len(finished)):
                 reporter.say(
                     f"worker {distribution.worker} of {distribution.num_workers} has made its shards;"
-                    f" {missing} of {len(plan)} are still to be made by others, the last of whom completes the folder"
+                    f" other workers still have {missing} of {len(plan)} to make, and the last one completes the folder"
                 )
                 return None
         hold.require()
@@ -101,17 +101,17 @@ def plan_export(
     reuse: Reuse,
     reporter: Reporter = SILENT,
 ) -> Plan:
-    """Return the plan of an export, as `export` makes it; its arguments are those of `export`.
+    """Return the plan that `export` makes from the same arguments.
 
     Raises:
-        ConfigError: the policy for images needs a text vector that these settings do not make.
-        ArtifactError: `out` holds other items, and `reuse` does not allow for that.
+        ConfigError: the image policy needs a text vector, which these settings do not make.
+        ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
         raise ConfigError(
             "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
             " --views image and the strategies with images have none",
-            "fail or null with these",
+            "fail or null with these settings",
             "choose one of the two, or external fusion of both views",
         )
     modalities = schema.modalities_of(settings["views"])
@@ -126,7 +126,7 @@ def plan_export(
     choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
     if "strategy" in settings and schema.TEXT in modalities:
         choices["category"] = dataset.category_column
-        reporter.say(f"category of an item: {dataset.category_column or 'none in this catalogue'}")
+        reporter.say(f"category column: {dataset.category_column or 'none in this catalogue'}")
     if reuse.revises:
         require_same_start(out, inputs, reuse)
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
@@ -135,7 +135,7 @@ def plan_export(
 def _publish_all(
     job: Job, work: Work, finished: dict[int, shards.Shard], distribution: Distribution, reporter: Reporter
 ) -> None:
-    """Have all shards made; `finished` holds what is published, whatever ends."""
+    """Make and publish all shards; `finished` receives each published shard, even if a later one fails."""
     engine = distribution.engine_to_use
     if engine is None:
         with closing(job.maker()) as make:
@@ -154,37 +154,37 @@ def _publish_all(
 def _publish_here(
     make: ShardMaker, out: Location, work: Work, finished: dict[int, shards.Shard], reporter: Reporter
 ) -> None:
-    """Encode shard after shard while a thread writes the one before.
+    """Encode each shard while a thread writes the previous one.
 
-    At most two shards are in memory: a slow disk slows the export down, and does not fill the memory.
+    At most two shards are in memory, so a slow disk slows the export down but does not fill the memory.
     """
     begun, for_disk = time.perf_counter(), 0.0
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        at_work: tuple[int, Future[shards.Shard]] | None = None
+        in_writing: tuple[int, Future[shards.Shard]] | None = None
 
-        def settle() -> None:
+        def wait_for_writer() -> None:
             nonlocal for_disk
-            if at_work is not None:
+            if in_writing is not None:
                 started = time.perf_counter()
-                finished[at_work[0]] = at_work[1].result()
+                finished[in_writing[0]] = in_writing[1].result()
                 for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _made(make, work, reporter):
-                settle()
-                at_work = number, writer.submit(shards.publish_shard, out, make.plan, number, table, seconds)
+            for number, table, seconds in _encoded_shards(make, work, reporter):
+                wait_for_writer()
+                in_writing = number, writer.submit(shards.publish_shard, out, make.plan, number, table, seconds)
         finally:
-            settle()
+            wait_for_writer()
     total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited
     reporter.say(
         f"the model waited {for_images / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
     )
 
 
-def _made(
+def _encoded_shards(
     make: ShardMaker, work: Mapping[int, np.ndarray], reporter: Reporter
 ) -> Iterator[tuple[int, pa.Table, float]]:
-    """Yield each shard's number, table and seconds."""
+    """Yield each shard's number, its table, and the seconds spent on it."""
     total = sum(int((reuse_rows < 0).sum()) for reuse_rows in work.values())
     with reporter.progress("encoding items", total) as advance:
         for count, (number, reuse_rows) in enumerate(work.items(), 1):
@@ -192,7 +192,7 @@ def _made(
             table = make.shard(number, reuse_rows, advance)
             seconds = time.perf_counter() - start
             yield number, table, seconds
-            if not reporter.draws_bars:  # no bar is drawn: a log file gets a line a shard
+            if not reporter.draws_bars:  # a log file gets one line for each shard
                 encoded = int((reuse_rows < 0).sum())
-                kept = f" and {len(reuse_rows) - encoded} taken over" if encoded < len(reuse_rows) else ""
-                reporter.say(f"shard {count} of {len(work)}: {encoded} items{kept}, {encoded / seconds:.1f} items/s")
+                reused = f" and {len(reuse_rows) - encoded} reused" if encoded < len(reuse_rows) else ""
+                reporter.say(f"shard {count} of {len(work)}: {encoded} items{reused}, {encoded / seconds:.1f} items/s")

@@ -1,4 +1,4 @@
-"""The plan of an export: which item goes into which shard, and the settings whose hash says what can be mixed."""
+"""The plan of an export: which item goes into which shard, and the settings that make vectors comparable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INPUT_SETTINGS = ("items", "item_ids", "titles", "images", "images_by")
 class Plan:
     """Which item goes into which shard, and the settings that all shards share.
 
-    `settings` hold everything that changes a vector, as JSON, among it `dim`, `views` and `storage`.
+    `settings` holds everything that changes a vector, as JSON, including `dim`, `views` and `storage`.
     """
 
     item_ids: list[str]
@@ -37,7 +37,7 @@ class Plan:
     inputs: Inputs | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the Arrow schema out: pickled, its lists forget that their elements are never null."""
+        """Leave the Arrow schema out: pickling loses that the elements of its lists are never null."""
         return {key: value for key, value in self.__dict__.items() if key != "schema"}
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Plan:
         return range(self.bounds[number], self.bounds[number + 1])
 
     def made_from(self, rows: Iterable[int]) -> list[str | None]:
-        """Return the column `input` of some positions: what each row is made from."""
+        """Return the column `input` at some positions: a hash of what each row is made from."""
         return [None if self.inputs is None else self.inputs.of(row) for row in rows]
 
     @cached_property
@@ -58,7 +58,7 @@ class Plan:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Arrow schema of every shard; the settings that decide a vector, whatever the items, are file metadata."""
+        """Arrow schema of every shard; its metadata holds the settings that decide a vector, whatever the item."""
         settings = without_inputs(self.settings)
         texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(settings).items()}
         texts["vlm2rec.fingerprint"] = fingerprint(settings)
@@ -77,24 +77,24 @@ def plan_shards(
     Args:
         item_ids: the items in order.
         shard_size: items in one shard.
-        settings: everything that decides a vector; what `inputs` say of the items is added.
+        settings: everything that decides a vector; the hashes of `inputs` are added.
         inputs: what the items are made from.
-        begun: rows of the shards that an export into this folder has planned before (`shards.rows_of_shards`): where
-            items were appended, its last shard stays as short as it is.
+        begun: row counts of the shards that an earlier export into this folder planned (`shards.rows_of_shards`). If
+            items were appended, the last of those shards stays as short as it is.
 
     Raises:
-        DataError: an id is null, no string, or stands twice.
+        DataError: an id is null, not a string, or occurs twice.
     """
     ids = list(item_ids)
     for row, item_id in enumerate(ids):
         if not isinstance(item_id, str):
-            raise DataError(f"the item id in row {row} is {item_id!r}", "a string", "mend items.parquet")
+            raise DataError(f"the item id in row {row} is {item_id!r}", "a string", "correct items.parquet")
     twice = duplicates(ids)
     if twice:
         raise DataError(
-            f"item ids stand twice: {', '.join(map(repr, twice[:5]))}",
+            f"item ids occur more than once: {', '.join(map(repr, twice[:5]))}",
             "every item id once",
-            "remove the double rows and prepare the dataset again",
+            "remove the duplicate rows and prepare the dataset again",
         )
     full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
     bounds = [0]
@@ -111,13 +111,13 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that say which items they are: what decides a vector of any item."""
+    """Return the settings that decide a vector of any item: those that describe the items are left out."""
     return {key: value for key, value in settings.items() if key not in INPUT_SETTINGS}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the vectors of an export are made from, in order; None where they do not depend on it."""
+    """What the vectors of an export are made from, in order; None for what no vector depends on."""
 
     item_ids: Sequence[str]
     titles: Sequence[str] | None
@@ -127,7 +127,7 @@ class Inputs:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Hashes of the ordered input, for the settings: another order, title or image is another export."""
+        """Hashes of the ordered input, for the settings: another order, title or image makes another export."""
         found: dict[str, Any] = {"items": len(self.item_ids), "item_ids": _hash_strings(self.item_ids)}
         if self.titles is not None:
             found["titles"] = _hash_strings(self.titles)
@@ -141,7 +141,7 @@ class Inputs:
         """Return the hash of one item's title and image, 32 hexadecimal digits."""
         parts = [] if self.titles is None else [self.titles[row]]
         if self.image_paths is not None and self.stamps is not None:
-            # a file of the same content may lie elsewhere; one of the same size and time may not
+            # by content, a file may move; by size and time, the path has to be the same
             parts += [self.stamps[row]] if self.images_by == "bytes" else [self.image_paths[row], self.stamps[row]]
         return _hash_strings(parts)[:32]
 
@@ -167,15 +167,15 @@ def read_inputs(
         titles: Titles in order.
         image_paths: Paths below the root, in order.
         image_root: Folder of the images.
-        images_by: `mtime` tells a changed image by its size and modification time, `bytes` by its content.
-        modalities: Of what the vectors are made: titles or images that no vector depends on are left out, unread.
+        images_by: `mtime` recognises a changed image by size and modification time, `bytes` by content.
+        modalities: What the vectors are made of. Titles or images that no vector depends on are not read.
     """
-    looked_at = schema.IMAGE in modalities
+    uses_images = schema.IMAGE in modalities
     return Inputs(
         item_ids,
         titles if schema.TEXT in modalities else None,
-        image_paths if looked_at else None,
-        _image_stamps(image_root, image_paths, images_by) if looked_at else None,
+        image_paths if uses_images else None,
+        _image_stamps(image_root, image_paths, images_by) if uses_images else None,
         images_by,
     )
 
@@ -185,13 +185,13 @@ def _image_stamps(root: Location, paths: Sequence[str], images_by: ImagesBy) -> 
         return [_image_digest(root, path) for path in paths]
     if isinstance(root, Path):
         return [_image_stamp(root, path) for path in paths]
-    there = root.tree()
-    return [_object_stamp(there, path) for path in paths]
+    objects = root.tree()
+    return [_object_stamp(objects, path) for path in paths]
 
 
-def _object_stamp(there: Mapping[str, Stat], relative: str) -> str:
+def _object_stamp(objects: Mapping[str, Stat], relative: str) -> str:
     try:
-        found = there.get(posixpath.normpath(path_below_root(relative)))
+        found = objects.get(posixpath.normpath(path_below_root(relative)))
     except ImageError:
         return "unreadable"
     return f"{found.st_size} {found.st_mtime_ns}" if found else "unreadable"
@@ -199,7 +199,7 @@ def _object_stamp(there: Mapping[str, Stat], relative: str) -> str:
 
 def _image_stamp(root: Path, relative: str) -> str:
     try:
-        found = os.stat(f"{root}/{path_below_root(relative)}")  # noqa: PTH116 - a Path per image costs more than the call
+        found = os.stat(f"{root}/{path_below_root(relative)}")  # noqa: PTH116 - a Path costs more than the call
     except (ImageError, OSError, ValueError):
         return "unreadable"
     return f"{found.st_size} {found.st_mtime_ns}"
@@ -241,7 +241,7 @@ def _text(value: Any) -> str:
 
 
 def duplicates(ids: Iterable[str]) -> list[str]:
-    """Return the ids that stand more than once, sorted."""
+    """Return the ids that occur more than once, sorted."""
     seen: set[str] = set()
     twice: set[str] = set()
     for item_id in ids:

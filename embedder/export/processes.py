@@ -1,4 +1,4 @@
-"""Processes of this machine: those that work for one end when it ends and share its cores; their memory."""
+"""Worker processes on this machine: they end with their parent, share its cores, and keep freed memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 def end_with_parent() -> None:
-    """Let no worker write to a folder that nobody leads any more; to be called in the worker."""
+    """End this worker when its parent ends, so that it does not write alone; call it in the worker."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -25,7 +25,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for the processes that are started meanwhile."""
+    """Set an environment variable for the processes that are started inside the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -37,7 +37,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def shared_cores(count: int) -> contextlib.AbstractContextManager[None]:
-    """Give the workers their share of the cores: threads that outnumber them wait for one another."""
+    """Divide the cores among the workers: more threads than cores wait for one another."""
     name = "OMP_NUM_THREADS"
     return environment(name, os.environ.get(name) or str(max(1, (os.cpu_count() or 1) // count)))
 
@@ -46,10 +46,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for mallopt
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+    """Let this process keep the memory of freed tensors for the next ones, if the C library is glibc.
 
-    Otherwise that of large ones goes back to the system at once and is cleared page by page when it is asked for again,
-    thousands of times in an export. An export's peak is the same.
+    Otherwise glibc returns the memory of large tensors to the system at once. The system then clears it page by page
+    for the next tensor, thousands of times in an export. The peak memory of an export stays the same.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -22,13 +22,14 @@ _SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were expor
 
 
 class EarlierRows:
-    """Which items an embeddings folder has vectors of, what they were made from, and the rows themselves.
+    """The rows of an earlier embeddings folder: `find` says which are still right, `take` reads them.
 
-    Nothing is read before it is asked for; a pickled one is its arguments, as workers only `take` what was found.
+    Files are read when they are first needed. Pickling keeps the arguments only: a worker calls `take` with positions
+    that the main process found, and needs no more.
 
     Args:
         folder: an embeddings folder.
-        files: its shards.
+        files: the names of its shards.
     """
 
     def __init__(self, folder: Location, files: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ class EarlierRows:
         self._shard = functools.lru_cache(_SHARDS_IN_MEMORY)(self._read_shard)
 
     def __reduce__(self) -> tuple[type[EarlierRows], tuple[Location, list[str]]]:
-        """Pickle the arguments."""
+        """Pickle the arguments only."""
         return EarlierRows, (self.folder, self.files)
 
     @classmethod
@@ -44,7 +45,7 @@ class EarlierRows:
         """Open a finished embeddings folder whose vectors are comparable with those of a plan.
 
         Raises:
-            ArtifactError: unfinished, made with other settings, or its rows do not say what they were made from.
+            ArtifactError: it is unfinished, has other settings, or its rows do not record what they were made from.
         """
         manifest = schema.read_manifest(folder)
         changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
@@ -54,49 +55,50 @@ class EarlierRows:
             raise ArtifactError(
                 f"{folder} was made with other settings: {'; '.join(changed.values())}",
                 "the settings of this export, so that its vectors are comparable with the new ones",
-                "export everything, without --changed-since, or set these back",
+                "set these back, or leave --changed-since out and export everything",
             )
         files = [shard["file"] for shard in manifest["shards"]]
         if any(schema.INPUT not in _metadata(folder / name).schema.names for name in files):
             raise ArtifactError(
-                f"the rows of {folder} do not say what they were made from",
+                f"the rows of {folder} do not record what they were made from",
                 f"a column {schema.INPUT!r}",
-                "export everything, without --changed-since",
+                "leave --changed-since out and export everything",
             )
         return cls(folder, files)
 
     def find(self, plan: Plan, rows: Sequence[int]) -> np.ndarray:
-        """Return where each of some items of a plan lies here, (n,) int64.
+        """Return the position in this folder of some items of a plan, (n,) int64.
 
-        That is -1 for an item that is new, that failed, or whose title or image has changed.
+        The position is -1 for an item that is new, that failed, or whose title or image has changed.
         """
         wanted = pa.array([plan.item_ids[row] for row in rows], pa.string())
-        there = self._what_is_held
-        found = pc.fill_null(pc.index_in(wanted, value_set=there[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
+        stored = self._keys
+        found = pc.fill_null(pc.index_in(wanted, value_set=stored[schema.ITEM_ID]), -1).to_numpy().astype(np.int64)
         known = found >= 0
         inputs = np.array(plan.made_from(rows), object)
-        its = there.take(pa.array(found[known]))
-        same = its[schema.INPUT].to_numpy() == inputs[known]
-        has_vector = pc.not_equal(its[schema.STATUS], schema.STATUS_FAILED).to_numpy()
+        earlier = stored.take(pa.array(found[known]))
+        same = earlier[schema.INPUT].to_numpy() == inputs[known]
+        has_vector = pc.not_equal(earlier[schema.STATUS], schema.STATUS_FAILED).to_numpy()
         found[known] = np.where(same & has_vector, found[known], -1)
         return found
 
     def take(self, positions: np.ndarray) -> pa.Table:
-        """Return whole rows by what `find` said of them, in that order."""
+        """Return the whole rows at positions that `find` gave, in that order."""
         shards = np.searchsorted(self._starts, positions, side="right") - 1
         numbers = np.unique(shards)
         parts = [self._shard(int(n)).take(positions[shards == n] - self._starts[n]) for n in numbers]
-        place = np.concatenate([np.flatnonzero(shards == n) for n in numbers])
-        return pa.concat_tables(parts).take(np.argsort(place))
+        order = np.concatenate([np.flatnonzero(shards == n) for n in numbers])
+        return pa.concat_tables(parts).take(np.argsort(order))
 
     @functools.cached_property
-    def _what_is_held(self) -> pa.Table:
+    def _keys(self) -> pa.Table:
+        """Item id, input hash and status of every row."""
         columns = [schema.ITEM_ID, schema.INPUT, schema.STATUS]
         return pa.concat_tables(self._read(name, columns) for name in self.files).combine_chunks()
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
-        """Number of rows before each shard, and of all, (shards + 1,)."""
+        """Number of rows before each shard, and in all, (shards + 1,)."""
         return np.cumsum([0, *(_metadata(self.folder / name).num_rows for name in self.files)])
 
     def _read_shard(self, number: int) -> pa.Table:
@@ -114,12 +116,12 @@ def _metadata(path: Location) -> pq.FileMetaData:
 
 @dataclass(frozen=True)
 class Reuse:
-    """What of earlier work is kept where the input has changed; by default, a changed input is refused.
+    """Which earlier rows are kept if the input has changed; by default, a changed input is refused.
 
     Args:
         extend: items were appended to those of the folder.
-        retry_failed: make anew what failed, and what has changed since.
-        changed_since: a finished embeddings folder whose vectors are taken over for items that have not changed.
+        retry_failed: encode again the items that failed or have changed since.
+        changed_since: a finished embeddings folder whose vectors are reused for items that have not changed.
     """
 
     extend: bool = False
@@ -130,14 +132,14 @@ class Reuse:
         """Refuse two sources of the same vectors."""
         if self.changed_since and (self.extend or self.retry_failed):
             raise ConfigError(
-                "--changed-since beside --extend or --retry-failed",
-                "one of them: --changed-since fills a new folder, the others go on with the one there is",
+                "--changed-since together with --extend or --retry-failed",
+                "one of them: --changed-since fills a new folder, the others continue an existing one",
                 "leave one out",
             )
 
     @property
     def revises(self) -> bool:
-        """Whether a folder may be of other inputs."""
+        """Whether the folder may have been made from other inputs."""
         return self.extend or self.retry_failed
 
 
@@ -145,7 +147,7 @@ REUSE_NOTHING = Reuse()
 
 
 def require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
-    """Raise `ArtifactError` unless the folder's items are the first ones of the input, as the choices promise."""
+    """Raise `ArtifactError` unless the folder's items are the first of the input, changed only as `reuse` allows."""
     known = shards.known_settings(out)
     if known is None:
         return
@@ -155,27 +157,27 @@ def require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
         raise ArtifactError(
             f"{out} holds {count} items, which are not the first {count} of the dataset's {len(inputs.item_ids)}",
             "the same items in the same order, and new ones after them",
-            "export into a new folder; --changed-since takes over what has not changed",
+            "export into a new folder; --changed-since reuses the vectors of unchanged items",
         )
     if len(inputs.item_ids) > count and not reuse.extend:
         raise ArtifactError(
             f"{out} holds {count} items, the dataset {len(inputs.item_ids)}",
             "the same items",
-            "add --extend, which makes the new ones too",
+            "add --extend, which encodes the new ones too",
         )
     changed = [key for key in first if key != "items" and first[key] != known.get(key)]
     if changed and not reuse.retry_failed:
         raise ArtifactError(
             f"the {' and '.join(changed)} of items that {out} holds have changed",
-            "new items after those that are there, and nothing else",
-            "add --retry-failed, which makes what has changed anew",
+            "new items after the ones it holds, and no other change",
+            "add --retry-failed, which encodes changed items again",
         )
 
 
 def open_earlier_rows(
     out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse
 ) -> EarlierRows | None:
-    """Return the rows that may be taken over; None where nothing is reused."""
+    """Return the rows that may be reused; None if nothing is reused."""
     if reuse.changed_since is not None:
         return EarlierRows.of_export(reuse.changed_since, plan)
     if reuse.retry_failed and finished:
@@ -190,13 +192,13 @@ def plan_work(
     earlier: EarlierRows | None,
     reuse: Reuse,
 ) -> dict[int, np.ndarray]:
-    """Return the shards to make, and where the earlier export has each of their rows: -1 for those to encode."""
+    """Return the shards to make: number → position of each row in the earlier export, -1 for rows to encode."""
     wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
     rows = [plan.rows(number) for number in wanted]
     if earlier is None or not wanted:
         reuse_rows = [np.full(len(of_shard), -1) for of_shard in rows]
     else:
-        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # once: it hashes all ids
+        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # one call, as each hashes all ids
         reuse_rows = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
     by_shard = zip(wanted, reuse_rows, strict=True)
-    return {number: its for number, its in by_shard if number not in finished or (its < 0).any()}
+    return {number: found for number, found in by_shard if number not in finished or (found < 0).any()}

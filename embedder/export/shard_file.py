@@ -29,8 +29,8 @@ def shard_table(
 
     Args:
         plan: The plan.
-        rows: Which n positions of the plan.
-        vectors: (n, d) for each view; a row of NaN becomes null, a view that is not given is null throughout.
+        rows: The n positions in the plan.
+        vectors: (n, d) for each view; a row of NaN becomes null, a missing view is null in every row.
         status: One of `schema.STATUSES` for each row.
         error: The reason, or None, for each row.
     """
@@ -59,8 +59,8 @@ def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_RO
         row_group_size=row_group_size,
         compression="zstd",
         compression_level=1,
-        # exponents of neighbouring floats are alike, mantissas are not: stored byte by byte they compress. The
-        # encoding must be given for the leaf below the list, and is ignored where a dictionary is allowed
+        # neighbouring floats have similar exponents and different mantissas: split into byte streams they compress. The
+        # encoding has to be named for the leaf below the list, and a dictionary would override it
         use_dictionary=[schema.STATUS],
         column_encoding={f"{view}.list.element": "BYTE_STREAM_SPLIT" for view in schema.VIEWS},
         write_page_checksum=True,

@@ -2,14 +2,14 @@
 
 What lies in the folder, in the order it is written:
 
-    export.lock                              host and pid of the live writer; one of each worker where several write
+    export.lock                              host and pid of the live writer; several workers have one each
     export.json                              the settings, before the first shard
     part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
-    manifest.json                            last; it takes over the records, and export.json goes
+    manifest.json                            last; it includes the records, which are then removed, as is export.json
 
 A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
-not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. Killed anywhere,
-the next run keeps what is recorded, checks and adopts a shard that is there but not recorded, and writes the rest.
+not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. After a
+kill at any moment, the next run keeps what is recorded, checks and adopts shards without a record, and writes the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 STATE_FILE = "export.json"
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_GO_ON = "run the command that wrote it (`vlm2rec export-items`, for one) again: it continues where it stopped"
+_CONTINUE = "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped"
 _LIBRARIES = ("python", "vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of one finished shard: its entry in the manifest."""
+    """The record of one finished shard: its entry in the manifest."""
 
     file: str
     rows: int
@@ -58,7 +58,7 @@ class Shard:
 
 
 def rows_of_shards(folder: Location) -> list[int]:
-    """Return the rows of each shard that an export into this folder has planned; none where there is no export."""
+    """Return the row count of each shard that an export into this folder planned; empty if there is no export."""
     known = _known(folder)
     if known is None:
         return []
@@ -66,33 +66,33 @@ def rows_of_shards(folder: Location) -> list[int]:
 
 
 def known_settings(folder: Location) -> dict[str, Any] | None:
-    """Return the settings that an export into this folder was begun or finished with, None where there is none."""
+    """Return the settings of the export in this folder, finished or not; None if there is none."""
     known = _known(folder)
     return None if known is None else dict(known.get("settings", {}))
 
 
 def _known(folder: Location) -> dict[str, Any] | None:
-    """Return the manifest, or what stands in its place while an export is unfinished, or None."""
+    """Return the manifest, or the state file of an unfinished export, or None."""
     with _disk(folder):
         if (folder / schema.MANIFEST_FILE).exists():
             return schema.read_manifest(folder)
         if (folder / STATE_FILE).exists():
-            return schema.read_json(folder / STATE_FILE, "the settings of a begun export", "choose another --out")
+            return schema.read_json(folder / STATE_FILE, "the settings of an unfinished export", "choose another --out")
         return None
 
 
 def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
-    """Return the finished, undamaged shards of the plan, and make the folder ready for the others.
+    """Return the finished, undamaged shards of the plan, and prepare the folder for the others.
 
-    To be called inside `writing(folder)`. Writes the settings into a new folder; removes left-over temporaries and
-    damaged shards, naming them in the log.
+    Call it inside `writing(folder)`. It writes the settings into a new folder, and removes left-over temporary files
+    and damaged shards; the log names the damaged shards.
 
     Args:
         folder: the embeddings folder.
-        plan: what is to be in it.
-        revise: the plan may be over other inputs than what lies there: items were appended, titles or images changed.
-            The caller says which rows are then to be made anew.
-        share: look after these shards alone; other writers are at work on the others.
+        plan: what the folder will hold.
+        revise: the inputs may differ from those of the folder: items were appended, titles or images changed. The
+            caller then decides which rows to make again.
+        share: check and repair only these shards; other writers are at work on the others.
 
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
@@ -102,11 +102,11 @@ def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | Non
 
 
 def _begin(folder: Location, plan: Plan, revise: bool, share: Share | None) -> dict[int, Shard]:
-    known, recorded = _look(folder, plan, revise, share)
+    known, recorded = _read_state(folder, plan, revise, share)
     complete = (folder / schema.MANIFEST_FILE).exists()
     mine = shards_of(plan, share)
     _remove_temporaries(folder, mine if share else None)
-    sound = {n: shard for n, shard in recorded.items() if n not in mine or not _damage(folder, n, shard)}
+    sound = {n: shard for n, shard in recorded.items() if n not in mine or not _discard_damaged(folder, n, shard)}
     adopted = {} if complete else _adopt(folder, plan, [n for n in mine if n not in recorded])
     as_planned = known is not None and known.get("settings") == plan.settings
     if complete and len(sound) == len(plan) and as_planned and not revise:
@@ -122,24 +122,24 @@ def _begin(folder: Location, plan: Plan, revise: bool, share: Share | None) -> d
 
 
 def recorded(folder: Location, plan: Plan, revise: bool = False) -> dict[int, Shard]:
-    """Return the shards that are recorded as finished, unseen; nothing is changed, and the folder need not exist.
+    """Return the shards that are recorded as finished, without checking them; the folder need not exist.
 
     Raises:
         ArtifactError: as `begin`.
     """
-    return _look(folder, plan, revise, None)[1] if folder.is_dir() else {}
+    return _read_state(folder, plan, revise, None)[1] if folder.is_dir() else {}
 
 
-def _look(
+def _read_state(
     folder: Location, plan: Plan, revise: bool, share: Share | None
 ) -> tuple[dict[str, Any] | None, dict[int, Shard]]:
-    """Return what the folder says of itself, and the shards that it records."""
+    """Return the manifest or state file, and the shards that the folder records."""
     known = _known(folder)
     if known is None:
         try:
             _refuse_foreign(folder)
         except ArtifactError:
-            known = _known(folder) if share else None  # another worker has begun meanwhile
+            known = _known(folder) if share else None  # another worker has begun the export meanwhile
             if known is None:
                 raise
     if known is None:
@@ -154,7 +154,7 @@ def shards_of(plan: Plan, share: Share | None) -> range:
 
 
 def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
-    """Write one shard so that it is there whole or not at all, and return its record.
+    """Write one shard, whole or not at all, and return its record.
 
     Raises:
         ArtifactError: the disk is full or fails; nothing was published.
@@ -173,7 +173,7 @@ def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, se
 
 def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
     """Write the manifest, the last file of an export, and return it."""
-    if (folder / schema.MANIFEST_FILE).exists():  # another worker was a moment faster, and may have died since
+    if (folder / schema.MANIFEST_FILE).exists():  # another worker wrote it, and may have died before it tidied up
         _tidy(folder, plan)
         return schema.read_manifest(folder)
     missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
@@ -226,7 +226,7 @@ def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
         if not pq.read_table(draft, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
         shard = _describe(draft, path.name, table[schema.STATUS], seconds)
-        _record_path(folder, number).unlink(missing_ok=True)  # of the shard that this one replaces
+        _record_path(folder, number).unlink(missing_ok=True)  # that of the replaced shard
         publish.put_in_place(draft, path, shard.sha256)
     schema.write_json(_record_path(folder, number), asdict(shard))
     return shard
@@ -239,7 +239,7 @@ def _describe(path: Location, name: str, status: pa.ChunkedArray, seconds: float
 
 
 def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Shard]:
-    """Return records for shards that were renamed but not recorded; remove those that are not what was planned."""
+    """Return records for shards that were renamed but not recorded; remove those that do not match the plan."""
     adopted = {}
     for number in numbers:
         path = folder / schema.shard_name(number)
@@ -261,8 +261,8 @@ def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Sh
     return adopted
 
 
-def _damage(folder: Location, number: int, shard: Shard) -> bool:
-    """Tell whether a recorded shard is missing or changed; a changed one is named in the log and removed."""
+def _discard_damaged(folder: Location, number: int, shard: Shard) -> bool:
+    """Tell whether a recorded shard is missing or changed; if so, log that and remove it."""
     path = folder / schema.shard_name(number)
     if path.is_file() and path.stat().st_size == shard.bytes and storage.sha256_file(path) == shard.sha256:
         return False
@@ -293,7 +293,7 @@ def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
         try:
             found[number] = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            continue  # no record, or one that cannot be read: the shard itself is looked at
+            continue  # no readable record: `begin` checks the shard itself
     return found
 
 
@@ -309,13 +309,13 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
 
 
 def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
-    """Raise `ArtifactError` naming every setting that differs from those the folder was begun with."""
+    """Raise `ArtifactError` naming every setting that differs from those of the export in the folder."""
     version = known.get("schema_version")
     if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
         raise ArtifactError(
             f"{folder} has embedding schema version {version!r}",
             f"a version up to {schema.SCHEMA_VERSION}",
-            "go on with the vlm2rec that began it, or choose a new --out folder",
+            "continue with the vlm2rec version that began it, or choose a new --out folder",
         )
     changed = differences(
         {"shard_size": known.get("shard_size"), **known.get("settings", {})},
@@ -324,11 +324,11 @@ def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revi
     if revise:
         changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
     if changed:
-        fix = "set these back to go on with it, or choose a new --out folder"
+        fix = "set these back to continue, or choose a new --out folder"
         if changed.keys() <= {*INPUT_SETTINGS}:
             fix += (
-                "; where items were appended, --extend makes the new ones; where titles or images have changed,"
-                " --retry-failed makes these anew"
+                "; if items were appended, --extend encodes them; if titles or images have changed, --retry-failed"
+                " encodes those items again"
             )
         raise ArtifactError(
             f"{folder} was begun with other settings: {'; '.join(changed.values())}",
@@ -338,7 +338,7 @@ def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revi
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that differ, nested ones under dotted keys, each with a text that says how."""
+    """Return the settings that differ, nested ones under dotted keys, each with a text that names both values."""
     old, new = flatten(old), flatten(new)
     return {
         key: f"{key} was {_shown(old, key)}, now {_shown(new, key)}"
@@ -355,7 +355,7 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 def _refuse_foreign(folder: Location) -> None:
     publish.require_ours(
         folder,
-        "an export to go on with",
+        "an export to continue",
         ours=False,
         ignored=lambda name: is_lock(name) or is_temporary(name),
         error=ArtifactError,
@@ -363,12 +363,12 @@ def _refuse_foreign(folder: Location) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Tell whether a file name is that of an unfinished write of ours."""
+    """Tell whether a file name is a temporary name of ours."""
     return publish.is_temporary(name, "part-", LOCK_FILE, STATE_FILE, schema.MANIFEST_FILE)
 
 
 def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
-    """Remove what dead writers left half-written; where others are at work, only what belongs to these shards."""
+    """Remove the temporary files of dead writers; with other writers at work, only those of the shards in `mine`."""
     for path in folder.iterdir():
         if is_temporary(path.name):
             number = re.match(r"\.part-(\d+)\.", path.name)
@@ -377,7 +377,7 @@ def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -
 
 
 def _tidy(folder: Location, plan: Plan) -> None:
-    """Remove what a finished folder has no need of: records, and what workers left half-written when they died."""
+    """Remove what a finished folder no longer needs: records, and temporary files of dead workers."""
     _remove_records(folder, plan)
     for path in folder.iterdir():
         if is_temporary(path.name) and not is_writing(path):
@@ -401,6 +401,6 @@ def _disk(folder: Location) -> Iterator[None]:
 def _disk_error(folder: Location, error: OSError) -> ArtifactError:
     return ArtifactError(
         f"{folder} cannot be written ({error.strerror or error})",
-        "room for the vectors and a disk that keeps them, or a store that takes them",
-        f"free some space or mend the disk (or the store's address and credentials), then {_GO_ON}",
+        "enough space and a disk that works, or a store that accepts the vectors",
+        f"free some space or repair the disk (or correct the store's address and credentials), then {_CONTINUE}",
     )

@@ -32,7 +32,7 @@ def verify(folder: Location) -> list[Problem]:
     """Compare a finished embeddings folder with its manifest and return what is wrong with it.
 
     Finds missing, truncated, changed and foreign files, duplicate ids, wrong counts, NaN and infinity, wrong
-    dimensions, and statuses that do not fit the vectors. Memory is that of one batch of rows and of all ids.
+    dimensions, and statuses that do not fit the vectors. Memory holds one batch of rows and all ids.
 
     Raises:
         ArtifactError: there is no manifest that this version can read.
@@ -51,8 +51,8 @@ def verify(folder: Location) -> list[Problem]:
             status += content.status
     twice = duplicates(ids)
     if twice:
-        problems.append(Problem("all shards", f"{len(twice)} ids stand twice, among them {twice[:5]}"))
-    if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums cannot be right
+        problems.append(Problem("all shards", f"{len(twice)} ids occur more than once, among them {twice[:5]}"))
+    if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums are wrong anyway
         problems += [Problem(schema.MANIFEST_FILE, what) for what in _sum_problems(manifest, status)]
     known = {schema.MANIFEST_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
     for name in sorted(path.name for path in folder.iterdir()):
@@ -78,7 +78,7 @@ def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     if manifest.get("fingerprint") != fingerprint(manifest["settings"]):
         problems.append("the fingerprint is not that of the settings")
     for number, entry in enumerate(manifest["shards"]):
-        # a name is never followed out of the folder
+        # a file name must not lead out of the folder
         if not isinstance(entry, dict) or entry.get("file") != schema.shard_name(number):
             problems.append(f"shard {number} is not recorded as {schema.shard_name(number)}")
         elif not {"rows", "bytes", "sha256"} <= set(entry):
@@ -120,7 +120,7 @@ def _sum_problems(manifest: Mapping[str, Any], status: Sequence[str]) -> list[st
     if len(status) != manifest["num_items"]:
         problems.append(f"num_items is {manifest['num_items']}, the shards hold {len(status)} rows")
     for name in sorted({*schema.STATUSES, *manifest["counts"]}):
-        found, said = status.count(name), manifest["counts"].get(name, 0)
-        if found != said:
-            problems.append(f"counts[{name}] is {said}, the shards hold {found}")
+        found, stated = status.count(name), manifest["counts"].get(name, 0)
+        if found != stated:
+            problems.append(f"counts[{name}] is {stated}, the shards hold {found}")
     return problems

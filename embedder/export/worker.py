@@ -1,4 +1,4 @@
-"""Making the rows of one shard: images are read, items are encoded, and what is still right is taken over."""
+"""Makes the rows of one shard: reads images, encodes items, and reuses earlier rows that are still right."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm2rec.embedder.export.plan import Plan
 from vlm2rec.embedder.export.reuse import EarlierRows
 from vlm2rec.embedder.options import ImagePolicy, Storage
 
-ITEMS_AT_ONCE = 128  # decoded together, and sorted into batches together
+ITEMS_AT_ONCE = 128  # whose images are read together, and which are sorted into batches together
 READERS = min(8, os.cpu_count() or 1)
 
 
@@ -35,7 +35,7 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and whatever else."""
+        """Everything that decides a vector, as JSON: `dim`, `views`, `max_pixels` and the rest."""
 
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n items; rows of NaN where a view is absent."""
@@ -43,7 +43,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """What becomes of some items: their vectors, NaN where they have none, and their status."""
+    """The result for some items: vectors (NaN where there are none), status, and reason of a failure."""
 
     vectors: dict[str, np.ndarray]  # view → (n, d) float32
     status: list[str]
@@ -51,14 +51,14 @@ class EncodedRows:
 
 
 class ShardMaker:
-    """Makes the shards of a plan: encodes what is new, and takes over what is not. Loads the encoder when it must.
+    """Makes the shards of a plan: encodes new rows and reuses earlier ones. Loads the encoder when it is first needed.
 
     Args:
         dataset: the items.
-        plan: which of them in which shard.
+        plan: which of them goes into which shard.
         load_encoder: called once, if there is something to encode.
-        earlier: where other rows are taken from.
-        image_timeout: seconds after which the read of an image is given up.
+        earlier: the rows to reuse.
+        image_timeout: seconds after which reading an image is given up.
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class ShardMaker:
         self._encoder = functools.cache(load_encoder)
 
     def close(self) -> None:
-        """Let the readers go."""
+        """Stop the image readers."""
         self.readers.close()
 
     def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
-        """Return the table of a shard; `reuse_rows` says where earlier rows lie, -1 for those to encode."""
+        """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to encode."""
         rows = np.array(self.plan.rows(number))
         new = self.encoded([int(row) for row in rows[reuse_rows < 0]], advance) if (reuse_rows < 0).any() else None
         if self.earlier is None or (reuse_rows < 0).all():
             assert new is not None
             return new
-        # no cast: it refuses lists without nulls of which a whole list is null, as in a view that is not exported
+        # no cast: it refuses a null list whose elements may not be null, as in a view that is not exported
         known = self.earlier.take(reuse_rows[reuse_rows >= 0]).replace_schema_metadata(self.plan.schema.metadata)
         both = known if new is None else pa.concat_tables([new, known])
         return both.take(np.argsort(np.concatenate([np.flatnonzero(reuse_rows < 0), np.flatnonzero(reuse_rows >= 0)])))
 
     def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
-        """Return the table of some items, all of them encoded."""
+        """Encode some items, and return their table."""
         policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
         encoder, dataset = self._encoder(), self.dataset
         parts: list[EncodedRows] = []
@@ -116,7 +116,7 @@ def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
 def _images_of(
     encoder: Encoder, dataset: Dataset, plan: Plan, rows: Sequence[int], readers: Readers
 ) -> Iterator[tuple[Sequence[int], list[Picture]]]:
-    """Yield pieces of some rows with their images; without opening any where the vectors are of text alone."""
+    """Yield rows piece by piece with their images; no image is opened if the vectors are of text alone."""
     pieces = _pieces(rows)
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
@@ -161,19 +161,19 @@ def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Pict
             raise DataError(
                 f"the image {dataset.image_paths[row]!r} of item {dataset.item_ids[row]!r} cannot be used: {image}",
                 f"a readable image below {dataset.image_root} for every item",
-                "mend it, or let it be a row with a reason: --on-image-error null or text_only",
+                "repair it, or choose --on-image-error null or text_only, which stores the reason in the item's row",
             )
 
 
 def load_same(load_encoder: Callable[[], Encoder], expected: Mapping[str, Any]) -> Encoder:
-    """Load the encoder, if it is what the plan was made for: its files may have been replaced meanwhile."""
+    """Load the encoder and require that it matches the plan: its files may have been replaced meanwhile."""
     encoder = load_encoder()
     found = encoder.fingerprint
     changed = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     if changed:
         raise ModelError(
             f"the loaded encoder has other settings than its files said a moment ago ({', '.join(changed)})",
-            "a backbone and an adapter that nobody changes meanwhile",
+            "a backbone and an adapter that nobody changes during the export",
             "run the command again",
         )
     return encoder
@@ -188,9 +188,10 @@ def encode_rows(
 ) -> EncodedRows:
     """Encode items; an item whose image or vectors cannot be used becomes a row with a reason.
 
-    NaN and infinity get a second chance: alone, and in float32.
+    An item with NaN or infinity is encoded once more: alone, and in float32.
 
-    With the policy `text_only` an item without image has its text vector as fused vector, with the others none at all.
+    With the policy `text_only`, an item without an image gets its text vector as fused vector; with the other
+    policies it gets no vector.
     """
     bad = {row: image for row, image in enumerate(images) if isinstance(image, ImageError)}
     wanted = [row for row in range(len(titles)) if row not in bad or policy == "text_only"]
@@ -209,7 +210,7 @@ def encode_rows(
             vectors[schema.FUSED][without_image] = vectors[schema.TEXT][without_image]
 
     def unusable(row: int) -> str:
-        """Return why a vector that should be there cannot be stored, or an empty text."""
+        """Return why an expected vector cannot be stored, or an empty text."""
         promised = [view for view in views if row not in bad or view != schema.IMAGE]
         if broken := [view for view in promised if not np.isfinite(vectors[view][row]).all()]:
             return f"the model gives NaN or infinity ({', '.join(broken)})"
@@ -224,7 +225,7 @@ def encode_rows(
     if broken := [row for row in wanted if unusable(row)]:
         with encoder.in_float32() if isinstance(encoder, ItemEncoder) else nullcontext():
             for row in broken:
-                encode([row])  # a neighbour in the batch may have caused it
+                encode([row])  # another item of the batch may have caused it
                 if reason := unusable(row):
                     failed.add(row)
                     reasons[row] = reason

@@ -1,1 +1,1 @@
-"""Fine-tuning: samples, losses, methods, the trainer, and what is watched while it runs."""
+"""Fine-tuning: samples, losses, methods, the trainer, and the measurements made while it runs."""

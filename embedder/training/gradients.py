@@ -1,11 +1,11 @@
 """How much each modality contributes to an update: cosines between gradients (Fig. 1b of the VLM2Rec paper).
 
-    g_total   gradient of the loss that is trained, on the batch at hand
+    g_total   gradient of the loss that is trained, on the current batch
     g_T, g_V  gradients of the contrastive objective (Eq. 3) with one modality's vectors alone, users and items
 
 All three are taken with respect to the same parameters and from the same forward pass, so under the same dropout
 masks: no random number is drawn, and the graph is kept for the step itself. The penalty of Eq. 9 compares two
-modalities and does not exist for one alone; with VLM2Rec too, g_T and g_V are therefore those of plain InfoNCE.
+modalities and does not exist for one alone; with VLM2Rec too, g_T and g_V are therefore gradients of plain InfoNCE.
 
 SDA has a loss between the two modalities (section 3.3.3 of its paper): there g_T is its gradient with the image
 vectors held constant, and g_V with the text vectors. `conflict` compares the two in single matrices, where a negative
@@ -45,16 +45,16 @@ def modality_losses(
 def gradient_alignment(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
     """Return the cosine of every pair of losses' gradients, and the gradients' lengths.
 
-    The graph of the losses is left whole and no `.grad` is touched. Processes that train together call this alike; the
-    gradients are then those of the losses that they have in common.
+    The graph of the losses is kept and no `.grad` is changed. Processes that train together all call this; the
+    gradients are then those of their common losses.
 
     Args:
         losses: scalars by name, such as `total`, `text`, `image`.
-        parameters: what to differentiate by; one that a loss does not reach counts as gradient 0.
+        parameters: what to differentiate by; a parameter that a loss does not depend on has gradient 0.
 
     Returns:
-        `cos_<a>_<b>` for every pair in the order of `losses`, `norm_<a>` for each. What is not defined is left out: a
-        cosine with a gradient of length 0, anything with one that is not finite.
+        `cos_<a>_<b>` for every pair in the order of `losses`, `norm_<a>` for each. Undefined values are left
+        out: a cosine with a gradient of length 0, and everything about a gradient that is not finite.
     """
     gradients = {name: _gradient(loss, parameters) for name, loss in losses.items()}
     norms = {name: _dot(gradient, gradient) ** 0.5 for name, gradient in gradients.items()}
@@ -70,21 +70,21 @@ Part = tuple[Tensor, tuple[slice, ...]]
 
 
 def conflict(losses: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]]) -> dict[str, float]:
-    """Return the cosine of the gradients of two losses in each of some places, `cos_<a>_<b>_<place>`.
+    """Return the cosine of the gradients of two losses in several places of the model, `cos_<a>_<b>_<place>`.
 
-    What is not defined is left out: a cosine with a gradient of length 0, or with one that is not finite.
+    Undefined values are left out: a cosine with a gradient of length 0, or with one that is not finite.
 
     Args:
-        losses: two scalars by name; their graph is left whole.
-        parts: by place, the parts of parameters that count as one vector there.
+        losses: two scalars by name; their graph is kept.
+        parts: for each place, the parts of parameters that together form one vector.
     """
     (a, first), (b, second) = losses.items()
     row = {}
-    for place, here in parts.items():
-        one, other = (_gradient(loss, [parameter for parameter, _ in here]) for loss in (first, second))
+    for place, place_parts in parts.items():
+        one, other = (_gradient(loss, [parameter for parameter, _ in place_parts]) for loss in (first, second))
         pairs = [
             (x[index], y[index])
-            for x, y, (_, index) in zip(one, other, here, strict=True)
+            for x, y, (_, index) in zip(one, other, place_parts, strict=True)
             if x is not None and y is not None
         ]
         xs, ys = [x for x, _ in pairs], [y for _, y in pairs]

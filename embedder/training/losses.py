@@ -1,11 +1,11 @@
 """The losses of users and items: InfoNCE (SFT) and VLM2Rec's WPCL + CRTR. Pure tensor code.
 
-They take a batch of B users with their B target items; row i of one belongs to row i of the other.
-The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target and its
-repeats at other users are left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
+They take a batch of B users and their B target items; row i of the items is the target of user i.
+The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target, also where
+other users have it, is left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
 
-At the end stand the two as a training calls any loss, by view: `InfoNCEObjective` and `VLM2RecObjective`.
+At the end of the module are both losses in the form that training calls: `InfoNCEObjective` and `VLM2RecObjective`.
 
 Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
 τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
@@ -30,7 +30,7 @@ from vlm2rec.embedder.options import FusionNorm
 class LossParts(NamedTuple):
     """What `VLM2RecLoss` returns. All parts carry the graph; detach them for logging."""
 
-    total: Tensor  # scalar, the one to differentiate: WPCL + λ·CRTR (Eq. 14)
+    total: Tensor  # scalar, to be differentiated: WPCL + λ·CRTR (Eq. 14)
     wpcl: Tensor  # scalar, 0 when switched off
     crtr: Tensor  # scalar, before λ; 0 when switched off
     weight: Tensor  # (B,) w of Eq. 9; 1 when the penalty is off
@@ -41,9 +41,9 @@ class LossParts(NamedTuple):
 class VLM2RecLoss(nn.Module):
     """Weak-modality penalised contrastive loss plus cross-modal relational topology regularisation (Eqs. 6-14).
 
-    α and β are softplus of a free parameter: dL/dβ is positive whenever there is a negative, so a β without that
-    bound shrinks through zero and takes w below zero with it. Keep their parameters out of weight decay, which would
-    pull both towards ln 2.
+    α and β are softplus of a free parameter: dL/dβ is positive whenever there is a negative, so a β without
+    this bound would shrink below zero and make w negative. Keep both parameters out of weight decay, which would pull
+    α and β towards ln 2.
 
     Args:
         tau_wpcl: temperature τ_WPCL of Eq. 10.
@@ -52,7 +52,7 @@ class VLM2RecLoss(nn.Module):
         alpha: effective initial value of α, above 0.
         beta: effective initial value of β, above 0.
         learnable: train α and β; otherwise they are buffers and stay as given.
-        stop_gradient: hold M_strong constant in Eq. 8, so that the gap closes by raising the weak modality only.
+        stop_gradient: keep M_strong constant in Eq. 8, so that only the weak modality closes the gap.
         penalty: use w; otherwise w = 1 and WPCL is InfoNCE ("w/o w_pen").
         crtr: add CRTR ("w/o CRTR" when off).
         fusion_norm: `raw` sums the vectors as they are (Eq. 2), `normalised` sums unit vectors.
@@ -90,7 +90,7 @@ class VLM2RecLoss(nn.Module):
             raw = torch.tensor(_softplus_inverse(value))
             if learnable and penalty and wpcl:
                 self.register_parameter(name, nn.Parameter(raw))
-            else:  # a parameter that no loss reaches would stop distributed training
+            else:  # a parameter without gradient would stop distributed training
                 self.register_buffer(name, raw)
 
     @property
@@ -165,12 +165,12 @@ def info_nce(user: Tensor, item: Tensor, item_ids: Tensor, tau: float = 0.1) -> 
 
 
 def effective_negatives(item_ids: Tensor) -> Tensor:
-    """Return |N_u|, how many in-batch negatives each row really has, (B,) int64."""
+    """Return |N_u|, the number of in-batch negatives of each row, (B,) int64."""
     return other_items(item_ids).sum(dim=1)
 
 
 def other_items(item_ids: Tensor) -> Tensor:
-    """Return which columns are negatives of which row, (B, B) bool: those of another item."""
+    """Return which columns are negatives of which row, (B, B) bool: the columns of other items."""
     return item_ids[:, None] != item_ids[None, :]
 
 
@@ -196,7 +196,7 @@ def penalty_weight(
 ) -> Tensor:
     """Return w = 1 + β·softplus(α·Δ) with Δ = sg[M_strong] - M_weak (Eqs. 7-9), (B,).
 
-    At Δ = 0 this is 1 + β·ln 2, its least value; the equation does not reach 1.
+    At Δ = 0, w has its least value, 1 + β·ln 2; it never reaches 1.
     """
     strong = torch.maximum(margin_text, margin_image)
     weak = torch.minimum(margin_text, margin_image)
@@ -214,7 +214,7 @@ def contrastive(similarity: Tensor, others: Tensor, tau: float, weight: Tensor |
         weight: w of each row, (B,), above 0.
     """
     logits = similarity / tau
-    # measured from the positive the loss is log(1 + Σ e^x): never below 0, and accurate when it is small
+    # relative to the positive the loss is log(1 + Σ e^x): never below 0, and accurate when it is small
     behind = logits - logits.diagonal()[:, None]  # (B, B)
     if weight is not None:
         behind = behind + weight.log()[:, None]
@@ -235,18 +235,18 @@ def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float)
         tau: temperature τ_CRTR.
     """
     left_out = ~others & ~torch.eye(len(others), dtype=torch.bool, device=others.device)
-    # logarithms throughout: at τ_CRTR = 0.001 most probabilities underflow. A left-out candidate has probability 0 on
-    # both sides; its log is set to the same finite number after the softmax, as ∞ - ∞ would be NaN.
+    # logarithms throughout: at τ_CRTR = 0.001 most probabilities underflow. An excluded candidate has probability 0 on
+    # both sides; its log becomes the same finite number after the softmax, as ∞ - ∞ would be NaN.
     log_text = (text / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
     log_image = (image / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
-    # the two divergences in one sum, whose terms are all >= 0
+    # both divergences as one sum, in which every term is >= 0
     return 0.5 * ((log_text.exp() - log_image.exp()) * (log_text - log_image)).sum(dim=1)
 
 
-# --- as a training calls them ---------------------------------------------------------------------------------
+# --- in the form that training calls ---------------------------------------------------------------------------------
 
 Views = Mapping[str, Tensor]
-"""Vectors of B users or items by view, (B, d) each: `fused`, and `text` and `image` where the encoder makes them."""
+"""Vectors of B users or items by view, (B, d) each: `fused`, and `text` and `image` if the encoder makes them."""
 
 Log = dict[str, Tensor]
 """Scalars for the training curves, by name."""
@@ -274,12 +274,12 @@ class InfoNCEObjective(nn.Module):
 
 
 class VLM2RecObjective(VLM2RecLoss):
-    """`VLM2RecLoss` of vectors by view. It is one, not around one: checkpoints name its α and β."""
+    """`VLM2RecLoss` of vectors by view. It is a subclass, so that checkpoints keep the names of α and β."""
 
     def forward(  # type: ignore[override]
         self, users: Views, items: Views, targets: Tensor
     ) -> tuple[Tensor, Log]:
-        """Return the loss of users and their target items, and its parts for the curves; arguments as InfoNCE's."""
+        """Return the loss of users and their target items, and its parts for the curves; arguments as for InfoNCE."""
         sides = (users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE])
         parts = super().forward(*sides, targets)
         return parts.total, {
@@ -293,7 +293,7 @@ class VLM2RecObjective(VLM2RecLoss):
 
 
 def _margins_to_log(by_view: Mapping[str, Tensor]) -> Log:
-    """Return each view's mean margin and, where there are two, the share of users whose weak modality is the image."""
+    """Return each view's mean margin and, with two views, the share of users whose weak modality is the image."""
     log = {f"margin_{view}": margin.mean() for view, margin in by_view.items()}
     if len(by_view) == len(schema.MODALITIES):
         log["weak_is_image"] = (by_view[schema.IMAGE] < by_view[schema.TEXT]).float().mean()
@@ -304,7 +304,7 @@ def _margins_to_log(by_view: Mapping[str, Tensor]) -> Log:
 
 
 def _positive(raw: Tensor) -> Tensor:
-    # the bound keeps the value above 0 where softplus itself underflows
+    # the lower bound keeps the value above 0 if softplus itself underflows
     return F.softplus(at_least_float32(raw)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -313,7 +313,7 @@ def _softplus_inverse(value: float) -> float:
 
 
 def require(condition: bool, found: str, expected: str) -> None:
-    """Raise `ConfigError` of a loss's settings unless the condition holds."""
+    """Raise `ConfigError` about a loss's settings unless the condition holds."""
     if not condition:
         raise ConfigError(found, expected, "correct the loss settings")
 

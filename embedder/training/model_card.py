@@ -24,14 +24,14 @@ def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -
     """Return the README of an adapter folder.
 
     Args:
-        settings: what `vlm2rec.json` says of the adapter.
-        metrics: names and values of the best validation.
+        settings: the content of the adapter's `vlm2rec.json`.
+        metrics: names and values of the best validation metrics.
     """
     encoder, training, data = settings["encoder"], settings["training"], settings["dataset"]
     backbone = settings["backbone"]
     revision = (settings.get("backbone_settings") or {}).get("revision")
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics)
-    asked = "\n".join(f"- {view}: `{_shown(prompt)}`" for view, prompt in _prompts(encoder).items())
+    prompt_lines = "\n".join(f"- {view}: `{_shown(prompt)}`" for view, prompt in _prompts(encoder).items())
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     command = f"vlm2rec export-items --data DATA --backbone {backbone} --adapter THIS_FOLDER --out EMBEDDINGS"
     return f"""---
@@ -50,7 +50,7 @@ the {"histories" if data["users"] else "items"} of `{data["name"]}` for item emb
 
 **Prompts** (mode `{encoder["prompt_mode"]}`), {_asked(encoder)}:
 
-{asked}
+{prompt_lines}
 
 Fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}). Titles up to {encoder["max_title_tokens"]} tokens.
 

@@ -1,23 +1,23 @@
-"""When the space of a modality collapses: rules over the probes of a fine-tuning run.
+"""Detects when a modality's vectors collapse: rules over the probes of a fine-tuning run.
 
 A probe is a row of numbers, measured on the same users and items each time: `step`, and per view `S_<view>` (Eq. 5),
 `A_pos_<view>`, `A_neg_<view>`, `U_<view>` (Eq. 4) and `rank_<view>`, the effective rank. This module only reads such
-rows; who measures them is the caller's business.
+rows; the caller measures them.
 
-Three rules, each judged against the run's first probe, which is the vanilla backbone unless the run was resumed
-without one:
+Three rules compare each probe with the run's first probe. That one measured the vanilla backbone, unless the run was
+resumed without it:
 
 - `behind`: a modality's S is at or below its first value while the other's is more than `RISE` above its own, in
-  each of the last `PATIENCE` probes. Training serves one modality at the other's cost: the paper's modality collapse.
-  Not judged while either is `narrow`: the ratio of two vanishing distances goes up and down by itself.
+  each of the last `PATIENCE` probes. Training improves one modality at the other's cost: the paper's modality collapse.
+  The rule does not apply while either is `narrow`: the ratio of two vanishing distances rises and falls by chance.
 - `flat`: a modality's effective rank is below `RANK_SHARE` of its first value in each of the last `PATIENCE` probes.
-  Its vectors have gathered in fewer directions, whatever S says.
+  Its vectors span fewer directions, whatever S is.
 - `narrow`: its A_neg, the mean squared distance of a user to other items, is below `SPREAD_SHARE` of its first value in
-  each of the last `PATIENCE` probes. Everything is drawing together into one point, where S, a ratio, may look well.
+  each of the last `PATIENCE` probes. All vectors move to one point; S, a ratio, may still look good.
 
-With internal fusion, which has no vectors of one modality, the fused vectors are judged by the last two.
+With internal fusion there are no vectors of one modality, so `flat` and `narrow` judge the fused vectors.
 
-One probe alone proves nothing: S of a few dozen users moves by a percent or two from probe to probe.
+One probe alone proves nothing: S of a few dozen users varies by a percent or two from probe to probe.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Row = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Probe:
-    """How a run measures itself: on which users, and how often.
+    """How a run is measured: on how many users, and how often.
 
     Args:
-        users: how many; rows measured on another number are not comparable and start a new history.
-        measure: encodes them and their items with the weights of the moment, and returns a row without its step.
+        users: their number; rows of another number are not comparable and start a new history.
+        measure: encodes the users and their items with the current weights, and returns a row without its step.
         steps: training steps between two probes; 0 chooses a twentieth of the run, at least 10.
     """
 
@@ -58,14 +58,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Collapse:
-    """One view in trouble, from the probe at which it had lasted long enough to be called so.
+    """The collapse of one view, reported after it has lasted for `PATIENCE` probes.
 
     Args:
-        step: training step of that probe.
+        step: training step of the probe that reports it.
         view: fused, text or image.
         rule: `behind`, `flat` or `narrow`.
         message: what was measured, in a sentence.
-        until: step of the first probe at which it was over; None if it lasted to the last one.
+        until: step of the first probe at which it had ended; None if it lasted to the last probe.
     """
 
     step: int
@@ -76,18 +76,18 @@ class Collapse:
 
 
 def collapses(probes: Sequence[Row]) -> list[Collapse]:
-    """Return every collapse that a run's probes show, in the order in which they were noticed.
+    """Return every collapse that a run's probes show, in the order in which they were reported.
 
     Args:
-        probes: rows in order of steps, the first one to compare with. A view that a row does not hold (internal
-            fusion, one view alone, a vector that was not finite) is not judged there.
+        probes: rows in order of steps, the first one to compare with. A view that a row lacks (internal fusion,
+            one view alone, a vector that was not finite) is not judged at that row.
     """
     found = [collapse for view in _judged(probes) for rule in _HOLDS for collapse in _episodes(probes, view, rule)]
     return sorted(found, key=lambda collapse: collapse.step)
 
 
 def _judged(probes: Sequence[Row]) -> tuple[str, ...]:
-    """Return the modalities that are there, or fused where there is nothing else: it follows from its parts."""
+    """Return the modalities that the probes measured, or else fused, which depends on the modalities."""
     own = tuple(view for view in schema.MODALITIES if any(f"S_{view}" in row for row in probes))
     return own or (schema.FUSED,)
 
@@ -96,9 +96,9 @@ def _episodes(probes: Sequence[Row], view: str, rule: Rule) -> list[Collapse]:
     """Return the stretches of at least `PATIENCE` probes in which a rule holds for a view."""
     episodes: list[Collapse] = []
     run = 0
-    for place, row in enumerate(probes):
+    for index, row in enumerate(probes):
         step = int(row["step"])
-        if place and _HOLDS[rule](probes[0], row, view):
+        if index and _HOLDS[rule](probes[0], row, view):
             run += 1
             if run == PATIENCE:
                 episodes.append(Collapse(step, view, rule, _message(probes[0], row, view, rule)))
@@ -140,13 +140,13 @@ def _message(first: Row, row: Row, view: str, rule: Rule) -> str:
     if rule == "flat":
         now, before = row[f"rank_{view}"], first[f"rank_{view}"]
         return (
-            f"the {view} vectors have gathered in fewer directions: effective rank {now:.1f}, {before:.1f} {start},"
+            f"the {view} vectors span fewer directions: effective rank {now:.1f}, {before:.1f} {start},"
             f" below {RANK_SHARE:.0%} of it for {PATIENCE} probes"
         )
     if rule == "narrow":
         now, before = row[f"A_neg_{view}"], first[f"A_neg_{view}"]
         return (
-            f"the {view} vectors are drawing together into one point: mean squared distance of a user to other items"
+            f"the {view} vectors move to one point: mean squared distance of a user to other items"
             f" {now:.3g}, {before:.3g} {start}, below {SPREAD_SHARE:.0%} of it for {PATIENCE} probes"
         )
     own, other = f"S_{view}", f"S_{_other(view)}"

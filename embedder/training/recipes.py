@@ -1,8 +1,8 @@
-"""Which methods and losses `finetune` can train by: a row of `METHODS` each, and of `LOSSES`.
+"""The methods and losses of `finetune`: each method is a row of `METHODS`, each loss a row of `LOSSES`.
 
-A recipe takes the settings of a run where what it needs depends on them, and hands on plain values. `vlm2rec` learns
-from users' histories, by any of `LOSSES`; `sda` aligns the text and the image vectors of items. The command line reads
-this table for its help, its checks and a method's defaults, so models and losses are imported where they are made.
+A recipe's functions read the settings of a run and pass plain values on. `vlm2rec` learns from users' histories, with
+any of `LOSSES`; `sda` aligns the text and the image vectors of items. The command line reads these tables for its help,
+its checks and a method's defaults, so models and losses are imported only where they are made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Settings = Any
 """The settings of `finetune`, read by attribute: their class, `FinetuneConfig`, belongs to the pipelines."""
 
 Advice = Callable[[Settings, bool], Sequence[str]]
-"""Settings to change when a view collapses, in words. True: one modality falls behind, and the space is wide enough."""
+"""Returns which settings to change when a view collapses. True: every noticed collapse has the rule `behind`."""
 
 
 def _nothing_to_check(settings: Settings) -> None:
@@ -52,13 +52,13 @@ def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
 # --- losses of histories --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LossRecipe:
-    """A loss that a model of histories is trained by.
+    """A loss for training on histories.
 
     Args:
         help: what it is, for `--help`.
-        make: returns it, called as `loss(users, items, targets)` (`HistoryModel`).
-        check: raises `ConfigError` where settings contradict it.
-        advice: what to try against collapse.
+        make: returns the loss, which is called as `loss(users, items, targets)` (`HistoryModel`).
+        check: raises `ConfigError` if settings contradict the loss.
+        advice: returns what to try against collapse.
     """
 
     help: str
@@ -75,7 +75,7 @@ def _info_nce(settings: Settings) -> nn.Module:
 
 def _info_nce_advice(settings: Settings, behind: bool) -> Sequence[str]:
     if behind:
-        return ("--loss vlm2rec, which presses harder on the negatives the further one modality lags",)
+        return ("--loss vlm2rec, which weighs the negatives more the further one modality falls behind",)
     return (f"a higher --tau-wpcl (now {settings.tau_wpcl:g})",)
 
 
@@ -106,8 +106,8 @@ def _check_vlm2rec_loss(settings: Settings) -> None:
         )
     if settings.views != "both":
         raise ConfigError(
-            f"--views {settings.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) hold a text"
-            " and an image vector of each user and item against each other, and one view has nothing to balance",
+            f"--views {settings.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) compare the"
+            " text and the image vectors of users and items, and one view alone has nothing to compare",
             "--loss sft (InfoNCE) with one view, or --views both",
             "change one of the two",
         )
@@ -129,20 +129,20 @@ LOSSES: dict[str, LossRecipe] = {
 # --- methods --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train an adapter.
+    """A method to train an adapter.
 
     Args:
         help: what it learns from, for `--help`.
-        samples: returns what it learns from.
-        model: puts an encoder, its adapter and items together with a loss.
-        title: returns what is trained, in a word or two.
-        own: names of settings that mean something to this method; with a method that does not name them, they are
-            refused. What no method names belongs to all of them.
-        defaults: its own, where they differ from those of `FinetuneConfig`.
-        adapter: puts a fresh adapter into a backbone, in place, and returns what `save_adapter` takes.
-        check: raises `ConfigError` where settings contradict each other.
-        advice: what to try against collapse.
-        shown: numbers of the training curves that are shown while it runs, beside the loss.
+        samples: returns the training samples.
+        model: combines an encoder, its adapter and items with a loss.
+        title: returns a short name of what is trained.
+        own: settings that only the methods that name them use; other methods refuse them. A setting that no method
+            names belongs to all methods.
+        defaults: this method's defaults that differ from those of `FinetuneConfig`.
+        adapter: puts a new adapter into a backbone, in place, and returns what `save_adapter` takes.
+        check: raises `ConfigError` if settings contradict each other.
+        advice: returns what to try against collapse.
+        shown: values of the training curves that are shown during training, besides the loss.
         probed: projections in which it also compares the gradients of text and image (`gradients.conflict`).
         distributed: whether several processes may train it together.
     """
@@ -181,7 +181,7 @@ def _loss_title(settings: Settings) -> str:
 def _check_histories(settings: Settings) -> None:
     if settings.prompt_style == "sda":
         raise ConfigError(
-            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts ask about single items",
+            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts are for single items",
             "--prompt-style vlm2rec, or --method sda",
             "change one of the two",
         )
@@ -222,7 +222,7 @@ def _check_items(settings: Settings) -> None:
     if settings.fusion == "internal" or settings.views != "both":
         raise ConfigError(
             f"--method sda with --fusion {settings.fusion} and --views {settings.views}: it aligns the text and the"
-            " image vectors of items, and one of them or both are not there",
+            " image vectors of items, and these settings do not make both",
             "--fusion external and --views both",
             "leave --fusion and --views out",
         )
@@ -265,12 +265,12 @@ METHODS: dict[str, Recipe] = {
 
 
 def recipe_of(method: str) -> Recipe:
-    """Return the recipe of a method; raise `ConfigError` where there is none of that name."""
+    """Return the recipe of a method; raise `ConfigError` if there is none of this name."""
     return _known("--method", method, METHODS)
 
 
 def loss_of(name: str) -> LossRecipe:
-    """Return the recipe of a loss; raise `ConfigError` where there is none of that name."""
+    """Return the recipe of a loss; raise `ConfigError` if there is none of this name."""
     return _known("--loss", name, LOSSES)
 
 
@@ -283,7 +283,7 @@ def _known(flag: str, name: str, rows: Mapping[str, _Row]) -> _Row:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise `ConfigError` where a setting belongs to another method than the chosen one, or contradicts it."""
+    """Raise `ConfigError` if a setting belongs to another method than the chosen one, or contradicts it."""
     recipe = recipe_of(settings.method)
     defaults = {field.name: field.default for field in fields(settings)}
     for other, theirs in METHODS.items():

@@ -1,4 +1,4 @@
-"""Training samples: (the items before, the item that came next), from training sequences only."""
+"""Training samples: (a user's history, the next item), from training sequences only."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Samples:
     """A sequence of `Sample`s over users' training sequences.
 
     `last` takes each user's last item as target, `random` another position each epoch (the same for equal seed and
-    epoch), `all` every position. Histories are cut to the last `max_history` items. Users with one training item have
-    nothing to predict and are left out; `skipped` counts them.
+    epoch), `all` every position. Histories are cut to the last `max_history` items. A user with one training item has
+    no history to learn from and is left out; `skipped` counts these users.
 
     Args:
         sequences: item rows of every user's training sequence, oldest first.
         max_history: longest history.
         mode: which positions become targets.
         users: take this many users at random (few-shot); 0 takes all.
-        seed: of the draw of users and of random positions.
+        seed: seed of the draw of users and of random positions.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Samples:
         if users:
             usable = np.sort(np.random.default_rng([seed, 1]).choice(usable, users, replace=False))
         self.users = usable
-        # (user, position of the target); position -1 is drawn anew each epoch
+        # (user, position of the target); position -1 is drawn again in each epoch
         if mode == "all":
             self._moments = [(int(u), p) for u in usable for p in range(1, len(sequences[u]))]
         else:
@@ -75,7 +75,7 @@ class Samples:
         return Sample(user, items[max(0, position - self._max_history) : position], int(items[position]))
 
     def summary(self) -> dict[str, str]:
-        """Return the row of a run's summary that says what was learned from."""
+        """Return the row of a run's summary that names the training data."""
         return {"users": f"{len(self.users)}, {len(self)} samples a epoch, {self.skipped} users too short"}
 
     def set_epoch(self, epoch: int) -> None:

@@ -28,13 +28,13 @@ from vlm2rec.embedder.training.train import Model
 
 
 class ItemSamples(Sequence[int]):
-    """Every item of a catalogue, as rows of `items.parquet`: their texts and images are known, bought or not."""
+    """Every item of a catalogue, as rows of `items.parquet`, whether a user has bought it or not."""
 
-    users: tuple[int, ...] = ()  # nobody's history is read
+    users: tuple[int, ...] = ()  # no user's history is read
 
     def __init__(self, count: int) -> None:
         if count < 2:
-            raise DataError(f"a catalogue of {count} items", "two or more, to hold against each other")
+            raise DataError(f"a catalogue of {count} items", "two or more, to compare with each other")
         self._count = count
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class ItemSamples(Sequence[int]):
         return range(self._count)[index]
 
     def summary(self) -> dict[str, str]:
-        """Return the row of a run's summary that says what was learned from."""
+        """Return the row of a run's summary that names the training data."""
         return {"items": f"{len(self)}"}
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,12 +67,12 @@ class ItemModel(Model):
     def forward(  # type: ignore[override]
         self, rows: Tensor, with_gradients: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        """Return the loss of a batch of items, what to log of it, and the alignment of its gradients if asked for.
+        """Return the loss of a batch of items, values to log, and with `with_gradients` the alignment of its gradients.
 
         Args:
             rows: (N,) different item rows.
             with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
-                adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph stays as it is.
+                adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph is kept.
         """
         vectors = self.encode([[int(row)] for row in rows])
         text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
@@ -96,7 +96,7 @@ class ItemModel(Model):
 
 
 def probed(backbone: Backbone) -> dict[str, list[Part]]:
-    """Return, by projection of the last layer, A and B of its adapter: of MoDA the first expert's part of them."""
+    """Return A and B of the adapter for each projection of the last layer; with MoDA, the first expert's part."""
     attention = backbone.language_model.layers[-1].self_attn
     return {name: _matrices(getattr(attention, name)) for name in SDA_PROBED}
 
@@ -110,21 +110,21 @@ def _matrices(layer: nn.Module) -> list[Part]:
     return [(a, (first, everything)), (b, (everything, first))]
 
 
-# Mean-pooled vectors lie in a narrow cone, with cosines of 0.95 and more. At 0.1 the teacher of unit vectors is nearly
-# uniform there, and the least loss is where all vectors are the same; the reference's 3 divides products of vectors of
-# length 11 in the small backbone of `make demo`, which is a temperature of 0.025 for their cosines.
+# Mean-pooled vectors are in a narrow cone, with cosines of 0.95 and more. At 0.1 the teacher of unit vectors is nearly
+# uniform there, and the loss is least if all vectors are the same. The reference's 3 divides products of vectors that
+# have length 11 in the small backbone of `make demo`; for their cosines this is a temperature of 0.025.
 CMSA_TAU = {"paper": 0.02, "reference": 3.0, "off": 0.02}
-_REFERENCE_WIDTH = 768  # to which SDA's code averages vectors before it compares them
+_REFERENCE_WIDTH = 768  # SDA's code averages vectors to this length before it compares them
 
 
 class ItemAlignment(nn.Module):
-    """What SDA trains by: holds the image and the text vectors of the same N items against each other.
+    """SDA's loss, which aligns the image and the text vectors of the same N items.
 
     Args:
-        kind: `paper` is CMSA as the SDA paper writes it, `reference` as its public code does it, `off` InfoNCE
-            between an item's text and its image, the paper's ablation without the soft target.
-        tau: temperature τ; None takes `CMSA_TAU`. `reference` starts there and learns it, as the code does; it
-            belongs into no weight decay.
+        kind: `paper` is CMSA as in the SDA paper, `reference` as in its public code, `off` InfoNCE between an item's
+            text and its image, the paper's ablation without the soft target.
+        tau: temperature τ; None takes `CMSA_TAU`. `reference` learns τ from this start, as the code does; keep it
+            out of weight decay.
     """
 
     def __init__(self, kind: Alignment = "paper", tau: float | None = None) -> None:
@@ -158,10 +158,10 @@ def cmsa(image: Tensor, text: Tensor, tau: float = 0.02) -> Tensor:
         T = softmax((X·Xᵀ + Y·Yᵀ)/(2τ)), held constant               Eq. 2, the structural teacher
         mean over the items of ½·(KL(T‖P) + KL(T'‖P'))               Eq. 3
 
-    with X and Y the unit image and text vectors. T' is the teacher of the transposed direction, its rows normalised
-    anew; as the mean of the intra-modal similarities is symmetric, T' = T. The loss is 0 where P and P' are T, also
-    where all vectors are the same: τ has to be small against the spread of the cosines, so that T is not uniform.
-    The paper's formulas are not printed whole: that teacher and student share τ is our reading.
+    with X and Y the unit image and text vectors. T' is the teacher of the transposed direction, with its rows
+    normalised; as the mean of the intra-modal similarities is symmetric, T' = T. The loss is 0 if P and P' equal T,
+    also if all vectors are the same: τ has to be small against the spread of the cosines, so that T is not uniform.
+    The paper does not print its formulas completely: that teacher and student share τ is our reading.
 
     Args:
         image: image vectors of the items, (N, d).
@@ -178,11 +178,12 @@ def cmsa(image: Tensor, text: Tensor, tau: float = 0.02) -> Tensor:
 
 
 def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
-    """Return CMSA as the paper's public code does it, a scalar.
+    """Return CMSA as in the paper's public code, a scalar.
 
-    It differs from `cmsa` in this: vectors keep their lengths and are averaged in groups to 768 numbers where they are
-    longer; the teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher as it flattens the student; it is not
-    held constant, and the transposed direction takes Tᵀ, whose rows do not sum to 1; cross-entropy in place of KL.
+    It differs from `cmsa` as follows. Vectors are not normalised; those longer than 768 numbers are averaged in groups
+    to 768. The teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher while it flattens the student. The
+    teacher is not held constant. The transposed direction takes Tᵀ, whose rows do not sum to 1. The loss is
+    cross-entropy, not KL.
 
     Args:
         image: image vectors of the items, (N, d).

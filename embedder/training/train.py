@@ -1,6 +1,6 @@
 """Fine-tuning: a model with an adapter and a loss, and transformers' Trainer around it.
 
-`train` trains any `Model` by whatever loss that has; which there are say the rows of `recipes`.
+`train` trains any `Model` with its own loss; the rows of `recipes` list methods and losses.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
 CHECKPOINTS = "checkpoints"
 _WEIGHTS = "trainable.safetensors"
 _BEST = "best.safetensors"
-# keys that only a row of the probe and only one of the gradients has: how many users it was measured on
+# the key of a probe's row, and that of a gradient's row, for the number of users that it was measured on
 _PROBE = "probe_users"
 _GRADIENTS = "batch_users"
-_TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its memory is needed anyway
+_TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its graph needs the memory anyway
 
 
 class TrainingSamples(Protocol):
-    """What `train` draws batches from."""
+    """The samples from which `train` draws batches."""
 
     @property
     def users(self) -> Sized:
-        """Whose histories are learned from; empty where it is items."""
+        """The users whose histories are learned from; empty if the samples are items."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
 
     def summary(self) -> dict[str, str]:
-        """Return the row of a run's summary that says what is learned from."""
+        """Return the row of a run's summary that names the training data."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch."""
@@ -73,11 +73,11 @@ class Model(nn.Module, ABC):
     """An encoder with an adapter, and a loss over batches of samples.
 
     Args:
-        encoder: with adapted layers in its backbone.
+        encoder: its backbone has adapted layers.
         wrapped: the module that holds the adapter, registered so that the trainer sees its parameters.
         items: titles and image features.
-        loss: with the parameters that are learned beside the adapter, if it has any; `forward` calls it.
-        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+        loss: the loss that `forward` calls; its parameters, if any, are trained together with the adapter.
+        chunk_users: encode this many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
     """
 
     def __init__(
@@ -95,21 +95,21 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
+        """Return the loss of a batch, values to log, and with `with_gradients` the alignment of its gradients.
 
-        Takes what `collate` made of the batch, and `with_gradients`.
+        The arguments are those that `collate` returns, and `with_gradients`.
         """
 
     @abstractmethod
     def collate(self, batch: list[Any]) -> dict[str, Any]:
-        """Return samples as the arguments of `forward`; with several processes, this one's share of them."""
+        """Return the arguments of `forward` for a batch; with several processes, for this process's share of it."""
 
     @abstractmethod
     def named(self, batch: dict[str, Any]) -> str:
-        """Return which samples a batch holds, for a message."""
+        """Return a description of the samples of a batch, for a message."""
 
     def train(self, mode: bool = True) -> Self:
-        """Switch dropout of the language model's adapted layers; the frozen vision tower stays in evaluation mode."""
+        """Switch dropout of the language model's adapted layers; the vision tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.backbone.model.eval()
         self.encoder.backbone.language_model.train(mode)
@@ -123,8 +123,8 @@ class Model(nn.Module, ABC):
     def encode(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Encode sequences of item rows; returns `fused`, `text`, `image`, each (n, d) float32, NaN where absent.
 
-        In chunks, a chunk keeps its vectors and nothing else; the backward pass encodes it once more, with the same
-        dropout, when the loss over the whole batch has said what becomes of them.
+        With `chunk_users`, a chunk first keeps only its vectors. Once the loss over the whole batch has given their
+        gradients, the backward pass encodes the chunk again, with the same dropout.
         """
         if not sequences:
             return self._encode_nothing()
@@ -137,7 +137,7 @@ class Model(nn.Module, ABC):
         return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
 
     def _encode_nothing(self) -> dict[str, Tensor]:
-        """Return no rows, on which all trained weights depend: each process waits for the gradients of every other."""
+        """Return zero rows that depend on all trained weights: each process waits for the gradients of all others."""
         zero = 0.0 * torch.stack([p.float().sum() for p in self.adapted]).sum()
         return {view: zero.expand(0, self.encoder.dim) for view in schema.VIEWS}
 
@@ -148,7 +148,7 @@ def _chunks(sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequ
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast to train; see `FinetuneConfig` for what each means. `batch_size` is that of a process."""
+    """How long and how fast to train; `FinetuneConfig` explains each setting. `batch_size` is that of one process."""
 
     learning_rate: float
     weight_decay: float
@@ -166,11 +166,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run left: its curves, its steps, and the validation of the weights that were kept.
+    """The result of a run: its curves, its steps, and the validation of the weights that were kept.
 
-    `curves` are rows with a `step` each, the number of steps that the weights had seen: `valid`, `probe` (as in
-    `monitor`), `gradients` (as `gradient_alignment` returns) and `warnings` (as `Collapse`). `train` rows are means
-    over the steps since the row before.
+    The rows of `curves` have a `step`, the number of steps that the weights had been trained for: `valid`, `probe` (as
+    in `monitor`), `gradients` (as `gradient_alignment` returns) and `warnings` (as `Collapse`). `train` rows are means
+    over the steps since the previous row.
     """
 
     curves: dict[str, list[dict[str, Any]]]
@@ -179,8 +179,8 @@ class Training:
 
 
 Validate = Callable[[], dict[str, float]]
-OnCollapse = Callable[[list[Collapse]], None]  # those that one probe shows for the first time
-OnStep = Callable[[int, int, dict[str, float]], None]  # step, of steps, latest log
+OnCollapse = Callable[[list[Collapse]], None]  # called with the collapses that a probe reports for the first time
+OnStep = Callable[[int, int, dict[str, float]], None]  # step, number of steps, latest log
 
 
 def train(
@@ -195,26 +195,27 @@ def train(
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
-    Checkpoints go to `out/checkpoints` and are continued from; they are removed by the caller once the adapter is
-    saved, or before, to start anew. Neither `probe` nor `settings.gradient_steps` changes what is learned, to the bit.
+    Checkpoints are in `out/checkpoints`, and the next call continues from them. The caller removes them once the
+    adapter is saved, or earlier to start again. Neither `probe` nor `settings.gradient_steps` changes a bit of what is
+    learned.
 
-    Processes that train together (`distributed.joined`) call this alike, with `out` on a disk they share. A step's
-    batch is the one that a single process would have with `batch_size` times their number; each takes an equal share
-    of it, and of an epoch's shorter last batch too, so that no sample is left out or seen twice.
+    Processes that train together (`distributed.joined`) all call this, with `out` on a shared disk. The batch of a
+    step is that of a single process with `batch_size` times their number. Each takes an equal share of it, also of an
+    epoch's shorter last batch, so that no sample is left out or used twice.
 
     Args:
         model: what to train.
-        samples: what `model.collate` takes, in a list.
+        samples: the samples; `model.collate` takes a list of them.
         out: folder for checkpoints.
         settings: how long and how fast.
-        validate: ranks the validation items with the weights of the moment; called by every process, as is `probe`,
-            and to return the same in each.
-        on_step: told of every step.
+        validate: ranks the validation items with the current weights. Every process calls it, like `probe`, and it has
+            to return the same in each.
+        on_step: called after every step.
         probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
-        on_collapse: told of views that collapse, at the probe that shows it.
+        on_collapse: called with the views that collapse, at the probe that shows it.
 
     Raises:
-        ModelError: the loss is not finite (names the step and the samples), or a checkpoint does not fit.
+        ModelError: the loss is not finite (the message names the step and the samples), or a checkpoint does not fit.
     """
     folder = out / CHECKPOINTS
     checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
@@ -235,7 +236,7 @@ def train(
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
         save_total_limit=1,
-        eval_strategy="no",  # `_Watch` validates: what counts is ranking, not a loss
+        eval_strategy="no",  # `_Watch` validates by ranking, not by a loss
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
@@ -246,10 +247,10 @@ def train(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
-    # without a launcher the trainer would split each batch over all GPUs by threads, which lists do not survive
+    # without a launcher the trainer would split each batch over all GPUs by threads, which fails for lists
     arguments._n_gpu = min(1, arguments.n_gpu)
     if distributed.count() > 1:
-        # every process has read the same backbone: only what is trained needs to be sent around
+        # every process has loaded the same backbone: only the trained weights have to be sent
         frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
@@ -263,7 +264,7 @@ def train(
         gradient_steps=settings.gradient_steps,
     )
     trainer.remove_callback(PrinterCallback)
-    if distributed.rank():  # the trainer gave all the same seed: users at the same place would share their dropout
+    if distributed.rank():  # the trainer gave all the same seed: users at the same position would share their dropout
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
@@ -272,13 +273,13 @@ def train(
 
 
 def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *arguments: dict[str, Any]) -> None:
-    # transformers 5.2x renamed gradient to activation checkpointing and warns of the old name
+    # transformers 5.2x renamed gradient checkpointing to activation checkpointing and warns about the old name
     method = getattr(language_model, f"activation_checkpointing_{action}", None)
     (method or getattr(language_model, f"gradient_checkpointing_{action}"))(*arguments)
 
 
 def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
-    # a loss learns weights and temperatures, for which 0 is no neutral value: no decay pulls them there
+    # no decay for a loss's parameters: for weights and temperatures, 0 is not a neutral value
     own = [p for p in model.loss.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": model.adapted, "weight_decay": settings.weight_decay}]
     if own:
@@ -287,7 +288,7 @@ def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer with our loss, our log and checkpoints that hold trained weights only."""
+    """transformers' Trainer with our loss, our log, and checkpoints of the trained weights only."""
 
     def __init__(self, gradient_steps: int, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -296,9 +297,9 @@ class _Trainer(Trainer):
         self._parts: list[dict[str, Tensor]] = []
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of all processes, in an order that depends on the seed alone; `collate` takes a share.
+        """Return the batches of all processes, in an order that depends only on the seed; `collate` takes a share.
 
-        Accelerate's own sharding repeats samples where an epoch does not divide evenly.
+        Accelerate's own sharding repeats samples if an epoch does not divide evenly.
         """
         size = self.args.train_batch_size * distributed.count()
         loader = DataLoader(self.train_dataset, size, shuffle=True, collate_fn=self.data_collator)
@@ -342,7 +343,7 @@ class _Trainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        distributed.wait()  # `trainer_state.json` comes next and says that the checkpoint is whole
+        distributed.wait()  # `trainer_state.json` is written next, and marks the checkpoint as complete
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(
@@ -380,18 +381,18 @@ class _Watch(TrainerCallback):
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Measure without a trace: what is drawn here must not shift the dropout of the next step."""
+        """Measure without side effects: random numbers drawn here must not change the dropout of the next step."""
         device = self._model.encoder.backbone.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             self._model.eval()  # the trainer goes back to training mode before every step
             yield
 
     def _probes(self, state: TrainerState) -> list[dict[str, float]]:
-        """Return what this probe has measured so far; rows over another number of users are another probe's."""
+        """Return the rows of this probe so far; rows of another number of users belong to another probe."""
         return [row for row in state.log_history if self._probe and row.get(_PROBE) == self._probe.users]
 
     def probe(self, state: TrainerState) -> None:
-        """Measure the probe, and say so when it shows that a view collapses."""
+        """Measure the probe, and report a view that collapses."""
         assert self._probe is not None
         started = time.perf_counter()
         with self._aside():
@@ -428,7 +429,7 @@ class _Watch(TrainerCallback):
         self._latest |= logs or {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Report the step; the last one is a point of the curves whatever `log_steps` is."""
+        """Report the step; the last step is always a point of the curves, whatever `log_steps` is."""
         control.should_log |= state.global_step == state.max_steps
         self._on_step(state.global_step, state.max_steps, self._latest)
         last = state.global_step == state.max_steps
@@ -454,11 +455,11 @@ class _Watch(TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Make the folder of checkpoints and return the newest finished one; those cut off halfway are removed."""
+    """Make the folder of checkpoints and return the newest finished one; unfinished ones are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     finished = []
     for path in folder.glob("checkpoint-*"):
-        # the trainer writes its state last
+        # the trainer writes this file last
         if (path / "trainer_state.json").is_file():
             finished.append(path)
         else:

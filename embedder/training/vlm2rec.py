@@ -1,4 +1,4 @@
-"""The model that VLM2Rec trains: histories and their next items through one encoder, and any loss on both."""
+"""The model that VLM2Rec trains: one encoder for histories and their next items, and any loss on both."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from vlm2rec.embedder.training.train import Model
 class HistoryModel(Model):
     """An encoder with LoRA, and the loss over a batch of users and their next items.
 
-    Where several processes train together, each gives its own users and items and computes the loss of all of them.
+    If several processes train together, each encodes its own users and items and computes the loss of all of them.
 
     Args:
-        encoder: with LoRA layers in its backbone.
+        encoder: its backbone has LoRA layers.
         wrapped: the PEFT wrapper of the same backbone.
         items: titles and image features.
         loss: called as `loss(users, items, targets)`, the first two by view (`losses.Views`), the targets (B,) item
             rows; returns the loss, a scalar, and scalars for the curves (`losses.Log`).
         tau: temperature at which `gradients` contrasts each modality alone, whatever the loss is.
-        chunk_users: encode so many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
-        negatives: with several processes, which targets a user is held against: those of its own process (`local`: the
-            loss is the mean over all users of what the processes have alone), or those of all (`global`: the loss of
-            one process with the whole batch).
+        chunk_users: encode this many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
+        negatives: with several processes, which targets are a user's negatives. `local`: those of the user's own
+            process; the loss is the mean over all users. `global`: those of all processes; the loss is that of one
+            process with the whole batch.
     """
 
     def __init__(
@@ -67,28 +67,28 @@ class HistoryModel(Model):
 
     @property
     def has_both_modalities(self) -> bool:
-        """Whether text and image have vectors of their own."""
+        """Whether text and image have separate vectors."""
         return {*schema.MODALITIES} <= {*self.encoder.views}
 
     def forward(  # type: ignore[override]
         self, histories: list[list[int]], targets: Tensor, users: Sequence[int] = (), with_gradients: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        """Return the loss of a batch, what to log of it, and the alignment of its gradients if asked for.
+        """Return the loss of a batch, values to log, and with `with_gradients` the alignment of its gradients.
 
-        With several processes all three are those of all their batches, and the same in each of them.
+        With several processes, all three cover the batches of all processes, and are the same in each.
 
         Args:
-            histories: B lists of item rows, with several processes those of this one; there may be none.
+            histories: B lists of item rows, those of this process; there may be none.
             targets: (B,) item rows; a target that several users share is encoded once.
-            users: who they are; not looked at.
+            users: rows of the users; not used.
             with_gradients: also compare the gradient of the loss with those of each modality alone, over the LoRA
-                weights (`gradient_alignment`); the loss and its graph stay as they are.
+                weights (`gradient_alignment`); the loss and its graph do not change.
         """
         users_by_view = self._encode_own(histories)
-        distinct, place = targets.unique(return_inverse=True)
+        distinct, index = targets.unique(return_inverse=True)
         encoded = self._encode_own([[int(row)] for row in distinct])
-        items = {view: found[place] for view, found in encoded.items()}
-        batches = self._held_together(users_by_view, items, targets)
+        items = {view: found[index] for view, found in encoded.items()}
+        batches = self._batches(users_by_view, items, targets)
         totals, logs = zip(*(self._loss_of(batch) for batch in batches), strict=True)
         sizes = [len(batch.targets) for batch in batches]
         total, log = _mean([{TOTAL: total} for total in totals], sizes)[TOTAL], _mean(logs, sizes)
@@ -104,8 +104,8 @@ class HistoryModel(Model):
         vectors = self.encode(sequences)
         return {view: vectors[view] for view in self.encoder.views}
 
-    def _held_together(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
-        """Return the users and items whose vectors are held against each other, of all processes."""
+    def _batches(self, users: dict[str, Tensor], items: dict[str, Tensor], targets: Tensor) -> list[_Batch]:
+        """Return the users and items of all processes in batches; a user's negatives are the targets of its batch."""
         if distributed.count() == 1:
             return [_Batch(users, items, targets)]
         parts = distributed.gather(torch.stack([*users.values(), *items.values()], dim=1))  # (B, 2 · views, d) each
@@ -124,7 +124,7 @@ class HistoryModel(Model):
         ]
 
     def _loss_of(self, batch: _Batch) -> tuple[Tensor, Log]:
-        """Return the loss of users whose negatives are each other's targets, and what to log of it."""
+        """Return the loss of users whose negatives are each other's targets, and values to log."""
         users, items, targets = batch
         log: Log = {"effective_negatives": effective_negatives(targets).float().mean()}
         if self.has_both_modalities:

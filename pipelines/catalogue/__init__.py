@@ -1,1 +1,1 @@
-"""Reading what people have: items, interactions, images, vectors in many formats; writing a dataset folder."""
+"""Reads items, interactions, images and vectors in many formats; writes a dataset folder."""

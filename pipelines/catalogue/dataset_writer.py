@@ -22,7 +22,7 @@ _ITEMS_PER_GROUP = 65_536
 
 
 def write_items(catalogue: pl.DataFrame, path: Path) -> None:
-    """Write `items.parquet`: id, title and image first, then whatever else the catalogue has."""
+    """Write `items.parquet`: id, title and image first, then the catalogue's other columns."""
     first = [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH]
     table = catalogue.select(*first, *(c for c in catalogue.columns if c not in first))
     arrow_schema = pa.schema(
@@ -67,15 +67,15 @@ def write_sequences(sequences: Sequences, user_ids: pl.Series, item_ids: pl.Seri
 
 def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int, count: int) -> None:
     if num_items - int(np.diff(sequences.offsets).max()) >= count:
-        return  # nobody has touched so many, even without repeats
+        return  # no user has so many items, even without repeats
     left = untouched_counts(sequences, num_items)
     least, short = int(left.min()), int((left < count).sum())
     if short:
         raise DataError(
-            f"{short:,} of {len(sequences):,} users have touched so much of the {num_items:,} items that fewer than"
-            f" {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
+            f"{short:,} of {len(sequences):,} users have touched so many of the {num_items:,} items that fewer"
+            f" than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
             f"at least {count} untouched items for every user",
-            f"give --candidates {least} or less" if least else "bring more items: this user has touched every one",
+            f"give --candidates {least} or less" if least else "add items: this user has touched every one",
         )
 
 
@@ -108,9 +108,9 @@ _LISTS = pa.list_(_CODED)
 
 @contextmanager
 def _id_writer(path: Path, columns: list[tuple[str, pa.DataType]]) -> Iterator[pq.ParquetWriter]:
-    """Open a Parquet file whose item ids are handed over as codes: nothing is spelled out 10⁸ times.
+    """Open a Parquet file whose item ids are written as codes, so that no id string is repeated 10⁸ times.
 
-    Without the stored Arrow schema readers see plain strings and lists of strings.
+    The Arrow schema is not stored, so readers see plain strings and lists of strings.
     """
     coded = [name if kind == _CODED else f"{name}.list.element" for name, kind in columns if kind in (_CODED, _LISTS)]
     with pq.ParquetWriter(
@@ -118,7 +118,7 @@ def _id_writer(path: Path, columns: list[tuple[str, pa.DataType]]) -> Iterator[p
         pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns]),
         compression="zstd",
         use_dictionary=coded,
-        # smallest and largest of random ids help no reader, and finding them takes longer than all the rest
+        # least and greatest id are of no use to a reader, and finding them takes longer than all the rest
         write_statistics=[name for name, kind in columns if kind not in (_CODED, _LISTS)],
         dictionary_pagesize_limit=1 << 28,  # the default falls back to plain strings at 1 MB of ids
         write_page_checksum=True,

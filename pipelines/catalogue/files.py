@@ -1,9 +1,9 @@
-"""Readers of catalogues as people keep them: items and interactions.
+"""Readers of items and interactions in the usual file formats.
 
 Items and interactions come from Parquet, CSV (any of `,` `;` tab `|`), JSON lines, or the Amazon Reviews files as
 published (2014: metadata as Python literals and 5-core reviews; 2023: metadata and reviews as JSON lines); text files
-may be gzipped. What a file is follows from its bytes and columns, not from its name. Ids are always strings.
-Nothing is downloaded, nothing is evaluated.
+may be gzipped. The bytes and columns of a file decide its format, not its name. Ids are always strings.
+Nothing is downloaded, and no code in a file is run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _TIME_FORMATS = (
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """What the columns are called in the input files."""
+    """The names of the columns in the input files."""
 
     item_id: str = "item_id"
     title: str = "title"
@@ -68,7 +68,7 @@ class ColumnNames:
 
 @dataclass(frozen=True)
 class Items:
-    """The catalogue as read: item_id and title (strings, title may be null), then the file's other columns."""
+    """The catalogue: item_id and title (strings, title may be null), then the file's other columns."""
 
     frame: pl.DataFrame
     format: str
@@ -76,7 +76,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Interactions:
-    """The interactions as read, still lazy and in the file's order: user_id, item_id (strings), time (a number)."""
+    """The interactions, as a lazy frame in the file's order: user_id, item_id (strings), time (a number)."""
 
     frame: pl.LazyFrame
     format: str
@@ -89,8 +89,8 @@ class Interactions:
 def read_items(path: Path, names: ColumnNames | None = None) -> Items:
     """Read a catalogue.
 
-    Amazon metadata is recognised by its id column (`asin` or `parent_asin`, where `item_id` is not there) and cut
-    down to title, categories, brand or store, description, price and the image's URL; HTML entities are resolved.
+    Amazon metadata is recognised by its id column (`asin` or `parent_asin`, if there is no `item_id`) and
+    reduced to title, categories, brand or store, description, price and the image's URL; HTML entities are resolved.
 
     Raises:
         DataError: missing or empty file, wrong encoding, broken row, missing column, missing or duplicate id.
@@ -111,7 +111,7 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
         if kind == "CSV":
-            # every column stays text: a type guessed from the first rows would turn "007" into 7
+            # every column is read as text: a type guessed from the first rows would turn "007" into 7
             with open_text(path) as file:
                 header, separator = csv_header(path, file)
                 file.seek(0)
@@ -160,7 +160,7 @@ def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.
 
 
 def _item_column(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str]:
-    """Return the id column and what the file is called in messages."""
+    """Return the id column and the file's kind for messages."""
     if names.item_id in columns or names.item_id != ColumnNames.item_id:
         return names.item_id, kind
     for column in ("parent_asin", "asin"):
@@ -204,7 +204,7 @@ def _plain_text(value: Any) -> str | None:
 def _joined(values: Any, between: str = ", ") -> str | None:
     if not isinstance(values, list):
         return _plain_text(values)
-    # dict.fromkeys: an item stands in several category paths that share their beginning
+    # dict.fromkeys: an item may be in several category paths with the same start
     return between.join(dict.fromkeys(html.unescape(str(value)) for value in values)) or None
 
 
@@ -225,10 +225,10 @@ def _refuse_duplicates(frame: pl.DataFrame, path: Path) -> None:
         one = rows[ITEM_ID][0]
         places = rows.filter(pl.col(ITEM_ID) == one)[ROW].head(2)
         raise DataError(
-            f"item id {one!r} stands in rows {places[0] + 1:,} and {places[1] + 1:,} of {path};"
+            f"item id {one!r} occurs in rows {places[0] + 1:,} and {places[1] + 1:,} of {path};"
             f" {rows[ITEM_ID].n_unique():,} ids occur more than once",
-            "every item once",
-            "remove the duplicates, keeping the row with the title and picture that count",
+            "every item id once",
+            "remove the duplicates; keep the row with the right title and picture",
         )
 
 
@@ -236,16 +236,16 @@ def _refuse_duplicates(frame: pl.DataFrame, path: Path) -> None:
 
 
 def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: Path) -> Interactions:
-    """Open the interactions and check every row; the rows themselves stay on disk until the frame is collected.
+    """Open the interactions and check every row; the rows stay on disk until the frame is collected.
 
     Args:
         path: The file.
         names: The columns' names.
-        scratch: Folder for what has to be unpacked; must live as long as the frame is used.
+        scratch: Folder for unpacked files; it must exist as long as the frame is used.
 
     Raises:
-        DataError: missing or empty file, wrong encoding, broken row, missing column, or a row (named) without user,
-            item or time.
+        DataError: missing or empty file, wrong encoding, broken row, missing column, or a row without user,
+            item or time; the message names the row.
     """
     names = names or ColumnNames()
     kind = kind_of(path)
@@ -287,7 +287,7 @@ def _checked(source: pl.LazyFrame, user: str, item: str, time: str, path: Path) 
     types = source.collect_schema()
     source = source.with_row_index(ROW)
     if all(types[column] == pl.String for column in (user, item, time)):
-        # a blank line at the end of a CSV file with \r\n reads as a row of nothing
+        # a blank line at the end of a CSV file with \r\n is read as an empty row
         source = source.filter(~pl.all_horizontal(pl.col(user, item, time).is_null()))
     frame = source.select(
         ROW,
@@ -323,7 +323,7 @@ def _blank(column: str) -> pl.Expr:
 
 
 def _as_ids(source: pl.LazyFrame, column: str, dtype: pl.DataType, path: Path, what: str) -> pl.Expr:
-    """Return the column as string ids: text as it stands, whole numbers without a decimal point."""
+    """Return the column as string ids: text unchanged, whole numbers without a decimal point."""
     if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)) or dtype.is_integer():
         return pl.col(column).cast(pl.String)
     if dtype.is_float():
@@ -343,7 +343,7 @@ def _as_ids(source: pl.LazyFrame, column: str, dtype: pl.DataType, path: Path, w
 
 
 def _as_number(source: pl.LazyFrame, column: str, dtype: pl.DataType, path: Path) -> pl.Expr:
-    """Return the time column as numbers whose order is the order in time, whatever their unit."""
+    """Return the time column as numbers in time order, in any unit."""
     value = pl.col(column)
     if dtype.is_integer() and dtype != pl.UInt64:
         return value.cast(pl.Int64)
@@ -368,7 +368,7 @@ def _text_as_number(source: pl.LazyFrame, column: str, path: Path) -> pl.Expr:
     given = pl.col(column).is_not_null() & (text != "")
     number = text.cast(pl.Float64, strict=False)
     readings = [text.cast(pl.Int64, strict=False), pl.when(number.is_finite()).then(number)]
-    # %+ reads a time with any UTC offset; all readings end as microseconds
+    # %+ reads a time with any UTC offset; all times become microseconds
     readings += [
         text.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC" if form == "%+" else None).cast(
             pl.Int64
@@ -388,12 +388,12 @@ def _text_as_number(source: pl.LazyFrame, column: str, path: Path) -> pl.Expr:
     raise DataError(
         f"row {bad[ROW][0] + 1:,} of {path} has the time {bad[column][0]!r} in column {column!r}",
         "the same form in every row: a number (seconds, milliseconds) or a date like 2014-07-01 12:00:00",
-        "mend the row, or name the right column with --time-column",
+        "correct the row, or name the right column with --time-column",
     )
 
 
 def _condensed(path: Path, kind: Kind, columns: list[str], scratch: Path) -> list[Path]:
-    """Write the wanted columns of a file of records, as text, into Parquet files of one block each."""
+    """Write the needed columns of a file of records, as text, into Parquet files of one block each."""
     parts: list[Path] = []
     for number, lines in line_blocks(path):
         if not lines.strip():
@@ -411,7 +411,7 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
         try:
             return pl.read_ndjson(io.BytesIO(lines), schema=schema)
         except pl.exceptions.PolarsError:
-            pass  # Python's reader, slower, names the row or can read it after all
+            pass  # Python's slower reader names the row, or can read it
     rows = []
     for row, record in parse_lines(path, kind, number, lines):
         rows.append({c: id_as_text(record.get(c), path, row) for c in columns})
@@ -426,23 +426,25 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
 
 @contextmanager
 def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
-    """Turn what Polars says about a file into an error that names the row."""
+    """Turn an error of Polars about a file into one that names the row."""
     try:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
         if "No space left" in str(error):
-            raise DataError(f"the disk is full: no space to unpack {path}", "", "make room where --out is") from None
+            raise DataError(
+                f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
+            ) from None
         if kind == "CSV":
             _explain_csv(path)
         raise DataError(
-            f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}", "an undamaged file", "make it again"
+            f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}", "an undamaged file", "create it again"
         ) from None
 
 
 def _explain_csv(path: Path) -> None:
     """Raise the error of the first line that is not UTF-8 or has more fields than the header; return if there is none.
 
-    Slow and only used once reading has failed.
+    It is slow and only used after reading has failed.
     """
     with open_text(path) as file:
         columns, separator = csv_header(path, file)

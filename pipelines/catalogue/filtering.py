@@ -1,4 +1,4 @@
-"""From a log of interactions to the k-core."""
+"""Filters a log of interactions down to the k-core."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORTEST = 3  # one interaction to train on, one to validate, one to test
 
 @dataclass(frozen=True)
 class Count:
-    """What is left after one step."""
+    """The numbers of users, items and interactions after one step."""
 
     step: str
     users: int
@@ -27,7 +27,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Log:
-    """Interactions as integers, one row each, by user and then time; equal times keep the file's order."""
+    """Interactions as integers, one row each, sorted by user and then time; equal times keep the file's order."""
 
     user: np.ndarray  # (n,) int32
     item: np.ndarray  # (n,) int32
@@ -64,12 +64,12 @@ def read_log(found: files.Interactions, catalogue: pl.DataFrame) -> tuple[pl.Ser
         Count("interactions of known items", _distinct(log.user), catalogue.height, len(log)),
     ]
     if not len(log):
-        theirs = found.frame.select(schema.ITEM_ID).head(3).collect()[schema.ITEM_ID].to_list()
+        given = found.frame.select(schema.ITEM_ID).head(3).collect()[schema.ITEM_ID].to_list()
         ours = catalogue[schema.ITEM_ID].head(3).to_list()
         raise _nothing_left(
             steps,
-            f"the interactions name items such as {theirs}, the catalogue holds {ours}",
-            "take both files from one catalogue, or name the right columns with --item-id-column",
+            f"the interactions name items such as {given}, the catalogue holds {ours}",
+            "use two files of the same catalogue, or name the right columns with --item-id-column",
         )
     return user_ids, log, steps
 
@@ -84,7 +84,7 @@ def _distinct(codes: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows that survived: of the user ids and of the catalogue."""
+    """The rows that were kept, of the user ids and of the catalogue."""
 
     users: np.ndarray
     items: np.ndarray
@@ -93,10 +93,10 @@ class Kept:
 def filter_log(
     log: Log, catalogue: pl.DataFrame, config: PrepareConfig, steps: list[Count]
 ) -> tuple[Log, Kept, list[Count]]:
-    """Drop items without title or image, exact duplicates, and what is not in the k-core; renumber what is left.
+    """Drop items without title or image, exact duplicates, and all outside the k-core; renumber the rest.
 
     Returns:
-        The interactions left (users and items renumbered, order unchanged), the rows they come from, the counts.
+        The remaining interactions (users and items renumbered, order unchanged), the kept rows, and the counts.
 
     Raises:
         DataError: naming the step after which nothing is left.
@@ -120,7 +120,7 @@ def filter_log(
         raise _nothing_left(
             steps,
             f"no group of users with {max(config.core, SHORTEST)} and items with {config.core} interactions is left",
-            f"lower --core (now {config.core}), or bring more interactions",
+            f"lower --core (now {config.core}), or add interactions",
         )
     users, user = np.unique(log.user, return_inverse=True)
     items, item = np.unique(log.item, return_inverse=True)
@@ -128,8 +128,8 @@ def filter_log(
 
 
 def first_occurrences(log: Log) -> np.ndarray:
-    """Return a mask, (n,) bool, without the later copies of rows that agree in user, item and time."""
-    tied = np.zeros(len(log), bool)  # copies can only be among rows of one user and time, which stand together
+    """Return a mask, (n,) bool, that drops later copies of rows with the same user, item and time."""
+    tied = np.zeros(len(log), bool)  # copies have the same user and time, so they are in adjacent rows
     tied[1:] = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
     tied[:-1] |= tied[1:]
     rows = np.flatnonzero(tied)
@@ -143,7 +143,7 @@ def first_occurrences(log: Log) -> np.ndarray:
 def core_rows(log: Log, user_least: int, item_least: int) -> np.ndarray:
     """Return the rows of the largest subset in which every user and item has enough interactions, in order.
 
-    Users and items below their minimum are dropped in turn until nobody is: the result does not depend on the order.
+    Users and items below their minimum are dropped in turn until there are none. The order does not change the result.
     """
     rows = np.arange(len(log))
     user, item = log.user, log.item

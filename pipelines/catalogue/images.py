@@ -1,4 +1,4 @@
-"""Which items have an image on disk. Folders are listed, no image is opened."""
+"""Finds the image file of each item. Folders are listed, but no image is opened."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import IMAGE_PATH, ITEM_ID
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-"""Endings of `<item_id>.<ending>`, the first that exists wins; case does not matter."""
+"""Endings of `<item_id>.<ending>`; the first existing one is used; case does not matter."""
 
 
 def find_images(root: Path, items: pl.DataFrame) -> pl.Series:
-    """Return for every item its image's path below `root`, or null where there is no such file.
+    """Return the path of each item's image below `root`, or null if there is no such file.
 
-    With an `image_path` column that column decides, else `<item_id>.<ending>` in `root` itself. Folders are listed
-    once each; no file is opened. URLs, absolute paths elsewhere, `..` and links that lead out of `root` are no image.
+    An `image_path` column names the files; without one they are `<item_id>.<ending>` in `root` itself. Each folder is
+    listed once; no file is opened. URLs, absolute paths elsewhere, `..` and links that leave `root` do not count.
 
     Raises:
-        DataError: `root` is not a folder, `image_path` is no text, or not one item has an image.
+        DataError: `root` is not a folder, `image_path` is not text, or no item has an image.
     """
     if not root.is_dir():
         raise DataError(
-            f"{root} is {'not a folder' if root.exists() else 'not there'}",
+            f"{root} is {'not a folder' if root.exists() else 'missing'}",
             "the folder with the catalogue's images",
             f"correct --images; {_HOW_TO_GET_IMAGES}",
         )
@@ -36,7 +36,7 @@ def find_images(root: Path, items: pl.DataFrame) -> pl.Series:
             raise DataError(
                 f"column {IMAGE_PATH!r} of the items holds {items.schema[IMAGE_PATH]}",
                 "one path as text for each item",
-                "store one path per item, or rename the column to go by <item_id>.jpg",
+                "store one path per item, or rename the column to use <item_id>.jpg",
             )
         given = items[IMAGE_PATH].to_list()
         found = _images_by_path(real_root, [_inside(path, real_root) for path in given])
@@ -49,7 +49,7 @@ def find_images(root: Path, items: pl.DataFrame) -> pl.Series:
 
 
 _HOW_TO_GET_IMAGES = (
-    "vlm2rec downloads nothing: fetch the pictures' URLs with img2dataset (pip install img2dataset), then name each"
+    "vlm2rec downloads nothing: download the pictures with img2dataset (pip install img2dataset), then name each"
     f" file <item_id>.<{'|'.join(IMAGE_SUFFIXES)}>, or give the files' paths, relative to --images, in an"
     f" {IMAGE_PATH} column of the items"
 )
@@ -77,7 +77,7 @@ def _url_hint(items: pl.DataFrame) -> str:
 
 
 def _images_by_name(root: str | Path) -> dict[str, str]:
-    """Return {stem: file name} of the image files in `root`, the best ending of each stem."""
+    """Return {stem: file name} of the image files in `root`, with the first ending of each stem in `IMAGE_SUFFIXES`."""
     order = {suffix: rank for rank, suffix in enumerate(IMAGE_SUFFIXES)}
     best: dict[str, tuple[int, str]] = {}
     for name in _files(Path(root), Path(root)):
@@ -103,7 +103,7 @@ def _images_by_path(root: Path, paths: list[str | None]) -> list[str | None]:
 
 
 def _inside(path: str | None, root: Path) -> str | None:
-    """Return the path relative to `root` in normal form, or None where it leaves the root or is a URL."""
+    """Return the path relative to `root` in normal form, or None if it leaves the root or is a URL."""
     if path is None or not path.strip() or "://" in path or "\0" in path:
         return None
     relative = os.path.relpath(path, root) if Path(path).is_absolute() else os.path.normpath(path)
@@ -111,7 +111,7 @@ def _inside(path: str | None, root: Path) -> str | None:
 
 
 def _files(folder: Path, root: Path) -> set[str]:
-    """Return the names of the regular files in `folder`; links count while they stay below `root`."""
+    """Return the names of the regular files in `folder`; links count if they stay below `root`."""
     if not _is_below(os.path.realpath(folder), root):
         return set()
     try:
@@ -123,7 +123,7 @@ def _files(folder: Path, root: Path) -> set[str]:
                 or (entry.is_symlink() and entry.is_file() and _is_below(os.path.realpath(entry.path), root))
             }
     except OSError:
-        return set()  # a folder that is not there or may not be read has no images
+        return set()  # a folder that is missing or may not be read has no images
 
 
 def _is_below(real_path: str, real_root: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_DRAWS_AT_ONCE = 1 << 15  # users are drawn for in blocks of so many draws: what fits into the processor's cache
+_DRAWS_AT_ONCE = 1 << 15  # draws in one block of users: few enough to fit into the processor's cache
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Sequences:
 
 
 def draw_candidates(sequences: Sequences, users: range, num_items: int, count: int, seed: int) -> np.ndarray:
-    """Draw, for each of `users`, `count` different items that the user never touched, uniformly.
+    """Draw uniformly, for each of `users`, `count` different items that the user never touched.
 
-    User u reads an endless stream of items fixed by (seed, u) and takes the first `count` that are new and untouched:
-    that is uniform sampling without replacement, and it does not depend on how users are cut into blocks.
+    (seed, u) fixes an endless stream of random items for user u. The first `count` new and untouched items of the
+    stream are taken. This is uniform sampling without replacement, and does not depend on the blocks of users.
 
     Returns:
         (len(users), count) int32. Every user must have `count` untouched items.
     """
     expected = count * num_items / max(num_items - _median_length(sequences, users) - count / 2, num_items / 8)
-    length = math.ceil(expected * 1.02) + 8  # how far most users have to read; changes the speed, not the result
+    length = math.ceil(expected * 1.02) + 8  # enough for most users; it changes the speed, not the result
     drawn = np.empty((len(users), count), np.int32)
     waiting = np.asarray(users)
     while len(waiting):
@@ -54,10 +54,10 @@ def _median_length(sequences: Sequences, users: range) -> float:
 def _first_new(
     sequences: Sequences, users: np.ndarray, stream: np.ndarray, num_items: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take from each row of `stream` (U, L) the first `count` items that are new in it and untouched by the user.
+    """Take from each row of `stream` (U, L) its first `count` different items that the user never touched.
 
     Returns:
-        Which users found so many, (U,) bool; and theirs, (F, count) int32.
+        Which users have that many, (U,) bool; and the items of these users, (F, count) int32.
     """
     rows = np.arange(len(users))
     keys = np.sort((stream << 32) + np.arange(stream.shape[1]), axis=1)  # by item, then position in the stream
@@ -85,7 +85,7 @@ def _touched(sequences: Sequences, users: np.ndarray, num_items: int) -> np.ndar
 def random_items(users: np.ndarray, num_items: int, seed: int, length: int) -> np.ndarray:
     """Return the first `length` items of each user's stream, (U, length) int64, uniform on 0 … num_items - 1.
 
-    SplitMix64 of (seed, user, position): any part of any stream is computed on its own, the same everywhere.
+    SplitMix64 of (seed, user, position): any part of a stream can be computed alone, the same on every machine.
     """
     with np.errstate(over="ignore"):
         start = _mix(np.asarray(seed, np.uint64) * _GOLDEN + _GOLDEN)

@@ -26,10 +26,10 @@ _RECORDS_PER_FRAME = 20_000
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what the file is, from its first bytes."""
+    """Return the kind of a file, from its first bytes."""
     if not path.is_file():
         raise DataError(
-            f"{path} is {'a folder' if path.is_dir() else 'not there'}",
+            f"{path} is {'a folder' if path.is_dir() else 'missing'}",
             "a Parquet, CSV or JSON-lines file",
             "correct the path",
         )
@@ -37,7 +37,9 @@ def kind_of(path: Path) -> Kind:
         with path.open("rb") as raw:
             magic = raw.read(4)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})", "a readable file", "check its rights") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror})", "a readable file", "check its permissions"
+        ) from None
     if magic == b"PAR1":
         return "Parquet"
     with open_text(path) as file:
@@ -46,7 +48,7 @@ def kind_of(path: Path) -> Kind:
         if not text:
             raise DataError(f"{path} is empty", "a file with rows", "check how it was made")
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-            raise encoding_error(path, 1, head.find(b"\0") if b"\0" in head else 0, "UTF-16 or no text at all")
+            raise encoding_error(path, 1, head.find(b"\0") if b"\0" in head else 0, "UTF-16 or not text")
         if text[:1] == b"[":
             raise DataError(
                 f"{path} begins with '[': it holds one JSON array",
@@ -69,7 +71,7 @@ def kind_of(path: Path) -> Kind:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[bytes]]:
-    """Open a text file for reading bytes, unpacking gzip by the way."""
+    """Open a text file to read bytes; gzip is unpacked."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
     try:
@@ -77,7 +79,7 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
             yield file  # type: ignore[misc]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{path} cannot be unpacked ({str(error).rstrip('.')})", "a whole gzip file", "fetch it again"
+            f"{path} cannot be unpacked ({str(error).rstrip('.')})", "a complete gzip file", "download it again"
         ) from None
 
 
@@ -125,7 +127,7 @@ def read_records(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def parse_lines(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, record) of a block of lines whose first has this number."""
+    """Yield (line number, record) of a block of lines; `number` is that of its first line."""
     for row, line in enumerate(lines.split(b"\n"), number):
         if not line.strip():
             continue
@@ -141,10 +143,10 @@ def parse_lines(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[t
 
 
 def _literal(line: bytes) -> Any:
-    """Return the Python literal on a line, None if it is none; names and calls are never run."""
+    """Return the Python literal on a line, or None if it is not one; names and calls are never run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in somebody's description is their affair
+            warnings.simplefilter("ignore")  # such as "\d" in a description
             return ast.literal_eval(line.decode("utf-8").strip())
     except UnicodeDecodeError:
         raise
@@ -153,7 +155,7 @@ def _literal(line: bytes) -> Any:
 
 
 def record_schema(path: Path, kind: Kind) -> dict[str, Any]:
-    """Return a Polars type for every key that occurs: a plain type where all values share it, else text."""
+    """Return a Polars type for every key that occurs: a plain type if all values have it, else text."""
     seen: dict[str, set[str]] = {}
     for _, record in read_records(path, kind):
         for key, value in record.items():
@@ -184,14 +186,14 @@ def _value_kind(value: Any) -> str:
 
 
 def cast_value(value: Any, dtype: Any) -> Any:
-    """Return a value as the column's type wants it: what is no text becomes JSON in a column of text."""
+    """Return a value for a column of this type: in a column of text, other values become JSON."""
     if value is None or dtype != pl.String or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
 def id_as_text(value: Any, path: Path, row: int) -> str | None:
-    """Return an id as text, or raise `DataError` where it cannot be one."""
+    """Return an id as text, or raise `DataError` if it cannot be one."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -204,7 +206,7 @@ def id_as_text(value: Any, path: Path, row: int) -> str | None:
 def build_frame(
     path: Path, kind: Kind, schema: Mapping[str, Any], clean: Callable[[int, Mapping[str, Any]], dict[str, Any]]
 ) -> pl.DataFrame:
-    """Return the cleaned records as one frame, built in blocks so that few Python objects live at once."""
+    """Return the cleaned records as one frame, built in blocks, so that few Python objects exist at a time."""
     records = (clean(row, record) for row, record in read_records(path, kind))
     frames = [pl.DataFrame(schema=schema)]
     with console.progress(f"reading {path.name}", None) as advance:
@@ -212,7 +214,7 @@ def build_frame(
             columns = {name: [record.get(name) for record in block] for name in schema}
             try:
                 frames.append(pl.DataFrame(columns, schema=schema, strict=False))
-            except UnicodeEncodeError:  # "\ud800" alone is legal JSON and no character
+            except UnicodeEncodeError:  # "\ud800" alone is valid JSON but not a character
                 columns = {name: [_encodable(value) for value in values] for name, values in columns.items()}
                 frames.append(pl.DataFrame(columns, schema=schema, strict=False))
             advance(len(block))
@@ -226,7 +228,7 @@ def _encodable(value: Any) -> Any:
 
 
 def require_columns(path: Path, columns: list[str], wanted: Mapping[str, str]) -> None:
-    """Raise `DataError` naming the first wanted column that a file lacks, and the flag that names another."""
+    """Raise `DataError` naming the first needed column that a file lacks, and the flag that chooses another."""
     for column, flag in wanted.items():
         if column not in columns:
             shown = ", ".join(columns[:20]) + (" …" if len(columns) > 20 else "")
@@ -238,7 +240,7 @@ def require_columns(path: Path, columns: list[str], wanted: Mapping[str, str]) -
 
 
 def encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> DataError:
-    """Return the error of a line that is no text, with the place in it."""
+    """Return the error of a line that is not text, with the byte's position."""
     return DataError(
         f"{path} is {what}: line {row:,}, byte {byte + 1:,} of that line",
         "text in UTF-8",
@@ -248,5 +250,5 @@ def encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> 
 
 def _broken_row(path: Path, row: int, why: str) -> DataError:
     return DataError(
-        f"line {row:,} of {path} is not an object: {why}", "one JSON object per line", "mend or remove the line"
+        f"line {row:,} of {path} is not an object: {why}", "one JSON object per line", "correct or remove the line"
     )

@@ -1,4 +1,4 @@
-"""Vectors that others made, read from Parquet, CSV or npy. Every file is checked before a single vector is used."""
+"""Reads vectors from Parquet, CSV or npy. Every file is checked before any vector is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VectorFile:
     item_ids: list[str]
     views: dict[str, np.ndarray]  # view → (N, d) float32
     present: dict[str, np.ndarray]  # view → (N,) bool: the source has a vector, not null
-    columns: dict[str, str]  # view → what it was called in the source
+    columns: dict[str, str]  # view → its name in the source
 
 
 def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
@@ -37,12 +37,12 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
     Args:
         path: The file.
         id_column: Strings or whole numbers, each once.
-        column: Column of lists to read as `view`; None takes the columns called fused, text and image, or if there
-            is none of these the only column of lists as `view`.
-        view: What a single column holds.
+        column: Column of lists to read as `view`. None takes the columns named fused, text and image; without these,
+            the only column of lists, as `view`.
+        view: The view that a single column holds.
 
     Raises:
-        DataError: no such file or column, ids that are null or stand twice, lists of different lengths.
+        DataError: no such file or column, ids that are null or occur twice, lists of different lengths.
     """
     found = _parquet_schema(path)
     _require_column(path, id_column, found.names, "--item-id-column")
@@ -53,17 +53,17 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
 
 
 def read_csv(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
-    """Read ids and vectors from a CSV file with a header, tab-separated if it is called .tsv.
+    """Read ids and vectors from a CSV file with a header, tab-separated if its name ends in .tsv.
 
     Args:
         path: The file.
-        id_column: Each id once; "007" and "NA" stay what they are.
-        column: Column of lists (`[0.1, 0.2]`) to read as `view`. None takes the columns called fused, text and image,
-            or the only column of lists; without lists all columns are numbers, and a row is a vector.
-        view: What a single column, or a row of numbers, holds.
+        id_column: Each id once; "007" and "NA" do not change.
+        column: Column of lists (`[0.1, 0.2]`) to read as `view`. None takes the columns named fused, text and image,
+            or the only column of lists. Without lists, all columns are numbers, and a row is a vector.
+        view: The view that a single column, or a row of numbers, holds.
 
     Raises:
-        DataError: no such file or column, text in place of numbers, a vector that is there in part.
+        DataError: no such file or column, text instead of numbers, or an incomplete vector.
     """
     table = _csv_table(path, id_column, column)
     ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
@@ -129,7 +129,7 @@ def _parsed(texts: pa.ChunkedArray, ids: Sequence[str], where: str) -> pa.Array:
 
 
 def _rows(table: pa.Table, ids: Sequence[str], path: Path) -> pa.ChunkedArray:
-    """Return the rows of a table of numbers as lists, null where a row is empty throughout."""
+    """Return the rows of a table of numbers as lists, null if a row is empty."""
     if not table.num_columns:
         raise DataError(f"{path} has ids and nothing else", "a column for each dimension", _CONVERT)
     for name in table.column_names:
@@ -141,8 +141,8 @@ def _rows(table: pa.Table, ids: Sequence[str], path: Path) -> pa.ChunkedArray:
     if len(in_part):
         raise DataError(
             f"{path} has {int(given[in_part[0]].sum())} of {given.shape[1]} numbers for item {ids[int(in_part[0])]!r}",
-            "all of them, or none where an item has no vector",
-            "mend the row",
+            "all of them, or none if an item has no vector",
+            "correct the row",
         )
     matrix = np.stack([column.cast(pa.float32()).to_numpy() for column in table.columns], 1)
     kind = pa.list_(pa.float32(), matrix.shape[1])
@@ -162,21 +162,21 @@ def read_npy(path: Path, item_ids: Sequence[str], view: str, ids_from: str) -> V
             f"{path} holds {vectors.dtype} of shape {vectors.shape}", "numbers of shape (items, d)", "save the matrix"
         )
     if len(vectors) != len(item_ids):
-        one_more = ": row 0 may be a padding row, to be cut off" if len(vectors) == len(item_ids) + 1 else ""
+        one_more = ": row 0 may be a padding row; cut it off" if len(vectors) == len(item_ids) + 1 else ""
         raise DataError(
             f"{path} has {len(vectors)} rows and {ids_from} has {len(item_ids)}{one_more}",
             "one row for each id, in the same order",
-            "give the ids the rows were made from with --ids",
+            "give the ids of these rows with --ids",
         )
     values = _float32(vectors)
     return VectorFile(list(item_ids), {view: values}, {view: np.ones(len(values), bool)}, {view: path.name})
 
 
 def read_ids(path: Path, id_column: str) -> list[str]:
-    """Read ids in order: .npy of strings or whole numbers, .txt with one a line, .json, or a column of a Parquet file.
+    """Read ids in order: .npy of strings or whole numbers, .txt with one per line, .json, or a column in Parquet.
 
     Raises:
-        DataError: no such file, ids that are null or stand twice.
+        DataError: no such file, ids that are null or occur twice.
         ConfigError: another kind of file.
     """
     if path.suffix == ".parquet":
@@ -195,7 +195,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
             # not splitlines(): an id may hold one of the rarer line breaks of Unicode
             lines = path.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 ({error})", "one id a line", "save it as UTF-8") from None
+            raise DataError(f"{path} is not UTF-8 ({error})", "one id per line", "save it as UTF-8") from None
         return _as_ids(pa.array(lines[:-1] if lines[-1] == "" else lines, pa.string()), str(path))
     if path.suffix == ".json":
         _require_file(path)
@@ -217,8 +217,8 @@ def require_finite(source: VectorFile, rows: np.ndarray, where: Path) -> None:
             raise DataError(
                 f"{where} holds NaN or infinity in the {view} vectors of {len(bad)} items, the first is item"
                 f" {source.item_ids[int(bad[0])]!r}",
-                "finite numbers; null in a Parquet file where an item has no vector",
-                "make these vectors again, or leave the items out: they become rows with a reason",
+                "finite numbers; null in a Parquet file if an item has no vector",
+                "compute these vectors again, or leave the items out: they become rows with a reason",
             )
 
 
@@ -275,11 +275,11 @@ def _holds_vectors(kind: pa.DataType) -> bool:
 
 
 def _matrix(column: pa.ChunkedArray, ids: Sequence[str], where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N, d) float32 of a list column, NaN where null, and the (N,) mask of rows that are not."""
+    """Return (N, d) float32 of a list column, NaN where null, and the (N,) mask of rows that are not null."""
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where null
     present = np.flatnonzero(~np.isnan(lengths))
     if not len(present):
-        raise DataError(f"{where} is null throughout", "vectors", "choose another --column")
+        raise DataError(f"{where} holds only null", "vectors", "choose another --column")
     dim = int(lengths[present[0]])
     other = present[lengths[present] != dim]
     if len(other) or not dim:
@@ -290,7 +290,7 @@ def _matrix(column: pa.ChunkedArray, ids: Sequence[str], where: str) -> tuple[np
             if dim
             else f"{where} holds an empty vector, that of item {ids[row]!r}",
             "vectors of one length",
-            "make the vectors again, with null where an item has none",
+            "compute the vectors again, with null for an item without one",
         )
     matrix = np.full((len(column), dim), np.nan, np.float32)
     start = 0
@@ -317,9 +317,9 @@ def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
     twice = duplicates(ids)
     if twice:
         raise DataError(
-            f"{len(twice)} ids stand twice in {where}, among them {', '.join(map(repr, twice[:5]))}",
+            f"{len(twice)} ids occur more than once in {where}, among them {', '.join(map(repr, twice[:5]))}",
             "every id once",
-            "remove the double rows",
+            "remove the duplicate rows",
         )
     return ids
 

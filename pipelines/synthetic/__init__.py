@@ -1,1 +1,1 @@
-"""What the demo and the tests run on: a drawn catalogue with known truth, and a small backbone that reads it."""
+"""Data for the demo and the tests: a drawn catalogue with known truth, and a small backbone trained on it."""

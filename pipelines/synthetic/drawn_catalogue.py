@@ -1,8 +1,8 @@
-"""A drawn catalogue with known truth: products as pictures with titles, and users whose taste lies in both.
+"""A drawn catalogue with known truth: products as pictures with titles, and users whose taste depends on both.
 
-The demo and the tests run on it. A title tells brand, material and category; colour and pattern are only in the
-picture; the category is in both. Each user weighs looks against words by a known amount, so what a model can gain
-from either side is known too. How hard each side is stands in `CatalogueSettings`.
+The demo and the tests run on it. A title names brand, material and category; colour and pattern are only in the
+picture; the category is in both. Each user's weights of looks and words are known, so it is also known how much a model
+can gain from each side. `CatalogueSettings` decides how hard each side is.
 
 Every random draw comes from one seed: the same settings write the same bytes.
 """
@@ -25,7 +25,7 @@ from vlm2rec.embedder.contract.errors import ConfigError
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
-# No brand, material or category is a word for a colour or a pattern: looks must be looked at.
+# No brand, material or category is a word for a colour or a pattern: only the picture shows looks.
 BRANDS = (
     "Norwick",
     "Alvora",
@@ -85,8 +85,8 @@ BACKGROUNDS: dict[str, Colour] = {
 class CatalogueSettings:
     """How large the catalogue is, how hard each modality is, and how users choose.
 
-    The three groups are the knobs that decide which modality is easy: make pictures harder with `noise`, `jitter`,
-    `colours` and `patterns`; make titles sufficient with `told_by_brand`; shift what users want with `looks`.
+    The settings decide which modality is easy: `noise`, `jitter`, `colours` and `patterns` make pictures harder;
+    `told_by_brand` makes titles sufficient; `looks` shifts what users want.
     """
 
     products: int = 400
@@ -103,14 +103,14 @@ class CatalogueSettings:
     # titles
     brands: int = 12  # at most 16
     categories: int = 10  # at most 12
-    told_by_brand: float = 0.0  # share of products whose colour is their brand's: 1 lets a title foretell it
+    told_by_brand: float = 0.0  # share of products with their brand's colour: with 1, a title predicts the colour
 
     # users
     looks: tuple[float, float] = (2.0, 2.0)  # Beta distribution of a user's weight on looks; (2, 2) has mean one half
-    sharpness: float = 2.2  # scale of the utilities before the softmax; 0 is choosing at random
-    drift: float = 0.8  # pull of the latest items, beside a taste of size 1
-    memory: float = 0.5  # how much of that pull is left one item later
-    popularity: float = 0.25  # standard deviation of an item's own attraction
+    sharpness: float = 2.2  # scale of the utilities before the softmax; 0 is a random choice
+    drift: float = 0.8  # weight of the latest items; the weight of taste is 1
+    memory: float = 0.5  # factor of that weight for each later item
+    popularity: float = 0.25  # standard deviation of an item's popularity
     shortest: int = 6  # items of a history
     longest: int = 16
 
@@ -135,7 +135,7 @@ class CatalogueSettings:
 
 @dataclass(frozen=True)
 class Product:
-    """One product: what its title tells, what only its picture shows, and how the picture is taken."""
+    """One product: what its title names, what only its picture shows, and how the picture is drawn."""
 
     item_id: str
     brand: str
@@ -145,11 +145,11 @@ class Product:
     colour: str
     pattern: str
     background: str
-    popularity: float  # own attraction, in units of utility before `sharpness`
+    popularity: float  # in units of utility before `sharpness`
 
     @property
     def title(self) -> str:
-        """The words a shop would print; nothing about looks."""
+        """The words that a shop would print; nothing about looks."""
         return f"{self.brand} {self.material} {self.category} {self.model}"
 
     @property
@@ -158,16 +158,16 @@ class Product:
         return f"{self.colour} {self.pattern} {self.category} {self.material} {self.brand}"
 
 
-# Attributes a taste can be about, and the side that shows them to a model.
+# The attributes of a taste, by the side that shows them to a model.
 TEXT_ATTRIBUTES = ("brand", "material", "category")
 LOOKS_ATTRIBUTES = ("colour", "pattern")
 
 
 @dataclass(frozen=True)
 class Population:
-    """Users with known taste and what they chose."""
+    """Users with known taste, and their choices."""
 
-    looks_weight: np.ndarray  # (U,) in [0, 1]: share of a user's taste that lies in looks
+    looks_weight: np.ndarray  # (U,) in [0, 1]: share of looks in a user's taste
     taste: np.ndarray  # (U, A) utility of each attribute value, weights included
     attributes: list[str]  # A names, "brand=Norwick"
     choices: list[np.ndarray]  # U × (n_u,) product rows, in time order
@@ -187,7 +187,7 @@ def draw_catalogue(
         products: Products to draw.
         users: Users to simulate.
         seed: Seed of everything.
-        settings: Everything else; its own products, users and seed give way to the arguments.
+        settings: Everything else; the arguments replace its products, users and seed.
 
     Returns:
         The settings used.
@@ -213,7 +213,7 @@ def draw_catalogue(
 
 
 def invent_products(settings: CatalogueSettings, random: np.random.Generator) -> list[Product]:
-    """Return products whose attributes are drawn independently, but for the material, which suits the category."""
+    """Return products with independently drawn attributes, except for the material, which suits the category."""
     brands = BRANDS[: settings.brands]
     categories = list(CATEGORIES)[: settings.categories]
     colours = list(COLOURS)[: settings.colours]
@@ -263,19 +263,19 @@ def _item_table(items: Sequence[Product]) -> pl.DataFrame:
 def attribute_matrix(items: Sequence[Product], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Return the one-hot attributes of the items, (I, A), and the names of the A columns ("colour=red")."""
     columns = [f"{name}={value}" for name in names for value in sorted({getattr(item, name) for item in items})]
-    place = {column: number for number, column in enumerate(columns)}
+    index = {column: number for number, column in enumerate(columns)}
     matrix = np.zeros((len(items), len(columns)))
     for row, item in enumerate(items):
         for name in names:
-            matrix[row, place[f"{name}={getattr(item, name)}"]] = 1.0
+            matrix[row, index[f"{name}={getattr(item, name)}"]] = 1.0
     return matrix, columns
 
 
 def simulate_users(settings: CatalogueSettings, items: Sequence[Product], random: np.random.Generator) -> Population:
-    """Let users choose, item after item and none twice, by a softmax over utilities.
+    """Let users choose one item after another, none twice, by a softmax over utilities.
 
-    utility = sharpness · (taste of the item's attributes + drift · likeness to the latest items + popularity).
-    A user's weight on looks scales colour and pattern in both terms, and one minus it brand, material and category.
+    utility = sharpness · (taste of the item's attributes + drift · similarity to the latest items + popularity).
+    A user's weight on looks scales colour and pattern in both terms; one minus it scales brand, material and category.
     """
     text, text_names = attribute_matrix(items, TEXT_ATTRIBUTES)
     looks, looks_names = attribute_matrix(items, LOOKS_ATTRIBUTES)
@@ -292,7 +292,7 @@ def simulate_users(settings: CatalogueSettings, items: Sequence[Product], random
     own = taste @ attributes.T + np.array([item.popularity for item in items])  # (U, I)
     lengths = random.integers(settings.shortest, settings.longest + 1, size=settings.users)
     everybody = np.arange(settings.users)
-    latest = np.zeros_like(taste)  # (U, A), the fading memory of what was chosen
+    latest = np.zeros_like(taste)  # (U, A), the fading memory of earlier choices
     free = np.zeros_like(own)  # minus infinity where already chosen
     steps = []
     for _ in range(settings.longest):
@@ -339,7 +339,7 @@ def _truth(settings: CatalogueSettings, population: Population) -> dict[str, obj
 
 # --- pictures -----------------------------------------------------------------------------------------------
 
-_FINE = 2  # pictures are drawn twice as large and reduced: smooth edges
+_FINE = 2  # pictures are drawn at this multiple of their size and reduced, for smooth edges
 
 
 def draw_product(item: Product, settings: CatalogueSettings, random: np.random.Generator) -> Image.Image:

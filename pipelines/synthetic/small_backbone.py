@@ -1,12 +1,12 @@
 """A small Qwen2.5-VL that understands one catalogue: built and trained in minutes, loaded like any other model folder.
 
 It is for the demo, for tests and for trying settings out; it knows nothing outside its catalogue. An encoder reads
-the last token of a prompt that asks for one word, so that is what is trained: at that token, cross-entropy against
-the words of the items' captions, every one as likely as the others. In expectation this is next-token training on a
-word drawn at random. What the last hidden state has to tell is then what the words tell.
+the last token of a prompt that asks for one word, and training uses the same token. The loss there is cross-entropy
+against the words of the items' captions, all with equal probability. In expectation this is next-token training on a
+randomly drawn word. The last hidden state therefore learns what the words say.
 
-The vision tower starts from nothing too, and through the language model alone hardly any gradient reaches it in a few
-hundred steps. So the mean of an image's tokens has to name the words as well, through the same output matrix.
+The vision tower starts from random weights too, and through the language model hardly any gradient reaches it in a few
+hundred steps. So a second loss makes the mean of an image's tokens predict the words, with the same output matrix.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ PATCH = 14  # pixels; an image token is 2 × 2 patches
 # training just to grow.
 WEIGHT_SPREAD = 0.09
 
-# What a training step asks for: kind of prompt, and items in it. Images are slower to learn than titles.
+# Shares of the training steps by kind of prompt, and by items in a prompt. Images are slower to learn than titles.
 KINDS = {"text": 0.25, "image": 0.6, "item": 0.15}
 ITEMS_IN_A_PROMPT = {1: 0.8, 2: 0.1, 4: 0.05, 10: 0.05}
 TEXTS_PER_IMAGE = 4  # a text prompt costs a fraction of an image prompt, so a step takes more of them
 CHAT_SHARE = 0.15
 WARMUP_STEPS = 40
-LAST_RATE = 0.02  # share of the learning rate that is left in the last step
+LAST_RATE = 0.02  # share of the learning rate in the last step
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 HELD_OUT = 0.1
@@ -114,18 +114,18 @@ class SmallBackboneSettings:
 
 @dataclass(frozen=True)
 class CaptionedItem:
-    """One item to learn from."""
+    """One training item."""
 
     title: str
     words: tuple[str, ...]  # distinct words of its caption
-    picture: np.ndarray | None = None  # (H, W, 3) uint8, already of the size the processor gives it
+    picture: np.ndarray | None = None  # (H, W, 3) uint8, already at the size that the processor gives it
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well prompts of single items are answered: mean loss, and how often the likeliest word is one of the item's.
+    """The answers to prompts of single items: mean loss, and how often the likeliest word is one of the item's.
 
-    `majority` is that share for the one word that suits most items, whatever the prompt.
+    `majority` is this share if the answer is always the one word that suits most items.
     """
 
     loss: float
@@ -136,7 +136,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training came to; a score is None where no item could be held out for it."""
+    """The result of a training; a score is None if no item could be held out for it."""
 
     steps: int
     seconds: float
@@ -150,10 +150,10 @@ _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
 
 def caption_words(captions: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the distinct words of each caption, in order, without those that stand in more than half of all captions.
+    """Return the distinct words of each caption, in order, without those in more than half of all captions.
 
-    Words end at white space and punctuation (`Adventure|Sci-Fi` holds two). Where every word of a caption is so
-    common, it keeps them all.
+    Words end at white space and punctuation (`Adventure|Sci-Fi` has two). A caption whose words are all so common keeps
+    them all.
     """
     split = [tuple(dict.fromkeys(_WORD.findall(caption))) for caption in captions]
     counts = Counter(word for words in split for word in words)
@@ -162,10 +162,10 @@ def caption_words(captions: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def train_tokenizer(titles: Sequence[str], words: Sequence[Sequence[str]], vocabulary: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer that cuts text as Qwen's does, of at most `vocabulary` tokens.
+    """Return a byte-level BPE tokenizer that splits text as Qwen's does, of at most `vocabulary` tokens.
 
     The prompts' own words and the frequent caption words, each with the space before it, become whole tokens as far
-    as the vocabulary reaches: an answer is then one token.
+    as the vocabulary allows: an answer is then one token.
     """
     qwen = transformers.Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
@@ -185,9 +185,10 @@ def train_tokenizer(titles: Sequence[str], words: Sequence[Sequence[str]], vocab
 
 
 def answer_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """Return the first token of each word as it stands after a space; two words may share one.
+    """Return the first token of each word when it follows a space; two words may share one.
 
-    Qwen's tokenizer cuts the space off a number, and a space says nothing: numbers count only where there is no word.
+    Qwen's tokenizer separates the space from a number, and a space carries no meaning: numbers count only if there is
+    no word.
     """
     first = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
     return [token for token in first if tokenizer.decode([token]).strip()] or first
@@ -288,7 +289,7 @@ def _image_processor(max_pixels: int) -> dict[str, Any]:
 
 
 def read_picture(root: Path, relative: str, processor: Any) -> np.ndarray:
-    """Return an image at the size the processor will give it, (H, W, 3) uint8, so that training decodes it once.
+    """Return an image at the size that the processor will give it, (H, W, 3) uint8, so that it is decoded only once.
 
     Raises:
         ImageError: the image cannot be used.
@@ -302,7 +303,7 @@ def read_picture(root: Path, relative: str, processor: Any) -> np.ndarray:
 def moved(picture: np.ndarray, random: np.random.Generator) -> Image.Image:
     """Return the picture shifted by up to a twelfth of its sides and mirrored half the time.
 
-    A few hundred pictures are learnt by heart in a minute; moving them makes the model look at what is in them.
+    The model would memorise a few hundred pictures in a minute; moving them makes it learn their content.
     """
     down, right = (int(random.integers(-side // 12, side // 12 + 1)) for side in picture.shape[:2])
     rows = np.clip(np.arange(picture.shape[0]) - down, 0, picture.shape[0] - 1)
@@ -317,7 +318,7 @@ def moved(picture: np.ndarray, random: np.random.Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the training: which prompts are asked."""
+    """The prompts of one training step."""
 
     kind: str  # of KINDS
     rows: list[list[int]]  # items of each prompt
@@ -329,7 +330,7 @@ Watch = Callable[[int, float], None]
 
 
 class Lesson:
-    """A backbone in training on captioned items. It stays in evaluation mode: the model has no dropout."""
+    """The training of a backbone on captioned items. The model stays in evaluation mode: it has no dropout."""
 
     def __init__(self, backbone: Backbone, items: Sequence[CaptionedItem]) -> None:
         self.backbone = backbone
@@ -340,7 +341,7 @@ class Lesson:
         self.head: Any = backbone.model.get_output_embeddings()
 
     def target(self, rows: Sequence[int]) -> Tensor:
-        """Return the answer to a prompt of items `rows`: every word of an item equally likely, items equal, (V,)."""
+        """Return the targets of a prompt of items `rows`, (V,): the items equally likely, and the words of each."""
         target = torch.zeros(self.head.weight.shape[0])
         for row in rows:
             share = torch.full((len(self.tokens[row]),), 1.0 / (len(rows) * len(self.tokens[row])))
@@ -348,12 +349,12 @@ class Lesson:
         return target
 
     def targets(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the answers to several prompts, (B, V)."""
+        """Return the target distributions for several prompts, (B, V)."""
         return torch.stack([self.target(rows) for rows in prompts])
 
     def loss(self, step: Step, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return the loss of one step, a scalar: of the answers, and of the images' own tokens where there are any."""
-        images = self.backbone.look_at_once(pictures) if pictures else []
+        """Return the loss of one step, a scalar: of the answers, plus that of the image tokens if there are any."""
+        images = self.backbone.run_vision_tower(pictures) if pictures else []
         loss = F.cross_entropy(self._logits(step, images), self.targets(step.rows))
         if images:
             of_images = torch.stack([image.tokens.mean(dim=0) for image in images])  # (images, d)
@@ -364,12 +365,12 @@ class Lesson:
 
     @torch.no_grad()
     def score(self, rows: Sequence[int], kind: str, majority_token: int) -> Score | None:
-        """Ask for each of the items `rows` alone, in raw mode; None if there is no item."""
+        """Score single-item prompts of the items `rows`, in raw mode; None if there is no item."""
         losses, hits, majority = [], [], []
         for start in range(0, len(rows), SCORED_AT_ONCE):
             step = Step(kind, [[row] for row in rows[start : start + SCORED_AT_ONCE]], chat=False)
             pictures = [] if kind == "text" else [self._still(row) for (row,) in step.rows]
-            logits = self._logits(step, self.backbone.look_at_once(pictures) if pictures else [])
+            logits = self._logits(step, self.backbone.run_vision_tower(pictures) if pictures else [])
             targets = self.targets(step.rows)
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             hits.append(targets.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0] > 0)
@@ -380,7 +381,7 @@ class Lesson:
         return Score(loss, accuracy, common, items=len(rows))
 
     def _logits(self, step: Step, images: Sequence[ImageFeatures]) -> Tensor:
-        """Return the scores of each answer's first token, (B, V)."""
+        """Return the logits of each answer's first token, (B, V)."""
         backbone = self.chat if step.chat else self.backbone
         left = iter(images)
         prompts = []
@@ -404,16 +405,16 @@ class Lesson:
 def train(
     backbone: Backbone, items: Sequence[CaptionedItem], settings: SmallBackboneSettings, watch: Watch | None = None
 ) -> Training:
-    """Train every weight of a small backbone in place, on the CPU, and score it on a tenth of the items held out.
+    """Train every weight of a small backbone in place, on the CPU, and score it on a held-out tenth of the items.
 
-    The rate warms up, then falls by a cosine over `max_steps`, and faster when the time runs out first; only a
-    training that ends by steps gives the same weights each time.
+    The learning rate warms up, then falls by a cosine over `max_steps`, or faster if the time runs out first. Only a
+    training that ends by `max_steps` gives the same weights each time.
 
     Args:
-        backbone: as `Backbone.load` gives it, float32 on the CPU.
-        items: at least one with words; those without a picture are asked about by title only.
-        settings: of the training.
-        watch: is told of every step.
+        backbone: a backbone from `Backbone.load`, float32 on the CPU.
+        items: at least one with words; items without a picture are used with their titles only.
+        settings: the settings of the training.
+        watch: called after every step.
     """
     random = np.random.default_rng(settings.seed)
     lesson = Lesson(backbone, items)
@@ -438,7 +439,7 @@ def train(
 def _train(
     lesson: Lesson, rows: np.ndarray, settings: SmallBackboneSettings, random: np.random.Generator, watch: Watch
 ) -> int:
-    """Take the steps and return how many there were."""
+    """Run the training steps and return their number."""
     pictured = np.array([row for row in rows if lesson.items[row].picture is not None], np.int64)
     optimizer = torch.optim.AdamW(
         lesson.backbone.model.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -451,8 +452,8 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(number, settings.max_steps, elapsed)
         step = draw_step(random, rows, pictured, settings.batch_size)
-        asked = [] if step.kind == "text" else [row for prompt in step.rows for row in prompt]
-        pictures = [moved(picture, random) for row in asked if (picture := lesson.items[row].picture) is not None]
+        image_rows = [] if step.kind == "text" else [row for prompt in step.rows for row in prompt]
+        pictures = [moved(picture, random) for row in image_rows if (picture := lesson.items[row].picture) is not None]
         loss = lesson.loss(step, pictures)
         optimizer.zero_grad()
         loss.backward()
@@ -466,9 +467,9 @@ def draw_step(random: np.random.Generator, rows: np.ndarray, pictured: np.ndarra
     """Return a step of `batch_size` items in all, in prompts of one kind and length.
 
     Args:
-        random: is drawn from.
-        rows: the items to learn from.
-        pictured: those of them with a picture; where there are none, every prompt is of text.
+        random: the source of random numbers.
+        rows: the training items.
+        pictured: those with a picture; if there are none, all prompts are text prompts.
         batch_size: items of a step; text steps take `TEXTS_PER_IMAGE` times as many.
     """
     kind = str(random.choice(list(KINDS), p=list(KINDS.values()))) if len(pictured) else "text"
@@ -480,23 +481,23 @@ def draw_step(random: np.random.Generator, rows: np.ndarray, pictured: np.ndarra
 
 
 def rate(step: int, steps: int, elapsed: float) -> float:
-    """Return the share of the learning rate at a step: warm-up, cosine, and a line to 0 over the last 30 % of time.
+    """Return the share of the learning rate at a step: warm-up, cosine, and linearly to 0 over the last 30 % of time.
 
     Args:
         step: from 0.
-        steps: planned.
-        elapsed: share of the time limit that is used up.
+        steps: number of planned steps.
+        elapsed: used share of the time limit.
     """
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return warm * max(cosine, LAST_RATE) * min(1.0, (1 - elapsed) / 0.3)
 
 
-# --- what was made ------------------------------------------------------------------------------------------
+# --- provenance ------------------------------------------------------------------------------------------
 
 
 def write_provenance(folder: Path, settings: SmallBackboneSettings, training: Training, items: int, words: int) -> None:
-    """Say in the model folder where the model comes from; loaders of models ignore this file."""
+    """Write the model's provenance into its folder; model loaders ignore this file."""
     schema.write_json(
         folder / PROVENANCE_FILE,
         {
