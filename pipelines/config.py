@@ -190,7 +190,7 @@ class FinetuneConfig:
         "Users in a batch on one device; a step of N processes has N times as many. SDA: 32 items.", 8
     )
     negatives: Negatives = setting(
-        "With several processes. local: the targets of a process's own batch; global: the targets of all batches.",
+        "Negatives of several processes. local: the targets of a process's own batch; global: those of all batches.",
         "local",
     )
     chunk_users: Count = setting(
@@ -199,7 +199,7 @@ class FinetuneConfig:
     epochs: PositiveFloat = setting("Epochs.", 3.0)
     max_steps: Count = setting("Stop after this many steps; 0 trains all epochs. SDA's paper uses at most 4000.", 0)
     samples: SamplesMode = setting(
-        "Samples (prefix → next item) of a user. last: the last one; random: a random one; all: all.", "last"
+        "Samples (prefix → next item) of a user. last: the last one; random: a random one; all: every one.", "last"
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)

@@ -274,8 +274,8 @@ def test_ids_that_cannot_be_used_are_named(data: Path, tmp_path: Path, ids: list
         ({"item_id_column": "item"}, DataError, "no column 'item' .did you mean 'item_id'"),
         ({"column": "vectr"}, DataError, "no column 'vectr' .did you mean 'vector'"),
         ({"column": "item_id"}, DataError, "is string"),
-        ({"ids": Path("ids.txt")}, ConfigError, "--ids beside a Parquet file"),
-        ({"in_item_order": True}, ConfigError, "--in-item-order beside a Parquet file"),
+        ({"ids": Path("ids.txt")}, ConfigError, "--ids with a Parquet file"),
+        ({"in_item_order": True}, ConfigError, "--in-item-order with a Parquet file"),
     ],
 )
 def test_settings_that_do_not_fit_a_parquet_file_are_refused(

@@ -45,7 +45,7 @@ the {"histories" if data["users"] else "items"} of `{data["name"]}` for item emb
 
 **Licence.** The backbone's applies: {settings["licence"]}.
 
-**Data.** `{data["name"]}`: {_samples(data)}; hashes of the dataset's files stand in
+**Data.** `{data["name"]}`: {_samples(data)}; hashes of the dataset's files are in
 `vlm2rec.json`. {training["steps"]} steps, seed {training["seed"]}.
 
 **Prompts** (mode `{encoder["prompt_mode"]}`), {_asked(encoder)}:
