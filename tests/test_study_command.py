@@ -42,7 +42,7 @@ def test_a_plan_is_printed_and_nothing_is_written(
     study.run(settings(tiny, drawn_dataset, tmp_path, {"plan_only": True, "quick": True}))
     assert not (tmp_path / "study").exists()
     printed = capsys.readouterr().err
-    assert "0 done before" in printed and "finetune" in printed and "about" in printed
+    assert "0 already done" in printed and "finetune" in printed and "estimate" in printed
 
 
 def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
