@@ -13,6 +13,7 @@ from rich.table import Table
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.provenance import library_versions
+from vlm2rec.embedder.contract.publish import require_ours
 from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
@@ -33,7 +34,6 @@ from vlm2rec.pipelines.read_config import read_yaml
 from vlm2rec.pipelines.reporting import page
 from vlm2rec.pipelines.synthetic import laboratory
 
-STUDY_FILE = "study.json"
 WRITTEN_BY = "vlm2rec study"
 LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 
@@ -109,32 +109,18 @@ def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
 
 
 def require_own_folder(out: Path, written_by: str) -> None:
-    """Refuse a folder that holds anything but a study that the same command began.
-
-    Raises:
-        ConfigError: `out` is a file, or somebody else's folder.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file", "a folder to write", "choose another --out")
-    if not out.is_dir() or all(path.name == LOCK_FILE for path in out.iterdir()):
-        return
-    file, fix = out / STUDY_FILE, "choose another --out, or remove the folder yourself"
-    if file.is_file():
-        own = schema.read_json(file, "what a study notes", fix).get("written_by") == written_by
-    else:  # it was interrupted before the first step
-        own = laboratory.is_laboratory(out / laboratory.FOLDER)
-    if not own:
-        raise ConfigError(
-            f"--out {out} is not empty and holds no {STUDY_FILE} of `{written_by}`",
-            f"a new folder, or that of an earlier `{written_by}`, which goes on",
-            fix,
-        )
+    """Raise `ConfigError` unless `out` is free, or the same command began a study in it."""
+    if (out / results.STUDY_FILE).is_file():
+        ours = schema.is_written_by(out / results.STUDY_FILE, written_by)
+    else:  # a study that was interrupted before its first step has only a laboratory
+        ours = laboratory.is_laboratory(out / laboratory.FOLDER)
+    require_ours(out, f"a study that `{written_by}` began", ours=ours, ignored=lambda name: name == LOCK_FILE)
 
 
 def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: Any) -> None:
     """Record the study and its settings in the study folder, with `more` facts for the page."""
     schema.write_json(
-        schedule.out / STUDY_FILE,
+        schedule.out / results.STUDY_FILE,
         {
             "written_by": written_by,
             "command": {

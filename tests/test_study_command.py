@@ -47,7 +47,7 @@ def test_a_plan_is_printed_and_nothing_is_written(
 
 def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds no study\.json"):
+    with pytest.raises(ConfigError, match="not a study that `vlm2rec study` began"):
         study.run(StudyConfig(out=tmp_path, data=drawn_dataset, backbone=str(tiny("qwen2_5_vl"))))
     with pytest.raises(ConfigError, match="--data is missing"):
         study.run(StudyConfig(out=tmp_path / "new", backbone="x"))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,11 +30,13 @@ from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
+STUDY_FILE = "study.json"  # of a study folder: the study and its settings
 RESULTS_FILE = "results.parquet"
 ALL_USERS = "all"
 TAIL_USERS = "tail"
@@ -198,9 +199,8 @@ def _frame(name: str, rows: Iterable[Json]) -> pl.DataFrame:
 
 
 def _write(table: pl.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    table.write_parquet(temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        table.write_parquet(temporary, compression="zstd")
 
 
 def _seeds(study: Study, run: Run) -> tuple[int, ...]:
@@ -438,7 +438,7 @@ def _about(
     embedded: Iterable[FinishedStep],
 ) -> Iterator[Json]:
     data = datasets[home.name]
-    written = schema.read_json(out / "study.json", "the settings of a study", "run the study again")
+    written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
     facts: Json = {
         "dataset": home.name,
         "reference": study.reference,
