@@ -167,7 +167,7 @@ def _reader_gone() -> bool:
 
 @command(settings.DemoConfig)
 def demo(config: settings.DemoConfig) -> None:
-    """Run the whole line on a drawn catalogue: four methods, both tasks, and one HTML page."""
+    """Run every stage on a drawn catalogue: four methods, both tasks, and one HTML page."""
     module_of("demo").run(config)
 
 
@@ -251,13 +251,13 @@ def convert(config: settings.ConvertConfig) -> None:
 
 @command(settings.StudyConfig, own_config_key=True)
 def study(config: settings.StudyConfig) -> None:
-    """Run methods x seeds, and draw every table and figure of the paper from the results."""
+    """Run many methods with several seeds, and draw the tables and figures of the paper from the results."""
     module_of("study").run(config)
 
 
 @command(settings.ReportConfig, positional="study")
 def report(config: settings.ReportConfig) -> None:
-    """Draw the page of a study or a demo again, from its Parquet files alone."""
+    """Draw the page of a study or a demo again, only from its Parquet files."""
     module_of("report").run(config)
 
 

@@ -471,38 +471,42 @@ class ReportConfig:
     """Settings of `vlm2rec report`."""
 
     study: Path | None = setting("Folder that `vlm2rec study` or `vlm2rec demo` wrote.", None)
-    run: Path | None = setting("The same, as a flag.", None)
-    out: Path | None = setting("HTML file to write; default: report.html in that folder.", None)
+    run: Path | None = setting("That folder, given as a flag.", None)
+    out: Path | None = setting("HTML file to write. Default: report.html in that folder.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Settings of `vlm2rec demo`."""
 
-    out: Path = setting("Folder to write; the same command goes on with an unfinished demo.", Path("runs/demo"))
-    products: Annotated[int, Ge(200)] = setting("Products drawn.", 400)
-    users: Annotated[int, Ge(50)] = setting("Users simulated.", 600)
-    finetune_steps: Positive = setting("Steps of each fine-tuning run.", 120)
-    recommender_epochs: Positive = setting("Most epochs of each recommender.", 12)
+    out: Path = setting("Folder to write. The same command continues an unfinished demo.", Path("runs/demo"))
+    products: Annotated[int, Ge(200)] = setting("Number of products to draw.", 400)
+    users: Annotated[int, Ge(50)] = setting("Number of users to simulate.", 600)
+    finetune_steps: Positive = setting("Training steps of each fine-tuning run.", 120)
+    recommender_epochs: Positive = setting("Largest number of epochs of each recommender.", 12)
     backbone_steps: Positive = setting("Training steps of the small backbone.", 400)
     seed: Count = setting("Seed of the catalogue and of every stage.", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Settings of `vlm2rec study`; its methods and their settings stand in a YAML of their own."""
+    """Settings of `vlm2rec study`; its methods and their settings are in a separate YAML."""
 
-    out: Path = setting("Study folder; the same command goes on with an unfinished study.")
-    data: Path | None = setting("Dataset folder; needed unless --report-only or --demo.", None)
-    backbone: str | None = setting("Hub id or local folder of a vision-language model; needed as --data is.", None)
-    config: Path | None = setting("YAML of the study: analyses, methods, settings. Default: the paper's.", None)
-    methods: tuple[str, ...] = setting("Run these methods of the YAML only.", ())
-    analyses: tuple[str, ...] = setting("Run these analyses of the YAML only.", ())
-    seeds: tuple[int, ...] = setting("Seeds of every analysis; default: those of the YAML.", ())
-    demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and study them.", False)
-    quick: bool = setting("A few steps of everything, to see that it works; the numbers mean nothing.", False)
-    plan_only: bool = setting("Print what would run and how long it may take; run nothing.", False)
-    report_only: bool = setting("Draw the report anew from the Parquet files of a study.", False)
-    jobs: Positive = setting("Steps at a time, each in a process with its share of the cores; 1 on a single GPU.", 1)
-    redo: bool = setting("Do again what was done with other settings; off refuses it.", False)
+    out: Path = setting("Study folder to write. The same command continues an unfinished study.")
+    data: Path | None = setting("Dataset folder. Required without --demo and --report-only.", None)
+    backbone: str | None = setting("Hub id or local folder of a vision-language model. Required like --data.", None)
+    config: Path | None = setting(
+        "YAML of the study: analyses, methods, settings. Default: the study of the paper.", None
+    )
+    methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
+    analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
+    seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
+    demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and use them.", False)
+    quick: bool = setting("Run only a few steps of everything, to see that it works; the numbers mean nothing.", False)
+    plan_only: bool = setting("Print the steps to run and an estimate of their time; run nothing.", False)
+    report_only: bool = setting("Only draw the report again, from the Parquet files of a study.", False)
+    jobs: Positive = setting(
+        "Steps to run at a time, each in a process with its share of the cores; use 1 on a single GPU.", 1
+    )
+    redo: bool = setting("Run steps again if their settings have changed; without it, that is an error.", False)
     device: DeviceName = setting("Where to run.", "auto")

@@ -1,4 +1,4 @@
-"""`vlm2rec demo`: the whole line on a drawn catalogue, from pictures to a page: a study of four methods, one seed."""
+"""`vlm2rec demo`: runs every stage on a drawn catalogue and ends with a page: a study of four methods, one seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WRITTEN_BY = "vlm2rec demo"
 def run(config: DemoConfig) -> Path:
     """Draw a catalogue, run every stage on it, and return the path of the page.
 
-    The same command goes on with a demo that was interrupted; what was made with other settings is made again.
+    The same command continues an interrupted demo. It makes again what was made with other settings.
 
     Raises:
         ConfigError: the folder holds something that is not an earlier demo.
@@ -41,39 +41,39 @@ def run(config: DemoConfig) -> Path:
             products=config.products, users=config.users, backbone_steps=config.backbone_steps, seed=config.seed
         )
         draw_laboratory(folder, wanted, redo=True)
-        asked = StudyConfig(
+        study_config = StudyConfig(
             out=config.out, data=folder / "data", backbone=str(folder / "backbone"), seeds=(config.seed,), redo=True
         )
-        schedule = plan_schedule(asked, _laid_over(config))
+        schedule = plan_schedule(study_config, _demo_study(config))
         settle_changes(schedule, redo=True)
         todo = schedule.unfinished(schedule.runs)
-        study.announce(schedule, schedule.runs, todo, aloud=True)
+        study.announce(schedule, schedule.runs, todo, to_terminal=True)
         settings = {key: value for key, value in asdict(config).items() if key != "out"}
-        study.remember(schedule, asked, WRITTEN_BY, demo=settings)
-        failures = run_steps(schedule, todo, aloud=True)
+        study.remember(schedule, study_config, WRITTEN_BY, demo=settings)
+        failures = run_steps(schedule, todo, to_terminal=True)
         if not failures:
-            study.remember(schedule, asked, WRITTEN_BY, demo=settings, **_use_the_vectors(schedule))
+            study.remember(schedule, study_config, WRITTEN_BY, demo=settings, **_run_closing_stages(schedule))
         page = study.draw_report(schedule)
     results.print_tables(config.out)
-    log.print(f"{clock(time.perf_counter() - begun)} minutes. Open {page.resolve()}", soft_wrap=True, markup=False)
+    log.print(f"Finished in {clock(time.perf_counter() - begun)}. Open {page.resolve()}", soft_wrap=True, markup=False)
     if failures:
         raise failures[0].error
     return page
 
 
-def _laid_over(config: DemoConfig) -> Json:
-    """Return the study of `demo.yaml` with steps and epochs as the flags say."""
-    found = read_yaml(DEMO_FILE)
-    return found | {
-        "finetune": found["finetune"] | {"max_steps": config.finetune_steps},
+def _demo_study(config: DemoConfig) -> Json:
+    """Return the settings of `demo.yaml`, with the steps and epochs of the flags."""
+    defaults = read_yaml(DEMO_FILE)
+    return defaults | {
+        "finetune": defaults["finetune"] | {"max_steps": config.finetune_steps},
         "recommender": {"max_epochs": config.recommender_epochs},
     }
 
 
-def _use_the_vectors(schedule: Schedule) -> Json:
-    """Check every table, build an index over the last and search it; return what was done and what was measured."""
-    done = []
-    for name, what, call in _uses(schedule):
+def _run_closing_stages(schedule: Schedule) -> Json:
+    """Run the stages after the study; return them with their seconds, and the description of the index."""
+    done: list[Json] = []
+    for name, what, call in _closing_stages(schedule):
         headline(name, what)
         started = time.perf_counter()
         call()
@@ -84,7 +84,8 @@ def _use_the_vectors(schedule: Schedule) -> Json:
     }
 
 
-def _uses(schedule: Schedule) -> Iterator[tuple[str, str, Callable[[], object]]]:
+def _closing_stages(schedule: Schedule) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Yield (command, what it does, call): verify every table, then index the reference's vectors and search them."""
     data, index = schedule.home.data, schedule.out / "index"
     tables = {
         each.method.name: step.folder
@@ -100,4 +101,4 @@ def _uses(schedule: Schedule) -> Iterator[tuple[str, str, Callable[[], object]]]
     yield "build-index", f"FAISS over the {name} vectors", partial(build_index.run, build)
     first = pl.read_parquet(data / schema.ITEMS_FILE, columns=[schema.ITEM_ID])[schema.ITEM_ID][0]
     query = SearchConfig(index=index, item=first, k=5)
-    yield "search", "neighbours of one product", partial(build_index.search, query)
+    yield "search", "the neighbours of one product", partial(build_index.search, query)

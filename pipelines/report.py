@@ -1,4 +1,4 @@
-"""`vlm2rec report`: the page of a study or a demo, drawn again from its Parquet files alone."""
+"""`vlm2rec report`: draws the page of a study or a demo again, only from its Parquet files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vlm2rec.pipelines.reporting import page
 
 
 def run(config: ReportConfig) -> Path:
-    """Write the page of a study folder, and its figures in `figures/` beside it; return its path.
+    """Write the page of a study folder, and its figures to `figures/` beside the page; return the page's path.
 
     Raises:
-        ArtifactError: the folder is no study's, or its tables are incomplete.
-        ConfigError: no folder is named, or the page cannot be written where it was asked for.
+        ArtifactError: the folder is not a study folder, or its tables are incomplete.
+        ConfigError: no folder is given, or `out` is a folder.
     """
     folder = _folder(config)
     if config.out is not None and config.out.is_dir():
@@ -24,9 +24,11 @@ def run(config: ReportConfig) -> Path:
         raise ConfigError(f"--out {config.out} is a folder", "the name of an HTML file", fix)
     if not (folder / RESULTS_FILE).is_file():
         raise ArtifactError(
-            f"{folder} is no study: it holds no {RESULTS_FILE}" if folder.is_dir() else f"{folder} is not a folder",
-            "a folder that `vlm2rec study` or `vlm2rec demo` has written",
-            "name such a folder, or run one of them first; a study draws its page after the first round of runs",
+            f"{folder} is not a study folder: it has no {RESULTS_FILE}"
+            if folder.is_dir()
+            else f"{folder} is not a folder",
+            "a folder that `vlm2rec study` or `vlm2rec demo` wrote",
+            "give such a folder, or run one of these commands first",
         )
     out = page.run(folder, config.out)
     summary("Report", {"page": f"{out}  {out.stat().st_size / 1e6:.1f} MB", "figures": out.parent / page.FIGURES})
@@ -37,8 +39,8 @@ def _folder(config: ReportConfig) -> Path:
     named = {folder for folder in (config.study, config.run) if folder is not None}
     if len(named) != 1:
         raise ConfigError(
-            "no folder is named" if not named else f"{config.study} and --run {config.run} are two folders",
+            "no folder is given" if not named else f"{config.study} and --run {config.run} are two folders",
             "one folder of a study or a demo",
-            "say `vlm2rec report FOLDER`",
+            "run `vlm2rec report FOLDER`",
         )
     return named.pop()

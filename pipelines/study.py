@@ -1,4 +1,4 @@
-"""`vlm2rec study`: a matrix of methods and seeds, resumable step by step, and every table and figure drawn from it."""
+"""`vlm2rec study`: runs methods with several seeds, step by step, and draws every table and figure of the results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.provenance import library_versions
+from vlm2rec.embedder.contract.publish import require_ours
 from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
@@ -33,31 +34,30 @@ from vlm2rec.pipelines.read_config import read_yaml
 from vlm2rec.pipelines.reporting import page
 from vlm2rec.pipelines.synthetic import laboratory
 
-STUDY_FILE = "study.json"
 WRITTEN_BY = "vlm2rec study"
 LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 
 
 def run(config: StudyConfig) -> Path:
-    """Run what is missing of a study, collect the results, draw the report and return its path.
+    """Run the unfinished steps of a study, collect the results, draw the report and return its path.
 
     Raises:
-        ConfigError: the study cannot be planned, or finished runs have other settings than those asked for.
+        ConfigError: the study cannot be planned, or the settings of finished steps have changed.
         ArtifactError: a dataset is damaged, or another study writes to the same folder.
-        Vlm2RecError: a step failed; everything that does not depend on it was run and is in the report.
+        Vlm2RecError: a step failed; every step that does not need it was run and is in the report.
     """
     if config.report_only:
         return page.run(config.out)
     require_own_folder(config.out, WRITTEN_BY)
     if not config.demo:
-        _require_material(config)
+        _require_inputs(config)
         if config.plan_only:
-            schedule, wanted = _planned(config)
+            schedule, wanted = _plan(config)
             announce(schedule, wanted, schedule.unfinished(wanted), config.jobs)
             return config.out
     with writing(config.out):
-        config = _in_laboratory(config) if config.demo else config
-        schedule, wanted = _planned(config)
+        config = _with_laboratory(config) if config.demo else config
+        schedule, wanted = _plan(config)
         settle_changes(schedule, config.redo)
         todo = schedule.unfinished(wanted)
         announce(schedule, wanted, todo, config.jobs)
@@ -73,21 +73,21 @@ def run(config: StudyConfig) -> Path:
 
 
 def draw_report(schedule: Schedule) -> Path:
-    """Collect what the runs hold in Parquet files, and draw the page from these."""
+    """Collect the results of the runs in Parquet files, and draw the page from them."""
     results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
     return page.run(schedule.out)
 
 
-def _require_material(config: StudyConfig) -> None:
+def _require_inputs(config: StudyConfig) -> None:
     for name, value in (("--data", config.data), ("--backbone", config.backbone)):
         if value is None:
             raise ConfigError(
-                f"{name} is missing", "a dataset folder and a backbone", f"give {name}, or --demo to draw both"
+                f"{name} is missing", "a dataset folder and a backbone", f"give {name}, or --demo to make both"
             )
 
 
-def _in_laboratory(config: StudyConfig) -> StudyConfig:
-    """Draw what is missing of the laboratory and return the settings of a study of it."""
+def _with_laboratory(config: StudyConfig) -> StudyConfig:
+    """Draw the missing parts of the laboratory and return the settings of a study of it."""
     folder = config.out / laboratory.FOLDER
     wanted = laboratory.QUICK if config.quick else laboratory.STUDY
     laboratory.draw_laboratory(folder, wanted, config.redo)
@@ -98,7 +98,7 @@ def _in_laboratory(config: StudyConfig) -> StudyConfig:
     return dataclasses.replace(config, data=folder / "data", backbone=str(folder / "backbone"), config=file)
 
 
-def _planned(config: StudyConfig) -> tuple[Schedule, list[Run]]:
+def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     """Return the whole schedule, and the runs of the methods that --methods picks."""
     schedule = plan_schedule(config)
     picked = {method.name for method in schedule.study.picked(config.methods)}
@@ -109,32 +109,18 @@ def _planned(config: StudyConfig) -> tuple[Schedule, list[Run]]:
 
 
 def require_own_folder(out: Path, written_by: str) -> None:
-    """Refuse a folder that holds anything but a study that the same command began.
-
-    Raises:
-        ConfigError: `out` is a file, or somebody else's folder.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file", "a folder to write", "choose another --out")
-    if not out.is_dir() or all(path.name == LOCK_FILE for path in out.iterdir()):
-        return
-    file, fix = out / STUDY_FILE, "choose another --out, or remove the folder yourself"
-    if file.is_file():
-        own = schema.read_json(file, "what a study notes", fix).get("written_by") == written_by
-    else:  # it was interrupted before the first step
-        own = laboratory.is_laboratory(out / laboratory.FOLDER)
-    if not own:
-        raise ConfigError(
-            f"--out {out} is not empty and holds no {STUDY_FILE} of `{written_by}`",
-            f"a new folder, or that of an earlier `{written_by}`, which goes on",
-            fix,
-        )
+    """Raise `ConfigError` unless `out` is free, or the same command began a study in it."""
+    if (out / results.STUDY_FILE).is_file():
+        ours = schema.is_written_by(out / results.STUDY_FILE, written_by)
+    else:  # a study that was interrupted before its first step has only a laboratory
+        ours = laboratory.is_laboratory(out / laboratory.FOLDER)
+    require_ours(out, f"a study that `{written_by}` began", ours=ours, ignored=lambda name: name == LOCK_FILE)
 
 
 def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: Any) -> None:
-    """Note in the study folder what is run, with which settings, and `more` that the tables are to know."""
+    """Record the study and its settings in the study folder, with `more` facts for the page."""
     schema.write_json(
-        schedule.out / STUDY_FILE,
+        schedule.out / results.STUDY_FILE,
         {
             "written_by": written_by,
             "command": {
@@ -152,13 +138,17 @@ def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: A
     )
 
 
-# --- what the person sees -----------------------------------------------------------------------------------
+# --- output to the terminal ---------------------------------------------------------------------------------
 
 
 def announce(
-    schedule: Schedule, wanted: Sequence[Run], todo: Sequence[tuple[Run, Step]], jobs: int = 1, aloud: bool = False
+    schedule: Schedule,
+    wanted: Sequence[Run],
+    todo: Sequence[tuple[Run, Step]],
+    jobs: int = 1,
+    to_terminal: bool = False,
 ) -> None:
-    """Say what will run and how long it may take."""
+    """Print the steps to run and an estimate of their time."""
     learn_pace(schedule)
     rows: dict[str, tuple[set[str], int, float]] = {}
     for each, step in todo:
@@ -166,7 +156,7 @@ def announce(
         seconds += schedule.pace.of(step, schedule.datasets[step.config.data])
         rows[kind_of(step)] = (methods | {each.method.name}, count + 1, seconds)
     table = Table(title="To run", title_justify="left", box=None, padding=(0, 3, 0, 0))
-    for name in ("step", "methods", "times", "about"):
+    for name in ("step", "methods", "runs", "estimate"):
         table.add_column(name, justify="left" if name == "step" else "right")
     for kind, (methods, count, seconds) in rows.items():
         table.add_row(kind, str(len(methods)), str(count), clock(seconds / jobs))
@@ -176,15 +166,15 @@ def announce(
     names = {each.method.name for each in wanted}
     log.print(
         f"Study of {len(names)} methods on {schedule.home.name}:"
-        f" {steps} steps, {steps - len(todo)} done before, {len(todo)} to run.",
+        f" {steps} steps, {steps - len(todo)} already done, {len(todo)} to run.",
         markup=False,
     )
     if todo:
         log.print(table)
         if not schedule.pace.seconds:
-            log.print("Nothing is measured yet: the times are those of the small backbone on one core.", style="dim")
-        if not aloud:
-            log.print("What the steps say is in log.txt of each run.", style="dim")
+            log.print("No step has been timed yet: the estimates are for the small backbone on one core.", style="dim")
+        if not to_terminal:
+            log.print("Each run writes the output of its steps to log.txt in its folder.", style="dim")
     for note in schedule.study.notes:
         log.print(note, style="yellow", markup=False, soft_wrap=True)
 

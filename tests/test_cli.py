@@ -120,7 +120,7 @@ def test_help_of_every_command_shows_its_flags(name: str, vlm2rec: Run, monkeypa
 def test_report_takes_its_folder_with_and_without_a_flag(flag: tuple[str, ...], vlm2rec: Run, tmp_path: Path) -> None:
     code, out, err = vlm2rec("report", *flag, str(tmp_path))
     assert (code, out) == (5, "")
-    assert f"{tmp_path} is no study" in err
+    assert f"{tmp_path} is not a study folder" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["search", "--help"], ["nonsense"]])

@@ -219,7 +219,7 @@ def test_other_settings_make_again_what_depends_on_them(finished: tuple[Path, st
 
 def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is not empty and holds no study\.json"):
+    with pytest.raises(ConfigError, match="is not empty and not a study that `vlm2rec demo` began"):
         demo.run(DemoConfig(out=tmp_path, **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -228,7 +228,7 @@ def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tmp_path: P
 def test_a_study_of_somebody_else_gives_no_right_to_write(written_by: str | None, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps({"name": "my own file", "written_by": written_by}))
     (tmp_path / "laboratory" / "data").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="of an earlier `vlm2rec demo`"):
+    with pytest.raises(ConfigError, match="is not empty and not a study that `vlm2rec demo` began"):
         demo.run(DemoConfig(out=tmp_path, **SMALL))
     assert (tmp_path / "laboratory" / "data").is_dir()
 

@@ -118,7 +118,15 @@ def figure(text: str, beginning: str) -> str:
 def test_the_page_is_well_formed_and_has_every_part(text: str) -> None:
     parsed = read(text)
     words = " ".join(" ".join(parsed.texts).split())
-    parts = ("What ran", "Task 1", "Task 2", "Whom the training serves", "Geometry", "together find", "settings")
+    parts = (
+        "What ran",
+        "Task 1",
+        "Task 2",
+        "How training treats each modality",
+        "Geometry",
+        "by both together",
+        "settings",
+    )
     for part in (*parts, "5-core", "make-backbone", "recall@10 1.0000", "vlm2rec demo", "loss sft", "core 5"):
         assert part in words
     assert parsed.tags.count("svg") == len(FIGURES)
@@ -249,7 +257,7 @@ def test_task_1_alone_makes_a_page(study: Path, tmp_path: Path) -> None:
     text = drawn(changed(study, tmp_path, **kept, **empty))
     assert ".3500" in text
     assert not [found for found in read(text).tables if found[0][0] in ("SASRec", "GRU4Rec")]
-    assert "Whom the training serves" not in text and "together find" not in text
+    assert "How training treats each modality" not in text and "by both together" not in text
 
 
 def test_a_study_of_an_older_program_still_has_its_page(study: Path, tmp_path: Path) -> None:
@@ -288,7 +296,7 @@ def test_a_folder_that_lacks_a_table_is_refused(missing: str, study: Path, tmp_p
 def test_a_folder_that_is_no_study_is_refused(content: str | None, tmp_path: Path) -> None:
     if content:
         (tmp_path / content).write_text("hello")
-    with pytest.raises(ArtifactError, match=r"is no study.*`vlm2rec study` or `vlm2rec demo`"):
+    with pytest.raises(ArtifactError, match=r"is not a study folder.*`vlm2rec study` or `vlm2rec demo`"):
         drawn(tmp_path)
     with pytest.raises(ArtifactError, match="is not a folder"):
         drawn(tmp_path / "nowhere")
@@ -297,7 +305,7 @@ def test_a_folder_that_is_no_study_is_refused(content: str | None, tmp_path: Pat
 def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         run(ReportConfig(study=study, out=tmp_path))
-    with pytest.raises(ConfigError, match="no folder is named"):
+    with pytest.raises(ConfigError, match="no folder is given"):
         run(ReportConfig())
     with pytest.raises(ConfigError, match="are two folders"):
         run(ReportConfig(study=study, run=tmp_path))
@@ -322,7 +330,7 @@ def test_the_curves_of_every_method_and_view_are_drawn(text: str) -> None:
     ranks = figure(text, "Effective rank of each view")
     for label in ("SFT, text", "SFT, image", "SFT, fused", "VLM2Rec, image"):
         assert ranks.count(f">{label}<") == 1
-    assert "Whose weak modality is the image" in ranks
+    assert "Users whose weak modality is the image" in ranks
     learning = figure(text, "Training loss")
     for panel in ("Training loss", "Validation N@20", "Margin of each modality", "Penalty on the negatives"):
         assert panel in learning
@@ -337,7 +345,7 @@ def test_what_the_monitor_said_is_repeated_as_text(study: Path, text: str, tmp_p
     assert "SFT, seed 0, from step 30 to the end:" in text
     assert "<b>S" not in text
     many = pl.concat([table_of(study, "warnings")] * 10)
-    assert "SFT, image: 20 warnings; for instance image falls behind" in printed(
+    assert "SFT, image: 20 warnings, for example: image falls behind" in printed(
         changed(study, tmp_path, warnings=many)
     )
 

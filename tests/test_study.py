@@ -396,7 +396,7 @@ def test_the_page_prints_the_means_beside_the_papers_rows(finished: Path) -> Non
         "Task 1",
         "Task 2",
         "Geometry",
-        "Trained here, measured elsewhere",
+        "trained here, measured on other data",
         "Rare items",
         "disagree most",
         "What ran",

@@ -42,12 +42,12 @@ def test_a_plan_is_printed_and_nothing_is_written(
     study.run(settings(tiny, drawn_dataset, tmp_path, {"plan_only": True, "quick": True}))
     assert not (tmp_path / "study").exists()
     printed = capsys.readouterr().err
-    assert "0 done before" in printed and "finetune" in printed and "about" in printed
+    assert "0 already done" in printed and "finetune" in printed and "estimate" in printed
 
 
 def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds no study\.json"):
+    with pytest.raises(ConfigError, match="not a study that `vlm2rec study` began"):
         study.run(StudyConfig(out=tmp_path, data=drawn_dataset, backbone=str(tiny("qwen2_5_vl"))))
     with pytest.raises(ConfigError, match="--data is missing"):
         study.run(StudyConfig(out=tmp_path / "new", backbone="x"))

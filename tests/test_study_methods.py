@@ -232,7 +232,7 @@ def test_backbones_are_a_grid_of_the_reference(tmp_path: Path) -> None:
 def test_few_shot_leaves_out_what_the_dataset_has_no_users_for(tmp_path: Path) -> None:
     found = study(tmp_path, users=300)
     assert [m.finetune["users"] for m in found.methods if m.varies == "users"] == [128, 256]
-    assert found.notes == tuple(f"few-shot K = {k} is left out: there are 300 users" for k in (512, 1024))
+    assert found.notes == tuple(f"few-shot K = {k} is left out: there are only 300 users" for k in (512, 1024))
 
 
 def test_a_file_is_laid_over_the_default(tmp_path: Path) -> None:

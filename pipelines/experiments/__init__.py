@@ -1,1 +1,1 @@
-"""A study: methods and seeds as data, a schedule of steps, and the results as Parquet."""
+"""A study: its methods as data, the schedule of its steps, and its results as Parquet files."""

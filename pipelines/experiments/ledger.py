@@ -1,8 +1,8 @@
-"""What has been done: each run remembers which steps are finished, with which settings, and how long they took.
+"""The record of each run: which steps are finished, with which settings, and how long they took.
 
-`steps.json` in a run's folder names, for every step, the settings it was called with, its seconds, and a mark that is
-new whenever the step was run. A step is finished if its record says so, its settings are the same, the file it writes
-last is there, and the steps it reads from have not been run again since.
+`steps.json` in a run's folder holds for every step its settings, its seconds, and a mark that is new each time the step
+runs. A step is finished if its record says so, its settings are the same, the file it writes last exists, and the steps
+whose output it reads have not run again since.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
 LOG_FILE = "log.txt"
-# these may differ between a run and its continuation: they change neither vectors nor metrics
-_FREE = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
+# settings that may change when a run continues, because they change neither vectors nor metrics
+_NOT_COMPARED = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A finished step that is now asked for with another setting."""
+    """A recorded step whose setting has changed."""
 
     run: Run
     step: Step
@@ -39,11 +39,11 @@ class Change:
 
 
 def records(folder: Path) -> dict[str, Json]:
-    """Return what a run remembers of its steps."""
+    """Return the records of a run's steps, by the name of the step."""
     if not (folder / STEPS_FILE).is_file():
         return {}
-    fix = f"remove {folder}: its steps are run again"
-    return schema.read_json(folder / STEPS_FILE, "which steps of a run are done", fix)
+    fix = f"remove {folder}, to run its steps again"
+    return schema.read_json(folder / STEPS_FILE, "a record of the finished steps of a run", fix)
 
 
 def identity(step: Step, study: Path, data_mark: str) -> Json:
@@ -51,13 +51,13 @@ def identity(step: Step, study: Path, data_mark: str) -> Json:
     values = {
         schema.stored_name(f.name): _plain(getattr(step.config, f.name), study)
         for f in dataclasses.fields(step.config)
-        if f.name not in _FREE
+        if f.name not in _NOT_COMPARED
     }
     return {**values, "contents of data": data_mark, **_contents(step.config)}
 
 
 def _contents(config: Any) -> dict[str, str]:
-    """Return what tells whether a backbone, or a file that a step reads, is still the same under its name."""
+    """Return digests of the backbone and of the files that a step reads, as content may change under the same name."""
     found = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -83,26 +83,26 @@ def _plain(value: Any, study: Path) -> Any:
 
 
 def change(run: Run, step: Step, now: Json) -> Change | None:
-    """Return the first setting in which a step that was run differs from what is asked for now."""
+    """Return the first setting in which the record of a step differs from `now`; None if there is none."""
     record = records(run.folder).get(step.name)
     if record is None:
         return None
-    recorded = _in_todays_words(record)
+    recorded = _current_settings(record)
     defaults = {
         schema.stored_name(f.name): f.default for f in dataclasses.fields(step.config) if f.default is not MISSING
     }
     for name, value in now.items():
         if name not in recorded and name not in defaults:
-            continue  # not yet looked at when the step was run
-        # a setting that the program did not have at the time was at its default
+            continue  # the program did not record it when the step ran
+        # a setting that did not exist when the step ran had the value that is now its default
         before = recorded.get(name, _plain(defaults.get(name), Path()))
         if before != value:
             return Change(run, step, name, before, value)
     return None
 
 
-def _in_todays_words(record: Json) -> Json:
-    """Return the settings of a recorded step; what two commands of their own did before is done by export-items."""
+def _current_settings(record: Json) -> Json:
+    """Return a step's recorded settings, translated to those of export-items if a former command did the step."""
     settings: Json = record["settings"]
     if record["command"] == "encode-frozen":
         return settings | {"encoder_kind": settings.get("kind", "auto")}
@@ -110,7 +110,7 @@ def _in_todays_words(record: Json) -> Json:
 
 
 def is_finished(run: Run, step: Step) -> bool:
-    """Whether a step whose settings are unchanged need not run."""
+    """Tell whether a step with unchanged settings need not run."""
     record = records(run.folder).get(step.name, {})
     if not record.get("finished") or not (step.folder / step.done).is_file():
         return False
@@ -123,7 +123,7 @@ def _marks(folders: Sequence[Path]) -> dict[str, str | None]:
 
 
 def begin(run: Run, step: Step, settings: Json) -> None:
-    """Note that a step starts; what an earlier step of other inputs left there is removed."""
+    """Record that a step starts, and remove its earlier output if its inputs have changed."""
     run.folder.mkdir(parents=True, exist_ok=True)
     known = records(run.folder)
     before = known.get(step.name, {})
@@ -145,7 +145,7 @@ def begin(run: Run, step: Step, settings: Json) -> None:
 
 
 def end(run: Run, step: Step, seconds: float) -> None:
-    """Note that a step is done."""
+    """Record that a step is done."""
     known = records(run.folder)
     known[step.name] |= {"finished": created(), "seconds": round(seconds, 3)}
     schema.write_json(run.folder / STEPS_FILE, known)
@@ -162,6 +162,6 @@ def forget(run: Run, step: Step) -> None:
 def clear(folder: Path) -> None:
     """Remove a step's folder."""
     if folder.is_symlink():
-        raise ConfigError(f"{folder} is a link", "a folder of the study", "remove the link")
+        raise ConfigError(f"{folder} is a symbolic link", "a folder of the study", "remove the link")
     if folder.is_dir():
         shutil.rmtree(folder)

@@ -1,8 +1,8 @@
-"""The methods of a study as data, and the steps that each of them takes.
+"""The methods of a study as data, and the steps of each method.
 
-A method names a source; `SOURCES` says how a source makes an embeddings folder. Whatever the source, what follows is
-the same: rank by similarity (Task 1), start recommenders from the vectors (Task 2), on the dataset of the study and on
-the target domains of the cross-domain analysis.
+A method names a source; `SOURCES` says how a source makes an embeddings folder. The steps after that are the same for
+every source: rank items by similarity (Task 1) and train recommenders that start from the vectors (Task 2). They run on
+the dataset of the study and on the target domains of the cross-domain analysis.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
     Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
 )
 ANY_SEED = None
-"""Seed of the steps that no random number enters: the vectors of a backbone as it is."""
+"""Seed of the steps that use no random numbers, such as exporting the vectors of an untrained backbone."""
 
 QUICK: Json = {
     "finetune": {"max_steps": 4, "epochs": 1000.0, "valid_users": 20, "log_steps": 1},
     "recommender": {"max_epochs": 2, "eval_step": 1},
 }
 QUICK_SEEDS = (0, 1)
-_NO_GRADIENTS: Json = {"gradient_steps": 0}  # Fig. 1b is about the methods themselves
+_NO_GRADIENTS: Json = {"gradient_steps": 0}  # Fig. 1b shows the main methods, not the grids
 
 
-# --- what a study is ----------------------------------------------------------------------------------------
+# --- the study ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class Method:
     name: str
     source: str
     analyses: tuple[str, ...] = (MAIN,)
-    backbone: str | None = None  # default: that of the study
-    paper: str | None = None  # the row of the paper's tables that it stands beside
+    backbone: str | None = None  # default: the backbone of the study
+    paper: str | None = None  # the row of the paper's tables to print beside it
     finetune: Json = field(default_factory=dict)
     export: Json = field(default_factory=dict)
     evaluate: Json = field(default_factory=dict)
     recommender: Json = field(default_factory=dict)
-    options: Json = field(default_factory=dict)  # what the source itself takes: a file, a folder
-    varies: str | None = None  # of a grid: the setting that differs from the method `of`
+    options: Json = field(default_factory=dict)  # settings of the source itself: a file, a folder
+    varies: str | None = None  # in a grid: the setting that differs from the method `of`
     of: str | None = None
 
     @property
@@ -69,7 +69,7 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisPlan:
-    """What an analysis asks of its methods."""
+    """The seeds, tasks and recommenders that an analysis runs for its methods."""
 
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[int, ...] = (1, 2)
@@ -78,18 +78,18 @@ class AnalysisPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Methods that differ from one method in one setting."""
+    """Methods that differ from one base method in one setting."""
 
     analysis: str
     of: str
     varies: str
     values: tuple[Any, ...]
-    finetune: Json = field(default_factory=dict)  # besides
+    finetune: Json = field(default_factory=dict)  # other settings of every method of the grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A whole study, as the YAML says; see `study.yaml`."""
+    """A whole study, as the YAML describes it; see `study.yaml`."""
 
     reference: str
     analyses: tuple[str, ...]
@@ -115,7 +115,7 @@ class Study:
         return ", ".join(method.name for method in self.methods)
 
     def picked(self, names: Sequence[str]) -> list[Method]:
-        """Return the methods with these names or folder names; all for none."""
+        """Return the methods with these names or folder names; without names, all methods."""
         if not names:
             return list(self.methods)
         known = {text.lower(): method for method in self.methods for text in (method.slug, method.name)}
@@ -127,15 +127,15 @@ class Study:
 
 
 def read_study(config: StudyConfig, users: int | None = None, more: Json | None = None) -> Study:
-    """Read the study: its YAML over the default one, grids expanded, flags applied.
+    """Read the study: merge its YAML into the default one, expand the grids and apply the flags.
 
     Args:
         config: flags of the command.
-        users: users of the dataset; few-shot runs that ask for as many or more are left out with a note.
-        more: what a command lays over the default, below the YAML.
+        users: number of users of the dataset; few-shot runs with as many or more users are left out, with a note.
+        more: settings of a command; they override the default, and the YAML overrides them.
 
     Raises:
-        ConfigError: a key, an analysis, a source or a setting is not known, or two methods share a folder.
+        ConfigError: a key, an analysis, a source or a setting is unknown, or two methods share a folder.
     """
     layers = [read_yaml(DEFAULT_FILE), *([read_yaml(LABORATORY_FILE)] if config.demo else []), more or {}]
     if config.config is not None:
@@ -143,22 +143,22 @@ def read_study(config: StudyConfig, users: int | None = None, more: Json | None 
     if config.quick:
         layers.append(QUICK)
     where = str(config.config or DEFAULT_FILE.name)
-    raw = _merged(layers, where)
-    asked = {name: _build(AnalysisPlan, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
+    raw = _merge(layers, where)
+    plans = {name: _build(AnalysisPlan, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
     methods = [_method(values, where) for values in [*raw.pop("methods"), *raw.pop("more_methods", [])]]
     grids = [_build(Grid, values, f"grids in {where}") for values in raw.pop("grids", [])]
     backbones = tuple(raw.pop("backbones", []))
     reference = raw.get("reference", "")
     if backbones:
         grids.append(Grid(analysis=FAMILIES, of=reference, varies="backbone", values=backbones, finetune=_NO_GRADIENTS))
-    study = _build(Study, raw | {"plan": asked, "methods": tuple(methods)}, where)
-    study = _expanded(study, grids, users)
+    study = _build(Study, raw | {"plan": plans, "methods": tuple(methods)}, where)
+    study = _with_grids(study, grids, users)
     study = _with_flags(study, config)
     _check(study, where)
     return study
 
 
-def _merged(layers: Iterable[Json], where: str) -> Json:
+def _merge(layers: Iterable[Json], where: str) -> Json:
     known = {f.name for f in dataclasses.fields(Study)} - {"notes"} | {"grids", "more_methods", "backbones"}
     merged: Json = {}
     for layer in layers:
@@ -173,17 +173,19 @@ def _merged(layers: Iterable[Json], where: str) -> Json:
 
 def _method(values: Any, where: str) -> Method:
     if not isinstance(values, dict) or not values.get("name"):
-        raise ConfigError(f"{values!r} among the methods of {where}", "a mapping with name and source", "correct it")
+        raise ConfigError(
+            f"{values!r} among the methods of {where}", "a mapping with name and source", "correct the YAML"
+        )
     own = {f.name for f in dataclasses.fields(Method)}
     values = dict(values)
-    if "adapter" in values:  # between vectors and recommender: no business of the source
+    if "adapter" in values:  # a setting of the recommender, not of the source
         values["recommender"] = {**values.get("recommender", {}), "adapter": values.pop("adapter")}
     options = {key: value for key, value in values.items() if key not in own}
     return _build(Method, {k: v for k, v in values.items() if k in own} | {"options": options}, f"{where}, methods")
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
-    """Return `cls(**values)`, checked; lists become tuples."""
+    """Return `cls(**values)` with every value checked; lists become tuples."""
     if not isinstance(values, dict):
         raise ConfigError(f"{values!r} as {where}", "a mapping of settings", "correct the YAML")
     known = [f.name for f in dataclasses.fields(cls)]
@@ -193,8 +195,8 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     return read_config.read_config(cls, flags=values)
 
 
-def _expanded(study: Study, grids: Sequence[Grid], users: int | None) -> Study:
-    """Add the methods of the grids, and let the method that a grid is about take part in its analysis."""
+def _with_grids(study: Study, grids: Sequence[Grid], users: int | None) -> Study:
+    """Add the methods of the grids, and add the base method of each grid to its analysis."""
     methods, notes = list(study.methods), list(study.notes)
     for grid in grids:
         base = next((method for method in methods if method.name == grid.of), None)
@@ -205,20 +207,20 @@ def _expanded(study: Study, grids: Sequence[Grid], users: int | None) -> Study:
             methods[methods.index(base)] = base = dataclasses.replace(base, analyses=(*base.analyses, grid.analysis))
         for value in grid.values:
             if grid.varies == "users" and users is not None and value >= users:
-                notes.append(f"few-shot K = {value} is left out: there are {users} users")
+                notes.append(f"few-shot K = {value} is left out: there are only {users} users")
             elif value != varied_value(study, base, grid.varies):
                 methods.append(_variant(base, grid, value))
     return dataclasses.replace(study, methods=tuple(methods), notes=tuple(notes))
 
 
 def varied_value(study: Study, method: Method, setting: str) -> Any:
-    """Return what a method has for a setting of `finetune`, or its backbone."""
+    """Return the value of a `finetune` setting for a method; for the setting "backbone", its backbone."""
     if setting == "backbone":
         return method.backbone
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    kind = _kind(study, method)
+    kind = _training_method(study, method)
     own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
 
@@ -237,15 +239,15 @@ def _variant(base: Method, grid: Grid, value: Any) -> Method:
 
 def _with_flags(study: Study, config: StudyConfig) -> Study:
     seeds = config.seeds or (QUICK_SEEDS if config.quick else ())
-    plan = {name: dataclasses.replace(asked, seeds=seeds or asked.seeds) for name, asked in study.plan.items()}
-    if config.quick and not config.seeds:  # one run of each side analysis shows that it works
-        plan |= {
-            name: dataclasses.replace(asked, seeds=QUICK_SEEDS[:1])
-            for name, asked in plan.items()
+    plans = {name: dataclasses.replace(plan, seeds=seeds or plan.seeds) for name, plan in study.plan.items()}
+    if config.quick and not config.seeds:  # one seed is enough to show that a side analysis works
+        plans |= {
+            name: dataclasses.replace(plan, seeds=QUICK_SEEDS[:1])
+            for name, plan in plans.items()
             if name not in (MAIN, ABLATION)
         }
     wanted = [name.strip() for name in config.analyses] or list(study.analyses)
-    return dataclasses.replace(study, plan=plan, analyses=tuple(wanted))
+    return dataclasses.replace(study, plan=plans, analyses=tuple(wanted))
 
 
 def _check(study: Study, where: str) -> None:
@@ -253,12 +255,14 @@ def _check(study: Study, where: str) -> None:
     for name in (*study.analyses, *study.plan, *(a for m in study.methods for a in m.analyses)):
         if name not in ANALYSES:
             near = did_you_mean(name, ANALYSES)
-            raise ConfigError(f"analysis {name!r} in {where}{near}", f"some of {', '.join(ANALYSES)}", "correct it")
-    for name, asked in study.plan.items():
-        unknown = [model for model in asked.models if model not in schema.RECOMMENDERS]
-        if unknown or not set(asked.tasks) <= {1, 2} or not asked.seeds:
             raise ConfigError(
-                f"plan.{name} in {where} is {asked}",
+                f"analysis {name!r} in {where}{near}", f"some of {', '.join(ANALYSES)}", "correct the YAML"
+            )
+    for name, plan in study.plan.items():
+        unknown = [model for model in plan.models if model not in schema.RECOMMENDERS]
+        if unknown or not set(plan.tasks) <= {1, 2} or not plan.seeds:
+            raise ConfigError(
+                f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
     slugs: dict[str, str] = {}
@@ -280,9 +284,9 @@ def _check(study: Study, where: str) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a run: what it writes, and the settings it is called with."""
+    """One command of a run: what it writes, and its settings."""
 
-    name: str  # folder below the run
+    name: str  # of its folder in the run's folder
     command: str  # "finetune", "export-items", ...
     config: Any
     done: str  # the file that the command writes last
@@ -323,7 +327,7 @@ class RunContext:
         return self.folder / f"{self.prefix}{name}"
 
     def step(self, command: str, cls: type, out: Path, done: str, after: Sequence[Path], **values: Any) -> Step:
-        """Return a step; settings that the command does not know are refused here, before anything runs."""
+        """Return a step; raise `ConfigError` for a setting that the command does not have, before anything runs."""
         if "device" in {f.name for f in dataclasses.fields(cls)}:
             values["device"] = self.device
         config = _build(cls, values | {"out": out}, f"method {self.method.name!r}, {command}")
@@ -332,17 +336,17 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Source:
-    """Where item vectors come from."""
+    """A kind of method: how it makes item vectors."""
 
     embed: Callable[[RunContext], Step] | None = None  # writes an embeddings folder
     train: Callable[[RunContext], Step] | None = None  # writes an adapter folder first
-    encodes_users: bool = False  # Task 1 takes the sequence encoder; else the mean of the history's items
-    anywhere: bool = True  # can embed a dataset it has not seen
+    encodes_users: bool = False  # Task 1 encodes the history as a sequence; else it takes the mean of its items
+    embeds_new_items: bool = True  # it can embed a dataset that it was not made for
 
 
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
-    kind = _kind(study, method)
+    kind = _training_method(study, method)
     others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
@@ -356,18 +360,18 @@ def _finetune(context: RunContext) -> Step:
     )
 
 
-def _exported(context: RunContext) -> Json:
-    """Return what a method's export is asked for; `strategy: prompt1` may stand beside the source."""
+def _export_settings(context: RunContext) -> Json:
+    """Return the export settings of a method: the study's, then its own, then those beside its source (`strategy`)."""
     return {**context.study.export, **context.method.export, **context.method.options}
 
 
-def _kind(study: Study, method: Method) -> str:
-    """Return which method of `finetune` trains: what is common to a study may be a setting of another one."""
+def _training_method(study: Study, method: Method) -> str:
+    """Return the `--method` of `finetune` that trains this method of the study."""
     return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
 
 
 def _export(context: RunContext) -> Step:
-    values = _exported(context)
+    values = _export_settings(context)
     after = [] if context.trained is None else [context.trained]
     given = {"data": context.data, "backbone": context.backbone, "adapter": context.trained}
     return context.step(
@@ -380,15 +384,15 @@ def _export(context: RunContext) -> Step:
     )
 
 
-def _embedded(
-    command: str, cls: type, defaults: Mapping[str, Any], asks_backbone: bool = False
+def _embed_by(
+    command: str, cls: type, defaults: Mapping[str, Any], needs_backbone: bool = False
 ) -> Callable[[RunContext], Step]:
-    """Return a source's function for a command that writes an embeddings folder from the method's own options."""
+    """Return the `embed` function of a source: one command that takes the method's own options."""
 
     def embed(context: RunContext) -> Step:
-        options = {_FLAGS.get(key, key): value for key, value in context.method.options.items()}
+        options = {_EXPORT_NAMES.get(key, key): value for key, value in context.method.options.items()}
         values = {**defaults, **options, "data": context.data}
-        if asks_backbone:
+        if needs_backbone:
             values["backbone"] = context.backbone
         return context.step(command, cls, context.out("embeddings"), schema.MANIFEST_FILE, [], **values)
 
@@ -396,30 +400,31 @@ def _embedded(
 
 
 def _frozen(kind: str) -> Callable[[RunContext], Step]:
-    """Return the function of a source whose vectors a frozen encoder makes."""
-    return _embedded("export-items", settings.ExportConfig, {"encoder_kind": kind, **_OF_ENCODER})
+    """Return the `embed` function of a source whose vectors come from a frozen encoder."""
+    return _embed_by("export-items", settings.ExportConfig, {"encoder_kind": kind, **_ENCODER_SETTINGS})
 
 
-_FLAGS = {"folder": "encoder", "kind": "encoder_kind"}  # what a study calls settings of export-items
-# what is also the default is spelled out: steps that earlier versions have recorded hold it
-_OF_ENCODER = {"pooling": "auto", "fusion_norm": "raw", "dtype": "float32"}
-_OF_QUESTION = {"strategy": "question", "prompt_mode": "auto", "max_pixels": 224 * 224, "max_title_tokens": 64}
+_EXPORT_NAMES = {"folder": "encoder", "kind": "encoder_kind"}  # the study's names of two settings of export-items
+# These repeat some defaults of export-items, because the steps that earlier versions recorded contain them.
+_ENCODER_SETTINGS = {"pooling": "auto", "fusion_norm": "raw", "dtype": "float32"}
+_QUESTION_SETTINGS = {"strategy": "question", "prompt_mode": "auto", "max_pixels": 224 * 224, "max_title_tokens": 64}
 
 SOURCES: dict[str, Source] = {
     "id": Source(),
     "backbone": Source(_export, encodes_users=True),
     "finetune": Source(_export, _finetune, encodes_users=True),
-    "vectors": Source(_embedded("import-vectors", settings.ImportVectorsConfig, {}), anywhere=False),
+    "vectors": Source(_embed_by("import-vectors", settings.ImportVectorsConfig, {}), embeds_new_items=False),
     "sentence-transformers": Source(_frozen("sentence")),
     "clip": Source(_frozen("clip")),
-    "prompt": Source(_embedded("export-items", settings.ExportConfig, _OF_QUESTION, asks_backbone=True)),
+    "prompt": Source(_embed_by("export-items", settings.ExportConfig, _QUESTION_SETTINGS, needs_backbone=True)),
 }
 
 
 def _evaluate(context: RunContext, embeddings: Path) -> Step:
     source = SOURCES[context.method.source]
     values: Json = {**context.study.evaluate, **context.method.evaluate, "data": context.data, "embeddings": embeddings}
-    if source.encodes_users and not _exported(context).get("strategy"):  # its prompts hold one item, no history
+    # the prompt of a strategy holds one item, not a history
+    if source.encodes_users and not _export_settings(context).get("strategy"):
         values |= {"backbone": context.backbone, "adapter": context.trained}
     after = [embeddings, *([context.trained] if context.trained else [])]
     return context.step(
@@ -442,7 +447,7 @@ def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step
 
 @dataclass(frozen=True)
 class Target:
-    """A dataset that methods are measured on: that of the study, or a domain of the cross-domain analysis."""
+    """A dataset to measure methods on: that of the study, or a target domain of the cross-domain analysis."""
 
     name: str
     data: Path
@@ -450,18 +455,18 @@ class Target:
 
 
 def runs(study: Study, out: Path, source: Target, domains: Sequence[Target], backbone: str, device: str) -> list[Run]:
-    """Return every run of the matrix, seed by seed: after each round the tables hold every method."""
+    """Return all runs of the study, ordered by seed: after each seed the tables have a result of every method."""
     found: list[tuple[tuple[int, int], Run]] = []
     for number, method in enumerate(study.methods):
-        asked = _asked(study, method)
-        if not asked:
+        plans = _plans_of(study, method)
+        if not plans:
             continue
         seeds = list(seeds_of(study, method))
         fixed = SOURCES[method.source].embed is not None and SOURCES[method.source].train is None
         for seed in [ANY_SEED, *seeds] if fixed else seeds:
             folder = out / method.slug / ("seed-any" if seed is None else f"seed-{seed}")
             context = RunContext(study, method, seed, source.data, method.backbone or backbone, device, folder)
-            steps = _steps(context, asked, domains)
+            steps = _steps(context, plans, domains)
             if steps:
                 order = (-1 if seed is None else seeds.index(seed), number)
                 found.append((order, Run(method, seed, folder, tuple(steps))))
@@ -469,51 +474,55 @@ def runs(study: Study, out: Path, source: Target, domains: Sequence[Target], bac
 
 
 def seeds_of(study: Study, method: Method) -> tuple[int, ...]:
-    """Return every seed that an analysis asks of a method."""
-    return tuple(sorted({seed for asked in _asked(study, method).values() for seed in asked.seeds}))
+    """Return every seed that the chosen analyses run a method with."""
+    return tuple(sorted({seed for plan in _plans_of(study, method).values() for seed in plan.seeds}))
 
 
-def _asked(study: Study, method: Method) -> dict[str, AnalysisPlan]:
-    """Return what the chosen analyses ask of a method."""
+def _plans_of(study: Study, method: Method) -> dict[str, AnalysisPlan]:
+    """Return the plans of the chosen analyses that a method takes part in."""
     return {name: study.plan[name] for name in study.analyses if name in method.analyses and name in study.plan}
 
 
-def _steps(context: RunContext, asked: Mapping[str, AnalysisPlan], domains: Sequence[Target]) -> list[Step]:
+def _steps(context: RunContext, plans: Mapping[str, AnalysisPlan], domains: Sequence[Target]) -> list[Step]:
     source = SOURCES[context.method.source]
-    of_seed = {name: each for name, each in asked.items() if context.seed is None or context.seed in each.seeds}
+    plans = {name: plan for name, plan in plans.items() if context.seed is None or context.seed in plan.seeds}
     steps: list[Step] = []
     if source.train is not None:
         steps.append(source.train(context))
         context = dataclasses.replace(context, trained=steps[-1].folder)
-    # what cross-domain compares with is measured at home as well
-    steps += _measured(context, source, list(of_seed.values()))
-    if CROSS_DOMAIN in of_seed:
+    # the cross-domain tables also need the results on the dataset of the study
+    steps += _measuring_steps(context, source, list(plans.values()))
+    if CROSS_DOMAIN in plans:
         for domain in domains:
-            if not source.anywhere:
+            if not source.embeds_new_items:
                 raise ConfigError(
                     f"method {context.method.name!r} takes part in {CROSS_DOMAIN}",
-                    "a source that can embed items it has not seen",
-                    f"take {CROSS_DOMAIN} out of its analyses",
+                    "a source that can embed items it has not seen before",
+                    f"remove {CROSS_DOMAIN} from its analyses",
                 )
-            there = dataclasses.replace(context, data=domain.data, prefix=domain.prefix)
-            steps += _measured(there, source, [of_seed[CROSS_DOMAIN]])
+            on_domain = dataclasses.replace(context, data=domain.data, prefix=domain.prefix)
+            steps += _measuring_steps(on_domain, source, [plans[CROSS_DOMAIN]])
     return steps
 
 
-def _measured(context: RunContext, source: Source, asked: Sequence[AnalysisPlan]) -> list[Step]:
-    """Return the steps that embed one dataset and measure on it, as far as they belong to the place's seed."""
-    tasks = {task for each in asked for task in each.tasks}
-    models = [model for model in schema.RECOMMENDERS if any(2 in each.tasks and model in each.models for each in asked)]
+def _measuring_steps(context: RunContext, source: Source, plans: Sequence[AnalysisPlan]) -> list[Step]:
+    """Return the steps that embed one dataset and measure on it.
+
+    Without training, the vectors are the same for every seed: the run of `ANY_SEED` makes and evaluates them, and the
+    runs with a seed hold only the recommenders.
+    """
+    tasks = {task for plan in plans for task in plan.tasks}
+    models = [model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)]
     if source.embed is None:
         return [_recommend(context, model, None) for model in models]
     fixed = source.train is None
-    home = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
-    embedded = source.embed(home)
+    embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
+    embedded = source.embed(embedding)
     steps: list[Step] = []
     if not fixed or context.seed is None:
         steps.append(embedded)
         if 1 in tasks:
-            steps.append(_evaluate(home, embedded.folder))
+            steps.append(_evaluate(embedding, embedded.folder))
     if not fixed or context.seed is not None:
         steps += [_recommend(context, model, embedded.folder) for model in models]
     return steps

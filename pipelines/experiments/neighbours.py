@@ -1,6 +1,6 @@
-"""What each view of the vectors finds: neighbours of a few items, and what neighbours have in common.
+"""Nearest neighbours of a few items in each view, and how often neighbours share an attribute.
 
-The same items are looked up in the vectors of a few methods; the rows go to three Parquet files of the study.
+The same items are looked up in the vectors of a few methods. The rows go to three Parquet files of the study.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.pipelines.experiments.methods import Json, Method, Study
 
-MOST_ITEMS = 10_000  # of a larger catalogue a sample is compared: the page shows examples, not measurements
+MOST_ITEMS = 10_000  # of a larger catalogue, only a sample is compared: the page shows examples, not measurements
 MOST_QUERIES = 1_000
-AMONG = 10  # neighbours that count as near
+NEAREST = 10  # neighbours that count as near
 QUERIES = 6
 DISAGREEMENTS = 4
 NEIGHBOURS = 7
-SHOWN = ("VLM2Rec", "VLM SFT (ext.)", "VLM vanilla (ext.)")  # rows of the paper whose vectors are shown
+SHOWN = ("VLM2Rec", "VLM SFT (ext.)", "VLM vanilla (ext.)")  # rows of the paper whose methods are shown
 _NEIGHBOURS: dict[str, Any] = {
     "method": pl.String,
     "kind": pl.String,  # spread | disagreeing
@@ -39,11 +39,11 @@ _NEIGHBOURS: dict[str, Any] = {
     "rank": pl.Int32,
     schema.ITEM_ID: pl.String,
     "cosine": pl.Float64,
-    "shared": pl.Int32,  # items that text and image have in common among the query's nearest ten
+    "shared": pl.Int32,  # items among the query's ten nearest in both text and image
 }
 _COMMON: dict[str, Any] = {
     "method": pl.String,
-    "attribute": pl.String,  # null: neighbours that text and image share
+    "attribute": pl.String,  # null: the share of neighbours that text and image have in common
     "view": pl.String,
     "share": pl.Float64,
     "chance": pl.Float64,
@@ -51,7 +51,7 @@ _COMMON: dict[str, Any] = {
 _PICTURES: dict[str, Any] = {schema.ITEM_ID: pl.String, schema.TITLE: pl.String, "picture": pl.Binary}
 
 
-# --- the tables --------------------------------------------------------------------------------------------
+# --- the tables ---------------------------------------------------------------------------------------------
 
 
 def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data: Path) -> dict[str, pl.DataFrame]:
@@ -63,7 +63,7 @@ def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data
         data: dataset folder.
 
     Returns:
-        `neighbours`, `common` and `pictures`; without rows where no method is shown.
+        `neighbours`, `common` and `pictures`; without rows if no method is shown.
     """
     dataset = Dataset(data)
     folders = {method.name: folder for method, folder in embedded if _is_shown(study, method)}
@@ -80,7 +80,7 @@ def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data
         if {*schema.MODALITIES} <= views.vectors.keys():
             worst, shared = disagreeing(views, DISAGREEMENTS)
             neighbours += _rows(name, "disagreeing", dataset, look_up(views, worst, NEIGHBOURS))
-            common.append({"method": name, "share": shared / AMONG})
+            common.append({"method": name, "share": shared / NEAREST})
         common += [{"method": name, **found} for found in in_common(views, dataset, attributes_of(dataset))]
     shown = {row[column] for row in neighbours for column in ("query", schema.ITEM_ID)}
     return {
@@ -120,7 +120,7 @@ def _rows(method: str, kind: str, dataset: Dataset, queries: Iterable[Query]) ->
 
 
 def _pictures(dataset: Dataset, shown: set[str]) -> Iterator[Json]:
-    """Yield title and thumbnail of every item that is shown, and of some of the catalogue."""
+    """Yield title and thumbnail of every item in `shown`, and of 24 items across the catalogue."""
     some = np.linspace(0, len(dataset.item_ids) - 1, 24).astype(int)
     shown = shown | {dataset.item_ids[row] for row in some}
     for row, item in enumerate(dataset.item_ids):
@@ -129,7 +129,7 @@ def _pictures(dataset: Dataset, shown: set[str]) -> Iterator[Json]:
 
 
 def _thumbnail(dataset: Dataset, row: int, side: int = 112) -> bytes | None:
-    """Return the picture of an item as a small JPEG; None where it cannot be read."""
+    """Return the picture of an item as a small JPEG; None if it cannot be read."""
     try:
         picture = open_image(dataset.image_root, dataset.image_paths[row], side * side)
     except ImageError:
@@ -145,7 +145,7 @@ def _thumbnail(dataset: Dataset, row: int, side: int = 112) -> bytes | None:
 
 @dataclass(frozen=True)
 class Views:
-    """Unit vectors of the compared items, one matrix per view; rows agree."""
+    """Unit vectors of the compared items: one matrix per view, all with the same order of rows."""
 
     rows: np.ndarray  # (M,) rows of items.parquet
     vectors: dict[str, np.ndarray]  # view → (M, d)
@@ -161,7 +161,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Query:
-    """An item and what each view finds nearest to it."""
+    """An item and its nearest neighbours in each view."""
 
     row: int
     found: dict[str, list[Found]]  # view → nearest first
@@ -169,7 +169,7 @@ class Query:
 
 
 def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
-    """Read the vectors of the items that every exported view has; None if fewer than two have them.
+    """Read the vectors of the items that have all exported views; None if there are fewer than two such items.
 
     Raises:
         ArtifactError: the folder is unfinished or damaged.
@@ -185,13 +185,13 @@ def read_views(folder: Path, dataset: Dataset, seed: int = 0) -> Views | None:
     rows = np.flatnonzero(everywhere)
     if len(rows) < 2:
         return None
-    place = np.cumsum(wanted) - 1  # row of items.parquet → row of what was read
+    place = np.cumsum(wanted) - 1  # row of items.parquet → row of the matrix that was read
     vectors = {view: unit_rows(values[place[rows]]) for view, (values, _) in read.items()}
     return Views(rows, vectors)
 
 
 def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (wanted vectors in the order of the dataset, which items of the dataset have one)."""
+    """Return (the wanted vectors in the order of the dataset, a mask of the items that have one)."""
     dim = schema.dims_of(schema.read_manifest(folder))[view]
     values = np.zeros((int(wanted.sum()), dim), np.float32)
     has = np.zeros(len(known), bool)
@@ -206,7 +206,7 @@ def _read_view(folder: Path, view: str, known: pa.Array, wanted: np.ndarray) -> 
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return places and cosines, (Q, count) each, of the items nearest to `queries`, themselves left out."""
+    """Return rows and cosines, (Q, count) each, of the items nearest to each query, without the query itself."""
     count = min(count, len(vectors) - 1)
     cosines = vectors[queries] @ vectors.T  # (Q, M)
     cosines[np.arange(len(queries)), queries] = -np.inf
@@ -217,10 +217,10 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
 
 
 def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
-    """Return what each view finds for the items `rows`; items that were not compared are left out."""
+    """Return the `count` nearest neighbours of the items `rows` in each view; items outside the sample are left out."""
     places = np.flatnonzero(np.isin(views.rows, rows))
     places = places[np.argsort([rows.index(row) for row in views.rows[places]])]
-    top = {view: nearest(vectors, places, max(count, AMONG)) for view, vectors in views.vectors.items()}
+    top = {view: nearest(vectors, places, max(count, NEAREST)) for view, vectors in views.vectors.items()}
     queries = []
     for number, place in enumerate(places):
         found = {
@@ -237,12 +237,12 @@ def look_up(views: Views, rows: list[int], count: int) -> list[Query]:
 def _shared(top: dict[str, tuple[np.ndarray, np.ndarray]], number: int) -> int:
     if not {*schema.MODALITIES} <= top.keys():
         return 0
-    text, image = (top[view][0][number, :AMONG] for view in schema.MODALITIES)
+    text, image = (top[view][0][number, :NEAREST] for view in schema.MODALITIES)
     return len(np.intersect1d(text, image))
 
 
 def spread_out(vectors: np.ndarray, first: int, count: int) -> list[int]:
-    """Return places of `count` items that lie far from one another, beginning with `first`: each the farthest next."""
+    """Return the rows of `count` items far from one another: `first`, then always the farthest from those chosen."""
     chosen = [first]
     closest = vectors @ vectors[first]
     while len(chosen) < min(count, len(vectors)):
@@ -252,17 +252,17 @@ def spread_out(vectors: np.ndarray, first: int, count: int) -> list[int]:
 
 
 def disagreeing(views: Views, count: int, seed: int = 0) -> tuple[list[int], float]:
-    """Return the items whose text and image views order the catalogue most differently, and the mean agreement.
+    """Return the `count` items whose text and image views disagree most, and how much the views agree on average.
 
-    The order is compared by the correlation of an item's cosines to all others in the two views. The agreement is the
-    number of items, of ten, that text and image neighbourhoods share on average.
+    Two views disagree about an item if its cosines to all other items have a low correlation. The agreement is the mean
+    number of items that are among the ten nearest in both text and image.
     """
     queries = _query_places(len(views.rows), seed)
     text, image = (views.vectors[view] for view in schema.MODALITIES)
     profiles = [_standardised(vectors, queries) for vectors in (text, image)]
     correlation = np.einsum("qm,qm->q", *profiles)
     worst = queries[np.argsort(correlation, kind="stable")[:count]]
-    near = [nearest(vectors, queries, AMONG)[0] for vectors in (text, image)]
+    near = [nearest(vectors, queries, NEAREST)[0] for vectors in (text, image)]
     shared = np.mean([len(np.intersect1d(a, b)) for a, b in zip(*near, strict=True)])
     return [int(row) for row in views.rows[worst]], float(shared)
 
@@ -274,7 +274,7 @@ def _query_places(count: int, seed: int) -> np.ndarray:
 
 
 def _standardised(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Each query's cosines to all items but itself, at mean 0 and length 1, so that a dot product is a correlation."""
+    """Return each query's cosines to all other items, shifted and scaled so that a dot product is a correlation."""
     cosines = vectors[queries] @ vectors.T
     own = np.arange(len(queries))
     cosines[own, queries] = 0
@@ -285,7 +285,7 @@ def _standardised(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def attributes_of(dataset: Dataset, most_values: int = 60) -> list[str]:
-    """Return the text columns of the catalogue that sort items into 2 to `most_values` groups."""
+    """Return the text columns of the catalogue with 2 to `most_values` values."""
     own = {schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH}
     found = []
     for name in dataset.items.column_names:
@@ -304,9 +304,9 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def in_common(views: Views, dataset: Dataset, attributes: list[str], seed: int = 0) -> Iterator[Json]:
-    """Yield how often an item's nearest ten share its value of an attribute, view by view, and items at random do."""
+    """Yield for each attribute and view how often near items have the same value, and how often random items do."""
     queries = _query_places(len(views.rows), seed)
-    near = {view: nearest(vectors, queries, AMONG)[0] for view, vectors in views.vectors.items()}
+    near = {view: nearest(vectors, queries, NEAREST)[0] for view, vectors in views.vectors.items()}
     for name in attributes:
         _, values = np.unique(np.array(dataset.items[name].to_pylist(), dtype=object).astype(str), return_inverse=True)
         values = values[views.rows]

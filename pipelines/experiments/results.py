@@ -1,20 +1,21 @@
-"""From the runs of a study to its Parquet files; every table and figure is drawn from these alone.
+"""Collects the results of a study's runs in Parquet files; every table and figure is drawn from these files only.
 
 results.parquet      one row per method, seed, dataset, task, model, protocol, view, user group and metric
-users.parquet        per user, means over candidate sets: what the bootstrap resamples
-comparisons.parquet  the reference against every other method: t-test over seeds, interval over users, Holm
+users.parquet        metrics per user, means over candidate sets; the bootstrap resamples these
+comparisons.parquet  the reference against every other method: t-test over seeds with Holm, interval over users
 geometry.parquet     A_pos, A_neg, U, S per view
-curves.parquet       training, validation, probes and gradients over the steps;  warnings.parquet  what they showed
+curves.parquet       training, validation, probes and gradients over the steps
+warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
-neighbours.parquet   what each view finds, with common.parquet and pictures.parquet
-methods.parquet      the methods, in order;  about.parquet  dataset, versions, settings
+neighbours.parquet   neighbours of some items in each view; common.parquet and pictures.parquet belong to it
+methods.parquet      the methods, in order
+about.parquet        dataset, versions, settings
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,15 +30,17 @@ from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
+STUDY_FILE = "study.json"  # of a study folder: the study and its settings
 RESULTS_FILE = "results.parquet"
 ALL_USERS = "all"
 TAIL_USERS = "tail"
-"""Users whose target has fewer than `ranking.TAIL` interactions in training, whatever the buckets are."""
+"""Users whose target item has fewer than `metrics.TAIL` interactions in training; independent of the buckets."""
 MAIN_VIEW = "f2f"
 COMPARED = "N@20"
 DRAWS = 10_000
@@ -68,7 +71,7 @@ _TABLES: dict[str, dict[str, Any]] = {
         **{name: _RESULT[name] for name in ("dataset", "task", "model")},
         "reference": pl.String,
         "method": pl.String,
-        "family": pl.String,  # the tests that Holm's correction counts together
+        "family": pl.String,  # the tests that one Holm correction covers
         "metric": pl.String,
         "seeds": pl.Int32,
         "users": pl.Int32,
@@ -119,8 +122,8 @@ TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished step of a method, with the seeds that its output stands for."""
+class FinishedStep:
+    """A finished step of a method, with the seeds that its output is valid for."""
 
     run: Run
     step: Step
@@ -129,7 +132,9 @@ class Done:
 
     def read(self, name: str) -> Json:
         """Return a JSON file of the step's folder."""
-        return schema.read_json(self.step.folder / name, f"what `vlm2rec {self.step.command}` writes", "run it again")
+        return schema.read_json(
+            self.step.folder / name, f"a file that `vlm2rec {self.step.command}` writes", "run it again"
+        )
 
 
 def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
@@ -140,17 +145,17 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
     """
     names = {target.data: target.name for target in (home, *domains)}
     done = [
-        Done(run, step, names[step.config.data], _seeds(study, run))
+        FinishedStep(run, step, names[step.config.data], _seeds(study, run))
         for run in runs
         for step in run.steps
         if ledger.is_finished(run, step)
     ]
     datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
-    embedded = _home_embeddings(done, home)
+    embedded = _first_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     rows = list(_users(measured, datasets))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
-    results = pl.concat([_frame("results", _results(measured)), _grouped(users, study.cold_start)])
+    results = pl.concat([_frame("results", _results(measured)), _group_metrics(users, study.cold_start)])
     require_bound(results)
     tables = {
         "results": results,
@@ -172,12 +177,12 @@ def read(out: Path, name: str) -> pl.DataFrame:
     """Read one of the study's Parquet files."""
     path = out / f"{name}.parquet"
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` to the end first")
+        raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` first")
     return pl.read_parquet(path)
 
 
 def require_bound(results: pl.DataFrame) -> None:
-    """Raise `ArtifactError` if a row of metrics cannot come from any ranking (`ranking.bound_check`)."""
+    """Raise `ArtifactError` if no ranking can have the metrics of a row (`metrics.bound_check`)."""
     keys = [name for name in _RESULT if name not in ("metric", "value", "users")]
     wide = results.pivot("metric", index=keys, values="value")
     for row in wide.iter_rows(named=True):
@@ -194,17 +199,16 @@ def _frame(name: str, rows: Iterable[Json]) -> pl.DataFrame:
 
 
 def _write(table: pl.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    table.write_parquet(temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        table.write_parquet(temporary, compression="zstd")
 
 
 def _seeds(study: Study, run: Run) -> tuple[int, ...]:
-    """Return the seeds that a run's output stands for: what no random number enters is the same with each."""
+    """Return the seeds that a run's output is valid for: all of its method, if it uses no random numbers."""
     return seeds_of(study, run.method) if run.seed is None else (run.seed,)
 
 
-def _keys(done: Done) -> Iterator[Json]:
+def _keys(done: FinishedStep) -> Iterator[Json]:
     task = 1 if done.step.command == "evaluate" else 2
     model = None if task == 1 else done.step.config.model
     for seed in done.seeds:
@@ -217,9 +221,9 @@ def _keys(done: Done) -> Iterator[Json]:
         }
 
 
-def _home_embeddings(done: Iterable[Done], home: Target) -> list[Done]:
-    """Return each method's embeddings of the first seed."""
-    found: dict[str, Done] = {}
+def _first_embeddings(done: Iterable[FinishedStep], home: Target) -> list[FinishedStep]:
+    """Return the step with each method's embeddings of the first seed, on the dataset of the study."""
+    found: dict[str, FinishedStep] = {}
     for each in done:
         if each.step.done == schema.MANIFEST_FILE and each.dataset == home.name:
             found.setdefault(each.run.method.name, each)
@@ -229,7 +233,7 @@ def _home_embeddings(done: Iterable[Done], home: Target) -> list[Done]:
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
-def _results(measured: Iterable[Done]) -> Iterator[Json]:
+def _results(measured: Iterable[FinishedStep]) -> Iterator[Json]:
     for done in measured:
         metrics = done.read(schema.METRICS_FILE)
         for protocol in ("candidates", "full"):
@@ -241,8 +245,8 @@ def _results(measured: Iterable[Done]) -> Iterator[Json]:
                         yield {**context, "metric": metric, "value": values[metric], "users": metrics["users"]}
 
 
-def _users(measured: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[pl.DataFrame]:
-    """Yield each run's per-user metrics on the candidates, means over candidate sets, with the target's frequency."""
+def _users(measured: Iterable[FinishedStep], datasets: dict[str, Dataset]) -> Iterator[pl.DataFrame]:
+    """Yield each run's metrics per user, means over candidate sets, and the training frequency of the user's target."""
     order = list(_TABLES["users"])
     frequency = {name: _target_frequency(dataset) for name, dataset in datasets.items()}
     for done in measured:
@@ -264,7 +268,7 @@ def _target_frequency(dataset: Dataset) -> pl.DataFrame:
 
 
 def buckets(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
-    """`[5, 10]` → `0-5`, `6-10`, `11+`: name, least and greatest training frequency."""
+    """Return name, least and greatest training frequency of each bucket: `[5, 10]` → `0-5`, `6-10`, `11+`."""
     found: list[tuple[str, int, int | None]] = []
     low = 0
     for edge in sorted(edges):
@@ -273,8 +277,8 @@ def buckets(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
     return [*found, (f"{low}+", low, None)]
 
 
-def _grouped(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
-    """Return the metrics of each group of users, by how often their target occurs in training (Fig. 3; the tail)."""
+def _group_metrics(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
+    """Return the metrics of users grouped by the training frequency of their target (Fig. 3), and of the tail."""
     parts = [pl.DataFrame(schema=_RESULT)]
     for name, low, high in [*buckets(edges), (TAIL_USERS, 0, TAIL - 1)]:
         inside = pl.col("frequency") >= low
@@ -298,7 +302,7 @@ def _grouped(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
 def _comparisons(study: Study, users: pl.DataFrame) -> Iterator[Json]:
     """Compare the reference with every other method, on the seeds that both have.
 
-    Holm's correction counts together what stands in one table: the methods whose first analysis is the same.
+    One Holm correction covers the methods of one table: those whose first analysis is the same.
     """
     family = {method.name: method.analyses[0] for method in study.methods}
     for (dataset, task, model), runs in users.group_by("dataset", "task", "model", maintain_order=True):
@@ -328,21 +332,21 @@ def _comparisons(study: Study, users: pl.DataFrame) -> Iterator[Json]:
                     **{"t": found.seeds.t, "p": found.seeds.p},
                 }
             )
-        for together in dict.fromkeys(row["family"] for row in rows):
-            mine = [row for row in rows if row["family"] == together]
+        for one_family in dict.fromkeys(row["family"] for row in rows):
+            mine = [row for row in rows if row["family"] == one_family]
             for row, adjusted in zip(mine, holm([row["p"] for row in mine]), strict=True):
                 yield {**row, "p_holm": float(adjusted)}
 
 
 def _matrix(runs: pl.DataFrame) -> dict[int, np.ndarray]:
-    """Return one method's metric per seed, users in the order of their ids."""
+    """Return one method's `COMPARED` metric by seed, an array over the users in the order of their ids."""
     return {
         int(seed): each.sort(schema.USER_ID)[COMPARED].to_numpy()
         for (seed,), each in runs.group_by("seed", maintain_order=True)
     }
 
 
-def _geometry(measured: Iterable[Done]) -> Iterator[Json]:
+def _geometry(measured: Iterable[FinishedStep]) -> Iterator[Json]:
     for done in measured:
         if done.step.command == "evaluate":
             for view, values in done.read(schema.METRICS_FILE)["geometry"].items():
@@ -353,7 +357,7 @@ def _geometry(measured: Iterable[Done]) -> Iterator[Json]:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def _curves(done: Iterable[Done]) -> Iterator[Json]:
+def _curves(done: Iterable[FinishedStep]) -> Iterator[Json]:
     for each in done:
         if each.step.command != "finetune":
             continue
@@ -365,7 +369,7 @@ def _curves(done: Iterable[Done]) -> Iterator[Json]:
                         yield {**context, "kind": kind, "step": int(point["step"]), "name": name, "value": float(value)}
 
 
-def _warnings(done: Iterable[Done]) -> Iterator[Json]:
+def _warnings(done: Iterable[FinishedStep]) -> Iterator[Json]:
     for each in done:
         if each.step.command == "finetune":
             for found in each.read(schema.CURVES_FILE).get("warnings", []):
@@ -376,7 +380,7 @@ def _warnings(done: Iterable[Done]) -> Iterator[Json]:
                 }
 
 
-def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
+def _cost(done: Iterable[FinishedStep], datasets: dict[str, Dataset]) -> Iterator[Json]:
     for each in done:
         record = ledger.records(each.run.folder)[each.step.name]
         epochs = users = None
@@ -401,7 +405,7 @@ def _cost(done: Iterable[Done], datasets: dict[str, Dataset]) -> Iterator[Json]:
         }
 
 
-# --- what was studied ---------------------------------------------------------------------------------------
+# --- facts of the study -------------------------------------------------------------------------------------
 
 
 def _methods(study: Study) -> Iterator[Json]:
@@ -431,10 +435,10 @@ def _about(
     home: Target,
     domains: Sequence[Target],
     datasets: dict[str, Dataset],
-    embedded: Iterable[Done],
+    embedded: Iterable[FinishedStep],
 ) -> Iterator[Json]:
     data = datasets[home.name]
-    written = schema.read_json(out / "study.json", "what `vlm2rec study` notes", "run the study again")
+    written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
     facts: Json = {
         "dataset": home.name,
         "reference": study.reference,
@@ -448,7 +452,7 @@ def _about(
         "domains": [target.name for target in domains],
         "shared users": sum(len({*data.user_ids}.intersection(datasets[t.name].user_ids)) for t in domains),
         "buckets": [name for name, _, _ in buckets(study.cold_start)],
-        "plan": {name: asdict(asked) for name, asked in study.plan.items() if name in study.analyses},
+        "plan": {name: asdict(plan) for name, plan in study.plan.items() if name in study.analyses},
         "finetune": study.finetune,
         "recommender": study.recommender,
         "quick": written["command"]["quick"],
@@ -457,15 +461,15 @@ def _about(
         "counts": data.meta.get("counts", []),
         "rules": data.meta.get("rules", {}),
         "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
-        "settings": _own_settings(runs),
+        "settings": _changed_settings(runs),
         **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }
     for key, value in facts.items():
         yield {"key": key, "value": json.dumps(value)}
 
 
-def _own_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:
-    """Return method → step → what is set otherwise than the command's defaults, of each method's first seed."""
+def _changed_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:
+    """Return method → step → the settings that differ from the command's defaults, of each method's first seed."""
     found: dict[str, dict[str, Json]] = {}
     for run in runs:
         of_method = found.setdefault(run.method.name, {})
@@ -474,25 +478,25 @@ def _own_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:
                 of_method[step.name] = {
                     f.name: value if isinstance(value, int | float | str) or value is None else str(value)
                     for f in fields(step.config)
-                    if (value := getattr(step.config, f.name)) != f.default and f.name not in _OF_THE_STUDY
+                    if (value := getattr(step.config, f.name)) != f.default and f.name not in _SET_BY_STUDY
                 }
     return found
 
 
-_OF_THE_STUDY = {"data", "backbone", "adapter", "embeddings", "out", "seed", "device", "model"}
-"""Settings of a step that its place in the study gives it."""
+_SET_BY_STUDY = {"data", "backbone", "adapter", "embeddings", "out", "seed", "device", "model"}
+"""Settings of a step that the study sets, not the method."""
 
 
 def facts(out: Path) -> Json:
-    """Return what `about.parquet` says."""
+    """Return the facts of `about.parquet`."""
     return {row["key"]: json.loads(row["value"]) for row in read(out, "about").iter_rows(named=True)}
 
 
-# --- the closing words --------------------------------------------------------------------------------------
+# --- tables at the terminal ---------------------------------------------------------------------------------
 
 
 def print_tables(out: Path) -> None:
-    """Print N@20 of every method in both tasks, mean and spread over seeds."""
+    """Print N@20 of every method in both tasks, mean and standard deviation over seeds."""
     methods = read(out, "methods")
     results = read(out, "results").filter(
         (pl.col("metric") == COMPARED)
@@ -502,9 +506,11 @@ def print_tables(out: Path) -> None:
         & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
     )
     columns = results.select("task", "model").unique().sort("task", "model", descending=[False, True]).rows()
-    among = facts(out)["candidates"] + 1
-    floor = random_floor(COMPARED, among)
-    log.print(f"{COMPARED} among {among}, mean ± std over seeds (a random order: {floor:.3f})", soft_wrap=True)
+    candidates = facts(out)["candidates"] + 1
+    floor = random_floor(COMPARED, candidates)
+    log.print(
+        f"{COMPARED} among {candidates} candidates, mean ± std over seeds (a random order: {floor:.3f})", soft_wrap=True
+    )
     table = Table(box=None)
     table.add_column("method")
     for task, model in columns:
@@ -518,7 +524,7 @@ def print_tables(out: Path) -> None:
 
 
 def random_floor(metric: str, candidates: int) -> float:
-    """Return what a random order reaches in `H@k` or `N@k` among so many candidates."""
+    """Return the expected `H@k` or `N@k` of a random order of this many candidates."""
     kind, _, cutoff = metric.partition("@")
     ranks = range(1, min(int(cutoff), candidates) + 1)
     return sum(1.0 if kind == "H" else 1 / math.log2(rank + 1) for rank in ranks) / candidates

@@ -1,4 +1,4 @@
-"""What of a study is still to be run, in which order, how long it may take, and the running itself."""
+"""Plans the steps of a study, estimates their time, and runs the unfinished ones in order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vlm2rec.pipelines.experiments import ledger, results
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.workers import workers
 
-# Seconds for one unit of work before anything is measured: the small backbone and small recommenders on one core.
-_ROUGH = {
+# Seconds for one unit of work before any step was timed: the small backbone and small recommenders on one core.
+_ROUGH_SECONDS = {
     "finetune": 0.042,  # a user in a training step
     "export-items": 0.004,  # an item
     "import-vectors": 0.001,
@@ -35,7 +35,7 @@ _ROUGH = {
 
 @dataclass
 class Failure:
-    """A step that could not be done; the rest of its run was left out."""
+    """A step that failed; the steps that need its output were not run."""
 
     run: Run
     step: Step
@@ -44,26 +44,26 @@ class Failure:
 
 @dataclass
 class Pace:
-    """Seconds per unit of work, by command: rough at first, measured as soon as one step of a kind is done."""
+    """Seconds per unit of work, by kind of step: a rough guess until one step of a kind is done, then measured."""
 
     units: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, step: Step, seconds: float, data: Dataset) -> None:
-        """Learn from a step that was done in one go."""
+        """Add the time of a step that ran without interruption."""
         self.units[kind_of(step)] += _work(step, data)
         self.seconds[kind_of(step)] += seconds
 
     def of(self, step: Step, data: Dataset) -> float:
-        """Return how long a step may take, in seconds."""
+        """Return the estimated seconds of a step."""
         kind = kind_of(step)
-        rate = self.seconds[kind] / self.units[kind] if self.units[kind] else _ROUGH.get(kind, 0.01)
+        rate = self.seconds[kind] / self.units[kind] if self.units[kind] else _ROUGH_SECONDS.get(kind, 0.01)
         return 0.5 + rate * _work(step, data)
 
 
 @dataclass
 class Schedule:
-    """A study under way: its runs, and what they are measured on."""
+    """A study that can be run: its runs and its datasets."""
 
     study: Study
     out: Path
@@ -75,11 +75,11 @@ class Schedule:
     pace: Pace = field(default_factory=Pace)
 
     def settings(self, step: Step) -> Json:
-        """Return a step's settings as they are remembered and compared."""
+        """Return a step's settings in the form that is recorded and compared."""
         return ledger.identity(step, self.out, self.marks[step.config.data])
 
     def unfinished(self, runs: Sequence[Run]) -> list[tuple[Run, Step]]:
-        """Return the steps that have to run, in order; what follows an unfinished step has to run as well."""
+        """Return the steps to run, in order: the unfinished ones, and all that read their output."""
         stale: set[Path] = set()
         found = []
         for run in runs:
@@ -91,11 +91,11 @@ class Schedule:
 
 
 def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
-    """Read the study and its datasets and lay out the runs; nothing is written.
+    """Read the study and its datasets and plan the runs; write nothing.
 
     Args:
         config: flags of the command.
-        more: what a command lays over the default study, below the YAML.
+        more: settings of a command; they override the default study, and the YAML overrides them.
     """
     assert config.data is not None and config.backbone is not None
     data = Dataset(config.data)
@@ -103,12 +103,12 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     home = Target(data.name, config.data)
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data) for target in (home, *domains)}
-    laid = runs(study, config.out, home, domains, config.backbone, config.device)
-    return Schedule(study, config.out, home, domains, laid, datasets, {p: mark_of(d) for p, d in datasets.items()})
+    planned = runs(study, config.out, home, domains, config.backbone, config.device)
+    return Schedule(study, config.out, home, domains, planned, datasets, {p: mark_of(d) for p, d in datasets.items()})
 
 
 def mark_of(data: Dataset) -> str:
-    """Return what tells one dataset from another, whatever its path: a digest of its files' digests."""
+    """Return a digest of the dataset's files: it identifies the dataset at any path."""
     files = data.meta.get("sha256") or {
         name: storage.sha256_file(data.path / name)
         for name in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
@@ -121,41 +121,41 @@ def _domains(study: Study, data: Dataset) -> list[Target]:
         return []
     found: list[Target] = []
     for number, path in enumerate(map(Path, study.cross_domain)):
-        there = Dataset(path)
-        require_other_domain(data, there, study.shared_users)
-        found.append(Target(_other_name(there.name, data.name, found), path, f"cross-{number}-"))
+        domain = Dataset(path)
+        require_other_domain(data, domain, study.shared_users)
+        found.append(Target(_free_name(domain.name, data.name, found), path, f"cross-{number}-"))
     return found
 
 
-def _other_name(name: str, home: str, found: Sequence[Target]) -> str:
+def _free_name(name: str, home: str, found: Sequence[Target]) -> str:
     taken = {home, *(target.name for target in found)}
     return name if name not in taken else next(f"{name} {n}" for n in range(2, 1000) if f"{name} {n}" not in taken)
 
 
-def require_other_domain(home: Dataset, there: Dataset, shared_users: str) -> None:
-    """Refuse a target domain whose items, or users, occur in the training data.
+def require_other_domain(home: Dataset, domain: Dataset, shared_users: str) -> None:
+    """Refuse a target domain that shares items or users with the training data.
 
     Raises:
-        ConfigError: an item, or unless `shared_users` is "count" a user, is in both.
+        ConfigError: an item is in both, or a user is in both and `shared_users` is "refuse".
     """
-    items = sorted(set(home.item_ids).intersection(there.item_ids))
-    users = sorted(set(home.user_ids).intersection(there.user_ids))
+    items = sorted(set(home.item_ids).intersection(domain.item_ids))
+    users = sorted(set(home.user_ids).intersection(domain.user_ids))
     if items:
         raise ConfigError(
-            f"{len(items)} items of {there.path} are in {home.path} too, for instance {items[0]!r}",
+            f"{len(items)} items of {domain.path} are in {home.path} too, for example {items[0]!r}",
             "a target domain without items that a method was trained on",
-            "prepare it without them, or under other ids if they are other things",
+            "prepare it without them, or with other ids if they are different items",
         )
     if users and shared_users == "refuse":
         raise ConfigError(
-            f"{len(users)} users of {there.path} are in {home.path} too, for instance {users[0]!r}",
+            f"{len(users)} users of {domain.path} are in {home.path} too, for example {users[0]!r}",
             "a target domain without users that a method was trained on",
-            "prepare it without them, or set `shared_users: count` if these are other people or that is meant",
+            "prepare it without them, or set `shared_users: count` if they are different people or may be shared",
         )
 
 
 def settle_changes(schedule: Schedule, redo: bool) -> None:
-    """Refuse runs whose settings changed, or with `redo` forget them, so that they are run again."""
+    """Refuse finished steps whose settings changed; with `redo`, remove their output, so that they run again."""
     changed = []
     for run in schedule.runs:
         for step in run.steps:
@@ -167,7 +167,7 @@ def settle_changes(schedule: Schedule, redo: bool) -> None:
         raise ConfigError(
             f"{len(changed)} steps were run with other settings, the first {title_of(first.run)}, {first.step.name}:"
             f" {first.setting} was {first.before!r} and is now {first.now!r}",
-            "the same settings, to go on with the study",
+            "the same settings, to continue the study",
             "give another --out, or --redo to run these steps again",
         )
     for change in changed:
@@ -175,56 +175,56 @@ def settle_changes(schedule: Schedule, redo: bool) -> None:
 
 
 def run_steps(
-    schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int = 1, aloud: bool = False
+    schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int = 1, to_terminal: bool = False
 ) -> list[Failure]:
-    """Run the steps, `jobs` at a time; a failure leaves out what depends on it and nothing else.
+    """Run the steps, `jobs` at a time; after a failure, only the steps that need its output are not run.
 
     Args:
         schedule: the study.
         todo: the steps, in order.
-        jobs: how many at a time.
-        aloud: steps speak at the terminal, in place of a log in the folder of their run; one at a time.
+        jobs: the number of steps at a time.
+        to_terminal: print the output of the steps to the terminal, instead of to the log of their run; for one job.
     """
     failures: list[Failure] = []
-    without: set[Path] = set()
+    unavailable: set[Path] = set()
     waiting, under_way = list(todo), list[tuple[Run, Step]]()
     begun, number = time.perf_counter(), 0
-    with workers(jobs, aloud) as hands:
+    with workers(jobs, to_terminal) as pool:
         while waiting or under_way:
-            while hands.free and (work := _next_to_start(waiting, under_way, without)) is not None:
+            while pool.free and (work := _next_to_start(waiting, under_way, unavailable)) is not None:
                 waiting.remove(work)
                 number += 1
                 left = sum(
                     schedule.pace.of(s, schedule.datasets[s.config.data]) for _, s in (work, *waiting, *under_way)
                 )
-                _announce(number, len(todo), *work, time.perf_counter() - begun, left / jobs, aloud)
+                _announce(number, len(todo), *work, time.perf_counter() - begun, left / jobs, to_terminal)
                 ledger.begin(*work, schedule.settings(work[1]))
                 under_way.append(work)
-                hands.start(work)
+                pool.start(work)
             if not under_way:
-                break  # what is left depends on what failed
-            (run, step), outcome = hands.next()
+                break  # the remaining steps need the output of a failed one
+            (run, step), outcome = pool.next()
             under_way.remove((run, step))
             if isinstance(outcome, Vlm2RecError):
                 log.print(f"  failed: {outcome}", style="red", markup=False, soft_wrap=True)
                 failures.append(Failure(run, step, outcome))
-                without.add(step.folder)
+                unavailable.add(step.folder)
                 continue
             ledger.end(run, step, outcome)
             if ledger.records(run.folder)[step.name]["attempts"] == 1:
                 schedule.pace.add(step, outcome, schedule.datasets[step.config.data])
             if not any(run.seed == other.seed for other, _ in (*waiting, *under_way)):
-                # a round is complete: the tables hold one more seed of every method
+                # all runs of this seed are done: update the tables
                 results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
     return failures
 
 
 def _next_to_start(
-    waiting: Sequence[tuple[Run, Step]], under_way: Sequence[tuple[Run, Step]], without: set[Path]
+    waiting: Sequence[tuple[Run, Step]], under_way: Sequence[tuple[Run, Step]], unavailable: set[Path]
 ) -> tuple[Run, Step] | None:
-    """Return the first step that reads from nothing missing; a run does one at a time, as it keeps one log."""
+    """Return the first step whose inputs are there; of each run one step at a time, because a run has one log."""
     busy = {run.folder for run, _ in under_way}
-    missing = without | {step.folder for _, step in (*waiting, *under_way)}
+    missing = unavailable | {step.folder for _, step in (*waiting, *under_way)}
     for run, step in waiting:
         if run.folder not in busy and not missing.intersection(step.after):
             return run, step
@@ -232,7 +232,7 @@ def _next_to_start(
 
 
 def kind_of(step: Step) -> str:
-    """Return what a step is counted as: its command, or the recommender that it trains."""
+    """Return the kind of a step, for estimates of time: its command, or the recommender that it trains."""
     if step.command == "export-items" and step.config.encoder is not None:
         return "encoder"
     if step.command == "export-items" and step.config.strategy == "question":
@@ -241,7 +241,7 @@ def kind_of(step: Step) -> str:
 
 
 def _work(step: Step, data: Dataset) -> float:
-    """Return how much there is to do, in the units of `_ROUGH`."""
+    """Return the size of a step in the units of `_ROUGH_SECONDS`."""
     config, users = step.config, len(data.user_ids)
     if step.command == "finetune":
         taken = min(config.users or users, users)
@@ -254,7 +254,7 @@ def _work(step: Step, data: Dataset) -> float:
 
 
 def learn_pace(schedule: Schedule) -> None:
-    """Take the seconds of steps that were finished in one go."""
+    """Learn the pace from the finished steps that ran without interruption."""
     for run in schedule.runs:
         known = ledger.records(run.folder)
         for step in run.steps:
@@ -264,20 +264,20 @@ def learn_pace(schedule: Schedule) -> None:
 
 
 def title_of(run: Run) -> str:
-    """Return what a run is called at the terminal."""
+    """Return the name of a run at the terminal."""
     return run.method.name if run.seed is None else f"{run.method.name}, seed {run.seed}"
 
 
-def _announce(number: int, total: int, run: Run, step: Step, elapsed: float, left: float, aloud: bool) -> None:
-    times = f"{clock(elapsed)} gone, about {clock(left)} left"
-    if aloud:
+def _announce(number: int, total: int, run: Run, step: Step, elapsed: float, left: float, to_terminal: bool) -> None:
+    times = f"{clock(elapsed)} elapsed, about {clock(left)} left"
+    if to_terminal:
         headline(f"{number}/{total}  {step.command}", f"{run.method.name}, {step.name} · {times}")
     else:
         log.print(f"{number:>4}/{total}  {title_of(run)}: {step.name}  ({times})", markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:
-    """`3725` → `1:02:05`."""
+    """Return seconds as hours, minutes and seconds: `3725` → `1:02:05`."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

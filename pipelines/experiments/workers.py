@@ -1,4 +1,4 @@
-"""Where the steps of a study run: in this process one after the other, or in several processes at a time."""
+"""Runs the steps of a study: in this process one after the other, or in several processes at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlm2rec.pipelines.experiments.methods import Run, Step
 
 Work = tuple[Run, Step]
 Outcome = float | Vlm2RecError
-"""Seconds that a step took, or why it could not be done."""
+"""Seconds that a step took, or the error that ended it."""
 
 
 class Workers(Protocol):
@@ -29,14 +29,14 @@ class Workers(Protocol):
     free: int
 
     def start(self, work: Work) -> None:
-        """Take a step; only while `free` is above 0."""
+        """Start a step; call this only while `free` is above 0."""
 
     def next(self) -> tuple[Work, Outcome]:
-        """Wait until a step has ended."""
+        """Wait until a step has ended, and return it with its outcome."""
 
 
 def perform(log: Path | None, step: Step) -> Outcome:
-    """Run one step; what it says goes to the run's log, as the terminal shows the study, or without one to stderr."""
+    """Run one step; its messages go to the file `log`, or to stderr if that is None."""
     started = time.perf_counter()
     try:
         with contextlib.ExitStack() as stack:
@@ -48,15 +48,15 @@ def perform(log: Path | None, step: Step) -> Outcome:
     except Vlm2RecError as error:
         return error
     finally:
-        gc.collect()  # models are held in cycles: two at a time would be one too many
+        gc.collect()  # models sit in reference cycles; without this, two would be in memory at a time
     return time.perf_counter() - started
 
 
 @contextlib.contextmanager
-def workers(count: int, aloud: bool = False) -> Iterator[Workers]:
-    """Open `count` workers; one works in this process, and with `aloud` speaks at the terminal."""
+def workers(count: int, to_terminal: bool = False) -> Iterator[Workers]:
+    """Open `count` workers; a single one runs the steps in this process, and can print their output to the terminal."""
     if count == 1:
-        yield _Here(aloud)
+        yield _InProcess(to_terminal)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
     with shared_cores(count):
@@ -64,18 +64,18 @@ def workers(count: int, aloud: bool = False) -> Iterator[Workers]:
             yield _Pool(pool, count)
         except BaseException:
             for process in multiprocessing.active_children():
-                process.terminate()  # a step that is under way goes on from its last checkpoint next time
+                process.terminate()  # next time, a running step continues from its last checkpoint
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-class _Here:
-    """Works when it is waited for."""
+class _InProcess:
+    """One worker in this process: it runs a step when `next` waits for it."""
 
-    def __init__(self, aloud: bool) -> None:
+    def __init__(self, to_terminal: bool) -> None:
         self.free = 1
-        self._aloud = aloud
+        self._to_terminal = to_terminal
         self._taken: list[Work] = []
 
     def start(self, work: Work) -> None:
@@ -85,11 +85,11 @@ class _Here:
     def next(self) -> tuple[Work, Outcome]:
         run, step = self._taken.pop()
         self.free = 1
-        return (run, step), perform(None if self._aloud else run.folder / LOG_FILE, step)
+        return (run, step), perform(None if self._to_terminal else run.folder / LOG_FILE, step)
 
 
 class _Pool:
-    """Works in processes that are started once: importing torch takes seconds."""
+    """Workers in processes that start once, because importing torch takes seconds."""
 
     def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
         self.free = count
@@ -109,7 +109,7 @@ class _Pool:
             return work, ended.result()
         except BrokenProcessPool:
             raise ArtifactError(
-                "a worker of the study was killed, perhaps for want of memory",
+                "a worker of the study was killed, perhaps because memory ran out",
                 "workers that live until the study ends",
-                "give the same command again: it goes on where it was; with a smaller --jobs it takes less memory",
+                "give the same command again, it continues; a smaller --jobs needs less memory",
             ) from None

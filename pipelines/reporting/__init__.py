@@ -1,1 +1,1 @@
-"""One page about a study: tables, figures, verdicts, drawn from the results alone."""
+"""One page about a study: its tables, figures and verdicts, drawn only from its Parquet files."""

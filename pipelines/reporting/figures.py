@@ -30,7 +30,7 @@ _SYMBOLS = {"tau_wpcl": r"$\tau_{WPCL}$", "tau_crtr": r"$\tau_{CRTR}$", "lam": r
 
 @dataclass(frozen=True)
 class Drawn:
-    """One figure in both forms."""
+    """One figure as SVG and as PNG."""
 
     picture: Picture
     png: bytes
@@ -42,7 +42,7 @@ class Drawn:
 
 
 def draw(results: Results) -> list[Drawn]:
-    """Draw every figure whose data are there."""
+    """Draw every figure that the study has data for."""
     makers: tuple[Callable[[Results], Drawn | None], ...] = (
         differences,
         view_bars,
@@ -63,7 +63,7 @@ def draw(results: Results) -> list[Drawn]:
 
 
 def colours(results: Results) -> dict[str, str]:
-    """Return the colour of every method: the paper's protagonists keep theirs, the others take turns."""
+    """Return the colour of every method: vanilla, SFT, ID and the reference have fixed ones, the others take turns."""
     fixed = {VANILLA_ROW: COLOURS[VANILLA], SFT_ROW: COLOURS[SFT]}
     found: dict[str, str] = {}
     turn = 0
@@ -80,8 +80,8 @@ def colours(results: Results) -> dict[str, str]:
     return found
 
 
-def protagonists(results: Results) -> list[str]:
-    """Return vanilla, SFT and the reference, as far as they were run."""
+def main_methods(results: Results) -> list[str]:
+    """Return the main methods: vanilla, SFT and the reference, if they have results."""
     names = [results.named(VANILLA_ROW), results.named(SFT_ROW), results.reference]
     return [name for name in names if name in results.names(MAIN)]
 
@@ -91,7 +91,7 @@ def protagonists(results: Results) -> list[str]:
 
 def view_bars(results: Results) -> Drawn | None:
     """Fig. 1a: N@20 and H@10 with the user's fused, text and image vector."""
-    methods = [name for name in protagonists(results) if results.spread(name, 1, view="v2f")]
+    methods = [name for name in main_methods(results) if results.spread(name, 1, view="v2f")]
     if not methods:
         return None
     figure, panels = _panels(1, 2, 3.1)
@@ -105,7 +105,7 @@ def view_bars(results: Results) -> Drawn | None:
 
 
 def gradients(results: Results) -> Drawn | None:
-    """Fig. 1b: cosines of the update with each modality's own gradient over the steps."""
+    """Fig. 1b: cosine of the update with the gradient of each modality, over the training steps."""
     labels = {f"cos_total_{view}": (view, f"cos(total, {view})") for view in schema.MODALITIES}
     figure = _over_steps(results, "gradients", labels, "cosine", {"y": 0, "linewidth": 0.8})
     alt = "Alignment of the update with the text and the image gradient"
@@ -119,17 +119,17 @@ def _over_steps(
     unit: str,
     line: Mapping[str, Any],
 ) -> Figure | None:
-    """Draw curves of one kind, a panel a method; None where no method has any.
+    """Draw the curves of one kind, one panel per method; None if no method has any.
 
     Args:
         results: the study's tables.
         kind: of the rows of `curves`.
-        labels: name of a curve → view whose style it takes, and label.
-        unit: of the y axis.
-        line: of the horizontal line to compare with.
+        labels: name of a curve → the view that gives its line style, and its label.
+        unit: label of the y axis.
+        line: arguments of the horizontal reference line.
     """
     rows = results.frames["curves"].filter(pl.col("kind") == kind)
-    methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
+    methods = [name for name in main_methods(results) if rows.filter(pl.col("method") == name).height]
     if not methods:
         return None
     figure, panels = _panels(1, len(methods), 2.9, sharey=True)
@@ -146,10 +146,10 @@ def _over_steps(
 
 
 def cold_start(results: Results) -> Drawn | None:
-    """Fig. 3: N@20 by how often the target occurs in training."""
+    """Fig. 3: N@20 by the training frequency of the target."""
     buckets = results.facts["buckets"]
     wanted = [(2, model) for model in results.models()[:1]] + [(1, None)]
-    names = [method["name"] for method in results.methods if method["source"] == "id"] + protagonists(results)
+    names = [method["name"] for method in results.methods if method["source"] == "id"] + main_methods(results)
     panels_of = {
         (task, model): {
             name: [results.spread(name, task, model, group=group) for group in buckets]
@@ -192,7 +192,7 @@ def families(results: Results) -> Drawn | None:
 
 
 def sensitivity(results: Results) -> Drawn | None:
-    """Fig. 5: N@20 over each hyperparameter of the grids, SFT as a line."""
+    """Fig. 5: N@20 over each hyperparameter of the grids, with SFT as a horizontal line."""
     methods = results.names(SENSITIVITY, grids=True)
     settings = list(dict.fromkeys(each["varies"] for each in results.methods if each["name"] in methods and each["of"]))
     if not settings:
@@ -224,11 +224,11 @@ def sensitivity(results: Results) -> Drawn | None:
     return _saved(figure, "fig5-sensitivity", "N@20 over the temperatures and the weight of CRTR")
 
 
-# --- more ---------------------------------------------------------------------------------------------------
+# --- further figures ----------------------------------------------------------------------------------------
 
 
 def differences(results: Results) -> Drawn | None:
-    """How far the reference is above every method of the main table, with intervals over users."""
+    """N@20 of the reference minus that of every method of the main table, with intervals over users."""
     names = [name for name in results.names(MAIN) if name != results.reference]
     columns = [(1, None), *((2, model) for model in results.models())]
     found = {column: [results.comparison(name, *column) for name in names] for column in columns}
@@ -252,11 +252,11 @@ def differences(results: Results) -> Drawn | None:
 
 
 def recommender_bars(results: Results) -> Drawn | None:
-    """Task 2: each recommender, started from ids and from the vectors of each protagonist."""
+    """Task 2: each recommender, started from ids and from the vectors of each main method."""
     ids = [method["name"] for method in results.methods if method["source"] == "id"]
     models = results.models()
     methods = [
-        name for name in [*ids, *protagonists(results)] if any(results.spread(name, 2, model) for model in models)
+        name for name in [*ids, *main_methods(results)] if any(results.spread(name, 2, model) for model in models)
     ]
     if not methods:
         return None
@@ -267,12 +267,12 @@ def recommender_bars(results: Results) -> Drawn | None:
         _random_line(axes, metric, results)
         axes.set_title(f"{metric}, {results.facts['candidates'] + 1} candidates")
     _legend(figure, methods, colours(results))
-    return _saved(figure, "task2-models", "Task 2: each recommender by where its items start")
+    return _saved(figure, "task2-models", "Task 2: each recommender, from ids and from the vectors of each method")
 
 
 def geometry_dots(results: Results) -> Drawn | None:
     """Table 1 as dots: A_pos, A_neg, U and S per view."""
-    methods = [name for name in protagonists(results) if results.geometry(name, schema.TEXT)]
+    methods = [name for name in main_methods(results) if results.geometry(name, schema.TEXT)]
     if not methods:
         return None
     figure, panels = _panels(1, 4, 2.6)
@@ -296,11 +296,11 @@ def geometry_dots(results: Results) -> Drawn | None:
         if name == "S":
             axes.axvline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     _legend(figure, methods, colours(results))
-    return _saved(figure, "table1-geometry", "Geometry of the fused, text and image space by method")
+    return _saved(figure, "table1-geometry", "Geometry of the fused, text and image vectors by method")
 
 
 def collapse(results: Results) -> Drawn | None:
-    """Separability of each view on a fixed probe while training goes on."""
+    """Separability of each view on a fixed probe, over the training steps."""
     labels = {f"S_{view}": (view, view) for view in schema.VIEWS}
     line = {"y": 1, "linewidth": 0.9, "linestyle": (0, (4, 3))}
     figure = _over_steps(results, "probe", labels, "separability $S$ on the probe", line)
@@ -308,10 +308,10 @@ def collapse(results: Results) -> Drawn | None:
 
 
 def ranks(results: Results) -> Drawn | None:
-    """Effective rank of the items on the probe while training goes on, and for whom the image is the weak modality."""
+    """Effective rank of the items on the probe, and the share of users whose weak modality is the image."""
     rows = results.frames["curves"]
     wanted = pl.col("name").str.starts_with("rank_") | (pl.col("name") == "weak_is_image")
-    methods = [name for name in protagonists(results) if rows.filter(wanted & (pl.col("method") == name)).height]
+    methods = [name for name in main_methods(results) if rows.filter(wanted & (pl.col("method") == name)).height]
     if not methods:
         return None
     figure, panels = _panels(1, 2, 2.9)
@@ -323,8 +323,10 @@ def ranks(results: Results) -> Drawn | None:
         weak = mine.filter((pl.col("kind") == "train") & (pl.col("name") == "weak_is_image"))
         _band(panels[1], weak, colour, "solid", _plain(method))
     _finish_steps(panels[0], "Effective rank of the items, on the probe", "directions")
-    _finish_steps(panels[1], "Whose weak modality is the image", "share of a batch’s users")
-    return _saved(figure, "collapse-ranks", "Effective rank of each view, and whose weak modality is the image")
+    _finish_steps(panels[1], "Users whose weak modality is the image", "share of the batch")
+    return _saved(
+        figure, "collapse-ranks", "Effective rank of each view, and the share of users whose weak modality is the image"
+    )
 
 
 def ablation_bars(results: Results) -> Drawn | None:
@@ -388,27 +390,27 @@ def few_shot(results: Results) -> Drawn | None:
 
 PENALTY = {"weight": "mean weight $w$", "alpha": "$α$", "beta": "$β$"}
 LOSS_PARTS = {"loss": "total", "wpcl": "WPCL", "crtr": "CRTR"}
-_STYLES_IN_TURN: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.5)))
+_LINE_STYLES: tuple[Any, ...] = ("solid", (0, (4, 2)), (0, (1, 1.5)))
 
 
 def learning(results: Results) -> Drawn | None:
-    """Parts of the loss, validation, margins of both modalities and the penalty on the negatives over the steps."""
+    """Parts of the loss, validation, margins of both modalities and the penalty on the negatives, over the steps."""
     rows = results.frames["curves"]
-    methods = [name for name in protagonists(results) if rows.filter(pl.col("method") == name).height]
+    methods = [name for name in main_methods(results) if rows.filter(pl.col("method") == name).height]
     if not methods:
         return None
     figure, (loss, validation, margins, penalty) = _panels(2, 2, 5.2)
     for method in methods:
         mine, colour = rows.filter(pl.col("method") == method), colours(results)[method]
         train = mine.filter(pl.col("kind") == "train")
-        for (name, label), style in zip(LOSS_PARTS.items(), _STYLES_IN_TURN, strict=True):
+        for (name, label), style in zip(LOSS_PARTS.items(), _LINE_STYLES, strict=True):
             _band(loss, train.filter(pl.col("name") == name), colour, style, f"{_plain(method)}, {label}")
         valid = mine.filter((pl.col("kind") == "valid") & (pl.col("name") == COMPARED))
         _band(validation, valid, colour, "solid", _plain(method))
         for view in schema.MODALITIES:
             margin = train.filter(pl.col("name") == f"margin_{view}")
             _band(margins, margin, colour, VIEW_STYLES[view], f"{_plain(method)}, {view}")
-        for (name, label), style in zip(PENALTY.items(), _STYLES_IN_TURN, strict=True):
+        for (name, label), style in zip(PENALTY.items(), _LINE_STYLES, strict=True):
             _band(penalty, train.filter(pl.col("name") == name), colour, style, label)
     _finish_steps(loss, "Training loss", "loss (nats)")
     _finish_steps(validation, f"Validation {COMPARED}", COMPARED)
@@ -417,7 +419,7 @@ def learning(results: Results) -> Drawn | None:
     return _saved(figure, "learning", "Training loss, validation, margins and penalty over the training steps")
 
 
-# --- strokes ------------------------------------------------------------------------------------------------
+# --- parts of figures ---------------------------------------------------------------------------------------
 
 
 def _panels(rows: int, columns: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
@@ -456,7 +458,7 @@ def _line(axes: Axes, x: Sequence[float], found: Sequence[Spread | None], colour
 
 
 def _band(axes: Axes, rows: pl.DataFrame, colour: str, style: Any, label: str) -> None:
-    """Draw the mean over seeds at each step, smoothed where points are many, and the range of the seeds behind it."""
+    """Draw the mean over seeds, smoothed if there are many steps, and behind it the range of the seeds."""
     if not rows.height:
         return
     value = pl.col("value")
@@ -471,7 +473,7 @@ def _band(axes: Axes, rows: pl.DataFrame, colour: str, style: Any, label: str) -
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of a fifteenth of the values around each; of fewer at both ends."""
+    """Return the running mean over a window of a fifteenth of the values; the window is cut at both ends."""
     half = len(values) // 30
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -480,7 +482,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _finish_steps(axes: Axes, title: str, unit: str) -> None:
-    """Name a panel of curves over the training steps, and say so where there are none."""
+    """Add title, labels and legend to a panel over the training steps; a panel without curves says "not recorded"."""
     axes.set_title(title)
     axes.set_xlabel("training step")
     axes.set_ylabel(unit)
@@ -492,7 +494,7 @@ def _finish_steps(axes: Axes, title: str, unit: str) -> None:
 
 
 def _random_line(axes: Axes, metric: str, results: Results) -> None:
-    """Draw what a random order of the candidates reaches."""
+    """Draw a line at the value that a random order of the candidates reaches."""
     floor = random_floor(metric, int(results.facts["candidates"]) + 1)
     axes.axhline(floor, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     words, edge = f"random\n{floor:.3f}".replace("0.", "."), (axes.get_xlim()[1], floor)
@@ -500,7 +502,7 @@ def _random_line(axes: Axes, metric: str, results: Results) -> None:
 
 
 def _plain(name: str) -> str:
-    """Return a name without what matplotlib would read as mathematics."""
+    """Return a name that matplotlib does not read as mathematics."""
     return name.replace("$", r"\$").lstrip("_")
 
 

@@ -1,4 +1,4 @@
-"""One HTML page about a study, and its figures as SVG and PNG, drawn from the Parquet files alone."""
+"""One HTML page about a study, and its figures as SVG and PNG, drawn only from its Parquet files."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from markupsafe import Markup
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.experiments.methods import Json
-from vlm2rec.pipelines.experiments.neighbours import AMONG, MOST_ITEMS
+from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting import figures, tables
 from vlm2rec.pipelines.reporting.style import VARIABLES
 from vlm2rec.pipelines.reporting.tables import Cell, Group, Results, Row, Sheet, number
-from vlm2rec.pipelines.reporting.verdicts import HOLDS, Claim, verdicts
+from vlm2rec.pipelines.reporting.verdicts import HOLDS, OPEN, Claim, verdicts
 
 TEMPLATE = "page.html.j2"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
 VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 MOST_STAGES = 40
-"""Of more steps than these each kind has one bar; of fewer, each step."""
+"""Up to this many steps, each step has a bar; above it, each kind of step has one."""
 MOST_WARNINGS = 12
-"""Of more warnings than these each method and view has one line; of fewer, each warning."""
+"""Up to this many warnings, each has a line; above it, each method and view has one."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One bar of what ran: its seconds, and how long the bar is in percent of the longest."""
+    """One bar of the section "What ran": its seconds, and its length in percent of the longest bar."""
 
     name: str
     what: str
@@ -50,17 +50,17 @@ class Section:
     words: tuple[str, ...] = ()
     sheets: tuple[Sheet, ...] = ()
     figures: tuple[str, ...] = ()
-    lines: tuple[tuple[str, str], ...] = ()  # (method, what there is to say of it)
-    why: str = ""  # why our numbers may differ from the paper's
+    lines: tuple[tuple[str, str], ...] = ()  # (method, a sentence about it)
+    why: str = ""  # why the numbers may differ from the paper's
 
     def has(self, drawn: Mapping[str, Any]) -> bool:
-        """Whether there is anything to show."""
+        """Tell whether the section has a table or a figure."""
         return bool(self.sheets) or any(name in drawn for name in self.figures)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An item and what each view finds, as item ids."""
+    """An item and its neighbours in each view, as item ids."""
 
     query: str
     found: dict[str, list[tuple[str, float]]]
@@ -69,12 +69,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """What the vectors of one method find."""
+    """The neighbours in the vectors of one method."""
 
     method: str
     spread: list[Grid]
     disagreeing: list[Grid]
-    shared: float | None  # of ten neighbours, how many text and image share on average
+    shared: float | None  # mean number of neighbours, of ten, that text and image have in common
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Page:
 
     kind: str
     title: str
+    reference: str
     lede: str
     warning: str
     tiles: list[tuple[str, str]]
@@ -122,7 +123,7 @@ def run(study: Path, out: Path | None = None) -> Path:
     out = study / PAGE_FILE if out is None else out
     folder = out.parent / FIGURES
     folder.mkdir(parents=True, exist_ok=True)
-    if out.parent == study:  # elsewhere other pictures may lie beside it
+    if out.parent == study:  # another folder may contain pictures that are not ours
         for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
             old.unlink()
     for each in drawn:
@@ -133,7 +134,7 @@ def run(study: Path, out: Path | None = None) -> Path:
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML; every text that comes from a file is escaped."""
+    """Return the page as HTML; all text from files is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -143,11 +144,12 @@ def render(page: Page) -> str:
     )
     filters: dict[str, Callable[..., Any]] = {"number": number, "seconds": duration}
     environment.filters.update(filters)
-    return environment.get_template(TEMPLATE).render(page=page, views=VIEW_ORDER, holds=HOLDS, among=AMONG)
+    template = environment.get_template(TEMPLATE)
+    return template.render(page=page, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
 
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
-    """Gather what the template prints."""
+    """Collect everything that the template prints."""
     found = verdicts(results)
     pictures = results.frames["pictures"]
     with_picture = pictures.filter(pl.col("picture").is_not_null())
@@ -156,6 +158,7 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
     return Page(
         kind="vlm2rec demo" if "demo" in results.facts else "vlm2rec study",
         title=results.dataset,
+        reference=results.reference,
         lede=_lede(results, found),
         warning=_warning(results),
         tiles=_tiles(results),
@@ -183,7 +186,7 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
     )
 
 
-# --- words --------------------------------------------------------------------------------------------------
+# --- sentences ----------------------------------------------------------------------------------------------
 
 
 def _lede(results: Results, found: Sequence[Claim]) -> str:
@@ -191,25 +194,25 @@ def _lede(results: Results, found: Sequence[Claim]) -> str:
     text = []
     if found:
         held = sum(claim.verdict == HOLDS for claim in found)
-        text.append(f"Of {len(found)} claims of the paper that these runs can decide, {held} hold here.")
+        text.append(f"These runs test {len(found)} claims of the paper; {held} hold here.")
     if scores := _scores(results, 1, None):
         floor = number(random_floor(COMPARED, among), 3)
         text.append(
-            f"Ranking the next item among {among} by similarity alone, {COMPARED} is {scores}; a random order reaches"
-            f" {floor}."
+            f"When the next item is ranked among {among} candidates by similarity alone, {COMPARED} is {scores}."
+            f" A random order reaches {floor}."
         )
     for model in results.models()[:1]:
         if scores := _scores(results, 2, model):
-            text.append(f"{model} trained from each starting point reaches {scores}.")
+            text.append(f"In Task 2, {COMPARED} of {model} is {scores}.")
     return " ".join(text)
 
 
 def _scores(results: Results, task: int, model: str | None) -> str:
-    """Return `.412 for VLM2Rec, .330 for SFT`."""
+    """Return the main methods' scores as text: `.412 for VLM2Rec, .330 for SFT`."""
     ids = [method["name"] for method in results.methods if method["source"] == "id"] if task == 2 else []
     found = [
         f"{number(each.mean, 3)} for {name}"
-        for name in reversed([*ids, *figures.protagonists(results)])
+        for name in reversed([*ids, *figures.main_methods(results)])
         if (each := results.spread(name, task, model)) is not None
     ]
     return ", ".join(found)
@@ -218,36 +221,36 @@ def _scores(results: Results, task: int, model: str | None) -> str:
 def _warning(results: Results) -> str:
     if not results.facts["quick"]:
         return ""
-    return "This was a quick run of a few steps each, to see that everything works. Its numbers mean nothing."
+    return "This was a quick run with a few steps of everything, to see that it works. Its numbers mean nothing."
 
 
 def _tiles(results: Results) -> list[tuple[str, str]]:
     facts = results.facts
     tiles = [(f"{facts[key]:,}", key) for key in ("items", "users", "interactions") if isinstance(facts[key], int)]
     if isinstance(facts.get("average_length"), int | float):
-        tiles.append((f"{facts['average_length']:.1f}", "items a user, on average"))
+        tiles.append((f"{facts['average_length']:.1f}", "items per user, on average"))
     if len(facts.get("dims", [])) == 1:
         tiles.append((f"{facts['dims'][0]:,}", "numbers in a vector"))
     methods = results.frames["results"]["method"].n_unique()
-    return [*tiles, (f"{methods}", "methods"), (duration(_seconds(results)), "of computing")]
+    return [*tiles, (f"{methods}", "methods"), (duration(_seconds(results)), "of computing time")]
 
 
 def _why(results: Results, paper: str, more: str) -> str:
-    """Say why our rows may differ from the paper's."""
+    """Return a text about why the numbers may differ from a table of the paper."""
     facts = results.facts
     return (
         f"{paper} of the paper: Qwen2.5-VL-3B on Amazon {results.paper_data}. Here: {Path(str(facts['backbone'])).name}"
-        f" on {results.dataset}, {facts['users']:,} users and {facts['items']:,} items. Levels are not comparable, who"
-        f" stands above whom is. {more}"
+        f" on {results.dataset}, {facts['users']:,} users and {facts['items']:,} items. Compare the order of the"
+        f" methods, not their levels. {more}"
     )
 
 
 def _collapses(results: Results) -> tuple[tuple[str, str], ...]:
-    """Return what the collapse monitor said, as (method, text)."""
+    """Return the warnings of the collapse monitor, as (method, text)."""
     rows = results.frames["warnings"]
     if rows.height > MOST_WARNINGS:
         return tuple(
-            (str(method), f"{method}, {view}: {each.height} warnings; for instance {each['message'][0]}")
+            (str(method), f"{method}, {view}: {each.height} warnings, for example: {each['message'][0]}")
             for (method, view), each in rows.group_by("method", "view", maintain_order=True)
         )
     lines = []
@@ -262,11 +265,11 @@ def _collapses(results: Results) -> tuple[tuple[str, str], ...]:
 
 
 def _stages(results: Results) -> list[Stage]:
-    """Return a bar for everything that ran: drawing a laboratory, the steps of the study, and what followed it."""
+    """Return the bars: making a laboratory, the steps of the study, and the stages after it."""
     cost = results.frames["cost"].with_columns(_label().alias("label"))
     if cost.height <= MOST_STAGES:
         steps = [
-            {"stage": row["label"], "what": _whose(results, row), "seconds": row["seconds"]}
+            {"stage": row["label"], "what": _run_name(results, row), "seconds": row["seconds"]}
             for row in cost.iter_rows(named=True)
         ]
     else:
@@ -284,12 +287,12 @@ def _stages(results: Results) -> list[Stage]:
 
 
 def _label() -> pl.Expr:
-    """What a step is called: its command, and the recommender that it trains."""
+    """Return the label of a step: its command, and the recommender that it trains."""
     model = pl.col("step").str.extract(r"recommender-(\w+)$", 1)
     return pl.when(model.is_not_null()).then(pl.format("{} {}", "command", model)).otherwise("command")
 
 
-def _whose(results: Results, row: Json) -> str:
+def _run_name(results: Results, row: Json) -> str:
     parts = [row["method"]]
     if row["seed"] is not None:
         parts.append(f"seed {row['seed']}")
@@ -304,19 +307,19 @@ def _seconds(results: Results) -> float:
 
 
 def _index(index: Json | None) -> str:
-    """Say what `build-index` measured."""
+    """Return a sentence about the index: what it holds, and what `build-index` measured."""
     if index is None:
         return ""
     text = f"{index['factory']} over {index['rows']:,} {index['column']} vectors"
     if index.get("recall@10") is not None:
         text += f": recall@10 {index['recall@10']:.4f} against exact search"
     if index.get("search_ms") is not None:
-        text += f", {index['search_ms']:.3f} ms a query in a batch"
+        text += f", {index['search_ms']:.3f} ms per query in a batch"
     return f"{text}."
 
 
 def duration(seconds: float) -> str:
-    """`75.2` → `75 s`, `4000` → `1.1 h`."""
+    """Return seconds as text: `75.2` → `75 s`, `4000` → `1.1 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     if seconds < 100:
@@ -326,15 +329,15 @@ def duration(seconds: float) -> str:
 
 
 _WHY = {
-    "Table 1": "Distances depend on how a backbone spreads its space before any training; S is a ratio, and travels"
-    " better.",
-    "Table 2": "Candidates are drawn here without replacement from what a user never touched, the same for every"
-    " method; the paper does not say how it drew its own.",
-    "Table 4": "The paper names no settings of its recommenders; here all have two layers, width 128 and cross-entropy"
-    " over all items, from ids and from vectors alike.",
-    "Table 5": "Among the variants that keep the contrastive loss the paper’s differences are .02 and less: it takes"
-    " many users and seeds to tell them apart.",
-    "Table 7": "The paper’s minutes and seconds are those of one RTX 3090.",
+    "Table 1": "Distances depend on how a backbone spreads its vectors before any training. S is a ratio, which is"
+    " easier to compare.",
+    "Table 2": "Here, candidates are drawn without replacement from the items that the user never touched, and are"
+    " the same for every method. The paper does not say how it draws them.",
+    "Table 4": "The paper gives no settings of its recommenders. Here all have two layers, width 128 and cross-entropy"
+    " over all items, whether they start from ids or from vectors.",
+    "Table 5": "In the paper, the variants with the contrastive loss differ by .02 or less. Such differences need many"
+    " users and seeds.",
+    "Table 7": "The paper measured minutes and seconds on one RTX 3090.",
 }
 
 
@@ -350,11 +353,11 @@ def _sections(results: Results) -> list[Section]:
             "task1",
             "Task 1: ranking by similarity (Table 2)",
             (
-                "A user’s history becomes one vector and items are ranked by their cosine to it. Methods with a"
+                "A user’s history becomes one vector, and items are ranked by their cosine to it. Methods with a"
                 " sequence encoder encode the history; the others take the mean of its items’ vectors.",
-                f"Beside the item that came next stand {among - 1} that the user never touched; a random order has"
-                f" it among the top ten in {number(random_floor('H@10', among), 3)} and among the top twenty in"
-                f" {number(random_floor('H@20', among), 3)} of the cases.",
+                f"The candidates are the next item and {among - 1} items that the user never touched. A random order"
+                f" has H@10 {number(random_floor('H@10', among), 3)} and H@20"
+                f" {number(random_floor('H@20', among), 3)}.",
             ),
             _present(task1),
             why=_why(results, "Table 2", _WHY["Table 2"]),
@@ -362,15 +365,15 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "task2",
             "Task 2: recommenders that start from the vectors (Table 4)",
-            ("RecBole trains each recommender on the same sequences, from item ids or behind a frozen table.",),
+            ("RecBole trains each recommender on the same sequences, from item ids or from frozen item vectors.",),
             _present(*task2),
             ("task2-models", "differences"),
             why=_why(results, "Table 4", _WHY["Table 4"]),
         ),
         Section(
             "geometry",
-            "Geometry of the spaces (Table 1)",
-            ("Squared distances on the unit sphere between users and items, view by view.",),
+            "Geometry of the vectors (Table 1)",
+            ("The squared distances between users and items on the unit sphere, for each view.",),
             _present(tables.geometry_sheet(results)),
             ("table1-geometry",),
             why=_why(results, "Table 1", _WHY["Table 1"]),
@@ -379,21 +382,21 @@ def _sections(results: Results) -> list[Section]:
             "views",
             "What each modality contributes (Fig. 1a)",
             (
-                "The user’s fused, text or image vector ranks the same fused items. Where t2f or v2f is above f2f, the"
-                " other modality is noise.",
+                "The user’s fused, text or image vector ranks the same fused items (f2f, t2f, v2f). If t2f or v2f is"
+                " higher than f2f, the other modality only adds noise.",
             ),
             _present(tables.view_sheet(results)),
             ("fig1a-views",),
         ),
         Section(
             "training",
-            "Whom the training serves (Fig. 1b)",
+            "How training treats each modality (Fig. 1b)",
             (
-                "The cosine of the update with the gradient that each modality alone would ask for, and how well each"
-                " view tells the next item from others while training goes on.",
-                "The margin is how much nearer a user’s vector lies to the next item than to the others of the batch,"
-                " in one modality alone. A view collapses when its S stays at or below where it began while the"
-                " other’s rises, or when its vectors gather in few directions or in one point.",
+                "The figures show the cosine between the update and the gradient of each modality alone, and how well"
+                " each view separates the next item from others during training.",
+                "The margin is the user’s cosine to the next item minus the mean cosine to the other items of the"
+                " batch, within one modality. A view collapses if its S does not rise above its start while the other’s"
+                " does, or if its vectors gather in a few directions or in one point.",
             ),
             (),
             ("fig1b-gradients", "collapse", "collapse-ranks", "learning"),
@@ -401,7 +404,7 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "ablation",
-            "Each part taken away (Table 5)",
+            "Ablation: without each part (Table 5)",
             (),
             _present(tables.ablation_sheet(results)),
             ("table5-ablation",),
@@ -409,14 +412,14 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "cross-domain",
-            "Trained here, measured elsewhere (Table 6)",
-            (_elsewhere(results),),
+            "Cross-domain: trained here, measured on other data (Table 6)",
+            (_shared_users(results),),
             tuple(tables.cross_domain_sheets(results)),
-            why="The paper goes from one Amazon domain to another; its Clothing → Beauty is printed beside.",
+            why="The paper transfers between Amazon domains; its Clothing → Beauty is shown beside our numbers.",
         ),
         Section(
             "few-shot",
-            "With a few users (Table 7)",
+            "Few-shot: training on few users (Table 7)",
             (),
             _present(tables.few_shot_sheet(results)),
             ("table7-few-shot",),
@@ -425,7 +428,7 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "cold-start",
             "Rare items (Fig. 3)",
-            ("Users by how often the item they chose next occurs in training.",),
+            ("Users are grouped by how often their next item occurs in training.",),
             _present(tables.tail_sheet(results)),
             ("fig3-cold-start",),
         ),
@@ -433,19 +436,19 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "sensitivity",
             "Hyperparameters (Fig. 5)",
-            ("One setting at a time; the ring is the value of every other table, the dashed line SFT.",),
+            ("One setting varies at a time. The ring marks the value of all other tables; the dashed line is SFT.",),
             (),
             ("fig5-sensitivity",),
         ),
-        Section("cost", "What it cost", (), _present(tables.cost_sheet(results))),
+        Section("cost", "Computing time", (), _present(tables.cost_sheet(results))),
     ]
 
 
-def _elsewhere(results: Results) -> str:
+def _shared_users(results: Results) -> str:
     shared = results.facts["shared users"]
     if not shared:
         return "No item and no user of the target domain is in the training data."
-    return f"No item of the target domain is in the training data; {shared:,} of its users are, by their id."
+    return f"No item of the target domain is in the training data. By their ids, {shared:,} of its users are."
 
 
 def _present(*sheets: Sheet | None) -> tuple[Sheet, ...]:
@@ -456,17 +459,17 @@ def _settings(results: Results) -> list[tuple[str, str]]:
     facts = results.facts
     rows = [
         ("backbone", str(facts["backbone"])),
-        ("candidates", f"{facts['candidates']} beside the next item, {facts['candidate sets']} stored sets"),
-        ("finetune", _flat(facts["finetune"]) or "defaults"),
-        ("recommender", _flat(facts["recommender"]) or "defaults"),
+        ("candidates", f"{facts['candidates']} besides the next item, {facts['candidate sets']} stored sets"),
+        ("finetune", _joined(facts["finetune"]) or "defaults"),
+        ("recommender", _joined(facts["recommender"]) or "defaults"),
     ]
-    rows += [(f"plan, {name}", _flat(asked)) for name, asked in facts["plan"].items()]
-    rows += [(name, _flat(facts[key])) for name, key in (("demo", "demo"), ("prepare", "rules")) if facts.get(key)]
-    return [*rows, ("versions", _flat(facts["versions"]))]
+    rows += [(f"plan, {name}", _joined(plan)) for name, plan in facts["plan"].items()]
+    rows += [(name, _joined(facts[key])) for name, key in (("demo", "demo"), ("prepare", "rules")) if facts.get(key)]
+    return [*rows, ("versions", _joined(facts["versions"]))]
 
 
 def _methods(results: Results) -> list[tuple[str, str]]:
-    """Return each method's source and analyses, and what its commands are told besides their defaults."""
+    """Return each method's source and analyses, and the settings of its commands that are not the default."""
     rows = []
     for method in results.methods:
         if not method["analyses"]:
@@ -475,12 +478,12 @@ def _methods(results: Results) -> list[tuple[str, str]]:
         if method["of"]:
             parts.append(f"{method['of']} with another {method['varies']}")
         own = results.facts.get("settings", {}).get(method["name"], {})
-        parts += [f"{step}: {_flat(values, ', ')}" for step, values in own.items() if values]
+        parts += [f"{step}: {_joined(values, ', ')}" for step, values in own.items() if values]
         rows.append((method["name"], "; ".join(parts)))
     return rows
 
 
-def _flat(values: Mapping[str, Any], between: str = "; ") -> str:
+def _joined(values: Mapping[str, Any], between: str = "; ") -> str:
     return between.join(f"{key} {value}" for key, value in values.items())
 
 
@@ -516,7 +519,7 @@ def _grids(rows: pl.DataFrame) -> list[Grid]:
 
 
 def _common_sheet(results: Results) -> Sheet | None:
-    """Return how often near items have the same value of an attribute, method by method and view by view."""
+    """Return how often near items have the same value of an attribute, for each method and view."""
     rows = results.frames["common"].filter(pl.col("attribute").is_not_null())
     if not rows.height:
         return None
@@ -537,7 +540,7 @@ def _common_sheet(results: Results) -> Sheet | None:
 
 
 def _share_cell(share: float | None, chance: float, best: bool) -> Cell:
-    """Return a share, coloured by how far it is from chance to always."""
+    """Return a share, with a stronger colour the farther it is above chance."""
     if share is None:
         return Cell("–")
     heat = max(0.0, (share - chance) / (1 - chance)) if chance < 1 else 0.0

@@ -13,5 +13,5 @@ PAPER_FILE = Path(__file__).parent / "paper.yaml"
 
 @functools.cache
 def read_paper() -> dict[str, Any]:
-    """Return the tables by name; one reader, and nobody changes what it returns."""
+    """Return the tables by name. The result is shared: do not change it."""
     return read_yaml(PAPER_FILE)

@@ -1,6 +1,6 @@
-"""How figures look, and a figure as SVG. One grammar throughout: colour is the method, line style the modality.
+"""The style of the figures, and a figure as SVG. In all figures, colour is the method and line style the modality.
 
-Colours are told apart by the colour-blind (blue, orange, greys of different lightness). In the page every colour
+Colour-blind readers can tell the colours apart (blue, orange, greys of different lightness). In the page every colour
 becomes a CSS variable, so that figures follow the reader's light or dark theme.
 """
 
@@ -22,9 +22,9 @@ VARIABLES = {
     **{colour: method for method, colour in COLOURS.items()},
     **{colour: f"other{number}" for number, colour in enumerate(OTHERS)},
 }
-"""Colour → the page's variable for it."""
+"""Colour → its CSS variable in the page."""
 STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     "svg.hashsalt": "vlm2rec",
     "font.size": 9,
     "text.color": INK,
@@ -56,14 +56,14 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure: its file name without ending, what it shows in words, and the SVG text."""
+    """One figure: its file name without ending, a description in words, and the SVG text."""
 
     name: str
     alt: str
     svg: str
 
     def inline(self) -> str:
-        """Return the SVG for a page: colours as CSS variables, the page's font, ids that no other figure uses."""
+        """Return the SVG for a page: colours as CSS variables, the page's font, and ids that are unique in the page."""
         text = self.svg[self.svg.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)

@@ -1,4 +1,4 @@
-"""The tables of a study, from its Parquet files, each row beside the paper's where there is one."""
+"""The tables of a study, from its Parquet files. A row has the paper's numbers beside it, if there are any."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vlm2rec.downstream.evaluation.statistics import Spread, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json
-from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, TABLE_NAMES, TAIL_USERS, read
+from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, TABLE_NAMES, TAIL_USERS, facts, read
 from vlm2rec.pipelines.reporting.paper import read_paper
 
 PAPER_DEFAULT = "Beauty"
-PRINTED = 1.3e-4  # slack of the bound for figures printed with four decimals
+PRINTED = 1.3e-4  # tolerance of the bound for numbers printed with four decimals
 PROTOCOLS = ("candidates", "full")
 VIEW_PAIRS = ("f2f", "t2f", "v2f")
 VANILLA_ROW, SFT_ROW = "VLM vanilla (ext.)", "VLM SFT (ext.)"
@@ -29,7 +29,7 @@ VANILLA_ROW, SFT_ROW = "VLM vanilla (ext.)", "VLM SFT (ext.)"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller second line, and how it is set."""
+    """One cell: its text, a smaller second line, and its highlighting."""
 
     text: str
     small: str = ""
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method; `colour` names the method whose colour marks the row."""
+    """One row, usually a method; `colour` is the method whose colour marks the row."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -71,7 +71,7 @@ Key = tuple[str, int, str | None, str, str | None, str, str, str]
 
 @dataclass
 class Results:
-    """Everything that the Parquet files of a study hold, with look-ups."""
+    """The contents of a study's Parquet files, with functions to look values up."""
 
     out: Path
     frames: dict[str, pl.DataFrame]
@@ -82,8 +82,7 @@ class Results:
     def open(cls, out: Path) -> Results:
         """Read every Parquet file of a study."""
         frames = {name: read(out, name) for name in TABLE_NAMES}
-        facts = {row["key"]: json.loads(row["value"]) for row in frames["about"].iter_rows(named=True)}
-        return cls(out, frames, facts)
+        return cls(out, frames, facts(out))
 
     @property
     def dataset(self) -> str:
@@ -97,17 +96,17 @@ class Results:
 
     @property
     def paper_data(self) -> str:
-        """Return which of the paper's datasets is printed: the one of that name, else Beauty."""
+        """Return the dataset whose numbers of the paper are shown: the one with the study's name, else Beauty."""
         known = self.paper["task1"][SFT_ROW]
         return self.dataset if self.dataset in known else PAPER_DEFAULT
 
     @functools.cached_property
     def methods(self) -> list[Json]:
-        """The methods in order."""
+        """The methods, in the order of the tables."""
         return self.frames["methods"].to_dicts()
 
     def names(self, analysis: str, grids: bool = False) -> list[str]:
-        """Return the methods of an analysis that have results, in order; those of grids only if asked for."""
+        """Return the methods of an analysis that have results, in order; the methods of grids only with `grids`."""
         return [
             method["name"]
             for method in self.methods
@@ -120,7 +119,7 @@ class Results:
 
     @functools.cached_property
     def _values(self) -> dict[Key, dict[int, float]]:
-        """(dataset, task, model, protocol, view, user group, metric, method) → seed → value."""
+        """Map (dataset, task, model, protocol, view, user group, metric, method) → seed → value."""
         names = ("dataset", "task", "model", "protocol", "view", "user_group", "metric", "method", "seed", "value")
         found: dict[Key, dict[int, float]] = {}
         for *key, seed, value in self.frames["results"].select(names).iter_rows():
@@ -139,14 +138,14 @@ class Results:
         view: str = MAIN_VIEW,
         group: str = ALL_USERS,
     ) -> dict[int, float]:
-        """Return a metric by seed; empty where it was not measured."""
+        """Return a metric by seed; empty if it was not measured."""
         shown = view if task == 1 else None
         return self._values.get((dataset or self.dataset, task, model, protocol, shown, group, metric, method), {})
 
     def spread(self, *args: Any, analysis: str | None = None, **more: Any) -> Spread | None:
-        """Return mean and standard deviation over seeds of `values`.
+        """Return mean and standard deviation of `values` over seeds.
 
-        With `analysis` only the seeds that it asks for count: methods run with more would be compared on others.
+        With `analysis`, only the seeds of its plan count, so that all its methods are compared on the same seeds.
         """
         found = self.values(*args, **more)
         if analysis is not None:
@@ -155,22 +154,22 @@ class Results:
         return spread(list(found.values())) if found else None
 
     def named(self, paper_row: str) -> str | None:
-        """Return the method that stands beside a row of the paper."""
+        """Return the method that is compared with this row of the paper."""
         for method in self.methods:
             if method["paper"] == paper_row and method["name"] in self._present:
                 return str(method["name"])
         return None
 
     def paper_row(self, method: str) -> str | None:
-        """Return the paper's row of a method."""
+        """Return the row of the paper that a method is compared with."""
         return next((each["paper"] for each in self.methods if each["name"] == method), None)
 
     def is_fixed(self, method: str) -> bool:
-        """Whether no random number enters a method's vectors."""
+        """Tell whether a method makes its vectors without random numbers."""
         return any(each["fixed"] for each in self.methods if each["name"] == method)
 
     def geometry(self, method: str, view: str) -> dict[str, Spread] | None:
-        """Return A_pos, A_neg, U, S of a view on the study's dataset, over seeds."""
+        """Return A_pos, A_neg, U and S of a view on the study's dataset: mean and standard deviation over seeds."""
         rows = self.frames["geometry"].filter(
             (pl.col("method") == method) & (pl.col("view") == view) & (pl.col("dataset") == self.dataset)
         )
@@ -194,11 +193,11 @@ class Results:
         return [model for model in schema.RECOMMENDERS if model in set(rows["model"].to_list())]
 
 
-# --- numbers in print ---------------------------------------------------------------------------------------
+# --- numbers as text ----------------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
-    """`0.4121` → `.4121`; nothing → `–`."""
+    """Return a number as text: `0.4121` → `.4121`, None → `–`."""
     if value is None or not np.isfinite(value):
         return "–"
     text = f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
@@ -206,14 +205,14 @@ def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """`0.0312` → `.031`; tiny ones as `< .001`."""
+    """Return a p-value as text: `0.0312` → `.031`, small ones → `< .001`."""
     if value is None or not np.isfinite(value):
         return "–"
     return "< .001" if value < 0.001 else number(value, 3)
 
 
 def mean_cell(found: Spread | None, fixed: bool = False, best: bool = False, digits: int = 4) -> Cell:
-    """Return mean with ± standard deviation below; without where there is but one run, or no random number."""
+    """Return the mean, with ± standard deviation below unless there is one run or the method uses no random numbers."""
     if found is None:
         return Cell("–")
     small = f"±{number(found.std, digits)}" if found.runs > 1 and not fixed else ""
@@ -221,7 +220,7 @@ def mean_cell(found: Spread | None, fixed: bool = False, best: bool = False, dig
 
 
 def require_printable(metrics: Mapping[str, float]) -> None:
-    """Raise `ArtifactError` if a row that is about to be printed breaks the N@20 - N@10 bound."""
+    """Raise `ArtifactError` if a row to print breaks the bound on N@20 - N@10."""
     if not bound_check(dict(metrics), 1e-9):
         raise ArtifactError(f"a row to print has {dict(metrics)}", "metrics of one ranking", "run the study again")
 
@@ -232,7 +231,7 @@ def require_printable(metrics: Mapping[str, float]) -> None:
 def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping[str, Any]) -> Sheet | None:
     """Return Task 1 (Table 2), or one recommender of Task 2 (Table 4)."""
     entries = [(name, name, task, model) for name in results.names(MAIN)]
-    if task == 1:  # as in the paper, recommenders that know ids alone stand on top
+    if task == 1:  # as in the paper, the recommenders from item ids come first
         ids = [each["name"] for each in results.methods if each["source"] == "id"]
         entries = [(f"{each} ({name})", name, 2, each) for each in results.models() for name in ids] + entries
     measured = {
@@ -286,7 +285,7 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
 
 
 def _paper_cells(row: Mapping[str, Sequence[float]] | None, data: str) -> tuple[list[Cell], bool]:
-    """Return the paper's four numbers, and whether they break the bound that every ranking keeps."""
+    """Return the paper's four numbers, and whether they break the bound that holds for every ranking."""
     if not row or data not in row:
         return [Cell("–")] * len(schema.METRICS), False
     values = dict(zip(schema.METRICS, row[data], strict=True))
@@ -303,7 +302,7 @@ def _difference_cells(found: Json | None) -> list[Cell]:
 
 
 def _compared(results: Results, task: int, model: str | None) -> pl.DataFrame:
-    """Return the comparisons that stand in one table."""
+    """Return the comparisons of the main table of a task."""
     return results.frames["comparisons"].filter(
         (pl.col("dataset") == results.dataset)
         & (pl.col("task") == task)
@@ -314,16 +313,18 @@ def _compared(results: Results, task: int, model: str | None) -> pl.DataFrame:
 
 def _note(compared: pl.DataFrame, broken: bool) -> str:
     seeds = sorted(set(compared["seeds"].to_list()))
-    text = "Best of each column in bold."
+    text = "The best value of each column is bold."
     if seeds != [1]:
-        text += " ± is the standard deviation over seeds, absent where none enters."
+        text += " ± is the standard deviation over seeds; methods without random numbers have none."
     if seeds:
-        text += " The interval holds 95 % of bootstrap resamples of the users, bold where it leaves out zero."
+        text += " The interval contains 95 % of bootstrap resamples of the users. A difference is bold"
+        text += " if the interval excludes zero."
     if seeds and seeds != [1]:
         number_of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        text += f" p is the paired t-test over {number_of} seeds, corrected by Holm for {compared.height} comparisons."
+        text += f" p is from the paired t-test over {number_of} seeds, with Holm’s correction for"
+        text += f" {compared.height} comparisons."
     if broken:
-        text += " † breaks the bound on N@20 − N@10 that every ranking with one relevant item keeps: a misprint."
+        text += " † breaks the bound on N@20 − N@10 that holds for every ranking with one relevant item: a misprint."
     return text
 
 
@@ -350,8 +351,8 @@ def geometry_sheet(results: Results) -> Sheet | None:
         "State",
         (Group("", ("view",)), Group("this study", names), Group(f"paper, {data}", names, paper=True)),
         tuple(rows),
-        "Lower A_pos: the next item is nearer. Higher A_neg: other items are farther. Lower U: the space is used more"
-        " evenly. S = A_neg/A_pos: above 1 the view tells the next item from others, at 1 it cannot.",
+        "Lower A_pos: the next item is nearer. Higher A_neg: other items are farther. Lower U: the vectors spread more"
+        " evenly. S = A_neg/A_pos: above 1, the view separates the next item from others; at 1, it does not.",
     )
 
 
@@ -367,7 +368,7 @@ def view_sheet(results: Results) -> Sheet | None:
             mean_cell(each, results.is_fixed(method), each is not None and each.mean == top) for each in found
         )
         rows.append(Row(method, cells, method, method == results.reference))
-    return Sheet("N@20", (Group("user vector → fused item", VIEW_PAIRS),), tuple(rows)) if rows else None
+    return Sheet(COMPARED, (Group("user vector → fused item", VIEW_PAIRS),), tuple(rows)) if rows else None
 
 
 # --- Tables 5, 6, 7 -----------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def view_sheet(results: Results) -> Sheet | None:
 def both_tasks_sheet(
     results: Results, title: str, names: Iterable[str], printed: Mapping[str, Sequence[float]], data: str, dataset: str
 ) -> Sheet | None:
-    """Return N@20 of Task 1 and of Task 2 with SASRec: the form of Tables 5 and 6."""
+    """Return N@20 of Task 1 and of Task 2 with SASRec, in the form of Tables 5 and 6."""
     rows = []
     for name in names:
         found = [results.spread(name, 1, dataset=dataset), results.spread(name, 2, "SASRec", dataset=dataset)]
@@ -394,17 +395,17 @@ def both_tasks_sheet(
     return Sheet(
         title,
         (
-            Group("N@20", tasks),
+            Group(COMPARED, tasks),
             Group(f"{results.reference} − this", tasks),
             Group(f"paper, {data}", tasks, paper=True),
         ),
         tuple(rows),
-        "Task 2 is SASRec. Intervals as above: 95 % of resamples of the users.",
+        "Task 2 is SASRec. Intervals contain 95 % of bootstrap resamples of the users.",
     )
 
 
 def ablation_sheet(results: Results) -> Sheet | None:
-    """Return each part of the method taken away (Table 5)."""
+    """Return N@20 of the method without each of its parts (Table 5)."""
     data = results.paper_data if results.paper_data in results.paper["ablation"] else PAPER_DEFAULT
     printed = {**results.paper["ablation"][data], SFT_ROW: _sft_of(results, data)}
     names = results.names(ABLATION)
@@ -417,7 +418,7 @@ def _sft_of(results: Results, data: str) -> list[float]:
 
 
 def cross_domain_sheets(results: Results) -> list[Sheet]:
-    """Return one table per target domain (Table 6), beside the paper's Clothing → Beauty."""
+    """Return one table per target domain (Table 6), with the paper's Clothing → Beauty beside it."""
     data = "Clothing → Beauty"
     sheets = []
     for domain in results.facts["domains"]:
@@ -431,7 +432,7 @@ def cross_domain_sheets(results: Results) -> list[Sheet]:
 
 
 def tail_sheet(results: Results) -> Sheet | None:
-    """Return H@10 and N@10 of all users and of those whose target is an item of the long tail (Table 1 of SDA)."""
+    """Return H@10 and N@10 of all users, and of users whose target is in the long tail (Table 1 of SDA)."""
     metrics = ("H@10", "N@10")
     columns = [(1, None), *((2, model) for model in results.models())]
     tail = results.frames["results"].filter(
@@ -477,23 +478,23 @@ def few_shot_sheet(results: Results) -> Sheet | None:
         rows.append((few or 10**9, Row(label, tuple(cells), name, name == results.reference)))
     if len(rows) < 2:
         return None
-    columns = ("Task 1", "Task 2", "min an epoch", "s to embed")
+    columns = ("Task 1", "Task 2", "min per epoch", "s to embed")
     return Sheet(
         "Training users",
         (Group("this study", columns), Group(f"paper, {data}", columns, paper=True)),
         tuple(row for _, row in sorted(rows, key=lambda pair: pair[0])),
-        "N@20; Task 2 is SASRec. Minutes include the validation after each epoch and the probes of the monitor; seconds"
-        " to embed include loading the model.",
+        "N@20; Task 2 is SASRec. The minutes include the validation after each epoch and the probes of the collapse"
+        " monitor. The seconds include loading the model.",
     )
 
 
 def grid_values(results: Results, name: str) -> Json:
-    """Return a method's values of the settings that grids vary."""
+    """Return a method's values for the settings that grids vary."""
     return next((json.loads(each["values"]) for each in results.methods if each["name"] == name), {})
 
 
 def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
-    """Return minutes per training epoch and seconds to embed the items, means over runs that were not interrupted."""
+    """Return minutes per training epoch and seconds to embed the items: means over runs without interruption."""
     cost = results.frames["cost"].filter(
         (pl.col("method") == name) & (pl.col("attempts") == 1) & (pl.col("dataset") == results.dataset)
     )
@@ -504,7 +505,7 @@ def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
 
 
 def counts_sheet(results: Results) -> Sheet | None:
-    """Return how many users, items and interactions each step of `prepare` left, beside the paper's of that name."""
+    """Return the users, items and interactions after each step of `prepare`, and the paper's for the same dataset."""
     steps = [(str(step["step"]), step) for step in results.facts.get("counts", [])]
     if not steps:
         return None
@@ -519,7 +520,7 @@ def counts_sheet(results: Results) -> Sheet | None:
 
 
 def cost_sheet(results: Results) -> Sheet | None:
-    """Return how long each kind of step took."""
+    """Return the time of each kind of step."""
     cost = results.frames["cost"]
     if not cost.height:
         return None
@@ -533,4 +534,4 @@ def cost_sheet(results: Results) -> Sheet | None:
             )
         )
     rows.append(Row("all", (Cell(str(cost.height)), Cell(""), Cell(f"{cost['seconds'].sum() / 60:.1f}"))))
-    return Sheet("Step", (Group("", ("runs", "s each", "min in all")),), tuple(rows))
+    return Sheet("Step", (Group("", ("runs", "s per run", "min in total")),), tuple(rows))

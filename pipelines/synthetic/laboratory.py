@@ -1,9 +1,10 @@
-"""The laboratories of `vlm2rec demo` and `vlm2rec study --demo`: a drawn catalogue, and a small backbone that reads it.
+"""The laboratory of `vlm2rec demo` and `vlm2rec study --demo`: a drawn catalogue and a small backbone trained for it.
 
-laboratory/catalogue, captioned   drawn products with known truth; others with captions, for the backbone
-laboratory/data, backbone         what `vlm2rec prepare` and `vlm2rec make-backbone` make of them
-laboratory/second, second-data    another catalogue with users of its own, for cross-domain
-laboratory/laboratory.json        settings, what is done, and how long it took
+laboratory/catalogue              drawn products, with the attributes they were drawn from
+laboratory/captioned              other products, with captions; the backbone is trained on these
+laboratory/data, backbone         the output of `vlm2rec prepare` and `vlm2rec make-backbone`
+laboratory/second, second-data    a second catalogue with its own users, for cross-domain
+laboratory/laboratory.json        the settings, the finished stages and their seconds
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from vlm2rec.pipelines.synthetic.drawn_catalogue import CatalogueSettings, draw_
 
 FOLDER = "laboratory"
 DONE_FILE = "laboratory.json"
-BACKBONE_MINUTES = 20.0  # steps decide, so that a busy machine makes the same backbone; this ends a hopeless one
+# The number of steps ends the training, so that every machine makes the same backbone; the minutes stop a hopeless one.
+BACKBONE_MINUTES = 20.0
 CAPTIONED_PRODUCTS = 800
-CAPTIONED_USERS = 1  # a catalogue has users; these have nothing to do
+CAPTIONED_USERS = 1  # a catalogue needs users; nobody reads those of this one
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Laboratory:
-    """What is drawn."""
+    """The settings of a laboratory."""
 
     products: int = DemoConfig.products
     users: int = DemoConfig.users
     backbone_steps: int = DemoConfig.backbone_steps
     seed: int = DemoConfig.seed
     catalogue: CatalogueSettings = field(default_factory=CatalogueSettings)
-    second: bool = False  # another catalogue besides
+    second: bool = False  # draw a second catalogue too
 
 
 STUDY = Laboratory(
@@ -50,20 +52,20 @@ STUDY = Laboratory(
     catalogue=CatalogueSettings(noise=35.0, jitter=1.6, colours=10, looks=(2.8, 1.2), told_by_brand=0.6),
     second=True,
 )
-"""A catalogue in which one modality can stand in for the other, so that training may leave the weaker one behind.
+"""A catalogue in which one modality can replace the other, so that training may neglect the weaker one.
 
-Users choose by looks more than by words (weight 0.7 on average). Pictures show what they look for, noisily; a title
-tells the colour of three products in five through its brand, and nothing of the pattern. The picture is the strong
-view, the title holds less, and part of what it holds twice: SFT fits the picture, and the title's vectors fall back
-towards where they started, the longer it trains.
+Users choose by looks more than by words (weight 0.7 on average). Pictures show the looks with noise. A title tells the
+colour of three products in five through its brand, and nothing about the pattern. So the picture is the strong view,
+and part of the title's information is in the picture too. SFT fits the picture, and the longer it trains, the more the
+title's vectors fall back towards their start.
 """
 QUICK = replace(STUDY, products=200, users=60, backbone_steps=20)
-"""That of `vlm2rec study --demo --quick`."""
+"""The laboratory of `vlm2rec study --demo --quick`."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the drawing: what it is called, what it does in words, the folder it writes, and its call."""
+    """One stage of making a laboratory: its name, a description, the folder it writes, and its call."""
 
     name: str
     what: str
@@ -72,25 +74,25 @@ class Stage:
 
 
 def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> None:
-    """Draw what is missing of a laboratory; what a killed run left half done is drawn again.
+    """Make the missing parts of a laboratory; a part that a killed run left unfinished is made again.
 
     Args:
         folder: of the laboratory.
-        wanted: sizes, seed and how hard the catalogue is.
-        redo: draw a laboratory of other settings anew, in place of refusing it.
+        wanted: its settings.
+        redo: make a laboratory of other settings again, instead of refusing it.
 
     Raises:
         ConfigError: the folder holds a laboratory of other settings.
     """
-    settings = json.loads(json.dumps(asdict(wanted)))  # as it comes back from the file
+    settings = json.loads(json.dumps(asdict(wanted)))  # in the form that reading the file gives
     known = _read(folder)
-    before = known.get("settings", settings)  # those of an older laboratory are not known
+    before = known.get("settings", settings)  # older laboratories did not record theirs
     if before != settings:
         name = next(name for name in settings if before.get(name) != settings[name])
         if not redo:
             raise ConfigError(
                 f"{folder} was drawn with other settings: {name} was {before.get(name)} and is now {settings[name]}",
-                "the same settings, to go on",
+                "the same settings, to continue",
                 "give another --out, or --redo to draw it again",
             )
         known = {}
@@ -111,33 +113,33 @@ def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> Non
 
 
 def is_laboratory(folder: Path) -> bool:
-    """Whether a folder is one that this module began to draw."""
+    """Tell whether this module began to make a laboratory in a folder."""
     return (folder / DONE_FILE).is_file() and "done" in _read(folder)
 
 
 def drawn_stages(folder: Path) -> list[Json]:
-    """Return what was done to draw a laboratory, and the seconds it took; nothing where that was not noted."""
+    """Return the finished stages of a laboratory with their seconds; an empty list if none were recorded."""
     return list(_read(folder).get("stages", []))
 
 
 def _read(folder: Path) -> Json:
     if not (folder / DONE_FILE).is_file():
         return {}
-    return schema.read_json(folder / DONE_FILE, "what the laboratory holds", f"remove {folder}")
+    return schema.read_json(folder / DONE_FILE, "the record of a laboratory", f"remove {folder}")
 
 
 def _clear(path: Path) -> None:
     if path.is_symlink():
-        path.unlink()  # what it leads to is not ours
+        path.unlink()  # the folder that it leads to is not ours
     elif path.is_dir():
         shutil.rmtree(path)
 
 
 def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
-    """Return the stages in order; each reads what earlier ones wrote.
+    """Return the stages in order; each reads the output of earlier ones.
 
-    The backbone learns from products of its own: a model that has read the captions of those it is tested on knows
-    their looks by their titles.
+    The backbone is trained on other products than it is tested on. Trained on the captions of the same products, it
+    would know their looks from their titles.
     """
     catalogue, captioned = folder / "catalogue", folder / "captioned"
     backbone = MakeBackboneConfig(
@@ -157,7 +159,7 @@ def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
         ),
         Stage(
             "draw captioned products",
-            f"{CAPTIONED_PRODUCTS} others, for the backbone to learn from",
+            f"{CAPTIONED_PRODUCTS} other products, to train the backbone",
             "captioned",
             lambda: draw_catalogue(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, wanted.seed + 1, wanted.catalogue),
         ),
@@ -169,19 +171,19 @@ def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
         ),
         Stage(
             "make-backbone",
-            "a small Qwen2.5-VL that reads such titles and pictures",
+            "a small Qwen2.5-VL for such titles and pictures",
             "backbone",
             lambda: _run("make_backbone", backbone),
         ),
     ]
     if wanted.second:
-        what = "another catalogue, for cross-domain"
+        what = "a second catalogue, for cross-domain"
         stages.append(Stage("draw and prepare", what, "second-data", lambda: _second_catalogue(folder, wanted)))
     return stages
 
 
 def _second_catalogue(folder: Path, wanted: Laboratory) -> None:
-    """Draw other products and other people, under ids of their own."""
+    """Draw other products and other users, with their own ids."""
     second = folder / "second"
     draw_catalogue(second, wanted.products, wanted.users, wanted.seed + 2, wanted.catalogue)
     for name, ids in (("items", [schema.ITEM_ID]), ("interactions", [schema.USER_ID, schema.ITEM_ID])):
@@ -206,14 +208,14 @@ def _prepare(catalogue: Path, data: Path, name: str) -> None:
 
 
 def _run(command: str, config: Any) -> None:
-    """Run a command, which lies above this folder; its libraries are loaded now."""
+    """Run a command, importing its module only now."""
     module_of(command).run(config)
 
 
 def largest_core(interactions: Path, items: Path, most: int = 5, keep: float = 0.9) -> int:
-    """Return the largest k up to `most` for which a share `keep` of the products was chosen k times or more.
+    """Return the largest k up to `most` for which at least the share `keep` of the products was chosen k times or more.
 
-    The default catalogue takes the usual 5; a small one would be emptied by it.
+    For the default catalogue this is the usual 5, which would remove nearly all of a small one.
     """
     counts = pl.read_parquet(interactions).group_by(schema.ITEM_ID).len()["len"]
     products = pl.read_parquet(items, columns=[schema.ITEM_ID]).height
