@@ -69,8 +69,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
+    rows = pa.concat_tables([*by_candidates, *by_catalogue])
+    keys = [name for name in rows.column_names if name not in schema.METRICS]
     with publish.whole_file(config.out / schema.USERS_FILE) as file:
-        pq.write_table(pa.concat_tables([*by_candidates, *by_catalogue]), file)
+        pq.write_table(rows.select([*keys, *schema.METRICS]), file)
     schema.write_json(config.out / schema.METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)

@@ -404,8 +404,12 @@ def _watched(trainer: Any) -> Any:
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            with publish.whole_file(Path(self.saved_model_file)) as file:
-                super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(file))
+            final = Path(self.saved_model_file)
+            # torch stores this name in the file: without a process id, equal weights are equal bytes
+            temporary = final.with_name(f".{final.name}.tmp")
+            super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(temporary))
+            publish.sync(temporary)
+            publish.put_in_place(temporary, final)
             self.training_log.best_epoch = epoch + 1
 
     return Watched
