@@ -93,7 +93,9 @@ def command(
         else:
             name = "--" + item.name.replace("_", "-")
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
-            option = typer.Option(name, help=text, show_default=False)
+            choices = item.metadata["choices"]
+            metavar = f"<{'|'.join(choices)}>" if choices else None
+            option = typer.Option(name, help=text, show_default=False, metavar=metavar)
         parameters.append(
             inspect.Parameter(
                 item.name,

@@ -8,7 +8,7 @@ and bounds, is loaded when a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -72,9 +72,12 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text, a causal text model works too."
 
 
-def setting(text: str, default: Any = MISSING) -> Any:
-    """Declare one setting with its help text; without a default it is required."""
-    return field(default=default, metadata={"help": text})
+def setting(text: str, default: Any = MISSING, choices: Collection[str] = ()) -> Any:
+    """Declare one setting with its help text; without a default it is required.
+
+    `choices` are the rows of a table that others may extend; the command that reads the table checks the setting.
+    """
+    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
 
 
 def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, Format]) -> str:
@@ -140,8 +143,8 @@ class FinetuneConfig:
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
-    method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec")
-    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec")
+    method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
+    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
         "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target.",
         "paper",
@@ -447,7 +450,7 @@ class ConvertConfig:
     """Settings of `vlm2rec convert`."""
 
     embeddings: Place = setting("Embeddings folder.")
-    to: str = setting(f"{_rows(FORMATS)}.")
+    to: str = setting(f"{_rows(FORMATS)}.", choices=FORMATS)
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
         "Views to write, of fused, text, image. Default: for mmrec text and image, or fused if it is the only one; for"
