@@ -240,14 +240,20 @@ def check_threads() -> Check:
 
 def check_disks() -> list[Check]:
     """Check the free space for outputs and backbones; one line if both are on the same disk."""
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    while not cache.exists():
-        cache = cache.parent
-    places = {"disk here": Path.cwd(), "disk of the model cache": cache}
+    places, without_home = {"disk here": Path.cwd()}, []
+    try:
+        cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    except RuntimeError:  # HOME is not set, and the system knows no such user
+        advice = "set HF_HOME to a folder for downloaded backbones"
+        without_home.append(Check("disk of the model cache", "warn", "this user has no home directory", advice))
+    else:
+        while not cache.exists():
+            cache = cache.parent
+        places["disk of the model cache"] = cache
     seen: dict[int, Check] = {}
     for name, folder in places.items():
         seen.setdefault(folder.stat().st_dev, check_disk(name, folder, shutil.disk_usage(folder).free))
-    return list(seen.values())
+    return [*seen.values(), *without_home]
 
 
 def check_disk(name: str, folder: Path, free: int) -> Check:

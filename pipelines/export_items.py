@@ -217,13 +217,17 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     )
 
 
-def check_failures(manifest: Mapping[str, Any], out: Location, max_failures: float) -> None:
-    """Raise `FailureLimitError` when more than that share of the items failed."""
+_EXPORT_AGAIN = "repair these items and run the command again with --retry-failed"
+
+
+def check_failures(
+    manifest: Mapping[str, Any], out: Location, max_failures: float, repair: str = _EXPORT_AGAIN
+) -> None:
+    """Raise `FailureLimitError` when more than that share of the items failed; `repair` says what to do about them."""
     failed, items = manifest["counts"][schema.STATUS_FAILED], manifest["num_items"]
     if failed > max_failures * items:
         raise FailureLimitError(
             f"the export is complete, but {failed} of {items} items failed ({failed / items:.1%})",
             f"at most {max_failures:.1%}",
-            f"`vlm2rec failures {out}` lists them; repair these items and run the command again with"
-            " --retry-failed, or raise --max-failures",
+            f"`vlm2rec failures {out}` lists them; {repair}, or raise --max-failures",
         )

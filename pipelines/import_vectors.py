@@ -100,7 +100,8 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     plan = plan_shards(dataset.item_ids, config.shard_size, settings)
     manifest = _write(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
     _report(config, manifest, views)
-    check_failures(manifest, config.out, config.max_failures)
+    repair = "give --file a vector of each and import into a new --out"
+    check_failures(manifest, config.out, config.max_failures, repair)
     return manifest
 
 

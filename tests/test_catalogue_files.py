@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime as dt
 import gzip
 import json
+import lzma
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from vlm2rec.embedder.contract.errors import DataError
@@ -523,3 +528,42 @@ def test_an_image_path_column_of_another_type_and_a_catalogue_without_pictures_a
     urls = pl.DataFrame({"item_id": ["1"], "imUrl": ["http://x/1.jpg"]})
     with pytest.raises(DataError, match=r"holds 9\.jpg.*1\.jpg.*img2dataset.*column 'imUrl'"):
         find_images(tmp_path, urls)
+
+
+# --- names that are taken, and archives ---------------------------------------------------------------------------
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_column_called_as_ours_gets_a_name_that_no_other_column_has(tmp_path: Path, ending: str) -> None:
+    frame = pl.DataFrame({"sku": ["a"], "item_id": ["x"], "source_item_id": ["y"], "title": ["Lamp"]})
+    path = tmp_path / f"items.{ending}"
+    {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[ending](path)
+    found = read_items(path, ColumnNames(item_id="sku"))
+    assert found.frame.rows(named=True) == [
+        {"item_id": "a", "title": "Lamp", "source_item_id_2": "x", "source_item_id": "y"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack", "expected"),
+    [
+        ("items.zip", None, "compressed with zip"),
+        ("items.csv.bz2", bz2.compress, "compressed with bzip2"),
+        ("items.csv.xz", lzma.compress, "compressed with xz"),
+        (
+            "items.csv.zst",
+            lambda content: pa.compress(content, codec="zstd", asbytes=True),
+            "compressed with Zstandard",
+        ),
+    ],
+)
+def test_an_archive_is_named_with_the_command_that_opens_it(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes] | None, expected: str
+) -> None:
+    content, path = b"item_id,title\n1,Lamp\n", tmp_path / name
+    if pack is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("items.csv", content)
+    else:
+        path.write_bytes(pack(content))
+    with pytest.raises(DataError, match=expected) as refused:
+        read_items(path)
+    assert name in str(refused.value).partition("for example with")[2]

@@ -152,6 +152,17 @@ def test_little_disk_is_a_warning(free: float, status: str) -> None:
     assert doctor.check_disk("disk", Path("/data"), int(free)).status == status
 
 
+def test_a_user_without_a_home_directory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    here, cache = doctor.check_disks()
+    assert here.name == "disk here" and (cache.name, cache.status) == ("disk of the model cache", "warn")
+    assert "HF_HOME" in cache.advice
+
+
 def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     assert doctor.check_threads().status == "warn"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -128,10 +128,19 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title].cast(pl.String)
     extra = frame.drop(item, names.title) if names.title != item else frame.drop(item)
-    extra = extra.rename({c: f"source_{c}" for c in (ITEM_ID, TITLE) if c in extra.columns})
+    extra = extra.rename({c: name for c, name in _source_names(extra.columns).items() if c in extra.columns})
     if "Amazon" in label:
         title = pl.Series([None if t is None else html.unescape(t) for t in title], dtype=pl.String)
     return pl.DataFrame([id_column, title.alias(TITLE), *extra.get_columns()]), label
+
+
+def _source_names(columns: Collection[str]) -> dict[str, str]:
+    """Return new names for the catalogue's own columns called as ours, `source_item_id`, that no column has yet."""
+    names = {}
+    for ours in {ITEM_ID, TITLE} & {*columns}:
+        free = (f"source_{ours}{number}" for number in ("", *(f"_{n}" for n in range(2, len(columns) + 3))))
+        names[ours] = next(name for name in free if name not in columns)
+    return names
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
@@ -146,7 +155,7 @@ def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.
         return build_frame(path, kind, schema, lambda row, record: clean(record, item)), label
     schema = record_schema(path, kind)
     require_columns(path, list(schema), {item: "--item-id-column", names.title: "--title-column"})
-    renamed = {column: f"source_{column}" if column in (ITEM_ID, TITLE) else column for column in schema}
+    renamed = {**{column: column for column in schema}, **_source_names(schema)}
     renamed.update({names.title: TITLE, item: ITEM_ID})
     types: dict[str, Any] = {ITEM_ID: pl.String, TITLE: pl.String}
     types.update({renamed[c]: dtype for c, dtype in schema.items() if renamed[c] not in types})

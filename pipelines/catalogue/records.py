@@ -23,6 +23,14 @@ from vlm2rec.pipelines import console
 Kind = Literal["Parquet", "CSV", "JSON lines", "Python literal lines"]
 _BLOCK_BYTES = 32 << 20
 _RECORDS_PER_FRAME = 20_000
+# the first bytes of what is not read, its name, and what decompresses it
+_ARCHIVES = {
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"BZh": ("bzip2", "bunzip2 --keep"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"),
+    b"\xfd7zX": ("xz", "unxz --keep"),
+    b"7z\xbc\xaf": ("7-Zip", "7z x"),
+}
 
 
 def kind_of(path: Path) -> Kind:
@@ -42,6 +50,13 @@ def kind_of(path: Path) -> Kind:
         ) from None
     if magic == b"PAR1":
         return "Parquet"
+    for first, (what, command) in _ARCHIVES.items():
+        if magic.startswith(first):
+            raise DataError(
+                f"{path} is compressed with {what}",
+                "a Parquet, CSV or JSON-lines file, plain or compressed with gzip",
+                f"decompress it, for example with `{command} {path.name}`",
+            )
     with open_text(path) as file:
         head = file.read(1 << 16)
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
