@@ -305,6 +305,22 @@ def test_too_few_vectors_for_the_factory_is_a_setting_error(tmp_path: Path) -> N
         build_index(tmp_path / "emb", tmp_path / "idx", kind="IVF64,Flat")
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("IDMap,Flat", "gives the vectors ids of its own.*--kind Flat"),
+        ("IDMap2,HNSW32", "gives the vectors ids of its own.*--kind HNSW32"),
+        ("NSG32,Flat", "cannot add 30 vectors to 'NSG32,Flat'"),
+        ("ZnLattice2x4_4", "cannot read back the index 'ZnLattice2x4_4' that it wrote"),
+    ],
+)
+def test_kinds_that_faiss_cannot_fill_or_save_are_setting_errors(tmp_path: Path, kind: str, message: str) -> None:
+    write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
+    with pytest.raises(ConfigError, match=message):
+        build_index(tmp_path / "emb", tmp_path / "idx", kind=kind)
+    assert not (tmp_path / "idx").exists()
+
+
 def test_an_unknown_item_is_answered_with_the_nearest_ids(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "emb", ["B0001", "B0002", "zebra"], clustered(3, 4))
     build_index(tmp_path / "emb", tmp_path / "idx")

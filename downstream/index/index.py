@@ -15,7 +15,8 @@ import difflib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.downstream.index.plan import IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
+from vlm2rec.downstream.index.plan import KINDS, IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder.contract import provenance, publish, schema
@@ -86,7 +87,7 @@ def build_index(
         index = _trained_index(plan, embeddings, column, seed, watch)
         queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
         batches = watch("adding vectors", unit_batches(embeddings, column))
-        item_ids, left_out = _fill(index, queries, batches)
+        item_ids, left_out = _fill(plan, index, queries, batches)
         if index.ntotal == 0:
             raise no_vectors(embeddings, column)
         filled = time.perf_counter()
@@ -124,7 +125,7 @@ def build_index(
             "vlm2rec_version": provenance.version_of("vlm2rec"),
             "faiss_version": faiss.__version__,
         }
-        return _write(folder, out, index, item_ids, titles, meta)
+        return _write(folder, out, plan, index, item_ids, titles, meta)
 
 
 def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int, watch: Watch) -> Any:
@@ -142,24 +143,34 @@ def _trained_index(plan: IndexPlan, embeddings: Location, column: str, seed: int
         chosen.offer(batch.vectors)
     if len(chosen.rows) == 0:
         raise no_vectors(embeddings, column)
-    try:
+    with _faiss_refusals(f"train {plan.factory!r} on {len(chosen.rows)} vectors"):
         index.train(chosen.vectors)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"FAISS cannot train {plan.factory!r} on {len(chosen.rows)} vectors ({faiss_reason(error)})",
-            "a kind that suits this many vectors",
-            "choose --kind auto, or a factory string with fewer lists",
-        ) from None
     return index
 
 
-def _fill(index: Any, queries: Reservoir, batches: Iterable[UnitBatch]) -> tuple[pa.ChunkedArray, dict[str, int]]:
+@contextmanager
+def _faiss_refusals(what: str) -> Iterator[None]:
+    """Raise `ConfigError` if FAISS cannot do something with this kind of index."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"FAISS cannot {what} ({faiss_reason(error)})",
+            "a kind that suits this many vectors, and that FAISS can write and read",
+            "choose --kind auto, or a factory string with fewer lists",
+        ) from None
+
+
+def _fill(
+    plan: IndexPlan, index: Any, queries: Reservoir, batches: Iterable[UnitBatch]
+) -> tuple[pa.ChunkedArray, dict[str, int]]:
     """Add every vector to the index and offer it to the sample of queries; return ids, and counts of rows left out."""
     ids: list[pa.Array] = []
     absent = unusable = 0
     for batch in batches:
         if batch.item_ids:
-            index.add(batch.vectors)
+            with _faiss_refusals(f"add {len(batch.vectors)} vectors to {plan.factory!r}"):
+                index.add(batch.vectors)
             queries.offer(batch.vectors)
             ids.append(pa.array(batch.item_ids, pa.string()))
         absent += batch.absent
@@ -204,10 +215,19 @@ def check_out(out: Path) -> None:
 
 
 def _write(
-    folder: Path, out: Path, index: Any, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray, meta: dict[str, Any]
+    folder: Path,
+    out: Path,
+    plan: IndexPlan,
+    index: Any,
+    item_ids: pa.ChunkedArray,
+    titles: pa.ChunkedArray,
+    meta: dict[str, Any],
 ) -> dict[str, Any]:
     with publish.plain_disk_errors(out):
         faiss.write_index(index, str(folder / FAISS_FILE))
+        if plan.kind not in KINDS:  # FAISS writes some kinds that it cannot read
+            with _faiss_refusals(f"read back the index {plan.factory!r} that it wrote"):
+                faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)

@@ -55,7 +55,7 @@ def _ivf_factory(rows: int, dim: int) -> str:
 def empty_index(factory: str, dim: int) -> Any:
     """Return an untrained FAISS index for unit vectors of length `dim`; raise `ConfigError` on a bad string."""
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_L2)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ConfigError(
             f"FAISS cannot make an index {factory!r} for vectors of length {dim}{did_you_mean(factory, KINDS)}"
@@ -63,6 +63,13 @@ def empty_index(factory: str, dim: int) -> Any:
             f"{', '.join(KINDS)}, or a FAISS factory string such as 'HNSW32' or 'IVF1024,SQ8'",
             "correct --kind",
         ) from None
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
+        raise ConfigError(
+            f"--kind {factory} gives the vectors ids of its own",
+            "a kind without IDMap: the item ids stand in a file of their own",
+            f"give --kind {re.sub('IDMap2?,', '', factory)}",
+        )
+    return index
 
 
 def faiss_reason(error: RuntimeError) -> str:
