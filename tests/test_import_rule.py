@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,19 @@ PACKAGES = {"embedder", "downstream", "pipelines"}
 HEAVY = ("torch", "transformers")
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Parse a file, once. A finaliser that runs meanwhile makes CPython 3.11 raise SystemError (gh-106905)."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
+
+
 def imports(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (package, module) of every import of our own in a file, at any depth; module is "" for a whole package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -109,7 +121,7 @@ def modules() -> dict[str, Path]:
 
 def module_imports(path: Path, known: set[str]) -> set[str]:
     """Which modules of ours a file imports while it runs, inside functions too; what only types need is left out."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for_types = {
         id(inner)
         for node in ast.walk(tree)
@@ -128,6 +140,7 @@ def module_imports(path: Path, known: set[str]) -> set[str]:
     return found & known
 
 
+@cache
 def import_graph() -> dict[str, set[str]]:
     known = modules()
     return {name: module_imports(path, {*known}) - {name} for name, path in known.items()}
