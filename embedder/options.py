@@ -39,6 +39,7 @@ SDA_PROBED: Final = ("q_proj", "k_proj")
 SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]
+Reduction = Literal["paper", "mean"]
 
 # --- the export -----------------------------------------------------------------------------------------------
 Storage = Literal["float32", "float16"]

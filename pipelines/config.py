@@ -33,6 +33,7 @@ from vlm2rec.embedder.options import (
     PromptMode,
     PromptStyle,
     QuestionMode,
+    Reduction,
     SamplesMode,
     Schedule,
     Split,
@@ -156,6 +157,11 @@ class FinetuneConfig:
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
     lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
+    reduction: Reduction = setting(
+        "Balance of the two losses in a batch of B users. paper: (sum of WPCL + λ·CRTR)/B, as its equations; mean: mean"
+        " of WPCL + λ·CRTR, B times as much CRTR.",
+        "paper",
+    )
     alpha: PositiveFloat = setting("Initial sensitivity of the penalty (α).", 1.0)
     beta: PositiveFloat = setting("Initial scale of the penalty (β).", 1.0)
     learnable: bool = setting("Learn α and β; off keeps them fixed.", True)
@@ -186,7 +192,12 @@ class FinetuneConfig:
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
+    loss_learning_rate: PositiveFloat | None = setting(
+        "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
+        None,
+    )
     weight_decay: NonNegative = setting("AdamW weight decay; α and β have none.", 0.01)
+    max_grad_norm: NonNegative = setting("Longest gradient of a step; a longer one is shortened to it. 0: never.", 1.0)
     warmup: Fraction = setting("Share of the steps with a rising learning rate.", 0.0)
     schedule: Schedule = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting(

@@ -17,6 +17,7 @@ from vlm2rec.embedder.backbones.lora import (
     Canary,
     backbone_licence,
     canary_items,
+    completed,
     kind_of,
     read_adapter,
     save_adapter,
@@ -150,6 +151,8 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
         checkpoint_steps=config.checkpoint_steps,
         log_steps=config.log_steps,
         gradient_steps=config.gradient_steps,
+        loss_learning_rate=config.loss_learning_rate,
+        max_grad_norm=config.max_grad_norm,
     )
 
 
@@ -174,7 +177,8 @@ def _is_finished(config: FinetuneConfig) -> bool:
         return True
     if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
         fix = "give another --out, or --no-resume to start again"
-        _refuse_change(config, schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix))
+        begun = schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix)
+        _refuse_change(config, completed(begun))
     return False
 
 

@@ -15,7 +15,12 @@ from vlm2rec.embedder.training.monitor import Collapse, Probe
 from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines.config import FinetuneConfig
 
-_IN_SHORT = {"behind": "falls behind", "flat": "in few directions", "narrow": "in one point"}
+_IN_SHORT = {
+    "behind": "falls behind",
+    "starved": "does not learn",
+    "flat": "in few directions",
+    "narrow": "in one point",
+}
 CANDIDATES = 4  # stored negatives per user: encoding an item takes a tenth of the time of a history
 _CACHE = 2**28  # bytes of image features
 
@@ -68,13 +73,13 @@ def _norm_ratio(name: str, text: np.ndarray, image: np.ndarray) -> dict[str, flo
 
 
 def warning(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
-    """Return the warning about one probe: what was measured, and what to try."""
+    """Return the warning about one probe or row: what was measured, and what to try."""
     found = "; ".join(collapse.message for collapse in noticed)
     return f"Collapse at step {noticed[0].step}: {found}. Try {_to_try(noticed, config)}."
 
 
 def _to_try(noticed: Sequence[Collapse], config: FinetuneConfig) -> str:
-    behind = all(collapse.rule == "behind" for collapse in noticed)
+    behind = all(collapse.rule in ("behind", "starved") for collapse in noticed)
     advice = "".join(f"{text}, " for text in METHODS[config.method].advice(config, behind))
     return f"{advice}{'or ' if advice else ''}a --learning-rate below {config.learning_rate:g} or fewer steps"
 

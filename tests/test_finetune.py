@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 
 from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones.lora import read_adapter
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.pipelines import finetune
@@ -66,7 +68,8 @@ def test_curves_hold_every_part_of_the_loss(trained: Path) -> None:
     wanted = {"loss", "wpcl", "crtr", "margin_text", "margin_image", "weight", "alpha", "beta", "norm_ratio_user"}
     assert wanted | {"effective_negatives", "learning_rate"} <= curves["train"][0].keys()
     first = curves["train"][0]
-    assert first["loss"] == pytest.approx(first["wpcl"] + 0.1 * first["crtr"], rel=1e-4)
+    assert first["loss"] == pytest.approx(first["wpcl"] + 0.1 / 8 * first["crtr"], rel=1e-4)  # 8 users
+    assert first["weight_min"] <= first["weight"] <= first["weight_max"]
     assert [row["step"] for row in curves["valid"]] == [0, 4, 5]
 
 
@@ -102,6 +105,47 @@ def test_alpha_and_beta_are_learned_without_weight_decay_or_kept_fixed(
     assert learned[0] == pytest.approx(1.0) and learned[-1] < 1.0
     assert fixed == pytest.approx([1.0, 1.0, 1.0])
     assert decayed[1] == pytest.approx(learned[1], abs=1e-6)
+
+
+def test_alpha_and_beta_can_have_a_learning_rate_of_their_own(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    def last(name: str, **more: object) -> dict[str, float]:
+        result = finetune.run(settings(tiny, drawn_dataset, tmp_path / name, max_steps=3, **more))
+        assert result is not None
+        return result.curves["train"][-1]
+
+    slow, quick = last("slow", learning_rate=1e-5), last("quick", learning_rate=1e-5, loss_learning_rate=0.1)
+    assert abs(slow["beta"] - 1) < 1e-3 and abs(quick["beta"] - 1) > 0.05
+    recorded = json.loads((tmp_path / "quick" / "vlm2rec.json").read_text())["config"]
+    assert (recorded["loss_learning_rate"], recorded["max_grad_norm"], recorded["reduction"]) == (0.1, 1.0, "paper")
+
+
+def test_the_gradient_is_clipped_as_told(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    def weights(name: str, **more: object) -> dict[str, torch.Tensor]:
+        # SGD's steps would show it at once; AdamW's first step has the same size for any gradient but a vanishing one
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / name, max_steps=2, **more))
+        return safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors")
+
+    clipped, free, vanishing = weights("a"), weights("b", max_grad_norm=0.0), weights("c", max_grad_norm=1e-9)
+    assert any(not torch.equal(clipped[key], free[key]) for key in clipped)
+    moved = {key: float((vanishing[key] - clipped[key]).abs().max()) for key in clipped if "lora_B" in key}
+    assert max(moved.values()) > 1e-4  # AdamW's epsilon swallows what is left of the gradient
+
+
+def test_an_adapter_from_before_the_reductions_reads_as_mean(
+    tiny: Tiny, drawn_dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(trained, tmp_path / "old")
+    recorded = json.loads((old / "vlm2rec.json").read_text())
+    assert recorded["config"].pop("reduction") == "paper"
+    (old / "vlm2rec.json").write_text(json.dumps(recorded))
+    assert read_adapter(old)["config"]["reduction"] == "mean"
+    same = settings(tiny, drawn_dataset, old, max_steps=5, checkpoint_steps=2)
+    with pytest.raises(ConfigError, match=r"begun with reduction = 'mean', now it is 'paper'"):
+        finetune.run(same)
+    assert finetune.run(dataclasses.replace(same, reduction="mean")) is None
+    recorded["config"]["loss"] = "sft"  # which has no such balance
+    (old / "vlm2rec.json").write_text(json.dumps(recorded))
+    assert finetune.run(dataclasses.replace(same, loss="sft")) is None
 
 
 def test_sft_trains_infonce_and_internal_fusion_goes_with_it_only(

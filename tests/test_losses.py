@@ -73,9 +73,13 @@ def reference(
     beta: float = 1.0,
     penalty: bool = True,
     crtr: bool = True,
+    reduction: str = "paper",
     frozen_strong: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Eqs. 2 and 6-14. `frozen_strong` replaces sg[M_strong]: what a finite difference must hold still."""
+    """Eqs. 2 and 6-14, divided by the batch size.
+
+    `frozen_strong` replaces sg[M_strong]: what a finite difference must hold still.
+    """
     user_text, user_image, item_text, item_image = (v.double().tolist() for v in batch)
     user = [[a + b for a, b in zip(t, v, strict=True)] for t, v in zip(user_text, user_image, strict=True)]
     item = [[a + b for a, b in zip(t, v, strict=True)] for t, v in zip(item_text, item_image, strict=True)]
@@ -92,7 +96,10 @@ def reference(
         for name, value in (("weight", w), ("text", text), ("image", image), ("strong", strong)):
             rows[name].append(value)
     wpcl, crtr_mean = (math.fsum(rows[name]) / len(ids) for name in ("wpcl", "crtr"))
-    return {**rows, "wpcl": wpcl, "crtr": crtr_mean, "total": wpcl + lam * crtr_mean}
+    # Eq. 10 sums over the users, Eq. 13 is a mean; the whole is divided by B
+    as_printed = (math.fsum(rows["wpcl"]) + lam * crtr_mean) / len(ids)
+    total = as_printed if reduction == "paper" else wpcl + lam * crtr_mean
+    return {**rows, "wpcl": wpcl, "crtr": crtr_mean, "total": total}
 
 
 def make_batch(size: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Batch:
@@ -120,6 +127,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"alpha": 0.01, "beta": 7.0},
     {"penalty": False},
     {"crtr": False},
+    {"lam": 0.5, "reduction": "mean"},
 ]
 
 
@@ -141,17 +149,34 @@ def test_float32_input_keeps_to_the_equations(settings: dict[str, Any]) -> None:
     assert_matches(VLM2RecLoss(**settings)(*batch, torch.tensor(ids)), expected, 2e-5)
 
 
+@pytest.mark.parametrize("reduction", ["paper", "mean"])
+@pytest.mark.parametrize("size", [2, 3, 8, 16, 33, 64])
+def test_both_reductions_equal_the_equations_for_any_batch(reduction: str, size: int) -> None:
+    batch, ids = make_batch(size, 12, seed=size), [i * i % (size // 2 + 2) for i in range(size)]  # with duplicates
+    settings: dict[str, Any] = {"lam": 0.5, "tau_crtr": 0.05, "alpha": 10.0, "reduction": reduction}
+    parts = VLM2RecLoss(**settings).double()(*batch, torch.tensor(ids))
+    assert_matches(parts, reference(batch, ids, **settings), 1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_the_means_weigh_crtr_as_many_times_more_as_there_are_users(size: int) -> None:
+    batch, ids = make_batch(size, 6, seed=size), torch.arange(size)
+    paper, mean = VLM2RecLoss(lam=0.3 * size)(*batch, ids), VLM2RecLoss(lam=0.3, reduction="mean")(*batch, ids)
+    assert paper.total.item() == pytest.approx(mean.total.item(), rel=1e-6)
+    assert (paper.wpcl, paper.crtr) == (mean.wpcl, mean.crtr)
+
+
 def test_switches_leave_their_term_out() -> None:
     batch, ids = make_batch(6, 5, seed=2), torch.tensor([0, 1, 2, 3, 3, 4])
     full = VLM2RecLoss(lam=2.0)(*batch, ids)
     assert full.crtr.item() > 0.01 and full.wpcl.item() > 0.01
-    assert full.total.item() == pytest.approx(full.wpcl.item() + 2 * full.crtr.item())
+    assert full.total.item() == pytest.approx(full.wpcl.item() + 2 * full.crtr.item() / 6)
 
     without_crtr = VLM2RecLoss(lam=2.0, crtr=False)(*batch, ids)
     assert without_crtr.crtr.item() == 0 and without_crtr.total.item() == full.wpcl.item()
 
     without_wpcl = VLM2RecLoss(lam=2.0, wpcl=False)(*batch, ids)
-    assert without_wpcl.wpcl.item() == 0 and without_wpcl.total.item() == 2 * full.crtr.item()
+    assert without_wpcl.wpcl.item() == 0 and without_wpcl.total.item() == pytest.approx(2 * full.crtr.item() / 6)
 
     without_penalty = VLM2RecLoss(penalty=False, crtr=False)(*batch, ids)
     user, item = batch[0] + batch[1], batch[2] + batch[3]

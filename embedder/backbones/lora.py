@@ -150,7 +150,16 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / schema.ADAPTER_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
         )
-    return settings
+    return settings | {"config": completed(settings.get("config") or {})}
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the recorded settings of a training run, with what it did by a setting that did not exist yet.
+
+    Only settings whose default is another one today are added.
+    """
+    balanced = (config.get("method", "vlm2rec"), config.get("loss", "vlm2rec")) == ("vlm2rec", "vlm2rec")
+    return {"reduction": "mean", **config} if balanced else config
 
 
 def read_canary(folder: Path) -> Canary:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from vlm2rec.embedder.backbones.pooling import at_least_float32, fuse, unit
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.embedder.options import FusionNorm
+from vlm2rec.embedder.options import FusionNorm, Reduction
 
 
 class LossParts(NamedTuple):
     """What `VLM2RecLoss` returns. All parts carry the graph; detach them for logging."""
 
-    total: Tensor  # scalar, to be differentiated: WPCL + λ·CRTR (Eq. 14)
-    wpcl: Tensor  # scalar, 0 when switched off
-    crtr: Tensor  # scalar, before λ; 0 when switched off
+    total: Tensor  # scalar, to be differentiated: Eq. 14 in the chosen reduction
+    wpcl: Tensor  # scalar, the mean over rows; 0 when switched off
+    crtr: Tensor  # scalar, the mean over rows, before λ; 0 when switched off
     weight: Tensor  # (B,) w of Eq. 9; 1 when the penalty is off
     margin_text: Tensor  # (B,) M_T of Eq. 6
     margin_image: Tensor  # (B,) M_V
@@ -40,6 +40,13 @@ class LossParts(NamedTuple):
 
 class VLM2RecLoss(nn.Module):
     """Weak-modality penalised contrastive loss plus cross-modal relational topology regularisation (Eqs. 6-14).
+
+    Eq. 10 sums over the users of a batch, Eq. 13 takes their mean. `paper` keeps this balance and divides the whole by
+    the batch size B, so that the size of a step does not depend on B and no direction changes:
+
+        total = (Σ_u WPCL_u + λ·CRTR) / B = mean WPCL + (λ/B)·CRTR
+
+    `mean` averages both terms, total = mean WPCL + λ·CRTR, which weighs CRTR B times as much.
 
     α and β are softplus of a free parameter: dL/dβ is positive whenever there is a negative, so a β without
     this bound would shrink below zero and make w negative. Keep both parameters out of weight decay, which would pull
@@ -57,6 +64,7 @@ class VLM2RecLoss(nn.Module):
         crtr: add CRTR ("w/o CRTR" when off).
         fusion_norm: `raw` sums the vectors as they are (Eq. 2), `normalised` sums unit vectors.
         wpcl: use WPCL ("w/o WPCL" when off: CRTR alone).
+        reduction: `paper` or `mean`, the balance of the two terms. B is the number of rows of the call.
     """
 
     raw_alpha: Tensor
@@ -76,15 +84,17 @@ class VLM2RecLoss(nn.Module):
         *,
         fusion_norm: FusionNorm = "raw",
         wpcl: bool = True,
+        reduction: Reduction = "paper",
     ) -> None:
         super().__init__()
         for name, value in {"tau_wpcl": tau_wpcl, "tau_crtr": tau_crtr, "alpha": alpha, "beta": beta}.items():
             require(value > 0 and math.isfinite(value), f"{name} is {value}", "a finite number above 0")
         require(lam >= 0 and math.isfinite(lam), f"lam is {lam}", "a finite number, 0 or above")
         require(fusion_norm in ("raw", "normalised"), f"fusion_norm is {fusion_norm!r}", "raw or normalised")
+        require(reduction in get_args(Reduction), f"reduction is {reduction!r}", "paper or mean")
         require(wpcl or crtr, "wpcl and crtr are both off", "at least one loss")
         self.tau_wpcl, self.tau_crtr, self.lam = tau_wpcl, tau_crtr, lam
-        self.stop_gradient, self.fusion_norm = stop_gradient, fusion_norm
+        self.stop_gradient, self.fusion_norm, self.reduction = stop_gradient, fusion_norm, reduction
         self.use_penalty, self.use_crtr, self.use_wpcl = penalty, crtr, wpcl
         for name, value in (("raw_alpha", alpha), ("raw_beta", beta)):
             raw = torch.tensor(_softplus_inverse(value))
@@ -106,7 +116,7 @@ class VLM2RecLoss(nn.Module):
     def forward(
         self, user_text: Tensor, user_image: Tensor, item_text: Tensor, item_image: Tensor, item_ids: Tensor
     ) -> LossParts:
-        """Return the losses of one batch, both means over its rows.
+        """Return the loss of one batch and its parts.
 
         Args:
             user_text: z^T, the users' text-sequence vectors, (B, d).
@@ -132,7 +142,8 @@ class VLM2RecLoss(nn.Module):
                 wpcl = contrastive(cosines(users, items), others, self.tau_wpcl, weight).mean()
             if self.use_crtr:
                 crtr = topology_divergence(text, image, others, self.tau_crtr).mean()
-            return LossParts(wpcl + self.lam * crtr, wpcl, crtr, weight, margin_text, margin_image)
+            lam = self.lam / len(item_ids) if self.reduction == "paper" else self.lam
+            return LossParts(wpcl + lam * crtr, wpcl, crtr, weight, margin_text, margin_image)
 
     def _weight(self, margin_text: Tensor, margin_image: Tensor) -> Tensor:
         if not self.use_penalty:
@@ -145,7 +156,7 @@ class VLM2RecLoss(nn.Module):
         return (
             f"tau_wpcl={self.tau_wpcl}, tau_crtr={self.tau_crtr}, lam={self.lam}, alpha={float(self.alpha):.4g}, "
             f"beta={float(self.beta):.4g}, stop_gradient={self.stop_gradient}, penalty={self.use_penalty}, "
-            f"crtr={self.use_crtr}, wpcl={self.use_wpcl}, fusion_norm={self.fusion_norm}"
+            f"crtr={self.use_crtr}, wpcl={self.use_wpcl}, fusion_norm={self.fusion_norm}, reduction={self.reduction}"
         )
 
 
@@ -286,6 +297,8 @@ class VLM2RecObjective(VLM2RecLoss):
             "wpcl": parts.wpcl,
             "crtr": parts.crtr,
             "weight": parts.weight.mean(),
+            "weight_min": parts.weight.min(),
+            "weight_max": parts.weight.max(),
             **_margins_to_log({schema.TEXT: parts.margin_text, schema.IMAGE: parts.margin_image}),
             "alpha": self.alpha,
             "beta": self.beta,

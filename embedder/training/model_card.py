@@ -38,7 +38,7 @@ def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -
 {_front_matter(settings, metrics)}
 ---
 
-# vlm2rec adapter ({training["loss"]})
+# vlm2rec adapter ({training["loss"]}{_reduction(settings)})
 
 {_KINDS[settings.get("kind", "lora")]} on `{backbone}`{f" at revision `{revision}`" if revision else ""}, fine-tuned on
 the {"histories" if data["users"] else "items"} of `{data["name"]}` for item embeddings of recommenders.
@@ -70,6 +70,11 @@ size.
 `canary.safetensors` holds generated items and their vectors: vlm2rec checks them on every load. Every setting is in
 `vlm2rec.json`, the course of the training in `curves.json`.
 """
+
+
+def _reduction(settings: dict[str, Any]) -> str:
+    chosen = settings.get("config", {}).get("reduction")
+    return f", reduction `{chosen}`" if chosen and settings["training"]["loss"] == "vlm2rec" else ""
 
 
 def _samples(data: dict[str, Any]) -> str:

@@ -15,6 +15,13 @@ resumed without it:
 - `narrow`: its A_neg, the mean squared distance of a user to other items, is below `SPREAD_SHARE` of its first value in
   each of the last `PATIENCE` probes. All vectors move to one point; S, a ratio, may still look good.
 
+A fall of the rank below `STEEP_SHARE` of its first value is no noise and is reported at once.
+
+A fourth rule reads the training curves, which have a row every few steps and cost nothing:
+
+- `starved`: since the first row a modality's margin (Eq. 6) has gained more than `GAIN`, and the other's less than
+  `FOLLOWS` of that, in each of the last `PATIENCE` rows. The loss falls by one modality alone. S need not show it.
+
 With internal fusion there are no vectors of one modality, so `flat` and `narrow` judge the fused vectors.
 
 One probe alone proves nothing: S of a few dozen users varies by a percent or two from probe to probe.
@@ -31,9 +38,12 @@ from vlm2rec.embedder.contract import schema
 PATIENCE = 3
 RISE = 0.02
 RANK_SHARE = 0.5
+STEEP_SHARE = 0.25
 SPREAD_SHARE = 0.25
+GAIN = 0.05
+FOLLOWS = 0.1
 
-Rule = Literal["behind", "flat", "narrow"]
+Rule = Literal["behind", "flat", "narrow", "starved"]
 Row = Mapping[str, float]
 
 
@@ -58,14 +68,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Collapse:
-    """The collapse of one view, reported after it has lasted for `PATIENCE` probes.
+    """The collapse of one view, reported after it has lasted for `PATIENCE` probes or rows, or at once if it is steep.
 
     Args:
-        step: training step of the probe that reports it.
+        step: training step of the probe or row that reports it.
         view: fused, text or image.
-        rule: `behind`, `flat` or `narrow`.
+        rule: `behind`, `flat`, `narrow` or `starved`.
         message: what was measured, in a sentence.
-        until: step of the first probe at which it had ended; None if it lasted to the last probe.
+        until: step of the first probe or row at which it had ended; None if it lasted to the last probe.
     """
 
     step: int
@@ -82,8 +92,24 @@ def collapses(probes: Sequence[Row]) -> list[Collapse]:
         probes: rows in order of steps, the first one to compare with. A view that a row lacks (internal fusion,
             one view alone, a vector that was not finite) is not judged at that row.
     """
-    found = [collapse for view in _judged(probes) for rule in _HOLDS for collapse in _episodes(probes, view, rule)]
-    return sorted(found, key=lambda collapse: collapse.step)
+    found = [collapse for view in _judged(probes) for rule in _OF_PROBES for collapse in _episodes(probes, view, rule)]
+    return by_step(found)
+
+
+def starved(rows: Sequence[Row]) -> list[Collapse]:
+    """Return every stretch of a training curve in which one modality's margin grows and the other's stays behind.
+
+    Args:
+        rows: rows of the training curve in order of steps, with `margin_text` and `margin_image` (Eq. 6); rows without
+            both are left out. The first one is compared with.
+    """
+    both = [row for row in rows if {f"margin_{view}" for view in schema.MODALITIES} <= row.keys()]
+    return by_step([found for view in schema.MODALITIES for found in _episodes(both, view, "starved")])
+
+
+def by_step(*found: Sequence[Collapse]) -> list[Collapse]:
+    """Return collapses in the order in which they were reported."""
+    return sorted((collapse for part in found for collapse in part), key=lambda collapse: collapse.step)
 
 
 def _judged(probes: Sequence[Row]) -> tuple[str, ...]:
@@ -93,19 +119,20 @@ def _judged(probes: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _episodes(probes: Sequence[Row], view: str, rule: Rule) -> list[Collapse]:
-    """Return the stretches of at least `PATIENCE` probes in which a rule holds for a view."""
+    """Return the stretches of rows in which a rule holds for a view: `PATIENCE` rows at least, or steep ones."""
     episodes: list[Collapse] = []
-    run = 0
+    run, told = 0, False
     for index, row in enumerate(probes):
         step = int(row["step"])
         if index and _HOLDS[rule](probes[0], row, view):
             run += 1
-            if run == PATIENCE:
+            if not told and (run == PATIENCE or _is_steep(probes[0], row, view, rule)):
                 episodes.append(Collapse(step, view, rule, _message(probes[0], row, view, rule)))
+                told = True
             continue
-        if run >= PATIENCE:
+        if told:
             episodes[-1] = replace(episodes[-1], until=step)
-        run = 0
+        run, told = 0, False
     return episodes
 
 
@@ -128,20 +155,41 @@ def _is_narrow(first: Row, row: Row, view: str) -> bool:
     return _has_shrunk(first, row, f"A_neg_{view}", SPREAD_SHARE)
 
 
+def _is_steep(first: Row, row: Row, view: str, rule: Rule) -> bool:
+    return rule == "flat" and _has_shrunk(first, row, f"rank_{view}", STEEP_SHARE)
+
+
+def _is_starved(first: Row, row: Row, view: str) -> bool:
+    own, other = (row[f"margin_{side}"] - first[f"margin_{side}"] for side in (view, _other(view)))
+    return other > GAIN and own < FOLLOWS * other
+
+
 def _has_shrunk(first: Row, row: Row, key: str, share: float) -> bool:
     return key in first and key in row and row[key] < share * first[key]
 
 
-_HOLDS: dict[Rule, Callable[[Row, Row, str], bool]] = {"behind": _is_behind, "flat": _is_flat, "narrow": _is_narrow}
+_OF_PROBES: dict[Rule, Callable[[Row, Row, str], bool]] = {
+    "behind": _is_behind,
+    "flat": _is_flat,
+    "narrow": _is_narrow,
+}
+_HOLDS: dict[Rule, Callable[[Row, Row, str], bool]] = {**_OF_PROBES, "starved": _is_starved}
 
 
 def _message(first: Row, row: Row, view: str, rule: Rule) -> str:
     start = f"at step {first['step']:.0f}"
     if rule == "flat":
         now, before = row[f"rank_{view}"], first[f"rank_{view}"]
+        steep = _is_steep(first, row, view, rule)
+        below = f"{STEEP_SHARE:.0%} of it" if steep else f"{RANK_SHARE:.0%} of it for {PATIENCE} probes"
         return (
-            f"the {view} vectors span fewer directions: effective rank {now:.1f}, {before:.1f} {start},"
-            f" below {RANK_SHARE:.0%} of it for {PATIENCE} probes"
+            f"the {view} vectors span fewer directions: effective rank {now:.1f}, {before:.1f} {start}, below {below}"
+        )
+    if rule == "starved":
+        own, other = f"margin_{view}", f"margin_{_other(view)}"
+        return (
+            f"training moves {_other(view)} alone: its margin went from {first[other]:.3f} {start} to {row[other]:.3f},"
+            f" that of {view} from {first[own]:.3f} to {row[own]:.3f}"
         )
     if rule == "narrow":
         now, before = row[f"A_neg_{view}"], first[f"A_neg_{view}"]

@@ -32,7 +32,8 @@ Settings = Any
 """The settings of `finetune`, read by attribute: their class, `FinetuneConfig`, belongs to the pipelines."""
 
 Advice = Callable[[Settings, bool], Sequence[str]]
-"""Returns which settings to change when a view collapses. True: every noticed collapse has the rule `behind`."""
+"""Returns which settings to change when a view collapses. True: every noticed collapse is of one view
+that stays behind the other (rules `behind` and `starved`)."""
 
 
 def _nothing_to_check(settings: Settings) -> None:
@@ -94,6 +95,7 @@ def _vlm2rec_loss(settings: Settings) -> nn.Module:
         settings.crtr,
         fusion_norm=settings.fusion_norm,
         wpcl=settings.wpcl,
+        reduction=settings.reduction,
     )
 
 
@@ -240,7 +242,7 @@ METHODS: dict[str, Recipe] = {
         title=_loss_title,
         own=(
             *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
-            *("crtr", "negatives", "samples", "users"),
+            *("crtr", "reduction", "negatives", "samples", "users"),
         ),
         check=_check_histories,
         advice=_history_advice,

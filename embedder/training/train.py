@@ -40,7 +40,7 @@ from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
 from vlm2rec.embedder.options import Schedule
-from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
+from vlm2rec.embedder.training.monitor import Collapse, Probe, by_step, collapses, starved
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS = "trainable.safetensors"
@@ -162,6 +162,8 @@ class TrainingSettings:
     checkpoint_steps: int
     log_steps: int
     gradient_steps: int = 0
+    loss_learning_rate: float | None = None  # of the loss's own parameters; None: `learning_rate`
+    max_grad_norm: float = 1.0  # 0 does not clip
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def train(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=round(settings.warmup * total),
+        max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
@@ -283,7 +286,8 @@ def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
     own = [p for p in model.loss.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": model.adapted, "weight_decay": settings.weight_decay}]
     if own:
-        groups.append({"params": own, "weight_decay": 0.0})
+        rate = settings.learning_rate if settings.loss_learning_rate is None else settings.loss_learning_rate
+        groups.append({"params": own, "weight_decay": 0.0, "lr": rate})
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
@@ -425,8 +429,10 @@ class _Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Remember the latest point of the curves."""
+        """Remember the latest point of the curves, and report a view that is left behind."""
         self._latest |= logs or {}
+        if noticed := [found for found in starved(_training_rows(state)) if found.step == state.global_step]:
+            self._on_collapse(noticed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the step; the last step is always a point of the curves, whatever `log_steps` is."""
@@ -445,13 +451,17 @@ class _Watch(TrainerCallback):
         best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
         probes = self._probes(state)
         curves = {
-            "train": [row for row in state.log_history if "loss" in row],
+            "train": _training_rows(state),
             "valid": valid,
             "probe": probes,
             "gradients": [row for row in state.log_history if _GRADIENTS in row],
-            "warnings": [asdict(collapse) for collapse in collapses(probes)],
+            "warnings": [asdict(found) for found in by_step(collapses(probes), starved(_training_rows(state)))],
         }
         return Training(curves, state.global_step, best)
+
+
+def _training_rows(state: TrainerState) -> list[dict[str, float]]:
+    return [row for row in state.log_history if "loss" in row]
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
