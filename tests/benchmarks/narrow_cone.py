@@ -104,7 +104,7 @@ def items_of(model: Adapted, world: World, items: Tensor) -> dict[str, Tensor]:
 
 
 def trained(world: World, loss: nn.Module | None, seed: int, steps: int, rate: float) -> tuple[Adapted, float]:
-    """Return the network after training on the first half of the users, and the last weight w; no loss trains nothing."""
+    """Return the network, trained on the first half of the users, and the last weight w; no loss trains nothing."""
     model, weight = Adapted(seed), float("nan")
     if loss is None:
         return model, weight
