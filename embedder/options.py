@@ -5,7 +5,8 @@ The command line, `ItemEncoder`, the trainer and the export all take their choic
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
 
 # --- the model and where it runs ------------------------------------------------------------------------------
 DtypeName = Literal["auto", "float32", "bfloat16"]
@@ -40,6 +41,17 @@ SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]
 Reduction = Literal["paper", "mean"]
+"""How VLM2Rec's two losses are balanced in a batch: as the paper's equations, or both as means."""
+
+
+def with_former_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded settings of a fine-tuning, with what it did where a setting did not exist yet.
+
+    Only settings whose default has become another one are added.
+    """
+    balances = (settings.get("method", "vlm2rec"), settings.get("loss", "vlm2rec")) == ("vlm2rec", "vlm2rec")
+    return {**({"reduction": "mean"} if balances else {}), **settings}
+
 
 # --- the export -----------------------------------------------------------------------------------------------
 Storage = Literal["float32", "float16"]

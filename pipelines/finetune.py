@@ -17,7 +17,6 @@ from vlm2rec.embedder.backbones.lora import (
     Canary,
     backbone_licence,
     canary_items,
-    completed,
     kind_of,
     read_adapter,
     save_adapter,
@@ -29,7 +28,7 @@ from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.encoders.settings import EncoderSettings
-from vlm2rec.embedder.options import DtypeName
+from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
 from vlm2rec.embedder.training.train import CHECKPOINTS, Training, TrainingSamples, TrainingSettings, train
@@ -178,7 +177,7 @@ def _is_finished(config: FinetuneConfig) -> bool:
     if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
         fix = "give another --out, or --no-resume to start again"
         begun = schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix)
-        _refuse_change(config, completed(begun))
+        _refuse_change(config, with_former_defaults(begun))
     return False
 
 

@@ -207,6 +207,19 @@ def test_finished_steps_of_commands_that_are_no_more_are_recognised(
     assert changed is not None and (changed.setting, changed.before, changed.now) == ("shard_size", 8, 4096)
 
 
+def test_a_training_from_before_the_reductions_counts_as_one_by_means(tmp_path: Path) -> None:
+    found = study(tmp_path)
+    for name, changed in (("VLM2Rec", ("reduction", "mean", "paper")), ("SFT (external)", None)):
+        run = dataclasses.replace(laid_out(found)[name, 0], folder=tmp_path)
+        step = run.steps[0]
+        now = ledger.identity(step, Path("out"), "mark")
+        recorded = {key: value for key, value in now.items() if key != "reduction"}
+        record = {step.name: {"command": "finetune", "settings": recorded}}
+        (tmp_path / ledger.STEPS_FILE).write_text(json.dumps(record))
+        change = ledger.change(run, step, now)
+        assert (change and (change.setting, change.before, change.now)) == changed
+
+
 def test_the_strategies_are_rows_beside_the_others_whose_users_are_the_mean_of_their_items() -> None:
     file = Path(__file__).parent / "benchmarks" / "study_strategies.yaml"
     laid = laid_out(read_study(StudyConfig(out=Path("out"), config=file)))

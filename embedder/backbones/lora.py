@@ -31,6 +31,7 @@ from vlm2rec.embedder.backbones import moda
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.options import with_former_defaults
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -150,16 +151,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / schema.ADAPTER_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
         )
-    return settings | {"config": completed(settings.get("config") or {})}
-
-
-def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the recorded settings of a training run, with what it did by a setting that did not exist yet.
-
-    Only settings whose default is another one today are added.
-    """
-    balanced = (config.get("method", "vlm2rec"), config.get("loss", "vlm2rec")) == ("vlm2rec", "vlm2rec")
-    return {"reduction": "mean", **config} if balanced else config
+    return settings | {"config": with_former_defaults(settings.get("config") or {})}
 
 
 def read_canary(folder: Path) -> Canary:

@@ -19,6 +19,7 @@ from typing import Any
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.provenance import created
+from vlm2rec.embedder.options import with_former_defaults
 from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
@@ -102,8 +103,10 @@ def change(run: Run, step: Step, now: Json) -> Change | None:
 
 
 def _current_settings(record: Json) -> Json:
-    """Return a step's recorded settings, translated to those of export-items if a former command did the step."""
+    """Return a step's recorded settings in today's words, if an earlier version recorded them."""
     settings: Json = record["settings"]
+    if record["command"] == "finetune":
+        return with_former_defaults(settings)
     if record["command"] == "encode-frozen":
         return settings | {"encoder_kind": settings.get("kind", "auto")}
     return settings | {"strategy": "question"} if record["command"] == "encode-prompted" else settings
