@@ -8,9 +8,9 @@ Nothing is downloaded, and no code in a file is run.
 
 from __future__ import annotations
 
-import csv
 import html
 import io
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.csv_files import CsvTable, csv_columns, open_csv
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
     build_frame,
     cast_value,
-    csv_header,
     encoding_error,
     id_as_text,
     kind_of,
@@ -36,7 +37,6 @@ from vlm2rec.pipelines.catalogue.records import (
     read_records,
     record_schema,
     require_columns,
-    unpack_csv,
 )
 
 TIME = "time"
@@ -64,6 +64,11 @@ class ColumnNames:
     title: str = "title"
     user_id: str = "user_id"
     time: str = "timestamp"
+
+    @property
+    def wanted(self) -> set[str]:
+        """All columns that may be looked for."""
+        return {self.item_id, self.title, self.user_id, self.time, *_AMAZON_YEARS, *_AMAZON_TIMES.values()}
 
 
 @dataclass(frozen=True)
@@ -110,20 +115,17 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
-        if kind == "CSV":
-            # every column is read as text: a type guessed from the first rows would turn "007" into 7
-            with open_text(path) as file:
-                header, separator = csv_header(path, file)
-                file.seek(0)
-                source = file.read()
-            frame = pl.read_csv(source, separator=separator, infer_schema=False)
-            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-            columns = header
-        else:
-            frame = pl.read_parquet(path)
-            columns = frame.columns
+        columns = csv_columns(path, names.wanted) if kind == "CSV" else list(pl.read_parquet_schema(path))
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
+        if kind == "CSV":
+            # every column is read as text: a type guessed from the first rows would turn "007" into 7
+            with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+                table = open_csv(path, Path(scratch), names.wanted)
+                frame = table.scan().collect()
+            _account_for(table, frame.height)
+        else:
+            frame = pl.read_parquet(path)
         ids = _as_ids(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title].cast(pl.String)
@@ -263,9 +265,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             source = pl.scan_parquet(path)
             columns = list(source.collect_schema())
         elif kind == "CSV":
-            with open_text(path) as file:
-                columns, separator = csv_header(path, file)
-            source = pl.scan_csv(unpack_csv(path, scratch), separator=separator, infer_schema=False)
+            columns = csv_columns(path, names.wanted)
         else:
             columns = list(dict.fromkeys(key for _, record in islice(read_records(path, kind), 100) for key in record))
             if not columns:
@@ -273,10 +273,27 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     user, item, time, label = _interaction_columns(columns, names, kind)
     require_columns(path, columns, {user: "--user-id-column", item: "--item-id-column", time: "--time-column"})
     with _polars_errors(path, kind):
-        if kind in ("JSON lines", "Python literal lines"):
+        if kind == "CSV":
+            table = open_csv(path, scratch, names.wanted)
+            source = table.scan()
+        elif kind != "Parquet":
             source = pl.scan_parquet(_condensed(path, kind, [user, item, time], scratch))
         frame, rows = _checked(source.select(user, item, time), user, item, time, path)
+    if kind == "CSV":
+        _account_for(table, rows)
     return Interactions(frame, label, rows)
+
+
+def _account_for(table: CsvTable, rows: int) -> None:
+    """Say which lines hold no record, and raise unless all records have been read."""
+    if rows != table.records:
+        raise DataError(
+            f"{table.source} has {table.records:,} records, of which {rows:,} were read",
+            "every record once",
+            "write the table as Parquet or JSON lines",
+        )
+    for what, count in table.left_out.items():
+        console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
 
 
 def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str, str]:
@@ -295,9 +312,6 @@ def _checked(source: pl.LazyFrame, user: str, item: str, time: str, path: Path) 
     """Return (user_id, item_id, time) with ids as strings and times as numbers, and the number of rows."""
     types = source.collect_schema()
     source = source.with_row_index(ROW)
-    if all(types[column] == pl.String for column in (user, item, time)):
-        # a blank line at the end of a CSV file with \r\n is read as an empty row
-        source = source.filter(~pl.all_horizontal(pl.col(user, item, time).is_null()))
     frame = source.select(
         ROW,
         _as_ids(source, user, types[user], path, USER_ID).alias(USER_ID),
@@ -451,24 +465,13 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
 
 
 def _explain_csv(path: Path) -> None:
-    """Raise the error of the first line that is not UTF-8 or has more fields than the header; return if there is none.
+    """Raise the error of the first line that is not UTF-8; return if there is none.
 
     It is slow and only used after reading has failed.
     """
     with open_text(path) as file:
-        columns, separator = csv_header(path, file)
-        file.seek(0)
         for row, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise encoding_error(path, row, error.start) from None
-        file.seek(0)
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
-        for fields in reader:
-            if len(fields) > len(columns):
-                raise DataError(
-                    f"line {reader.line_num:,} of {path} has {len(fields)} fields, the header has {len(columns)}",
-                    "as many fields as columns",
-                    "quote the fields that hold the separator",
-                )
