@@ -99,12 +99,11 @@ def test_whatever_the_table_and_its_writer_it_is_read_as_it_was_or_its_quotes_ha
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csv_files, "_BLOCK_BYTES", block)
         try:
-            found = rows_of(content)
+            found = as_read(rows_of(content))
         except DataError as error:
-            assert "look like records" in str(error)
-            assert any("\n" in cell for row in rows for cell in row)
-        else:
-            assert as_read(found) == as_read(rows)
+            several = any("\n" in cell for row in rows for cell in row)
+            found = as_read(rows) if several and "look like records" in str(error) else []
+        assert found == as_read(rows)
 
 
 @given(rows=TABLE, quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONE]))
@@ -115,22 +114,23 @@ def test_quotes_that_a_backslash_escapes_are_read_as_they_were(rows: Rows, quoti
 
 
 @given(rows=TABLE, data=st.data())
-def test_whatever_bytes_go_missing_every_line_is_read_or_named(rows: Rows, data: st.DataObject) -> None:
-    content = bytearray(written(rows, lineterminator="\n"))
-    start = len(b"item_id,title,note\n")
+def test_whatever_goes_missing_from_a_file_every_line_is_read_or_named(rows: Rows, data: st.DataObject) -> None:
+    content = written(rows, lineterminator="\n").decode().removeprefix("item_id,title,note\n")
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(start, len(content)))
-        content[place : place + data.draw(st.integers(0, 3))] = data.draw(
-            st.sampled_from([b"", b'"', b",", b"\n", b"\r", b"\0", b"\\", b"x"])
-        )
+        place = data.draw(st.integers(0, len(content)))
+        new = data.draw(st.sampled_from(["", '"', ",", "\n", "\r", "\0", "\\", "x"]))
+        content = content[:place] + new + content[place + data.draw(st.integers(0, 3)) :]
     try:
-        found = rows_of(bytes(content))
+        found = rows_of("item_id,title,note\n" + content)
     except DataError as error:
-        assert "line" in str(error)
+        named = str(error)
     else:
+        named = ""
         # every visible character stands in some field
-        given = sorted(
-            bytes(content[start:]).decode(errors="replace").translate(dict.fromkeys(map(ord, ' ,"\\\r\n\t')))
-        )
         read = "".join(cell for row in found for cell in row if cell)
-        assert sorted(read.translate(dict.fromkeys(map(ord, ' ,"\\\r\n\t')))) == given
+        assert sorted(visible(read)) == sorted(visible(content))
+    assert not named or "line" in named
+
+
+def visible(text: str) -> str:
+    return text.translate(dict.fromkeys(map(ord, ' ,"\\\r\n\t')))
