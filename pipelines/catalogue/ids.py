@@ -24,7 +24,7 @@ ITEM = "item"  # the row of an item in the catalogue
 WORDS_FOR_NOTHING = ("nan", "NaN", "None", "<NA>", "NaT", "null", "NULL")
 """How programs write a missing value as text."""
 
-_EXACT_DIGITS = {pl.Float32: 2.0**24, pl.Float64: 2.0**53}
+_EXACT_DIGITS: dict[type[pl.DataType], float] = {pl.Float32: 2.0**24, pl.Float64: 2.0**53}
 _FLOAT_SPELLING = r"\.0+$"
 
 
@@ -84,9 +84,7 @@ def explain(unknown: pl.DataFrame, catalogue: pl.Series) -> pl.DataFrame:
         `.0`, or without, else null), `near` (the catalogue's id that is spelled alike, else null) and `why`.
     """
     known = pl.DataFrame({"known": catalogue, ITEM: np.arange(len(catalogue), dtype=np.int32)})
-    found = unknown.with_columns(
-        item=pl.lit(None, pl.Int32), near=pl.lit(None, pl.String), why=pl.lit(None, pl.String)
-    )
+    found = unknown.with_columns(item=pl.lit(None, pl.Int32), near=pl.lit(None, pl.String), why=pl.lit(None, pl.String))
     for why, spell in _SPELLINGS:
         waiting = found.filter(pl.col("near").is_null()).select(ITEM_ID)
         if waiting.is_empty():

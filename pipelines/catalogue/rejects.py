@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,9 +37,19 @@ class Rejects:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def total(self, file: str) -> int:
-        """Return the number of rejected rows of `items` or `interactions`."""
-        return sum(self.counts[file].values())
+    def account(self, read: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+        """Return for either file the rows read, kept, and rejected by reason; close the file of rejects.
+
+        Raises:
+            RuntimeError: they do not add up; this is a mistake of the program.
+        """
+        self._file.close()
+        for file, counts in self.counts.items():
+            if read[file] != kept[file] + sum(counts.values()):
+                raise RuntimeError(f"{file}: {read[file]} rows read, {kept[file]} kept, rejected: {counts}")
+        return {
+            file: {"read": read[file], "kept": kept[file], "rejected": counts} for file, counts in self.counts.items()
+        }
 
     def add_items(self, rows: np.ndarray, ids: pl.Series, reason: str | pl.Series) -> None:
         """Leave out items: `rows` of the catalogue, (n,), whose ids are `ids`; a reason for all, or one for each."""
