@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from vlm2rec.embedder.contract.errors import DataError
@@ -95,6 +95,8 @@ def as_read(rows: Rows) -> Rows:
 def test_whatever_the_table_and_its_writer_it_is_read_as_it_was_or_its_quotes_have_two_readings(
     rows: Rows, writer: str, block: int
 ) -> None:
+    # csv of Python 3.11 quotes \r only if lines end in it
+    assume("'\\n' 0" not in writer or not any("\r" in cell for row in rows for cell in row))
     content = WRITERS[writer](rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csv_files, "_BLOCK_BYTES", block)

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines.catalogue.parts import refuse_bomb
 from vlm2rec.pipelines.catalogue.records import encoding_error, open_text
 
 _BOM = codecs.BOM_UTF8
@@ -101,6 +102,7 @@ def _unpacked(path: Path, scratch: Path) -> Path:
     with open_text(path) as file, target.open("wb") as plain:
         while block := file.read(1 << 20):
             plain.write(block)
+            refuse_bomb(path, plain.tell())
     return target
 
 
