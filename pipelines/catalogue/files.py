@@ -259,6 +259,9 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
         types = source.collect_schema()
+        texts = [pl.col(column).str.len_bytes().sum() for column in needed if types[column] == pl.String]
+        if kind == "Parquet" and texts:
+            refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
         source = source.with_row_index(ROW)
         if time is None:
             times = Times(pl.col(ROW).cast(pl.Int64), has_unit=False)
