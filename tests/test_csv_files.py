@@ -157,8 +157,8 @@ AS_LOG = [("u1", "i1", "1", "x"), ("u2", "i2", "2", "y")]
         ('item_id,title,n\n1,"open,3\n2,"fine, thanks",4\n', [("1", '"open', "3"), ("2", "fine, thanks", "4")]),
         ('item_id,title,n\n1,",3\n2,"",4\n', [("1", '"', "3"), ("2", "", "4")]),
         (
-            'item_id,title\n1,TV 32" LED\n2,"two\nlines, ""so"""\n',
-            [("1", 'TV 32" LED'), ("2", 'two\nlines, "so"')],
+            'item_id,title\n1,TV 32" LED\n2,"two, or\nlines ""so"""\n',
+            [("1", 'TV 32" LED'), ("2", 'two, or\nlines "so"')],
         ),
         # escapes
         ('"item_id";"title"\n"1";"say \\"hi\\" now"\n"2";"a;b"\n', [("1", 'say "hi" now'), ("2", "a;b")]),
