@@ -259,7 +259,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
         types = source.collect_schema()
-        texts = [pl.col(column).str.len_bytes().sum() for column in needed if types[column] == pl.String]
+        texts = [pl.col(column).str.len_bytes().cast(pl.Int64).sum() for column in needed if types[column] == pl.String]
         if kind == "Parquet" and texts:
             refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
         source = source.with_row_index(ROW)
@@ -393,11 +393,11 @@ def _text_bytes(values: pl.Series) -> int:
     """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
     dtype = values.dtype
     if isinstance(dtype, pl.String):
-        return int(values.str.len_bytes().sum())
+        return int(values.str.len_bytes().cast(pl.Int64).sum())
     if isinstance(dtype, (pl.Categorical, pl.Enum)):
-        return int(values.cat.len_bytes().sum())
+        return int(values.cat.len_bytes().cast(pl.Int64).sum())
     if isinstance(dtype, pl.Binary):
-        return int(values.bin.size().sum())
+        return int(values.bin.size().cast(pl.Int64).sum())
     if isinstance(dtype, (pl.List, pl.Array)):
         return _text_bytes(values.explode())
     if isinstance(dtype, pl.Struct):
