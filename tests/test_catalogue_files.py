@@ -402,6 +402,7 @@ def test_times_of_any_form_keep_their_order(tmp_path: Path, times: pl.Series) ->
         ("list-id.jsonl", '{"user_id": 1, "item_id": [2], "timestamp": 1}\n', ["line 1", "[2]"]),
         ("endless.jsonl", '{"user_id": Infinity, "item_id": 2, "timestamp": 1}\n', ["line 1", "inf"]),
         ("list-time.jsonl", '{"user_id": NaN, "item_id": 2, "timestamp": [1]}\n', ["line 1", "[1]"]),
+        ("short.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", ["line 3", "2 fields", "'u,i'"]),
         ("word.csv", "user_id,item_id,timestamp\nu,i,1\nu,i,soon\n", ["row 2", "'soon'", "--time-column"]),
         ("words.csv", "user_id,item_id,timestamp\nu,i,soon\nu,i,late\n", ["row 1", "'soon'"]),
         ("bad-date.csv", "user_id,item_id,timestamp\nu,i,2014-07-01\nu,i,2014-13-01\n", ["row 2", "2014-13-01"]),

@@ -8,8 +8,8 @@ Nothing is downloaded, and no code in a file is run.
 
 from __future__ import annotations
 
-import csv
 import io
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
+from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import amazon
+from vlm2rec.pipelines.catalogue.csv_files import CsvTable, csv_columns, open_csv
 from vlm2rec.pipelines.catalogue.ids import ROW, clean_ids, ids_of
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
     build_frame,
     cast_value,
-    csv_header,
     encoding_error,
     id_as_text,
     kind_of,
@@ -38,7 +39,6 @@ from vlm2rec.pipelines.catalogue.records import (
     record_schema,
     require_columns,
     time_as_text,
-    unpack_csv,
 )
 from vlm2rec.pipelines.catalogue.times import Times, times_of
 
@@ -56,6 +56,12 @@ class ColumnNames:
     title: str = "title"
     user_id: str = "user_id"
     time: str | None = "timestamp"  # None: the file's order is the time
+
+    @property
+    def wanted(self) -> set[str]:
+        """All columns that may be looked for."""
+        amazons = {name for item in amazon.ID_COLUMNS for name in (item, *amazon.review_columns(item))}
+        return {self.item_id, self.title, self.user_id, *({self.time} if self.time else ()), *amazons}
 
 
 @dataclass(frozen=True)
@@ -109,20 +115,17 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
-        if kind == "CSV":
-            # every column is read as text: a type guessed from the first rows would turn "007" into 7
-            with open_text(path) as file:
-                header, separator = csv_header(path, file)
-                file.seek(0)
-                source = file.read()
-            frame = pl.read_csv(source, separator=separator, infer_schema=False)
-            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-            columns = header
-        else:
-            frame = pl.read_parquet(path)
-            columns = frame.columns
+        columns = csv_columns(path, names.wanted) if kind == "CSV" else list(pl.read_parquet_schema(path))
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
+        if kind == "CSV":
+            # every column is read as text: a type guessed from the first rows would turn "007" into 7
+            with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+                table = open_csv(path, Path(scratch), names.wanted)
+                frame = table.scan().collect()
+            _account_for(table, frame.height)
+        else:
+            frame = pl.read_parquet(path)
         ids = ids_of(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title]
@@ -246,9 +249,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             source = pl.scan_parquet(path)
             columns = list(source.collect_schema())
         elif kind == "CSV":
-            with open_text(path) as file:
-                columns, separator = csv_header(path, file)
-            source = pl.scan_csv(unpack_csv(path, scratch), separator=separator, infer_schema=False)
+            columns = csv_columns(path, names.wanted)
         else:
             columns = _first_keys(path, kind)
     user, item, time, label = _interaction_columns(columns, names, kind)
@@ -258,14 +259,14 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     require_columns(path, columns, flags)
     needed = [column for column in (user, item, time) if column is not None]
     with _polars_errors(path, kind):
-        if kind in ("JSON lines", "Python literal lines"):
+        if kind == "CSV":
+            table = open_csv(path, scratch, names.wanted)
+            source = table.scan()
+        elif kind != "Parquet":
             source = pl.scan_parquet(_condensed(path, kind, needed, scratch))
         source = source.select(needed)
         types = source.collect_schema()
         source = source.with_row_index(ROW)
-        if all(types[column] == pl.String for column in needed):
-            # a blank line at the end of a CSV file with \r\n is read as an empty row
-            source = source.filter(~pl.all_horizontal(pl.col(needed).is_null()))
         if time is None:
             times = Times(pl.col(ROW).cast(pl.Int64), has_unit=False)
         else:
@@ -277,7 +278,21 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             times.number.alias(TIME),
         )
         rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
+    if kind == "CSV":
+        _account_for(table, rows)
     return Interactions(frame, label, rows, path, times.has_unit)
+
+
+def _account_for(table: CsvTable, rows: int) -> None:
+    """Say which lines hold no record, and raise unless all records have been read."""
+    if rows != table.records:
+        raise DataError(
+            f"{table.source} has {table.records:,} records, of which {rows:,} were read",
+            "every record once",
+            "write the table as Parquet or JSON lines",
+        )
+    for what, count in table.left_out.items():
+        console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
 
 
 def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str | None, str]:
@@ -367,24 +382,13 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
 
 
 def _explain_csv(path: Path) -> None:
-    """Raise the error of the first line that is not UTF-8 or has more fields than the header; return if there is none.
+    """Raise the error of the first line that is not UTF-8; return if there is none.
 
     It is slow and only used after reading has failed.
     """
     with open_text(path) as file:
-        columns, separator = csv_header(path, file)
-        file.seek(0)
         for row, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise encoding_error(path, row, error.start) from None
-        file.seek(0)
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
-        for fields in reader:
-            if len(fields) > len(columns):
-                raise DataError(
-                    f"line {reader.line_num:,} of {path} has {len(fields)} fields, the header has {len(columns)}",
-                    "as many fields as columns",
-                    "quote the fields that hold the separator",
-                )

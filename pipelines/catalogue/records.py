@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import csv
 import gzip
 import json
 import math
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -98,28 +96,6 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(
             f"{path} cannot be unpacked ({str(error).rstrip('.')})", "a complete gzip file", "download it again"
         ) from None
-
-
-def unpack_csv(path: Path, scratch: Path) -> Path:
-    """Return the file itself, or an unpacked copy of a gzipped one in `scratch`."""
-    with path.open("rb") as raw:
-        if raw.read(2) != b"\x1f\x8b":
-            return path
-    target = scratch / f"{path.name}.csv"
-    with open_text(path) as file, target.open("wb") as plain:
-        shutil.copyfileobj(file, plain, 1 << 20)
-    return target
-
-
-def csv_header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
-    """Return the column names and the separator: the one that occurs most often in the first line."""
-    line = file.readline()
-    try:
-        header = line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise encoding_error(path, 1, error.start) from None
-    separator = max(",\t;|", key=header.count)
-    return next(csv.reader([header], delimiter=separator), []), separator
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
