@@ -299,7 +299,7 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
     for column, name in given.items():
         if not counts[column]:
             raise DataError(
-                f"none of the {rows:,} rows of {path} has a {name}",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
                 "a user, an item and a time in the rows",
                 "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
