@@ -7,6 +7,7 @@ Polars scans the input files, and the output is written row group by row group.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import polars as pl
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,13 +27,15 @@ from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecErro
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_items, write_sequences
-from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
-from vlm2rec.pipelines.catalogue.images import find_images
+from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, items_without, read_log, required
+from vlm2rec.pipelines.catalogue.images import find_images, no_images, no_images_error
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.config import PrepareConfig
+from vlm2rec.pipelines.console import TERMINAL
 from vlm2rec.pipelines.reporting.paper import read_paper
 
 WORKING_FOLDER = ".vlm2rec-prepare"
+_EXAMPLES = 3  # of a fault that many rows have
 
 _LONG_NAMES = {
     "toysandgames": "Toys",
@@ -55,22 +59,48 @@ def run(config: PrepareConfig) -> Dataset:
         console.log.print(f"items: {items.format}, {items.frame.height:,} rows")
         found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
-        images = find_images(config.images, items.frame)
-
-        catalogue = items.frame.with_columns(images)
+        catalogue, _ = _with_images(config, items.frame)
         user_ids, log, steps = read_log(found, catalogue)
         log, kept, steps = filter_log(log, catalogue, config, steps)
-        user_ids, catalogue = user_ids.gather(kept.users), catalogue[kept.items]
+        user_ids, touched = user_ids.gather(kept.users), catalogue[schema.ITEM_ID].gather(kept.items)
+        catalogue = catalogue[kept.items if config.cold_items == "drop" else kept.catalogue]
         sequences = Sequences(log.item, np.concatenate([[0], np.cumsum(np.bincount(log.user))]))
 
         write_items(catalogue, work / schema.ITEMS_FILE)
-        write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
-        write_candidates(sequences, user_ids, catalogue[schema.ITEM_ID], config, work / schema.NEGATIVES_FILE)
+        # training and ranking know the items with interactions only
+        write_sequences(sequences, user_ids, touched, work / schema.SEQUENCES_FILE)
+        write_candidates(sequences, user_ids, touched, config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
-        meta = _describe(config, steps, sources, work)
+        meta = _describe(config, steps, catalogue, sources, work)
         _publish(work, config.out, meta)
     _print(meta, config.out)
     return Dataset(config.out)
+
+
+def _with_images(config: PrepareConfig, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the catalogue with each item's image, and the items that lack what is required, with the reason."""
+    needs = required(config)
+    if schema.IMAGE_PATH in items.columns and (
+        config.images is None or config.image_column not in (None, schema.IMAGE_PATH)
+    ):
+        items = items.rename({schema.IMAGE_PATH: files.free_name(f"source_{schema.IMAGE_PATH}", items.columns)})
+    found = no_images(items) if config.images is None else find_images(config.images, items, config.image_column)
+    if config.images is not None and "image" in needs and found.paths.null_count() == items.height:
+        raise no_images_error(config.images, items, found)
+    catalogue = items.with_columns(found.paths)
+    if config.images is not None and "image" not in needs:
+        _show_items("have no image and are kept", catalogue.height, items_without(catalogue, found.reasons, ("image",)))
+    left_out = items_without(catalogue, found.reasons, needs)
+    _show_items("are left out", catalogue.height, left_out)
+    return catalogue, left_out
+
+
+def _show_items(what: str, count: int, items: pl.DataFrame) -> None:
+    """Print how many items have a fault, and three of them with the reason."""
+    if items.height:
+        lines = [f"  item {item!r}: {reason}" for item, reason in items.select("id", "reason").head(_EXAMPLES).rows()]
+        lines += ["  …"] if items.height > _EXAMPLES else []
+        TERMINAL.say("\n".join([f"{items.height:,} of {count:,} items {what}:", *lines]), warning=True)
 
 
 def _check(config: PrepareConfig) -> None:
@@ -82,31 +112,42 @@ def _check(config: PrepareConfig) -> None:
             "give --candidate-seeds 0,1,2,3,4, for example",
         )
     columns = [config.item_id_column, config.title_column, config.user_id_column, config.time_column]
+    if config.images is None and ("image" in config.require or config.image_column is not None):
+        flag = "--require image" if "image" in config.require else "--image-column"
+        raise ConfigError(f"{flag} without --images", "the folder of the images", f"give --images, or leave {flag} out")
     if len(set(columns)) != len(columns):
         raise ConfigError(f"two of the columns {', '.join(columns)} are the same", "four columns", "correct the names")
 
 
-def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
+def _describe(
+    config: PrepareConfig, steps: list[Count], catalogue: pl.DataFrame, sources: Mapping[str, str], work: Path
+) -> dict[str, Any]:
     """Return the content of dataset.json. Nothing in it depends on the date or the machine's speed."""
     out = config.out.resolve()
     name = config.name or out.name
     last = steps[-1]
-    root = config.images.resolve()
+    cold = catalogue.height - last.items
+    if cold:
+        steps = [*steps, Count("cold items kept", last.users, catalogue.height, last.interactions)]
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "name": name,
         "users": last.users,
-        "items": last.items,
+        "items": catalogue.height,
+        "cold_items": cold,  # of these, without an interaction; the sparsity is that of the others
         "interactions": last.interactions,
         "average_length": last.interactions / last.users,
         "sparsity": 1 - last.interactions / (last.users * last.items),
-        "image_root": str(root.relative_to(out)) if root.is_relative_to(out) else str(root),
+        "image_root": None
+        if catalogue[schema.IMAGE_PATH].null_count() == catalogue.height
+        else _image_root(config, out),
         "max_history": config.max_history,
         "negatives": {"count": config.candidates, "seeds": sorted(config.candidate_seeds)},
         "counts": [asdict(step) for step in steps],
         "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
+            "required": list(required(config)),
             "shortest_sequence": SHORTEST,
             "duplicates": "rows equal in user, item and time count once",
             "order": "by time; equal times keep the file's order",
@@ -119,6 +160,16 @@ def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, s
             for file in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
         },
     }
+
+
+def _image_root(config: PrepareConfig, out: Path) -> str:
+    """Return the image root relative to the dataset folder, so that both can move together.
+
+    If they have nothing but the root of the disk in common, it is absolute: then they will not move together.
+    """
+    assert config.images is not None
+    root = config.images.resolve()
+    return os.path.relpath(root, out) if os.path.commonpath([root, out]) != "/" else str(root)
 
 
 def paper_name(name: str) -> str | None:
@@ -198,7 +249,8 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
             raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
-    root, target = config.images.resolve(), out.resolve()
+    target = out.resolve()
+    root = target if config.images is None else config.images.resolve()
     images = root.relative_to(target).parts[0] if root.is_relative_to(target) and root != target else None
     publish.require_ours(
         out,

@@ -105,6 +105,7 @@ def plan_export(
 
     Raises:
         ConfigError: the image policy needs a text vector, which these settings do not make.
+        DataError: these settings read images, and the dataset has none or their folder is not there.
         ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
@@ -115,11 +116,13 @@ def plan_export(
             "choose one of the two, or external fusion of both views",
         )
     modalities = schema.modalities_of(settings["views"])
+    if schema.IMAGE in modalities:
+        dataset.require_images()
     inputs = read_inputs(
         dataset.item_ids,
         [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
         dataset.image_paths,
-        dataset.image_root,
+        dataset.image_root if schema.IMAGE in modalities else None,
         images_by,
         modalities,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +88,14 @@ class Kept:
     """The rows that were kept, of the user ids and of the catalogue."""
 
     users: np.ndarray
-    items: np.ndarray
+    items: np.ndarray  # with an interaction
+    catalogue: np.ndarray  # with what an item needs, whether or not anybody has touched it
 
 
 def filter_log(
     log: Log, catalogue: pl.DataFrame, config: PrepareConfig, steps: list[Count]
 ) -> tuple[Log, Kept, list[Count]]:
-    """Drop items without title or image, exact duplicates, and all outside the k-core; renumber the rest.
+    """Drop items that lack what is required, exact duplicates, and all outside the k-core; renumber the rest.
 
     Returns:
         The remaining interactions (users and items renumbered, order unchanged), the kept rows, and the counts.
@@ -103,9 +105,7 @@ def filter_log(
     """
     steps = list(steps)
     alive = np.ones(catalogue.height, bool)
-    titled = (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
-    pictured = catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
-    for name, has in (("items with a title", titled), ("items with an image", pictured)):
+    for name, has in requirements(catalogue, required(config)):
         alive &= has
         log = log.take(alive[log.item])
         steps.append(Count(name, _distinct(log.user), int(alive.sum()), len(log)))
@@ -124,7 +124,38 @@ def filter_log(
         )
     users, user = np.unique(log.user, return_inverse=True)
     items, item = np.unique(log.item, return_inverse=True)
-    return Log(user.astype(np.int32), item.astype(np.int32), log.time), Kept(users, items), steps
+    kept = Kept(users, items, np.flatnonzero(alive))
+    return Log(user.astype(np.int32), item.astype(np.int32), log.time), kept, steps
+
+
+def required(config: PrepareConfig) -> tuple[str, ...]:
+    """Return what an item needs: image, title, or both. Without a folder of images, a title is enough."""
+    return config.require or (("title",) if config.images is None else ("image", "title"))
+
+
+def requirements(catalogue: pl.DataFrame, needs: Collection[str]) -> list[tuple[str, np.ndarray]]:
+    """Return the conditions for keeping an item, each with its name and the items that meet it, (I,) bool."""
+    titled = (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
+    pictured = catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
+    found = [("items with a title", titled)] if "title" in needs else []
+    return [*found, ("items with an image", pictured)] if "image" in needs else found
+
+
+def items_without(catalogue: pl.DataFrame, image_reasons: pl.Series, needs: Collection[str]) -> pl.DataFrame:
+    """Return the items that lack what is required: source, row (of the items, from 1), id and reason."""
+    met = dict(requirements(catalogue, ("title", "image")))
+    reason = pl.lit(None, pl.String)
+    if "image" in needs:
+        reason = pl.when(~pl.Series(met["items with an image"])).then(image_reasons).otherwise(reason)
+    if "title" in needs:
+        reason = pl.when(~pl.Series(met["items with a title"])).then(pl.lit("it has no title")).otherwise(reason)
+    rows = catalogue.select(
+        pl.lit("items").alias("source"),
+        pl.int_range(1, pl.len() + 1).alias(files.ROW),
+        pl.col(schema.ITEM_ID).alias("id"),
+        reason.alias("reason"),
+    )
+    return rows.filter(pl.col("reason").is_not_null())
 
 
 def first_occurrences(log: Log) -> np.ndarray:
