@@ -78,7 +78,7 @@ def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     column = _caption_column(config, frame)
     images = find_images(config.images, frame, config.image_column)
     if images.paths.null_count() == frame.height:
-        raise no_images_error(config.images, frame, images)
+        raise no_images_error(config.images, frame, images, config.image_column)
     frame = frame.with_columns(images.paths, _as_text(frame, column).alias("caption"))
     frame = frame.select(schema.ITEM_ID, schema.TITLE, "caption", schema.IMAGE_PATH)
     usable = frame.filter(pl.col(schema.TITLE).str.contains(r"\S"), pl.col("caption").str.contains(r"[^\W_]"))

@@ -86,7 +86,7 @@ def _with_images(config: PrepareConfig, items: pl.DataFrame) -> tuple[pl.DataFra
         items = items.rename({schema.IMAGE_PATH: files.free_name(f"source_{schema.IMAGE_PATH}", items.columns)})
     found = no_images(items) if config.images is None else find_images(config.images, items, config.image_column)
     if config.images is not None and "image" in needs and found.paths.null_count() == items.height:
-        raise no_images_error(config.images, items, found)
+        raise no_images_error(config.images, items, found, config.image_column)
     catalogue = items.with_columns(found.paths)
     if config.images is not None and "image" not in needs:
         _show_items("have no image and are kept", catalogue.height, items_without(catalogue, found.reasons, ("image",)))

@@ -100,7 +100,10 @@ def test_core_duplicates_order_and_split_equal_a_brute_force(tmp_path: Path, cor
     rows = dataset.sequences.to_pylist()
     assert {row["user_id"]: [*row["train"], row["valid"], row["test"]] for row in rows} == expected
     assert all(row["train"] for row in rows)
-    assert dataset.item_ids == sorted({item for items in expected.values() for item in items})
+    touched = sorted({item for items in expected.values() for item in items})
+    assert dataset.warm().item_ids == touched
+    assert dataset.item_ids == sorted({item for _, item, _ in log})
+    assert dataset.meta["items"] - dataset.meta["cold_items"] == len(touched)
     assert dataset.meta["users"] == len(expected)
     assert dataset.meta["interactions"] == sum(map(len, expected.values()))
 
@@ -162,10 +165,12 @@ def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: P
     log += [("abc", item, n) for n, item in enumerate("abc")] + [("bcd", item, n) for n, item in enumerate("bcd")]
     dataset = prepare.run(config(write_catalogue(tmp_path, log), candidates=1))
     assert dataset.user_ids == ["abc", "bcd"]
-    assert dataset.item_ids == list("abcd")
-    assert [tuple(step.values()) for step in dataset.meta["counts"]][-2:] == [
+    assert dataset.warm().item_ids == list("abcd")
+    assert dataset.item_ids == list("abcdef")
+    assert [tuple(step.values()) for step in dataset.meta["counts"]][-3:] == [
         ("exact duplicates removed", 4, 6, 9),
         ("1-core, users with 3 interactions", 2, 4, 6),
+        ("cold items kept", 2, 6, 6),
     ]
 
 
@@ -186,6 +191,7 @@ def test_every_step_is_counted(tmp_path: Path) -> None:
         ("items with an image", 6, 8, 24),
         ("exact duplicates removed", 6, 8, 23),
         ("2-core, users with 3 interactions", 6, 7, 23),
+        ("cold items kept", 6, 8, 23),
     ]
 
 
@@ -358,7 +364,7 @@ def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
     assert meta["paper"] is None
     assert meta["rules"]["core"] == 2
     assert meta["average_length"] == meta["interactions"] / meta["users"]
-    assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * meta["items"])
+    assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * (meta["items"] - meta["cold_items"]))
     for name in ("items.parquet", "sequences.parquet", "negatives.parquet"):
         assert meta["sha256"][name] == storage.sha256_file(paths["out"] / name)
     assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "dataset.json"}
@@ -392,9 +398,10 @@ def test_the_counts_stand_next_to_the_papers(paths: dict[str, Path], capsys: pyt
     assert re.search(r"as read\s+│\s+30\s+│", output.err)
 
 
-def test_the_image_root_is_relative_only_inside_the_dataset_folder(paths: dict[str, Path]) -> None:
-    outside = prepare.run(config(paths))
-    assert outside.meta["image_root"] == str(paths["images"].resolve())
+def test_the_image_root_is_relative_so_that_dataset_and_images_can_move_together(paths: dict[str, Path]) -> None:
+    beside = prepare.run(config(paths))
+    assert beside.meta["image_root"] == "../images"
+    beside.require_images()
     inside = paths["out"].with_name("with-images")
     inside.mkdir()
     images = paths["images"].rename(inside / "images")

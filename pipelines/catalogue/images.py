@@ -96,15 +96,17 @@ _HOW_TO_GET_IMAGES = (
 )
 
 
-def no_images_error(root: Path, items: pl.DataFrame, found: FoundImages) -> DataError:
+def no_images_error(root: Path, items: pl.DataFrame, found: FoundImages, column: str | None = None) -> DataError:
     """Return the error for a catalogue of which no item has an image, with an item and its reason."""
     with os.scandir(root) as entries:
         sample = sorted(entry.name for entry in islice(entries, 1000))
     holds = f"holds {', '.join(sample[:3])}{' …' if len(sample) > 3 else ''}" if sample else "is empty"
+    named_by = _path_column(items, column)
+    wanted = f"{items[ITEM_ID][0]}.jpg" if named_by is None else items[named_by][0]
     return DataError(
         f"no item of the catalogue has a picture in {root}, which {holds};"
         f" item {items[ITEM_ID][0]!r}: {found.reasons[0]}",
-        "a picture of every item, or, for a catalogue without pictures, --require title",
+        f"files such as {wanted}; or, for a catalogue without pictures, --require title",
         _HOW_TO_GET_IMAGES + _url_hint(items),
     )
 
