@@ -261,7 +261,7 @@ def test_a_catalogue_without_a_picture_is_prepared_for_its_titles(tmp_path: Path
 
 
 def test_what_an_item_needs_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = [(f"u{n}", item, place) for n in range(4) for place, item in enumerate("abcdefaf")]
+    log = [(user, item, place) for user in "af" for place, item in enumerate(f"{user * 3}bcde")]
     paths = write_catalogue(tmp_path, log, items=list("abcdefgxy"), without_image=tuple("cdex"))
     title = pl.col("item_id").replace_strict({"b": None, "c": " ", "y": ""}, default="title")
     pl.read_parquet(paths["items"]).with_columns(title=title).write_parquet(paths["items"])
