@@ -266,14 +266,20 @@ def test_what_an_item_needs_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFi
     title = pl.col("item_id").replace_strict({"b": None, "c": " ", "y": ""}, default="title")
     pl.read_parquet(paths["items"]).with_columns(title=title).write_parquet(paths["items"])
 
+    def rejected() -> list[dict[str, Any]]:
+        return pl.read_csv(paths["out"] / "rejects.csv").filter(file="items").to_dicts()
+
     def kept(require: tuple[str, ...]) -> list[str]:
         return prepare.run(config(paths, require=require, candidates=1)).item_ids
 
     assert kept(()) == kept(("title", "image")) == list("afg")
-    assert "6 of 9 items are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 of 9 items have no title" in said and "3 of 9 items have no image and are left out" in said
+    assert [row["reason"].partition(":")[0] for row in rejected()] == [*["no title"] * 3, *["no image"] * 3]
     assert kept(("title",)) == list("adefgx")
     said = " ".join(capsys.readouterr().err.split())
-    assert "4 of 9 items have no image and are kept: item 'c': no file c.jpg" in said
+    assert "4 of 9 items have no image and are kept 'c' (row 3): no file c.jpg" in said
+    assert [row["item_id"] for row in rejected()] == list("bcy")
     assert kept(("image",)) == list("abfgy")
     assert pq.read_table(paths["out"] / "items.parquet")["title"].to_pylist() == ["title", "", "title", "title", ""]
 
@@ -289,10 +295,12 @@ def test_items_that_are_left_out_are_named_with_the_reason(
         image.symlink_to(outside / image.name)
     prepare.run(config(paths))
     said = " ".join(capsys.readouterr().err.split())
-    assert "4 of 25 items are left out" in said
-    for number in (2, 3, 4):
-        assert f"item 'i{number}': i{number}.jpg is a link that leads out of the image folder" in said
-    assert "i5.jpg" not in said
+    assert "4 of 25 items have no image and are left out" in said
+    told = [int(number) for number in re.findall(r"'i(\d)' \(row \d+\): i\1.jpg is a link that leads out", said)]
+    assert len(told) == 3 and "5.jpg" not in said
+    rejected = pl.read_csv(paths["out"] / "rejects.csv").filter(file="items")
+    reason = "no image: i5.jpg is a link that leads out of the image folder"
+    assert rejected.filter(item_id="i5")["reason"].to_list() == [reason] and rejected.height == 4
 
 
 def test_a_column_may_name_the_images(paths: dict[str, Path]) -> None:
