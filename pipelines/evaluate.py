@@ -24,7 +24,7 @@ from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank the items, write `metrics.json` and `users.parquet`, print the table, and return the metrics."""
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.images).warm()
     seeds = list(config.seeds) or dataset.candidate_seeds
     publish.require_folder(config.out)
     manifest = schema.read_manifest(config.embeddings)
@@ -128,6 +128,8 @@ def _encode_histories(
             "a table of export-items without --strategy, whose encoder reads whole histories too",
             "leave --backbone out: a user is then the mean of the history's items",
         )
+    if schema.IMAGE in schema.modalities_of(manifest["views"]):
+        dataset.require_images()
     settings = asdict(EncoderSettings.of_export(exported))
     assert config.backbone is not None
     encoder = ItemEncoder.load(

@@ -39,7 +39,7 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 _RUN_FILE = "run.json"
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -59,10 +59,12 @@ def run(config: FinetuneConfig) -> Training | None:
 
 
 def _finetune(config: FinetuneConfig) -> Training | None:
-    recipe, dataset = METHODS[config.method], Dataset(config.data)
+    recipe, dataset = METHODS[config.method], Dataset(config.data, config.images).warm()
     if _is_finished(config):
         log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
         return None
+    if config.views != schema.TEXT:
+        dataset.require_images()
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,

@@ -125,5 +125,6 @@ def _inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
             "titles and images are left out: the dataset is no longer at the path of the export", style="yellow"
         )
         return {}
-    images = (str(dataset.image_root / path) for path in dataset.image_paths)
+    root = dataset.image_root if dataset.has_images else None
+    images = ("" if root is None or not path else str(root / path) for path in dataset.image_paths)
     return dict(zip(dataset.item_ids, zip(dataset.titles, images, strict=True), strict=True))
