@@ -11,6 +11,7 @@ from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap
 from vlm2rec.downstream.options import Missing
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.printable import cell
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 from vlm2rec.pipelines.convert_formats import FORMATS, Format, dataset_name, format_of
@@ -105,7 +106,7 @@ def write_gaps(path: Path, gaps: Sequence[Gap]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([schema.ITEM_ID, "column", "reason", "outcome"])
-        rows.writerows((gap.item_id, gap.column, gap.reason, gap.outcome) for gap in gaps)
+        rows.writerows(map(cell, (gap.item_id, gap.column, gap.reason, gap.outcome)) for gap in gaps)
 
 
 def _record(
