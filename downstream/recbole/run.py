@@ -5,9 +5,9 @@ once for each user, and ranked against the stored candidates and the whole catal
 ordinary RecBole YAML, is split and evaluated by RecBole as that YAML says; without the `item_embedding_*` lines this
 gives the same figures as `run_recbole`, bit for bit.
 
-The output folder holds recommender.json (the settings; written first), checkpoint.safetensors (the weights of the best
-epoch), users.parquet (dataset folder only), recbole.log, tensorboard/ and metrics.json (written last). No pickle is read
-or written.
+The output folder holds recommender.json (the settings; written first), checkpoint.safetensors (the best epoch),
+users.parquet (dataset folder only), recbole.log, tensorboard/ and metrics.json (written last). No pickle is read or
+written.
 """
 
 from __future__ import annotations
