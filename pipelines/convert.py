@@ -52,11 +52,13 @@ def check_out(out: Path, kind: str) -> None:
     """Raise `ConfigError` unless `out` is free, empty, or holds only an earlier conversion to the same format."""
     record = out / RECORD_FILE
     earlier = schema.read_json(record, "a conversion", "choose another --out") if record.is_file() else {}
+    files = earlier.get("files", ())
+    ours = earlier.get("to") == kind and isinstance(files, list) and "vlm2rec_version" in earlier
     publish.require_ours(
         out,
         f"an earlier conversion to {kind} with nothing else in it",
-        ours=earlier.get("to") == kind,
-        only=(RECORD_FILE, *earlier.get("files", ())),
+        ours=ours,
+        only=(RECORD_FILE, *files) if ours else None,
     )
 
 

@@ -193,6 +193,8 @@ def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
 _MANIFEST_KEYS = {
     "dim": int, "dtype": str, "views": list, "num_items": int, "counts": dict, "shards": list, "settings": dict
 }  # fmt: skip
+# more is damage, and would ask for all memory: numbers in a vector, rows for each byte of a shard
+_LONGEST, _ROWS_A_BYTE = 2**20, 8
 _SHARD_KEYS = {"rows": int, "bytes": int, "sha256": str}
 
 
@@ -208,6 +210,8 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     dims = manifest.get("dims", {})
     if not isinstance(dims, dict) or not all(type(dims.get(view, 0)) is int for view in VIEWS):
         problems.append(f"dims are {dims!r}, not a length for each view")
+    elif not all(0 < dim <= _LONGEST for dim in (manifest["dim"], *dims.values())):
+        problems.append(f"dim is {manifest['dim']} and dims are {dims}, not from 1 to {_LONGEST:,}")
     if manifest["dtype"] not in _VECTOR_TYPES:
         problems.append(f"dtype is {manifest['dtype']!r}, not {' or '.join(_VECTOR_TYPES)}")
     if not all(view in VIEWS for view in manifest["views"]):
@@ -220,6 +224,8 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
             problems.append(f"shard {number} is not recorded as {shard_name(number)}")
         elif not all(type(entry.get(key)) is kind for key, kind in _SHARD_KEYS.items()):
             problems.append(f"the record of {entry['file']} lacks {', '.join(_SHARD_KEYS)}")
+        elif not 0 <= entry["rows"] <= _ROWS_A_BYTE * entry["bytes"]:
+            problems.append(f"the record of {entry['file']} has {entry['rows']} rows and {entry['bytes']} bytes")
     return problems
 
 
