@@ -380,6 +380,7 @@ class FailuresConfig:
     """Settings of `vlm2rec failures`."""
 
     embeddings: Place = setting("Embeddings folder.")
+    data: Place | None = setting("Dataset folder, for titles and images. Default: that of the export.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,6 +467,11 @@ class SearchConfig:
     index: Path = setting("Index folder.")
     item: str = setting("Id of the item whose neighbours to print.")
     k: Positive = setting("Number of neighbours.", 10)
+    embeddings: Place | None = setting(
+        "Embeddings folder that the index was built from, for the exact vector of --item. Default: the folder on this"
+        " machine that the index names; an address is opened only if it is given here.",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

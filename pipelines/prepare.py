@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
-from rich.markup import escape
 from rich.table import Table
 
 from vlm2rec.embedder.contract import publish, schema, storage
@@ -214,7 +213,7 @@ def paper_name(name: str) -> str | None:
 
 
 def _print(meta: Mapping[str, Any], out: Path) -> None:
-    table = Table(title=escape(f"{meta['name']} → {out}"), title_justify="left")
+    table = Table(title=f"{meta['name']} → {out}", title_justify="left")
     table.add_column("step")
     for column in ("users", "items", "interactions"):
         table.add_column(column, justify="right")
