@@ -119,7 +119,7 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("file", [lora.WEIGHTS_FILE, lora.CONFIG_FILE, lora.CANARY_FILE, schema.ADAPTER_FILE])
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", flipped])
+@pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b[: len(b) // 2], lambda b: b"", flipped])
 def test_a_damaged_file_of_an_adapter_is_named_with_the_cure(
     adapter: Path, file: str, damage: Callable[[bytes], bytes], tiny: Tiny
 ) -> None:
