@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.experiments.methods import Json
 from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
@@ -24,6 +26,9 @@ from vlm2rec.pipelines.reporting.verdicts import HOLDS, OPEN, Claim, verdicts
 TEMPLATE = "page.html.j2"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
+_GENERATOR = "vlm2rec report"
+_HEAD = 4096  # bytes of a page in which one of these marks is; the second one is of pages from before the first
+_MARKS = (f'<meta name="generator" content="{_GENERATOR}">', "--vlm2rec: #d1500b")
 VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 MOST_STAGES = 40
 """Up to this many steps, each step has a bar; above it, each kind of step has one."""
@@ -116,21 +121,52 @@ def run(study: Path, out: Path | None = None) -> Path:
 
     Raises:
         ArtifactError: a Parquet file of the study is missing, or a row to print breaks the bound on N@20 - N@10.
+        ConfigError: a file in the place of the page or of a figure is not of an earlier report.
     """
     results = Results.open(study)
     drawn = figures.draw(results)
     page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn})
     out = study / PAGE_FILE if out is None else out
     folder = out.parent / FIGURES
+    before = _figures_of(out)
+    _require_own(out, [] if out.parent == study else [folder / f"{each.name}.svg" for each in drawn])
     folder.mkdir(parents=True, exist_ok=True)
-    if out.parent == study:  # another folder may contain pictures that are not ours
-        for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
-            old.unlink()
+    schema.write_text(out, render(page))  # before the figures, as it tells whose they are
     for each in drawn:
-        (folder / f"{each.name}.svg").write_text(each.picture.svg, encoding="utf-8")
-        (folder / f"{each.name}.png").write_bytes(each.png)
-    schema.write_text(out, render(page))
+        publish.write_whole(folder / f"{each.name}.svg", each.picture.svg.encode())
+        publish.write_whole(folder / f"{each.name}.png", each.png)
+    for name in before - {each.name for each in drawn}:
+        for ending in ("svg", "png"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
     return out
+
+
+def _head_of(page: Path) -> str | None:
+    """Return the beginning of a page of an earlier report, or None if the file is something else."""
+    if not page.is_file():
+        return None
+    with page.open("rb") as file:
+        head = file.read(_HEAD).decode("utf-8", "replace")
+    return head if any(mark in head for mark in _MARKS) else None
+
+
+def _figures_of(page: Path) -> set[str]:
+    """Return the names of the figures that the report has drawn whose page is here."""
+    found = re.search(r'<meta name="figures" content="([\w -]*)">', _head_of(page) or "")
+    return set(found[1].split()) if found else set()
+
+
+def _require_own(page: Path, pictures: Sequence[Path]) -> None:
+    """Raise `ConfigError` if a file that no report has written would be replaced."""
+    if _head_of(page) is not None:
+        return
+    strange = [path for path in (page, *pictures) if path.exists()]
+    if strange:
+        raise ConfigError(
+            f"{strange[0]} is there, and no report has written it",
+            "a new file, or the page of an earlier report with its figures",
+            "move it away, or choose another --out",
+        )
 
 
 def render(page: Page) -> str:
@@ -145,7 +181,8 @@ def render(page: Page) -> str:
     filters: dict[str, Callable[..., Any]] = {"number": number, "seconds": duration}
     environment.filters.update(filters)
     template = environment.get_template(TEMPLATE)
-    return template.render(page=page, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
+    names = {"generator": _GENERATOR, "drawn": sorted(page.figures)}
+    return template.render(page=page, **names, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
 
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
