@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -58,14 +59,16 @@ def run(config: FinetuneConfig) -> Training | None:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
-        return _finetune(config)
+        dataset = Dataset(config.data)
+        if _is_finished(config):
+            log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
+            return None
+        with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
+            return _finetune(config, dataset)
 
 
-def _finetune(config: FinetuneConfig) -> Training | None:
-    recipe, dataset = METHODS[config.method], Dataset(config.data)
-    if _is_finished(config):
-        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
-        return None
+def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
+    recipe = METHODS[config.method]
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -245,7 +248,7 @@ def _begin(config: FinetuneConfig) -> None:
     own = () if config.resume else own_files(config.out)
     with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
         if not config.resume:
-            checkpoints.discard(config.out / CHECKPOINTS)
+            checkpoints.clear(config.out / CHECKPOINTS)
         _remember_run(config, publishing=bool(own) or (_run_of(config) or {}).get(_PUBLISHING, False))
         for name in sorted(own, key=lambda name: name != schema.ADAPTER_FILE):
             (config.out / name).unlink(missing_ok=True)

@@ -427,6 +427,15 @@ def test_trained_again_only_files_of_finetune_are_replaced(
     assert_same(config.out, undisturbed)
 
 
+def test_fault_08_a_second_training_into_one_folder_is_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    config = short(tiny, drawn_dataset, tmp_path / "out")
+    with checkpoints.alone(config.out / "checkpoints"):
+        for resume in (True, False):
+            with pytest.raises(ArtifactError, match="another finetune is writing to"):
+                finetune.run(dataclasses.replace(config, resume=resume))
+    assert not config.out.exists(), "nothing was written"
+
+
 # --- the disk -----------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_files() -> Iterator[Callable[[int], None]]:
