@@ -545,6 +545,27 @@ def test_a_folder_that_is_no_dataset_is_not_touched(paths: dict[str, Path]) -> N
     assert [path.name for path in paths["out"].iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["sequences.parquet", "dataset.json", "items.parquet"])
+def test_a_strangers_file_of_our_name_is_not_touched(paths: dict[str, Path], name: str) -> None:
+    paths["out"].mkdir()
+    if name.endswith("json"):
+        (paths["out"] / name).write_text('{"name": "mine"}')
+    else:
+        pl.DataFrame({"user": [1]}).write_parquet(paths["out"] / name)
+    before = (paths["out"] / name).read_bytes()
+    with pytest.raises(ConfigError, match=f"not a dataset folder: it holds {name}"):
+        prepare.run(config(paths))
+    assert (paths["out"] / name).read_bytes() == before
+
+
+def test_a_damaged_dataset_is_made_again(paths: dict[str, Path]) -> None:
+    prepare.run(config(paths))
+    before = (paths["out"] / "sequences.parquet").read_bytes()
+    (paths["out"] / "sequences.parquet").write_bytes(before[:-5])
+    prepare.run(config(paths))
+    assert (paths["out"] / "sequences.parquet").read_bytes() == before
+
+
 def test_an_input_is_never_overwritten(paths: dict[str, Path]) -> None:
     out = paths["items"].parent
     before = paths["items"].read_bytes()
