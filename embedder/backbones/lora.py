@@ -6,17 +6,22 @@
     canary.safetensors                               a few generated items and their vectors
     curves.json  README.md                           training curves, model card
 
+`files` of vlm2rec.json has the SHA-256 of every other file, and `seal` that of its own content.
+
 PEFT only warns when an adapter's keys do not match the model, and then runs the base model. Loading here is strict:
 an unexpected or missing key, an adapter that changes nothing, or canary vectors that differ are errors.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +36,16 @@ from torch import Tensor
 from vlm2rec.embedder.backbones import moda, model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
 CANARY_FILE = "canary.safetensors"
+CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, MODA_FILE, CANARY_FILE, schema.CURVES_FILE, CARD_FILE, schema.ADAPTER_FILE)
+"""What a training writes into an adapter folder."""
 CANARY_COSINE = 0.999
 Shape = tuple[int, ...]
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
@@ -109,35 +118,95 @@ def save_adapter(
         canary: vectors of the trained model.
         curves: the training curves.
         card: the text of the README.
+
+    Raises:
+        OSError: the disk is full or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # of an earlier run, perhaps with another kind of adapter
+    # of an earlier run, perhaps with another kind of adapter, or killed while it wrote these
     for name in (schema.ADAPTER_FILE, WEIGHTS_FILE, MODA_FILE):
         (folder / name).unlink(missing_ok=True)
-    if isinstance(wrapped, PeftModel):
-        wrapped.peft_config["default"].inference_mode = True
-        wrapped.save_pretrained(str(folder), safe_serialization=True)
-        publish.sync(folder / WEIGHTS_FILE)
-        settings = {"kind": "lora", **settings}
-    else:
-        with publish.whole_file(folder / MODA_FILE) as file:
-            safetensors.torch.save_file(moda.weights(wrapped), file)
-        schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
-        settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
-    vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
-    with publish.whole_file(folder / CANARY_FILE) as file:
-        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
-    schema.write_json(folder / schema.CURVES_FILE, curves)
-    schema.write_text(folder / "README.md", card)  # instead of PEFT's empty template
-    schema.write_json(folder / schema.ADAPTER_FILE, settings)
+    for name in FILES:
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
+    for left in folder.glob(".peft.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    with _os_errors():
+        if isinstance(wrapped, PeftModel):
+            weights = WEIGHTS_FILE
+            _save_peft(wrapped, folder)
+            settings = {"kind": "lora", **settings}
+        else:
+            weights = MODA_FILE
+            with publish.whole_file(folder / MODA_FILE) as file:
+                safetensors.torch.save_file(moda.weights(wrapped), file)
+            schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
+            settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
+        vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
+        with publish.whole_file(folder / CANARY_FILE) as file:
+            safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
+        schema.write_json(folder / schema.CURVES_FILE, curves)
+        schema.write_text(folder / CARD_FILE, card)  # instead of PEFT's empty template
+        written = checksums(folder, (CONFIG_FILE, weights, CANARY_FILE, schema.CURVES_FILE, CARD_FILE))
+        schema.write_json(folder / schema.ADAPTER_FILE, sealed({**settings, "files": written}))
+
+
+def _save_peft(wrapped: PeftModel, folder: Path) -> None:
+    """Publish PEFT's two files, each whole."""
+    wrapped.peft_config["default"].inference_mode = True
+    draft = folder / publish.temporary_name("peft")
+    try:
+        wrapped.save_pretrained(str(draft), safe_serialization=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with publish.whole_file(folder / name) as file:
+                (draft / name).replace(file)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turn the error of safetensors, when the disk is full, into that of a disk."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def own_files(folder: Path) -> set[str]:
+    """Return the names of the files in a finished adapter folder that are as a training has written them.
+
+    It is empty if the folder is not such a folder. One from before there were checksums is taken at its names.
+    """
+    try:
+        settings = schema.read_json(folder / schema.ADAPTER_FILE, "", "")
+    except ArtifactError:
+        return set()
+    if not {"encoder", "backbone", "training"} <= settings.keys():
+        return set()
+    files = settings.get("files")
+    if not isinstance(files, dict):
+        return set(FILES)
+    listed = [name for name in FILES if name in files]  # no other name, whatever a stranger's file lists
+    return {schema.ADAPTER_FILE, *(name for name in listed if first_damage(folder, {name: files[name]}) is None)}
+
+
+def _require_whole(folder: Path, *names: str) -> None:
+    """Raise `ArtifactError` if one of these files of an adapter does not have the bytes that were written."""
+    files = read_adapter(folder).get("files")  # older folders have none
+    files = files if isinstance(files, dict) else {}
+    damage = first_damage(folder, {name: files[name] for name in names if name in files})
+    if damage:
+        raise ArtifactError(f"the adapter {folder} is damaged: {damage}", "the files of `finetune`", _TRAIN_AGAIN)
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
     """Return the settings of a finished adapter folder.
 
     Raises:
-        ModelError: the folder is not an adapter folder of vlm2rec, is unfinished, or its settings are damaged.
+        ModelError: the folder is not an adapter folder of vlm2rec, is unfinished, or its settings are no JSON.
+        ArtifactError: its `vlm2rec.json` is not as it was written.
     """
     weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
     needed = (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE)
@@ -157,6 +226,13 @@ def read_adapter(folder: Path) -> dict[str, Any]:
             "run the same `vlm2rec finetune` command again: it continues from its last checkpoint",
         )
     settings = _read_json(folder / schema.ADAPTER_FILE)
+    if not is_intact(settings):
+        raise ArtifactError(
+            f"{folder / schema.ADAPTER_FILE} is damaged, or was changed by hand: it does not have the content that was"
+            " written",
+            "the settings that the adapter was trained with",
+            _TRAIN_AGAIN,
+        )
     if not isinstance(settings.get("encoder"), dict):
         raise ModelError(
             f"{folder / schema.ADAPTER_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
@@ -182,9 +258,9 @@ def read_canary(folder: Path) -> Canary:
     """Return the canary stored with an adapter.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError, ArtifactError: it is damaged.
     """
-    read_adapter(folder)
+    _require_whole(folder, CANARY_FILE)
     path = folder / CANARY_FILE
     try:
         tensors = safetensors.torch.load_file(path)
@@ -208,11 +284,13 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+        ArtifactError: a file is truncated or otherwise damaged.
     """
     if kind(folder) == "moda":
         load_moda(backbone, folder)
         moda.fold(backbone)
         return
+    _require_whole(folder, WEIGHTS_FILE, CONFIG_FILE)
     config, shapes = _plain_config(folder), {}
     for name, layer in backbone.adapted_layers().items():
         shapes[_STORED.format(name, "A")] = (config.r, layer.in_features)
@@ -313,7 +391,9 @@ def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+        ArtifactError: a file is truncated or otherwise damaged.
     """
+    _require_whole(folder, MODA_FILE)
     settings = _moda_settings(folder)
     _require_shapes(moda.shapes(backbone, settings), model_files.shapes(folder / MODA_FILE), folder)
     stored = safetensors.torch.load_file(folder / MODA_FILE)
@@ -408,9 +488,14 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return the SHA-256 of the adapter's weights."""
-    read_adapter(folder)
-    return storage.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
+    """Return the SHA-256 of the adapter's weights.
+
+    Raises:
+        ModelError, ArtifactError: as `read_adapter`; a file is truncated or otherwise damaged.
+    """
+    weights = MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE
+    _require_whole(folder, weights, CONFIG_FILE, CANARY_FILE)
+    return storage.sha256_file(folder / weights)
 
 
 def backbone_licence(source: str) -> str:

@@ -106,6 +106,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         with plain_disk_errors(out):
             for path in folder.rglob("*"):
                 if path.is_file():
+                    path.chmod(folder.stat().st_mode & 0o666)  # some writers make files that only the owner can read
                     sync(path)
             _replace_folder(folder, out)
     finally:
@@ -113,13 +114,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def plain_disk_errors(out: Path) -> Iterator[None]:
-    """Raise `ConfigError` if `out` cannot be written to the disk."""
+def plain_disk_errors(out: Path, error: type[Vlm2RecError] = ConfigError, to_do: str = _OTHER_OUT) -> Iterator[None]:
+    """Raise `error`, which says what `to_do`, if `out` cannot be written to the disk."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # FAISS reports a full disk as RuntimeError
-        raise ConfigError(
-            f"{out} cannot be written ({error})", "a folder that you may write to, with enough free space", _OTHER_OUT
+    except (OSError, RuntimeError) as caught:  # FAISS reports a full disk as RuntimeError
+        raise error(
+            f"{out} cannot be written ({caught})", "a folder that you may write to, with enough free space", to_do
         ) from None
 
 
@@ -148,9 +149,16 @@ def _exchange(one: Path, other: Path) -> bool:
 # --- files ----------------------------------------------------------------------------------------------------
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name; at the end the file is flushed and replaces `path`, after an error it is removed."""
+    """Yield a temporary file name; at the end the file is flushed and replaces `path`, after an error it is removed.
+
+    The file gets the mode that the umask gives a new one, whatever its writer (safetensors) has set.
+    """
     with draft(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
+        if temporary.stat().st_mode & 0o777 != mode:
+            temporary.chmod(mode)
         sync(temporary)
         put_in_place(temporary, path)
 
