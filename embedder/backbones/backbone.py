@@ -117,11 +117,13 @@ class Backbone:
             ConfigError: the device is not available, or chat mode without a chat template.
         """
         files = locate(source, revision)
-        source = files.source
+        source = files.source  # for messages
         processor = load_processor(files, None, max_pixels)
         checked_weights(files.folder)
         if prompt_mode == "chat" and not processor.chat_template:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
+        if prompt_mode == "chat":
+            render(("",), prompt_mode, processor)  # a template that fails is refused before the weights are read
         target_device = device if isinstance(device, torch.device) else pick_device(device)
         number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, target_device)
         text_only = processor.family.text_only

@@ -88,11 +88,6 @@ class TextProcessor:
         template: Any = self.tokenizer.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Apply the template to messages whose contents are lists of text parts; text models take one string each."""
-        plain = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]
-        return self.tokenizer.apply_chat_template(plain, **options)
-
 
 def load_processor(
     source: Source, revision: str | None = None, max_pixels: int = 224 * 224
