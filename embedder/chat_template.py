@@ -18,6 +18,7 @@ from typing import Any
 from vlm2rec.embedder import chat_template_process
 from vlm2rec.embedder.contract.errors import ModelError
 
+SECONDS = 10.0  # of computing, for one template or one prompt
 _LONGEST = 2**20  # characters of a template; published ones have some thousands
 
 
@@ -51,7 +52,7 @@ class _Process:
     def __init__(self) -> None:
         folders = {str(Path(str(_origin(name))).parent.parent) for name in ("jinja2", "markupsafe")}
         self._child = subprocess.Popen(
-            [sys.executable, "-I", str(chat_template_process.__file__), *sorted(folders)],
+            [sys.executable, "-I", str(chat_template_process.__file__), str(SECONDS), *sorted(folders)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -71,7 +72,7 @@ class _Process:
         if not answer.endswith(b"\n"):
             self._end()
             _process.cache_clear()
-            raise _refused(f"it takes more than {chat_template_process.SECONDS:g} seconds, or too much memory")
+            raise _refused(f"it takes more than {SECONDS:g} seconds, or too much memory")
         found: dict[str, str] = json.loads(answer)
         if "error" in found:
             raise _refused(found["error"])

@@ -2,7 +2,7 @@
 
 A template comes with a model, so it may loop for ever or make a string that fills the memory. No check of its text can
 tell, but the system ends a process that has used its seconds. Standard library and jinja2 only: `python -I this_file
-FOLDER ...`, where the folders hold jinja2 and markupsafe.
+SECONDS FOLDER ...`: seconds of computing for one prompt, and the folders that hold jinja2 and markupsafe.
 
 The first line of standard input is `{"template": ..., "tokens": {...}}`, each further one `{"messages": [...]}`; each
 is answered by one line, `{"text": ...}` or `{"error": ...}`.
@@ -17,7 +17,6 @@ import signal
 import sys
 from typing import Any
 
-SECONDS = 10.0  # of computing, for one template or one prompt
 MEMORY = 2**29  # bytes, Python included
 LONGEST = 2**22  # characters of a rendered prompt
 TODAY = datetime.datetime(2024, 7, 26)  # for every template that asks: a vector must not depend on the day
@@ -25,11 +24,12 @@ TODAY = datetime.datetime(2024, 7, 26)  # for every template that asks: a vector
 
 def main() -> None:
     """Answer line by line until standard input ends."""
-    sys.path += sys.argv[1:]
+    seconds = float(sys.argv[1])
+    sys.path += sys.argv[2:]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     template, tokens = None, {}
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # counts computing, not waiting; then the system ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # counts computing, not waiting; then the system ends the process
         asked = json.loads(line)
         try:
             if template is None:
