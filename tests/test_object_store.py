@@ -269,7 +269,7 @@ def test_a_writer_that_cannot_be_seen_is_respected_while_it_gives_signs_of_life(
         patch.setattr(lock, "this_process", lambda: unseen)
         with (
             writing(store),
-            pytest.raises(ArtifactError, match="by process 1 on host .*; it has just given a sign of life"),
+            pytest.raises(ArtifactError, match=r"by process 1 on host .*; it has just given a sign of life"),
             writing(store),
         ):
             pass
