@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from vlm2rec.embedder.backbones.images import ImageError, locate, path_below_root
-from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.backbones.images import ImageError, path_below_root, read_file
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.storage import Location, Stat
 from vlm2rec.embedder.options import ImagesBy
@@ -207,7 +207,7 @@ def _image_stamp(root: Path, relative: str) -> str:
 
 def _image_digest(root: Location, relative: str) -> str:
     try:
-        return storage.sha256_file(locate(root, relative))
+        return hashlib.sha256(read_file(root, relative)).hexdigest()
     except (ImageError, OSError):
         return "unreadable"
 
