@@ -21,7 +21,7 @@ from typing import IO, BinaryIO
 
 from PIL import Image
 
-from vlm2rec.embedder.backbones.image_limits import ImageError, current
+from vlm2rec.embedder.backbones.image_limits import ImageError, Timing, current
 
 _REQUEST, _ANSWER = struct.Struct("<QQ"), struct.Struct("<?IIQ")  # target, length; picture?, width, height, length
 
@@ -40,12 +40,13 @@ class _Decoder:
             start_new_session=True,  # Ctrl-C is for the export, which ends this process itself
         )
 
-    def decode(self, content: bytes, target_pixels: int | None, seconds: float) -> Image.Image:
+    def decode(self, content: bytes, target_pixels: int | None, timing: Timing) -> Image.Image:
         """Return the picture.
 
         Raises:
-            ImageError: the image cannot be used, or took longer than `seconds`: then the process was killed.
+            ImageError: the image cannot be used, or took longer than it may: then the process was killed.
         """
+        spent = 0.0 if timing.begun is None else time.monotonic() - timing.begun
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Event()
 
@@ -53,7 +54,7 @@ class _Decoder:
             late.set()
             self._process.kill()
 
-        timer = threading.Timer(seconds, kill)
+        timer = threading.Timer(max(0.01, timing.seconds - spent), kill)
         timer.daemon = True
         timer.start()
         try:
@@ -65,7 +66,7 @@ class _Decoder:
         except (OSError, EOFError):
             self.end()
             if late.is_set():
-                raise ImageError(f"reading the image took longer than {seconds:g} s") from None
+                raise ImageError(f"reading the image took longer than {timing.seconds:g} s") from None
             raise ImageError(f"the image ended the process that decoded it (code {self._process.returncode})") from None
         except BaseException:  # it would answer the next request with this one's picture
             self.end()
@@ -113,8 +114,6 @@ class Decoders:
         Raises:
             ImageError: the image cannot be used, or takes longer than `image_limits.current()` allows.
         """
-        timing = current()
-        spent = 0.0 if timing.begun is None else time.monotonic() - timing.begun
         with self._lock:
             decoder = self._idle.pop() if self._idle else None
         try:
@@ -122,7 +121,7 @@ class Decoders:
         except OSError:
             return None
         try:
-            return decoder.decode(content, target_pixels, max(0.01, timing.seconds - spent))
+            return decoder.decode(content, target_pixels, current())
         finally:
             if decoder.running():
                 with self._lock:

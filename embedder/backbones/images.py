@@ -35,7 +35,7 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_BYTES = 256 * 2**20
 MAX_ASPECT = 150  # Qwen's processors refuse more than 200
-HEAVY = 50_000_000  # pixels: a picture of more is decoded in a process of its own; scans and slow decoders count too
+HEAVY = 25_000_000  # pixels: a picture of more is decoded in a process of its own; scans and slow decoders count too
 _BAND = 2**20  # pixels that are converted at once, if the picture is shrunk afterwards
 
 _ORIENTATION = 0x0112

@@ -102,7 +102,7 @@ def _open_by_parts(root: Path, relative: str) -> int:
     real = os.path.realpath(os.path.join(base, relative), strict=True)  # noqa: PTH118 - joins text
     if os.path.commonpath([base, real]) != base:
         raise OutsideError(errno.EXDEV, "leads out of the folder", relative)
-    *folders, name = Path(os.path.relpath(real, base)).parts
+    *folders, name = Path(os.path.relpath(real, base)).parts or (".",)
     at = os.open(base, _FOLDER)
     try:
         for part in folders:
