@@ -102,9 +102,14 @@ class PrepareConfig:
     )
     candidate_seeds: tuple[int, ...] = setting("Seeds of the stored candidate sets.", (0, 1, 2, 3, 4))
     item_id_column: str = setting("Item id column in both files.", "item_id")
+    items_id_column: str | None = setting("Id column of the items. Default: --item-id-column.", None)
+    interactions_item_column: str | None = setting("Item column of the interactions. Default: --item-id-column.", None)
     title_column: str = setting("Title column.", "title")
     user_id_column: str = setting("User id column.", "user_id")
     time_column: str = setting("Time column; interactions of equal time keep the file's order.", "timestamp")
+    order: Literal["time", "file"] = setting(
+        "What orders a user's interactions: their times, or, without a time column, their order in the file.", "time"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import polars as pl
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,8 +27,10 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_items, write_sequences
 from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
+from vlm2rec.pipelines.catalogue.ids import words_for_nothing
 from vlm2rec.pipelines.catalogue.images import find_images
 from vlm2rec.pipelines.catalogue.negatives import Sequences
+from vlm2rec.pipelines.catalogue.rejects import INTERACTIONS, ITEMS, Rejects
 from vlm2rec.pipelines.config import PrepareConfig
 from vlm2rec.pipelines.reporting.paper import read_paper
 
@@ -49,17 +52,27 @@ def run(config: PrepareConfig) -> Dataset:
             few items left for `candidates`.
     """
     _check(config)
-    names = files.ColumnNames(config.item_id_column, config.title_column, config.user_id_column, config.time_column)
-    with _working_folder(config) as work:
+    names = files.ColumnNames(
+        config.items_id_column or config.item_id_column,
+        config.title_column,
+        config.user_id_column,
+        config.time_column if config.order == "time" else None,
+    )
+    with _working_folder(config) as work, Rejects(work / schema.REJECTS_FILE) as rejects:
         items = files.read_items(config.items, names)
         console.log.print(f"items: {items.format}, {items.frame.height:,} rows")
+        _warn_of_words(items.frame, config.items)
+        names = replace(names, item_id=config.interactions_item_column or config.item_id_column)
         found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
         images = find_images(config.images, items.frame)
 
         catalogue = items.frame.with_columns(images)
-        user_ids, log, steps = read_log(found, catalogue)
-        log, kept, steps = filter_log(log, catalogue, config, steps)
+        user_ids, log, steps = read_log(found, catalogue, rejects)
+        log, kept, steps = filter_log(log, user_ids, catalogue, config, steps, rejects)
+        rows = rejects.account(
+            {ITEMS: items.frame.height, INTERACTIONS: found.rows}, {ITEMS: len(kept.items), INTERACTIONS: len(log)}
+        )
         user_ids, catalogue = user_ids.gather(kept.users), catalogue[kept.items]
         sequences = Sequences(log.item, np.concatenate([[0], np.cumsum(np.bincount(log.user))]))
 
@@ -67,7 +80,7 @@ def run(config: PrepareConfig) -> Dataset:
         write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
         write_candidates(sequences, user_ids, catalogue[schema.ITEM_ID], config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
-        meta = _describe(config, steps, sources, work)
+        meta = _describe(config, steps, rows, sources, work)
         _publish(work, config.out, meta)
     _print(meta, config.out)
     return Dataset(config.out)
@@ -81,17 +94,41 @@ def _check(config: PrepareConfig) -> None:
             "one or more different seeds from 0 to 2147483647",
             "give --candidate-seeds 0,1,2,3,4, for example",
         )
-    columns = [config.item_id_column, config.title_column, config.user_id_column, config.time_column]
-    if len(set(columns)) != len(columns):
-        raise ConfigError(f"two of the columns {', '.join(columns)} are the same", "four columns", "correct the names")
+    time = [config.time_column] if config.order == "time" else []
+    for columns in (
+        [config.items_id_column or config.item_id_column, config.title_column],
+        [config.interactions_item_column or config.item_id_column, config.user_id_column, *time],
+    ):
+        if len(set(columns)) != len(columns):
+            raise ConfigError(
+                f"two of the columns {', '.join(columns)} are the same", "one column for each", "correct the names"
+            )
 
 
-def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, str], work: Path) -> dict[str, Any]:
+def _warn_of_words(items: pl.DataFrame, path: Path) -> None:
+    """Say so if items have an id or a title such as nan or None: text is kept as it is."""
+    for column in (schema.ITEM_ID, schema.TITLE):
+        for word, rows in words_for_nothing(items[column]).iter_rows():
+            console.TERMINAL.say(
+                f"{rows:,} of {items.height:,} items of {path} have the {column} {word!r}. It is kept, as the column"
+                " holds text; if it stands for nothing, leave the field empty.",
+                warning=True,
+            )
+
+
+def _describe(
+    config: PrepareConfig,
+    steps: list[Count],
+    rows: Mapping[str, Any],
+    sources: Mapping[str, str],
+    work: Path,
+) -> dict[str, Any]:
     """Return the content of dataset.json. Nothing in it depends on the date or the machine's speed."""
     out = config.out.resolve()
     name = config.name or out.name
     last = steps[-1]
     root = config.images.resolve()
+    by_time = config.order == "time"
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "name": name,
@@ -104,12 +141,14 @@ def _describe(config: PrepareConfig, steps: list[Count], sources: Mapping[str, s
         "max_history": config.max_history,
         "negatives": {"count": config.candidates, "seeds": sorted(config.candidate_seeds)},
         "counts": [asdict(step) for step in steps],
+        "rows": dict(rows),
         "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
             "shortest_sequence": SHORTEST,
-            "duplicates": "rows equal in user, item and time count once",
-            "order": "by time; equal times keep the file's order",
+            "ids": "text without white space at its ends; null, NaN and blank text are none",
+            "duplicates": "rows equal in user, item and time count once" if by_time else "every row counts",
+            "order": "by time; equal times keep the file's order" if by_time else "the file's order",
             "split": "leave-one-out: the last item is test, the last but one valid, the rest train",
             "negatives": "uniform without replacement from the items the user never touched",
         },
@@ -143,6 +182,10 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         f"average length {meta['average_length']:.1f}, sparsity {meta['sparsity']:.2%},"
         f" {meta['negatives']['count']} candidates per user for seeds {', '.join(map(str, meta['negatives']['seeds']))}"
     )
+    left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
+    if any(left_out.values()):
+        told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]
+        console.TERMINAL.say(f"left out: {' and '.join(told)}; {out / schema.REJECTS_FILE} names each with its reason")
 
 
 # --- the output folder --------------------------------------------------------------------------------------
@@ -208,15 +251,21 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     )
 
 
-_FILES = (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.DATASET_FILE)
+_FILES = (
+    schema.ITEMS_FILE,
+    schema.SEQUENCES_FILE,
+    schema.NEGATIVES_FILE,
+    schema.REJECTS_FILE,
+    schema.DATASET_FILE,
+)
 
 
 def _publish(work: Path, out: Path, meta: Mapping[str, Any]) -> None:
     """Move the finished files into place: an old dataset.json is removed first, the new one is moved last."""
-    for name in meta["sha256"]:
+    for name in (*meta["sha256"], schema.REJECTS_FILE):
         publish.sync(work / name)
     (out / schema.DATASET_FILE).unlink(missing_ok=True)
     # sequences.parquet first: its name tells a later run that an unfinished folder is ours
-    for name in (schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.ITEMS_FILE):
+    for name in (schema.SEQUENCES_FILE, schema.NEGATIVES_FILE, schema.ITEMS_FILE, schema.REJECTS_FILE):
         publish.put_in_place(work / name, out / name)
     schema.write_json(out / schema.DATASET_FILE, meta)

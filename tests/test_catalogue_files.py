@@ -398,7 +398,7 @@ def test_times_of_any_form_keep_their_order(tmp_path: Path, times: pl.Series) ->
         ("no-user.csv", "user_id,item_id,timestamp\nu,i,1\n,i,2\n", ["row 2", "no user_id", "1 such"]),
         ("no-item.csv", "user_id,item_id,timestamp\nu,,1\nu,,2\n", ["row 1", "no item_id", "2 such"]),
         ("no-time.csv", "user_id,item_id,timestamp\nu,i,1\nu,i,\n", ["row 2", "no timestamp"]),
-        ("short.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", ["row 2", "no timestamp"]),
+        ("short.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", ["line 3", "2 fields", "'u,i'"]),
         ("null.jsonl", '{"user_id": "u", "item_id": null, "timestamp": 1}\n', ["row 1", "no item_id"]),
         ("word.csv", "user_id,item_id,timestamp\nu,i,1\nu,i,soon\n", ["row 2", "'soon'", "--time-column"]),
         ("words.csv", "user_id,item_id,timestamp\nu,i,soon\nu,i,late\n", ["row 1", "'soon'"]),

@@ -3,7 +3,7 @@
 These names are the contract between the three packages and with every reader outside vlm2rec.
 Each is defined here and nowhere else.
 
-    dataset folder     items.parquet  sequences.parquet  negatives.parquet  dataset.json
+    dataset folder     items.parquet  sequences.parquet  negatives.parquet  rejects.csv  dataset.json
     embeddings folder  part-00000.parquet ...  manifest.json (written last)
 """
 
@@ -45,6 +45,7 @@ ITEMS_FILE = "items.parquet"
 SEQUENCES_FILE = "sequences.parquet"
 NEGATIVES_FILE = "negatives.parquet"
 DATASET_FILE = "dataset.json"
+REJECTS_FILE = "rejects.csv"  # every row of the inputs that `prepare` left out, and why; no reader needs it
 
 # --- embeddings folder --------------------------------------------------------------------------------------
 FUSED = "fused"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import csv
 import gzip
 import json
-import shutil
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from vlm2rec.pipelines import console
 Kind = Literal["Parquet", "CSV", "JSON lines", "Python literal lines"]
 _BLOCK_BYTES = 32 << 20
 _RECORDS_PER_FRAME = 20_000
+LARGEST_EXACT_FLOAT = 2.0**53
 # the first bytes of what is not read, its name, and what decompresses it
 _ARCHIVES = {
     b"PK\x03\x04": ("zip", "unzip"),
@@ -98,28 +98,6 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
-def unpack_csv(path: Path, scratch: Path) -> Path:
-    """Return the file itself, or an unpacked copy of a gzipped one in `scratch`."""
-    with path.open("rb") as raw:
-        if raw.read(2) != b"\x1f\x8b":
-            return path
-    target = scratch / f"{path.name}.csv"
-    with open_text(path) as file, target.open("wb") as plain:
-        shutil.copyfileobj(file, plain, 1 << 20)
-    return target
-
-
-def csv_header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
-    """Return the column names and the separator: the one that occurs most often in the first line."""
-    line = file.readline()
-    try:
-        header = line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise encoding_error(path, 1, error.start) from None
-    separator = max(",\t;|", key=header.count)
-    return next(csv.reader([header], delimiter=separator), []), separator
-
-
 def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number of the first line counted from 1, a block of whole lines)."""
     with open_text(path) as file:
@@ -174,10 +152,9 @@ def record_schema(path: Path, kind: Kind) -> dict[str, Any]:
     seen: dict[str, set[str]] = {}
     for _, record in read_records(path, kind):
         for key, value in record.items():
+            kinds = seen.setdefault(key, set())
             if value is not None:
-                seen.setdefault(key, set()).add(_value_kind(value))
-            else:
-                seen.setdefault(key, set())
+                kinds.add("nan" if is_missing(value) else _value_kind(value))
     types: dict[frozenset[str], Any] = {
         frozenset({"int"}): pl.Int64,
         frozenset({"float"}): pl.Float64,
@@ -185,7 +162,18 @@ def record_schema(path: Path, kind: Kind) -> dict[str, Any]:
         frozenset({"bool"}): pl.Boolean,
         frozenset({"texts"}): pl.List(pl.String),
     }
-    return {key: types.get(frozenset(kinds), pl.String) for key, kinds in seen.items()}
+
+    def type_of(kinds: set[str]) -> Any:
+        if kinds <= {"int", "float", "nan"} and "nan" in kinds:
+            return pl.Float64
+        return types.get(frozenset(kinds - {"nan"}), pl.String)
+
+    return {key: type_of(kinds) for key, kinds in seen.items()}
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a value stands for nothing: None, or NaN, which pandas writes in its place."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _value_kind(value: Any) -> str:
@@ -201,21 +189,40 @@ def _value_kind(value: Any) -> str:
 
 
 def cast_value(value: Any, dtype: Any) -> Any:
-    """Return a value for a column of this type: in a column of text, other values become JSON."""
-    if value is None or dtype != pl.String or isinstance(value, str):
+    """Return a value for a column of this type: in a column of text, other values become JSON, and NaN is nothing."""
+    if is_missing(value):
+        return value if dtype == pl.Float64 else None
+    if dtype != pl.String or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
 def id_as_text(value: Any, path: Path, row: int) -> str | None:
-    """Return an id as text, or raise `DataError` if it cannot be one."""
-    if value is None or isinstance(value, str):
+    """Return an id as text, None for NaN, or raise `DataError` if it cannot be one."""
+    if is_missing(value):
+        return None
+    if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else str(value)
-    raise _broken_row(path, row, f"{value!r} where an id or a time belongs")
+    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT:
+        return str(int(value))
+    raise DataError(
+        f"line {row:,} of {path} has {value!r} where an id belongs", "text or a whole number", "store the ids as text"
+    )
+
+
+def time_as_text(value: Any, path: Path, row: int) -> str | None:
+    """Return a time as text, None for NaN and infinity, or raise `DataError` if it cannot be one."""
+    if is_missing(value) or value in (math.inf, -math.inf):
+        return None
+    if isinstance(value, float) and abs(value) <= LARGEST_EXACT_FLOAT:
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(
+        f"line {row:,} of {path} has {value!r} where a time belongs", "a number or a date as text", "correct the row"
+    )
 
 
 def build_frame(
