@@ -45,7 +45,6 @@ def open_beneath(root: Path, relative: str) -> BinaryIO:
         OSError: it is missing, may not be read, or the links go round in a circle.
         ValueError: no file can have this name.
     """
-    sys.audit("open", f"{root}/{relative}", "rb", _READ)  # Python reports only the opens that it makes itself
     try:
         file = _open(root, relative)
     except OSError as error:
@@ -53,8 +52,7 @@ def open_beneath(root: Path, relative: str) -> BinaryIO:
             raise NotRegularError(errno.ENXIO, "not a regular file", relative) from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise NotRegularError(errno.EINVAL, "not a regular file", relative)
+        _require_regular(os.fstat(file), relative)  # another file may have taken its place
         return open(file, "rb")  # noqa: PTH123 - a descriptor, not a path
     except BaseException:
         os.close(file)
@@ -69,6 +67,11 @@ def _open(root: Path, relative: str) -> int:
     return _open_by_parts(root, relative) if file is None else file
 
 
+def _require_regular(found: os.stat_result, relative: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise NotRegularError(errno.EINVAL, "not a regular file", relative)
+
+
 def _open_in_kernel(root: Path, relative: str) -> int | None:
     """Open with Linux's openat2, which itself holds every step to the root; None where there is no such call."""
     if not sys.platform.startswith("linux"):
@@ -78,22 +81,34 @@ def _open_in_kernel(root: Path, relative: str) -> int | None:
         raise ValueError("embedded null byte")
     folder = os.open(root, _FOLDER)
     try:
-        while True:
-            how = _How(_READ, 0, _BENEATH | _NO_MAGIC_LINKS)
-            file = _system_call(_OPENAT2, folder, name, ctypes.byref(how), ctypes.sizeof(how))
-            if file >= 0:
-                return int(file)
-            number = ctypes.get_errno()
-            if number == errno.EAGAIN:  # something was renamed meanwhile, or another process holds a lease on the file
-                time.sleep(0.01)
-            elif number == errno.EXDEV:
-                raise OutsideError(number, "leads out of the folder", relative)
-            elif number in _NOT_HERE:
-                return None
-            elif number != errno.EINTR:
-                raise OSError(number, os.strerror(number), relative)
+        found = _openat2(folder, name, os.O_PATH | os.O_CLOEXEC)  # to look at it only: nothing happens to a device
+        if found is None:
+            return None
+        try:
+            _require_regular(os.fstat(found), relative)
+        finally:
+            os.close(found)
+        sys.audit("open", f"{root}/{relative}", "rb", _READ)  # Python reports only the opens that it makes itself
+        return _openat2(folder, name, _READ)
     finally:
         os.close(folder)
+
+
+def _openat2(folder: int, name: bytes, flags: int) -> int | None:
+    how = _How(flags, 0, _BENEATH | _NO_MAGIC_LINKS)
+    while True:
+        file = _system_call(_OPENAT2, folder, name, ctypes.byref(how), ctypes.sizeof(how))
+        if file >= 0:
+            return int(file)
+        number = ctypes.get_errno()
+        if number == errno.EAGAIN:  # something was renamed meanwhile, or another process holds a lease on the file
+            time.sleep(0.01)
+        elif number == errno.EXDEV:
+            raise OutsideError(number, "leads out of the folder")
+        elif number in _NOT_HERE:
+            return None
+        elif number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def _open_by_parts(root: Path, relative: str) -> int:
@@ -109,6 +124,10 @@ def _open_by_parts(root: Path, relative: str) -> int:
             below = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
             os.close(at)
             at = below
+        found = os.stat(name, dir_fd=at, follow_symlinks=False)
+        if not stat.S_ISLNK(found.st_mode):  # a link is refused when it is opened
+            _require_regular(found, relative)
+        sys.audit("open", f"{root}/{relative}", "rb", _READ)
         while True:
             try:
                 return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=at)
