@@ -327,8 +327,8 @@ class ImportVectorsConfig:
 
     data: Place = setting("Dataset folder.")
     file: Path = setting(
-        "Vectors: Parquet with ids and lists of numbers, CSV or TSV with ids and one column for each dimension (or one"
-        " column of lists), or an .npy matrix of shape (items, d)."
+        "Vectors: Parquet or JSON lines with ids and lists of numbers, CSV or TSV with ids and one column for each"
+        " dimension (or one column of lists), RecBole's .itememb, or an .npy matrix of shape (items, d)."
     )
     out: Place = setting("Embeddings folder to write.")
     ids: Path | None = setting(
@@ -337,9 +337,9 @@ class ImportVectorsConfig:
     in_item_order: bool = setting(
         "Row i of the .npy is item i of items.parquet; instead of --ids, and only if the counts agree.", False
     )
-    item_id_column: str = setting("Id column of a Parquet or CSV file.", "item_id")
+    item_id_column: str = setting("Id column (or key) of a file with ids.", "item_id")
     column: str | None = setting(
-        "Vector column of a Parquet or CSV file. Default: those named fused, text and image, else the only one; in a"
+        "Vector column (or key) of a file with ids. Default: those named fused, text and image, else the only one; in a"
         " CSV without lists, all columns of numbers together are the vector.",
         None,
     )

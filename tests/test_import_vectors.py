@@ -398,7 +398,7 @@ def test_a_csv_of_lists_is_read_as_its_columns_are_called(data: Path, tmp_path: 
         ("item_id,x,y\n007,1,2\n7,3,\n", "1 of 2 numbers for item '7'"),
         ("item_id,x,name\n007,1,red\n", "holds 'red' for item '007'"),
         ("item_id,x,day\n007,1,2020-01-01\n", "column 'day' of .* is date32"),
-        ("item_id,x\n007,1,2\n", "cannot be read as CSV"),
+        ("item_id,x\n007,1,2\n", "line 2 of .* has 3 fields: '007,1,2'"),
         ("item_id\n007\n", "ids and nothing else"),
         ("sku,x\n007,1\n", "has no column 'item_id'"),
         ("item_id,x\n007,1\n007,2\n", "1 ids occur more than once"),
