@@ -173,8 +173,8 @@ def records_in(content: bytes, delimiter: str | None) -> set[int]:
             rows = list(csv.reader(io.StringIO(reading, newline=""), delimiter=delimiter, strict=True))
         except csv.Error:
             continue
-        # a line of blanks and a second header hold no record
-        found.add(sum(row != rows[0] and any(field.strip() for field in row) for row in rows))
+        rows = [row for row in rows if any(field.strip() for field in row)]
+        found.add(sum(row != rows[0] for row in rows))  # a header that comes again is no record
     return found
 
 

@@ -357,7 +357,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         _require_file(path)
         try:
             return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(
         f"--ids {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
