@@ -201,12 +201,13 @@ def test_a_file_is_read_as_what_it_plainly_says(content: str, expected: Rows) ->
         ),
         ("item_id,title\n1,a\ntitle,item_id\nx,2\n", ["line 3", "another order"]),
         ("item_id,title\n1,a\0b\n", ["line 2", "NUL"]),
+        ('"item_id" "title"\n'.replace(" ", ",") + '"1","a","b"\n"2","c","d"\n', ["line 2", "row names"]),
         ("item_id,title\n1,aitem_id,title\n2,b\n", ["line 2", "3 fields", "1,aitem_id,title"]),
         ("item_id,title\n1,a,b\r2,c\n", ["line 2", "4 fields"]),
         ("item_id,title\n" + "1," + "x" * (17 << 20) + "\n,,\n", ["line 2", "longer than 16 MB"]),
         ("x" * (2 << 20), ["line 1", "longer"]),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_lines_that_are_no_records_are_named_with_number_and_text(content: str, words: list[str]) -> None:
     said = refused(content)

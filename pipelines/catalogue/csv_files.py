@@ -366,16 +366,21 @@ class _Copy:
         self._fields = _Fields(form.separator)
         self._comma = self._fields.separator
         self._names = form.names
+        self._longest = max(form.names, key=len)
         self._waiting: deque[_Line] = deque()
         self._lines: Iterator[_Line] = iter(())
         self._bad: list[tuple[int, bytes, str]] = []
-        self._bad_lines = self._good = 0
+        self._bad_lines = self._good = self._one_more = 0
         self._left_out: Counter[str] = Counter()
 
     def write(self, file: IO[bytes], target: Path) -> CsvTable:
         self._lines = self._numbered(file)
         with target.open("wb") as out:
             while (line := self._next()) is not None:
+                if self._is_plain(line[1]):
+                    out.write(line[1] + b"\n")
+                    self._good += 1
+                    continue
                 for parts in self._records(line):
                     out.write(self._comma.join(map(self._written, parts)) + b"\n")
                     self._good += 1
@@ -383,6 +388,20 @@ class _Copy:
             raise self._refusal()
         form = self._form
         return CsvTable(self._path, target, form.unique, form.separator, 0, self._good, dict(self._left_out))
+
+    def _is_plain(self, line: bytes) -> bool:
+        """Return whether nothing in a line needs a closer look: most lines of a file with a few odd ones."""
+        return (
+            line.count(self._comma) == self._form.fields - 1
+            and len(line) >= self._form.fields
+            and b'"' not in line
+            and b"\r" not in line
+            and b"\0" not in line
+            and not (self._escaped and b"\\" in line)
+            and not line.startswith(_BOM)
+            and self._longest not in line
+            and not line.isspace()
+        )
 
     def _next(self) -> _Line | None:
         return self._waiting.popleft() if self._waiting else next(self._lines, None)
@@ -424,6 +443,7 @@ class _Copy:
             return [self._fields.of(piece) for piece in line.split(b"\r")]
         else:
             count = len(self._fields.of(line))
+            self._one_more += count == self._form.fields + 1
             fields = f"has {count} field{'s' * (count != 1)}"
             self._refuse(numbered, f"{fields} and an open quote" if self._opens(self._fields.of(line)) else fields)
         return []
@@ -536,11 +556,14 @@ class _Copy:
         first, *others = [f"line {number:,} {{}}{why}: {_shown(line)}" for number, line, why in self._bad]
         found = f"{first.format(f'of {self._path} ')}" + "".join(f"; {other.format('')}" for other in others)
         more = f" ({self._bad_lines:,} such lines)" if self._bad_lines > 1 else ""
+        fix = "correct these lines, or write the table as Parquet or JSON lines"
+        if self._one_more == self._bad_lines and not self._good:
+            fix = "give the first column a name in the header, which row names (as R writes them) have not"
         return DataError(
             f"{found}{more}; {header}",
             f"as many fields as columns in every line, separated by {self._form.separator!r}; a field with a separator,"
             ' a quote or a line break stands in quotes, and a quote in it is doubled ("")',
-            "correct these lines, or write the table as Parquet or JSON lines",
+            fix,
         )
 
 
