@@ -33,7 +33,7 @@ from vlm2rec.embedder.contract import provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, readable
 from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, is_writing
-from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten
+from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, refuse_older_hashes
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
 STATE_FILE = "export.json"
@@ -192,6 +192,7 @@ def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Loca
         "shards": [asdict(shard) for shard in ordered],
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
+        schema.MADE_WITH: plan.made_with,
         "created": provenance.created(),
         "versions": provenance.library_versions(*_LIBRARIES),
         "data": str(data.resolve()) if data else None,
@@ -278,6 +279,7 @@ def _state(plan: Plan) -> dict[str, Any]:
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
+        schema.MADE_WITH: plan.made_with,
         "rows": [len(plan.rows(number)) for number in range(len(plan))],
     }
 
@@ -323,6 +325,7 @@ def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revi
     )
     if revise:
         changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
+    refuse_older_hashes(folder, known.get("settings", {}), plan.settings)
     if changed:
         fix = "set these back to continue, or choose a new --out folder"
         if changed.keys() <= {*INPUT_SETTINGS}:

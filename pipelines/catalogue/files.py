@@ -142,11 +142,13 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
 
 def _source_names(columns: Collection[str]) -> dict[str, str]:
     """Return new names for the catalogue's own columns called as ours, `source_item_id`, that no column has yet."""
-    names = {}
-    for ours in {ITEM_ID, TITLE} & {*columns}:
-        free = (f"source_{ours}{number}" for number in ("", *(f"_{n}" for n in range(2, len(columns) + 3))))
-        names[ours] = next(name for name in free if name not in columns)
-    return names
+    return {ours: free_name(f"source_{ours}", columns) for ours in {ITEM_ID, TITLE} & {*columns}}
+
+
+def free_name(wanted: str, columns: Collection[str]) -> str:
+    """Return the name, with a number behind it if a column has it."""
+    numbers = ("", *(f"_{n}" for n in range(2, len(columns) + 3)))
+    return next(name for number in numbers if (name := f"{wanted}{number}") not in columns)
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
@@ -299,7 +301,7 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
     for column, name in given.items():
         if not counts[column]:
             raise DataError(
-                f"none of the {rows:,} rows of {path} has a {name}",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
                 "a user, an item and a time in the rows",
                 "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
