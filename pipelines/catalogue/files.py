@@ -142,11 +142,13 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
 
 def _source_names(columns: Collection[str]) -> dict[str, str]:
     """Return new names for the catalogue's own columns called as ours, `source_item_id`, that no column has yet."""
-    names = {}
-    for ours in {ITEM_ID, TITLE} & {*columns}:
-        free = (f"source_{ours}{number}" for number in ("", *(f"_{n}" for n in range(2, len(columns) + 3))))
-        names[ours] = next(name for name in free if name not in columns)
-    return names
+    return {ours: free_name(f"source_{ours}", columns) for ours in {ITEM_ID, TITLE} & {*columns}}
+
+
+def free_name(wanted: str, columns: Collection[str]) -> str:
+    """Return the name, with a number behind it if a column has it."""
+    numbers = ("", *(f"_{n}" for n in range(2, len(columns) + 3)))
+    return next(name for number in numbers if (name := f"{wanted}{number}") not in columns)
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
@@ -259,7 +261,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
         types = source.collect_schema()
-        texts = [pl.col(column).str.len_bytes().sum() for column in needed if types[column] == pl.String]
+        texts = [pl.col(column).str.len_bytes().cast(pl.Int64).sum() for column in needed if types[column] == pl.String]
         if kind == "Parquet" and texts:
             refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
         source = source.with_row_index(ROW)
@@ -299,7 +301,7 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
     for column, name in given.items():
         if not counts[column]:
             raise DataError(
-                f"none of the {rows:,} rows of {path} has a {name}",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
                 "a user, an item and a time in the rows",
                 "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
@@ -393,11 +395,11 @@ def _text_bytes(values: pl.Series) -> int:
     """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
     dtype = values.dtype
     if isinstance(dtype, pl.String):
-        return int(values.str.len_bytes().sum())
+        return int(values.str.len_bytes().cast(pl.Int64).sum())
     if isinstance(dtype, (pl.Categorical, pl.Enum)):
-        return int(values.cat.len_bytes().sum())
+        return int(values.cat.len_bytes().cast(pl.Int64).sum())
     if isinstance(dtype, pl.Binary):
-        return int(values.bin.size().sum())
+        return int(values.bin.size().cast(pl.Int64).sum())
     if isinstance(dtype, (pl.List, pl.Array)):
         return _text_bytes(values.explode())
     if isinstance(dtype, pl.Struct):
