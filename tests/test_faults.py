@@ -168,7 +168,10 @@ def test_fault_29_formats_outside_the_list_are_failure_rows(tmp_path: Path) -> N
 
 def test_images_of_thousands_of_scans_or_blocks_are_failure_rows(tmp_path: Path) -> None:
     whole = encoded("JPEG")
-    files = {"scans.jpg": many_scans(quarters(64), 4000), "blocks.jpg": whole[:2] + b"\xff\xfe\0\x02" * 10**6 + whole[2:]}
+    files = {
+        "scans.jpg": many_scans(quarters(64), 4000),
+        "blocks.jpg": whole[:2] + b"\xff\xfe\0\x02" * 10**6 + whole[2:],
+    }
     found = reasons(tmp_path, files)
     assert "more than 100 scans" in found["scans.jpg"] and "more than 100000 blocks" in found["blocks.jpg"]
 
@@ -178,7 +181,9 @@ def test_images_that_take_minutes_to_decode_are_failure_rows_and_end_no_export(
 ) -> None:
     monkeypatch.setattr(image_readers, "MOST_STUCK", 0)
     slow = range(3, 9)
-    data = write_dataset(tmp_path / "data", image_path=[f"{row}.{'bmp' if row in slow else 'png'}" for row in range(20)])
+    data = write_dataset(
+        tmp_path / "data", image_path=[f"{row}.{'bmp' if row in slow else 'png'}" for row in range(20)]
+    )
     for row in slow:
         (data / "images" / f"{row}.bmp").write_bytes(slow_bmp(10_000, 10_000))
     encoder = ShadeEncoder()
