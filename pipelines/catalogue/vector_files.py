@@ -342,7 +342,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
             )
         try:
             listed = pa.array(values.tolist())
-        except ValueError as error:  # numbers that are no characters, or half of one
+        except (ValueError, SystemError) as error:  # numbers that are no characters, or half of one
             raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
         return _as_ids(listed, str(path))
     if path.suffix == ".txt":
