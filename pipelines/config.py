@@ -344,8 +344,8 @@ class ImportVectorsConfig:
 
     data: Place = setting("Dataset folder.")
     file: Path = setting(
-        "Vectors: Parquet with ids and lists of numbers, CSV or TSV with ids and one column for each dimension (or one"
-        " column of lists), or an .npy matrix of shape (items, d)."
+        "Vectors: Parquet or JSON lines with ids and lists of numbers, CSV or TSV with ids and one column for each"
+        " dimension (or one column of lists), RecBole's .itememb, or an .npy matrix of shape (items, d)."
     )
     out: Place = setting("Embeddings folder to write.")
     ids: Path | None = setting(
@@ -354,9 +354,9 @@ class ImportVectorsConfig:
     in_item_order: bool = setting(
         "Row i of the .npy is item i of items.parquet; instead of --ids, and only if the counts agree.", False
     )
-    item_id_column: str = setting("Id column of a Parquet or CSV file.", "item_id")
+    item_id_column: str = setting("Id column (or key) of a file with ids.", "item_id")
     column: str | None = setting(
-        "Vector column of a Parquet or CSV file. Default: those named fused, text and image, else the only one; in a"
+        "Vector column (or key) of a file with ids. Default: those named fused, text and image, else the only one; in a"
         " CSV without lists, all columns of numbers together are the vector.",
         None,
     )
@@ -380,6 +380,7 @@ class FailuresConfig:
     """Settings of `vlm2rec failures`."""
 
     embeddings: Place = setting("Embeddings folder.")
+    data: Place | None = setting("Dataset folder, for titles and images. Default: that of the export.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,6 +467,11 @@ class SearchConfig:
     index: Path = setting("Index folder.")
     item: str = setting("Id of the item whose neighbours to print.")
     k: Positive = setting("Number of neighbours.", 10)
+    embeddings: Place | None = setting(
+        "Embeddings folder that the index was built from, for the exact vector of --item. Default: the folder on this"
+        " machine that the index names; an address is opened only if it is given here.",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

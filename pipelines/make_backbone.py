@@ -18,6 +18,7 @@ from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.images import find_images, no_images_error
 from vlm2rec.pipelines.config import MakeBackboneConfig
 from vlm2rec.pipelines.synthetic.small_backbone import (
+    MODEL_FILES,
     PROVENANCE_FILE,
     WRITTEN_BY,
     CaptionedItem,
@@ -52,8 +53,9 @@ def run(config: MakeBackboneConfig) -> Path:
     )
     publish.require_ours(
         config.out,
-        "a model of an earlier make-backbone",
+        "a model of an earlier make-backbone with nothing else in it",
         ours=schema.is_written_by(config.out / PROVENANCE_FILE, WRITTEN_BY),
+        only=MODEL_FILES,
     )
     catalogue, column = _read_catalogue(config)
     words = caption_words(catalogue["caption"].to_list())

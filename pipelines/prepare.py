@@ -18,12 +18,13 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
-from rich.markup import escape
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_items, write_sequences
@@ -214,7 +215,7 @@ def paper_name(name: str) -> str | None:
 
 
 def _print(meta: Mapping[str, Any], out: Path) -> None:
-    table = Table(title=escape(f"{meta['name']} → {out}"), title_justify="left")
+    table = Table(title=f"{meta['name']} → {out}", title_justify="left")
     table.add_column("step")
     for column in ("users", "items", "interactions"):
         table.add_column(column, justify="right")
@@ -294,9 +295,23 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     publish.require_ours(
         out,
         "a dataset folder",
-        ours=(out / WORKING_FOLDER).exists() or (out / schema.SEQUENCES_FILE).exists(),
+        ours=(out / WORKING_FOLDER).exists() or _is_dataset(out),
         ignored=lambda name: name.startswith(".") or name == images,
     )
+
+
+def _is_dataset(out: Path) -> bool:
+    """Tell whether `prepare` has written a folder: its description, or the file that it publishes first, is there."""
+    try:
+        if {"sha256", "counts"} <= schema.read_json(out / schema.DATASET_FILE, "", "").keys():
+            return True
+    except ArtifactError:
+        pass
+    try:
+        found = pq.read_schema(out / schema.SEQUENCES_FILE).names
+    except (pa.ArrowException, OSError):
+        return False
+    return found == [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
 
 
 _FILES = (

@@ -473,7 +473,7 @@ def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
     assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * (meta["items"] - meta["cold_items"]))
     for name in ("items.parquet", "sequences.parquet", "negatives.parquet"):
         assert meta["sha256"][name] == storage.sha256_file(paths["out"] / name)
-    assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "dataset.json"}
+    assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "rejects.csv", "dataset.json"}
 
 
 @pytest.mark.parametrize(
@@ -543,6 +543,27 @@ def test_a_folder_that_is_no_dataset_is_not_touched(paths: dict[str, Path]) -> N
     with pytest.raises(ConfigError, match=r"not empty and not a dataset folder: it holds thesis\.tex"):
         prepare.run(config(paths))
     assert [path.name for path in paths["out"].iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["sequences.parquet", "dataset.json", "items.parquet"])
+def test_a_strangers_file_of_our_name_is_not_touched(paths: dict[str, Path], name: str) -> None:
+    paths["out"].mkdir()
+    if name.endswith("json"):
+        (paths["out"] / name).write_text('{"name": "mine"}')
+    else:
+        pl.DataFrame({"user": [1]}).write_parquet(paths["out"] / name)
+    before = (paths["out"] / name).read_bytes()
+    with pytest.raises(ConfigError, match=f"not a dataset folder: it holds {name}"):
+        prepare.run(config(paths))
+    assert (paths["out"] / name).read_bytes() == before
+
+
+def test_a_damaged_dataset_is_made_again(paths: dict[str, Path]) -> None:
+    prepare.run(config(paths))
+    before = (paths["out"] / "sequences.parquet").read_bytes()
+    (paths["out"] / "sequences.parquet").write_bytes(before[:-5])
+    prepare.run(config(paths))
+    assert (paths["out"] / "sequences.parquet").read_bytes() == before
 
 
 def test_an_input_is_never_overwritten(paths: dict[str, Path]) -> None:
@@ -702,8 +723,19 @@ BROKEN = {
     "latin-1": Broken(3, ("not UTF-8", "line 3"), items=ITEMS.replace(b"b,title", b"b,caf\xe9")),
     "utf-16": Broken(3, ("UTF-16",), interactions=LOG.decode().encode("utf-16")),
     "duplicate item": Broken(3, ("item id 'a' occurs in rows 1 and 7",), items=ITEMS + b"a,again\n"),
-    "null user": Broken(3, ("row 16 ", "no user_id"), interactions=LOG + b",a,1\n"),
-    "null time": Broken(3, ("row 16 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
+    "null user": Broken(0, ("1 of 16 interactions have no user id", "row 16"), interactions=LOG + b",a,1\n"),
+    "null time": Broken(0, ("1 of 16 interactions have no time", "row 16"), interactions=LOG + b"u,a,\n"),
+    "unknown item": Broken(
+        0,
+        ("1 of 16 interactions name 1 items that are not in the catalogue", "'z' (row 16)"),
+        interactions=LOG + b"u,z,9\n",
+    ),
+    "lost zeros": Broken(
+        3,
+        ("the catalogue has '07' for '7' (row 16; leading zeros differ)", "dtype=str"),
+        items=ITEMS + b"07,title\n",
+        interactions=LOG + b"u,7,1\n",
+    ),
     "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
     "no titles": Broken(
         3,

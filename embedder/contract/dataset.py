@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ArtifactError, DataError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
@@ -100,7 +101,14 @@ class Dataset:
     @property
     def max_history(self) -> int:
         """How many of a user's latest items a model may see."""
-        return int(self._setting("max_history"))
+        value = self._setting("max_history")
+        if type(value) is not int or value < 1:
+            raise ArtifactError(
+                f"{self.path / schema.DATASET_FILE} is damaged: max_history is {value!r}",
+                "a number from 1",
+                _PREPARE_AGAIN,
+            )
+        return value
 
     @property
     def image_root(self) -> Location:
@@ -158,6 +166,7 @@ class Dataset:
     @cached_property
     def items(self) -> pa.Table:
         """`items.parquet`: item_id, title, image_path, and any other columns of the catalogue."""
+        self.__dict__["items_version"] = self.version_now()
         table = schema.read_table(self.path / schema.ITEMS_FILE, fix=_PREPARE_AGAIN)
         schema.require_columns(
             table.column_names,
@@ -173,6 +182,23 @@ class Dataset:
         held_out = (self.sequences[schema.VALID], self.sequences[schema.TEST])
         seen = [pc.unique(column.cast(pa.string())) for column in (pc.list_flatten(train), *held_out)]
         return pc.is_in(item_ids.cast(pa.string()), value_set=pc.unique(pa.concat_arrays(seen)))
+
+    @cached_property
+    def items_version(self) -> list[int]:
+        """What `version_now` returned when `items` was read."""
+        return self.version_now()
+
+    def version_now(self) -> list[int]:
+        """Return size, time and number of the files that describe the items; without reading them."""
+        found: list[int] = []
+        for name in (schema.ITEMS_FILE, schema.DATASET_FILE):
+            try:
+                stat = (self.path / name).stat()
+            except OSError:
+                found.append(-1)
+            else:
+                found += [stat.st_size, stat.st_mtime_ns, getattr(stat, "st_ino", 0)]
+        return found
 
     @cached_property
     def sequences(self) -> pa.Table:
@@ -326,3 +352,26 @@ def _is_there(root: Location, path: str) -> bool:
         return (root / path).is_file()
     except ValueError:  # a NUL character
         return False
+
+
+def dataset_of_export(embeddings: Location, manifest: Mapping[str, Any]) -> tuple[Dataset | None, str]:
+    """Return the dataset folder that an export names, if it may be opened and is there; else None and the reason.
+
+    A manifest may come from anyone, and a request to a store carries the user's signature. So an address in a store is
+    opened only in the bucket that the user has named himself, that of the embeddings folder. On a disk the folder is
+    opened if it holds a dataset.json that is a regular file.
+    """
+    named = manifest.get("data")
+    if not isinstance(named, str) or not named or "\0" in named:
+        return None, "the export does not say which dataset it is of"
+    if "://" in named and not (isinstance(embeddings, StorePath) and _same_bucket(embeddings, named)):
+        return None, f"the export names {named}, and an address that only a manifest names is never opened"
+    try:
+        return Dataset(named), ""
+    except Vlm2RecError:
+        return None, f"the dataset is no longer at the path of the export, {named}"
+
+
+def _same_bucket(one: StorePath, address: str) -> bool:
+    scheme, _, rest = address.partition("://")
+    return scheme == one.scheme and rest.partition("/")[0] == one.key.partition("/")[0]

@@ -8,8 +8,9 @@ Nothing is downloaded, and no code in a file is run.
 
 from __future__ import annotations
 
-import csv
 import io
+import json
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
+from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import amazon
+from vlm2rec.pipelines.catalogue.csv_files import csv_columns, open_csv
 from vlm2rec.pipelines.catalogue.ids import ROW, clean_ids, ids_of
+from vlm2rec.pipelines.catalogue.parts import parquet_schema, parts_of, refuse_bomb, require_same
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
     build_frame,
     cast_value,
-    csv_header,
     encoding_error,
     id_as_text,
     kind_of,
@@ -38,7 +41,6 @@ from vlm2rec.pipelines.catalogue.records import (
     record_schema,
     require_columns,
     time_as_text,
-    unpack_csv,
 )
 from vlm2rec.pipelines.catalogue.times import Times, times_of
 
@@ -56,6 +58,12 @@ class ColumnNames:
     title: str = "title"
     user_id: str = "user_id"
     time: str | None = "timestamp"  # None: the file's order is the time
+
+    @property
+    def wanted(self) -> set[str]:
+        """All columns that may be looked for."""
+        amazons = {name for item in amazon.ID_COLUMNS for name in (item, *amazon.review_columns(item))}
+        return {self.item_id, self.title, self.user_id, *({self.time} if self.time else ()), *amazons}
 
 
 @dataclass(frozen=True)
@@ -109,20 +117,15 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
-        if kind == "CSV":
-            # every column is read as text: a type guessed from the first rows would turn "007" into 7
-            with open_text(path) as file:
-                header, separator = csv_header(path, file)
-                file.seek(0)
-                source = file.read()
-            frame = pl.read_csv(source, separator=separator, infer_schema=False)
-            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-            columns = header
-        else:
-            frame = pl.read_parquet(path)
-            columns = frame.columns
+        columns = _columns(path, kind, names)
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
+        with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+            source, records = _scan(path, kind, names, columns, Path(scratch))
+            frame = source.collect()
+        _require_all(path, records, frame.height)
+        if kind == "Parquet":
+            refuse_bomb(path, sum(map(_text_bytes, frame.get_columns())), "holds text of")
         ids = ids_of(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title]
@@ -244,15 +247,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     names = names or ColumnNames()
     kind = kind_of(path)
     with _polars_errors(path, kind):
-        if kind == "Parquet":
-            source = pl.scan_parquet(path)
-            columns = list(source.collect_schema())
-        elif kind == "CSV":
-            with open_text(path) as file:
-                columns, separator = csv_header(path, file)
-            source = pl.scan_csv(unpack_csv(path, scratch), separator=separator, infer_schema=False)
-        else:
-            columns = _first_keys(path, kind)
+        columns = _columns(path, kind, names) if kind in ("Parquet", "CSV") else _first_keys(path, kind)
     user, item, time, label = _interaction_columns(columns, names, kind)
     flags = {user: "--user-id-column", item: "--interactions-item-column, or with --item-id-column for both files"}
     if time is not None:
@@ -260,14 +255,16 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     require_columns(path, columns, flags)
     needed = [column for column in (user, item, time) if column is not None]
     with _polars_errors(path, kind):
-        if kind in ("JSON lines", "Python literal lines"):
-            source = pl.scan_parquet(_condensed(path, kind, needed, scratch))
+        if kind in ("Parquet", "CSV"):
+            source, records = _scan(path, kind, names, columns, scratch)
+        else:
+            source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
         types = source.collect_schema()
+        texts = [pl.col(column).str.len_bytes().cast(pl.Int64).sum() for column in needed if types[column] == pl.String]
+        if kind == "Parquet" and texts:
+            refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
         source = source.with_row_index(ROW)
-        if all(types[column] == pl.String for column in needed):
-            # a blank line at the end of a CSV file with \r\n is read as an empty row
-            source = source.filter(~pl.all_horizontal(pl.col(needed).is_null()))
         if time is None:
             times = Times(pl.col(ROW).cast(pl.Int64), has_unit=False)
         else:
@@ -279,6 +276,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             times.number.alias(TIME),
         )
         rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
+    _require_all(path, records, rows)
     return Interactions(frame, label, rows, path, times.has_unit)
 
 
@@ -303,7 +301,7 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
     for column, name in given.items():
         if not counts[column]:
             raise DataError(
-                f"none of the {rows:,} rows of {path} has a {name}",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
                 "a user, an item and a time in the rows",
                 "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
@@ -313,14 +311,19 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
 def _condensed(path: Path, kind: Kind, columns: list[str], scratch: Path) -> list[Path]:
     """Write the columns of user, item and perhaps time of a file of records, as text, into Parquet files of a block."""
     parts: list[Path] = []
-    for number, lines in line_blocks(path):
-        if not lines.strip():
-            continue
-        frame = _block_frame(path, kind, columns, number, lines)
-        part = scratch / f"{path.name}.{len(parts):05d}.parquet"
-        frame.write_parquet(part, compression="lz4", statistics=False)
-        parts.append(part)
+    for file in parts_of(path):
+        for number, lines in line_blocks(file):
+            if not lines.strip():
+                continue
+            frame = _block_frame(file, kind, columns, number, lines)
+            part = scratch / f"{path.name}.{len(parts):05d}.parquet"
+            frame.write_parquet(part, compression="lz4", statistics=False)
+            parts.append(part)
     return parts
+
+
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
 
 
 def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines: bytes) -> pl.DataFrame:
@@ -328,8 +331,11 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
     if kind == "JSON lines":
         try:
             frame = pl.read_ndjson(io.BytesIO(lines), schema=schema)
+            records = sum(1 for line in lines.split(b"\n") if line.strip())
+            # a key that occurs twice in a line, or two objects in one
+            simple = frame.height == records and all(lines.count(_quoted(key)) <= records for key in columns)
             # Polars turns true, lists and 1.5 into text: Python's slower reader sees whether they were
-            if not frame.select(pl.any_horizontal(pl.col(columns[:2]).str.contains(_ODD_ID).any())).item():
+            if simple and not frame.select(pl.any_horizontal(pl.col(columns[:2]).str.contains(_ODD_ID).any())).item():
                 return frame
         except pl.exceptions.PolarsError:
             pass  # Python's slower reader names the row, or can read it
@@ -345,7 +351,60 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
     return pl.DataFrame(rows, schema=schema)
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _columns(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
+    """Return the columns of a Parquet or CSV file, or of all parts in a folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    for part in parts_of(path):
+        if kind == "CSV":
+            found[part] = dict.fromkeys(csv_columns(part, names.wanted), "text")
+        else:
+            parquet_schema(part)
+            found[part] = dict(pl.read_parquet_schema(part))
+    require_same(path, found)
+    return list(next(iter(found.values())))
+
+
+def _scan(
+    path: Path, kind: Kind, names: ColumnNames, columns: list[str], scratch: Path
+) -> tuple[pl.LazyFrame, int | None]:
+    """Return the rows of all parts, and how many a parser of record has counted; None if it was not asked."""
+    parts = parts_of(path)
+    if kind == "Parquet":
+        return pl.concat([pl.scan_parquet(part, glob=False).select(columns) for part in parts]), None
+    tables = [open_csv(part, scratch, names.wanted) for part in parts]
+    for table in tables:
+        for what, count in table.left_out.items():
+            console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
+    # every column is read as text: a type guessed from the first rows would turn "007" into 7
+    return pl.concat([table.scan().select(columns) for table in tables]), sum(table.records for table in tables)
+
+
+def _require_all(path: Path, records: int | None, rows: int) -> None:
+    if records not in (None, rows):
+        raise DataError(
+            f"{path} has {records:,} records, of which {rows:,} were read",
+            "every record once",
+            "write the table as Parquet or JSON lines",
+        )
+
+
+def _text_bytes(values: pl.Series) -> int:
+    """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
+    dtype = values.dtype
+    if isinstance(dtype, pl.String):
+        return int(values.str.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.Categorical, pl.Enum)):
+        return int(values.cat.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, pl.Binary):
+        return int(values.bin.size().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return _text_bytes(values.explode())
+    if isinstance(dtype, pl.Struct):
+        return sum(map(_text_bytes, values.struct.unnest().get_columns()))
+    return 0
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -356,7 +415,7 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     """Turn an error of Polars about a file into one that names the row."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         if "No space left" in str(error):
             raise DataError(
                 f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
@@ -369,24 +428,14 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
 
 
 def _explain_csv(path: Path) -> None:
-    """Raise the error of the first line that is not UTF-8 or has more fields than the header; return if there is none.
+    """Raise the error of the first line that is not UTF-8; return if there is none.
 
     It is slow and only used after reading has failed.
     """
-    with open_text(path) as file:
-        columns, separator = csv_header(path, file)
-        file.seek(0)
-        for row, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise encoding_error(path, row, error.start) from None
-        file.seek(0)
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
-        for fields in reader:
-            if len(fields) > len(columns):
-                raise DataError(
-                    f"line {reader.line_num:,} of {path} has {len(fields)} fields, the header has {len(columns)}",
-                    "as many fields as columns",
-                    "quote the fields that hold the separator",
-                )
+    for part in parts_of(path):
+        with open_text(part) as file:
+            for row, line in enumerate(file, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise encoding_error(part, row, error.start) from None

@@ -266,7 +266,7 @@ def filter_log(
         if not len(log):
             why = f"{int(has.sum()):,} of {len(has):,} items are items with {name}"
             raise _nothing_left(steps, why, "check the catalogue")
-    log = keep(first_occurrences(log), "copy of an earlier row: the same user, item and time")
+    log = keep(first_occurrences(log), "copy of an earlier row (user, item and time)")
     steps.append(Count("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
     core = np.zeros(len(log), bool)
     core[core_rows(log, max(config.core, SHORTEST), config.core)] = True
