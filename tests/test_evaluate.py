@@ -131,7 +131,7 @@ def test_without_the_image_folder_histories_are_not_encoded(
     more = {"backbone": str(tiny("qwen2_5_vl")), "vision_cache": "off"}
     with pytest.raises(DataError, match=r"images, is missing.*--images"):
         run(data, exported, tmp_path / "out", backbone=str(tmp_path / "no backbone"))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
     there = run(data, exported, tmp_path / "there", images=images, **more)
     assert there["candidates"] == run(drawn_dataset, exported, tmp_path / "here", **more)["candidates"]
     assert run(data, exported, tmp_path / "mean")["users_from"] == "mean"  # reads no image

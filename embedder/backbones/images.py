@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
 from vlm2rec.embedder.contract.storage import Location, StorePath, readable
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", *(("AVIF",) if features.check("avif") else ()))
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_BYTES = 256 * 2**20
