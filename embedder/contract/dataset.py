@@ -258,6 +258,13 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
         """All training sequences as (rows, offsets)."""
+        kind = self.sequences.schema.field(schema.TRAIN).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise ArtifactError(
+                f"column {schema.TRAIN!r} of {self.path / schema.SEQUENCES_FILE} holds {kind}",
+                "a list of item ids for each user",
+                _PREPARE_AGAIN,
+            )
         lists = self.sequences[schema.TRAIN].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
         rows = self.rows_of(lists.values)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from vlm2rec.embedder.backbones.images import ImageError, locate, path_below_root
+from vlm2rec.embedder.backbones.images import ImageError, path_below_root, read_file
 from vlm2rec.embedder.backbones.model_files import is_older_kind
-from vlm2rec.embedder.contract import schema, storage
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError
 from vlm2rec.embedder.contract.storage import Location, Stat
 from vlm2rec.embedder.options import ImagesBy
@@ -268,7 +268,7 @@ def _image_stamp(root: Path, relative: str) -> str:
 
 def _image_digest(root: Location, relative: str) -> str:
     try:
-        return storage.sha256_file(locate(root, relative))
+        return hashlib.sha256(read_file(root, relative)).hexdigest()
     except (ImageError, OSError):
         return "unreadable"
 
