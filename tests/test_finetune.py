@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from recommender_world import with_cold_items
 from transformers import TrainerState
 
 from vlm2rec.embedder.backbones import lora
@@ -236,10 +237,7 @@ def test_cold_items_leave_training_as_it_is(tiny: Tiny, drawn_dataset: Path, tmp
     more: dict[str, object] = {"max_steps": 2, "method": method}
     if method == "sda":
         more |= {"pooling": "mean", "prompt_style": "sda", "experts": 1, "lora_rank": 8}
-    data = copied(drawn_dataset, tmp_path, cold_items=2)
-    items = pq.read_table(data / "items.parquet")
-    cold = items.slice(0, 2).set_column(0, "item_id", pa.array(["cold", "colder"]))
-    pq.write_table(pa.concat_tables([cold, items]), data / "items.parquet")
+    data = with_cold_items(drawn_dataset, tmp_path / "data")
     finetune.run(settings(tiny, drawn_dataset, tmp_path / "before", **more))
     finetune.run(settings(tiny, data, tmp_path / "with", **more))
     before, now = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("before", "with"))
