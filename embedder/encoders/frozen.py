@@ -146,7 +146,14 @@ def _sentence_dim(modules: SentenceModules, config: Mapping[str, Any]) -> int:
 def _clip_settings(inner: Path, config: Mapping[str, Any], fusion_norm: FusionNorm) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    full = AutoConfig.from_pretrained(inner, trust_remote_code=False)
+    try:
+        full = AutoConfig.from_pretrained(inner, trust_remote_code=False)
+    except model_files.UNLOADABLE as error:
+        raise ModelError(
+            f"{inner / 'config.json'} cannot be used ({model_files.first_line(error)})",
+            "the config of a CLIP or SigLIP model",
+            "download the folder again",
+        ) from error
     vision = full.vision_config
     side = getattr(vision, "image_size", None) or 256  # SigLIP 2 in native resolution spends 256 patches of 16²
     dim = full.projection_dim if config["model_type"] == "clip" else _siglip_dim(full)
@@ -217,7 +224,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple
                 use_safetensors=True,  # the other format is a pickle
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except model_files.UNLOADABLE as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the encoder {folder} cannot be loaded ({text})",
