@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -43,7 +44,7 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -59,14 +60,18 @@ def run(config: FinetuneConfig) -> Training | None:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
-        return _finetune(config)
+        dataset = Dataset(config.data, config.images)
+        if _is_finished(config):
+            log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
+            return None
+        if config.views != schema.TEXT:
+            dataset.require_images()
+        with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
+            return _finetune(config, dataset.warm())
 
 
-def _finetune(config: FinetuneConfig) -> Training | None:
-    recipe, dataset = METHODS[config.method], Dataset(config.data)
-    if _is_finished(config):
-        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
-        return None
+def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
+    recipe = METHODS[config.method]
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -258,7 +263,7 @@ def _begin(config: FinetuneConfig) -> None:
     own = () if config.resume else own_files(config.out)
     with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
         if not config.resume:
-            checkpoints.discard(config.out / CHECKPOINTS)
+            checkpoints.clear(config.out / CHECKPOINTS)
         _remember_run(config, publishing=bool(own) or (_run_of(config) or {}).get(_PUBLISHING, False))
         for name in sorted(own, key=lambda name: name != schema.ADAPTER_FILE):
             (config.out / name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
+from drawn_lora import without_checksums
 
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.backbones import lora
@@ -195,6 +196,7 @@ def test_an_adapter_from_before_the_setting_is_one_of_both_views(tiny: Tiny, dat
     saved = json.loads((config.out / "vlm2rec.json").read_text())
     del saved["config"]["views"], saved["encoder"]["views"]
     (config.out / "vlm2rec.json").write_text(json.dumps(saved))
+    without_checksums(config.out)
     assert finetune.run(config) is None
     assert EncoderSettings.resolve(config.out).views == "both"
 
@@ -204,6 +206,7 @@ def test_a_changed_adapter_of_one_view_is_refused_by_keys_and_by_canary(
 ) -> None:
     backbone, adapter = text_adapter
     shutil.copytree(adapter, tmp_path / "adapter")
+    without_checksums(tmp_path / "adapter")
     file = tmp_path / "adapter" / lora.WEIGHTS_FILE
     weights = safetensors.torch.load_file(file)
 

@@ -183,7 +183,7 @@ def own_files(folder: Path) -> set[str]:
         settings = schema.read_json(folder / schema.ADAPTER_FILE, "", "")
     except ArtifactError:
         return set()
-    if not {"encoder", "backbone", "training"} <= settings.keys():
+    if "encoder" not in settings:
         return set()
     files = settings.get("files")
     if not isinstance(files, dict):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
+from vlm2rec.embedder.contract.printable import without_keys
 
 _CLIENTS = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the library that connects to it
 _FOREIGN = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests")  # their errors are not OSErrors
@@ -56,6 +57,12 @@ class StorePath:
         self.scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         inside = posixpath.normpath(f"/{key}").strip("/")
+        if "@" in bucket or ":" in bucket:  # no store allows these in a bucket's name
+            raise ConfigError(
+                f"the address {without_keys(url)!r} holds a key or something else in front of its bucket",
+                f"{self.scheme}://bucket/folder, without keys: the store's client reads them from the environment",
+                "take it out of the address, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws",
+            )
         if not bucket or bucket in (".", ".."):
             raise ConfigError(f"{url!r} names no bucket", f"{self.scheme}://bucket/folder", "correct the address")
         if self.scheme not in _CLIENTS:
@@ -191,6 +198,32 @@ class StorePath:
                     return False
                 else:
                     raise
+        return True
+
+    def replace(self, old: bytes, new: bytes) -> bool:
+        """Write an object if its content is still `old`, and tell whether that happened.
+
+        If several processes try at once, one succeeds where the store honours `If-Match`; elsewhere all of them do that
+        have seen the same content, and the last object stays.
+        """
+        try:
+            version = (self._info() or {}).get("ETag") if self.scheme == "s3" else None
+            if self.read_bytes() != old:
+                return False
+            condition = {"IfMatch": version} if version else {}
+            with _as_os_errors():
+                try:
+                    self._store.pipe_file(self.key, new, **condition)
+                except FileNotFoundError:
+                    return False
+                except OSError as error:
+                    if condition and self.read_bytes() != old:  # stores report a failed condition differently
+                        return False
+                    if error.errno != errno.ENOSYS:
+                        raise
+                    self._store.pipe_file(self.key, new)  # the store has no conditional writes
+        except FileNotFoundError:
+            return False
         return True
 
     def upload(self, file: Path) -> None:

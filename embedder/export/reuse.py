@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,31 +190,28 @@ def require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
         )
 
 
-def open_earlier_rows(
-    out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse
-) -> EarlierRows | None:
+def open_earlier_rows(out: Location, plan: Plan, found: shards.Found, reuse: Reuse) -> EarlierRows | None:
     """Return the rows that may be reused; None if nothing is reused."""
     if reuse.changed_since is not None:
         return EarlierRows.of_export(reuse.changed_since, plan)
-    if reuse.retry_failed and finished:
-        return EarlierRows(out, [shard.file for shard in finished.values()])
+    if reuse.retry_failed and found.earlier:
+        return EarlierRows(out, [shard.file for shard in found.earlier.values()])
     return None
 
 
 def plan_work(
-    plan: Plan,
-    numbers: Iterable[int],
-    finished: Mapping[int, shards.Shard],
-    earlier: EarlierRows | None,
-    reuse: Reuse,
+    plan: Plan, numbers: Iterable[int], found: shards.Found, earlier: EarlierRows | None
 ) -> dict[int, np.ndarray]:
-    """Return the shards to make: number → position of each row in the earlier export, -1 for rows to encode."""
-    wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
+    """Return the shards to make: number → position of each row in the earlier rows, -1 for rows to encode.
+
+    A shard of an earlier plan is not among them if all its rows are still right.
+    """
+    wanted = [number for number in numbers if number not in found.finished]
     rows = [plan.rows(number) for number in wanted]
     if earlier is None or not wanted:
         reuse_rows = [np.full(len(of_shard), -1) for of_shard in rows]
     else:
-        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # one call, as each hashes all ids
-        reuse_rows = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
+        positions = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # one call: each hashes all ids
+        reuse_rows = np.split(positions, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
     by_shard = zip(wanted, reuse_rows, strict=True)
-    return {number: found for number, found in by_shard if number not in finished or (found < 0).any()}
+    return {number: rows for number, rows in by_shard if number not in found.earlier or (rows < 0).any()}

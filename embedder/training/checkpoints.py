@@ -15,6 +15,8 @@ that checksums.json does not name is never opened.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -174,11 +176,50 @@ def foreign(folder: Path) -> list[str]:
     return sorted(strange)
 
 
-def discard(folder: Path) -> None:
-    """Remove what trainings have written from a folder of checkpoints, and the folder if nothing else is in it."""
+def clear(folder: Path) -> None:
+    """Remove what trainings have written from a folder of checkpoints."""
     for checkpoint in _checkpoints(folder).values():
         _discard_own(checkpoint, _WRITTEN)
-    _discard_own(folder, _BESIDE)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if _BESIDE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove what trainings have written from a folder of checkpoints, and the folder if nothing else is in it."""
+    clear(folder)
+    with suppress(OSError):  # it holds something else, is not there, or is a link
+        folder.rmdir()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of checkpoints for this process; the kernel gives it back when the process ends, however.
+
+    Raises:
+        ArtifactError: another training holds it, or it cannot be made.
+    """
+    new = [path for path in (folder, folder.parent) if not path.exists()]
+    with publish.plain_disk_errors(folder, ArtifactError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"another finetune is writing to {folder.parent}",
+                "one at a time",
+                "wait until it has ended, or choose another --out",
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        for path in new:  # of a run that ended before it had written anything
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _discard_own(folder: Path, names: re.Pattern[str]) -> None:

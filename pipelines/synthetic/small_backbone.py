@@ -77,6 +77,17 @@ LARGEST_TEST = 256  # held-out items that are scored
 SCORED_AT_ONCE = 32
 PROVENANCE_FILE = "vlm2rec.json"
 WRITTEN_BY = "vlm2rec make-backbone"
+MODEL_FILES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", PROVENANCE_FILE),
+)
+"""Every file that a model folder may hold."""
 
 
 @dataclass(frozen=True)
