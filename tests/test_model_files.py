@@ -184,7 +184,8 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(model, folder / "snapshots" / "aaa")
     second = shutil.copytree(model, folder / "snapshots" / "bbb")
     weights = safetensors.torch.load_file(second / "model.safetensors")
-    weights["model.language_model.norm.weight"] += 1
+    norm = next(name for name in weights if name.endswith(".norm.weight") and "layers" not in name)
+    weights[norm] += 1
     safetensors.torch.save_file(weights, second / "model.safetensors", metadata={"format": "pt"})
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("aaa")

@@ -277,7 +277,7 @@ def other_model(data: Dataset, out: Path) -> Path:
             lambda old, other: edit_manifest(old, lambda m: m | {"settings": m["settings"] | {"model": "another"}}),
             "the fingerprint is not that of the settings",
         ),
-        (lambda old, other: edit_manifest(old, lambda m: {"schema_version": 1}), "settings is missing"),
+        (lambda old, other: edit_manifest(old, lambda m: {"schema_version": 1}), "dim is missing"),
         (
             lambda old, other: edit_manifest(
                 old, lambda m: m | {"shards": [s | {"file": "../other/" + s["file"]} for s in m["shards"]]}
