@@ -218,12 +218,8 @@ def test_all_of_an_encoder_is_of_one_commit_whatever_main_does_meanwhile(
     encoder = ItemEncoder.load("shop/bb", dtype="float32", device="cpu")
     assert encoder.fingerprint["made_with"]["commit"] == "aaa"
     assert encoder.fingerprint["backbone_hash"] == model_files.backbone_hash(hub / "snapshots" / "aaa")
-    assert torch.equal(
-        encoder.backbone.model.state_dict()["model.language_model.norm.weight"],
-        safetensors.torch.load_file(hub / "snapshots" / "aaa" / "model.safetensors")[
-            "model.language_model.norm.weight"
-        ],
-    )
+    loaded = encoder.backbone.language_model.norm.weight
+    assert torch.equal(loaded, torch.ones_like(loaded))  # the other commit has 2 there
 
 
 # --- strangers ----------------------------------------------------------------------------------------------------

@@ -91,8 +91,6 @@ def frozen_fingerprint(
     config = read_model_config(inner)
     common = {
         "source": found,
-        "encoder_hash": model_files.backbone_hash(inner),
-        "processor_hash": model_files.processor_hash(inner),
         "model_type": config["model_type"],
         "dtype": str(_pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         schema.MADE_WITH: {"encoder": encoder.resolve().name},
@@ -100,7 +98,7 @@ def frozen_fingerprint(
     if found == "clip":
         if pooling != "auto":
             raise ConfigError("--pooling with a CLIP or SigLIP folder", "none: the model pools", "leave it out")
-        return common | _clip_settings(inner, config, fusion_norm)
+        return common | _clip_settings(inner, config, fusion_norm) | _hashes(inner)
     if importlib.util.find_spec("sentence_transformers") is None:
         raise _extra_missing()
     modules = read_sentence_modules(encoder, pooling)
@@ -114,6 +112,14 @@ def frozen_fingerprint(
         "lower_case": modules.lower_case,
         "max_tokens": modules.max_tokens,
         "prompt": modules.prompt,
+        **_hashes(inner),
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        "encoder_hash": model_files.backbone_hash(folder),
+        "processor_hash": model_files.processor_hash(folder),
     }
 
 
