@@ -5,10 +5,10 @@ python tests/benchmarks/kill_storm.py [--data DATA --backbone BB] [--kills 300] 
 
 The storm goes from folder to folder. Each has a *kind*: `plain`; `extend`, where items are appended to a finished
 folder; `retry`, where titles of one have changed; `changed`, a new folder that takes over what is the same
-(`--changed-since`); `ray`, where Ray makes the shards; `containers`, where every worker is process 1 of its own namespace
-(for root). It lies on a disk or in an object store (a server of moto). Each run there has one to four workers
+(`--changed-since`); `ray`, where Ray makes the shards; `containers`, where every worker is process 1 of its own
+namespace (for root). It lies on a disk or in an object store (a server of moto). Each run there has one to four workers
 (`--worker i --num-workers n`), which are killed at random moments until all are dead or done; the next run has another
-number. Meanwhile times of the lock files jump by years, back and forth, as if clocks differed.
+number. Meanwhile the times of the lock files jump by years, back and forth, as if clocks differed.
 
 One line is printed for each folder. With `--keep`, a storm that is stopped goes on there with the same command.
 """
@@ -44,7 +44,7 @@ from vlm2rec.embedder.contract.storage import Location, StorePath, readable
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.export import lock, shards
 from vlm2rec.embedder.export.verify import verify
-from vlm2rec.pipelines import export_items
+from vlm2rec.pipelines import console, export_items
 from vlm2rec.pipelines.config import ExportConfig
 
 KINDS = ("plain", "extend", "retry", "changed", "ray", "containers")
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--keep", type=Path)
     chosen = parser.parse_args()
+    console.log.quiet = True
     lock.BEAT, lock.SILENCE, lock.SETTLE = 0.5, 10.0, 0.2  # all processes below have these, too
     with world(chosen.keep) as root, contextlib.ExitStack() as servers:
         if chosen.data is None or chosen.backbone is None:
@@ -241,7 +242,7 @@ def main() -> None:
                 (root / "drawn.json").write_text(json.dumps([str(data), str(backbone)]))
             chosen.data, chosen.backbone = map(str, json.loads((root / "drawn.json").read_text()))
         if not (root / "data").exists():
-            os.symlink(Path(chosen.data).resolve(), root / "data")
+            (root / "data").symlink_to(Path(chosen.data).resolve())
         config = ExportConfig(
             data=root / "data",
             backbone=str(chosen.backbone),
