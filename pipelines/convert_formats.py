@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2rec.downstream.options import Missing
-from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from vlm2rec.downstream.formats import Gap, Selection
@@ -99,17 +99,18 @@ def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing)
 
 def _dataset(config: Settings) -> Dataset:
     from vlm2rec.embedder.contract import schema
-    from vlm2rec.embedder.contract.dataset import Dataset
+    from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 
-    exported = schema.read_manifest(config.embeddings).get("data")
-    if config.data is None and not exported:
-        raise ConfigError(
-            f"{config.embeddings} does not say which dataset it is of", "a dataset folder", "give it with --data"
-        )
-    return Dataset(config.data or str(exported))
+    if config.data is not None:
+        return Dataset(config.data)
+    dataset, reason = dataset_of_export(config.embeddings, schema.read_manifest(config.embeddings))
+    if dataset is None:
+        raise ArtifactError(f"{config.embeddings}: {reason}", "a dataset folder", "give it with --data")
+    return dataset
 
 
 def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.backbones import model_files
     from vlm2rec.embedder.backbones.lora import backbone_licence, kind
     from vlm2rec.embedder.contract import schema
     from vlm2rec.embedder.contract.errors import ModelError
@@ -131,8 +132,11 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     # with an adapter, its settings apply; without one, the export's
     given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
     found = fingerprint_of(config.backbone, config.adapter, **given)
+    files = model_files.locate(config.backbone, config.revision)
+    found["backbone_hash"] = model_files.hash_like(exported["backbone_hash"], files)
     for name in (
         "backbone_hash",
+        *(("processor_hash",) if "processor_hash" in exported else ()),
         "adapter",
         "prompt_hash",
         *(schema.stored_name(field.name) for field in fields(EncoderSettings)),
@@ -165,7 +169,7 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
         ) from error
     licence = backbone_licence(config.backbone)
     adapter = config.adapter.resolve().name if config.adapter else None
-    write_sentence_transformer(encoder, folder, model_readme(encoder, exported["backbone"], adapter, licence))
+    write_sentence_transformer(encoder, folder, model_readme(encoder, files.described["backbone"], adapter, licence))
     return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from children import waited
 
-from vlm2rec.embedder.contract import process, publish, schema
+from vlm2rec.embedder.contract import checksums, process, publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
 
@@ -94,6 +95,43 @@ def test_two_names_are_never_the_same_and_say_who_writes() -> None:
 def test_only_a_process_that_is_there_runs() -> None:
     assert process.process_runs(os.getpid()) and process.process_runs("1")
     assert not any(map(process.process_runs, ("99999999", "abc", str(2**70))))
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    def secret(path: Path) -> None:  # as tempfile and safetensors make them
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+
+    before = os.umask(0o027)
+    try:
+        with publish.whole_file(tmp_path / "file") as temporary:
+            secret(temporary)
+        with publish.whole_folder(tmp_path / "folder") as folder:
+            (folder / "below").mkdir()
+            secret(folder / "below" / "file")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "file", tmp_path / "folder" / "below" / "file"):
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_checksum_covers_all_of_a_file_and_a_seal_all_of_an_object(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(300))
+    recorded = checksums.checksums(tmp_path, ["a"])
+    assert checksums.first_damage(tmp_path, recorded) is None
+    for place in (0, 150, 299):
+        content = bytearray(300)
+        content[place] = 1
+        (tmp_path / "a").write_bytes(content)
+        assert checksums.first_damage(tmp_path, recorded) == "a does not have the bytes that were written"
+    (tmp_path / "a").unlink()
+    assert checksums.first_damage(tmp_path, recorded) == "a is missing"
+    (tmp_path / "a").mkdir()
+    assert str(checksums.first_damage(tmp_path, recorded)).startswith("a cannot be read (")
+    sealed = checksums.sealed({"a": (1, 2), "b": {1: None}, "c": 0.1})
+    read = json.loads(json.dumps(sealed))
+    assert checksums.is_intact(read) and checksums.is_intact({"a": 1})
+    assert not checksums.is_intact(read | {"c": 0.2}) and not checksums.is_intact(read | {"d": 1})
 
 
 @pytest.mark.parametrize(

@@ -317,10 +317,24 @@ def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(s
     for folder in (own, elsewhere):
         folder.mkdir(parents=True)
         (folder / "mine.svg").write_text("<svg/>")
+    (own / "fig9-old.svg").write_text("<svg><metadata>vlm2rec report</metadata></svg>")
     run(ReportConfig(study=own.parent))
     run(ReportConfig(study=own.parent, out=elsewhere.parent / "page.html"))
-    assert not (own / "mine.svg").exists()
+    assert not (own / "fig9-old.svg").exists() and (own / "mine.svg").exists()
     assert (elsewhere / "mine.svg").exists() and (elsewhere / "differences.svg").exists()
+
+
+@pytest.mark.parametrize("file", ["page.html", "figures/differences.svg", "figures/differences.png"])
+def test_a_file_that_is_not_ours_is_never_replaced_by_a_page(file: str, study: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "thesis" / file, tmp_path / "thesis" / "page.html"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match="has not written it"):
+        run(ReportConfig(study=study, out=out))
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    run(ReportConfig(study=study, out=out))
+    assert run(ReportConfig(study=study, out=out)) == out, "an earlier page is replaced"
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location, readable
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.plan import Inputs, Plan, without_inputs
+from vlm2rec.embedder.export.plan import Inputs, Plan, refuse_older_hashes, without_inputs
 from vlm2rec.embedder.export.shards import differences
+from vlm2rec.embedder.export.verify import file_problems, manifest_problems
 
 _SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were exported
 
@@ -45,9 +46,12 @@ class EarlierRows:
         """Open a finished embeddings folder whose vectors are comparable with those of a plan.
 
         Raises:
-            ArtifactError: it is unfinished, has other settings, or its rows do not record what they were made from.
+            ArtifactError: it is unfinished, has other settings, its rows do not record what they were made from, or a
+                part is not the one that the manifest lists.
         """
         manifest = schema.read_manifest(folder)
+        _require_sound(folder, [f"{schema.MANIFEST_FILE}: {what}" for what in manifest_problems(manifest)])
+        refuse_older_hashes(folder, manifest["settings"], plan.settings)
         changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
         if manifest["settings"].get("images_by", plan.settings.get("images_by")) != plan.settings.get("images_by"):
             changed["images_by"] = f"images_by was {manifest['settings']['images_by']!r}"
@@ -57,7 +61,8 @@ class EarlierRows:
                 "the settings of this export, so that its vectors are comparable with the new ones",
                 "set these back, or leave --changed-since out and export everything",
             )
-        files = [shard["file"] for shard in manifest["shards"]]
+        _require_sound(folder, [str(problem) for problem in file_problems(folder, manifest)])
+        files = [schema.shard_name(number) for number in range(len(manifest["shards"]))]
         if any(schema.INPUT not in _metadata(folder / name).schema.names for name in files):
             raise ArtifactError(
                 f"the rows of {folder} do not record what they were made from",
@@ -107,6 +112,17 @@ class EarlierRows:
     def _read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         with readable(self.folder / name) as source:
             return pq.read_table(source, columns=columns, page_checksum_verification=True)
+
+
+def _require_sound(folder: Location, problems: Sequence[str]) -> None:
+    """Raise `ArtifactError` if anything is wrong with a finished folder: no vector of it is taken over."""
+    if problems:
+        raise ArtifactError(
+            f"{folder} does not hold what its {schema.MANIFEST_FILE} lists: {'; '.join(problems[:3])}",
+            "the parts of one finished export, unchanged since it was written",
+            f"`vlm2rec verify {folder}` lists all; run the command that wrote it again, which makes damaged parts anew,"
+            " or leave --changed-since out",
+        )
 
 
 def _metadata(path: Location) -> pq.FileMetaData:

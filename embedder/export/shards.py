@@ -38,7 +38,7 @@ from vlm2rec.embedder.contract import provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, StorePath, readable
 from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, turn
-from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, row_counts
+from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
 STATE_FILE = "export.json"
@@ -327,6 +327,7 @@ def finish(
             "shards": [asdict(shard) for shard in ordered],
             "settings": plan.settings,
             "fingerprint": plan.fingerprint,
+            schema.MADE_WITH: plan.made_with,
             "created": provenance.created(),
             "versions": provenance.library_versions(*_LIBRARIES),
             "data": str(data.resolve()) if data else None,
@@ -446,6 +447,7 @@ def _state(plan: Plan) -> dict[str, Any]:
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
+        schema.MADE_WITH: plan.made_with,
         "rows": [len(plan.rows(number)) for number in range(len(plan))],
     }
 
@@ -502,6 +504,7 @@ def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revi
     )
     if revise:
         changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
+    refuse_older_hashes(folder, known.get("settings", {}), plan.settings)
     if changed:
         fix = "set these back to continue, or choose a new --out folder"
         if changed.keys() <= {*INPUT_SETTINGS}:

@@ -102,7 +102,7 @@ class ShardMaker:
         encoder, inputs = self._encoder(), self.plan.inputs
         assert inputs is not None
         parts: list[EncodedRows] = []
-        for piece, images in _images_of(encoder, self.plan, inputs, rows, self.readers):
+        for piece, images in _images_of(encoder, self.plan, inputs, rows, self.readers, self.dataset.require_images):
             if policy == "fail":
                 _require_images(inputs, piece, images)
             titles = [inputs.titles[row] if inputs.titles is not None else "" for row in piece]
@@ -163,13 +163,18 @@ def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _images_of(
-    encoder: Encoder, plan: Plan, inputs: Inputs, rows: Sequence[int], readers: Readers
+    encoder: Encoder,
+    plan: Plan,
+    inputs: Inputs,
+    rows: Sequence[int],
+    readers: Readers,
+    require_folder: Callable[[], object],
 ) -> Iterator[tuple[Sequence[int], list[Picture]]]:
     """Yield rows piece by piece with their images; no image is opened if the vectors are of text alone."""
     pieces = _pieces(rows)
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
-        yield from _read_images(inputs, pieces, opener, readers)
+        yield from _read_images(inputs, pieces, opener, readers, require_folder)
     else:
         for piece in pieces:
             yield piece, [None] * len(piece)
@@ -187,7 +192,11 @@ class _ChangedImageError(ImageError):
 
 
 def _read_images(
-    inputs: Inputs, pieces: Iterable[Sequence[int]], opener: Opener, readers: Readers
+    inputs: Inputs,
+    pieces: Iterable[Sequence[int]],
+    opener: Opener,
+    readers: Readers,
+    require_folder: Callable[[], object],
 ) -> Iterator[tuple[Sequence[int], list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
     root, paths = inputs.image_root, inputs.image_paths
@@ -207,6 +216,8 @@ def _read_images(
 
     def taken(readings: Sequence[Reading[Picture]]) -> list[Picture]:
         pictures = [take(reading) for reading in readings]
+        if any(isinstance(picture, ImageError) for picture in pictures):
+            require_folder()  # the disk may be gone: that is no fault of these items
         if changed := [str(picture) for picture in pictures if isinstance(picture, _ChangedImageError)]:
             raise DataError(
                 f"images were changed while the items were encoded: {', '.join(changed[:3])}",

@@ -1,16 +1,16 @@
 """Readers of items and interactions in the usual file formats.
 
 Items and interactions come from Parquet, CSV (any of `,` `;` tab `|`), JSON lines, or the Amazon Reviews files as
-published (2014: metadata as Python literals and 5-core reviews; 2023: metadata and reviews as JSON lines); text files
-may be gzipped. The bytes and columns of a file decide its format, not its name. Ids are always strings.
+published (2014: metadata as Python literals and 5-core reviews; 2018 and 2023: metadata and reviews as JSON lines);
+text files may be gzipped. The bytes and columns of a file decide its format, not its name. Ids are always strings.
 Nothing is downloaded, and no code in a file is run.
 """
 
 from __future__ import annotations
 
-import csv
-import html
 import io
+import json
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,15 @@ import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
+from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue import amazon
+from vlm2rec.pipelines.catalogue.csv_files import csv_columns, open_csv
+from vlm2rec.pipelines.catalogue.ids import ROW, clean_ids, ids_of
+from vlm2rec.pipelines.catalogue.parts import parquet_schema, parts_of, refuse_bomb, require_same
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
     build_frame,
     cast_value,
-    csv_header,
     encoding_error,
     id_as_text,
     kind_of,
@@ -36,24 +40,14 @@ from vlm2rec.pipelines.catalogue.records import (
     read_records,
     record_schema,
     require_columns,
-    unpack_csv,
+    time_as_text,
 )
+from vlm2rec.pipelines.catalogue.times import Times, times_of
 
 TIME = "time"
-ROW = "row"
 
-_AMAZON_YEARS = {"asin": 2014, "parent_asin": 2023}
-_AMAZON_TIMES = {"asin": "unixReviewTime", "parent_asin": "timestamp"}
-_AMAZON_USERS = {"asin": "reviewerID", "parent_asin": "user_id"}
-_LARGEST_EXACT_FLOAT = 2.0**53
-_TIME_FORMATS = (
-    "%Y-%m-%d",
-    "%Y-%m-%d %H:%M:%S%.f",
-    "%Y-%m-%d %H:%M",
-    "%Y-%m-%dT%H:%M:%S%.f",
-    "%Y-%m-%dT%H:%M:%S%.fZ",
-    "%+",
-)
+_FIRST_RECORDS = 100  # whose keys tell what a file of records holds
+_ODD_ID = r"^(?:true$|false$|[\[{]|-?\d+\.\d)"  # a JSON value that is no id reads so as text
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,13 @@ class ColumnNames:
     item_id: str = "item_id"
     title: str = "title"
     user_id: str = "user_id"
-    time: str = "timestamp"
+    time: str | None = "timestamp"  # None: the file's order is the time
+
+    @property
+    def wanted(self) -> set[str]:
+        """All columns that may be looked for."""
+        amazons = {name for item in amazon.ID_COLUMNS for name in (item, *amazon.review_columns(item))}
+        return {self.item_id, self.title, self.user_id, *({self.time} if self.time else ()), *amazons}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,16 @@ class Items:
 
 @dataclass(frozen=True)
 class Interactions:
-    """The interactions, as a lazy frame in the file's order: user_id, item_id (strings), time (a number)."""
+    """The interactions, as a lazy frame in the file's order: row (from 0), user_id, item_id, time (a number).
+
+    Ids are text and follow the rule of `ids`; a null stands where a row has no id or no time.
+    """
 
     frame: pl.LazyFrame
     format: str
     rows: int
+    path: Path
+    has_unit: bool  # the times are numbers of an unknown unit
 
 
 # --- items --------------------------------------------------------------------------------------------------
@@ -91,6 +96,7 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
     Amazon metadata is recognised by its id column (`asin` or `parent_asin`, if there is no `item_id`) and
     reduced to title, categories, brand or store, description, price and the image's URL; HTML entities are resolved.
+    The ids follow the rule of `ids`; a NaN title is none.
 
     Raises:
         DataError: missing or empty file, wrong encoding, broken row, missing column, missing or duplicate id.
@@ -103,6 +109,7 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
         frame, label = _items_from_table(path, kind, names)
     if frame.is_empty():
         raise DataError(f"{path} has columns but no items", "one row per item", "check the file")
+    frame = frame.with_columns(clean_ids(pl.col(ITEM_ID)))
     _refuse_bad_ids(frame[ITEM_ID], path, ITEM_ID)
     _refuse_duplicates(frame, path)
     return Items(frame, label)
@@ -110,49 +117,50 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
-        if kind == "CSV":
-            # every column is read as text: a type guessed from the first rows would turn "007" into 7
-            with open_text(path) as file:
-                header, separator = csv_header(path, file)
-                file.seek(0)
-                source = file.read()
-            frame = pl.read_csv(source, separator=separator, infer_schema=False)
-            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-            columns = header
-        else:
-            frame = pl.read_parquet(path)
-            columns = frame.columns
+        columns = _columns(path, kind, names)
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
-        ids = _as_ids(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
+        with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+            source, records = _scan(path, kind, names, columns, Path(scratch))
+            frame = source.collect()
+        _require_all(path, records, frame.height)
+        if kind == "Parquet":
+            refuse_bomb(path, sum(map(_text_bytes, frame.get_columns())), "holds text of")
+        ids = ids_of(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
-        title = frame[names.title].cast(pl.String)
+        title = frame[names.title]
+        title = (title.fill_nan(None) if title.dtype.is_float() else title).cast(pl.String)
     extra = frame.drop(item, names.title) if names.title != item else frame.drop(item)
     extra = extra.rename({c: name for c, name in _source_names(extra.columns).items() if c in extra.columns})
-    if "Amazon" in label:
-        title = pl.Series([None if t is None else html.unescape(t) for t in title], dtype=pl.String)
+    if amazon.is_amazon(columns):
+        title = pl.Series([amazon.plain_text(t) for t in title], dtype=pl.String)
+        if "images" in extra.columns and "image_url" not in extra.columns and extra["images"].dtype.is_nested():
+            addresses = [amazon.image_url(images) for images in extra["images"].to_list()]
+            extra = extra.with_columns(pl.Series("image_url", addresses, dtype=pl.String))
     return pl.DataFrame([id_column, title.alias(TITLE), *extra.get_columns()]), label
 
 
 def _source_names(columns: Collection[str]) -> dict[str, str]:
     """Return new names for the catalogue's own columns called as ours, `source_item_id`, that no column has yet."""
-    names = {}
-    for ours in {ITEM_ID, TITLE} & {*columns}:
-        free = (f"source_{ours}{number}" for number in ("", *(f"_{n}" for n in range(2, len(columns) + 3))))
-        names[ours] = next(name for name in free if name not in columns)
-    return names
+    return {ours: free_name(f"source_{ours}", columns) for ours in {ITEM_ID, TITLE} & {*columns}}
+
+
+def free_name(wanted: str, columns: Collection[str]) -> str:
+    """Return the name, with a number behind it if a column has it."""
+    numbers = ("", *(f"_{n}" for n in range(2, len(columns) + 3)))
+    return next(name for number in numbers if (name := f"{wanted}{number}") not in columns)
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
-    first = next(iter(read_records(path, kind)), None)
-    if first is None:
-        raise DataError(f"{path} holds no record", "one object per line", "check the file")
-    item, label = _item_column(list(first[1]), names, kind)
+    columns = _first_keys(path, kind)
+    item, label = _item_column(columns, names, kind)
+    schema: dict[str, Any]
     if "Amazon" in label:
-        year = _AMAZON_YEARS[item]
-        clean = _amazon_2014 if year == 2014 else _amazon_2023
-        schema: dict[str, Any] = dict.fromkeys(clean({}, item), pl.String)
-        return build_frame(path, kind, schema, lambda row, record: clean(record, item)), label
+        clean = amazon.cleaner(item, columns)
+        schema = dict.fromkeys(clean({}), pl.String)
+        return build_frame(
+            path, kind, schema, lambda row, record: {**clean(record), ITEM_ID: id_as_text(record.get(item), path, row)}
+        ), label
     schema = record_schema(path, kind)
     require_columns(path, list(schema), {item: "--item-id-column", names.title: "--title-column"})
     renamed = {**{column: column for column in schema}, **_source_names(schema)}
@@ -160,9 +168,13 @@ def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.
     types: dict[str, Any] = {ITEM_ID: pl.String, TITLE: pl.String}
     types.update({renamed[c]: dtype for c, dtype in schema.items() if renamed[c] not in types})
 
+    entities = amazon.is_amazon(schema)
+
     def clean_record(row: int, record: Mapping[str, Any]) -> dict[str, Any]:
         values = {renamed[c]: cast_value(record.get(c), types[renamed[c]]) for c in schema if c != item}
         values[ITEM_ID] = id_as_text(record.get(item), path, row)
+        if entities:
+            values[TITLE] = amazon.plain_text(values[TITLE])
         return values
 
     return build_frame(path, kind, types, clean_record), label
@@ -170,55 +182,31 @@ def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.
 
 def _item_column(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str]:
     """Return the id column and the file's kind for messages."""
-    if names.item_id in columns or names.item_id != ColumnNames.item_id:
+    item = _amazon_column(columns, names)
+    if item is None:
         return names.item_id, kind
-    for column in ("parent_asin", "asin"):
-        if column in columns:
-            return column, f"Amazon {_AMAZON_YEARS[column]} metadata ({kind})"
-    return names.item_id, kind
+    return item, f"Amazon {amazon.year_of_metadata(item, columns)} metadata ({kind})"
 
 
-def _amazon_2014(record: Mapping[str, Any], item: str) -> dict[str, Any]:
-    paths = record.get("categories") or []
-    flat = [name for part in paths for name in (part if isinstance(part, list) else [part])]
-    return {
-        ITEM_ID: record.get(item),
-        TITLE: _plain_text(record.get(TITLE)),
-        "categories": _joined(flat),
-        "brand": _plain_text(record.get("brand")),
-        "description": _joined(record.get("description"), " "),
-        "price": _plain_text(record.get("price")),
-        "imUrl": record.get("imUrl"),
-    }
+def _amazon_column(columns: list[str], names: ColumnNames) -> str | None:
+    """Return the id column of an Amazon file, None if the file or the settings have another id column."""
+    if names.item_id in amazon.ID_COLUMNS:
+        return names.item_id if names.item_id in columns else None
+    if names.item_id in columns or names.item_id != ColumnNames.item_id:
+        return None
+    return next((column for column in amazon.ID_COLUMNS if column in columns), None)
 
 
-def _amazon_2023(record: Mapping[str, Any], item: str) -> dict[str, Any]:
-    images = [image for image in record.get("images") or [] if isinstance(image, dict)]
-    main = next((image for image in images if image.get("variant") == "MAIN"), images[0] if images else {})
-    return {
-        ITEM_ID: record.get(item),
-        TITLE: _plain_text(record.get(TITLE)),
-        "categories": _joined(record.get("categories")) or _plain_text(record.get("main_category")),
-        "store": _plain_text(record.get("store")),
-        "description": _joined(record.get("description"), " "),
-        "price": _plain_text(record.get("price")),
-        "image_url": main.get("large") or main.get("hi_res") or main.get("thumb"),
-    }
-
-
-def _plain_text(value: Any) -> str | None:
-    return None if value is None else html.unescape(str(value))
-
-
-def _joined(values: Any, between: str = ", ") -> str | None:
-    if not isinstance(values, list):
-        return _plain_text(values)
-    # dict.fromkeys: an item may be in several category paths with the same start
-    return between.join(dict.fromkeys(html.unescape(str(value)) for value in values)) or None
+def _first_keys(path: Path, kind: Kind) -> list[str]:
+    """Return the keys of a file's first records."""
+    keys = list(dict.fromkeys(key for _, record in islice(read_records(path, kind), _FIRST_RECORDS) for key in record))
+    if not keys:
+        raise DataError(f"{path} holds no record", "one object per line", "check the file")
+    return keys
 
 
 def _refuse_bad_ids(ids: pl.Series, path: Path, what: str) -> None:
-    missing = (ids.is_null() | (ids.str.strip_chars() == "")).arg_true()
+    missing = ids.is_null().arg_true()
     if len(missing):
         raise DataError(
             f"row {missing[0] + 1:,} of {path} has no {what} ({len(missing):,} such rows)",
@@ -236,7 +224,7 @@ def _refuse_duplicates(frame: pl.DataFrame, path: Path) -> None:
         raise DataError(
             f"item id {one!r} occurs in rows {places[0] + 1:,} and {places[1] + 1:,} of {path};"
             f" {rows[ITEM_ID].n_unique():,} ids occur more than once",
-            "every item id once",
+            "every item id once; white space at an id's ends does not count",
             "remove the duplicates; keep the row with the right title and picture",
         )
 
@@ -253,181 +241,170 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
         scratch: Folder for unpacked files; it must exist as long as the frame is used.
 
     Raises:
-        DataError: missing or empty file, wrong encoding, broken row, missing column, or a row without user,
-            item or time; the message names the row.
+        DataError: missing or empty file, wrong encoding, broken row, missing column, a column without any value, or
+            values that cannot be ids or times; the message names up to three.
     """
     names = names or ColumnNames()
     kind = kind_of(path)
     with _polars_errors(path, kind):
-        if kind == "Parquet":
-            source = pl.scan_parquet(path)
-            columns = list(source.collect_schema())
-        elif kind == "CSV":
-            with open_text(path) as file:
-                columns, separator = csv_header(path, file)
-            source = pl.scan_csv(unpack_csv(path, scratch), separator=separator, infer_schema=False)
-        else:
-            columns = list(dict.fromkeys(key for _, record in islice(read_records(path, kind), 100) for key in record))
-            if not columns:
-                raise DataError(f"{path} holds no record", "one object per line", "check the file")
+        columns = _columns(path, kind, names) if kind in ("Parquet", "CSV") else _first_keys(path, kind)
     user, item, time, label = _interaction_columns(columns, names, kind)
-    require_columns(path, columns, {user: "--user-id-column", item: "--item-id-column", time: "--time-column"})
+    flags = {user: "--user-id-column", item: "--interactions-item-column, or with --item-id-column for both files"}
+    if time is not None:
+        flags[time] = "--time-column, or give --order file if the rows of each user stand in their order"
+    require_columns(path, columns, flags)
+    needed = [column for column in (user, item, time) if column is not None]
     with _polars_errors(path, kind):
-        if kind in ("JSON lines", "Python literal lines"):
-            source = pl.scan_parquet(_condensed(path, kind, [user, item, time], scratch))
-        frame, rows = _checked(source.select(user, item, time), user, item, time, path)
-    return Interactions(frame, label, rows)
+        if kind in ("Parquet", "CSV"):
+            source, records = _scan(path, kind, names, columns, scratch)
+        else:
+            source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
+        source = source.select(needed)
+        types = source.collect_schema()
+        texts = [pl.col(column).str.len_bytes().cast(pl.Int64).sum() for column in needed if types[column] == pl.String]
+        if kind == "Parquet" and texts:
+            refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
+        source = source.with_row_index(ROW)
+        if time is None:
+            times = Times(pl.col(ROW).cast(pl.Int64), has_unit=False)
+        else:
+            times = times_of(source, time, types[time], path)
+        frame = source.select(
+            ROW,
+            ids_of(source, user, types[user], path, USER_ID).alias(USER_ID),
+            ids_of(source, item, types[item], path, ITEM_ID).alias(ITEM_ID),
+            times.number.alias(TIME),
+        )
+        rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
+    _require_all(path, records, rows)
+    return Interactions(frame, label, rows, path, times.has_unit)
 
 
-def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str, str]:
-    plain = (names.user_id, names.item_id, names.time, kind)
-    if names.item_id in columns or names.item_id != ColumnNames.item_id:
-        return plain
-    for item in ("parent_asin", "asin"):
-        if item in columns:
-            user = names.user_id if names.user_id in columns else _AMAZON_USERS[item]
-            time = names.time if names.time in columns else _AMAZON_TIMES[item]
-            return user, item, time, f"Amazon {_AMAZON_YEARS[item]} reviews ({kind})"
-    return plain
+def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str | None, str]:
+    """Return the columns of user, item and time, and the file's kind for messages."""
+    item = _amazon_column(columns, names)
+    if item is None:
+        return names.user_id, names.item_id, names.time, kind
+    amazon_user, amazon_time = amazon.review_columns(item)
+    user = names.user_id if names.user_id in columns else amazon_user
+    time = names.time if names.time is None or names.time in columns else amazon_time
+    return user, item, time, f"Amazon {amazon.year_of_reviews(item, columns)} reviews ({kind})"
 
 
-def _checked(source: pl.LazyFrame, user: str, item: str, time: str, path: Path) -> tuple[pl.LazyFrame, int]:
-    """Return (user_id, item_id, time) with ids as strings and times as numbers, and the number of rows."""
-    types = source.collect_schema()
-    source = source.with_row_index(ROW)
-    if all(types[column] == pl.String for column in (user, item, time)):
-        # a blank line at the end of a CSV file with \r\n is read as an empty row
-        source = source.filter(~pl.all_horizontal(pl.col(user, item, time).is_null()))
-    frame = source.select(
-        ROW,
-        _as_ids(source, user, types[user], path, USER_ID).alias(USER_ID),
-        _as_ids(source, item, types[item], path, ITEM_ID).alias(ITEM_ID),
-        _as_number(source, time, types[time], path).alias(TIME),
-    )
-    missing = {
-        USER_ID: _blank(USER_ID),
-        ITEM_ID: _blank(ITEM_ID),
-        TIME: pl.col(TIME).is_null(),
-    }
-    found = frame.select(
-        pl.len().alias("rows"),
-        *(pl.col(ROW).filter(bad).min().alias(column) for column, bad in missing.items()),
-        *(bad.sum().alias(f"{column} count") for column, bad in missing.items()),
-    ).collect(engine="streaming")
-    for column, given in ((USER_ID, user), (ITEM_ID, item), (TIME, time)):
-        if found[column][0] is not None:
-            raise DataError(
-                f"row {found[column][0] + 1:,} of {path} has no {given} ({found[f'{column} count'][0]:,} such rows)",
-                "a user, an item and a time in every row",
-                "fill or remove these rows",
-            )
-    rows = int(found["rows"][0])
+def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
+    """Return the number of rows, or raise if there is none, or none with a user, an item or a time."""
+    found = frame.select(pl.len(), *(pl.col(column).count().alias(column) for column in given))
+    counts = found.collect(engine="streaming").row(0, named=True)
+    rows = int(counts["len"])
     if rows == 0:
         raise DataError(f"{path} has columns but no interactions", "one row per interaction", "check the file")
-    return frame.drop(ROW), rows
-
-
-def _blank(column: str) -> pl.Expr:
-    return pl.col(column).is_null() | (pl.col(column).str.strip_chars() == "")
-
-
-def _as_ids(source: pl.LazyFrame, column: str, dtype: pl.DataType, path: Path, what: str) -> pl.Expr:
-    """Return the column as string ids: text unchanged, whole numbers without a decimal point."""
-    if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)) or dtype.is_integer():
-        return pl.col(column).cast(pl.String)
-    if dtype.is_float():
-        value = pl.col(column).fill_nan(None)
-        bad = (value != value.round()) | (value.abs() > _LARGEST_EXACT_FLOAT)
-        first = source.filter(bad).select(ROW, column).head(1).collect(engine="streaming")
-        if first.height:
+    for column, name in given.items():
+        if not counts[column]:
             raise DataError(
-                f"row {first[ROW][0] + 1:,} of {path} has the {what} {first[column][0]!r} in column {column!r}",
-                "text or whole numbers as ids",
-                "store the ids as text",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
+                "a user, an item and a time in the rows",
+                "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
-        return value.cast(pl.Int64).cast(pl.String)
-    raise DataError(
-        f"column {column!r} of {path} holds {dtype}", f"text or whole numbers as {what}", "store the ids as text"
-    )
-
-
-def _as_number(source: pl.LazyFrame, column: str, dtype: pl.DataType, path: Path) -> pl.Expr:
-    """Return the time column as numbers in time order, in any unit."""
-    value = pl.col(column)
-    if dtype.is_integer() and dtype != pl.UInt64:
-        return value.cast(pl.Int64)
-    if dtype.is_float() or dtype.is_decimal() or dtype == pl.UInt64:
-        number = value.cast(pl.Float64)
-        return pl.when(number.is_finite()).then(number)
-    if isinstance(dtype, (pl.Datetime, pl.Date)):
-        return value.cast(pl.Int64)
-    if dtype == pl.Null:
-        return value.cast(pl.Int64)
-    if dtype != pl.String:
-        raise DataError(
-            f"column {column!r} of {path} holds {dtype}",
-            "times as numbers, dates or text",
-            "name the right column with --time-column",
-        )
-    return _text_as_number(source, column, path)
-
-
-def _text_as_number(source: pl.LazyFrame, column: str, path: Path) -> pl.Expr:
-    text = pl.col(column).str.strip_chars()
-    given = pl.col(column).is_not_null() & (text != "")
-    number = text.cast(pl.Float64, strict=False)
-    readings = [text.cast(pl.Int64, strict=False), pl.when(number.is_finite()).then(number)]
-    # %+ reads a time with any UTC offset; all times become microseconds
-    readings += [
-        text.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC" if form == "%+" else None).cast(
-            pl.Int64
-        )
-        for form in _TIME_FORMATS
-    ]
-    first = source.filter(given).select(column).head(1).collect(engine="streaming")
-    if first.is_empty():
-        return readings[0]
-    fitting = [reading for reading in readings if first.select(reading).item() is not None]
-    failed = source.filter(given).select(ROW, column).head(1)
-    for reading in fitting:
-        failed = source.filter(given & reading.is_null()).select(ROW, column).head(1)
-        if failed.collect(engine="streaming").is_empty():
-            return reading
-    bad = failed.collect(engine="streaming")
-    raise DataError(
-        f"row {bad[ROW][0] + 1:,} of {path} has the time {bad[column][0]!r} in column {column!r}",
-        "the same form in every row: a number (seconds, milliseconds) or a date like 2014-07-01 12:00:00",
-        "correct the row, or name the right column with --time-column",
-    )
+    return rows
 
 
 def _condensed(path: Path, kind: Kind, columns: list[str], scratch: Path) -> list[Path]:
-    """Write the needed columns of a file of records, as text, into Parquet files of one block each."""
+    """Write the columns of user, item and perhaps time of a file of records, as text, into Parquet files of a block."""
     parts: list[Path] = []
-    for number, lines in line_blocks(path):
-        if not lines.strip():
-            continue
-        frame = _block_frame(path, kind, columns, number, lines)
-        part = scratch / f"{path.name}.{len(parts):05d}.parquet"
-        frame.write_parquet(part, compression="lz4", statistics=False)
-        parts.append(part)
+    for file in parts_of(path):
+        for number, lines in line_blocks(file):
+            if not lines.strip():
+                continue
+            frame = _block_frame(file, kind, columns, number, lines)
+            part = scratch / f"{path.name}.{len(parts):05d}.parquet"
+            frame.write_parquet(part, compression="lz4", statistics=False)
+            parts.append(part)
     return parts
+
+
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
 
 
 def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines: bytes) -> pl.DataFrame:
     schema = dict.fromkeys(columns, pl.String())
     if kind == "JSON lines":
         try:
-            return pl.read_ndjson(io.BytesIO(lines), schema=schema)
+            frame = pl.read_ndjson(io.BytesIO(lines), schema=schema)
+            records = sum(1 for line in lines.split(b"\n") if line.strip())
+            # a key that occurs twice in a line, or two objects in one
+            simple = frame.height == records and all(lines.count(_quoted(key)) <= records for key in columns)
+            # Polars turns true, lists and 1.5 into text: Python's slower reader sees whether they were
+            if simple and not frame.select(pl.any_horizontal(pl.col(columns[:2]).str.contains(_ODD_ID).any())).item():
+                return frame
         except pl.exceptions.PolarsError:
             pass  # Python's slower reader names the row, or can read it
     rows = []
     for row, record in parse_lines(path, kind, number, lines):
-        rows.append({c: id_as_text(record.get(c), path, row) for c in columns})
+        user, item, *times = (record.get(column) for column in columns)
+        values = [
+            id_as_text(user, path, row),
+            id_as_text(item, path, row),
+            *(time_as_text(t, path, row) for t in times),
+        ]
+        rows.append(dict(zip(columns, values, strict=True)))
     return pl.DataFrame(rows, schema=schema)
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _columns(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
+    """Return the columns of a Parquet or CSV file, or of all parts in a folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    for part in parts_of(path):
+        if kind == "CSV":
+            found[part] = dict.fromkeys(csv_columns(part, names.wanted), "text")
+        else:
+            parquet_schema(part)
+            found[part] = dict(pl.read_parquet_schema(part))
+    require_same(path, found)
+    return list(next(iter(found.values())))
+
+
+def _scan(
+    path: Path, kind: Kind, names: ColumnNames, columns: list[str], scratch: Path
+) -> tuple[pl.LazyFrame, int | None]:
+    """Return the rows of all parts, and how many a parser of record has counted; None if it was not asked."""
+    parts = parts_of(path)
+    if kind == "Parquet":
+        return pl.concat([pl.scan_parquet(part, glob=False).select(columns) for part in parts]), None
+    tables = [open_csv(part, scratch, names.wanted) for part in parts]
+    for table in tables:
+        for what, count in table.left_out.items():
+            console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
+    # every column is read as text: a type guessed from the first rows would turn "007" into 7
+    return pl.concat([table.scan().select(columns) for table in tables]), sum(table.records for table in tables)
+
+
+def _require_all(path: Path, records: int | None, rows: int) -> None:
+    if records not in (None, rows):
+        raise DataError(
+            f"{path} has {records:,} records, of which {rows:,} were read",
+            "every record once",
+            "write the table as Parquet or JSON lines",
+        )
+
+
+def _text_bytes(values: pl.Series) -> int:
+    """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
+    dtype = values.dtype
+    if isinstance(dtype, pl.String):
+        return int(values.str.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.Categorical, pl.Enum)):
+        return int(values.cat.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, pl.Binary):
+        return int(values.bin.size().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return _text_bytes(values.explode())
+    if isinstance(dtype, pl.Struct):
+        return sum(map(_text_bytes, values.struct.unnest().get_columns()))
+    return 0
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -438,7 +415,7 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     """Turn an error of Polars about a file into one that names the row."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         if "No space left" in str(error):
             raise DataError(
                 f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
@@ -451,24 +428,14 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
 
 
 def _explain_csv(path: Path) -> None:
-    """Raise the error of the first line that is not UTF-8 or has more fields than the header; return if there is none.
+    """Raise the error of the first line that is not UTF-8; return if there is none.
 
     It is slow and only used after reading has failed.
     """
-    with open_text(path) as file:
-        columns, separator = csv_header(path, file)
-        file.seek(0)
-        for row, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise encoding_error(path, row, error.start) from None
-        file.seek(0)
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
-        for fields in reader:
-            if len(fields) > len(columns):
-                raise DataError(
-                    f"line {reader.line_num:,} of {path} has {len(fields)} fields, the header has {len(columns)}",
-                    "as many fields as columns",
-                    "quote the fields that hold the separator",
-                )
+    for part in parts_of(path):
+        with open_text(part) as file:
+            for row, line in enumerate(file, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise encoding_error(part, row, error.start) from None

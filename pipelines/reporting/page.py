@@ -12,7 +12,8 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.experiments.methods import Json
 from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
@@ -115,22 +116,54 @@ def run(study: Path, out: Path | None = None) -> Path:
         out: HTML file; default: `report.html` in the study folder.
 
     Raises:
-        ArtifactError: a Parquet file of the study is missing, or a row to print breaks the bound on N@20 - N@10.
+        ConfigError: the page or a figure would replace a file that vlm2rec has not written.
+        ArtifactError: a Parquet file of the study is missing, a row to print breaks the bound on N@20 - N@10, or the
+            disk is full.
     """
+    out = study / PAGE_FILE if out is None else out
+    _require_ours(out)
     results = Results.open(study)
     drawn = figures.draw(results)
     page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn})
-    out = study / PAGE_FILE if out is None else out
     folder = out.parent / FIGURES
-    folder.mkdir(parents=True, exist_ok=True)
-    if out.parent == study:  # another folder may contain pictures that are not ours
-        for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
-            old.unlink()
-    for each in drawn:
-        (folder / f"{each.name}.svg").write_text(each.picture.svg, encoding="utf-8")
-        (folder / f"{each.name}.png").write_bytes(each.png)
-    schema.write_text(out, render(page))
+    pictures = {folder / f"{each.name}.svg": each.picture.svg.encode() for each in drawn}
+    pictures |= {folder / f"{each.name}.png": each.png for each in drawn}
+    for path in pictures:
+        _require_ours(path)
+    with publish.plain_disk_errors(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        if out.parent == study:  # those of figures that the study no longer has
+            for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
+                if _is_ours(old, marked=True):
+                    old.unlink()
+        for path, content in pictures.items():
+            publish.write_whole(path, content)
+        schema.write_text(out, render(page))
     return out
+
+
+# what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
+_FIGURE_MARKS = (figures.OURS.encode(), b"Matplotlib v")
+_PAGE_MARKS = (b'<meta name="generator" content="vlm2rec">', b"--vlm2rec: #d1500b")
+
+
+def _require_ours(path: Path) -> None:
+    if path.exists() and not _is_ours(path):
+        raise ConfigError(
+            f"{path} exists, and `vlm2rec report` has not written it",
+            "a new file, or an earlier page with its figures",
+            f"move it away, or give another --out: the figures go to {FIGURES}/ beside the page",
+        )
+
+
+def _is_ours(path: Path, *, marked: bool = False) -> bool:
+    """Tell whether a page or a figure is ours, or was written by a version without marks unless `marked` is asked."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    marks = _FIGURE_MARKS if path.parent.name == FIGURES and path.suffix in (".svg", ".png") else _PAGE_MARKS
+    return any(mark in beginning for mark in (marks[:1] if marked else marks))
 
 
 def render(page: Page) -> str:
