@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
 from children import child
 from PIL import Image
 
@@ -47,13 +46,6 @@ def append_items(folder: Path, items: int) -> Dataset:
     for row in range(old.num_rows, items):
         square(folder, row, row)
     pq.write_table(pa.concat_tables([old, pa.table(new)]), folder / "items.parquet")
-    return Dataset(folder)
-
-
-def edit_items(folder: Path, change: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
-    """Change the columns of the items."""
-    table = pq.read_table(folder / "items.parquet").to_pydict()
-    pq.write_table(pa.table(change(table)), folder / "items.parquet")
     return Dataset(folder)
 
 
@@ -199,6 +191,90 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambd
     assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []  # the last shard was there: adopted
     exported(Dataset(folder), tmp_path / "whole")
     assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+class KilledError(BaseException):
+    """Stands for a SIGKILL: nothing is written after it."""
+
+
+def killed(data: Dataset, out: Path, at_call: int, **choices: Any) -> None:
+    """Export, and be killed before the given call of the encoder; 0: while the model loads."""
+
+    class Dying(ShadeEncoder):
+        def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+            if len(self.calls) + 1 == at_call:
+                raise KilledError
+            return super().encode_items(titles, images)
+
+    def load() -> ShadeEncoder:
+        if at_call == 0:
+            raise KilledError
+        return Dying()
+
+    with pytest.raises(KilledError):
+        export(data, out, ShadeEncoder().fingerprint, load, shard_size=8, **choices)
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("at_call", [0, 1, 2])
+@pytest.mark.parametrize("then", ["plain", "retry", "both"])
+def test_a_killed_retry_is_never_finished_with_rows_of_the_earlier_titles(
+    tmp_path: Path, at_call: int, then: str
+) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    data = retitle(folder, 2, 10, 17)
+    killed(data, out, at_call, reuse=Reuse(retry_failed=True))
+    reuse = {
+        "plain": Reuse(),
+        "retry": Reuse(retry_failed=True),
+        "both": Reuse(retry_failed=True, extend=True),
+    }[then]
+    again = exported(data, out, reuse=reuse)
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    changed = [f"another title of {row}" for row in (2, 10, 17)]
+    assert set(changed[max(0, at_call - 1) :]) <= set(again)
+    assert then == "plain" or len(again) == 3 - max(0, at_call - 1)  # what is right is kept
+
+
+@pytest.mark.parametrize("then", [Reuse(), Reuse(extend=True), Reuse(extend=True, retry_failed=True)])
+def test_a_killed_retry_of_a_killed_extension_is_never_finished_with_rows_of_the_earlier_titles(
+    tmp_path: Path, then: Reuse
+) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    killed(append_items(folder, 33), out, 2, reuse=Reuse(extend=True))
+    data = retitle(folder, 0, 12, 25)
+    killed(data, out, 2, reuse=Reuse(extend=True, retry_failed=True))
+    exported(data, out, reuse=then)
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_the_earlier_titles_are_refused_after_a_killed_retry(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    earlier = (folder / "items.parquet").read_bytes()
+    killed(retitle(folder, 2), out, 0, reuse=Reuse(retry_failed=True))
+    (folder / "items.parquet").write_bytes(earlier)
+    with pytest.raises(ArtifactError, match="titles was"):
+        exported(Dataset(folder), out)
+    exported(Dataset(folder), out, reuse=Reuse(retry_failed=True))
+    exported(Dataset(folder), tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_records_of_an_earlier_version_name_no_plan_and_are_held_against_it(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    killed(retitle(folder, 2), out, 0, reuse=Reuse(retry_failed=True))
+    for record in out.glob("part-*.json"):
+        known = json.loads(record.read_text())
+        del known["plan"]
+        record.write_text(json.dumps(known))
+    again = exported(Dataset(folder), out)
+    assert len(again) == 8 and again[2] == "another title of 2"
 
 
 # --- another folder -----------------------------------------------------------------------------------------
