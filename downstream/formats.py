@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlm2rec.downstream.options import Missing
 from vlm2rec.downstream.table import read_batches
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, MissingDependencyError
-from vlm2rec.embedder.contract.storage import Location, readable
+from vlm2rec.embedder.contract.storage import Location
 
 IDS_FILE = "item_ids.json"
 LEFT_OUT = "left out"
@@ -150,8 +149,9 @@ def read_reasons(folder: Location) -> dict[str, str]:
     """Return the reason why items of an embeddings folder lack a vector, by id."""
     reasons: dict[str, str] = {}
     for shard in schema.read_manifest(folder)["shards"]:
-        with readable(folder / shard["file"]) as source:
-            table = pq.read_table(source, columns=[schema.ITEM_ID, schema.ERROR])
+        table = schema.read_table(
+            folder / shard["file"], [schema.ITEM_ID, schema.ERROR], fix=f"run `vlm2rec verify {folder}`"
+        )
         table = table.filter(table[schema.ERROR].is_valid())
         reasons.update(zip(table[schema.ITEM_ID].to_pylist(), table[schema.ERROR].to_pylist(), strict=True))
     return reasons

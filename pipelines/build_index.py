@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vlm2rec.downstream.index.index import ItemIndex, Neighbour, build_index, check_out
@@ -18,8 +15,9 @@ from vlm2rec.downstream.index.plan import IndexPlan, plan_index
 from vlm2rec.downstream.index.recall import TARGET_RECALL
 from vlm2rec.downstream.index.unit_vectors import UnitBatch
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.printable import cell, one_line
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
-from vlm2rec.pipelines.console import log, progress, summary
+from vlm2rec.pipelines.console import PlainConsole, log, progress, summary
 
 
 def run(config: BuildIndexConfig) -> dict[str, Any]:
@@ -50,20 +48,20 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
     return meta
 
 
-def _say(text: str) -> None:
-    log.print(text, soft_wrap=True)  # never folded, so that it is one line in a log file
+def _say(text: str, *, warning: bool = False) -> None:
+    log.print(text, style="yellow" if warning else None, soft_wrap=True)  # never folded: one line in a log file
 
 
 def _print_estimate(plan: IndexPlan) -> None:
     _say(
-        f"{escape(plan.factory)} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
+        f"{plan.factory} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
         f" {_size(plan.memory)} of memory and {_duration(plan.seconds)}"
     )
     free = _free_memory()
     if free is not None and plan.memory > free:
         _say(
-            f"[yellow]only {_size(free)} of memory are free:[/] --kind 'OPQ64_256,IVF4096,PQ64' needs far less, at a"
-            " lower recall"
+            f"only {_size(free)} of memory are free: --kind 'OPQ64_256,IVF4096,PQ64' needs far less, at a lower recall",
+            warning=True,
         )
 
 
@@ -79,44 +77,48 @@ def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
     if not meta["titles"]:
         _say("no dataset folder was found, so the index has no titles; give --data to see titles in search results")
     elif meta["titles"] < meta["rows"]:
-        _say(f"{meta['rows'] - meta['titles']:,} items have no title in {escape(meta['titles_from'])}")
+        _say(f"{meta['rows'] - meta['titles']:,} items have no title in {meta['titles_from']}")
     if meta["recall@10"] is not None and meta["recall@10"] < TARGET_RECALL:
-        _say(f"[yellow]recall@10 is below {TARGET_RECALL}:[/] --kind flat is exact, --kind HNSW32 nearly so")
+        _say(f"recall@10 is below {TARGET_RECALL}: --kind flat is exact, --kind HNSW32 nearly so", warning=True)
 
 
 def search(config: SearchConfig) -> list[Neighbour]:
     """Print an item's neighbours on stdout: a table on a terminal, tab-separated lines elsewhere."""
     index = ItemIndex.open(config.index)
+    if config.embeddings is not None:
+        index.require_fresh(config.embeddings)
+        index.embeddings = config.embeddings
     found = index.neighbours(config.item, config.k)
     _print_notes(index, config, len(found))
-    rows = [(str(rank), _plain(n.item_id), f"{n.cosine:.4f}", _plain(n.title)) for rank, n in enumerate(found, 1)]
     header = ("rank", schema.ITEM_ID, "cosine", schema.TITLE)
     if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
+        print("\t".join(header))
+        for rank, each in enumerate(found, 1):
+            print("\t".join((str(rank), cell(each.item_id), f"{each.cosine:.4f}", cell(each.title))))
         return found
-    table = Table(title=f"Nearest to {escape(_plain(config.item))}", title_justify="left", box=None)
+    table = Table(title=f"Nearest to {one_line(config.item)}", title_justify="left", box=None)
     for name, justify in zip(header, ("right", "left", "right", "left"), strict=True):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    for rank, each in enumerate(found, 1):
+        table.add_row(str(rank), one_line(each.item_id), f"{each.cosine:.4f}", one_line(each.title))
+    PlainConsole(highlight=False).print(table)
     return found
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
     # an index may be used without its embeddings folder, so only an existing folder that differs is reported; a folder
     # in an object store is not checked, because every search would wait for the store
-    reason = index.stale() if Path(index.meta["embeddings"]).exists() else None
+    reason = index.stale() if isinstance(index.embeddings, Path) and index.embeddings.exists() else None
     if reason:
-        _say(f"[yellow]the index is stale:[/] {escape(reason)}; run `vlm2rec build-index` again")
+        _say(f"the index is stale: {reason}; run `vlm2rec build-index` again", warning=True)
+    if index.unchecked:
+        _say(
+            f"{config.index} is of an older version and has no checksums, so damage cannot be told; run `vlm2rec"
+            " build-index` again",
+            warning=True,
+        )
     if count < config.k:
         _say(f"the index found {count} neighbours, not {config.k}: it holds {len(index):,} items")
-
-
-def _plain(text: str) -> str:
-    """Return text without tabs, line ends and terminal escapes: titles may hold anything."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
 def _size(count: float) -> str:

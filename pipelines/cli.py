@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import os
 import select
 import signal
@@ -18,11 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from vlm2rec.embedder.contract.errors import Vlm2RecError
+from vlm2rec.embedder.contract.printable import printable, without_keys
+from vlm2rec.embedder.contract.publish import disk_is_full, full_disk
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
@@ -276,6 +279,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line; turn every error into one paragraph and a documented exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a title that the terminal's encoding lacks is shown as \u00fc
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     if (old := sys.argv[1] if len(sys.argv) > 1 else "") in RENAMED:
         print(f"vlm2rec: {old} is now `{RENAMED[old]}`", file=sys.stderr)
@@ -283,14 +289,29 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Vlm2RecError as error:
-        print(f"vlm2rec: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _end(error)
     except Exception as error:
         if os.environ.get("VLM2REC_TRACEBACK"):
             raise
-        print(
-            f"vlm2rec: unexpected {type(error).__name__}: {error}. This is a bug: please report it, with the output"
-            " of the same command under VLM2REC_TRACEBACK=1.",
-            file=sys.stderr,
+        if disk_is_full(error):
+            _end(full_disk(_file_of(error), error))
+        _complain(
+            f"unexpected {type(error).__name__}: {error}. This is a bug: please report it, with the output of the same"
+            " command under VLM2REC_TRACEBACK=1."
         )
         raise SystemExit(1) from None
+
+
+def _end(error: Vlm2RecError) -> NoReturn:
+    _complain(str(error))
+    raise SystemExit(error.exit_code) from None
+
+
+def _complain(text: str) -> None:
+    """Print a message in which nothing from outside acts on the terminal, and no address shows its keys."""
+    print(without_keys(printable(f"vlm2rec: {text}")), file=sys.stderr)
+
+
+def _file_of(error: Exception) -> Path | None:
+    name = getattr(error, "filename", None)
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,9 +20,22 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from vlm2rec.embedder.contract.printable import printable, without_keys
 from vlm2rec.embedder.progress import Advance
 
-log = Console(stderr=True, highlight=False)
+
+class PlainConsole(Console):
+    """A console that prints every string as it is: `[red]` in a title is five characters, a terminal escape a space.
+
+    What is meant to have a colour is a `Text`, or has `style=`.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into a `Text` without reading markup, emoji codes or control characters in it."""
+        return super().render_str(without_keys(printable(text)), **options | {"markup": False, "emoji": False})
+
+
+log = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """The console for messages of the commands. Results for other programs go to stdout with `print`."""
 
 
@@ -39,7 +51,7 @@ class _RateColumn(ProgressColumn):
 def progress(description: str, total: int | None) -> Iterator[Advance]:
     """Show a bar with rate, elapsed and remaining time; yields a function that advances it by n."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
@@ -79,7 +91,8 @@ TERMINAL = Terminal()
 
 def headline(name: str, more: str) -> None:
     """Print a line across the terminal: what begins now, and what there is to say about it."""
-    log.rule(f"[bold]{escape(name)}[/]  [dim]{escape(more)}[/]", align="left", style="dim")
+    title = Text.assemble((printable(name), "bold"), "  ", (printable(more), "dim"))
+    log.rule(title, align="left", style="dim")
 
 
 def summary(title: str, rows: Mapping[str, object]) -> None:

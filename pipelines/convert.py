@@ -11,6 +11,7 @@ from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap
 from vlm2rec.downstream.options import Missing
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.printable import cell
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import ConvertConfig
 from vlm2rec.pipelines.convert_formats import FORMATS, Format, dataset_name, format_of
@@ -51,11 +52,13 @@ def check_out(out: Path, kind: str) -> None:
     """Raise `ConfigError` unless `out` is free, empty, or holds only an earlier conversion to the same format."""
     record = out / RECORD_FILE
     earlier = schema.read_json(record, "a conversion", "choose another --out") if record.is_file() else {}
+    files = earlier.get("files", ())
+    ours = earlier.get("to") == kind and isinstance(files, list) and "vlm2rec_version" in earlier
     publish.require_ours(
         out,
         f"an earlier conversion to {kind} with nothing else in it",
-        ours=earlier.get("to") == kind,
-        only=(RECORD_FILE, *earlier.get("files", ())),
+        ours=ours,
+        only=(RECORD_FILE, *files) if ours else None,
     )
 
 
@@ -105,7 +108,7 @@ def write_gaps(path: Path, gaps: Sequence[Gap]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([schema.ITEM_ID, "column", "reason", "outcome"])
-        rows.writerows((gap.item_id, gap.column, gap.reason, gap.outcome) for gap in gaps)
+        rows.writerows(map(cell, (gap.item_id, gap.column, gap.reason, gap.outcome)) for gap in gaps)
 
 
 def _record(

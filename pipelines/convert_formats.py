@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2rec.downstream.options import Missing
-from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from vlm2rec.downstream.formats import Gap, Selection
@@ -99,14 +99,14 @@ def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing)
 
 def _dataset(config: Settings) -> Dataset:
     from vlm2rec.embedder.contract import schema
-    from vlm2rec.embedder.contract.dataset import Dataset
+    from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 
-    exported = schema.read_manifest(config.embeddings).get("data")
-    if config.data is None and not exported:
-        raise ConfigError(
-            f"{config.embeddings} does not say which dataset it is of", "a dataset folder", "give it with --data"
-        )
-    return Dataset(config.data or str(exported))
+    if config.data is not None:
+        return Dataset(config.data)
+    dataset, reason = dataset_of_export(config.embeddings, schema.read_manifest(config.embeddings))
+    if dataset is None:
+        raise ArtifactError(f"{config.embeddings}: {reason}", "a dataset folder", "give it with --data")
+    return dataset
 
 
 def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:

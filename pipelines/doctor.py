@@ -21,12 +21,12 @@ from typing import Literal, NamedTuple
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import MissingDependencyError
+from vlm2rec.pipelines.console import PlainConsole
 
 Status = Literal["ok", "warn", "fail"]
 DISK_WANTED = 20e9  # a 3B backbone (8 GB), its adapter and the vectors of a medium-sized catalogue
@@ -36,6 +36,7 @@ _OTHER_NAMES = {"faiss-cpu": "faiss"}  # faiss-gpu and conda's faiss provide the
 _RECBOLE = """
 from vlm2rec.downstream.recbole.compat import require_recbole
 from vlm2rec.embedder.contract.errors import MissingDependencyError
+from vlm2rec.pipelines.console import PlainConsole
 try:
     require_recbole()
 except MissingDependencyError as error:
@@ -91,9 +92,9 @@ def _print(checks: list[Check]) -> None:
         table.add_column(column, overflow="fold")
     for check in checks:
         colour = _COLOURS[check.status]
-        table.add_row(check.name, f"[{colour}]{check.status}[/]", escape(check.found), escape(check.advice))
+        table.add_row(check.name, Text(check.status, colour), check.found, check.advice)
     # outside a terminal, lines are never folded, so that they can be searched
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
+    PlainConsole(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
 # --- libraries --------------------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank the items, write `metrics.json` and `users.parquet`, print the table, and return the metrics."""
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.images).warm()
     seeds = list(config.seeds) or dataset.candidate_seeds
-    publish.require_folder(config.out)
+    check_out(config.out)
     manifest = schema.read_manifest(config.embeddings)
+    publish.require_writable(config.out)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
     source = _user_source(config, manifest)
@@ -65,18 +66,37 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             view: geometry_from_rows(users[view], items[view], task.targets, task.negatives[seeds[0]]) for view in items
         },
     }
-    config.out.mkdir(parents=True, exist_ok=True)
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
     rows = pa.concat_tables([*by_candidates, *by_catalogue])
     keys = [name for name in rows.column_names if name not in schema.METRICS]
-    with publish.whole_file(config.out / schema.USERS_FILE) as file:
-        pq.write_table(rows.select([*keys, *schema.METRICS]), file)
-    schema.write_json(config.out / schema.METRICS_FILE, result)
+    users_table = rows.select([*keys, *schema.METRICS]).replace_schema_metadata({_STAMP: _WRITER})
+    with publish.plain_disk_errors(config.out):
+        publish.discard(config.out / schema.METRICS_FILE)  # it is written last: never the old one beside new users
+        with publish.whole_file(config.out / schema.USERS_FILE) as file:
+            pq.write_table(users_table, file)
+        schema.write_json(config.out / schema.METRICS_FILE, result)
     print_metrics(result)
     _summarise(config, result)
     return result
+
+
+_STAMP, _WRITER = b"vlm2rec.written_by", b"vlm2rec evaluate"
+
+
+def check_out(out: Path) -> None:
+    """Raise `ConfigError` unless `out` is free, or holds an earlier evaluation, whose files may be replaced."""
+    ours = False
+    try:
+        if (out / schema.METRICS_FILE).is_file():
+            earlier = schema.read_json(out / schema.METRICS_FILE, "metrics", "choose another --out")
+            ours = earlier.get("task") == 1 and "fingerprint" in earlier
+        elif (out / schema.USERS_FILE).is_file():  # killed before metrics.json, which is written last
+            ours = (pq.read_schema(out / schema.USERS_FILE).metadata or {}).get(_STAMP) == _WRITER
+    except (ArtifactError, pa.ArrowException, OSError):
+        ours = False
+    publish.require_ours(out, "an earlier evaluation", ours=ours)
 
 
 def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
@@ -128,6 +148,8 @@ def _encode_histories(
             "a table of export-items without --strategy, whose encoder reads whole histories too",
             "leave --backbone out: a user is then the mean of the history's items",
         )
+    if schema.IMAGE in schema.modalities_of(manifest["views"]):
+        dataset.require_images()
     settings = asdict(EncoderSettings.of_export(exported))
     assert config.backbone is not None
     encoder = ItemEncoder.load(

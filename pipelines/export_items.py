@@ -137,7 +137,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
     if config.dry_run:
         return _dry_run(config, fingerprint, reuse, distribution)
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.images)
     manifest = export(
         dataset,
         config.out,
@@ -174,7 +174,7 @@ def _dry_run(
     config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
 ) -> dict[str, Any]:
     """Print what the export would do and what it would take, measured on a few items, whose vectors are not kept."""
-    dataset, out = Dataset(config.data), config.out
+    dataset, out = Dataset(config.data, config.images), config.out
     plan = plan_export(
         dataset,
         out,

@@ -43,7 +43,7 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -59,12 +59,14 @@ def run(config: FinetuneConfig) -> Training | None:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
-        dataset = Dataset(config.data)
+        dataset = Dataset(config.data, config.images)
         if _is_finished(config):
             log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
             return None
+        if config.views != schema.TEXT:
+            dataset.require_images()
         with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
-            return _finetune(config, dataset)
+            return _finetune(config, dataset.warm())
 
 
 def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:

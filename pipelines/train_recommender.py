@@ -11,6 +11,7 @@ from typing import Any
 from vlm2rec.downstream.recbole import plugin
 from vlm2rec.downstream.recbole.run import (
     CHECKPOINT_FILE,
+    OLD_CHECKPOINT_FILE,
     Epoch,
     Outcome,
     Settings,
@@ -220,6 +221,11 @@ def _summarise(outcome: Outcome) -> None:
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])
+    if (outcome.folder / OLD_CHECKPOINT_FILE).exists():
+        console.log.print(
+            f"{outcome.folder / OLD_CHECKPOINT_FILE} is a pickle of an earlier version: it is not opened, and may be"
+            " removed"
+        )
     rows["checkpoint"] = outcome.folder / CHECKPOINT_FILE
     rows["metrics"] = outcome.folder / schema.METRICS_FILE
     console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vlm2rec.downstream.evaluation.geometry import effective_ranks
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, Vlm2RecError
-from vlm2rec.embedder.contract.storage import Location, readable
+from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
+from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.printable import cell
+from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import FailuresConfig, VerifyConfig
@@ -81,12 +81,12 @@ def failures(config: FailuresConfig) -> None:
         ArtifactError: the folder is unfinished, or a shard is missing.
     """
     manifest = schema.read_manifest(config.embeddings)
-    inputs = _inputs(manifest)
+    inputs = _inputs(config, manifest)
     writer = csv.writer(sys.stdout)
     writer.writerow(COLUMNS)
     reasons: Counter[str] = Counter()
     for item_id, status, error in _failures(config.embeddings, manifest):
-        writer.writerow((item_id, status, error, *inputs.get(item_id, ("", ""))))
+        writer.writerow(map(cell, (item_id, status, error, *inputs.get(item_id, ("", "")))))
         reasons[(error or "").partition(":")[0]] += 1
     sys.stdout.flush()
     if not reasons:
@@ -108,22 +108,23 @@ def _failures(folder: Location, manifest: Mapping[str, Any]) -> Iterator[tuple[s
             raise ArtifactError(f"{path} is missing", "the shards that the manifest names", "run `vlm2rec verify`")
         if shard.get("counts") and not any(shard["counts"].get(status) for status in _WITH_REASON):
             continue
-        with readable(path) as source:
-            table = pq.read_table(source, columns=[schema.ITEM_ID, schema.STATUS, schema.ERROR])
+        table = schema.read_table(
+            path, [schema.ITEM_ID, schema.STATUS, schema.ERROR], fix=f"run `vlm2rec verify {folder}`"
+        )
         table = table.filter(pc.is_in(table[schema.STATUS], value_set=pc.cast(list(_WITH_REASON), "string")))
         yield from zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
 
 
-def _inputs(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return title and image file of each item, if the dataset still exists at its path."""
-    try:
-        dataset = Dataset(manifest["data"]) if manifest.get("data") else None
-    except Vlm2RecError:
-        dataset = None
-    if dataset is None:
-        console.log.print(
-            "titles and images are left out: the dataset is no longer at the path of the export", style="yellow"
-        )
-        return {}
-    images = (str(dataset.image_root / path) for path in dataset.image_paths)
+def _inputs(config: FailuresConfig, manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return title and image file of each item, from the dataset that is given or, if it is there, the export's."""
+    if config.data is not None:
+        dataset, reason = Dataset(config.data), ""
+    else:
+        named, reason = dataset_of_export(config.embeddings, manifest)
+        if named is None:
+            console.log.print(f"titles and images are left out: {reason}; give --data", style="yellow")
+            return {}
+        dataset = named
+    root = dataset.image_root if dataset.has_images else None
+    images = ("" if root is None or not path else str(root / path) for path in dataset.image_paths)
     return dict(zip(dataset.item_ids, zip(dataset.titles, images, strict=True), strict=True))

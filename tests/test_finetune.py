@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +25,8 @@ from transformers import TrainerState
 
 from vlm2rec.embedder.backbones import lora
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.training import checkpoints, train
 from vlm2rec.pipelines import finetune
@@ -185,6 +188,62 @@ def test_no_resume_starts_anew_and_its_own_settings_count_from_then_on(
         finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, resume=True))
     anew = finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, max_steps=1))
     assert anew is not None and anew.steps == 1
+
+
+# --- images that are not there, and items that nobody has touched ---------------------------------------------
+def copied(dataset: Path, folder: Path, **meta: object) -> Path:
+    """Copy a dataset folder and its images, side by side."""
+    shutil.copytree(dataset, folder / "data")
+    shutil.copytree(Dataset(dataset).image_root, folder / "images")
+    known = json.loads((folder / "data/dataset.json").read_text())
+    (folder / "data/dataset.json").write_text(json.dumps(known | {"image_root": "../images", **meta}))
+    return folder / "data"
+
+
+def test_without_the_image_folder_training_does_not_begin_and_goes_on_where_it_is_now(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    data = copied(drawn_dataset, tmp_path)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    chosen = settings(tiny, data, tmp_path / "adapter", max_steps=2)
+    unknown = dataclasses.replace(chosen, backbone=str(tmp_path / "no backbone"))
+    with pytest.raises(DataError, match=r"images, is missing.*--images"):
+        finetune.run(unknown)  # before the backbone is looked for
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(ModelError):
+        finetune.run(dataclasses.replace(unknown, views="text", loss="sft"))
+    there = dataclasses.replace(chosen, images=tmp_path / "elsewhere")
+    assert finetune.run(there) is not None
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    assert finetune.run(chosen) is None  # the place of the images is no setting of what is learned
+
+
+def test_a_dataset_without_pictures_trains_on_titles_and_is_refused_in_words_with_images(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    data = copied(drawn_dataset, tmp_path, image_root=None)
+    items = pq.read_table(data / "items.parquet")
+    nothing = pa.array([None] * len(items), pa.string())
+    pq.write_table(items.set_column(2, "image_path", nothing), data / "items.parquet")
+    with pytest.raises(DataError, match=r"was prepared without images.*--views text"):
+        finetune.run(settings(tiny, data, tmp_path / "adapter", max_steps=1))
+    chosen = settings(tiny, data, tmp_path / "adapter", max_steps=1, views="text", loss="sft", probe_users=0)
+    assert finetune.run(chosen) is not None
+
+
+@pytest.mark.parametrize("method", ["vlm2rec", "sda"])
+def test_cold_items_leave_training_as_it_is(tiny: Tiny, drawn_dataset: Path, tmp_path: Path, method: str) -> None:
+    more: dict[str, object] = {"max_steps": 2, "method": method}
+    if method == "sda":
+        more |= {"pooling": "mean", "prompt_style": "sda", "experts": 1, "lora_rank": 8}
+    data = copied(drawn_dataset, tmp_path, cold_items=2)
+    items = pq.read_table(data / "items.parquet")
+    cold = items.slice(0, 2).set_column(0, "item_id", pa.array(["cold", "colder"]))
+    pq.write_table(pa.concat_tables([cold, items]), data / "items.parquet")
+    finetune.run(settings(tiny, drawn_dataset, tmp_path / "before", **more))
+    finetune.run(settings(tiny, data, tmp_path / "with", **more))
+    before, now = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("before", "with"))
+    assert before == now
 
 
 # --- killed at any moment -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,6 +26,7 @@ from vlm2rec.downstream.index.recall import drop_own, exact_neighbours, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.storage import StorePath
 
 
 def clustered(rows: int, dim: int, seed: int = 0, clusters: int = 20) -> np.ndarray:
@@ -440,10 +442,10 @@ def test_a_failed_rebuild_leaves_the_old_index_and_nothing_else(
     before = {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()}
 
     def full_disk(*_: object) -> None:
-        raise RuntimeError("Error in virtual size_t FileIOWriter::operator() at io.cpp:10: write error: No space left")
+        raise RuntimeError("Error in FileIOWriter::operator() at io.cpp:10: write error: No space left on device")
 
     monkeypatch.setattr(faiss, "write_index", full_disk)
-    with pytest.raises(ConfigError, match=r"cannot be written .*No space left"):
+    with pytest.raises(ArtifactError, match=r"cannot be written .*No space left"):
         build_index(tmp_path / "emb", tmp_path / "idx")
     assert {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emb", "idx"]
@@ -502,13 +504,72 @@ def test_a_missing_or_cut_file_of_the_index_is_named(file: str, tmp_path: Path) 
         ItemIndex.open(tmp_path / "idx")
 
 
-def test_an_index_with_ids_of_another_one_is_refused(tmp_path: Path) -> None:
-    for rows in (30, 31):
-        write_embeddings(tmp_path / f"emb{rows}", names(rows), clustered(rows, 8))
-        build_index(tmp_path / f"emb{rows}", tmp_path / f"idx{rows}")
-    shutil.copy(tmp_path / "idx31/ids.parquet", tmp_path / "idx30/ids.parquet")
-    with pytest.raises(ArtifactError, match="30 vectors, 31 ids"):
-        ItemIndex.open(tmp_path / "idx30")
+@pytest.mark.parametrize("file", ["items.faiss", "ids.parquet", "index.json"])
+@pytest.mark.parametrize("rows", [30, 31])
+def test_an_index_of_two_builds_is_refused(rows: int, file: str, tmp_path: Path) -> None:
+    for name, ids in (("one", names(30)), ("other", names(rows)[::-1])):
+        write_embeddings(tmp_path / f"emb-{name}", ids, clustered(len(ids), 8, len(name)))
+        build_index(tmp_path / f"emb-{name}", tmp_path / name)
+    shutil.copy(tmp_path / "other" / file, tmp_path / "one" / file)
+    with pytest.raises(ArtifactError, match=r"of another build.*run `vlm2rec build-index` again"):
+        ItemIndex.open(tmp_path / "one")
+
+
+@pytest.mark.parametrize("file", ["items.faiss", "ids.parquet"])
+def test_one_flipped_bit_anywhere_in_an_index_is_found(file: str, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
+    build_index(tmp_path / "emb", tmp_path / "idx")
+    whole = (tmp_path / "idx" / file).read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 20).astype(int):
+        (tmp_path / "idx" / file).write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ArtifactError, match=f"{file} is damaged"):
+            ItemIndex.open(tmp_path / "idx")
+
+
+def test_an_index_from_before_checksums_opens_and_says_that_it_is_unchecked(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
+    meta = build_index(tmp_path / "emb", tmp_path / "idx")
+    assert not ItemIndex.open(tmp_path / "idx").unchecked
+    del meta["files"]
+    schema.write_json(tmp_path / "idx/index.json", meta)
+    opened = ItemIndex.open(tmp_path / "idx")
+    assert opened.unchecked and len(opened.neighbours("item-3", 4)) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": "30"}, {"factory": None}, {"embeddings": 7}, {"files": []}, {"files": {"items.faiss": {}}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_damaged_index_json_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
+    meta = build_index(tmp_path / "emb", tmp_path / "idx")
+    schema.write_json(tmp_path / "idx/index.json", {**meta, **change})
+    with pytest.raises(ArtifactError, match=r"index\.json is damaged.*build-index"):
+        ItemIndex.open(tmp_path / "idx")
+    assert build_index(tmp_path / "emb", tmp_path / "idx")["rows"] == 30, "the command that mends it"
+
+
+@pytest.mark.parametrize("file", ["items.faiss", "ids.parquet", "index.json"])
+def test_a_pipe_in_place_of_a_file_of_the_index_is_not_opened(file: str, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
+    build_index(tmp_path / "emb", tmp_path / "idx")
+    (tmp_path / "idx" / file).unlink()
+    os.mkfifo(tmp_path / "idx" / file)
+    with pytest.raises(ArtifactError, match=file):
+        ItemIndex.open(tmp_path / "idx")
+
+
+def test_an_address_that_only_index_json_names_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_embeddings(tmp_path / "emb", names(300), clustered(300, 8))
+    meta = build_index(tmp_path / "emb", tmp_path / "idx", kind="HNSW8,SQ4")
+    schema.write_json(tmp_path / "idx/index.json", {**meta, "embeddings": "s3://strangers/emb"})
+    monkeypatch.setattr(StorePath, "_store", property(lambda path: pytest.fail(f"{path} was asked")))
+    opened = ItemIndex.open(tmp_path / "idx")
+    assert len(opened.neighbours("item-3", 4)) == 4
+    rounded = opened.query_vector(3)
+    opened.embeddings = tmp_path / "emb"
+    assert not np.array_equal(opened.query_vector(3), rounded), "from the folder that the user names"
 
 
 def test_an_index_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -15,9 +16,10 @@ import pandas as pd
 import pytest
 import torch
 from recommender_world import cyclic_sequences, write_atomic, write_dataset
+from safetensors import safe_open
 
 from vlm2rec.downstream.recbole import compat, run
-from vlm2rec.embedder.contract.errors import MissingDependencyError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError
 
 ITEMS = [f"i{number}" for number in range(24)]
 SMALL = {"model": "SASRec", "hidden_size": 8, "inner_size": 8, "n_heads": 1, "epochs": 1, "train_neg_sample_args": None}
@@ -87,16 +89,95 @@ def test_numpy_is_afterwards_as_it_was_before(atomic: Path, tmp_path: Path) -> N
 
 
 # --- 3 checkpoints ------------------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4:UserWarning")
-def test_torch_still_refuses_recboles_checkpoint_and_our_reader_takes_our_own(atomic: Path, tmp_path: Path) -> None:
-    outcome = run.run(
-        SMALL | {"dataset": "small", "data_path": str(atomic), "load_col": None}, tmp_path / "out", device="cpu"
-    )
-    checkpoint = tmp_path / "out" / "checkpoint.pth"
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(checkpoint)
-    loaded = compat.load_own_checkpoint(checkpoint, torch.device("cpu"))
-    assert loaded["state_dict"].keys() == outcome.model.state_dict().keys()
+class Planted:
+    """A pickle that ends the test as soon as it is opened."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("a pickle was opened",)
+
+
+def plant(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Planted()))
+    return path
+
+
+def test_weights_come_back_from_safetensors_with_the_mode_of_the_umask(atomic: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        settings = SMALL | {"dataset": "small", "data_path": str(atomic), "load_col": None}
+        outcome = run.run(settings, tmp_path / "out", device="cpu")
+    finally:
+        os.umask(before)
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    loaded = compat.load_weights(checkpoint, torch.device("cpu"))
+    assert loaded.keys() == outcome.model.state_dict().keys()
+    with safe_open(checkpoint, "pt") as file:
+        about = json.loads(file.metadata()["vlm2rec"])
+    assert about == {"written_by": "vlm2rec train-recommender", "model": SMALL["model"], "epoch": 1}
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08")
+    for name in ("checkpoint.safetensors", "none.safetensors"):
+        with pytest.raises(ArtifactError, match=f"{name} is missing or damaged"):
+            compat.load_weights(tmp_path / name, "cpu")
+
+
+def test_recbole_still_opens_a_pickle_that_lies_in_its_checkpoint_folder(
+    atomic: Path, tmp_path: Path, arguments: pytest.MonkeyPatch
+) -> None:
+    from recbole.data.utils import create_dataset
+
+    plant(tmp_path / "small-SequentialDataset.pth")
+    with compat.cured(tmp_path), pytest.raises(pytest.fail.Exception, match="a pickle was opened"):
+        create_dataset(config(atomic, tmp_path))
+
+
+def test_pickles_planted_beside_an_earlier_run_are_not_opened(atomic: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"dataset": "small", "data_path": str(atomic), "load_col": None}
+    first = run.run(settings, tmp_path / "out", device="cpu").metrics
+    names = ("small-SequentialDataset", "small-Dataset", "small-for-SASRec-dataloader", "checkpoint", "SASRec-saved")
+    planted = [plant(tmp_path / "out" / f"{name}.pth") for name in names]
+    second = run.run(settings, tmp_path / "out", device="cpu").metrics
+    assert second["recbole"] == first["recbole"]
+    assert all(path.is_file() for path in planted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset_save_path", "theirs.pth"),
+        ("dataset_save_path", "without-an-ending"),
+        ("dataloaders_save_path", "theirs.pth"),
+        ("save_dataset", True),
+        ("save_dataloaders", True),
+        ("pre_model_path", "pretrained.pth"),
+        ("pretrain_path", "saved"),
+        ("checkpoint_file", "saved"),
+        ("anything_else", "weights.PTH"),
+        ("anything_else", "weights.pkl"),
+    ],
+)
+def test_settings_that_lead_to_a_pickle_are_refused(key: str, value: Any, atomic: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"dataset": "small", "data_path": str(atomic), key: value}
+    with pytest.raises(ConfigError, match=f"{key}.*pickle.*remove `{key}`"):
+        run.run(settings, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_such_settings_are_let_pass_where_they_are_switched_off(atomic: Path, tmp_path: Path) -> None:
+    off = {"dataset_save_path": None, "save_dataset": False, "dataloaders_save_path": None, "log_wandb": False}
+    settings = SMALL | {"dataset": "small", "data_path": str(atomic), "load_col": None} | off
+    assert run.run(settings, tmp_path / "out", device="cpu").metrics["epochs"] == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("log_wandb", True), ("local_rank", 0)])
+def test_settings_that_lead_to_other_machines_are_refused(key: str, value: Any, atomic: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*other machines"):
+        run.run(SMALL | {"dataset": "small", "data_path": str(atomic), key: value}, tmp_path / "out", device="cpu")
 
 
 # --- 4 pandas -----------------------------------------------------------------------------------------------

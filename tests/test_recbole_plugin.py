@@ -227,8 +227,8 @@ def test_a_table_checkpoint_loads_in_recbole_without_vlm2rec(data: Dataset, embe
     flag = {"item_embedding_init": str(embeddings), "item_embedding_trainable": True}
     outcome = run.run(settings | flag, tmp_path / "flagged", data=data, device="cpu")
     stock, _, _ = build(settings, data, tmp_path / "stock")
-    saved = compat.load_own_checkpoint(tmp_path / "flagged" / "checkpoint.pth", "cpu")
-    assert stock.load_state_dict(saved["state_dict"]).missing_keys == []
+    saved = compat.load_weights(tmp_path / "flagged" / "checkpoint.safetensors", "cpu")
+    assert stock.load_state_dict(saved).missing_keys == []
     assert torch.equal(stock.item_embedding.weight, outcome.model.item_embedding.weight)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html.parser
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -312,31 +311,30 @@ def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study
         run(ReportConfig(study=study, run=tmp_path))
 
 
-def test_only_figures_of_an_earlier_report_go(study: Path, tmp_path: Path) -> None:
+def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(study: Path, tmp_path: Path) -> None:
     few = {name: table_of(study, name).clear() for name in ("curves", "geometry")}
-    whole, own, elsewhere = (
-        changed(study, tmp_path / "whole"),
-        changed(study, tmp_path / "study", **few),
-        tmp_path / "t",
-    )
-    shutil.rmtree(own / "figures", ignore_errors=True)
+    own, elsewhere = changed(study, tmp_path / "study", **few) / "figures", tmp_path / "thesis" / "figures"
     for folder in (own, elsewhere):
-        run(ReportConfig(study=whole, out=folder / "report.html"))
-        (folder / "figures" / "mine.svg").write_text("<svg/>")
-        gone = [folder / "figures" / f"collapse-ranks.{ending}" for ending in ("svg", "png")]
-        assert all(file.exists() for file in gone)
-        run(ReportConfig(study=own, out=folder / "report.html"))
-        assert not any(file.exists() for file in gone)
-        assert (folder / "figures" / "mine.svg").exists() and (folder / "figures" / "differences.svg").exists()
+        folder.mkdir(parents=True)
+        (folder / "mine.svg").write_text("<svg/>")
+    (own / "fig9-old.svg").write_text("<svg><metadata>vlm2rec report</metadata></svg>")
+    run(ReportConfig(study=own.parent))
+    run(ReportConfig(study=own.parent, out=elsewhere.parent / "page.html"))
+    assert not (own / "fig9-old.svg").exists() and (own / "mine.svg").exists()
+    assert (elsewhere / "mine.svg").exists() and (elsewhere / "differences.svg").exists()
 
 
-@pytest.mark.parametrize("name", ["page.html", "figures/differences.svg"])
-def test_a_file_that_no_report_has_written_is_not_replaced(study: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(ConfigError, match=f"{Path(name).name} is there, and no report has written it"):
-        run(ReportConfig(study=study, out=tmp_path / "page.html"))
-    assert (tmp_path / name).read_text() == "precious"
+@pytest.mark.parametrize("file", ["page.html", "figures/differences.svg", "figures/differences.png"])
+def test_a_file_that_is_not_ours_is_never_replaced_by_a_page(file: str, study: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "thesis" / file, tmp_path / "thesis" / "page.html"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match="has not written it"):
+        run(ReportConfig(study=study, out=out))
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    run(ReportConfig(study=study, out=out))
+    assert run(ReportConfig(study=study, out=out)) == out, "an earlier page is replaced"
 
 
 # --- training -----------------------------------------------------------------------------------------------

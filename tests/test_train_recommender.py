@@ -54,8 +54,7 @@ def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = compat.load_own_checkpoint(folder / "checkpoint.pth", "cpu")["state_dict"]
-    return loaded
+    return compat.load_weights(folder / "checkpoint.safetensors", "cpu")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -121,7 +120,7 @@ def test_without_the_flag_a_recbole_yaml_gives_stock_recboles_result_bit_for_bit
     metrics = train_recommender.run(config)
     assert metrics["recbole"] == expected[model]
     checkpoint = next((folder / f"stock-{model}").glob(f"{model}-*.pth"))
-    saved = compat.load_own_checkpoint(checkpoint, "cpu")["state_dict"]
+    saved = torch.load(checkpoint, "cpu", weights_only=False)["state_dict"]
     assert same(state(tmp_path / "out"), saved)
     assert (metrics["start"], metrics["candidates"], metrics["full"]) == ("id", None, None)
     assert not (tmp_path / "out" / "users.parquet").exists()
@@ -353,7 +352,7 @@ def test_the_command_with_default_flags_writes_its_files_and_prints_to_stderr_on
     assert done.stdout == ""
     assert "valid NDCG@20" in done.stderr and "SASRec on by hand" in done.stderr
     assert {path.name for path in out.iterdir()} == {
-        "metrics.json", "users.parquet", "checkpoint.pth", "recbole.log", "tensorboard",
+        "metrics.json", "users.parquet", "checkpoint.safetensors", "recommender.json", "recbole.log", "tensorboard",
     }  # fmt: skip
     metrics = json.loads((out / "metrics.json").read_text())
     users = pq.read_table(out / "users.parquet")
@@ -418,8 +417,9 @@ def test_a_run_can_be_repeated_and_the_seed_matters(data: Path, embeddings: Path
 
 
 def test_a_failed_run_leaves_no_earlier_metrics_behind(data: Path, tmp_path: Path) -> None:
-    for name in ("metrics.json", "users.parquet", "checkpoint.pth"):
+    for name in ("users.parquet", "checkpoint.safetensors"):
         (tmp_path / name).write_text("of an earlier run")
+    (tmp_path / "metrics.json").write_text('{"task": 2, "recbole": {}}')
     config = TrainRecommenderConfig(data=data, model="SASRec", embeddings=tmp_path / "none", out=tmp_path, **SMALL)
     with pytest.raises(ArtifactError):
         train_recommender.run(config)
@@ -431,7 +431,7 @@ def test_a_meaningful_table_beats_a_random_one(data: Path, embeddings: Path, tmp
     write_embeddings(tmp_path / "noise", ITEMS, noise)
     few = {"data": data, "model": "GRU4Rec", "hidden_size": 32, "max_epochs": 15, "device": "cpu"}
     meaning, chance = (
-        train_recommender.run(TrainRecommenderConfig(embeddings=folder, out=tmp_path / folder.name, **few))
+        train_recommender.run(TrainRecommenderConfig(embeddings=folder, out=tmp_path / "out" / folder.name, **few))
         for folder in (embeddings, tmp_path / "noise")
     )
     assert meaning["full"]["N@10"] > chance["full"]["N@10"] + 0.05

@@ -5,6 +5,9 @@ and, unlike the inner product, also if a factory string centres the data (PCA). 
 
     index folder   items.faiss   ids.parquet (row, item_id, title)   index.json (written last)
 
+`index.json` holds size and SHA-256 of the two other files, which `ItemIndex.open` compares over all their bytes before
+it reads them: files of two builds, or a copy cut short, are refused. Hashing takes about a second for 1.5 GB, once for
+each time that an index is opened. An index of a version that did not record them opens with `unchecked` set.
 Row i of `items.faiss` is row i of `ids.parquet`: the items with a usable vector, in the order of the export.
 """
 
@@ -15,7 +18,7 @@ import difflib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +34,9 @@ from vlm2rec.downstream.index.plan import KINDS, IndexPlan, empty_index, faiss_r
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder.contract import provenance, publish, schema
-from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError
-from vlm2rec.embedder.contract.storage import Location, location, readable
+from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.storage import Location, location, readable, sha256_file
 
 FAISS_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
@@ -70,7 +73,7 @@ def build_index(
         out: Index folder to write.
         column: View to index.
         kind: As for `choose_factory`.
-        data: Dataset folder with the titles; default: the one that the export names, if it still exists.
+        data: Dataset folder with the titles; default: the one that the export names, as `dataset_of_export` opens it.
         sample: Queries for the measured recall.
         seed: Seed of the samples and of k-means.
         plan: Result of `plan_index` for the same arguments, if it exists already.
@@ -94,7 +97,7 @@ def build_index(
         batches = watch("checking recall", unit_batches(embeddings, column))
         quality = measure(index, queries.vectors, queries.rows, batches)
         manifest = schema.read_manifest(embeddings)
-        titles, titles_from = find_titles(item_ids, data, manifest)
+        titles, titles_from = find_titles(item_ids, data, embeddings, manifest)
         meta = {
             "schema_version": INDEX_SCHEMA_VERSION,
             "kind": kind,
@@ -179,17 +182,16 @@ def _fill(
 
 
 def find_titles(
-    item_ids: pa.ChunkedArray, data: Location | None, manifest: dict[str, Any]
+    item_ids: pa.ChunkedArray, data: Location | None, embeddings: Location, manifest: dict[str, Any]
 ) -> tuple[pa.ChunkedArray, str | None]:
     """Return a title for each item (empty if unknown), and the dataset folder with the titles, or None.
 
     A dataset folder that is given must be readable; the one that the export names may be gone.
     """
-    folder = data or manifest.get("data")
+    dataset = Dataset(data) if data else dataset_of_export(embeddings, manifest)[0]
     try:
-        dataset = Dataset(folder) if folder else None
         items = dataset.items if dataset else None
-    except (ArtifactError, MissingDependencyError):
+    except ArtifactError:
         if data:
             raise
         dataset = items = None
@@ -209,9 +211,18 @@ def check_out(out: Path) -> None:
     publish.require_ours(
         out,
         "an earlier index with nothing else in it",
-        ours=(out / schema.INDEX_FILE).is_file(),
+        ours=_is_index(out),
         only=(FAISS_FILE, IDS_FILE, schema.INDEX_FILE),
     )
+
+
+def _is_index(folder: Path) -> bool:
+    if not (folder / schema.INDEX_FILE).is_file():
+        return False
+    try:
+        return {"schema_version", "factory"} <= schema.read_json(folder / schema.INDEX_FILE, "", "").keys()
+    except ArtifactError:  # a damaged one is ours if the vectors lie beside it
+        return (folder / FAISS_FILE).is_file() and (folder / IDS_FILE).is_file()
 
 
 def _write(
@@ -231,7 +242,9 @@ def _write(
         rows = pa.array(np.arange(len(item_ids), dtype=np.int64))
         table = pa.table({ROW: rows, schema.ITEM_ID: item_ids, schema.TITLE: titles})
         pq.write_table(table, folder / IDS_FILE, compression="zstd", write_page_checksum=True)
-        meta = {**meta, "bytes": (folder / FAISS_FILE).stat().st_size}
+        sizes = {name: (folder / name).stat().st_size for name in (FAISS_FILE, IDS_FILE)}
+        files = {name: {"bytes": size, "sha256": sha256_file(folder / name)} for name, size in sizes.items()}
+        meta = {**meta, "bytes": sizes[FAISS_FILE], "files": files}
         schema.write_json(folder / schema.INDEX_FILE, meta)
     return meta
 
@@ -251,18 +264,21 @@ class ItemIndex:
 
     def __init__(self, folder: Path, index: Any, ids: pa.Table, meta: dict[str, Any]) -> None:
         self.folder, self.index, self.ids, self.meta = folder, index, ids, meta
+        self.unchecked = "files" not in meta  # an older index, without checksums
+        self.embeddings = _local_embeddings(meta)
 
     @classmethod
     def open(cls, folder: Path | str) -> ItemIndex:
         """Load an index folder.
 
         Raises:
-            ArtifactError: the folder is unfinished, damaged, or of a newer version.
+            ArtifactError: the folder is unfinished, damaged, of a newer version, or holds files of two builds.
         """
         folder = Path(folder)
         while True:
             meta = read_meta(folder)
             try:
+                _require_whole(folder, meta)
                 index = _read_index(folder / FAISS_FILE)
                 ids = schema.read_table(folder / IDS_FILE, fix=_BUILD_AGAIN)
             except ArtifactError:
@@ -336,10 +352,10 @@ class ItemIndex:
         """Return the unit vector of an item, (d,) float32.
 
         A flat index holds it exactly. Other kinds hold a rounded copy, so it is read from the embeddings folder if that
-        still exists and is unchanged, else from the index.
+        still exists on this machine (or is set as `embeddings`) and is unchanged, else from the index.
         """
-        if self.meta["factory"] != "Flat" and self.stale() is None:
-            vector = _read_vector(location(self.meta["embeddings"]), self.meta["column"], self._item_id(row))
+        if self.meta["factory"] != "Flat" and self.embeddings is not None and self.stale() is None:
+            vector = _read_vector(self.embeddings, self.meta["column"], self._item_id(row))
             if vector is not None:
                 return vector
         return self._reconstruct(row)
@@ -364,9 +380,12 @@ class ItemIndex:
     def stale(self, embeddings: Location | None = None) -> str | None:
         """Return how the embeddings folder differs from the one that was indexed; None if it is the same.
 
-        Without `embeddings`, it checks the folder that the index was built from.
+        Without `embeddings`, it checks `self.embeddings`: the folder that the index was built from. An address in a
+        store that only `index.json` names is not opened.
         """
-        folder = location(self.meta["embeddings"]) if embeddings is None else embeddings
+        folder = self.embeddings if embeddings is None else embeddings
+        if folder is None:
+            return f"{self.meta['embeddings']} is not a folder on this machine"
         try:
             manifest = schema.read_manifest(folder)
         except ArtifactError:
@@ -400,7 +419,53 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"a version up to {INDEX_SCHEMA_VERSION}",
             f"install a newer vlm2rec, or {_BUILD_AGAIN}",
         )
+    wrong = [key for key, kind in _META_KEYS.items() if type(meta.get(key)) is not kind]
+    files = meta.get("files", {})
+    if not isinstance(files, dict) or not all(
+        isinstance(files.get(name), dict) and {"bytes", "sha256"} <= files[name].keys()
+        for name in (FAISS_FILE, IDS_FILE)
+        if "files" in meta
+    ):
+        wrong.append("files")
+    if wrong:
+        raise ArtifactError(
+            f"{folder / schema.INDEX_FILE} is damaged: {', '.join(wrong)} missing or of another type",
+            "the file as build-index wrote it",
+            _BUILD_AGAIN,
+        )
     return meta
+
+
+_META_KEYS = {
+    "rows": int, "column": str, "factory": str, "left_out": int,
+    "embeddings": str, "fingerprint": str, "shards_sha256": str,
+}  # fmt: skip
+
+
+def _local_embeddings(meta: Mapping[str, Any]) -> Location | None:
+    """Return the embeddings folder that an index names; None for an address in a store, which the user has to give."""
+    named = str(meta["embeddings"])
+    return None if "://" in named or "\0" in named else location(named)
+
+
+def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` unless each file of an index folder has the size and the SHA-256 that it was built with."""
+    for name in (FAISS_FILE, IDS_FILE):
+        path, recorded = folder / name, meta.get("files", {}).get(name)
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing or no file", "the index as built", _BUILD_AGAIN)
+        if recorded is None:
+            continue
+        try:
+            same = path.stat().st_size == recorded["bytes"] and sha256_file(path) == recorded["sha256"]
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error})", "the index as built", _BUILD_AGAIN) from None
+        if not same:
+            raise ArtifactError(
+                f"{path} is damaged or of another build: size or SHA-256 is not that of {schema.INDEX_FILE}",
+                "the files of one build, whole",
+                f"copy all of the folder again, or {_BUILD_AGAIN}",
+            )
 
 
 def _read_index(path: Path) -> Any:
@@ -415,16 +480,21 @@ def _read_index(path: Path) -> Any:
 def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
     """Read one item's unit vector: first the ids of each shard, then the vectors of one row group."""
     for shard in schema.read_manifest(embeddings)["shards"]:
-        with (
-            readable(embeddings / shard["file"]) as source,
-            pq.ParquetFile(source, page_checksum_verification=True) as file,
-        ):
-            for group in range(file.num_row_groups):
-                row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
-                if row >= 0:
-                    values = file.read_row_group(group, [column])[column][row].values
-                    vector = values.to_numpy(zero_copy_only=False).astype(np.float32)
-                    return np.asarray(vector / np.linalg.norm(vector), np.float32)
+        path = embeddings / shard["file"]
+        try:
+            if not path.is_file():
+                raise FileNotFoundError("it is missing")
+            with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+                for group in range(file.num_row_groups):
+                    row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
+                    if row >= 0:
+                        values = file.read_row_group(group, [column])[column][row].values
+                        vector = values.to_numpy(zero_copy_only=False).astype(np.float32)
+                        return np.asarray(vector / np.linalg.norm(vector), np.float32)
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error})", "the shard as exported", f"run `vlm2rec verify {embeddings}`"
+            ) from None
     return None
 
 

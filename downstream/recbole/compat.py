@@ -5,9 +5,9 @@
    RecBole is installed with `--no-deps`.
 2. `Config` uses `np.float_`, `np.complex_` and `np.unicode_`, which NumPy 2 removed: `_numpy_names`. It also adds
    eight aliases such as `np.str` to NumPy; they are removed again.
-3. `Trainer.evaluate(load_best_model=True)` lets `torch.load` read a pickled Config, which torch refuses since 2.6.
-   `load_own_checkpoint` reads only the file that this process has just written, because a pickle from elsewhere can
-   run any code.
+3. RecBole keeps checkpoints, datasets and data loaders as pickles, and opens those that a setting names or that lie in
+   its checkpoint folder under certain names. A pickle can run any code. `refuse_pickles` refuses the settings, `cured`
+   lets RecBole look for no file, and `save_weights` and `load_weights` keep the weights as safetensors.
 4. pandas 3 turns RecBole's `fillna(inplace=True)` into a silent no-op, so that padding becomes a huge negative
    number: `require_recbole` refuses pandas 3.
 5. Cross-entropy (the default loss of SASRec, GRU4Rec and BERT4Rec) stops with a ValueError unless
@@ -21,6 +21,7 @@ whole process, logs to the root logger, and writes `./log_tensorboard`. `cured` 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -33,13 +34,26 @@ from typing import Any
 
 import numpy as np
 
-from vlm2rec.embedder.contract.errors import MissingDependencyError
+from vlm2rec.embedder.contract import publish
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError
 
+LOG_FILE = "recbole.log"
+TENSORBOARD = "tensorboard"
 INSTALL = "pip install 'vlm2rec[recbole]' && pip install --no-deps recbole==1.2.1 thop"
 
 # What `Config.compatibility_settings` reads and what it leaves behind
 _REMOVED_NAMES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_}
 _LEFT_BEHIND = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
+
+# keys whose value is a file that RecBole unpickles, or that make it write one
+_PICKLES = frozenset(
+    {"dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders"}
+    | {"checkpoint_file", "resume_file", "model_file", "saved_model_file", "load_model", "load_checkpoint"}
+    | {"pre_model_path", "pretrain_path", "mf_pretrain_path", "mlp_pretrain_path"}
+)
+_PICKLE_NAMES = (".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".joblib")
+# Weights & Biases; training over several machines, which `local_rank` switches on
+_NETWORK = frozenset({"log_wandb", "local_rank"})
 
 # (message, category) of warnings from libraries, with the versions of constraints.txt
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
@@ -82,12 +96,16 @@ def cured(folder: Path) -> Iterator[None]:
     """Run RecBole inside this block, with the fixes; side effects stay in `folder` or are undone at the end.
 
     Args:
-        folder: receives RecBole's own log, `recbole.log`, and its TensorBoard files.
+        folder: receives RecBole's own log, `recbole.log`, and its TensorBoard files. An old log is replaced.
+
+    Raises:
+        ConfigError: the folder for TensorBoard is a link to elsewhere.
     """
     with ExitStack() as stack:
-        for cure in (_numpy_names(), _no_arguments(), _same_devices(), _own_log(folder / "recbole.log")):
+        cures = (_numpy_names(), _no_arguments(), _same_devices(), _no_pickles(), _own_log(folder / LOG_FILE))
+        for cure in cures:
             stack.enter_context(cure)
-        stack.enter_context(_tensorboard_in(folder / "tensorboard"))
+        stack.enter_context(_tensorboard_in(folder / TENSORBOARD))
         stack.enter_context(_without_library_warnings())
         stack.enter_context(_without_anomaly_detection())
         yield
@@ -104,12 +122,68 @@ def without_negative_sampling(settings: Mapping[str, Any], model_defaults: Mappi
     return loss == "CE" and "train_neg_sample_args" not in settings
 
 
-def load_own_checkpoint(path: Path, device: Any) -> dict[str, Any]:
-    """Read a RecBole checkpoint that this process has written itself. Never give it a file from elsewhere."""
-    import torch
+def refuse_pickles(settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for settings with which RecBole opens or writes pickles, or connects to an address."""
+    for key, value in settings.items():
+        if value is None or value is False or value == "":
+            continue
+        if key in _PICKLES or (isinstance(value, str) and value.lower().endswith(_PICKLE_NAMES)):
+            raise ConfigError(
+                f"the setting {key}: {value!r} names a file that RecBole keeps as a pickle, which can run any code",
+                "no pickles: vlm2rec writes and reads weights as safetensors, and prepares data anew for each run",
+                f"remove `{key}`",
+            )
+        if key in _NETWORK:
+            raise ConfigError(
+                f"the setting {key}: {value!r} makes RecBole connect to other machines",
+                "a run on this machine alone",
+                f"remove `{key}`",
+            )
 
-    loaded: dict[str, Any] = torch.load(path, map_location=device, weights_only=False)
-    return loaded
+
+def save_weights(model: Any, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a model's state as safetensors, whole or not at all; `about` is kept as JSON in the file's metadata.
+
+    Equal weights are equal bytes: with several keys, safetensors would write them in any order.
+    """
+    from safetensors.torch import save_file
+
+    # copies, because parts of one storage, as a GRU's weights on a GPU are, cannot be written
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    with publish.whole_file(path) as file:
+        save_file(state, file, metadata={"vlm2rec": json.dumps(about, sort_keys=True)})
+
+
+def load_weights(path: Path, device: Any) -> dict[str, Any]:
+    """Read the state of a model that `save_weights` wrote, as tensors on a device.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state: dict[str, Any] = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
+        ) from None
+    return state
+
+
+@contextmanager
+def _no_pickles() -> Iterator[None]:
+    """Keep RecBole from looking for stored data loaders, and from storing them."""
+    import recbole.data.utils as data
+
+    load, save = data.load_split_dataloaders, data.save_split_dataloaders
+    data.load_split_dataloaders = lambda config: None
+    data.save_split_dataloaders = lambda config, dataloaders: None
+    try:
+        yield
+    finally:
+        data.load_split_dataloaders, data.save_split_dataloaders = load, save
 
 
 @contextmanager
@@ -157,6 +231,13 @@ class _PlainText(logging.Formatter):
         return re.sub(r"\x1b\[[0-9;]*m", "", super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """Raises what goes wrong, a full disk for instance, where logging would print a stack trace and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise
+
+
 class _ToStderr(logging.Handler):
     """Reads `sys.stderr` at each message, because a progress bar replaces it temporarily."""
 
@@ -168,7 +249,8 @@ class _ToStderr(logging.Handler):
 @contextmanager
 def _own_log(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    path.unlink(missing_ok=True)  # a link would lead the log into another file
+    to_file = _LogFile(path, mode="w", encoding="utf-8")
     to_file.setFormatter(_PlainText("%(asctime)s %(levelname)s %(message)s"))
     to_terminal = _ToStderr(logging.WARNING)
     to_terminal.setFormatter(_PlainText("%(message)s"))
@@ -189,6 +271,8 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
     import recbole.trainer.trainer as trainer
     from torch.utils.tensorboard import SummaryWriter
 
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link", "a folder of its own", "remove the link, or choose another --out")
     opened: list[Any] = []
 
     def writer(logger: logging.Logger) -> Any:

@@ -5,8 +5,9 @@ once for each user, and ranked against the stored candidates and the whole catal
 ordinary RecBole YAML, is split and evaluated by RecBole as that YAML says; without the `item_embedding_*` lines this
 gives the same figures as `run_recbole`, bit for bit.
 
-The output folder holds checkpoint.pth (RecBole's format, the best epoch), metrics.json, users.parquet (dataset folder
-only), recbole.log and tensorboard/. metrics.json is written last.
+The output folder holds recommender.json (the settings; written first), checkpoint.safetensors (the best epoch),
+users.parquet (dataset folder only), recbole.log, tensorboard/ and metrics.json (written last). No pickle is read or
+written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +30,15 @@ import yaml
 
 from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
 from vlm2rec.downstream.recbole import compat, plugin
-from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
 
-CHECKPOINT_FILE = "checkpoint.pth"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+OLD_CHECKPOINT_FILE = "checkpoint.pth"  # a pickle of earlier versions: never opened
+RECORD_FILE = "recommender.json"
+WRITER = "vlm2rec train-recommender"
 
 Settings = Path | Mapping[str, Any]
 _MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
@@ -45,10 +49,6 @@ _DATA_SETTINGS: dict[str, Any] = {
     "data_path": "",
     "benchmark_filename": None,
     "additional_feat_suffix": None,
-    "dataset_save_path": None,
-    "dataloaders_save_path": None,
-    "save_dataset": False,
-    "save_dataloaders": False,
     "load_col": None,
     "unload_col": None,
     "unused_col": None,
@@ -63,6 +63,14 @@ _DATA_SETTINGS: dict[str, Any] = {
     "user_inter_num_interval": None,
     "item_inter_num_interval": None,
     "repeatable": True,
+}
+# `compat.refuse_pickles` refuses them; RecBole also reads settings files of its own
+_NO_PICKLES: dict[str, Any] = {
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+    "log_wandb": False,
 }
 _SPLIT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
 
@@ -143,21 +151,25 @@ def run(
 
     Raises:
         MissingDependencyError: RecBole is not installed.
-        ConfigError: a setting is unknown or RecBole refuses it, or the loss is not a number.
+        ConfigError: a setting is unknown, would open a pickle or an address, or is refused by RecBole; the loss is not
+            a number; `out` holds something else.
         DataError: there is no such RecBole dataset.
-        ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other.
+        ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other; the disk is full.
     """
     compat.require_recbole()
     out = Path(out)
-    folder = data if isinstance(data, Dataset | None) else Dataset(data)
+    given = data if isinstance(data, Dataset | None) else Dataset(data)
+    folder = given and given.warm()
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
-    publish.require_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out)
+    publish.require_writable(out)
     for stale in (schema.METRICS_FILE, schema.USERS_FILE, CHECKPOINT_FILE):
         publish.discard(out / stale)
-    with compat.cured(out):
+    record = {"written_by": WRITER, "created": provenance.created(), "settings": settings}
+    with publish.full_disk_errors(out), compat.cured(out):
+        schema.write_text(out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
         recbole_config = _recbole_config(layers, settings, folder, out, device)
         if plugin.read_flag(settings):
             plugin.install()
@@ -167,11 +179,22 @@ def run(
         if folder is not None:
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
             metrics |= ours
-    if users:
-        with publish.whole_file(out / schema.USERS_FILE) as file:
-            pq.write_table(pa.concat_tables(users), file)
-    schema.write_json(out / schema.METRICS_FILE, metrics)
+    with publish.plain_disk_errors(out):
+        if users:
+            with publish.whole_file(out / schema.USERS_FILE) as file:
+                pq.write_table(pa.concat_tables(users), file)
+        schema.write_json(out / schema.METRICS_FILE, metrics)
     return Outcome(metrics, trained.model, recbole_config, out)
+
+
+def check_out(out: Path) -> None:
+    """Raise `ConfigError` unless `out` is free, or holds an earlier run, whose files may be replaced."""
+    ours = schema.is_written_by(out / RECORD_FILE, WRITER)
+    if not ours and (out / schema.METRICS_FILE).is_file():  # a run of a version that left no record
+        with suppress(ArtifactError):
+            earlier = schema.read_json(out / schema.METRICS_FILE, "metrics", "choose another --out")
+            ours = earlier.get("task") == 2 and "recbole" in earlier
+    publish.require_ours(out, "an earlier run of train-recommender", ours=ours)
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -202,6 +225,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             "give --model, or a `model:` line in the YAML",
         )
     plugin.read_flag(settings)
+    compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
             "no data is named",
@@ -235,7 +259,7 @@ def _recbole_config(
 ) -> Any:
     from recbole.config import Config
 
-    forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False}
+    forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False, **_NO_PICKLES}
     if folder is not None:
         forced |= _DATA_SETTINGS | {"eval_args": _SPLIT | {"mode": _eval_args(settings).get("mode", "full")}}
     if needs_no_negatives(settings):
@@ -325,9 +349,7 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
     training_log.seconds = time.perf_counter() - begin
-    best = compat.load_own_checkpoint(out / CHECKPOINT_FILE, config["device"])
-    model.load_state_dict(best["state_dict"])
-    model.load_other_parameter(best.get("other_parameter"))
+    model.load_state_dict(compat.load_weights(out / CHECKPOINT_FILE, config["device"]))
     figures = trainer.evaluate(test_data, load_best_model=False) or {}
     model.eval()
     return _Trained(
@@ -345,7 +367,7 @@ def _dataset(config: Any, folder: Dataset | None) -> Any:
 
     if folder is not None:
         return FolderDataset(config, folder)
-    from recbole.data import create_dataset
+    from recbole.data.dataset import SequentialDataset  # not create_dataset, which unpickles a stored one
 
     path = Path(config["data_path"])
     if not path.is_dir():  # RecBole would ask on the terminal whether to download it
@@ -355,7 +377,7 @@ def _dataset(config: Any, folder: Dataset | None) -> Any:
             "correct `data_path` and `dataset` in the YAML",
         )
     with _refusals("the data"):
-        return create_dataset(config)
+        return SequentialDataset(config)
 
 
 def _watched(trainer: Any) -> Any:
@@ -404,12 +426,8 @@ def _watched(trainer: Any) -> Any:
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            final = Path(self.saved_model_file)
-            # torch stores this name in the file: without a process id, equal weights are equal bytes
-            temporary = final.with_name(f".{final.name}.tmp")
-            super()._save_checkpoint(epoch, *args, **kwargs, saved_model_file=str(temporary))
-            publish.sync(temporary)
-            publish.put_in_place(temporary, final)
+            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1}
+            compat.save_weights(self.model, Path(self.saved_model_file), about)
             self.training_log.best_epoch = epoch + 1
 
     return Watched

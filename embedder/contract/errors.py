@@ -10,11 +10,13 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from vlm2rec.embedder.contract.printable import without_keys
+
 
 class Vlm2RecError(Exception):
     """Base of every error that a user can fix.
 
-    `found`, `expected` and `fix` are joined into one paragraph.
+    `found`, `expected` and `fix` are joined into one paragraph. Keys inside addresses are not shown.
     """
 
     exit_code: ClassVar[int] = 1
@@ -26,7 +28,8 @@ class Vlm2RecError(Exception):
             parts.append(f"Expected: {expected}")
         if fix:
             parts.append(f"To fix it: {fix}")
-        super().__init__(" ".join(part if part.endswith((".", "?", "!")) else part + "." for part in parts))
+        message = " ".join(part if part.endswith((".", "?", "!")) else part + "." for part in parts)
+        super().__init__(without_keys(message))
 
 
 class ConfigError(Vlm2RecError):

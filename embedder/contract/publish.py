@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location, StorePath, sha256_file
 
 _OTHER_OUT = "choose another --out"
@@ -115,13 +115,54 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def plain_disk_errors(out: Path, error: type[Vlm2RecError] = ConfigError, to_do: str = _OTHER_OUT) -> Iterator[None]:
-    """Raise `error`, which says what `to_do`, if `out` cannot be written to the disk."""
+    """Raise `error`, which says what `to_do`, if `out` cannot be written; a full disk is an `ArtifactError`."""
     try:
         yield
     except (OSError, RuntimeError) as caught:  # FAISS reports a full disk as RuntimeError
+        if disk_is_full(caught):
+            raise full_disk(out, caught) from None
         raise error(
             f"{out} cannot be written ({caught})", "a folder that you may write to, with enough free space", to_do
         ) from None
+
+
+@contextmanager
+def full_disk_errors(out: Location) -> Iterator[None]:
+    """Raise `ArtifactError` for whatever a library raises when the disk of `out` is full; let all else pass."""
+    try:
+        yield
+    except Exception as caught:  # safetensors and TensorBoard have their own
+        if disk_is_full(caught):
+            raise full_disk(out, caught) from None
+        raise
+
+
+def require_writable(out: Path) -> None:
+    """Make the output folder and write a file in it, before the work; raise as `plain_disk_errors`."""
+    with plain_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with draft(out / "probe") as probe:
+            probe.write_bytes(b"?")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Tell whether an error says that a disk, a quota or the largest allowed file is full."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def full_disk(out: Location | None, error: BaseException) -> ArtifactError:
+    """Return the error of a full disk; `out` is what was being written, None if that is not known."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ArtifactError(
+        f"{out or 'a file'} cannot be written ({reason})",
+        "enough free space on the disk",
+        "free some space, or choose a folder on another disk, and run the same command again",
+    )
 
 
 def _replace_folder(new: Path, target: Path) -> None:

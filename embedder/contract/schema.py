@@ -141,8 +141,8 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror or error})", what, _REACH) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error})", what, fix) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep, a number of 5,000 digits
+        raise ArtifactError(f"{path} is damaged: not readable JSON ({error})", what, fix) from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds a {type(value).__name__}", what, fix)
     return value
@@ -156,16 +156,26 @@ def is_written_by(path: Location, writer: str) -> bool:
         return False
 
 
-def read_manifest(folder: Location) -> dict[str, Any]:
+_EXPORT_AGAIN = (
+    "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped"
+)
+
+
+def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
     """Read the manifest of a finished embeddings folder.
 
+    Args:
+        folder: the embeddings folder.
+        check: refuse a manifest that `manifest_problems` finds fault with. Without it, only the version is checked.
+
     Raises:
-        ArtifactError: the folder has no manifest (the export is not complete), or was written by a newer schema.
+        ArtifactError: the folder has no manifest (the export is not complete), the manifest is damaged, or it was
+            written by a newer schema.
     """
     manifest = read_json(
         folder / MANIFEST_FILE,
         f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
-        "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped",
+        _EXPORT_AGAIN,
     )
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
@@ -174,7 +184,50 @@ def read_manifest(folder: Location) -> dict[str, Any]:
             f"a version up to {SCHEMA_VERSION}",
             "install a newer vlm2rec, or export again with this one",
         )
+    if check and (problems := manifest_problems(manifest)):
+        raise ArtifactError(
+            f"{folder / MANIFEST_FILE} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN
+        )
     return manifest
+
+
+_MANIFEST_KEYS = {
+    "dim": int, "dtype": str, "views": list, "num_items": int, "counts": dict, "shards": list, "settings": dict
+}  # fmt: skip
+# more is damage, and would ask for all memory: numbers in a vector, rows for each byte of a shard
+_LONGEST, _ROWS_A_BYTE = 2**20, 8
+_SHARD_KEYS = {"rows": int, "bytes": int, "sha256": str}
+
+
+def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a manifest: keys that are missing or of another type, files outside the folder."""
+    problems = [
+        f"{key} is missing or no {kind.__name__}"
+        for key, kind in _MANIFEST_KEYS.items()
+        if type(manifest.get(key)) is not kind
+    ]
+    if problems:
+        return problems
+    dims = manifest.get("dims", {})
+    if not isinstance(dims, dict) or not all(type(dims.get(view, 0)) is int for view in VIEWS):
+        problems.append(f"dims are {dims!r}, not a length for each view")
+    elif not all(0 < dim <= _LONGEST for dim in (manifest["dim"], *dims.values())):
+        problems.append(f"dim is {manifest['dim']} and dims are {dims}, not from 1 to {_LONGEST:,}")
+    if manifest["dtype"] not in _VECTOR_TYPES:
+        problems.append(f"dtype is {manifest['dtype']!r}, not {' or '.join(_VECTOR_TYPES)}")
+    if not all(view in VIEWS for view in manifest["views"]):
+        problems.append(f"views are {manifest['views']}, not of {', '.join(VIEWS)}")
+    if not isinstance(manifest.get("fingerprint"), str):
+        problems.append("fingerprint is missing or no str")
+    for number, entry in enumerate(manifest["shards"]):
+        # a file name must not lead out of the folder
+        if not isinstance(entry, dict) or entry.get("file") != shard_name(number):
+            problems.append(f"shard {number} is not recorded as {shard_name(number)}")
+        elif not all(type(entry.get(key)) is kind for key, kind in _SHARD_KEYS.items()):
+            problems.append(f"the record of {entry['file']} lacks {', '.join(_SHARD_KEYS)}")
+        elif not 0 <= entry["rows"] <= _ROWS_A_BYTE * entry["bytes"]:
+            problems.append(f"the record of {entry['file']} has {entry['rows']} rows and {entry['bytes']} bytes")
+    return problems
 
 
 def require_columns(found: list[str], required: list[str], where: str, fix: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
+from vlm2rec.embedder.contract.printable import without_keys
 
 _CLIENTS = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the library that connects to it
 _FOREIGN = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests")  # their errors are not OSErrors
@@ -56,6 +57,12 @@ class StorePath:
         self.scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         inside = posixpath.normpath(f"/{key}").strip("/")
+        if "@" in bucket or ":" in bucket:  # no store allows these in a bucket's name
+            raise ConfigError(
+                f"the address {without_keys(url)!r} holds a key or something else in front of its bucket",
+                f"{self.scheme}://bucket/folder, without keys: the store's client reads them from the environment",
+                "take it out of the address, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws",
+            )
         if not bucket or bucket in (".", ".."):
             raise ConfigError(f"{url!r} names no bucket", f"{self.scheme}://bucket/folder", "correct the address")
         if self.scheme not in _CLIENTS:

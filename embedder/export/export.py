@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.strategies import item_text
 from vlm2rec.embedder.export import shards
@@ -105,6 +105,7 @@ def plan_export(
 
     Raises:
         ConfigError: the image policy needs a text vector, which these settings do not make.
+        DataError: these settings read images, and the dataset has none or their folder is not there.
         ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
@@ -115,11 +116,14 @@ def plan_export(
             "choose one of the two, or external fusion of both views",
         )
     modalities = schema.modalities_of(settings["views"])
+    if schema.IMAGE in modalities:
+        dataset.require_images()
+        _tell_items_without_images(dataset, on_image_error, reporter)
     inputs = read_inputs(
         dataset.item_ids,
         [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
         dataset.image_paths,
-        dataset.image_root,
+        dataset.image_root if schema.IMAGE in modalities else None,
         images_by,
         modalities,
     )
@@ -130,6 +134,20 @@ def plan_export(
     if reuse.revises:
         require_same_start(out, inputs, reuse)
     return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
+
+
+def _tell_items_without_images(dataset: Dataset, policy: ImagePolicy, reporter: Reporter) -> None:
+    """Say what becomes of items that were prepared without an image; with the policy `fail`, refuse them."""
+    without = [row for row, path in enumerate(dataset.image_paths) if not path]
+    if not without:
+        return
+    shown = ", ".join(repr(dataset.item_ids[row]) for row in without[:3])
+    found = f"{len(without):,} of {len(dataset.item_ids):,} items have no image, such as {shown}"
+    if policy == "fail":
+        raise DataError(found, "an image of every item", "choose --on-image-error text_only or null, or --views text")
+    outcome = "they get their text vector" if policy == "text_only" else "they get no vector"
+    advice = "" if policy == "text_only" else "; --on-image-error text_only gives them their text vector"
+    reporter.say(f"{found}: {outcome}{advice}", warning=policy != "text_only")
 
 
 def _publish_all(

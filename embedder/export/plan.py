@@ -156,7 +156,7 @@ def read_inputs(
     item_ids: Sequence[str],
     titles: Sequence[str],
     image_paths: Sequence[str],
-    image_root: Location,
+    image_root: Location | None,
     images_by: ImagesBy = "mtime",
     modalities: Sequence[str] = schema.MODALITIES,
 ) -> Inputs:
@@ -166,16 +166,16 @@ def read_inputs(
         item_ids: Ids in order.
         titles: Titles in order.
         image_paths: Paths below the root, in order.
-        image_root: Folder of the images.
+        image_root: Folder of the images; None if no vector depends on them.
         images_by: `mtime` recognises a changed image by size and modification time, `bytes` by content.
         modalities: What the vectors are made of. Titles or images that no vector depends on are not read.
     """
-    uses_images = schema.IMAGE in modalities
+    root = image_root if schema.IMAGE in modalities else None
     return Inputs(
         item_ids,
         titles if schema.TEXT in modalities else None,
-        image_paths if uses_images else None,
-        _image_stamps(image_root, image_paths, images_by) if uses_images else None,
+        None if root is None else image_paths,
+        None if root is None else _image_stamps(root, image_paths, images_by),
         images_by,
     )
 

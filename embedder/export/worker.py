@@ -145,14 +145,20 @@ def _read_images(
         except ImageError as error:
             return error
 
+    def taken(readings: Sequence[Reading[Picture]]) -> list[Picture]:
+        pictures = [take(reading) for reading in readings]
+        if any(isinstance(picture, ImageError) for picture in pictures):
+            dataset.require_images()  # the disk may be gone: that is no fault of these items
+        return pictures
+
     ahead: deque[tuple[Sequence[int], list[Reading[Picture]]]] = deque()
     for piece in pieces:
         ahead.append((piece, [readers.ask(functools.partial(opener, root, dataset.image_paths[row])) for row in piece]))
         if len(ahead) == 2:
             rows, readings = ahead.popleft()
-            yield rows, [take(reading) for reading in readings]
+            yield rows, taken(readings)
     for rows, readings in ahead:
-        yield rows, [take(reading) for reading in readings]
+        yield rows, taken(readings)
 
 
 def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Picture]) -> None:

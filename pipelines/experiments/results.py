@@ -162,7 +162,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         for step in run.steps
         if ledger.is_finished(run, step)
     ]
-    datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
+    datasets = {target.name: Dataset(target.data).warm() for target in (home, *domains)}
     embedded = _first_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     rows = list(_users(measured, datasets))
@@ -190,7 +190,13 @@ def read(out: Path, name: str) -> pl.DataFrame:
     path = out / f"{name}.parquet"
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` first")
-    return pl.read_parquet(path)
+    try:
+        return pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error})", "the results of a study", _STUDY_AGAIN) from None
+
+
+_STUDY_AGAIN = "run `vlm2rec study` (or `demo`) again: it writes them from the finished runs"
 
 
 def require_bound(results: pl.DataFrame) -> None:
@@ -501,7 +507,11 @@ _SET_BY_STUDY = {"data", "backbone", "adapter", "embeddings", "out", "seed", "de
 
 def facts(out: Path) -> Json:
     """Return the facts of `about.parquet`."""
-    return {row["key"]: json.loads(row["value"]) for row in read(out, "about").iter_rows(named=True)}
+    about = read(out, "about")
+    try:
+        return {row["key"]: json.loads(row["value"]) for row in about.iter_rows(named=True)}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{out / 'about.parquet'} is damaged ({error!r})", "facts as JSON", _STUDY_AGAIN) from None
 
 
 # --- tables at the terminal ---------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ class Drawn:
         return self.picture.name
 
 
+OURS = "vlm2rec report"  # in the metadata of every picture
+
+
 def draw(results: Results) -> list[Drawn]:
     """Draw every figure that the study has data for."""
     makers: tuple[Callable[[Results], Drawn | None], ...] = (
@@ -513,6 +516,6 @@ def _legend(figure: Figure, methods: Sequence[str], colour: Mapping[str, str]) -
 
 def _saved(figure: Figure, name: str, alt: str) -> Drawn:
     text, image = io.StringIO(), io.BytesIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    figure.savefig(image, format="png", dpi=160, facecolor="white")
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": OURS})
+    figure.savefig(image, format="png", dpi=160, facecolor="white", metadata={"Author": OURS})
     return Drawn(Picture(name, alt, text.getvalue()), image.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,6 @@ from vlm2rec.pipelines.reporting.verdicts import HOLDS, OPEN, Claim, verdicts
 TEMPLATE = "page.html.j2"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
-_GENERATOR = "vlm2rec report"
-_HEAD = 4096  # bytes of a page in which one of these marks is; the second one is of pages from before the first
-_MARKS = (f'<meta name="generator" content="{_GENERATOR}">', "--vlm2rec: #d1500b")
 VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 MOST_STAGES = 40
 """Up to this many steps, each step has a bar; above it, each kind of step has one."""
@@ -120,53 +116,54 @@ def run(study: Path, out: Path | None = None) -> Path:
         out: HTML file; default: `report.html` in the study folder.
 
     Raises:
-        ArtifactError: a Parquet file of the study is missing, or a row to print breaks the bound on N@20 - N@10.
-        ConfigError: a file in the place of the page or of a figure is not of an earlier report.
+        ConfigError: the page or a figure would replace a file that vlm2rec has not written.
+        ArtifactError: a Parquet file of the study is missing, a row to print breaks the bound on N@20 - N@10, or the
+            disk is full.
     """
+    out = study / PAGE_FILE if out is None else out
+    _require_ours(out)
     results = Results.open(study)
     drawn = figures.draw(results)
     page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn})
-    out = study / PAGE_FILE if out is None else out
     folder = out.parent / FIGURES
-    before = _figures_of(out)
-    _require_own(out, [] if out.parent == study else [folder / f"{each.name}.svg" for each in drawn])
-    folder.mkdir(parents=True, exist_ok=True)
-    schema.write_text(out, render(page))  # before the figures, as it tells whose they are
-    for each in drawn:
-        publish.write_whole(folder / f"{each.name}.svg", each.picture.svg.encode())
-        publish.write_whole(folder / f"{each.name}.png", each.png)
-    for name in before - {each.name for each in drawn}:
-        for ending in ("svg", "png"):
-            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+    pictures = {folder / f"{each.name}.svg": each.picture.svg.encode() for each in drawn}
+    pictures |= {folder / f"{each.name}.png": each.png for each in drawn}
+    for path in pictures:
+        _require_ours(path)
+    with publish.plain_disk_errors(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        if out.parent == study:  # those of figures that the study no longer has
+            for old in [*folder.glob("*.svg"), *folder.glob("*.png")]:
+                if _is_ours(old, marked=True):
+                    old.unlink()
+        for path, content in pictures.items():
+            publish.write_whole(path, content)
+        schema.write_text(out, render(page))
     return out
 
 
-def _head_of(page: Path) -> str | None:
-    """Return the beginning of a page of an earlier report, or None if the file is something else."""
-    if not page.is_file():
-        return None
-    with page.open("rb") as file:
-        head = file.read(_HEAD).decode("utf-8", "replace")
-    return head if any(mark in head for mark in _MARKS) else None
+# what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
+_FIGURE_MARKS = (figures.OURS.encode(), b"Matplotlib v")
+_PAGE_MARKS = (b'<meta name="generator" content="vlm2rec">', b"--vlm2rec: #d1500b")
 
 
-def _figures_of(page: Path) -> set[str]:
-    """Return the names of the figures that the report has drawn whose page is here."""
-    found = re.search(r'<meta name="figures" content="([\w -]*)">', _head_of(page) or "")
-    return set(found[1].split()) if found else set()
-
-
-def _require_own(page: Path, pictures: Sequence[Path]) -> None:
-    """Raise `ConfigError` if a file that no report has written would be replaced."""
-    if _head_of(page) is not None:
-        return
-    strange = [path for path in (page, *pictures) if path.exists()]
-    if strange:
+def _require_ours(path: Path) -> None:
+    if path.exists() and not _is_ours(path):
         raise ConfigError(
-            f"{strange[0]} is there, and no report has written it",
-            "a new file, or the page of an earlier report with its figures",
-            "move it away, or choose another --out",
+            f"{path} exists, and `vlm2rec report` has not written it",
+            "a new file, or an earlier page with its figures",
+            f"move it away, or give another --out: the figures go to {FIGURES}/ beside the page",
         )
+
+
+def _is_ours(path: Path, *, marked: bool = False) -> bool:
+    """Tell whether a page or a figure is ours, or was written by a version without marks unless `marked` is asked."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    marks = _FIGURE_MARKS if path.parent.name == FIGURES and path.suffix in (".svg", ".png") else _PAGE_MARKS
+    return any(mark in beginning for mark in (marks[:1] if marked else marks))
 
 
 def render(page: Page) -> str:
@@ -181,8 +178,7 @@ def render(page: Page) -> str:
     filters: dict[str, Callable[..., Any]] = {"number": number, "seconds": duration}
     environment.filters.update(filters)
     template = environment.get_template(TEMPLATE)
-    names = {"generator": _GENERATOR, "drawn": sorted(page.figures)}
-    return template.render(page=page, **names, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
+    return template.render(page=page, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
 
 
 def make_page(results: Results, drawn: dict[str, Markup]) -> Page:

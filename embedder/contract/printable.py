@@ -1,0 +1,44 @@
+"""Text from outside as text for people: on a terminal, in a table that a spreadsheet opens, in a message."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 control characters (terminal escapes begin with one), Unicode's line ends, and the characters that turn the
+# direction of what follows; the marks of right-to-left scripts stay
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_CONTROLS_OF_A_LINE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+# what makes spreadsheet programs compute a cell instead of showing it; the wide forms count in some languages
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_KEYS = (
+    (re.compile(r"(?<=://)[^\s'\"@]*:[^\s'\"@]*@"), "***@"),  # scheme://key:secret@; a secret may hold a slash
+    (re.compile(r"(?<=://)[^\s'\"@/]+@"), "***@"),  # scheme://token@
+    (re.compile(r"([?&][\w-]*(?:key|token|secret|sig|password|credential)[\w-]*=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),
+)
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, without terminal escapes and changes of direction: each run of them is a space."""
+    return _CONTROLS.sub(" ", text)
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: as `one_line`, but line feeds stay."""
+    return _CONTROLS_OF_A_LINE.sub(" ", text)
+
+
+def cell(text: str | None) -> str:
+    """Return one line of text as a cell of a CSV or TSV file for people.
+
+    A cell that a spreadsheet program would compute (it begins with `=`, `+`, `-` or `@`) gets an apostrophe in front,
+    which these programs take for "this is text".
+    """
+    line = one_line(text or "")
+    return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
+
+
+def without_keys(text: str) -> str:
+    """Return text in which the keys inside addresses (`s3://key:secret@bucket`, `?token=...`) are `***`."""
+    for pattern, instead in _KEYS:
+        text = pattern.sub(instead, text)
+    return text
