@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.embedder.contract import publish, schema, storage
