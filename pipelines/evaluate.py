@@ -173,9 +173,16 @@ def _encode_histories(
 
 
 def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
+    from vlm2rec.embedder.backbones.model_files import hash_like
+
     for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU, and a model folder may have moved
-        if name in ("dtype", "backbone", "revision") or name not in exported or exported[name] == value:
+        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU
+        if name == "dtype" or name not in exported or exported[name] == value:
+            continue
+        # a table of an earlier version has another kind of hash
+        if name == "backbone_hash" and exported[name] == hash_like(
+            exported[name], str(config.backbone), config.revision
+        ):
             continue
         raise ArtifactError(
             f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",

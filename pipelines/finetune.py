@@ -12,6 +12,7 @@ from torch import nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.backbones.lora import (
     FILES,
@@ -207,7 +208,14 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
     """Return the settings that decide what is learned, and the number of processes, in their JSON form."""
     decisive = {schema.stored_name(name): value for name, value in asdict(config).items() if name not in _FREE}
-    return {**decisive, "data": str(config.data.resolve()), "processes": distributed.count()}
+    files = model_files.locate(config.backbone, config.revision)
+    return {
+        **decisive,
+        "data": str(config.data.resolve()),
+        "processes": distributed.count(),
+        "backbone_hash": model_files.backbone_hash(files),
+        "processor_hash": model_files.processor_hash(files),
+    }
 
 
 def _users_a_step(config: FinetuneConfig) -> int:
@@ -233,7 +241,12 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     # a run from before a setting existed did what is now the setting's default
     defaults = {schema.stored_name(field.name): field.default for field in fields(config)}
     defaults |= {"processes": 1}
+    # the same files are the same backbone, wherever they lie; a run of an earlier version recorded the name alone
+    names, hashes = ("backbone", "revision"), ("backbone_hash", "processor_hash")
+    not_compared = names if all(name in before for name in hashes) else hashes
     for name, value in _identity(config).items():
+        if name in not_compared:
+            continue
         begun = before.get(name, defaults[name])
         if begun != value:
             raise ConfigError(
@@ -320,6 +333,9 @@ def _provenance(
         "training": {
             "method": config.method,
             "loss": METHODS[config.method].title(config),
+            "loss_settings": {
+                schema.stored_name(name): getattr(config, name) for name in METHODS[config.method].own if name != "loss"
+            },
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],

@@ -243,7 +243,7 @@ def _write(
     out: Location, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float
 ) -> dict[str, Any]:
     with writing(out) as hold:
-        finished = shards.begin(out, plan)
+        finished = shards.begin(out, plan).finished
         unfinished = [number for number in range(len(plan)) if number not in finished]
         shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
         for number in unfinished:
@@ -257,7 +257,9 @@ def _write(
             )
             finished[number] = shards.publish_shard(out, plan, number, table, seconds / len(unfinished))
         hold.require()
-        return shards.finish(out, plan, finished, dataset.path)
+        manifest = shards.finish(out, plan, finished, dataset.path)
+    assert manifest is not None  # nobody else makes shards
+    return manifest
 
 
 def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Views) -> None:

@@ -463,7 +463,7 @@ def test_a_column_of_row_numbers_with_another_name_is_refused(
     frame = frame_of(drawn())
     frame.insert(1, "nr", list(values))
     frame.to_csv(tmp_path / "v.csv", index=False)
-    with pytest.raises(DataError, match="column 'nr' of .* a whole number of its own in every row"):
+    with pytest.raises(DataError, match=r"column 'nr' of .* a whole number of its own in every row"):
         run(data, tmp_path / "v.csv", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones import lora, model_files
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -165,9 +165,9 @@ def test_licence_is_read_from_a_local_readme(tmp_path: Path) -> None:
 def test_backbone_hash_changes_with_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("qwen2_5_vl"), folder)
-    before = lora.backbone_hash(str(folder), None)
+    before = model_files.backbone_hash(folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights[sorted(weights)[0]] += 1
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert before != lora.backbone_hash(str(folder), None)
+    assert before != model_files.backbone_hash(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2_5_vl"

@@ -90,10 +90,20 @@ def test_columns_of_an_export_tell_its_settings(settings: EncoderSettings, colum
     assert EncoderSettings.of_export(exported) == settings
 
 
-def test_with_both_views_a_fingerprint_holds_what_it_held_before_the_setting_existed(tiny: Tiny) -> None:
+def test_with_both_views_a_fingerprint_has_no_key_of_the_setting(tiny: Tiny) -> None:
     settings = fingerprint_of(str(tiny("qwen2_5_vl")), device="cpu")
     assert set(settings) == {
-        *("backbone", "revision", "backbone_hash", "model_type", "adapter", "prompt_hash", "dim", "pooling", "dtype"),
+        *(
+            "made_with",
+            "backbone_hash",
+            "processor_hash",
+            "model_type",
+            "adapter",
+            "prompt_hash",
+            "dim",
+            "pooling",
+            "dtype",
+        ),
         *("views", "fusion", "fusion_norm", "prompt_mode", "max_pixels", "max_title_tokens"),
     }
     assert settings["views"] == ["fused", "text", "image"]

@@ -90,7 +90,7 @@ class VisionCache:
         Args:
             root: cache folder; created if it is missing.
             backbone: the loaded backbone.
-            weights: the hash of its weights (`lora.backbone_hash`).
+            weights: the hash of its weights (`model_files.backbone_hash`).
 
         Raises:
             OSError: the folder cannot be made.

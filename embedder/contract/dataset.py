@@ -166,6 +166,7 @@ class Dataset:
     @cached_property
     def items(self) -> pa.Table:
         """`items.parquet`: item_id, title, image_path, and any other columns of the catalogue."""
+        self.__dict__["items_version"] = self.version_now()
         table = schema.read_table(self.path / schema.ITEMS_FILE, fix=_PREPARE_AGAIN)
         schema.require_columns(
             table.column_names,
@@ -181,6 +182,23 @@ class Dataset:
         held_out = (self.sequences[schema.VALID], self.sequences[schema.TEST])
         seen = [pc.unique(column.cast(pa.string())) for column in (pc.list_flatten(train), *held_out)]
         return pc.is_in(item_ids.cast(pa.string()), value_set=pc.unique(pa.concat_arrays(seen)))
+
+    @cached_property
+    def items_version(self) -> list[int]:
+        """What `version_now` returned when `items` was read."""
+        return self.version_now()
+
+    def version_now(self) -> list[int]:
+        """Return size, time and number of the files that describe the items; without reading them."""
+        found: list[int] = []
+        for name in (schema.ITEMS_FILE, schema.DATASET_FILE):
+            try:
+                stat = (self.path / name).stat()
+            except OSError:
+                found.append(-1)
+            else:
+                found += [stat.st_size, stat.st_mtime_ns, getattr(stat, "st_ino", 0)]
+        return found
 
     @cached_property
     def sequences(self) -> pa.Table:
@@ -240,6 +258,13 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
         """All training sequences as (rows, offsets)."""
+        kind = self.sequences.schema.field(schema.TRAIN).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise ArtifactError(
+                f"column {schema.TRAIN!r} of {self.path / schema.SEQUENCES_FILE} holds {kind}",
+                "a list of item ids for each user",
+                _PREPARE_AGAIN,
+            )
         lists = self.sequences[schema.TRAIN].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
         rows = self.rows_of(lists.values)

@@ -533,8 +533,8 @@ class _Copy:
 
     def _refusal(self) -> DataError:
         header = f"the header has {self._form.fields}"
-        first, *others = [f"line {number:,} {{}}{why}: {_shown(line)}" for number, line, why in self._bad]
-        found = f"{first.format(f'of {self._path} ')}" + "".join(f"; {other.format('')}" for other in others)
+        told = [(f"line {number:,} ", f"{why}: {_shown(line)}") for number, line, why in self._bad]
+        found = f"of {self._path} ".join(told[0]) + "".join(f"; {''.join(other)}" for other in told[1:])
         more = f" ({self._bad_lines:,} such lines)" if self._bad_lines > 1 else ""
         return DataError(
             f"{found}{more}; {header}",

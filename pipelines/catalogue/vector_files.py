@@ -60,7 +60,7 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
     found = _parquet_schema(path)
     _require_column(path, id_column, found.names, "--item-id-column")
     columns = _vector_columns(path, found, id_column, column, view)
-    table = pq.read_table(path, columns=[id_column, *columns.values()])
+    table = _read_columns(path, found, [id_column, *columns.values()])
     ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
     return _views_of(path, table, ids, columns)
 
@@ -331,15 +331,20 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         ConfigError: another kind of file.
     """
     if path.suffix == ".parquet":
-        _require_column(path, id_column, _parquet_schema(path).names, "--item-id-column")
-        return _as_ids(pq.read_table(path, columns=[id_column])[id_column], f"column {id_column!r} of {path}")
+        found = _parquet_schema(path)
+        _require_column(path, id_column, found.names, "--item-id-column")
+        return _as_ids(_read_columns(path, found, [id_column])[id_column], f"column {id_column!r} of {path}")
     if path.suffix == ".npy":
         values = _load_npy(path)
         if values.ndim != 1 or values.dtype.kind not in "Uiu":
             raise DataError(
                 f"{path} holds {values.dtype} of shape {values.shape}", "a list of strings or whole numbers", _CONVERT
             )
-        return _as_ids(pa.array(values.tolist()), str(path))
+        try:
+            listed = values.tolist()
+        except ValueError as error:  # numbers that are no characters
+            raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
+        return _as_ids(pa.array(listed), str(path))
     if path.suffix == ".txt":
         _require_file(path)
         try:
@@ -352,7 +357,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         _require_file(path)
         try:
             return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(
         f"--ids {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
@@ -383,6 +388,17 @@ def _parquet_schema(path: Path) -> pa.Schema:
     _require_file(path)
     try:
         return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
+
+
+def _read_columns(path: Path, found: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a Parquet file whose schema is known; raise `DataError` if it is damaged behind its schema."""
+    for column in columns:
+        if found.names.count(column) > 1:
+            raise DataError(f"{path} has several columns {column!r}", "one", "rename the others, or leave them out")
+    try:
+        return pq.read_table(path, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
 
@@ -466,7 +482,10 @@ def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
         raise DataError(f"the ids in {where} are {kind}", "strings or whole numbers", "convert them first")
     if values.null_count:
         raise DataError(f"{values.null_count} ids in {where} are null", "an id for every row", "remove these rows")
-    ids = [str(value) for value in values.to_pylist()]
+    try:
+        ids = [str(value) for value in values.to_pylist()]
+    except UnicodeDecodeError as error:  # Arrow does not check text as it reads it
+        raise DataError(f"the ids in {where} are no text ({error})", "text in UTF-8", "write the file again") from None
     twice = duplicates(ids)
     if twice:
         raise DataError(
@@ -481,7 +500,7 @@ def _load_npy(path: Path) -> np.ndarray:
     _require_file(path)
     try:
         loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # the header is a piece of Python: a damaged one can raise almost anything
         raise DataError(
             f"{path} cannot be read as .npy ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             "one array of numbers or strings, written by numpy.save; pickled objects are never loaded",
