@@ -376,7 +376,7 @@ def flip(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped": flip,
     "empty": lambda path: os.truncate(path, 0),
-    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 2),
     "missing": Path.unlink,
 }
 CHECKPOINT = ("trainable", "best", "optimizer", "process-0")
