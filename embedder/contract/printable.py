@@ -10,9 +10,10 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 _CONTROLS_OF_A_LINE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 # what makes spreadsheet programs compute a cell instead of showing it; the wide forms count in some languages
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# scheme://key:secret@, where a secret may hold a slash; scheme://token@; ?token=. A path has lost one of the slashes.
 _KEYS = (
-    (re.compile(r"(?<=://)[^\s'\"@]*:[^\s'\"@]*@"), "***@"),  # scheme://key:secret@; a secret may hold a slash
-    (re.compile(r"(?<=://)[^\s'\"@/]+@"), "***@"),  # scheme://token@
+    (re.compile(r"(\w:/{1,2})[^\s'\"@/][^\s'\"@]*:[^\s'\"@]*@"), r"\1***@"),
+    (re.compile(r"(\w:/{1,2})[^\s'\"@/]+@"), r"\1***@"),
     (re.compile(r"([?&][\w-]*(?:key|token|secret|sig|password|credential)[\w-]*=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),
 )
 
