@@ -238,12 +238,14 @@ FOREIGN = [
     "file:///etc",
     "/etc/passwd",
     "a\0b",
+    "x" * 5000,
+    "\ud800",
     7,
 ]
 
 
 @pytest.mark.usefixtures("no_store")
-@pytest.mark.parametrize("named", FOREIGN, ids=str)
+@pytest.mark.parametrize("named", FOREIGN, ids=lambda named: repr(named)[:30])
 def test_an_address_that_only_a_manifest_names_is_never_opened(
     named: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
