@@ -20,12 +20,17 @@ _KEYS = (
 
 def one_line(text: str) -> str:
     """Return text on one line, without terminal escapes and changes of direction: each run of them is a space."""
-    return _CONTROLS.sub(" ", text)
+    return _CONTROLS.sub(" ", _encodable(text))
 
 
 def printable(text: str) -> str:
     """Return text for a terminal: as `one_line`, but line feeds stay."""
-    return _CONTROLS_OF_A_LINE.sub(" ", text)
+    return _CONTROLS_OF_A_LINE.sub(" ", _encodable(text))
+
+
+def _encodable(text: str) -> str:
+    """Return text in which bytes of a file name that are no UTF-8 stand as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def cell(text: str | None) -> str:
