@@ -35,9 +35,10 @@ test: install
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k test_fault -m ''
 
-# Everything that draws its own cases, a thousand of each, and everything that needs minutes.
+# Everything that draws its own cases, a thousand of each; ten thousand damaged files of each format, with their counts at
+# the end; and everything that needs minutes.
 test-nightly: install
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m 'hypothesis or slow'
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m 'hypothesis or fuzz or slow'
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
+from vlm2rec.embedder import chat_template
 from vlm2rec.embedder.options import PromptMode, PromptStyle, Strategy
 
 Prompt = tuple[str | None, ...]
@@ -73,9 +74,14 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     """Return the prompt as one string with one image token of the family for each image."""
     if mode == "raw":
         return "".join(processor.family.placeholder if part is IMAGE_HERE else part for part in prompt)
+    content: str | list[dict[str, str]]
     content = [{"type": "image"} if part is IMAGE_HERE else {"type": "text", "text": part} for part in prompt]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    if processor.family.text_only:  # text models take one string
+        content = "".join(part["text"] for part in content)
+    template = processor.chat_template
+    template = template.get("default", "") if isinstance(template, dict) else template
+    tokens = processor.tokenizer.special_tokens_map
+    return chat_template.apply(template, [{"role": "user", "content": content}], tokens)
 
 
 def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: PromptStyle = "vlm2rec") -> str:

@@ -90,12 +90,26 @@ class PrepareConfig:
 
     items: Path = setting("Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz).")
     interactions: Path = setting("Interactions: Parquet, CSV, JSON lines, or Amazon reviews of either year.")
-    images: Path = setting(
-        "Folder of images; the image_path column names the files, else <item_id>.<jpg|png|webp|gif|bmp>."
-    )
     out: Path = setting("Dataset folder to write.")
+    images: Path | None = setting(
+        "Folder of images; a column of paths names the files, else <item_id>.<jpg|png|webp|gif|bmp> in it or in one of"
+        " its folders. Without it, the dataset is for --views text.",
+        None,
+    )
+    image_column: str | None = setting(
+        "Column of the items with the images' paths, relative to --images. Default: image_path, if there is one.", None
+    )
+    require: tuple[Literal["image", "title"], ...] = setting(
+        "What an item needs to be kept: image, title, or both. Default: both; without --images, title.", ()
+    )
+    cold_items: Literal["keep", "drop"] = setting(
+        "Items without an interaction after filtering. keep: they get vectors, and are neither trained on nor ranked.",
+        "keep",
+    )
     name: str | None = setting("Dataset name; Toys, Beauty, Clothing and Sports are compared with the paper.", None)
-    core: Positive = setting("k of the iterative k-core; 1 keeps all users with three interactions.", 5)
+    core: Positive = setting(
+        "k of the iterative k-core of the interactions; 1 keeps all users with three interactions.", 5
+    )
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100
@@ -119,6 +133,7 @@ class MakeBackboneConfig:
     items: Path = setting("Items with titles and, if they have one, a caption column: Parquet, CSV or JSON lines.")
     images: Path = setting("Folder of images, as for `prepare`.")
     out: Path = setting("Model folder to write.")
+    image_column: str | None = setting("Column with the images' paths, as for `prepare`.", None)
     caption_column: str | None = setting(
         "Column with words that describe the item. Default: the first existing one of caption, description, genres,"
         " category, categories, else the title.",
@@ -147,6 +162,7 @@ class FinetuneConfig:
     data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
     method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
     loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
@@ -241,6 +257,7 @@ class ExportConfig:
         None,
     )
     out: Place = setting("Embeddings folder to write.")
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
     adapter: Path | None = setting("Adapter folder of `finetune`; without it, the plain backbone.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
     encoder_kind: EncoderKind = setting(
@@ -327,8 +344,8 @@ class ImportVectorsConfig:
 
     data: Place = setting("Dataset folder.")
     file: Path = setting(
-        "Vectors: Parquet with ids and lists of numbers, CSV or TSV with ids and one column for each dimension (or one"
-        " column of lists), or an .npy matrix of shape (items, d)."
+        "Vectors: Parquet or JSON lines with ids and lists of numbers, CSV or TSV with ids and one column for each"
+        " dimension (or one column of lists), RecBole's .itememb, or an .npy matrix of shape (items, d)."
     )
     out: Place = setting("Embeddings folder to write.")
     ids: Path | None = setting(
@@ -337,9 +354,9 @@ class ImportVectorsConfig:
     in_item_order: bool = setting(
         "Row i of the .npy is item i of items.parquet; instead of --ids, and only if the counts agree.", False
     )
-    item_id_column: str = setting("Id column of a Parquet or CSV file.", "item_id")
+    item_id_column: str = setting("Id column (or key) of a file with ids.", "item_id")
     column: str | None = setting(
-        "Vector column of a Parquet or CSV file. Default: those named fused, text and image, else the only one; in a"
+        "Vector column (or key) of a file with ids. Default: those named fused, text and image, else the only one; in a"
         " CSV without lists, all columns of numbers together are the vector.",
         None,
     )
@@ -373,6 +390,7 @@ class EvaluateConfig:
     data: Place = setting("Dataset folder.")
     embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Folder to write: metrics.json, users.parquet.")
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
     users_from: Literal["auto", "sequence", "mean"] = setting(
         "User vectors. sequence: the encoder's vector of the history; mean: the mean of the history's item vectors;"
         " auto: sequence if --backbone is given and there is a prompt for histories, else mean.",

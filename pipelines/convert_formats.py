@@ -110,6 +110,7 @@ def _dataset(config: Settings) -> Dataset:
 
 
 def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.backbones import model_files
     from vlm2rec.embedder.backbones.lora import backbone_licence, kind
     from vlm2rec.embedder.contract import schema
     from vlm2rec.embedder.contract.errors import ModelError
@@ -131,8 +132,11 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     # with an adapter, its settings apply; without one, the export's
     given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
     found = fingerprint_of(config.backbone, config.adapter, **given)
+    files = model_files.locate(config.backbone, config.revision)
+    found["backbone_hash"] = model_files.hash_like(exported["backbone_hash"], files)
     for name in (
         "backbone_hash",
+        *(("processor_hash",) if "processor_hash" in exported else ()),
         "adapter",
         "prompt_hash",
         *(schema.stored_name(field.name) for field in fields(EncoderSettings)),
@@ -165,7 +169,7 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
         ) from error
     licence = backbone_licence(config.backbone)
     adapter = config.adapter.resolve().name if config.adapter else None
-    write_sentence_transformer(encoder, folder, model_readme(encoder, exported["backbone"], adapter, licence))
+    write_sentence_transformer(encoder, folder, model_readme(encoder, files.described["backbone"], adapter, licence))
     return []
 
 

@@ -24,7 +24,7 @@ from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank the items, write `metrics.json` and `users.parquet`, print the table, and return the metrics."""
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.images).warm()
     seeds = list(config.seeds) or dataset.candidate_seeds
     check_out(config.out)
     manifest = schema.read_manifest(config.embeddings)
@@ -148,6 +148,8 @@ def _encode_histories(
             "a table of export-items without --strategy, whose encoder reads whole histories too",
             "leave --backbone out: a user is then the mean of the history's items",
         )
+    if schema.IMAGE in schema.modalities_of(manifest["views"]):
+        dataset.require_images()
     settings = asdict(EncoderSettings.of_export(exported))
     assert config.backbone is not None
     encoder = ItemEncoder.load(
@@ -171,9 +173,16 @@ def _encode_histories(
 
 
 def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
+    from vlm2rec.embedder.backbones.model_files import hash_like
+
     for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU, and a model folder may have moved
-        if name in ("dtype", "backbone", "revision") or name not in exported or exported[name] == value:
+        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU
+        if name == "dtype" or name not in exported or exported[name] == value:
+            continue
+        # a table of an earlier version has another kind of hash
+        if name == "backbone_hash" and exported[name] == hash_like(
+            exported[name], str(config.backbone), config.revision
+        ):
             continue
         raise ArtifactError(
             f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",

@@ -137,7 +137,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
     if config.dry_run:
         return _dry_run(config, fingerprint, reuse, distribution)
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.images)
     manifest = export(
         dataset,
         config.out,
@@ -174,7 +174,7 @@ def _dry_run(
     config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
 ) -> dict[str, Any]:
     """Print what the export would do and what it would take, measured on a few items, whose vectors are not kept."""
-    dataset, out = Dataset(config.data), config.out
+    dataset, out = Dataset(config.data, config.images), config.out
     plan = plan_export(
         dataset,
         out,
@@ -186,16 +186,16 @@ def _dry_run(
         reuse,
         TERMINAL,
     )
-    finished = shards.recorded(out, plan, reuse.revises)
-    earlier = open_earlier_rows(out, plan, finished, reuse)
-    work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+    found = shards.recorded(out, plan, reuse.revises, reuse.retry_failed)
+    earlier = open_earlier_rows(out, plan, found, reuse)
+    work = plan_work(plan, shards.shards_of(plan, distribution.share), found, earlier)
     rows = [plan.rows(number)[index] for number, reuse_rows in work.items() for index in np.flatnonzero(reuse_rows < 0)]
     encoder = _load(config)
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
-        found = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
+        estimated = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
     licence = {} if config.backbone is None else {"licence": backbone_licence(config.backbone)}
-    console.summary("dry run: nothing was written", describe(found) | licence)
-    return found
+    console.summary("dry run: nothing was written", describe(estimated) | licence)
+    return estimated
 
 
 def print_summary(manifest: Mapping[str, Any], out: Location) -> None:

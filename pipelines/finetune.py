@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -12,34 +12,39 @@ from torch import nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.backbones.lora import (
+    FILES,
     Canary,
     backbone_licence,
     canary_items,
     kind_of,
+    own_files,
     read_adapter,
     save_adapter,
 )
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName
+from vlm2rec.embedder.training import checkpoints
+from vlm2rec.embedder.training.checkpoints import CHECKPOINTS, GO_ON, RUN_FILE
 from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
-from vlm2rec.embedder.training.train import CHECKPOINTS, Training, TrainingSamples, TrainingSettings, train
+from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
 
-_RUN_FILE = "run.json"
+_PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -55,14 +60,18 @@ def run(config: FinetuneConfig) -> Training | None:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
-        return _finetune(config)
+        dataset = Dataset(config.data, config.images)
+        if _is_finished(config):
+            log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
+            return None
+        if config.views != schema.TEXT:
+            dataset.require_images()
+        with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
+            return _finetune(config, dataset.warm())
 
 
-def _finetune(config: FinetuneConfig) -> Training | None:
-    recipe, dataset = METHODS[config.method], Dataset(config.data)
-    if _is_finished(config):
-        log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
-        return None
+def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
+    recipe = METHODS[config.method]
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -81,7 +90,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
     items = ItemFeatures(dataset, encoder)
     wrapped = recipe.adapter(config, encoder.backbone)
     model = recipe.model(config, encoder, wrapped, items)
-    _remember_run(config)
+    _begin(config)
     validate = _validation(config, dataset, encoder, items)
     with progress(f"finetune {recipe.title(config)}", None) as advance:
         training = train(
@@ -93,6 +102,7 @@ def _finetune(config: FinetuneConfig) -> Training | None:
             _reporter(advance, recipe.shown),
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
+            TERMINAL,
         )
     unreadable = {name: reason for part in distributed.from_all(items.unreadable) for name, reason in part.items()}
     if distributed.is_main():
@@ -114,12 +124,16 @@ def _save(
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
     settings = _provenance(config, dataset, samples, encoder, wrapped, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
-    save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
-    shutil.rmtree(config.out / CHECKPOINTS)
+    _require_ours(config)
+    with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
+        _remember_run(config, publishing=True)
+        save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
+    checkpoints.discard(config.out / CHECKPOINTS)
 
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
+    _require_ours(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(
             f"--gradient-steps with --fusion {config.fusion} and --views {config.views}: it compares the gradients of"
@@ -127,7 +141,45 @@ def _check(config: FinetuneConfig) -> None:
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
         )
+
+
+def _require_ours(config: FinetuneConfig) -> None:
+    """Raise `ConfigError` if `--out` holds files, where training would write or remove some, that are not its own."""
     publish.require_folder(config.out)
+    run = _run_of(config)
+    adapter = own_files(config.out)
+    if config.resume and schema.ADAPTER_FILE in adapter:
+        return  # complete: nothing will be written
+    strange = [f"{CHECKPOINTS}/{name}" for name in checkpoints.foreign(config.out / CHECKPOINTS)]
+    if run is None and (config.out / CHECKPOINTS / RUN_FILE).exists():
+        strange.append(f"{CHECKPOINTS}/{RUN_FILE}")
+    if not (run or {}).get(_PUBLISHING):
+        strange += [name for name in FILES if name not in adapter and (config.out / name).exists()]
+    if strange:
+        raise ConfigError(
+            f"--out {config.out} holds files that finetune has not written, and would replace or remove:"
+            f" {', '.join(strange[:3])}{' …' * (len(strange) > 3)}",
+            "a new or empty folder, or one of an earlier finetune",
+            "move them away, or choose another --out",
+        )
+    publish.require_ours(
+        config.out,
+        "a folder of an earlier finetune",
+        ours=run is not None or bool(adapter),
+        ignored=lambda name: name == CHECKPOINTS or publish.is_temporary(name, ""),
+    )
+
+
+def _run_of(config: FinetuneConfig) -> dict[str, Any] | None:
+    """Return the settings that the unfinished run in `--out` was begun with, None without one; {} if damaged."""
+    folder = config.out / CHECKPOINTS
+    if not (folder / RUN_FILE).is_file():
+        return None
+    try:
+        run = schema.read_json(folder / RUN_FILE, "", "")
+    except ArtifactError:
+        return {} if checkpoints.newest_named(folder) else None
+    return run if "users_a_step" in run else None
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
@@ -156,7 +208,14 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
     """Return the settings that decide what is learned, and the number of processes, in their JSON form."""
     decisive = {schema.stored_name(name): value for name, value in asdict(config).items() if name not in _FREE}
-    return {**decisive, "data": str(config.data.resolve()), "processes": distributed.count()}
+    files = model_files.locate(config.backbone, config.revision)
+    return {
+        **decisive,
+        "data": str(config.data.resolve()),
+        "processes": distributed.count(),
+        "backbone_hash": model_files.backbone_hash(files),
+        "processor_hash": model_files.processor_hash(files),
+    }
 
 
 def _users_a_step(config: FinetuneConfig) -> int:
@@ -165,16 +224,16 @@ def _users_a_step(config: FinetuneConfig) -> int:
 
 def _is_finished(config: FinetuneConfig) -> bool:
     if not config.resume:
-        if distributed.is_main():
-            shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
-            (config.out / schema.ADAPTER_FILE).unlink(missing_ok=True)
         return False
+    folder = config.out / CHECKPOINTS
     if (config.out / schema.ADAPTER_FILE).is_file():
         _refuse_change(config, read_adapter(config.out)["config"])
+        if distributed.is_main() and _run_of(config):  # killed after its last file, before it had removed these
+            checkpoints.discard(folder)
         return True
-    if (config.out / CHECKPOINTS / _RUN_FILE).is_file():
+    if (folder / RUN_FILE).is_file():
         fix = "give another --out, or --no-resume to start again"
-        _refuse_change(config, schema.read_json(config.out / CHECKPOINTS / _RUN_FILE, "the settings of the run", fix))
+        _refuse_change(config, schema.read_json(folder / RUN_FILE, "the settings of the run", fix))
     return False
 
 
@@ -182,7 +241,12 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     # a run from before a setting existed did what is now the setting's default
     defaults = {schema.stored_name(field.name): field.default for field in fields(config)}
     defaults |= {"processes": 1}
+    # the same files are the same backbone, wherever they lie; a run of an earlier version recorded the name alone
+    names, hashes = ("backbone", "revision"), ("backbone_hash", "processor_hash")
+    not_compared = names if all(name in before for name in hashes) else hashes
     for name, value in _identity(config).items():
+        if name in not_compared:
+            continue
         begun = before.get(name, defaults[name])
         if begun != value:
             raise ConfigError(
@@ -192,11 +256,26 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
             )
 
 
-def _remember_run(config: FinetuneConfig) -> None:
-    if distributed.is_main():
-        folder = config.out / CHECKPOINTS
-        folder.mkdir(parents=True, exist_ok=True)
-        schema.write_json(folder / _RUN_FILE, _identity(config) | {"users_a_step": _users_a_step(config)})
+def _begin(config: FinetuneConfig) -> None:
+    """Record the settings of the run, and with `--no-resume` remove the files of an earlier one."""
+    if not distributed.is_main():
+        return
+    own = () if config.resume else own_files(config.out)
+    with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
+        if not config.resume:
+            checkpoints.clear(config.out / CHECKPOINTS)
+        _remember_run(config, publishing=bool(own) or (_run_of(config) or {}).get(_PUBLISHING, False))
+        for name in sorted(own, key=lambda name: name != schema.ADAPTER_FILE):
+            (config.out / name).unlink(missing_ok=True)
+        if own:
+            _remember_run(config, publishing=False)
+
+
+def _remember_run(config: FinetuneConfig, publishing: bool) -> None:
+    folder = config.out / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _identity(config) | {"users_a_step": _users_a_step(config), _PUBLISHING: publishing}
+    schema.write_json(folder / RUN_FILE, run)
 
 
 def _validation(
@@ -254,6 +333,9 @@ def _provenance(
         "training": {
             "method": config.method,
             "loss": METHODS[config.method].title(config),
+            "loss_settings": {
+                schema.stored_name(name): getattr(config, name) for name in METHODS[config.method].own if name != "loss"
+            },
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],

@@ -31,6 +31,8 @@ from vlm2rec.pipelines.catalogue.vector_files import (
     VectorFile,
     read_csv,
     read_ids,
+    read_itememb,
+    read_jsonl,
     read_npy,
     read_parquet,
     require_finite,
@@ -40,7 +42,13 @@ from vlm2rec.pipelines.export_items import check_failures, print_summary
 
 SOURCE = "vectors"  # the manifest's settings.source
 
-READERS = {".parquet": ("Parquet", read_parquet), ".csv": ("CSV", read_csv), ".tsv": ("TSV", read_csv)}
+READERS = {
+    ".parquet": ("Parquet", read_parquet),
+    **dict.fromkeys((".csv", ".csv.gz"), ("CSV", read_csv)),
+    **dict.fromkeys((".tsv", ".tsv.gz"), ("TSV", read_csv)),
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"), ("JSON lines", read_jsonl)),
+    ".itememb": ("RecBole", read_itememb),
+}
 """The kinds of files that hold ids and vectors: name and reader of each."""
 
 Views = dict[str, np.ndarray]  # view → (I, d) float32, rows of NaN where an item has none
@@ -99,6 +107,9 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     }
     plan = plan_shards(dataset.item_ids, config.shard_size, settings)
     manifest = _write(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
+    if source.left_out:
+        names = ", ".join(map(repr, source.left_out))
+        console.log.print(f"{config.file.name}: {names} numbers the rows and is no dimension", markup=False)
     _report(config, manifest, views)
     repair = "give --file a vector of each and import into a new --out"
     check_failures(manifest, config.out, config.max_failures, repair)
@@ -106,7 +117,7 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
 
 
 def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
-    suffix = config.file.suffix
+    suffix = "".join(config.file.suffixes[-2:]) if config.file.suffix == ".gz" else config.file.suffix
     if suffix in READERS:
         if config.ids or config.in_item_order:
             raise ConfigError(
@@ -118,7 +129,7 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
     if suffix != ".npy":
         raise ConfigError(
             f"--file {config.file} ends in {suffix!r}",
-            ".parquet, .csv, .tsv or .npy; pickles are never opened",
+            ".parquet, .csv, .tsv, .jsonl, .itememb or .npy; pickles are never opened",
             "save the vectors as one of these",
         )
     if config.column:
@@ -232,7 +243,7 @@ def _write(
     out: Location, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float
 ) -> dict[str, Any]:
     with writing(out) as hold:
-        finished = shards.begin(out, plan)
+        finished = shards.begin(out, plan).finished
         unfinished = [number for number in range(len(plan)) if number not in finished]
         shards.require_space(out, plan, sum(len(plan.rows(number)) for number in unfinished))
         for number in unfinished:
@@ -246,7 +257,9 @@ def _write(
             )
             finished[number] = shards.publish_shard(out, plan, number, table, seconds / len(unfinished))
         hold.require()
-        return shards.finish(out, plan, finished, dataset.path)
+        manifest = shards.finish(out, plan, finished, dataset.path)
+    assert manifest is not None  # nobody else makes shards
+    return manifest
 
 
 def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Views) -> None:

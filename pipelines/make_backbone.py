@@ -15,9 +15,10 @@ from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import DataError, did_you_mean
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
-from vlm2rec.pipelines.catalogue.images import find_images
+from vlm2rec.pipelines.catalogue.images import find_images, no_images_error
 from vlm2rec.pipelines.config import MakeBackboneConfig
 from vlm2rec.pipelines.synthetic.small_backbone import (
+    MODEL_FILES,
     PROVENANCE_FILE,
     WRITTEN_BY,
     CaptionedItem,
@@ -52,8 +53,9 @@ def run(config: MakeBackboneConfig) -> Path:
     )
     publish.require_ours(
         config.out,
-        "a model of an earlier make-backbone",
+        "a model of an earlier make-backbone with nothing else in it",
         ours=schema.is_written_by(config.out / PROVENANCE_FILE, WRITTEN_BY),
+        only=MODEL_FILES,
     )
     catalogue, column = _read_catalogue(config)
     words = caption_words(catalogue["caption"].to_list())
@@ -76,7 +78,10 @@ def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     names = files.ColumnNames(item_id=config.item_id_column, title=config.title_column)
     frame = files.read_items(config.items, names).frame
     column = _caption_column(config, frame)
-    frame = frame.with_columns(find_images(config.images, frame), _as_text(frame, column).alias("caption"))
+    images = find_images(config.images, frame, config.image_column)
+    if images.paths.null_count() == frame.height:
+        raise no_images_error(config.images, frame, images, config.image_column)
+    frame = frame.with_columns(images.paths, _as_text(frame, column).alias("caption"))
     frame = frame.select(schema.ITEM_ID, schema.TITLE, "caption", schema.IMAGE_PATH)
     usable = frame.filter(pl.col(schema.TITLE).str.contains(r"\S"), pl.col("caption").str.contains(r"[^\W_]"))
     if usable.is_empty():

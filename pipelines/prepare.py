@@ -7,6 +7,7 @@ Polars scans the input files, and the output is written row group by row group.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,17 +18,27 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError, DataError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
 from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_items, write_sequences
-from vlm2rec.pipelines.catalogue.filtering import SHORTEST, Count, filter_log, read_log
+from vlm2rec.pipelines.catalogue.filtering import (
+    SHORTEST,
+    Count,
+    filter_log,
+    given,
+    read_log,
+    required,
+    say_of_items,
+)
 from vlm2rec.pipelines.catalogue.ids import words_for_nothing
-from vlm2rec.pipelines.catalogue.images import find_images
+from vlm2rec.pipelines.catalogue.images import find_images, no_images, no_images_error
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.catalogue.rejects import INTERACTIONS, ITEMS, Rejects
 from vlm2rec.pipelines.config import PrepareConfig
@@ -64,25 +75,43 @@ def run(config: PrepareConfig) -> Dataset:
         names = replace(names, item_id=config.interactions_item_column or config.item_id_column)
         found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
-        images = find_images(config.images, items.frame)
-
-        catalogue = items.frame.with_columns(images)
+        catalogue, image_reasons = _with_images(config, items.frame)
         user_ids, log, steps = read_log(found, catalogue, rejects)
-        log, kept, steps = filter_log(log, user_ids, catalogue, config, steps, rejects)
+        log, kept, steps = filter_log(log, user_ids, catalogue, image_reasons, config, steps, rejects)
         rows = rejects.account(
-            {ITEMS: items.frame.height, INTERACTIONS: found.rows}, {ITEMS: len(kept.items), INTERACTIONS: len(log)}
+            {ITEMS: items.frame.height, INTERACTIONS: found.rows}, {ITEMS: len(kept.catalogue), INTERACTIONS: len(log)}
         )
-        user_ids, catalogue = user_ids.gather(kept.users), catalogue[kept.items]
+        user_ids, touched = user_ids.gather(kept.users), catalogue[schema.ITEM_ID].gather(kept.items)
+        catalogue = catalogue[kept.catalogue]
         sequences = Sequences(log.item, np.concatenate([[0], np.cumsum(np.bincount(log.user))]))
 
         write_items(catalogue, work / schema.ITEMS_FILE)
-        write_sequences(sequences, user_ids, catalogue[schema.ITEM_ID], work / schema.SEQUENCES_FILE)
-        write_candidates(sequences, user_ids, catalogue[schema.ITEM_ID], config, work / schema.NEGATIVES_FILE)
+        # training and ranking know the items with interactions only
+        write_sequences(sequences, user_ids, touched, work / schema.SEQUENCES_FILE)
+        write_candidates(sequences, user_ids, touched, config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
-        meta = _describe(config, steps, rows, sources, work)
+        meta = _describe(config, steps, catalogue, rows, sources, work)
         _publish(work, config.out, meta)
     _print(meta, config.out)
     return Dataset(config.out)
+
+
+def _with_images(config: PrepareConfig, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.Series]:
+    """Return the catalogue with each item's image, and why an item has none."""
+    names_images = config.images is not None and config.image_column in (None, schema.IMAGE_PATH)
+    if schema.IMAGE_PATH in items.columns and not names_images:
+        items = items.rename({schema.IMAGE_PATH: files.free_name(f"source_{schema.IMAGE_PATH}", items.columns)})
+    if config.images is None:
+        found = no_images(items)
+        return items.with_columns(found.paths), found.reasons
+    found = find_images(config.images, items, config.image_column)
+    if "image" in required(config) and found.paths.null_count() == items.height:
+        raise no_images_error(config.images, items, found, config.image_column)
+    catalogue = items.with_columns(found.paths)
+    if "image" not in required(config):
+        without = np.flatnonzero(~given(catalogue, "image"))
+        say_of_items(without, catalogue, "have no image and are kept", found.reasons)
+    return catalogue, found.reasons
 
 
 def _check(config: PrepareConfig) -> None:
@@ -93,6 +122,9 @@ def _check(config: PrepareConfig) -> None:
             "one or more different seeds from 0 to 2147483647",
             "give --candidate-seeds 0,1,2,3,4, for example",
         )
+    if config.images is None and ("image" in config.require or config.image_column is not None):
+        flag = "--require image" if "image" in config.require else "--image-column"
+        raise ConfigError(f"{flag} without --images", "the folder of the images", f"give --images, or leave {flag} out")
     time = [config.time_column] if config.order == "time" else []
     for columns in (
         [config.items_id_column or config.item_id_column, config.title_column],
@@ -118,6 +150,7 @@ def _warn_of_words(items: pl.DataFrame, path: Path) -> None:
 def _describe(
     config: PrepareConfig,
     steps: list[Count],
+    catalogue: pl.DataFrame,
     rows: Mapping[str, Any],
     sources: Mapping[str, str],
     work: Path,
@@ -126,17 +159,22 @@ def _describe(
     out = config.out.resolve()
     name = config.name or out.name
     last = steps[-1]
-    root = config.images.resolve()
     by_time = config.order == "time"
+    cold = catalogue.height - last.items
+    if cold:
+        steps = [*steps, Count("cold items kept", last.users, catalogue.height, last.interactions)]
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "name": name,
         "users": last.users,
-        "items": last.items,
+        "items": catalogue.height,
+        "cold_items": cold,  # of these, without an interaction; the sparsity is that of the others
         "interactions": last.interactions,
         "average_length": last.interactions / last.users,
         "sparsity": 1 - last.interactions / (last.users * last.items),
-        "image_root": str(root.relative_to(out)) if root.is_relative_to(out) else str(root),
+        "image_root": None
+        if catalogue[schema.IMAGE_PATH].null_count() == catalogue.height
+        else _image_root(config, out),
         "max_history": config.max_history,
         "negatives": {"count": config.candidates, "seeds": sorted(config.candidate_seeds)},
         "counts": [asdict(step) for step in steps],
@@ -144,6 +182,7 @@ def _describe(
         "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
+            "required": list(required(config)),
             "shortest_sequence": SHORTEST,
             "ids": "text without white space at its ends; null, NaN and blank text are none",
             "duplicates": "rows equal in user, item and time count once" if by_time else "every row counts",
@@ -157,6 +196,16 @@ def _describe(
             for file in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
         },
     }
+
+
+def _image_root(config: PrepareConfig, out: Path) -> str:
+    """Return the image root relative to the dataset folder, so that both can move together.
+
+    If they have nothing but the root of the disk in common, it is absolute: then they will not move together.
+    """
+    assert config.images is not None
+    root = config.images.resolve()
+    return os.path.relpath(root, out) if os.path.commonpath([root, out]) != "/" else str(root)
 
 
 def paper_name(name: str) -> str | None:
@@ -240,14 +289,29 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
             raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
-    root, target = config.images.resolve(), out.resolve()
+    target = out.resolve()
+    root = target if config.images is None else config.images.resolve()
     images = root.relative_to(target).parts[0] if root.is_relative_to(target) and root != target else None
     publish.require_ours(
         out,
         "a dataset folder",
-        ours=(out / WORKING_FOLDER).exists() or (out / schema.SEQUENCES_FILE).exists(),
+        ours=(out / WORKING_FOLDER).exists() or _is_dataset(out),
         ignored=lambda name: name.startswith(".") or name == images,
     )
+
+
+def _is_dataset(out: Path) -> bool:
+    """Tell whether `prepare` has written a folder: its description, or the file that it publishes first, is there."""
+    try:
+        if {"sha256", "counts"} <= schema.read_json(out / schema.DATASET_FILE, "", "").keys():
+            return True
+    except ArtifactError:
+        pass
+    try:
+        found = pq.read_schema(out / schema.SEQUENCES_FILE).names
+    except (pa.ArrowException, OSError):
+        return False
+    return found == [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
 
 
 _FILES = (

@@ -125,5 +125,6 @@ def _inputs(config: FailuresConfig, manifest: Mapping[str, Any]) -> dict[str, tu
             console.log.print(f"titles and images are left out: {reason}; give --data", style="yellow")
             return {}
         dataset = named
-    images = (str(dataset.image_root / path) if path else "" for path in dataset.image_paths)
+    root = dataset.image_root if dataset.has_images else None
+    images = ("" if root is None or not path else str(root / path) for path in dataset.image_paths)
     return dict(zip(dataset.item_ids, zip(dataset.titles, images, strict=True), strict=True))

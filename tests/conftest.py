@@ -49,3 +49,13 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder / "data"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what became of the damaged files of each format: see test_fuzz.py."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    told = [str(value) for report in reports for name, value in report.user_properties if name == "fuzz"]
+    if told:
+        terminalreporter.section("damaged files")
+        for line in told:
+            terminalreporter.write_line(line)

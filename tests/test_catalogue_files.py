@@ -20,7 +20,7 @@ import pytest
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.pipelines.catalogue import records
 from vlm2rec.pipelines.catalogue.files import ColumnNames, read_items, scan_interactions
-from vlm2rec.pipelines.catalogue.images import find_images
+from vlm2rec.pipelines.catalogue.images import find_images, no_images_error
 
 
 def zipped(content: bytes) -> bytes:
@@ -40,7 +40,7 @@ def read_interactions(path: Path, names: ColumnNames | None = None) -> pl.DataFr
     found = scan_interactions(path, names, scratch=scratch)
     frame = found.frame.collect()
     assert frame.height == found.rows
-    return frame
+    return frame.drop("row")
 
 
 def rows(frame: pl.DataFrame) -> list[tuple[Any, ...]]:
@@ -295,7 +295,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 def test_float_ids_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
     pl.DataFrame({"item_id": [1.0, 2.5], "title": ["a", "b"]}).write_parquet(tmp_path / "items.parquet")
-    with pytest.raises(DataError, match=r"row 2 .* 2\.5"):
+    with pytest.raises(DataError, match=r"2\.5 \(row 2\)"):
         read_items(tmp_path / "items.parquet")
 
 
@@ -395,11 +395,14 @@ def test_times_of_any_form_keep_their_order(tmp_path: Path, times: pl.Series) ->
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("no-user.csv", "user_id,item_id,timestamp\nu,i,1\n,i,2\n", ["row 2", "no user_id", "1 such"]),
-        ("no-item.csv", "user_id,item_id,timestamp\nu,,1\nu,,2\n", ["row 1", "no item_id", "2 such"]),
-        ("no-time.csv", "user_id,item_id,timestamp\nu,i,1\nu,i,\n", ["row 2", "no timestamp"]),
+        ("no-item.csv", "user_id,item_id,timestamp\nu,,1\nu,,2\n", ["none of the 2 rows", "in 'item_id'"]),
+        ("null.jsonl", '{"user_id": "u", "item_id": null, "timestamp": 1}\n', ["none of the 1 rows", "item_id"]),
+        ("true.jsonl", '{"user_id": "u", "item_id": "i", "timestamp": 1}\n{"user_id": true}\n', ["line 2", "True"]),
+        ("half-id.jsonl", '{"user_id": 1.5, "item_id": "i", "timestamp": 1}\n', ["line 1", "1.5"]),
+        ("list-id.jsonl", '{"user_id": 1, "item_id": [2], "timestamp": 1}\n', ["line 1", "[2]"]),
+        ("endless.jsonl", '{"user_id": Infinity, "item_id": 2, "timestamp": 1}\n', ["line 1", "inf"]),
+        ("list-time.jsonl", '{"user_id": NaN, "item_id": 2, "timestamp": [1]}\n', ["line 1", "[1]"]),
         ("short.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", ["line 3", "2 fields", "'u,i'"]),
-        ("null.jsonl", '{"user_id": "u", "item_id": null, "timestamp": 1}\n', ["row 1", "no item_id"]),
         ("word.csv", "user_id,item_id,timestamp\nu,i,1\nu,i,soon\n", ["row 2", "'soon'", "--time-column"]),
         ("words.csv", "user_id,item_id,timestamp\nu,i,soon\nu,i,late\n", ["row 1", "'soon'"]),
         ("bad-date.csv", "user_id,item_id,timestamp\nu,i,2014-07-01\nu,i,2014-13-01\n", ["row 2", "2014-13-01"]),
@@ -430,12 +433,15 @@ def test_fault_34_wrong_encoding_far_inside_a_csv_is_found(tmp_path: Path) -> No
     ("column", "values", "words"),
     [
         ("user_id", pl.Series([1.0, 1.5]), ["row 2", "1.5"]),
+        ("user_id", pl.Series([1.0, 2.0**53 + 2]), ["row 2", "9007199254740994.0"]),
+        ("item_id", pl.Series([1.0, 2.0**24 + 2], dtype=pl.Float32), ["row 2", "16777218.0", "Float32"]),
+        ("timestamp", pl.Series([1.0, 1.7e9], dtype=pl.Float32), ["row 2", "1700000000.0", "Float32", "--order file"]),
         ("item_id", pl.Series([True, False]), ["Boolean"]),
         ("timestamp", pl.Series([True, False]), ["Boolean", "--time-column"]),
-        ("timestamp", pl.Series([1.0, float("nan")]), ["row 2", "no timestamp"]),
-        ("timestamp", pl.Series([float("inf"), 1.0]), ["row 1", "no timestamp"]),
-        ("user_id", pl.Series([1.0, float("nan")]), ["row 2", "no user_id"]),
-        ("timestamp", pl.Series([None, None]), ["row 1", "no timestamp"]),
+        ("timestamp", pl.Series([float("inf"), float("nan")]), ["none of the 2 rows", "timestamp", "--order file"]),
+        ("user_id", pl.Series([float("nan"), float("nan")]), ["none of the 2 rows", "user_id"]),
+        ("timestamp", pl.Series([None, None]), ["none of the 2 rows", "timestamp"]),
+        ("timestamp", pl.Series(["nan", "NaT"]), ["none of the 2 rows", "timestamp"]),
     ],
 )
 def test_impossible_values_in_parquet_are_named(
@@ -456,7 +462,7 @@ def images_of(root: Path, ids: list[str], paths: list[str | None] | None = None)
     frame = pl.DataFrame({"item_id": ids, "title": ids})
     if paths is not None:
         frame = frame.with_columns(pl.Series("image_path", paths, dtype=pl.String))
-    return find_images(root, frame).to_list()
+    return find_images(root, frame).paths.to_list()
 
 
 def test_images_are_found_by_id_and_the_best_ending_wins(tmp_path: Path) -> None:
@@ -526,8 +532,144 @@ def test_an_image_path_column_of_another_type_and_a_catalogue_without_pictures_a
     with pytest.raises(DataError, match="'image_path' of the items holds List"):
         find_images(tmp_path, pl.DataFrame({"item_id": ["9"], "image_path": [["9.jpg"]]}))
     urls = pl.DataFrame({"item_id": ["1"], "imUrl": ["http://x/1.jpg"]})
+    found = find_images(tmp_path, urls)
     with pytest.raises(DataError, match=r"holds 9\.jpg.*1\.jpg.*img2dataset.*column 'imUrl'"):
-        find_images(tmp_path, urls)
+        raise no_images_error(tmp_path, urls, found)
+
+
+def reasons_of(root: Path, ids: list[str], paths: list[str | None] | None = None) -> list[str | None]:
+    frame = pl.DataFrame({"item_id": ids, "title": ids})
+    if paths is not None:
+        frame = frame.with_columns(pl.Series("image_path", paths, dtype=pl.String))
+    return find_images(root, frame).reasons.to_list()
+
+
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"  # the same word in NFC and in NFD, as macOS writes it
+
+
+@pytest.mark.parametrize(
+    ("file", "item"),
+    [
+        (f"{APART}.jpg", COMPOSED),
+        (f"{COMPOSED}.jpg", APART),
+        ("B00ABC.JPG", "b00abc"),
+        (f"{APART.upper()}.png", COMPOSED),
+        ("1.jfif", "1"),
+        ("1.JFIF", "1"),
+        ("1.jpe", "1"),
+        ("1.avif", "1"),
+        ("1.jpg", "1.jpg"),
+        ("010/0108775015.jpg", "0108775015"),
+        (f"a/b/c/{APART}.PNG", COMPOSED),
+        ("1/1.jpg", "1"),
+    ],
+)
+def test_an_image_is_found_under_any_spelling_of_its_name_and_in_any_folder(
+    tmp_path: Path, file: str, item: str
+) -> None:
+    write(tmp_path / file, b"x")
+    write(tmp_path / "other.txt", b"x")
+    assert images_of(tmp_path, [item, "none"]) == [file, None]
+
+
+def test_a_file_of_another_spelling_is_never_another_items(tmp_path: Path) -> None:
+    for name in (
+        "a.jpg",
+        "c/x.jpg",
+        "d/x.jpg",
+        "e/y.jpg",
+        "e/y.png",
+        "z.jpg",
+        "f/z.jpg",
+        ".hidden/h.jpg",
+        "__MACOSX/m.jpg",
+    ):
+        write(tmp_path / name, b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    ids = ["a", "A", "b", "B", "x", "y", "z", "h", "m"]
+    assert images_of(tmp_path, ids) == ["a.jpg", None, None, None, None, "e/y.jpg", "z.jpg", None, None]
+    assert reasons_of(tmp_path, ids)[4] == "2 files have its name: c/x.jpg, d/x.jpg"
+    # b.jpg would be either's
+    write(tmp_path / "b.JPG", b"x")
+    assert images_of(tmp_path, ["B", "b"]) == [None, "b.JPG"]
+    (tmp_path / "b.JPG").rename(tmp_path / "q.jpg")
+    assert images_of(tmp_path, ["Q", "a"]) == ["q.jpg", "a.jpg"]
+
+
+def test_every_item_without_an_image_has_its_reason(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("root/0123.jpg", "root/deep/00456.jpg", "root/scan.tif", "out.jpg", "outside/far.jpg"):
+        write(tmp_path / name, b"x")
+    (root / "out.jpg").symlink_to(tmp_path / "out.jpg")
+    (root / "deep/below.jpg").symlink_to("../../out.jpg")
+    (root / "broken.jpg").symlink_to(root / "nothing")
+    (root / "within.jpg").symlink_to(root / "deep/00456.jpg")
+    (root / "deep/relative.jpg").symlink_to("../0123.jpg")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    os.mkfifo(root / "pipe.jpg")
+    expected = {
+        "within": None,
+        "relative": None,
+        "out": "out.jpg is a link that leads out of the image folder",
+        "below": "deep/below.jpg is a link that leads out of the image folder",
+        "broken": "broken.jpg is a link to nothing",
+        "pipe": "pipe.jpg is not a regular file",
+        "scan": "scan.tif has no ending of an image",
+        "123": "0123.jpg differs in its leading zeros",
+        "456": "deep/00456.jpg differs in its leading zeros",
+        "far": "linked is a link that leads out of the image folder and was not searched",
+    }
+    for reason, words in zip(reasons_of(root, list(expected)), expected.values(), strict=True):
+        assert (reason is None) == (words is None) and (words or "") in (reason or "")
+
+
+def test_paths_of_other_systems_lead_to_their_files(tmp_path: Path) -> None:
+    for name in ("d/1.jpg", f"{APART}/{APART}.jpg", "Photos/Big/2.JPG", "a b/3.jpg", "x\\y.jpg"):
+        write(tmp_path / name, b"x")
+    given = {
+        "d\\1.jpg": "d/1.jpg",
+        ".\\d\\1.jpg": "d/1.jpg",
+        "d/\\1.jpg": "d/1.jpg",
+        f"{COMPOSED}/{COMPOSED}.jpg": f"{APART}/{APART}.jpg",
+        f"{COMPOSED}\\{APART}.jpg": f"{APART}/{APART}.jpg",
+        "photos/big/2.jpg": "Photos/Big/2.JPG",
+        " d/1.jpg ": "d/1.jpg",
+        "a b\\3.jpg": "a b/3.jpg",
+        "x\\y.jpg": "x\\y.jpg",
+    }
+    assert images_of(tmp_path, [*given], [*given]) == [*given.values()]
+
+
+def test_every_path_without_a_file_has_its_reason(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write(root / "d/1.jpg", b"x")
+    write(tmp_path / "out.jpg", b"x")
+    (root / "leak.jpg").symlink_to(tmp_path / "out.jpg")
+    (root / "up").symlink_to(tmp_path)
+    expected = {
+        "": "no path is given",
+        "https://x/1.jpg": "is a URL",
+        "../out.jpg": "leads out of the image folder",
+        "..\\out.jpg": "leads out of the image folder",
+        "C:\\pictures\\1.jpg": "is a path of Windows",
+        "leak.jpg": "leak.jpg is a link that leads out",
+        "up/out.jpg": "up is a link that leads out",
+        "d": "d is a folder",
+        "d/2.jpg": "no file d/2.jpg in the image folder",
+        "e/1.jpg": "the image folder has no folder e",
+    }
+    ids = [str(n) for n in range(len(expected) + 1)]
+    for reason, words in zip(reasons_of(root, ids, [*expected, None]), [*expected.values(), "no path"], strict=True):
+        assert reason is not None and words in reason
+
+
+def test_a_chosen_column_names_the_images_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "b.jpg", b"x")
+    items = pl.DataFrame({"item_id": ["1"], "image_path": ["a.jpg"], "photo": ["b.jpg"]})
+    assert find_images(tmp_path, items).paths.to_list() == [None]
+    assert find_images(tmp_path, items, "photo").paths.to_list() == ["b.jpg"]
+    with pytest.raises(DataError, match=r"no column 'photos' \(did you mean 'photo'\?\).*--image-column"):
+        find_images(tmp_path, items, "photos")
 
 
 # --- names that are taken, and archives ---------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError
 
 ITEMS = {"item_id": ["007", "b", "c", "d", "e"], "title": [*"ABCDE"], "image_path": [f"{n}.jpg" for n in range(5)]}
 SEQUENCES = {
@@ -172,3 +174,80 @@ def test_the_category_is_the_first_of_the_columns_that_say_what_an_item_is(folde
     assert categories(genres=lists) == ("genres", ["Home, Chairs", "Home", "", "", "Lamps"])
     assert categories(genres=lists, category=[" a ", "b", None, "", "e"]) == ("category", ["a", "b", "", "", "e"])
     assert categories(categories=[1, 2, 3, None, 5]) == ("categories", ["1", "2", "3", "", "5"])
+
+
+# --- items that nobody has touched, and images that are not there ----------------------------------------------
+def with_cold_items(folder: Path) -> Dataset:
+    pq.write_table(
+        pa.table({key: ["new", *values[:2], "newer", *values[2:]] for key, values in ITEMS.items()}),
+        folder / "items.parquet",
+    )
+    schema.write_json(folder / "dataset.json", {**META, "cold_items": 2})
+    return Dataset(folder)
+
+
+def test_warm_items_are_those_with_an_interaction_in_any_split(folder: Path) -> None:
+    whole, before = Dataset(folder), Dataset(folder)
+    assert len(before.items) == 5
+    assert whole.warm() is whole  # no cold items are stored: a hand-made folder is taken as it is
+    dataset = with_cold_items(folder)
+    assert dataset.item_ids == ["new", "007", "b", "newer", "c", "d", "e"]
+    for warm in (dataset.warm(), pickle.loads(pickle.dumps(dataset.warm())), dataset.warm().warm()):
+        assert warm.item_ids == before.item_ids and warm.titles == before.titles
+        assert warm.image_paths == before.image_paths
+        assert warm.negatives(0).tolist() == before.negatives(0).tolist()
+        assert warm.histories("test").rows.tolist() == before.histories("test").rows.tolist()
+        assert warm.train_frequency().tolist() == before.train_frequency().tolist()
+    assert dataset.negatives(0).tolist() == [[2, 4], [5, 4]]
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+
+
+def test_images_that_are_not_there_are_an_error_before_any_item_fails(folder: Path) -> None:
+    def refused(words: str, **given: Any) -> None:
+        with pytest.raises(DataError, match=words) as caught:
+            Dataset(folder, **given).require_images()
+        assert caught.value.exit_code == 3 and "--images" in str(caught.value)
+
+    refused("pictures, is missing")
+    (folder / "pictures").write_text("")
+    refused("is not a folder")
+    (folder / "pictures").unlink()
+    (folder / "pictures").mkdir()
+    refused(r"holds none of the images, such as 0\.jpg, 1\.jpg, 2\.jpg")
+    picture(folder / "pictures/stranger.jpg")
+    (folder / "pictures/0.jpg").mkdir()
+    refused("holds none of the images")
+    picture(folder / "pictures/4.jpg")
+    Dataset(folder).require_images()  # one of them is there
+    refused("elsewhere, is missing", images=folder / "elsewhere")
+    shutil.move(folder / "pictures", folder / "elsewhere")
+    Dataset(folder, images=folder / "elsewhere").require_images()
+    refused("is missing")
+
+
+def test_the_images_place_may_be_given_from_any_folder_and_goes_along(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(folder / "elsewhere/4.jpg")
+    monkeypatch.chdir(folder / "elsewhere")
+    dataset = Dataset("..", images=".")
+    assert dataset.image_root == folder / "elsewhere"
+    monkeypatch.chdir("/")
+    pickle.loads(pickle.dumps(Dataset(folder, images=folder / "elsewhere"))).require_images()
+    assert dataset.image_root == folder / "elsewhere"
+
+
+def test_a_dataset_without_images_says_what_it_is_for(folder: Path) -> None:
+    schema.write_json(folder / "dataset.json", {**META, "image_root": None})
+    dataset = Dataset(folder)
+    assert not dataset.has_images
+    with pytest.raises(DataError, match=r"was prepared without images.*--views text"):
+        dataset.require_images()
+    nothing = pa.table({**ITEMS, "image_path": pa.array([None] * 5, pa.string())})
+    pq.write_table(nothing, folder / "items.parquet")
+    with pytest.raises(DataError, match=r"no item of .* has an image.*--views text"):
+        Dataset(folder, images=folder).require_images()

@@ -217,7 +217,7 @@ def workers(launcher: int) -> dict[int, int]:
 
 def last_checkpoint(out: Path) -> int:
     """Return the step of the newest finished checkpoint, 0 without one."""
-    names = [path.parent.name for path in out.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    names = [path.parent.name for path in out.glob("checkpoints/checkpoint-*/checksums.json")]
     return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
 
@@ -242,10 +242,8 @@ def test_fault_49_when_one_process_is_killed_all_end_and_the_same_command_goes_o
         assert not (cut / "vlm2rec.json").exists(), "the run must have been cut before its end"
         if victim == 1:
             assert "This is a bug" not in told
-    states = [
-        next(cut.glob("checkpoints/checkpoint-*/trainer_state.json")).with_name(f"rng_state_{n}.pth") for n in (0, 1)
-    ]
-    drawn = [torch.load(state, weights_only=False)["cpu"] for state in states]
+    newest = cut / "checkpoints" / f"checkpoint-{last_checkpoint(cut)}"
+    drawn = [safetensors.torch.load_file(newest / f"process-{rank}.safetensors")["cpu"] for rank in (0, 1)]
     assert not torch.equal(*drawn), "each process draws its own dropout"
     with pytest.raises(ConfigError, match="begun with processes = 2, now it is 1"):
         finetune.run(read_config(FinetuneConfig, flags={**settings, "out": cut}))
@@ -259,6 +257,10 @@ def test_fault_49_when_one_process_is_killed_all_end_and_the_same_command_goes_o
     rows = [json.loads((out / "curves.json").read_text())["train"] for out in (cut, Path(runs["whole"]["out"]))]
     assert [row["step"] for row in rows[0]] == list(range(1, 13))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    valid = [json.loads((out / "curves.json").read_text())["valid"] for out in (cut, Path(runs["whole"]["out"]))]
+    assert valid[0] == valid[1]
+    weights = [(out / lora.WEIGHTS_FILE).read_bytes() for out in (cut, Path(runs["whole"]["out"]))]
+    assert weights[0] == weights[1]
     assert not (cut / "checkpoints").exists()
 
 

@@ -139,13 +139,16 @@ def test_task_1_takes_such_a_table_and_refuses_a_backbone_that_did_not_make_it(
         evaluate.run(EvaluateConfig(**{**vars(config), "backbone": str(tiny("qwen2_5_vl"))}))
 
 
-def test_folders_of_encode_frozen_go_on_as_their_settings_have_kept_their_keys(sentence: Path, clip: Path) -> None:
+def test_the_settings_of_frozen_encoders_are_what_decides_a_vector_and_the_folder_s_name_apart(
+    sentence: Path, clip: Path
+) -> None:
     common = {"dtype": "float32", "views": ["fused", "text"]}
     text = frozen_fingerprint(sentence, device="cpu")
     assert text == common | {
         "source": "sentence",
-        "encoder": sentence.name,
+        "made_with": {"encoder": sentence.name},
         "encoder_hash": text["encoder_hash"],
+        "processor_hash": text["processor_hash"],
         "model_type": "bert",
         "dim": WIDTH,
         "modules": ["Transformer", "Pooling", "Normalize"],
@@ -159,8 +162,9 @@ def test_folders_of_encode_frozen_go_on_as_their_settings_have_kept_their_keys(s
     both = frozen_fingerprint(clip, device="cpu")
     assert both == {
         "source": "clip",
-        "encoder": clip.name,
+        "made_with": {"encoder": clip.name},
         "encoder_hash": both["encoder_hash"],
+        "processor_hash": both["processor_hash"],
         "model_type": "clip",
         "dtype": "float32",
         "dim": CLIP_DIM,
@@ -242,15 +246,14 @@ def test_settings_are_known_before_the_weights_and_change_with_the_question(tiny
     assert len(hashes) == 4
 
 
-def test_folders_of_encode_prompted_go_on_as_their_settings_have_kept_their_keys(tiny: Tiny) -> None:
+def test_the_settings_of_a_question_hold_the_backbone_s_name_apart(tiny: Tiny) -> None:
     folder = tiny("qwen2_5_vl")
     settings = prompted_fingerprint(str(folder), device="cpu", dtype="float32")
-    hashes = {name: settings[name] for name in ("backbone_hash", "prompt_hash")}
+    hashes = {name: settings[name] for name in ("backbone_hash", "processor_hash", "prompt_hash")}
     assert settings == hashes | {
         "source": "prompt",
         "instruction": DEFAULT_QUESTION,
-        "backbone": folder.name,
-        "revision": None,
+        "made_with": {"backbone": folder.name},
         "model_type": "qwen2_5_vl",
         "adapter": None,
         "dim": 64,

@@ -6,8 +6,6 @@ import functools
 import json
 import os
 import signal
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,15 @@ import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
 from children import child, waited
 
+from vlm2rec.embedder.contract import process, publish
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.contract.process import Process, this_process
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import Share, writing
-from vlm2rec.embedder.export.plan import plan_shards
 from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
@@ -195,7 +194,8 @@ def test_a_dead_worker_s_share_is_made_by_whoever_comes_next(
     out = tmp_path / "out"
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
     (out / ".part-00001.parquet.4711.tmp").write_bytes(b"half")
-    (out / "export.worker-1-of-2.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 4711}))
+    dead = this_process()._replace(pid=99999999)
+    (out / "export.worker-1-of-2.lock").write_text(json.dumps(dead._asdict()))
     make(data, out)
     assert parts(out) == whole
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", *whole]
@@ -213,16 +213,6 @@ def test_workers_and_a_single_writer_keep_out_of_each_other_s_way(tmp_path: Path
         pass
 
 
-def test_a_writer_of_another_host_is_taken_to_be_dead_after_two_silent_minutes(tmp_path: Path) -> None:
-    lock = tmp_path / "export.lock"
-    lock.write_text('{"host": "elsewhere", "pid": 4711}')
-    with pytest.raises(ArtifactError, match="its last sign of life came"), writing(tmp_path):
-        pass
-    os.utime(lock, (time.time() - 200, time.time() - 200))
-    with writing(tmp_path):
-        assert str(os.getpid()) in lock.read_text()
-
-
 def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm2rec.embedder.export.lock.BEAT", 0.05)
     with writing(tmp_path):
@@ -230,14 +220,26 @@ def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
         waited(lambda: (tmp_path / "export.lock").stat().st_mtime > 1)
 
 
+def temporary_of(writer: Process, name: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "this_process", lambda: writer)
+        return publish.temporary_name(name)
+
+
 def test_the_last_worker_takes_away_what_dead_ones_left_half_written_and_no_more(data: Dataset, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, ours = tmp_path / "out", this_process()
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
-    dead, alive = out / ".manifest.json.99999999.tmp", out / f".manifest.json.{os.getppid()}.tmp"
-    for path in (dead, alive):
+    gone = [
+        out / temporary_of(ours._replace(pid=99999999), "manifest.json"),
+        out / temporary_of(ours._replace(pids="1", pid=1), "part-00000.parquet"),  # of a container that has ended
+        out / temporary_of(ours._replace(boot="b00"), "export.json"),
+        out / ".manifest.json.4711.tmp",  # of an earlier version
+    ]
+    alive = out / temporary_of(ours, "manifest.json")
+    for path in (*gone, alive):
         path.write_bytes(b"{")
     make(data, out, distribution=Distribution(num_workers=2, worker=1))
-    assert not dead.exists() and alive.exists()
+    assert [path for path in gone if path.exists()] == [] and alive.exists()
     (out / "part-00000.json").write_text("{}")  # a worker may die between the manifest and the records
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
     assert not (out / "part-00000.json").exists()
@@ -246,11 +248,11 @@ def test_the_last_worker_takes_away_what_dead_ones_left_half_written_and_no_more
 def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
-    mine, other = out / ".part-00001.parquet.4711.tmp", out / ".part-00000.parquet.4712.tmp"
+    unseen = this_process()._replace(boot="b00")
+    mine, other = (out / temporary_of(unseen, f"part-0000{number}.parquet") for number in (1, 0))
     for path in (mine, other):
         path.write_bytes(b"half")
-    plan = plan_shards(data.item_ids, 3, {**SETTINGS, "storage": "float32"})
-    shards._remove_temporaries(out, shards.shards_of(plan, Share(1, 2)))
+    shards._remove_temporaries(out, range(1, 7, 2))
     assert not mine.exists() and other.exists()
 
 

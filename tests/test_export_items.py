@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,15 @@ from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import provenance, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, ModelError
-from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
 from vlm2rec.embedder.export import worker
+from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
+from vlm2rec.embedder.options import ImagePolicy
+from vlm2rec.embedder.progress import SILENT
 from vlm2rec.pipelines import export_items
 from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
@@ -313,6 +318,146 @@ def test_fault_06_an_output_that_cannot_be_written_is_refused_before_the_model_l
 
 
 # --- the command, with a real model -------------------------------------------------------------------------
+# --- images that are not there --------------------------------------------------------------------------------
+TAKE_AWAY: dict[str, Callable[[Path], object]] = {
+    "missing": lambda images: images.rename(images.with_name("elsewhere")),
+    "not a folder": lambda images: (images.rename(images.with_name("elsewhere")), images.write_text("")),
+    "holds none of the images": lambda images: (images.rename(images.with_name("elsewhere")), images.mkdir()),
+}
+
+
+@pytest.mark.parametrize("words", TAKE_AWAY)
+@pytest.mark.parametrize("policy", ["null", "text_only", "fail"])
+def test_without_the_image_folder_nothing_is_loaded_and_nothing_changes(
+    tmp_path: Path, policy: ImagePolicy, words: str
+) -> None:
+    folder = write_dataset(tmp_path / "data", items=20)
+    settings, choices = ShadeEncoder().fingerprint, {"shard_size": 8, "on_image_error": policy}
+    export(Dataset(folder), tmp_path / "out", settings, ShadeEncoder, **choices)
+    stopping = ShadeEncoder()
+    stopping.encode_items = stop_after_one_shard(stopping)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        export(Dataset(folder), tmp_path / "begun", settings, lambda: stopping, **choices)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/part*")}
+    TAKE_AWAY[words](folder / "images")
+    retry, since = Reuse(retry_failed=True), Reuse(changed_since=tmp_path / "out")
+    for out, reuse in (("out", retry), ("begun", REUSE_NOTHING), ("begun", Reuse(extend=True)), ("new", since)):
+        for distribution in (Distribution(), Distribution(num_workers=2), Distribution(num_workers=2, worker=0)):
+            with pytest.raises(DataError, match=f"{words}.*--images"):
+                export(
+                    Dataset(folder), tmp_path / out, settings, never, reuse=reuse, distribution=distribution, **choices
+                )
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/part*")} == before
+    assert not (tmp_path / "new").exists()
+    there = Dataset(folder, images=folder / "elsewhere")
+    export(there, tmp_path / "out", settings, never, reuse=retry, **choices)  # the same images: nothing to do
+    export(there, tmp_path / "begun", settings, ShadeEncoder, **choices)
+    assert verify(tmp_path / "out") == verify(tmp_path / "begun") == []
+
+
+def stop_after_one_shard(encoder: ShadeEncoder) -> Callable[..., EncodedItems]:
+    encode = encoder.encode_items
+
+    def stop(titles: Any, images: Any) -> EncodedItems:
+        if encoder.calls:
+            raise KeyboardInterrupt
+        return encode(titles, images)
+
+    return stop
+
+
+def test_a_moved_folder_goes_on_with_its_export_and_knows_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "here/data", items=20)
+    (tmp_path / "here/data/images").rename(tmp_path / "here/images")
+    meta = json.loads((tmp_path / "here/data/dataset.json").read_text()) | {"image_root": "../images"}
+    (tmp_path / "here/data/dataset.json").write_text(json.dumps(meta))
+    settings = ShadeEncoder().fingerprint
+    export(Dataset(tmp_path / "here/data"), tmp_path / "out", settings, ShadeEncoder, shard_size=8)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "here").rename(tmp_path / "deep/er/there")
+    monkeypatch.chdir(tmp_path / "deep")
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er/there/data")
+    for data in (Path("er/there/data"), tmp_path / "link"):
+        found = Dataset(data)
+        assert [(found.image_root / path).is_file() for path in found.image_paths] == [True] * 20
+        for reuse in (REUSE_NOTHING, Reuse(retry_failed=True)):
+            export(found, tmp_path / "out", settings, never, shard_size=8, reuse=reuse)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_disk_that_goes_away_under_way_ends_the_export_and_costs_no_row(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", items=300, broken=BROKEN)
+    data, calm, leaving = Dataset(folder), ShadeEncoder(), ShadeEncoder()
+
+    def encode_and_leave(titles: Any, images: Any) -> Any:
+        if (folder / "images").exists():
+            (folder / "images").rename(folder / "away")
+        return calm.encode_items(titles, images)
+
+    leaving.encode_items = encode_and_leave  # type: ignore[method-assign]
+    choices: dict[str, Any] = {"shard_size": 8}
+    export(data, tmp_path / "whole", calm.fingerprint, lambda: calm, **choices)
+    before = parts(tmp_path / "whole")
+    with pytest.raises(DataError, match="images, is missing"):
+        export(data, tmp_path / "out", calm.fingerprint, lambda: leaving, **choices)
+    assert sum(row["status"] == "failed" for row in rows_of(tmp_path / "out")) <= len(BROKEN)
+    (folder / "away").rename(folder / "images")
+    for row in (3, 290):
+        Image.new("RGB", (60, 60)).save(folder / f"images/{row}.png")
+    (folder / "images/11.png").touch()
+    with pytest.raises(DataError, match="images, is missing"):
+        export(data, tmp_path / "whole", calm.fingerprint, lambda: leaving, reuse=Reuse(retry_failed=True), **choices)
+    kept = parts(tmp_path / "whole")
+    assert {name for name in before if kept[name] != before[name]} <= {"part-00000.parquet", "part-00001.parquet"}
+    (folder / "away").rename(folder / "images")
+    export(data, tmp_path / "whole", calm.fingerprint, lambda: calm, reuse=Reuse(retry_failed=True), **choices)
+    assert [row["item_id"] for row in rows_of(tmp_path / "whole") if row["status"] == "failed"] == ["011"]
+
+
+def test_a_dataset_without_pictures_is_exported_from_its_titles_only(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", items=5, image_path=pa.array([None] * 5, pa.string()))
+    meta = json.loads((folder / "dataset.json").read_text()) | {"image_root": None}
+    (folder / "dataset.json").write_text(json.dumps(meta))
+    shutil.rmtree(folder / "images")
+    with pytest.raises(DataError, match=r"prepared without images.*--views text"):
+        export(Dataset(folder), tmp_path / "out", ShadeEncoder().fingerprint, never)
+    assert not (tmp_path / "out").exists()
+    encoder = ShadeEncoder(views=["fused", "text"])
+    encoder.encode_items = lambda titles, images: text_alone(titles)  # type: ignore[method-assign]
+    manifest = export(Dataset(folder), tmp_path / "out", encoder.fingerprint, lambda: encoder)
+    assert manifest is not None and manifest["counts"]["failed"] == 0 and verify(tmp_path / "out") == []
+
+
+def text_alone(titles: list[str]) -> EncodedItems:
+    text = np.array([[len(title), 1, 2] for title in titles], np.float32)
+    return EncodedItems(text, text, np.full_like(text, np.nan), np.zeros(len(titles), bool))
+
+
+def test_items_kept_without_an_image_are_told_before_the_model_loads(tmp_path: Path) -> None:
+    paths = ["0.png", None, "2.png", "", "4.png"]
+    data = Dataset(write_dataset(tmp_path / "data", items=5, image_path=paths))
+    said: list[str] = []
+
+    class Listener(type(SILENT)):  # type: ignore[misc]
+        def say(self, text: str, *, warning: bool = False) -> None:
+            said.append(text)
+
+    def made(out: str, policy: ImagePolicy) -> dict[str, int]:
+        encoder = ShadeEncoder()
+        found = export(
+            data, tmp_path / out, encoder.fingerprint, lambda: encoder, on_image_error=policy, reporter=Listener()
+        )
+        return {status: count for status, count in (found or {})["counts"].items() if count}
+
+    assert made("null", "null") == {"ok": 2, "truncated": 1, "failed": 2}
+    assert said[0].startswith("2 of 5 items have no image, such as '001', '003': they get no vector; --on-image-error")
+    assert made("text", "text_only") == {"ok": 2, "truncated": 1, "text_only": 2}
+    with pytest.raises(DataError, match=r"2 of 5 items have no image.*text_only"):
+        export(data, tmp_path / "fail", ShadeEncoder().fingerprint, never, on_image_error="fail")
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny: Callable[[str], Path]) -> ExportConfig:
     return ExportConfig(

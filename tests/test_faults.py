@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from chairs import ShadeEncoder, parts, rows_of, write_dataset
 from children import child
+from drawn_lora import without_checksums
 from PIL import Image
 from test_export_items import never
 from test_images import png, quarters
@@ -451,6 +452,7 @@ def test_fault_42_an_export_with_an_adapter_that_does_nothing_is_refused_without
     elif fault == "all-zero B":
         weights = {name: tensor * ("lora_B" not in name) for name, tensor in weights.items()}
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    without_checksums(tmp_path / "adapter")
     config = settings(tiny, write_dataset(tmp_path / "data"), tmp_path / "out", adapter=tmp_path / "adapter")
     with pytest.raises(ModelError) as refusal:
         export_items.run(config)

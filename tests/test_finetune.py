@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from transformers import TrainerState
 
 from vlm2rec.embedder.backbones import lora
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.training import checkpoints, train
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
 
@@ -178,3 +188,365 @@ def test_no_resume_starts_anew_and_its_own_settings_count_from_then_on(
         finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, resume=True))
     anew = finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, max_steps=1))
     assert anew is not None and anew.steps == 1
+
+
+# --- images that are not there, and items that nobody has touched ---------------------------------------------
+def copied(dataset: Path, folder: Path, **meta: object) -> Path:
+    """Copy a dataset folder and its images, side by side."""
+    shutil.copytree(dataset, folder / "data")
+    shutil.copytree(Dataset(dataset).image_root, folder / "images")
+    known = json.loads((folder / "data/dataset.json").read_text())
+    (folder / "data/dataset.json").write_text(json.dumps(known | {"image_root": "../images", **meta}))
+    return folder / "data"
+
+
+def test_without_the_image_folder_training_does_not_begin_and_goes_on_where_it_is_now(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    data = copied(drawn_dataset, tmp_path)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    chosen = settings(tiny, data, tmp_path / "adapter", max_steps=2)
+    unknown = dataclasses.replace(chosen, backbone=str(tmp_path / "no backbone"))
+    with pytest.raises(DataError, match=r"images, is missing.*--images"):
+        finetune.run(unknown)  # before the backbone is looked for
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(ModelError):
+        finetune.run(dataclasses.replace(unknown, views="text", loss="sft"))
+    there = dataclasses.replace(chosen, images=tmp_path / "elsewhere")
+    assert finetune.run(there) is not None
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    assert finetune.run(chosen) is None  # the place of the images is no setting of what is learned
+
+
+def test_a_dataset_without_pictures_trains_on_titles_and_is_refused_in_words_with_images(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    data = copied(drawn_dataset, tmp_path, image_root=None)
+    items = pq.read_table(data / "items.parquet")
+    nothing = pa.array([None] * len(items), pa.string())
+    pq.write_table(items.set_column(2, "image_path", nothing), data / "items.parquet")
+    with pytest.raises(DataError, match=r"was prepared without images.*--views text"):
+        finetune.run(settings(tiny, data, tmp_path / "adapter", max_steps=1))
+    chosen = settings(tiny, data, tmp_path / "adapter", max_steps=1, views="text", loss="sft", probe_users=0)
+    assert finetune.run(chosen) is not None
+
+
+@pytest.mark.parametrize("method", ["vlm2rec", "sda"])
+def test_cold_items_leave_training_as_it_is(tiny: Tiny, drawn_dataset: Path, tmp_path: Path, method: str) -> None:
+    more: dict[str, object] = {"max_steps": 2, "method": method}
+    if method == "sda":
+        more |= {"pooling": "mean", "prompt_style": "sda", "experts": 1, "lora_rank": 8}
+    data = copied(drawn_dataset, tmp_path, cold_items=2)
+    items = pq.read_table(data / "items.parquet")
+    cold = items.slice(0, 2).set_column(0, "item_id", pa.array(["cold", "colder"]))
+    pq.write_table(pa.concat_tables([cold, items]), data / "items.parquet")
+    finetune.run(settings(tiny, drawn_dataset, tmp_path / "before", **more))
+    finetune.run(settings(tiny, data, tmp_path / "with", **more))
+    before, now = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("before", "with"))
+    assert before == now
+
+
+# --- killed at any moment -----------------------------------------------------------------------------------
+class Killed(BaseException):
+    """Stands for SIGKILL where only the moment matters: nobody catches it."""
+
+
+def short(tiny: Tiny, data: Path, out: Path, **more: object) -> FinetuneConfig:
+    """Three steps an epoch, seven in all: the last epoch is cut short, and no point of the curves is at its end."""
+    small = {"loss": "sft", "users": 12, "batch_size": 4, "max_steps": 7, "log_steps": 5, "valid_users": 6}
+    return settings(tiny, data, out, **{**small, "probe_users": 4, "probe_steps": 2, "vision_cache": "off", **more})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Tiny, drawn_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    finetune.run(short(tiny, drawn_dataset, out))
+    return out
+
+
+def curves(out: Path) -> Any:
+    found = json.loads((out / "curves.json").read_text())
+    for row in found["probe"]:
+        del row["seconds"]
+    return found
+
+
+def assert_same(out: Path, undisturbed: Path) -> None:
+    assert curves(out) == curves(undisturbed)
+    for name in (lora.WEIGHTS_FILE, lora.CANARY_FILE):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in undisturbed.iterdir()}
+
+
+def at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool = False) -> None:
+    """End the run at a call of a function, counted from 1, before it does anything or after it has done all."""
+    plain, calls = getattr(owner, name), 0
+
+    def ending(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise Killed
+        found = plain(*given, **named)
+        if calls == call:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(owner, name, ending)
+
+
+def half_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(self: TrainerState, path: str) -> None:
+        Path(path).touch()
+        if self.global_step == 4:
+            raise Killed
+        plain(self, path)
+
+    plain = TrainerState.save_to_json
+    monkeypatch.setattr(TrainerState, "save_to_json", opened)
+
+
+MOMENTS: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
+    "trainer_state.json is opened": (1, half_a_state),
+    "before a checkpoint has its checksums": (2, lambda m: at(m, checkpoints, "finish", 2)),
+    "between an epoch's last checkpoint and its validation": (3, lambda m: at(m, train._Watch, "on_epoch_end", 1)),
+    "during the validation of an epoch": (1, lambda m: at(m, finetune, "encode_rows_together", 3)),
+    "after a validation, long after a checkpoint": (2, lambda m: at(m, train._Watch, "on_epoch_end", 2, after=True)),
+    "before the last validation": (3, lambda m: at(m, train._Watch, "on_epoch_end", 3)),
+    "after the last validation": (100, lambda m: at(m, train._Watch, "finish", 1)),
+    "before the adapter is published": (2, lambda m: at(m, finetune, "save_adapter", 1)),
+    "while the adapter is published": (2, lambda m: at(m, lora, "checksums", 1)),
+    "when only the checkpoints have to go": (2, lambda m: at(m, checkpoints, "discard", 1)),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_fault_48_killed_at_any_moment_the_same_command_gives_the_same_to_the_bit(
+    moment: str, tiny: Tiny, drawn_dataset: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, kill = MOMENTS[moment]
+    config = short(tiny, drawn_dataset, tmp_path / "out", checkpoint_steps=every)
+    with monkeypatch.context() as patch:
+        kill(patch)
+        with pytest.raises(Killed):
+            finetune.run(config)
+    finetune.run(config)
+    assert_same(config.out, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def cut(tiny: Tiny, drawn_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
+    """A run that was killed after step 4, with its two newest checkpoints."""
+    out = tmp_path_factory.mktemp("cut") / "out"
+    config = short(tiny, drawn_dataset, out, checkpoint_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        at(patch, checkpoints, "finish", 4, after=True)
+        with pytest.raises(Killed):
+            finetune.run(config)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-4", "run.json"]
+    return config
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped": flip,
+    "empty": lambda path: os.truncate(path, 0),
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "missing": Path.unlink,
+}
+CHECKPOINT = ("trainable", "best", "optimizer", "process-0")
+CHECKPOINT_FILES = (*(f"{name}.safetensors" for name in CHECKPOINT), "trainer_state.json", "checksums.json")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
+def test_any_damage_to_a_checkpoint_is_named_and_the_one_before_is_taken(
+    file: str, damage: str, cut: FinetuneConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(cut.out / "checkpoints", tmp_path / "checkpoints")
+    DAMAGES[damage](tmp_path / "checkpoints" / "checkpoint-4" / file)
+    told = Told()
+    assert checkpoints.newest_whole(tmp_path / "checkpoints", told) == tmp_path / "checkpoints" / "checkpoint-3"
+    (line,) = told.lines
+    assert "checkpoint-4 is damaged" in line and file in line and "from step 3" in line
+    assert not (tmp_path / "checkpoints" / "checkpoint-4").exists()
+
+
+class Told:
+    draws_bars = True
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str, *, warning: bool = False) -> None:
+        self.lines.append(text)
+
+    def progress(self, description: str, total: int | None) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("damaged", [("checkpoint-4",), ("checkpoint-3", "checkpoint-4")])
+def test_a_run_with_damaged_checkpoints_goes_on_and_gives_the_same(
+    damaged: tuple[str, ...], cut: FinetuneConfig, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(cut, out=tmp_path / "out")
+    shutil.copytree(cut.out, config.out)
+    for name in damaged:
+        flip(config.out / "checkpoints" / name / "optimizer.safetensors")
+    finetune.run(config)
+    assert "is damaged: optimizer.safetensors does not have the bytes" in " ".join(capsys.readouterr().err.split())
+    assert_same(config.out, undisturbed)
+
+
+class Boom:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("boom",))
+
+
+def test_planted_pickles_stay_unread_and_stand_where_they_are(
+    cut: FinetuneConfig, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(cut, out=tmp_path / "out")
+    shutil.copytree(cut.out, config.out)
+    newest = config.out / "checkpoints" / "checkpoint-4"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"):
+        (newest / name).write_bytes(pickle.dumps(Boom()))
+    with pytest.raises(ConfigError, match=r"checkpoint-4/scaler.pt, checkpoints/checkpoint-4/training_args.bin"):
+        finetune.run(config)
+    for name in ("scaler.pt", "training_args.bin"):
+        (newest / name).unlink()
+    finetune.run(config)
+    assert not (tmp_path / "boom").exists()
+    assert_same(config.out, undisturbed)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(cut: FinetuneConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(cut, out=tmp_path / "out")
+    shutil.copytree(cut.out, config.out)
+    newest = config.out / "checkpoints" / "checkpoint-4"
+    (newest / "checksums.json").unlink()
+    (newest / "optimizer.pt").write_bytes(pickle.dumps(Boom()))
+    with pytest.raises(ArtifactError, match=r"earlier version of vlm2rec.*--no-resume starts this training again"):
+        finetune.run(config)
+    assert (newest / "optimizer.pt").exists()
+
+
+# --- whose folder is it? ------------------------------------------------------------------------------------
+FOREIGN = (*lora.FILES, "checkpoints/mine", "checkpoints/run.json", "checkpoints/checkpoint-4/model.safetensors")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", [*FOREIGN, "thesis.tex"])
+def test_files_that_finetune_has_not_written_are_refused_before_any_work(
+    name: str, resume: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigError, match=Path(name).name):
+        finetune.run(settings(tiny, tmp_path / "no data", tmp_path, resume=resume))
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["README.md", "checkpoints/notes.txt", "checkpoints/checkpoint-4/notes.txt"])
+def test_a_file_laid_into_an_unfinished_run_is_not_replaced(name: str, cut: FinetuneConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(cut, out=tmp_path / "out")
+    shutil.copytree(cut.out, config.out)
+    (config.out / name).write_text("precious")
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=name):
+            finetune.run(dataclasses.replace(config, resume=resume))
+    assert (config.out / name).read_text() == "precious"
+
+
+def test_trained_again_only_files_of_finetune_are_replaced(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short(tiny, drawn_dataset, tmp_path / "out", resume=False)
+    shutil.copytree(undisturbed, config.out)
+    (config.out / "notes.txt").write_text("precious")
+    card = (config.out / "README.md").read_text()
+    (config.out / "README.md").write_text("my own card")
+    with pytest.raises(ConfigError, match=r"has not written.*README.md"):
+        finetune.run(config)
+    assert (config.out / "README.md").read_text() == "my own card"
+    (config.out / "README.md").write_text(card)
+    with monkeypatch.context() as patch:  # what is left of the old adapter is known as that
+        at(patch, Path, "unlink", 2)
+        with pytest.raises(Killed):
+            finetune.run(config)
+    finetune.run(dataclasses.replace(config, resume=True))
+    assert (config.out / "notes.txt").read_text() == "precious"
+    (config.out / "notes.txt").unlink()
+    assert_same(config.out, undisturbed)
+
+
+def test_fault_08_a_second_training_into_one_folder_is_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    config = short(tiny, drawn_dataset, tmp_path / "out")
+    with checkpoints.alone(config.out / "checkpoints"):
+        for resume in (True, False):
+            with pytest.raises(ArtifactError, match="another finetune is writing to"):
+                finetune.run(dataclasses.replace(config, resume=resume))
+    assert not config.out.exists(), "nothing was written"
+
+
+# --- the disk -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Limit how large files may grow, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "most"),
+    [
+        (finetune, "_remember_run", 10),
+        (checkpoints, "begin", 10),
+        (checkpoints, "begin", 3000),
+        (checkpoints, "finish", 100),
+        (finetune, "save_adapter", 10),
+        (finetune, "save_adapter", 3000),
+    ],
+)
+def test_fault_05_a_full_disk_ends_in_words_and_the_same_command_goes_on(
+    owner: Any,
+    name: str,
+    most: int,
+    cut: FinetuneConfig,
+    tmp_path: Path,
+    undisturbed: Path,
+    small_files: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = dataclasses.replace(cut, out=tmp_path / "out")
+    shutil.copytree(cut.out, config.out)
+    plain = getattr(owner, name)
+
+    def without_room(*given: Any, **named: Any) -> Any:
+        small_files(most)  # from here on, as pytest keeps what is printed in files too
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, without_room)
+        with pytest.raises(ArtifactError) as refusal:
+            finetune.run(config)
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert refusal.value.exit_code == 5
+    assert "File too large" in str(refusal.value) and "make room and run the same command again" in str(refusal.value)
+    assert not list(config.out.rglob("*.tmp")) and not (config.out / schema.ADAPTER_FILE).exists()
+    finetune.run(config)
+    assert_same(config.out, undisturbed)
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(undisturbed: Path, cut: FinetuneConfig) -> None:
+    plain = undisturbed.parent / "plain"
+    plain.touch()
+    for file in (path for folder in (undisturbed, cut.out) for path in folder.rglob("*") if path.is_file()):
+        assert file.stat().st_mode == plain.stat().st_mode, file

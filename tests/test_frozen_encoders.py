@@ -236,7 +236,7 @@ def test_settings_are_known_before_the_weights_and_are_plain_json(sentence: Path
     folder = sentence if kind == "sentence" else tiny_clip(tmp_path)
     settings = frozen_fingerprint(folder, device="cpu")
     assert load_frozen(folder, device="cpu").fingerprint == json.loads(json.dumps(settings)) == settings
-    assert (settings["source"], settings["encoder"]) == (kind, folder.name)
+    assert (settings["source"], settings["made_with"]) == (kind, {"encoder": folder.name})
 
 
 def test_other_weights_and_other_pooling_are_other_settings(bert: Path, tmp_path: Path) -> None:

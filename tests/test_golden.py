@@ -86,8 +86,8 @@ def said_of(folder: Path) -> dict[str, Any]:
     table = pq.read_table([folder / "emb" / f"part-{n:05}.parquet" for n in range(3)])
     vectors = {view: np.stack(table[view].to_numpy()) for view in VIEWS}
     manifest = read("emb", "manifest.json")
-    settings, of_weights = manifest["settings"], ("backbone_hash", "adapter")
-    elsewhere = ("images", "backbone", *of_weights)  # they hold file times, a folder's name, bits of this processor
+    settings, of_weights = manifest["settings"], ("backbone_hash", "processor_hash", "adapter")
+    elsewhere = ("images", *of_weights)  # they hold file times, and bits of this processor
     task1, task2 = read("task1", "metrics.json"), read("sasrec", "metrics.json")
     return {
         "machine": machine(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -398,7 +400,7 @@ def test_a_csv_of_lists_is_read_as_its_columns_are_called(data: Path, tmp_path: 
         ("item_id,x,y\n007,1,2\n7,3,\n", "1 of 2 numbers for item '7'"),
         ("item_id,x,name\n007,1,red\n", "holds 'red' for item '007'"),
         ("item_id,x,day\n007,1,2020-01-01\n", "column 'day' of .* is date32"),
-        ("item_id,x\n007,1,2\n", "cannot be read as CSV"),
+        ("item_id,x\n007,1,2\n", "line 2 of .* has 3 fields: '007,1,2'"),
         ("item_id\n007\n", "ids and nothing else"),
         ("sku,x\n007,1\n", "has no column 'item_id'"),
         ("item_id,x\n007,1\n007,2\n", "1 ids occur more than once"),
@@ -429,3 +431,149 @@ def test_ids_of_an_npy_may_be_a_json_list(data: Path, tmp_path: Path) -> None:
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(DataError, match=r"broken\.json"):
             run(data, tmp_path / "v.npy", tmp_path / "o", ids=tmp_path / "broken.json")
+
+
+# --- row numbers that nobody asked for --------------------------------------------------------------------------
+def frame_of(vectors: np.ndarray) -> pd.DataFrame:
+    frame = pd.DataFrame(vectors, columns=[f"d{place}" for place in range(vectors.shape[1])])
+    frame.insert(0, "item_id", ITEMS)
+    return frame[frame["item_id"] != ""]
+
+
+@pytest.mark.parametrize("name", [None, "index", "Unnamed: 0", "Index", "row", "level_0", "row_id"])
+@pytest.mark.parametrize("order", ["as it is", "shuffled", "filtered"])
+def test_a_column_of_row_numbers_is_left_out_by_its_name(
+    data: Path, tmp_path: Path, name: str | None, order: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = drawn()
+    frame = frame_of(vectors)
+    frame = frame.sample(frac=1, random_state=0) if order == "shuffled" else frame
+    frame = frame[frame["item_id"] != "i3"] if order == "filtered" else frame
+    frame.to_csv(tmp_path / "v.csv", index_label=name)
+    manifest = run(data, tmp_path / "v.csv", tmp_path / "out", max_failures=0.2)
+    assert manifest["dim"] == DIM
+    assert rows(tmp_path / "out")["i5"]["fused"] == vectors[ITEMS.index("i5")].tolist()
+    assert f"{name or ''!r} numbers the rows" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("values", [range(29), range(1, 30), range(28, -1, -1), [7 * n for n in range(29)]])
+def test_a_column_of_row_numbers_with_another_name_is_refused(
+    data: Path, tmp_path: Path, values: Iterable[int]
+) -> None:
+    frame = frame_of(drawn())
+    frame.insert(1, "nr", list(values))
+    frame.to_csv(tmp_path / "v.csv", index=False)
+    with pytest.raises(DataError, match=r"column 'nr' of .* a whole number of its own in every row"):
+        run(data, tmp_path / "v.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dimensions_of_whole_numbers_stay(data: Path, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).integers(-3, 3, (len(ITEMS), 4)).astype(np.float32)
+    frame_of(vectors).astype(dict.fromkeys(["d0", "d1", "d2", "d3"], int)).to_csv(tmp_path / "v.csv", index=False)
+    assert run(data, tmp_path / "v.csv", tmp_path / "out", max_failures=0.1)["dim"] == 4
+
+
+@pytest.mark.parametrize("change", ["mark", "semicolons", "gzip", "returns", "quotes"])
+def test_a_csv_of_vectors_is_read_however_it_is_written(data: Path, tmp_path: Path, change: str) -> None:
+    vectors = drawn()
+    text = frame_of(vectors).to_csv(index=False, quoting=csv.QUOTE_ALL if change == "quotes" else csv.QUOTE_MINIMAL)
+    if change == "semicolons":
+        text = text.replace(",", ";")
+    content = ("\ufeff" * (change == "mark") + text).encode()
+    content = content.replace(b"\n", b"\r") if change == "returns" else content
+    file = tmp_path / ("v.csv.gz" if change == "gzip" else "v.csv")
+    file.write_bytes(gzip.compress(content) if change == "gzip" else content)
+    assert run(data, file, tmp_path / "out", max_failures=0.1)["dim"] == DIM
+    assert rows(tmp_path / "out")["i5"]["fused"] == vectors[ITEMS.index("i5")].tolist()
+
+
+# --- JSON lines and RecBole -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "jsonl.gz"])
+def test_json_lines_give_every_item_its_own_vector(data: Path, tmp_path: Path, ending: str) -> None:
+    vectors = drawn()
+    records: list[dict[str, Any]] = [
+        {"item_id": item, "title": "t", "embedding": vector.tolist()}
+        for item, vector in zip(ITEMS, vectors, strict=True)
+    ]
+    records[3]["embedding"] = None
+    del records[4]["embedding"]
+    content = ("\ufeff" + "\n".join(map(json.dumps, records[::-1]))).encode()
+    file = tmp_path / f"v.{ending}"
+    file.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    manifest = run(data, file, tmp_path / "out", max_failures=0.1)
+    assert (manifest["dim"], manifest["counts"]["failed"]) == (DIM, 2)
+    found = rows(tmp_path / "out")
+    expected = [None if row in (3, 4) else vector.tolist() for row, vector in enumerate(vectors)]
+    assert [found[item]["fused"] for item in ITEMS] == expected
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        (['{"item_id": "i0", "v": [1, "x"]}'], {}, "line 2 of .* holds .*'x'"),
+        (['{"item_id": "i0", "v": [1, true]}'], {}, "line 2 of .* holds .*True"),
+        (['{"item_id": "i0", "v": "[1, 2]"}'], {"column": "v"}, "line 2 of .* holds"),
+        (['{"item_id": "i0", "v": [[1], [2]]}'], {}, "line 2 of .* holds"),
+        (['{"item_id": "i0", "v": [1, 1e999]}'], {}, "NaN or infinity"),
+        (['{"item_id": "i0", "v": [NaN, 1]}'], {}, "NaN or infinity in the fused vectors of 1 items.*'i0'"),
+        (
+            [f'{{"item_id": "i{n}", "v": [1, 2, 3]}}' for n in range(5)],
+            {},
+            r"item '007' has 2, item 'i0' has 3, item 'i1' has 3, item 'i2' has 3 \(5 such items\)",
+        ),
+        (['{"item_id": "i0"'], {}, "line 2 of .* not an object"),
+        (['{"item_id": "007", "v": [1, 2]}'], {}, "1 ids occur more than once"),
+        (['{"v": [1, 2]}'], {}, "1 ids .* are null"),
+        (['{"item_id": "i0", "v": [1, 2], "v": [3, 4]}'], {}, "key 'v' twice"),
+        (['{"item_id": "i0", "v": [1, 2], "w": [3]}'], {}, "2 columns of lists of numbers: v, w"),
+        ([], {"column": "w"}, "no column 'w'"),
+        ([], {"item_id_column": "id"}, "no column 'id'"),
+    ],
+)
+def test_json_lines_that_hold_no_vectors_are_named(
+    data: Path, tmp_path: Path, lines: list[str], settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "v.jsonl").write_text("\n".join(['{"item_id": "007", "v": [1, 2]}', *lines]))
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "v.jsonl", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recboles_item_embeddings_are_read(data: Path, tmp_path: Path) -> None:
+    vectors = drawn()
+    lines = [
+        f"{item}\t{' '.join(map(repr, vector.tolist()))}" for item, vector in zip(ITEMS, vectors, strict=True) if item
+    ]
+    for number, header in enumerate(("iid:token\titem_emb:float_seq", "item_id:token\tother:float\tv:float_seq")):
+        file = tmp_path / f"{number}.itememb"
+        body = lines if number == 0 else [line.replace("\t", "\t0.5\t") for line in lines]
+        file.write_text("\n".join([header, *body]) + "\n", encoding="utf-8")
+        run(data, file, tmp_path / f"out{number}", max_failures=0.1)
+        assert rows(tmp_path / f"out{number}")["007"]["fused"] == vectors[ITEMS.index("007")].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iid:token\titem_emb:float\n007\t1\n", "the header of .* 'iid:token', 'item_emb:float'"),
+        ("iid\titem_emb\n007\t1 2\n", "the header of"),
+        ("iid:token\temb:float_seq\n007\t1 x\n", "item '007' of .* has 1 x"),
+        ("iid:token\temb:float_seq\n007\t1 2\n7\t1\n", "item '007' has 2, item '7' has 1"),
+        ("iid:token\temb:float_seq\n007\t1 nan\n", "NaN or infinity"),
+        ("iid:token\temb:float_seq\n007\t1 2\n7\n", "line 3 of .* has 1 field"),
+    ],
+)
+def test_a_recbole_file_without_vectors_is_named(data: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "v.itememb").write_text(text)
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "v.itememb", tmp_path / "out")
+
+
+def test_three_examples_of_nan_are_named(data: Path, tmp_path: Path) -> None:
+    vectors = drawn()
+    for item in ("i3", "i5", "i6", "i9"):
+        vectors[ITEMS.index(item), 2] = np.nan
+    with pytest.raises(DataError, match="4 items, the first are item 'i3', 'i5', 'i6'"):
+        run(data, parquet(tmp_path / "v.parquet", ITEMS, v=vectors), tmp_path / "out")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -24,8 +24,9 @@ from vlm2rec.downstream.index.index import ItemIndex, build_index
 from vlm2rec.downstream.index.plan import bytes_per_vector, choose_factory, plan_index
 from vlm2rec.downstream.index.recall import drop_own, exact_neighbours, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
-from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract import process, publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.process import Process
 from vlm2rec.embedder.contract.storage import StorePath
 
 
@@ -481,14 +482,24 @@ def test_an_unwritable_place_is_refused_before_the_vectors_are_read(tmp_path: Pa
 def test_what_a_killed_build_left_is_cleared_by_the_next_one(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "emb", names(30), clustered(30, 8))
     finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    mark = f".idx.{socket.gethostname()}."
-    dead = tmp_path / f"{mark}{int(finished.stdout)}.building"
-    alive = tmp_path / f"{mark}{os.getppid()}.building"
-    other_host = tmp_path / ".idx.elsewhere.1.building"
-    for folder in (dead, alive, other_host):
+
+    def left_by(writer: Process) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(process, "this_process", lambda: writer)
+            return tmp_path / publish.temporary_name("idx", "building")
+
+    ours = process.this_process()
+    dead, alive = left_by(ours._replace(pid=int(finished.stdout))), left_by(ours)
+    of_a_container, held = left_by(ours._replace(pids="1")), left_by(ours._replace(pids="1", host="web"))
+    other_boot = left_by(ours._replace(boot="b00"))
+    for folder in (dead, alive, of_a_container, held, other_boot):
         folder.mkdir()
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     build_index(tmp_path / "emb", tmp_path / "idx")
-    assert (dead.exists(), alive.exists(), other_host.exists()) == (False, True, True)
+    os.close(lock)
+    assert not dead.exists() and not of_a_container.exists()
+    assert alive.exists() and held.exists() and other_boot.exists()
 
 
 @pytest.mark.parametrize("file", ["items.faiss", "ids.parquet", "index.json"])

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from drawn_lora import draw_lora
+from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones import lora, model_files
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
@@ -74,6 +74,7 @@ def test_any_peft_user_can_load_the_folder(tiny: Tiny, adapter: Path) -> None:
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    without_checksums(adapter)
     path = adapter / lora.WEIGHTS_FILE
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
@@ -113,10 +114,41 @@ def test_an_unfinished_folder_is_refused(tiny: Tiny, adapter: Path) -> None:
         load(tiny, adapter)
 
 
-def test_a_damaged_weights_file_is_a_clear_error(tiny: Tiny, adapter: Path) -> None:
+def flipped(content: bytes) -> bytes:
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("file", [lora.WEIGHTS_FILE, lora.CONFIG_FILE, lora.CANARY_FILE, schema.ADAPTER_FILE])
+@pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b[: len(b) // 2], lambda b: b"", flipped])
+def test_a_damaged_file_of_an_adapter_is_named_with_the_cure(
+    adapter: Path, file: str, damage: Callable[[bytes], bytes], tiny: Tiny
+) -> None:
+    (adapter / file).write_bytes(damage((adapter / file).read_bytes()))
+    with pytest.raises(ArtifactError, match=rf"(?s){file}.*fine-tune again, or copy the adapter") as refusal:
+        load(tiny, adapter)
+    assert refusal.value.exit_code == 5
+
+
+def test_a_missing_file_of_an_adapter_is_named(tiny: Tiny, adapter: Path) -> None:
+    (adapter / lora.CANARY_FILE).unlink()
+    with pytest.raises(ModelError, match=f"has no {lora.CANARY_FILE}"):
+        load(tiny, adapter)
+
+
+def test_an_adapter_from_before_there_were_checksums_loads_and_its_damage_is_still_told(
+    tiny: Tiny, adapter: Path
+) -> None:
+    without_checksums(adapter)
+    load(tiny, adapter)
     (adapter / lora.WEIGHTS_FILE).write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="damaged"):
         load(tiny, adapter)
+
+
+def test_a_card_that_was_edited_hinders_nobody(tiny: Tiny, adapter: Path) -> None:
+    (adapter / "README.md").write_text("my notes")
+    load(tiny, adapter)
+    assert lora.own_files(adapter).isdisjoint({"README.md", lora.MODA_FILE})
 
 
 def test_encoding_otherwise_than_the_adapter_was_trained_is_refused(tiny: Tiny, adapter: Path) -> None:
@@ -133,9 +165,9 @@ def test_licence_is_read_from_a_local_readme(tmp_path: Path) -> None:
 def test_backbone_hash_changes_with_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("qwen2_5_vl"), folder)
-    before = lora.backbone_hash(str(folder), None)
+    before = model_files.backbone_hash(folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights[sorted(weights)[0]] += 1
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert before != lora.backbone_hash(str(folder), None)
+    assert before != model_files.backbone_hash(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2_5_vl"

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from drawn_lora import draw_lora
+from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.backbones import lora, moda, modality
 from vlm2rec.embedder.backbones.moda import MoDALinear, ModaSettings
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
@@ -194,6 +194,7 @@ def test_the_folder_says_what_it_is_to_us_and_to_peft(tiny: Tiny, adapter: Path)
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    without_checksums(adapter)
     path = adapter / lora.MODA_FILE
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
 
@@ -218,6 +219,9 @@ def test_weights_that_do_not_fit_are_refused(tiny: Tiny, adapter: Path, change: 
 
 def test_a_damaged_file_and_an_unfinished_folder_are_clear_errors(tiny: Tiny, adapter: Path) -> None:
     (adapter / lora.MODA_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(ArtifactError, match=r"moda.safetensors does not have the bytes that were written"):
+        load(tiny, adapter=adapter)
+    without_checksums(adapter)
     with pytest.raises(ModelError, match="damaged"):
         load(tiny, adapter=adapter)
     (adapter / schema.ADAPTER_FILE).unlink()
@@ -226,7 +230,6 @@ def test_a_damaged_file_and_an_unfinished_folder_are_clear_errors(tiny: Tiny, ad
 
 
 def test_a_kind_from_the_future_is_refused(tiny: Tiny, adapter: Path) -> None:
-    saved = json.loads((adapter / "vlm2rec.json").read_text())
-    (adapter / "vlm2rec.json").write_text(json.dumps(saved | {"kind": "dora"}))
+    without_checksums(adapter, kind="dora")
     with pytest.raises(ModelError, match=r"of kind 'dora'"):
         load(tiny, adapter=adapter)

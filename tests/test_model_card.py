@@ -11,11 +11,16 @@ from huggingface_hub import ModelCard
 from vlm2rec.embedder.training.model_card import model_card
 
 
-def card_of(backbone: str = "Qwen/Qwen2.5-VL-3B-Instruct", licence: str = "Qwen Research", **encoder: Any) -> ModelCard:
+def card_of(
+    backbone: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+    licence: str = "Qwen Research",
+    made_of: dict[str, Any] | None = None,
+    **encoder: Any,
+) -> ModelCard:
     settings = {
         "backbone": backbone,
         "licence": licence,
-        "backbone_settings": {"revision": "abc123"},
+        "backbone_settings": made_of or {"revision": "abc123"},
         "encoder": {
             "fusion": "external",
             "fusion_norm": "raw",
@@ -25,8 +30,14 @@ def card_of(backbone: str = "Qwen/Qwen2.5-VL-3B-Instruct", licence: str = "Qwen 
             "views": "both",
             **encoder,
         },
-        "training": {"loss": "vlm2rec", "steps": 120, "seed": 7},
-        "dataset": {"name": "Toys: and more", "samples": 500, "users": 400},
+        "training": {
+            "method": "vlm2rec",
+            "loss": "vlm2rec",
+            "loss_settings": {"tau_wpcl": 0.05, "lam": 0.1},
+            "steps": 120,
+            "seed": 7,
+        },
+        "dataset": {"name": "Toys: and more", "samples": 500, "users": 400, "sha256": {"items.parquet": "ab12"}},
         "versions": {"vlm2rec": "0.1.0", "torch": "2.13.0", "peft": "0.21.2"},
     }
     return ModelCard(model_card(settings, [("N@20", 0.12347), ("H@10", 0.2)]))
@@ -58,6 +69,8 @@ def test_a_local_backbone_is_named_without_the_path_to_it(tmp_path: Path) -> Non
     "said",
     [
         "revision `abc123`",
+        "SHA-256 of the dataset's files: `items.parquet` ab12.",
+        "Method vlm2rec, loss vlm2rec (tau_wpcl 0.05, lam 0.1)",
         "Licence.** The backbone's applies: Qwen Research",
         "500 samples of 400 users",
         "120 steps, seed 7",
@@ -72,6 +85,11 @@ def test_a_local_backbone_is_named_without_the_path_to_it(tmp_path: Path) -> Non
 )
 def test_the_card_says(said: str) -> None:
     assert said in " ".join(card_of().text.split("\n")).replace("  ", " ")
+
+
+def test_the_card_of_a_hub_backbone_says_its_commit() -> None:
+    made_with = {"made_with": {"backbone": "Qwen/Qwen2.5-VL-3B-Instruct", "commit": "66285546"}}
+    assert "at revision `66285546`" in card_of(made_of=made_with).text
 
 
 def test_the_prompts_are_those_of_the_views_and_the_fusion() -> None:

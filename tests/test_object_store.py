@@ -30,6 +30,7 @@ from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.process import this_process
 from vlm2rec.embedder.contract.storage import StorePath, location
 from vlm2rec.embedder.export import lock
 from vlm2rec.embedder.export.distribute import Distribution
@@ -230,7 +231,7 @@ def holder(store: StorePath) -> Iterator[Any]:
 def test_a_second_writer_is_refused_and_a_dead_one_is_followed_at_once(
     data: Dataset, whole: Path, store: StorePath, holder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} on host .*; its last sign of"):
+    with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} on host .*; it is at work"):
         make(data, store)
     with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} "):
         make(data, store, distribution=Distribution(num_workers=2, worker=0))  # its shards are the other's too
@@ -238,24 +239,88 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_followed_at_once(
     holder.kill()
     holder.join()
     make(data, store)
-    assert f"taking over from process {holder.pid}, which is gone" in caplog.text
+    assert f"taking over from process {holder.pid} on host" in caplog.text
     assert content(store) == parts(whole)
 
 
-def test_a_writer_of_another_machine_is_dead_when_it_is_silent_for_long(
-    store: StorePath, holder: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life every tenth of a second; two seconds without any mean death."""
+    for name, seconds in (("BEAT", 0.1), ("SILENCE", 2.0), ("SETTLE", 0.01)):
+        monkeypatch.setattr(lock, name, seconds)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("change", [{"boot": "b00"}, {"pids": "1"}], ids=["machine", "container"])
+def test_a_writer_that_cannot_be_seen_is_dead_when_its_lock_was_watched_in_vain(
+    store: StorePath, change: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(lock, "_processes", lambda: "another machine")
-    holder.kill()
-    holder.join()
-    with (
-        pytest.raises(ArtifactError, match=r"last sign of life came \d s ago: after 120 s it counts as dead"),
-        writing(store),
-    ):
-        pass
-    monkeypatch.setattr(lock, "SILENCE", -1.0)
+    unseen = this_process()._replace(pid=1, **change)
+    (store / "export.lock").write_bytes(json.dumps(unseen._asdict() | {"writer": "w", "beat": 7}).encode())
     with writing(store) as hold:
         hold.require()
+    assert names(store) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_writer_that_cannot_be_seen_is_respected_while_it_gives_signs_of_life(store: StorePath) -> None:
+    unseen = this_process()._replace(pids="1", pid=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "this_process", lambda: unseen)
+        with (
+            writing(store),
+            pytest.raises(ArtifactError, match=r"by process 1 on host .*; it has just given a sign of life"),
+            writing(store),
+        ):
+            pass
+    assert names(store) == []
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "SETTLE", 0.1)
+    dead = this_process()._replace(pid=99999999)
+    (store / "export.lock").write_bytes(json.dumps(dead._asdict() | {"writer": "w"}).encode())
+    together, leave, got = threading.Barrier(4), threading.Event(), []
+
+    def come() -> None:
+        together.wait()
+        try:
+            with writing(store):
+                got.append("in")
+                leave.wait()
+        except ArtifactError:
+            got.append("out")
+        if len(got) == 4:
+            leave.set()
+
+    threads = [threading.Thread(target=come) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(got) < 4 and any(thread.is_alive() for thread in threads):
+        leave.wait(0.05)
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == ["in", "out", "out", "out"] and names(store) == []
+
+
+def test_an_object_is_replaced_only_while_it_is_what_was_seen(
+    store: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store / "lock"
+    assert not path.replace(b"", b"new")
+    path.write_bytes(b"old")
+    assert not path.replace(b"other", b"new") and path.replace(b"old", b"new") and path.read_bytes() == b"new"
+    read = StorePath.read_bytes
+
+    def read_and_lose(self: StorePath, most: int | None = None) -> bytes:
+        found = read(self, most)
+        if found == b"new":
+            self.write_bytes(b"another's")  # between the look and the write
+        return found
+
+    monkeypatch.setattr(StorePath, "read_bytes", read_and_lose)
+    assert not path.replace(b"new", b"mine") and path.read_bytes() == b"another's"
 
 
 def test_of_many_that_come_at_the_same_moment_one_writes(store: StorePath) -> None:
@@ -296,17 +361,19 @@ def test_a_writer_whose_folder_was_taken_over_writes_no_manifest(data: Dataset, 
 
 def test_signs_of_life_come_and_end(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.05)
-    beats, write = [], StorePath.write_bytes
+    beats, replace = [], StorePath.replace
 
-    def counted(self: StorePath, content: bytes) -> None:
+    def counted(self: StorePath, old: bytes, new: bytes) -> bool:
         beats.append(self.name)
-        write(self, content)
+        done = replace(self, old, new)
         seen.set()
+        return done
 
     seen = threading.Event()
-    monkeypatch.setattr(StorePath, "write_bytes", counted)
-    with writing(store):
+    monkeypatch.setattr(StorePath, "replace", counted)
+    with writing(store) as hold:
         assert seen.wait(30)
+        hold.require()
     assert set(beats) == {"export.lock"} and names(store) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "lock"]
 

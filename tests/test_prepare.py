@@ -69,7 +69,10 @@ def a_log(users: int, items: int, length: int, seed: int = 0) -> list[Row]:
 
 def flags(paths: dict[str, Path], **settings: object) -> list[str]:
     given = {"core": 1, "candidates": 2, "candidate-seeds": "0,1", **paths, **settings}
-    return ["prepare", *(part for key, value in given.items() for part in (f"--{key}", str(value)))]
+    return [
+        "prepare",
+        *(part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))),
+    ]
 
 
 # --- filtering and splitting --------------------------------------------------------------------------------
@@ -100,7 +103,10 @@ def test_core_duplicates_order_and_split_equal_a_brute_force(tmp_path: Path, cor
     rows = dataset.sequences.to_pylist()
     assert {row["user_id"]: [*row["train"], row["valid"], row["test"]] for row in rows} == expected
     assert all(row["train"] for row in rows)
-    assert dataset.item_ids == sorted({item for items in expected.values() for item in items})
+    touched = sorted({item for items in expected.values() for item in items})
+    assert dataset.warm().item_ids == touched
+    assert dataset.item_ids == sorted({item for _, item, _ in log})
+    assert dataset.meta["items"] - dataset.meta["cold_items"] == len(touched)
     assert dataset.meta["users"] == len(expected)
     assert dataset.meta["interactions"] == sum(map(len, expected.values()))
 
@@ -162,10 +168,12 @@ def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: P
     log += [("abc", item, n) for n, item in enumerate("abc")] + [("bcd", item, n) for n, item in enumerate("bcd")]
     dataset = prepare.run(config(write_catalogue(tmp_path, log), candidates=1))
     assert dataset.user_ids == ["abc", "bcd"]
-    assert dataset.item_ids == list("abcd")
-    assert [tuple(step.values()) for step in dataset.meta["counts"]][-2:] == [
+    assert dataset.warm().item_ids == list("abcd")
+    assert dataset.item_ids == list("abcdef")
+    assert [tuple(step.values()) for step in dataset.meta["counts"]][-3:] == [
         ("exact duplicates removed", 4, 6, 9),
         ("1-core, users with 3 interactions", 2, 4, 6),
+        ("cold items kept", 2, 6, 6),
     ]
 
 
@@ -186,6 +194,7 @@ def test_every_step_is_counted(tmp_path: Path) -> None:
         ("items with an image", 6, 8, 24),
         ("exact duplicates removed", 6, 8, 23),
         ("2-core, users with 3 interactions", 6, 7, 23),
+        ("cold items kept", 6, 8, 23),
     ]
 
 
@@ -202,6 +211,109 @@ def test_the_catalogues_other_columns_and_its_order_are_kept(tmp_path: Path) -> 
         "price": 2,
     }
     assert dataset.item_ids == list("dcbya")
+
+
+# --- items that nobody has touched, and items without a picture ----------------------------------------------
+def test_cold_items_change_no_sequence_and_no_candidate(tmp_path: Path) -> None:
+    log = a_log(users=40, items=30, length=7)
+    touched = sorted({item for _, item, _ in log})
+    paths = write_catalogue(tmp_path, log, items=["cold0", *touched[:9], "cold1", *touched[9:], "cold2", "no image"])
+    (paths["images"] / "no image.jpg").unlink()
+    for core in (1, 3):
+        kept = prepare.run(config(paths, core=core, candidates=3))
+        dropped = prepare.run(
+            config({**paths, "out": tmp_path / f"drop{core}"}, core=core, candidates=3, cold_items="drop")
+        )
+        for name in ("sequences", "negatives"):
+            assert (kept.path / f"{name}.parquet").read_bytes() == (dropped.path / f"{name}.parquet").read_bytes()
+        assert kept.item_ids == ["cold0", *touched[:9], "cold1", *touched[9:], "cold2"]
+        warm = kept.warm()
+        assert warm.items.equals(dropped.items)
+        assert warm.negatives(1).tolist() == dropped.negatives(1).tolist()
+        assert warm.histories("test").rows.tolist() == dropped.histories("test").rows.tolist()
+        meta, less = kept.meta, dropped.meta
+        assert less["cold_items"] == 0 and less["items"] == meta["items"] - meta["cold_items"] == len(warm.item_ids)
+        assert meta["items"] == len(kept.item_ids) and meta["sparsity"] == less["sparsity"]
+        assert meta["counts"][:-1] == less["counts"] and meta["counts"][-1]["items"] == meta["items"]
+        assert meta["counts"][-2]["items"] + meta["cold_items"] == meta["items"]
+
+
+def test_where_every_item_is_touched_keeping_cold_ones_changes_nothing(tmp_path: Path) -> None:
+    paths = write_catalogue(tmp_path, a_log(users=60, items=20, length=9))
+    kept = prepare.run(config(paths))
+    dropped = prepare.run(config({**paths, "out": tmp_path / "drop"}, cold_items="drop", name="data"))
+    assert kept.meta == dropped.meta and kept.meta["cold_items"] == 0 and kept.warm() is kept
+    assert kept.meta["counts"][-1]["step"] == "1-core, users with 3 interactions"
+
+
+@pytest.mark.parametrize("given", [{"images": None}, {"require": ("title",)}])
+def test_a_catalogue_without_a_picture_is_prepared_for_its_titles(tmp_path: Path, given: dict[str, Any]) -> None:
+    paths = write_catalogue(tmp_path, a_log(users=30, items=20, length=9))
+    with_images = prepare.run(config({**paths, "out": tmp_path / "with"}))
+    for path in paths["images"].iterdir():
+        path.unlink()
+    dataset = prepare.run(config(paths, **given))
+    assert dataset.meta["image_root"] is None and not dataset.has_images
+    assert dataset.items.schema.field("image_path").type == pa.string()
+    assert dataset.items.column("image_path").null_count == len(dataset.item_ids)
+    assert dataset.sequences == with_images.sequences and dataset.item_ids == with_images.item_ids
+    assert "items with an image" not in [step["step"] for step in dataset.meta["counts"]]
+
+
+def test_what_an_item_needs_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = [(user, item, place) for user in "af" for place, item in enumerate(f"{user * 3}bcde")]
+    paths = write_catalogue(tmp_path, log, items=list("abcdefgxy"), without_image=tuple("cdex"))
+    title = pl.col("item_id").replace_strict({"b": None, "c": " ", "y": ""}, default="title")
+    pl.read_parquet(paths["items"]).with_columns(title=title).write_parquet(paths["items"])
+
+    def rejected() -> list[dict[str, Any]]:
+        return pl.read_csv(paths["out"] / "rejects.csv").filter(file="items").to_dicts()
+
+    def kept(require: tuple[str, ...]) -> list[str]:
+        return prepare.run(config(paths, require=require, candidates=1)).item_ids
+
+    assert kept(()) == kept(("title", "image")) == list("afg")
+    said = capsys.readouterr().err
+    assert "3 of 9 items have no title" in said and "3 of 9 items have no image and are left out" in said
+    assert [row["reason"].partition(":")[0] for row in rejected()] == [*["no title"] * 3, *["no image"] * 3]
+    assert kept(("title",)) == list("adefgx")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "4 of 9 items have no image and are kept 'c' (row 3): no file c.jpg" in said
+    assert [row["item_id"] for row in rejected()] == list("bcy")
+    assert kept(("image",)) == list("abfgy")
+    assert pq.read_table(paths["out"] / "items.parquet")["title"].to_pylist() == ["title", "", "title", "title", ""]
+
+
+def test_items_that_are_left_out_are_named_with_the_reason(
+    paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outside = paths["images"].with_name("outside")
+    outside.mkdir()
+    for number in (2, 3, 4, 5):
+        image = paths["images"] / f"i{number}.jpg"
+        image.rename(outside / image.name)
+        image.symlink_to(outside / image.name)
+    prepare.run(config(paths))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "4 of 25 items have no image and are left out" in said
+    told = [int(number) for number in re.findall(r"'i(\d)' \(row \d+\): i\1.jpg is a link that leads out", said)]
+    assert len(told) == 3 and "5.jpg" not in said
+    rejected = pl.read_csv(paths["out"] / "rejects.csv").filter(file="items")
+    reason = "no image: i5.jpg is a link that leads out of the image folder"
+    assert rejected.filter(item_id="i5")["reason"].to_list() == [reason] and rejected.height == 4
+
+
+def test_a_column_may_name_the_images(paths: dict[str, Path]) -> None:
+    (paths["images"] / "deep").mkdir()
+    for image in paths["images"].glob("*.jpg"):
+        image.rename(paths["images"] / "deep" / f"p{image.name}")
+    items = pl.read_parquet(paths["items"])
+    photo = "DEEP\\p" + items["item_id"] + ".JPG"
+    items.with_columns(photo.alias("photo"), pl.lit("wrong.jpg").alias("image_path")).write_parquet(paths["items"])
+    dataset = prepare.run(config(paths, image_column="photo"))
+    assert dataset.image_paths[0] == f"deep/p{dataset.item_ids[0]}.jpg"
+    assert set(dataset.items["source_image_path"].to_pylist()) == {"wrong.jpg"}
+    assert dataset.items["photo"].to_pylist()[0].startswith("DEEP")
 
 
 # --- candidates ---------------------------------------------------------------------------------------------
@@ -358,10 +470,10 @@ def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
     assert meta["paper"] is None
     assert meta["rules"]["core"] == 2
     assert meta["average_length"] == meta["interactions"] / meta["users"]
-    assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * meta["items"])
+    assert meta["sparsity"] == 1 - meta["interactions"] / (meta["users"] * (meta["items"] - meta["cold_items"]))
     for name in ("items.parquet", "sequences.parquet", "negatives.parquet"):
         assert meta["sha256"][name] == storage.sha256_file(paths["out"] / name)
-    assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "dataset.json"}
+    assert {path.name for path in paths["out"].iterdir()} == {*meta["sha256"], "rejects.csv", "dataset.json"}
 
 
 @pytest.mark.parametrize(
@@ -392,9 +504,10 @@ def test_the_counts_stand_next_to_the_papers(paths: dict[str, Path], capsys: pyt
     assert re.search(r"as read\s+│\s+30\s+│", output.err)
 
 
-def test_the_image_root_is_relative_only_inside_the_dataset_folder(paths: dict[str, Path]) -> None:
-    outside = prepare.run(config(paths))
-    assert outside.meta["image_root"] == str(paths["images"].resolve())
+def test_the_image_root_is_relative_so_that_dataset_and_images_can_move_together(paths: dict[str, Path]) -> None:
+    beside = prepare.run(config(paths))
+    assert beside.meta["image_root"] == "../images"
+    beside.require_images()
     inside = paths["out"].with_name("with-images")
     inside.mkdir()
     images = paths["images"].rename(inside / "images")
@@ -430,6 +543,27 @@ def test_a_folder_that_is_no_dataset_is_not_touched(paths: dict[str, Path]) -> N
     with pytest.raises(ConfigError, match=r"not empty and not a dataset folder: it holds thesis\.tex"):
         prepare.run(config(paths))
     assert [path.name for path in paths["out"].iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["sequences.parquet", "dataset.json", "items.parquet"])
+def test_a_strangers_file_of_our_name_is_not_touched(paths: dict[str, Path], name: str) -> None:
+    paths["out"].mkdir()
+    if name.endswith("json"):
+        (paths["out"] / name).write_text('{"name": "mine"}')
+    else:
+        pl.DataFrame({"user": [1]}).write_parquet(paths["out"] / name)
+    before = (paths["out"] / name).read_bytes()
+    with pytest.raises(ConfigError, match=f"not a dataset folder: it holds {name}"):
+        prepare.run(config(paths))
+    assert (paths["out"] / name).read_bytes() == before
+
+
+def test_a_damaged_dataset_is_made_again(paths: dict[str, Path]) -> None:
+    prepare.run(config(paths))
+    before = (paths["out"] / "sequences.parquet").read_bytes()
+    (paths["out"] / "sequences.parquet").write_bytes(before[:-5])
+    prepare.run(config(paths))
+    assert (paths["out"] / "sequences.parquet").read_bytes() == before
 
 
 def test_an_input_is_never_overwritten(paths: dict[str, Path]) -> None:
@@ -589,8 +723,19 @@ BROKEN = {
     "latin-1": Broken(3, ("not UTF-8", "line 3"), items=ITEMS.replace(b"b,title", b"b,caf\xe9")),
     "utf-16": Broken(3, ("UTF-16",), interactions=LOG.decode().encode("utf-16")),
     "duplicate item": Broken(3, ("item id 'a' occurs in rows 1 and 7",), items=ITEMS + b"a,again\n"),
-    "null user": Broken(3, ("row 16 ", "no user_id"), interactions=LOG + b",a,1\n"),
-    "null time": Broken(3, ("row 16 ", "no timestamp"), interactions=LOG + b"u,a,\n"),
+    "null user": Broken(0, ("1 of 16 interactions have no user id", "row 16"), interactions=LOG + b",a,1\n"),
+    "null time": Broken(0, ("1 of 16 interactions have no time", "row 16"), interactions=LOG + b"u,a,\n"),
+    "unknown item": Broken(
+        0,
+        ("1 of 16 interactions name 1 items that are not in the catalogue", "'z' (row 16)"),
+        interactions=LOG + b"u,z,9\n",
+    ),
+    "lost zeros": Broken(
+        3,
+        ("the catalogue has '07' for '7' (row 16; leading zeros differ)", "dtype=str"),
+        items=ITEMS + b"07,title\n",
+        interactions=LOG + b"u,7,1\n",
+    ),
     "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
     "no titles": Broken(
         3,
@@ -604,6 +749,12 @@ BROKEN = {
     ),
     "core too high": Broken(3, ("step '9-core' leaves nothing of 4 users", "--core (now 9)"), {"core": 9}),
     "too few candidates": Broken(3, ("--candidates 2 or less",), {"candidates": 3}),
+    "images required and not given": Broken(
+        2, ("--require image without --images",), {"require": "image", "images": None}
+    ),
+    "image column without images": Broken(2, ("--image-column without",), {"image-column": "photo", "images": None}),
+    "unknown image column": Broken(3, ("no column 'titel' (did you mean 'title'?)",), {"image-column": "titel"}),
+    "unknown requirement": Broken(2, ("require", "image"), {"require": "picture"}),
     "seed twice": Broken(2, ("candidate_seeds is [1, 1]",), {"candidate-seeds": "1,1"}),
     "seed below zero": Broken(2, ("candidate_seeds is [-1]",), {"candidate-seeds": "-1"}),
     "core zero": Broken(2, ("core = 0",), {"core": 0}),

@@ -5,10 +5,12 @@ Hypothesis draws the cases: a few dozen of each by default, a thousand under `ma
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,12 @@ from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import plan_shards
 from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.catalogue.files import read_items
+from vlm2rec.pipelines.config import PrepareConfig
 
 Tiny = Callable[[str], Path]
+WHITE = "".join(chr(n) for n in range(0x3001) if chr(n).isspace() and not 0x1C <= n <= 0x1F)  # as Unicode has it
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)  # whatever can be stored as UTF-8
 
 
@@ -82,9 +87,89 @@ def test_whatever_the_ids_in_a_catalogue_file_they_are_read_as_text_or_refused(i
         try:
             found = read_items(path).frame["item_id"].to_list()
         except DataError:
-            assert len(set(ids)) < len(ids) or any(not item.strip() for item in ids)
+            assert len({item.strip(WHITE) for item in ids}) < len(ids) or not all(item.strip(WHITE) for item in ids)
         else:
-            assert found == ids
+            assert found == [item.strip(WHITE) for item in ids]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+KNOWN = ("a", "b", "c", "d", "7", "=x", "untitled", "unseen")
+messy_rows = st.lists(
+    st.tuples(
+        st.sampled_from(["u", "v", " u", "v\t", "w", "-w", None, "", " ", float("nan"), 7, 7.0, "nan"]),
+        st.sampled_from([*KNOWN, " a", "b ", 7, 7.0, "7.0", "z", "@z", None, " ", float("nan"), "nan"]),
+        st.sampled_from([1, 2, 3, 4, 5, 2.0, None, float("nan"), float("inf")]),
+    ),
+    max_size=24,
+)
+
+
+def same_id(value: Any) -> str | None:
+    """The id by the stated rule, in plain Python."""
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        return None
+    return (str(int(value)) if isinstance(value, float) else str(value)).strip() or None
+
+
+@given(rows=messy_rows, core=st.integers(1, 2), form=st.sampled_from(["jsonl", "csv"]), times=st.booleans())
+def test_whatever_the_rows_each_is_kept_or_in_the_list_of_rejects_and_never_both(
+    rows: list[tuple[Any, Any, Any]], core: int, form: str, times: bool
+) -> None:
+    rows = [(user, item, place) for user in ("u", "v") for place, item in enumerate("abcd", 6)] + rows
+    rows += [(user, item, place) for user in ("x", "y") for place, item in enumerate(("a", "7", "=x"), 6)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        titles = [None if item == "untitled" else "title" for item in KNOWN]
+        paths = ["none" if item == "unseen" else "a.jpg" for item in KNOWN]
+        pl.DataFrame({"item_id": KNOWN, "title": titles, "image_path": paths}).write_parquet(folder / "items.parquet")
+        (folder / "images").mkdir()
+        (folder / "images/a.jpg").write_bytes(b"x")
+        records = [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)) for row in rows]
+        if form == "jsonl":
+            text = "".join(json.dumps(record) + "\n" for record in records)
+        else:  # as pandas writes missing values
+            fields = [["" if same_id(v) is None and not isinstance(v, str) else str(v) for v in row] for row in rows]
+            text = "user_id,item_id,timestamp,n\n" + "".join(",".join([*row, "0"]) + "\n" for row in fields)
+        (folder / f"log.{form}").write_text(text)
+        config = PrepareConfig(
+            items=folder / "items.parquet",
+            interactions=folder / f"log.{form}",
+            images=folder / "images",
+            out=folder / "data",
+            core=core,
+            candidates=1,
+            candidate_seeds=(0,),
+            order="time" if times else "file",
+        )
+        try:
+            dataset = prepare.run(config)
+        except DataError as refused:  # too few items, or most unknown ids are only spelled otherwise
+            expected = ("touched so many", "only spell their id otherwise")
+            if any(words in str(refused) for words in expected):
+                return
+            raise
+        with (folder / "data/rejects.csv").open(encoding="utf-8", newline="") as file:
+            rejected = list(csv.DictReader(file))
+        kept = Counter(
+            (row["user_id"], item)
+            for row in dataset.sequences.to_pylist()
+            for item in (*row["train"], row["valid"], row["test"])
+        )
+        counts = dataset.meta["rows"]
+        kept_items = list(dataset.item_ids)
+    out = {file: [int(row["row"]) for row in rejected if row["file"] == file] for file in ("items", "interactions")}
+    assert all(len(set(of)) == len(of) for of in out.values())
+    for file, read in (("items", len(KNOWN)), ("interactions", len(rows))):
+        assert counts[file]["read"] == read == counts[file]["kept"] + len(out[file])
+        assert counts[file]["rejected"] == Counter(
+            row["reason"].partition(":")[0] for row in rejected if row["file"] == file
+        )
+    assert sorted([*kept_items, *(KNOWN[row - 1] for row in out["items"])]) == sorted(KNOWN)
+    left = [row for number, row in enumerate(rows, 1) if number not in set(out["interactions"])]
+    same = {"7.0": "7"}
+    user = same_id if form == "jsonl" else lambda value: same_id(str(value))
+    assert kept == Counter((user(u), same.get(same_id(i) or "", same_id(i))) for u, i, _ in left)
+    assert not any(field[:1] in tuple("=+-@\t\r") for row in rejected for field in row.values() if field)
 
 
 # --- titles -----------------------------------------------------------------------------------------------------

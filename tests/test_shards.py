@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from children import child, waited
 
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError
-from vlm2rec.embedder.export import shard_file, shards
+from vlm2rec.embedder.contract.process import this_process
+from vlm2rec.embedder.export import lock, shard_file, shards
 from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.embedder.export.plan import Plan, fingerprint, plan_shards, read_inputs
 
@@ -72,9 +74,11 @@ def publish_all(folder: Path, plan: Plan, numbers: Iterator[int] | range | None 
 
 def finished_export(folder: Path, plan: Plan) -> dict[str, Any]:
     with writing(folder):
-        done = shards.begin(folder, plan)
+        done = shards.begin(folder, plan).finished
         done |= publish_all(folder, plan, iter([n for n in range(len(plan)) if n not in done]))
-        return shards.finish(folder, plan, done)
+        manifest = shards.finish(folder, plan, done)
+    assert manifest is not None
+    return manifest
 
 
 def names(folder: Path) -> list[str]:
@@ -275,7 +279,7 @@ def test_a_finished_folder_is_found_finished_and_left_as_it_is(tmp_path: Path) -
     manifest = finished_export(tmp_path / "out", plan)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     with writing(tmp_path / "out"):
-        done = shards.begin(tmp_path / "out", plan)
+        done = shards.begin(tmp_path / "out", plan).finished
         assert sorted(done) == [0, 1, 2]
         assert shards.finish(tmp_path / "out", plan, done) == manifest
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
@@ -287,7 +291,7 @@ def test_a_begun_export_goes_on_after_its_finished_shards(tmp_path: Path) -> Non
         shards.begin(tmp_path / "out", plan)
         publish_all(tmp_path / "out", plan, iter([0, 1]))
     with writing(tmp_path / "out"):
-        assert sorted(shards.begin(tmp_path / "out", plan)) == [0, 1]
+        assert sorted(shards.begin(tmp_path / "out", plan).finished) == [0, 1]
     finished_export(tmp_path / "whole", plan)
     finished_export(tmp_path / "out", plan)
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
@@ -337,7 +341,7 @@ with writing(out):
     assert "part-00001.parquet" in names(tmp_path / "out") and "part-00001.json" not in names(tmp_path / "out")
     plan = plan_of()
     with writing(tmp_path / "out"):
-        done = shards.begin(tmp_path / "out", plan)
+        done = shards.begin(tmp_path / "out", plan).finished
     assert sorted(done) == [0, 1]
     assert done[1].counts == {"ok": 2, "text_only": 1, "failed": 1}
     assert "part-00001.json" in names(tmp_path / "out")
@@ -373,7 +377,7 @@ def test_fault_02_an_unrecorded_part_that_is_not_what_was_planned_is_written_aga
     else:
         part.write_bytes(b"nothing of the kind")
     with caplog.at_level(logging.WARNING), writing(out):
-        assert shards.begin(out, plan) == {}
+        assert shards.begin(out, plan).finished == {}
     assert "part-00000.parquet" in caplog.text and not part.exists()
 
 
@@ -384,7 +388,7 @@ def test_killed_after_the_manifest_only_leftovers_are_swept(tmp_path: Path) -> N
         (tmp_path / "out" / name).write_text("{}")
     before = parts(tmp_path / "out")
     with writing(tmp_path / "out"):
-        assert len(shards.begin(tmp_path / "out", plan)) == 3
+        assert len(shards.begin(tmp_path / "out", plan).finished) == 3
     assert names(tmp_path / "out") == ["manifest.json", *sorted(before)]
     assert parts(tmp_path / "out") == before
 
@@ -413,7 +417,7 @@ def test_fault_10_a_damaged_shard_is_named_and_alone_written_again(
     else:
         part.unlink()
     with caplog.at_level(logging.WARNING), writing(out):
-        assert sorted(shards.begin(out, plan)) == [0, 2]
+        assert sorted(shards.begin(out, plan).finished) == [0, 2]
     assert "part-00001.parquet" in caplog.text
     assert "manifest.json" not in names(out)  # until it is mended, readers refuse
     finished_export(out, plan)
@@ -427,7 +431,7 @@ def test_an_unreadable_record_costs_nothing_but_a_look_at_its_shard(tmp_path: Pa
         before = publish_all(tmp_path / "out", plan)
     (tmp_path / "out" / "part-00001.json").write_text("{ half")
     with writing(tmp_path / "out"):
-        done = shards.begin(tmp_path / "out", plan)
+        done = shards.begin(tmp_path / "out", plan).finished
     assert {n: shard.sha256 for n, shard in done.items()} == {n: shard.sha256 for n, shard in before.items()}
 
 
@@ -603,8 +607,9 @@ with writing(Path(sys.argv[1])):
         first.communicate()
     assert (out / LOCK_FILE).exists()
     with caplog.at_level(logging.WARNING), writing(out):
-        assert json.loads((out / LOCK_FILE).read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
-    assert f"process {first.pid}, which is gone" in caplog.text
+        held = json.loads((out / LOCK_FILE).read_text())
+        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
+    assert f"process {first.pid} on host {socket.gethostname()}, which is gone" in caplog.text
     assert not out.exists() or names(out) == []
 
 
@@ -615,28 +620,131 @@ def test_two_writers_in_one_process_are_refused_too(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_FILE).exists()
 
 
-def test_fault_08_a_lock_of_another_host_is_left_to_the_user(tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).write_text('{"host": "elsewhere", "pid": 4711}')
-    with (
-        pytest.raises(ArtifactError, match=r"process 4711 on host elsewhere.*delete .*export\.lock"),
-        writing(tmp_path),
-    ):
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life every twentieth of a second; two seconds without any mean death."""
+    for name, seconds in (("BEAT", 0.05), ("SILENCE", 2.0), ("SETTLE", 0.01)):
+        monkeypatch.setattr(lock, name, seconds)
+
+
+def elsewhere(**changes: Any) -> str:
+    """The lock of a process that cannot be seen from here."""
+    unseen = this_process()._replace(boot="b00", pid=1, host=socket.gethostname())
+    return json.dumps(unseen._asdict() | {"writer": "another"} | changes)
+
+
+UNSEEN = {
+    "another machine": {},
+    "a container of this machine, through another mount": {"boot": this_process().boot, "pids": "1", "device": -1},
+    "an earlier version, which named host and process alone": {"boot": None, "pids": None, "started": None},
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("place", UNSEEN)
+@pytest.mark.parametrize("age", [-(10**6), 0, 10**6], ids=["clock before ours", "same clock", "clock after ours"])
+def test_fault_08_an_unseen_writer_is_dead_when_its_lock_was_watched_in_vain_whatever_the_clocks_say(
+    tmp_path: Path, place: str, age: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, now = tmp_path / LOCK_FILE, time.time() + age
+    path.write_text(elsewhere(**UNSEEN[place]))
+    os.utime(path, (now, now))
+    with caplog.at_level(logging.WARNING), writing(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert "watching for a sign of life" in caplog.text and "taking over from process 1" in caplog.text
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("age", [-(10**6), 0, 10**6], ids=["clock before ours", "same clock", "clock after ours"])
+def test_fault_08_an_unseen_writer_that_gives_a_sign_of_life_is_respected(tmp_path: Path, age: int) -> None:
+    path, ended = tmp_path / LOCK_FILE, threading.Event()
+    path.write_text(elsewhere(host="elsewhere", pid=4711))
+
+    def beat() -> None:
+        for second in range(10**6):
+            os.utime(path, (time.time() + age + second, time.time() + age + second))
+            if ended.wait(0.3):
+                return
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with (
+            pytest.raises(ArtifactError, match=r"process 4711 on host elsewhere; it has just .*delete .*export\.lock"),
+            writing(tmp_path),
+        ):
+            pass
+    finally:
+        ended.set()
+        beating.join()
+    assert names(tmp_path) == [LOCK_FILE]
+
+
+def test_fault_08_process_1_of_another_container_is_dead_where_the_kernel_has_released_its_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / LOCK_FILE
+    path.write_text(elsewhere(boot=this_process().boot, pids="1", device=tmp_path.stat().st_dev))
+    with caplog.at_level(logging.WARNING), writing(tmp_path):
         pass
-    (tmp_path / LOCK_FILE).unlink()
+    assert "taking over from process 1" in caplog.text and "watching" not in caplog.text
+
+
+def test_a_process_of_the_same_id_that_began_later_is_not_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    (tmp_path / LOCK_FILE).write_text(json.dumps(this_process()._replace(started="1")._asdict() | {"writer": "w"}))
     with writing(tmp_path):
-        assert names(tmp_path) == [LOCK_FILE]
+        pass
+
+
+def unsupported(*arguments: Any) -> None:
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
 def test_where_the_file_system_has_no_locks_any_owner_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(*arguments: Any) -> None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with writing(tmp_path), pytest.raises(ArtifactError, match="its last sign of life came"), writing(tmp_path):
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    with writing(tmp_path), pytest.raises(ArtifactError, match="it is at work"), writing(tmp_path):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_writer_that_was_taken_over_knows(tmp_path: Path) -> None:
+    with writing(tmp_path) as hold:
+        hold.require()
+        (tmp_path / LOCK_FILE).write_text(elsewhere())
+        with pytest.raises(ArtifactError, match=r"another writer has taken .* over"):
+            hold.require()
+    assert names(tmp_path) == [LOCK_FILE]  # it is the other's
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", unsupported)  # as on a disk whose hosts do not see each other's locks
+    monkeypatch.setattr(lock, "SETTLE", 0.5)
+    (tmp_path / LOCK_FILE).write_text(json.dumps(this_process()._replace(pid=99999999)._asdict() | {"writer": "w"}))
+    together, got = threading.Barrier(4), []
+
+    def come() -> None:
+        together.wait()
+        try:
+            with writing(tmp_path):
+                got.append("in")
+                time.sleep(1)
+        except ArtifactError:
+            got.append("out")
+
+    threads = [threading.Thread(target=come) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == ["in", "out", "out", "out"]
 
 
 def test_a_torn_lock_file_of_a_dead_writer_is_no_obstacle(tmp_path: Path) -> None:

@@ -134,6 +134,13 @@ def test_its_own_folder_is_replaced_and_nothing_else_is_left(catalogue: Path, tm
     make_backbone.run(quick(catalogue, out, seed=1))
     assert (out / "model.safetensors").read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt"):
+        make_backbone.run(quick(catalogue, out))
+    assert (out / "notes.txt").read_text() == "precious"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {plain.stat().st_mode}, "as the umask says"
 
 
 def test_the_same_seed_gives_the_same_weights(catalogue: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     )
     out = tmp_path / "emb"
     with writing(out):
-        done = shards.begin(out, plan)
+        done = shards.begin(out, plan).finished
         for number in range(len(plan)):
             done[number] = shards.publish_shard(out, plan, number, table_of(plan, number), 1.0)
         shards.finish(out, plan, done)

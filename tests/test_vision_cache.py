@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +168,73 @@ def test_damaged_segments_are_looked_at_again(backbone: Backbone, tmp_path: Path
     for key, expected in zip(keys, features, strict=True):
         found = whole.find(key)
         assert found is not None and torch.equal(found.tokens, expected.tokens)
+
+
+def test_no_flipped_bit_of_a_record_gives_other_features(backbone: Backbone, tmp_path: Path) -> None:
+    features = backbone.encode_images([Image.new("RGB", (84, 112), colour) for colour in ("red", "blue")])
+    keys = [b"r" * 32, b"b" * 32]
+    cache = VisionCache.open(tmp_path, backbone, "weights")
+    cache.add(keys, features)
+    (index,) = cache.folder.glob("*.index")
+    content = index.read_bytes()
+    for bit in range(4 * len(content)):  # those of the first record
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(damaged)
+        again = VisionCache(cache.folder, backbone.dim, backbone.model.dtype)
+        assert again.find(keys[0]) is None, f"bit {bit}"
+        other = again.find(keys[1])
+        assert other is not None and torch.equal(other.tokens, features[1].tokens)
+
+
+def test_a_segment_of_another_tower_is_not_believed(backbone: Backbone, tmp_path: Path) -> None:
+    (feature,) = backbone.encode_images([Image.new("RGB", (84, 84), "red")])
+    mine, other = (VisionCache.open(tmp_path, backbone, weights) for weights in ("mine", "other"))
+    other.add([b"r" * 32], [feature])
+    for path in other.folder.glob("segment-*"):
+        shutil.copy(path, mine.folder)
+    assert len(VisionCache.open(tmp_path, backbone, "mine")) == 1
+    assert VisionCache.open(tmp_path, backbone, "mine").find(b"r" * 32) is None
+
+
+def test_a_segment_cut_short_or_removed_while_it_is_in_use_is_looked_at_again(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    features = backbone.encode_images([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue")])
+    VisionCache.open(tmp_path, backbone, "weights").add([b"r" * 32, b"b" * 32], features)
+    reader = VisionCache.open(tmp_path, backbone, "weights")
+    assert reader.find(b"b" * 32) is not None
+    (tokens,) = reader.folder.glob("*.tokens")
+    os.truncate(tokens, 10)
+    assert reader.find(b"b" * 32) is None
+    shutil.rmtree(reader.folder)
+    assert reader.find(b"r" * 32) is None and reader.find(b"g" * 32) is None
+    with pytest.raises(OSError):
+        reader.add([b"r" * 32], features[:1])
+
+
+def test_a_writer_whose_disk_was_full_for_a_moment_leaves_no_half_record(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = backbone.encode_images([Image.new("RGB", (84, 84), colour) for colour in ("red", "blue")])
+    cache = VisionCache.open(tmp_path, backbone, "weights")
+    plain = Path.open
+
+    def full(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if self.suffix == ".index" and "a" in mode:
+            with plain(self, "ab") as file:
+                file.write(b"half a record")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(self, mode, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match="No space"):
+            cache.add([b"r" * 32], features[:1])
+    assert all(path.stat().st_size == 0 for path in cache.folder.glob("segment-*"))
+    cache.add([b"b" * 32], features[1:])
+    found = VisionCache.open(tmp_path, backbone, "weights").find(b"b" * 32)
+    assert found is not None and torch.equal(found.tokens, features[1].tokens)
 
 
 def test_several_writers_have_segments_of_their_own(backbone: Backbone, tmp_path: Path) -> None:

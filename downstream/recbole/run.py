@@ -158,7 +158,8 @@ def run(
     """
     compat.require_recbole()
     out = Path(out)
-    folder = data if isinstance(data, Dataset | None) else Dataset(data)
+    given = data if isinstance(data, Dataset | None) else Dataset(data)
+    folder = given and given.warm()
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)

@@ -12,17 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from vlm2rec.embedder.backbones import modality, packing
-from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet_if
+from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet
 from vlm2rec.embedder.backbones.families import image_tokens, load_processor, neutralise
+from vlm2rec.embedder.backbones.model_files import Source, checked_weights, first_line, locate
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import DeviceName, DtypeName, Pooling, PromptMode
@@ -31,6 +32,8 @@ from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, render
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
 ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+# what transformers raises for files that do not fit one another
+UNLOADABLE = (*(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError),)
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -97,7 +100,7 @@ class Backbone:
     @classmethod
     def load(
         cls,
-        source: str,
+        source: Source,
         *,
         revision: str | None = None,
         prompt_mode: PromptMode = "raw",
@@ -113,27 +116,31 @@ class Backbone:
             ModelError: no such model, unknown family, or weights that do not fit the config.
             ConfigError: the device is not available, or chat mode without a chat template.
         """
-        processor = load_processor(source, revision, max_pixels)
+        files = locate(source, revision)
+        source = files.source  # for messages
+        processor = load_processor(files, None, max_pixels)
+        checked_weights(files.folder)
         if prompt_mode == "chat" and not processor.chat_template:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
+        if prompt_mode == "chat":
+            render(("",), prompt_mode, processor)  # a template that fails is refused before the weights are read
         target_device = device if isinstance(device, torch.device) else pick_device(device)
         number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, target_device)
         text_only = processor.family.text_only
         loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         try:
-            with quiet_if(Path(source).is_dir()):
+            with quiet():
                 model, info = loader.from_pretrained(
-                    source,
-                    revision=revision or "main",
+                    files.folder,
+                    local_files_only=True,
                     dtype=number,
                     trust_remote_code=False,
                     use_safetensors=True,  # the other format is a pickle
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError) as error:
-            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except UNLOADABLE as error:
             raise ModelError(
-                f"the weights of {source!r} cannot be loaded ({text})",
+                f"the weights of {source!r} cannot be loaded ({first_line(error)})",
                 "safetensors weights that fit its config.json",
                 "download the model folder again",
             ) from error

@@ -44,15 +44,14 @@ def batches_by_tokens(lengths: Sequence[int], budget: int, padded: bool = True) 
 
 
 @contextmanager
-def quiet_if(local: bool) -> Iterator[None]:
-    """Hide transformers' progress bars for a local model; a download should show its own."""
+def quiet() -> Iterator[None]:
+    """Hide transformers' progress bars: what it loads is on this machine."""
     shown = logging.is_progress_bar_enabled()
-    if local:
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        if local and shown:
+        if shown:
             logging.enable_progress_bar()
 
 

@@ -10,7 +10,6 @@ Causal text models have only a tokenizer; `TextProcessor` lets them take the sam
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,16 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm2rec.embedder.backbones.model_files import (
+    MODEL_FOLDER,
+    ModelFiles,
+    Source,
+    first_line,
+    locate,
+    no_hub_model,
+    read_json,
+    require_hub_id,
+)
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -62,9 +71,6 @@ TEXT_FAMILIES: Mapping[str, Family] = {
     for model_type in ("qwen2", "qwen3", "llama", "mistral")
 }
 
-_MODEL_FOLDER = (
-    "a model folder with config.json, weights, tokenizer.json and preprocessor_config.json or processor_config.json"
-)
 _TOKENIZER_AGAIN = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
 _SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least one token for each byte
 
@@ -82,19 +88,14 @@ class TextProcessor:
         template: Any = self.tokenizer.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Apply the template to messages whose contents are lists of text parts; text models take one string each."""
-        plain = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]
-        return self.tokenizer.apply_chat_template(plain, **options)
-
 
 def load_processor(
-    source: str | Path, revision: str | None = None, max_pixels: int = 224 * 224
+    source: Source, revision: str | None = None, max_pixels: int = 224 * 224
 ) -> ProcessorMixin | TextProcessor:
     """Return the family's own processor, without its video part, on the PIL backend.
 
     Args:
-        source: Local model folder or Hugging Face hub id.
+        source: Local model folder or Hugging Face hub id, or its files.
         revision: Revision of a hub model.
         max_pixels: Largest image area in pixels for families with an area budget; a smaller limit of the model's own
             processor wins. Families of fixed image size ignore it.
@@ -108,31 +109,32 @@ def load_processor(
     """
     import transformers
 
-    source = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
-    family = family_of(source, revision)
-    _require_files(Path(source), family)
-    where = {"revision": revision or "main", "trust_remote_code": False}
+    family_of(source, revision)  # before the whole of a hub model is downloaded
+    files = locate(source, revision)
+    family = family_of(files)
+    _require_files(files.folder, family)
+    source, where = str(files.folder), {"trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
         if family.text_only:
             return _checked_text(TextProcessor(tokenizer, family), str(source))
         family_class = getattr(transformers, family.processor)
         image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **where)
-        settings, _ = family_class.get_processor_dict(source, revision=revision or "main")
+        settings, _ = family_class.get_processor_dict(source)
         settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
         _set_image_size(image_processor, family, max_pixels)
         processor = _without_video(family)(image_processor=image_processor, tokenizer=tokenizer, **settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"the tokenizer or image processor of {source!r} cannot be loaded ({_first_line(error)})",
-            f"{_MODEL_FOLDER} of a {family.model_type} model",
+            f"the tokenizer or image processor of {source!r} cannot be loaded ({first_line(error)})",
+            f"{MODEL_FOLDER} of a {family.model_type} model",
             "download the whole model folder again, with all its .json files",
         ) from error
     _check(processor, source)
     return processor
 
 
-def family_of(source: str | Path, revision: str | None = None) -> Family:
+def family_of(source: Source, revision: str | None = None) -> Family:
     """Return the family of a local model folder or hub id; reads `config.json` only.
 
     Raises:
@@ -144,7 +146,7 @@ def family_of(source: str | Path, revision: str | None = None) -> Family:
     if model_type not in known:
         hint = did_you_mean(model_type, known)
         raise ModelError(
-            f"{source} is a model of type {model_type!r}{hint}",
+            f"{_named(source)} is a model of type {model_type!r}{hint}",
             f"one of {', '.join(FAMILIES)}, or for --views text one of {', '.join(TEXT_FAMILIES)}",
             "choose a vision-language model of one of these families; for InternVL, a repository whose name ends"
             " in -hf",
@@ -152,43 +154,32 @@ def family_of(source: str | Path, revision: str | None = None) -> Family:
     return known[model_type]
 
 
-def read_model_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+def _named(source: Source) -> str:
+    return source.source if isinstance(source, ModelFiles) else str(source)
+
+
+def read_model_config(source: Source, revision: str | None = None) -> dict[str, Any]:
     """Return `config.json` of a local model folder or hub id as a plain dict.
 
     Raises:
         ModelError: no such folder or hub model, or no readable `config.json`.
     """
-    source = str(source)
-    folder = Path(source).expanduser()
+    folder = source.folder if isinstance(source, ModelFiles) else Path(source).expanduser()
     if folder.is_dir():
         return _local_config(folder)
-    if folder.exists():
-        raise ModelError(f"{source} is a file", _MODEL_FOLDER, "give the folder that holds it")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise ModelError(
-            f"the model folder {source} does not exist",
-            f"{_MODEL_FOLDER}, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct",
-            "check the path",
-        )
-    return _hub_config(source, revision)
+    require_hub_id(str(source))
+    return _hub_config(str(source), revision)
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ModelError(
-            f"{folder} is an adapter folder, not a model" if adapter else f"{folder} has no config.json",
-            _MODEL_FOLDER,
-            "give it as --adapter and its base model as --backbone" if adapter else "check the path",
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file} is not readable JSON ({error})", _MODEL_FOLDER, "download the model again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds a {type(config).__name__}", _MODEL_FOLDER, "download the model again")
-    return config
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    adapter = (folder / "adapter_config.json").is_file()
+    raise ModelError(
+        f"{folder} is an adapter folder, not a model" if adapter else f"{folder} has no config.json",
+        MODEL_FOLDER,
+        "give it as --adapter and its base model as --backbone" if adapter else "check the path",
+    )
 
 
 def _hub_config(source: str, revision: str | None) -> dict[str, Any]:
@@ -197,27 +188,17 @@ def _hub_config(source: str, revision: str | None) -> dict[str, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source!r} is not a folder, and no model of that name can be downloaded from the Hugging Face hub"
-            f" ({_first_line(error)})",
-            "a local model folder, or a hub id that this machine can reach or has in its cache",
-            f"check the spelling{' and the revision' if revision else ''}; without a network, run"
-            f" `hf download {source}` on a machine that has one, and give the folder; for a gated model, log in first",
-        ) from error
+        raise no_hub_model(source, revision, error) from error
     return dict(config)
 
 
 def _require_files(folder: Path, family: Family) -> None:
-    """Raise `ModelError` naming a file that a local model folder lacks; a hub id passes."""
+    """Raise `ModelError` naming a file that a model folder lacks."""
     tokenizer = ("tokenizer.json", "vocab.json", "tokenizer.model")
     images = ("preprocessor_config.json", "processor_config.json")
     for names in (tokenizer,) if family.text_only else (tokenizer, images):
-        if folder.is_dir() and not any((folder / name).is_file() for name in names):
-            raise ModelError(f"{folder} has no {names[0]}", _MODEL_FOLDER, "download the whole model folder again")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        if not any((folder / name).is_file() for name in names):
+            raise ModelError(f"{folder} has no {names[0]}", MODEL_FOLDER, "download the whole model folder again")
 
 
 def _accepted(family_class: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Threads that read images ahead of the model. A read that takes too long is given up, and only its image fails."""
+"""Threads that read images ahead of the model. An image that takes too long is given up, and it alone fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from vlm2rec.embedder.backbones.images import ImageError
+from vlm2rec.embedder.backbones.image_limits import ImageError, Timing, work_on
 from vlm2rec.embedder.contract.errors import DataError
 
 T = TypeVar("T")
@@ -22,9 +22,9 @@ class Reading(Generic[T]):
     """One requested read."""
 
     work: Callable[[], T]
+    timing: Timing
     answer: Future[T] = field(default_factory=Future)
-    begun: float | None = None  # seconds of the monotonic clock; None while it waits for a thread
-    given_up: bool = False
+    replaced: bool = False  # another thread reads on in place of the one that this read blocks
 
 
 class Readers:
@@ -32,7 +32,9 @@ class Readers:
 
     A thread cannot be stopped while the system blocks it, for example on a network disk that is gone. Its read is
     given up after `timeout` seconds, and another thread replaces it. Nothing waits for a blocked thread, not even the
-    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`.
+    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`. An image whose decoding takes
+    too long is given up too, but that ends by itself or is killed (see `images.decode`): its thread stays, and nobody
+    blames the disk.
     """
 
     def __init__(self, count: int, timeout: float) -> None:
@@ -48,7 +50,7 @@ class Readers:
 
     def ask(self, work: Callable[[], T]) -> Reading[T]:
         """Queue `work` for the next free thread."""
-        reading = Reading(work)
+        reading = Reading(work, Timing(self._timeout))
         self._asked.put(reading)
         return reading
 
@@ -62,7 +64,8 @@ class Readers:
         started = time.monotonic()
         try:
             while not reading.answer.done():
-                passed = 0.0 if reading.begun is None else time.monotonic() - reading.begun
+                begun = reading.timing.begun
+                passed = 0.0 if begun is None else time.monotonic() - begun
                 if passed >= self._timeout:
                     self._give_up(reading)
                     raise ImageError(f"reading the image took longer than {self._timeout:g} s")
@@ -79,7 +82,9 @@ class Readers:
             self._asked.put(None)
 
     def _give_up(self, reading: Reading) -> None:
-        reading.given_up = True
+        if reading.timing.decoding:
+            return
+        reading.replaced = True
         self._stuck += 1
         if self._stuck > MOST_STUCK:
             raise DataError(
@@ -91,11 +96,12 @@ class Readers:
 
     def _read(self) -> None:
         while reading := self._asked.get():
-            reading.begun = time.monotonic()
+            work_on(reading.timing)
+            reading.timing.begun = time.monotonic()
             try:
                 reading.answer.set_result(reading.work())
             except BaseException as error:  # `take` raises it; otherwise it would wait for ever
                 reading.answer.set_exception(error)
-            if reading.given_up:
+            if reading.replaced:
                 self._stuck -= 1
                 return  # another thread has replaced this one

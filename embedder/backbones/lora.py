@@ -6,16 +6,22 @@
     canary.safetensors                               a few generated items and their vectors
     curves.json  README.md                           training curves, model card
 
+`files` of vlm2rec.json has the SHA-256 of every other file, and `seal` that of its own content.
+
 PEFT only warns when an adapter's keys do not match the model, and then runs the base model. Loading here is strict:
 an unexpected or missing key, an adapter that changes nothing, or canary vectors that differ are errors.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
+import math
 import re
+import shutil
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +33,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder.backbones import moda
+from vlm2rec.embedder.backbones import moda, model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
-from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
 CANARY_FILE = "canary.safetensors"
+CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, MODA_FILE, CANARY_FILE, schema.CURVES_FILE, CARD_FILE, schema.ADAPTER_FILE)
+"""What a training writes into an adapter folder."""
 CANARY_COSINE = 0.999
+Shape = tuple[int, ...]
 _CANARY_TITLES = ("Plain white cotton shirt", "Blue ceramic mug 300 ml", "The Old Clock (1987)", "x")
 # PEFT stops at an unknown type and prints it, so the type says what to do
 _NO_PEFT_TYPE = (
@@ -107,64 +118,162 @@ def save_adapter(
         canary: vectors of the trained model.
         curves: the training curves.
         card: the text of the README.
+
+    Raises:
+        OSError: the disk is full or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # of an earlier run, perhaps with another kind of adapter
+    # of an earlier run, perhaps with another kind of adapter, or killed while it wrote these
     for name in (schema.ADAPTER_FILE, WEIGHTS_FILE, MODA_FILE):
         (folder / name).unlink(missing_ok=True)
-    if isinstance(wrapped, PeftModel):
-        wrapped.peft_config["default"].inference_mode = True
-        wrapped.save_pretrained(str(folder), safe_serialization=True)
-        publish.sync(folder / WEIGHTS_FILE)
-        settings = {"kind": "lora", **settings}
-    else:
-        with publish.whole_file(folder / MODA_FILE) as file:
-            safetensors.torch.save_file(moda.weights(wrapped), file)
-        schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
-        settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
-    vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
-    with publish.whole_file(folder / CANARY_FILE) as file:
-        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
-    schema.write_json(folder / schema.CURVES_FILE, curves)
-    schema.write_text(folder / "README.md", card)  # instead of PEFT's empty template
-    schema.write_json(folder / schema.ADAPTER_FILE, settings)
+    for name in FILES:
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
+    for left in folder.glob(".peft.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    with _os_errors():
+        if isinstance(wrapped, PeftModel):
+            weights = WEIGHTS_FILE
+            _save_peft(wrapped, folder)
+            settings = {"kind": "lora", **settings}
+        else:
+            weights = MODA_FILE
+            with publish.whole_file(folder / MODA_FILE) as file:
+                safetensors.torch.save_file(moda.weights(wrapped), file)
+            schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
+            settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
+        vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
+        with publish.whole_file(folder / CANARY_FILE) as file:
+            safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
+        schema.write_json(folder / schema.CURVES_FILE, curves)
+        schema.write_text(folder / CARD_FILE, card)  # instead of PEFT's empty template
+        written = checksums(folder, (CONFIG_FILE, weights, CANARY_FILE, schema.CURVES_FILE, CARD_FILE))
+        schema.write_json(folder / schema.ADAPTER_FILE, sealed({**settings, "files": written}))
+
+
+def _save_peft(wrapped: PeftModel, folder: Path) -> None:
+    """Publish PEFT's two files, each whole."""
+    wrapped.peft_config["default"].inference_mode = True
+    draft = folder / publish.temporary_name("peft")
+    try:
+        wrapped.save_pretrained(str(draft), safe_serialization=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with publish.whole_file(folder / name) as file:
+                (draft / name).replace(file)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turn the error of safetensors, when the disk is full, into that of a disk."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def own_files(folder: Path) -> set[str]:
+    """Return the names of the files in a finished adapter folder that are as a training has written them.
+
+    It is empty if the folder is not such a folder. One from before there were checksums is taken at its names.
+    """
+    try:
+        settings = schema.read_json(folder / schema.ADAPTER_FILE, "", "")
+    except ArtifactError:
+        return set()
+    if "encoder" not in settings:
+        return set()
+    files = settings.get("files")
+    if not isinstance(files, dict):
+        return set(FILES)
+    listed = [name for name in FILES if name in files]  # no other name, whatever a stranger's file lists
+    return {schema.ADAPTER_FILE, *(name for name in listed if first_damage(folder, {name: files[name]}) is None)}
+
+
+def _require_whole(folder: Path, *names: str) -> None:
+    """Raise `ArtifactError` if one of these files of an adapter does not have the bytes that were written."""
+    files = read_adapter(folder).get("files")  # older folders have none
+    files = files if isinstance(files, dict) else {}
+    damage = first_damage(folder, {name: files[name] for name in names if name in files})
+    if damage:
+        raise ArtifactError(f"the adapter {folder} is damaged: {damage}", "the files of `finetune`", _TRAIN_AGAIN)
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
     """Return the settings of a finished adapter folder.
 
     Raises:
-        ModelError: the folder is not an adapter folder of vlm2rec, or is unfinished.
+        ModelError: the folder is not an adapter folder of vlm2rec, is unfinished, or its settings are no JSON.
+        ArtifactError: its `vlm2rec.json` is not as it was written.
     """
     weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
-    for name in (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(
-                f"{folder} is not a finished adapter folder: it has no {name}",
-                "a folder written by `vlm2rec finetune`",
-                "run the same `vlm2rec finetune` command again: it continues from its last checkpoint",
-            )
-    settings = json.loads((folder / schema.ADAPTER_FILE).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or "encoder" not in settings:
+    needed = (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE)
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing and _is_foreign(folder):
+        raise ModelError(
+            f"{folder} is a PEFT adapter that `vlm2rec finetune` has not made: it has no {schema.ADAPTER_FILE}, which"
+            " says how to prompt, and no canary, which proves that it works",
+            "an adapter folder written by `vlm2rec finetune`, or a backbone with the adapter merged into it",
+            "merge it: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new), copy the"
+            " backbone's tokenizer and processor files there too, and give the new folder as --backbone",
+        )
+    if missing:
+        raise ModelError(
+            f"{folder} is not a finished adapter folder: it has no {missing[0]}",
+            "a folder written by `vlm2rec finetune`",
+            "run the same `vlm2rec finetune` command again: it continues from its last checkpoint",
+        )
+    settings = _read_json(folder / schema.ADAPTER_FILE)
+    if not is_intact(settings):
+        raise ArtifactError(
+            f"{folder / schema.ADAPTER_FILE} is damaged, or was changed by hand: it does not have the content that was"
+            " written",
+            "the settings that the adapter was trained with",
+            _TRAIN_AGAIN,
+        )
+    if not isinstance(settings.get("encoder"), dict):
         raise ModelError(
             f"{folder / schema.ADAPTER_FILE} has no encoder settings", "a file written by finetune", _TRAIN_AGAIN
         )
     return settings
 
 
+def _is_foreign(folder: Path) -> bool:
+    """Tell whether another program made an adapter: PEFT's files are there, and nothing of ours."""
+    ours = (schema.ADAPTER_FILE, schema.CURVES_FILE, CANARY_FILE, "checkpoints")
+    theirs = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
+    return any((folder / name).exists() for name in theirs) and not any((folder / name).exists() for name in ours)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return model_files.read_json(path)
+    except ModelError as error:
+        raise ModelError(error.found, "a file of an adapter folder", _TRAIN_AGAIN) from None
+
+
 def read_canary(folder: Path) -> Canary:
-    """Return the canary stored with an adapter."""
-    read_adapter(folder)
+    """Return the canary stored with an adapter.
+
+    Raises:
+        ModelError, ArtifactError: it is damaged.
+    """
+    _require_whole(folder, CANARY_FILE)
     path = folder / CANARY_FILE
     try:
         tensors = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, "pt") as file:
             titles = json.loads(file.metadata()["titles"])
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        pixels, fused = tensors["images"].numpy(), tensors["fused"].numpy()
+        images = [Image.fromarray(picture) for picture in pixels]
+        whole = all(isinstance(title, str) for title in titles) and len(titles) == len(images) == len(fused) > 0
+        if not whole or fused.ndim != 2 or fused.dtype != np.float32:
+            raise ValueError(f"{len(titles)} titles, {len(images)} images, vectors of shape {fused.shape}")
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error})", "the canary of the adapter", _TRAIN_AGAIN) from None
-    images = [Image.fromarray(pixels) for pixels in tensors["images"].numpy()]
-    return Canary(titles, images, tensors["fused"].numpy())
+    return Canary(titles, images, fused)
 
 
 def merge_adapter(backbone: Backbone, folder: Path) -> None:
@@ -175,23 +284,93 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+        ArtifactError: a file is truncated or otherwise damaged.
     """
     if kind(folder) == "moda":
         load_moda(backbone, folder)
         moda.fold(backbone)
         return
-    try:
-        stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-        config = LoraConfig.from_pretrained(str(folder))
-    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
-        raise ModelError(f"the adapter {folder} is damaged ({error})", "a LoRA adapter", _TRAIN_AGAIN) from None
-    config.base_model_name_or_path = None  # keys, shapes and canary decide whether it fits; the path may have changed
+    _require_whole(folder, WEIGHTS_FILE, CONFIG_FILE)
+    config, shapes = _plain_config(folder), {}
+    for name, layer in backbone.adapted_layers().items():
+        shapes[_STORED.format(name, "A")] = (config.r, layer.in_features)
+        shapes[_STORED.format(name, "B")] = (layer.out_features, config.r)
+    _require_shapes(shapes, model_files.shapes(folder / WEIGHTS_FILE), folder)
+    stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     wrapped = _wrap(backbone, config)
     parameters = {_stored_name(name): parameter for name, parameter in wrapped.named_parameters() if "lora_" in name}
     _copy_strictly(parameters, stored, folder)
     wrapped.to(backbone.device)
     wrapped.merge_and_unload()
     backbone.model.requires_grad_(False).eval()
+
+
+def _plain_config(folder: Path) -> LoraConfig:
+    """Return rank, α and scaling of a LoRA adapter as a config of our own.
+
+    The folder's config comes from whoever made the adapter: an expression in its `target_modules` may take for ever to
+    match. The layers are always those of `ADAPTED_LAYERS`.
+
+    Raises:
+        ModelError: the config asks for more than plain LoRA, or holds no numbers.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    strange = [key for key, plain in _PLAIN_LORA.items() if config.get(key, plain) not in (plain, None, False, [], {})]
+    rank: Any
+    alpha: Any
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha) and alpha != 0
+    if strange or not numbers:
+        what = f"{strange[0]} = {config[strange[0]]!r}" if strange else f"r = {rank!r} and lora_alpha = {alpha!r}"
+        raise ModelError(
+            f"{folder / CONFIG_FILE} says {_short(what)}",
+            "plain LoRA, as `vlm2rec finetune` writes it",
+            "give the adapter folder as finetune wrote it",
+        )
+    scaled = config.get("use_rslora") is True
+    return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=scaled, target_modules=ADAPTED_LAYERS, bias="none")
+
+
+# other values change the update in ways that are not folded here; None, false and empty ones do not
+_PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "fan_in_fan_out", "lora_bias")),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")),
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config")),
+}
+_STORED = "base_model.model.{}.lora_{}.weight"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def scale_of(folder: Path) -> float:
+    """Return the factor α/r by which a finished adapter's update is multiplied.
+
+    Raises:
+        ModelError: its settings are damaged, or are not those of plain LoRA or MoDA.
+    """
+    if kind(folder) == "moda":
+        settings = _moda_settings(folder)
+        return settings.alpha / settings.rank
+    config = _plain_config(folder)
+    return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return what a finished adapter learned, and from what: for the manifest of its vectors."""
+    settings = read_adapter(folder)
+    training, data = settings.get("training"), settings.get("dataset")
+    found: dict[str, Any] = {"name": folder.resolve().name}
+    for key, part, names in (
+        ("training", training, ("method", "loss", "loss_settings", "seed", "steps")),
+        ("dataset", data, ("name", "sha256")),
+    ):
+        if isinstance(part, dict):
+            found[key] = {name: part[name] for name in names if name in part}
+    return found
 
 
 def kind_of(wrapped: torch.nn.Module) -> str:
@@ -212,36 +391,56 @@ def load_moda(backbone: Backbone, folder: Path) -> torch.nn.Module:
 
     Raises:
         ModelError: a key or shape that does not fit, or an adapter whose B matrices are all zero.
+        ArtifactError: a file is truncated or otherwise damaged.
     """
-    try:
-        settings = moda.ModaSettings(**read_adapter(folder)["moda"])
-        stored = safetensors.torch.load_file(folder / MODA_FILE)
-    except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"the adapter {folder} is damaged ({error})", "an adapter with MoDA", _TRAIN_AGAIN) from None
+    _require_whole(folder, MODA_FILE)
+    settings = _moda_settings(folder)
+    _require_shapes(moda.shapes(backbone, settings), model_files.shapes(folder / MODA_FILE), folder)
+    stored = safetensors.torch.load_file(folder / MODA_FILE)
     model = moda.add_moda(backbone, settings, seed=0)
     _copy_strictly(moda.parameters(model), stored, folder)
     return model.eval()
 
 
-def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:
-    """Copy an adapter's weights; both sides must have the same keys and shapes, and not all B may be zero."""
+def _moda_settings(folder: Path) -> moda.ModaSettings:
+    try:
+        settings = moda.ModaSettings(**read_adapter(folder)["moda"])
+        whole = (settings.experts, settings.rank)
+        if any(type(n) is not int or n < 1 for n in whole) or not math.isfinite(settings.alpha):
+            raise ValueError(f"{settings}")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
+        raise ModelError(
+            f"the adapter {folder} is damaged ({_short(str(error))})", "an adapter with MoDA", _TRAIN_AGAIN
+        ) from None
+    return settings
+
+
+def _require_shapes(expected: Mapping[str, Shape], stored: Mapping[str, Shape], folder: Path) -> None:
+    """Raise `ModelError` unless an adapter's file holds what this backbone takes; nothing has been made so far."""
     fix = "give the backbone named in its vlm2rec.json"
-    missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unexpected:
-        example = f"missing {missing[0]}" if missing else f"unexpected {unexpected[0]}"
+        example = f"missing {missing[0]}" if missing else f"unexpected {_short(unexpected[0])}"
         raise ModelError(
             f"the adapter {folder} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)}"
             f" unexpected ({example})",
             "an adapter trained on this backbone",
             fix,
         )
-    for name, parameter in parameters.items():
-        if parameter.shape != stored[name].shape:
+    for name, shape in expected.items():
+        if shape != stored[name]:
             raise ModelError(
-                f"{name} of the adapter {folder} has shape {tuple(stored[name].shape)}",
-                f"{tuple(parameter.shape)}, as in this backbone",
-                fix,
+                f"{name} of the adapter {folder} has shape {stored[name]}", f"{shape}, as in this backbone", fix
             )
+
+
+def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:
+    """Copy an adapter's weights; both sides must have the same keys and shapes, and not all B may be zero."""
+    _require_shapes(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: tuple(tensor.shape) for name, tensor in stored.items()},
+        folder,
+    )
     if not any(tensor.any() for name, tensor in stored.items() if "lora_B" in name):
         raise ModelError(
             f"the adapter {folder} has no effect: all its lora_B matrices are zero",
@@ -289,30 +488,14 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return the SHA-256 of the adapter's weights."""
-    read_adapter(folder)
-    return storage.sha256_file(folder / (MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE))
+    """Return the SHA-256 of the adapter's weights.
 
-
-def backbone_hash(source: str, revision: str | None) -> str:
-    """Return a hash that identifies a backbone's weights: of a local folder's weight files, or of hub id and revision.
-
-    For a local file, the size and the first and last megabyte are hashed. A change only in between, at equal size,
-    does not happen by accident.
+    Raises:
+        ModelError, ArtifactError: as `read_adapter`; a file is truncated or otherwise damaged.
     """
-    folder = Path(source)
-    digest = hashlib.sha256()
-    if not folder.is_dir():
-        digest.update(f"{source}@{revision or 'main'}".encode())
-        return digest.hexdigest()
-    for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
+    weights = MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE
+    _require_whole(folder, weights, CONFIG_FILE, CANARY_FILE)
+    return storage.sha256_file(folder / weights)
 
 
 def backbone_licence(source: str) -> str:

@@ -122,6 +122,21 @@ def add_moda(backbone: Backbone, settings: ModaSettings, seed: int) -> nn.Module
     return model
 
 
+def shapes(backbone: Backbone, settings: ModaSettings) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what `parameters` would return once the experts are there; nothing is made.
+
+    Raises:
+        ModelError: as `add_moda`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, layer in backbone.adapted_layers().items():
+        found[f"{name}.lora_A"] = (settings.rank, layer.in_features)
+        found[f"{name}.lora_B"] = (layer.out_features, settings.rank)
+        found[f"{name}.modality"] = (len(schema.MODALITIES), GATE_WIDTH)
+        found[f"{name}.gate"] = (settings.experts, GATE_WIDTH)
+    return found
+
+
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)

@@ -9,7 +9,8 @@ processor and number format. In that folder, every writer has its own segment:
 
 The SHA-256 of its file identifies an image. A changed image is therefore encoded again, and an image that two items
 share is kept once. Any number of processes may read and write; a killed writer leaves at most tokens without a record.
-Each record has a checksum: if the tokens do not match it, the image is encoded again.
+Each record has a checksum over itself, its tokens and the name of its folder. If it does not match, the image is
+encoded again: tokens that are damaged, cut short or of another vision tower are never used.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from vlm2rec.embedder.backbones.images import decode, read_file
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.storage import Location
 
-_FORMAT = 1
+_FORMAT = 2
 _RECORD = np.dtype(
     [
         ("image", "V32"),  # SHA-256 of the file
@@ -64,21 +65,23 @@ class VisionCache:
         self.dim, self.dtype = dim, dtype
         # an image may be in several segments: two writers encoded it at the same time, or one segment is damaged
         self._known: dict[bytes, list[tuple[Path, np.void]]] = {}
-        self._maps: dict[Path, np.ndarray] = {}
         self._segment = folder / f"segment-{uuid.uuid4().hex[:12]}.tokens"  # created with the first image
         self._read: dict[Path, int] = {}  # records read so far from each index
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the records that other writers have added."""
+        """Read the records that other writers have added; an index that cannot be read has none."""
         for path in sorted(self.folder.glob("segment-*.index")):
             tokens, read = path.with_suffix(".tokens"), self._read.get(path, 0)
-            whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
-            if tokens == self._segment or whole <= read:
+            if tokens == self._segment:
                 continue
-            for record in np.fromfile(path, _RECORD, count=whole - read, offset=read * _RECORD.itemsize):
-                self._known.setdefault(record["image"].tobytes(), []).append((tokens, record))
-            self._read[path] = whole
+            with suppress(OSError):
+                whole = path.stat().st_size // _RECORD.itemsize  # a killed writer may have left part of a record
+                if whole <= read:
+                    continue
+                for record in np.fromfile(path, _RECORD, count=whole - read, offset=read * _RECORD.itemsize):
+                    self._known.setdefault(record["image"].tobytes(), []).append((tokens, record))
+                self._read[path] = whole
 
     @classmethod
     def open(cls, root: Path, backbone: Backbone, weights: str) -> VisionCache:
@@ -87,7 +90,7 @@ class VisionCache:
         Args:
             root: cache folder; created if it is missing.
             backbone: the loaded backbone.
-            weights: the hash of its weights (`lora.backbone_hash`).
+            weights: the hash of its weights (`model_files.backbone_hash`).
 
         Raises:
             OSError: the folder cannot be made.
@@ -130,8 +133,8 @@ class VisionCache:
         for path, record in self._known.get(key, ()):
             tokens, layers = int(record["tokens"]), int(record["layers"])
             size = layers * tokens * self.dim * self.dtype.itemsize
-            content = self._bytes(path, int(record["offset"]), size)
-            if content is not None and zlib.crc32(content) == record["checksum"]:
+            content = _part_of(path, int(record["offset"]), size)
+            if content is not None and self._checksum(record, content) == record["checksum"]:
                 values = torch.frombuffer(content, dtype=self.dtype).view(layers, tokens, self.dim)
                 grid = torch.from_numpy(record["grid"].astype(np.int64)) if record["grid"].any() else None
                 return ImageFeatures(values[0], tuple(values[1:]), grid)
@@ -144,12 +147,14 @@ class VisionCache:
             OSError: the disk is full or fails; none of these images is kept.
         """
         records = np.zeros(len(keys), _RECORD)
-        before = self._segment.stat().st_size if self._segment.exists() else 0
+        files = (self._segment.with_suffix(".index"), self._segment)
+        before = [file.stat().st_size if file.exists() else 0 for file in files]
         try:
             self._write(records, keys, features)
         except OSError:
-            with suppress(OSError):
-                os.truncate(self._segment, before)
+            for file, size in zip(files, before, strict=True):
+                with suppress(OSError):
+                    os.truncate(file, size)
             raise
         for record, key in zip(records, keys, strict=True):
             self._known.setdefault(key, []).append((self._segment, record))
@@ -162,19 +167,28 @@ class VisionCache:
                 record["image"], record["offset"] = np.void(key), tokens.tell()
                 record["tokens"], record["layers"] = len(feature.tokens), len(layers)
                 record["grid"] = 0 if feature.grid is None else feature.grid.numpy()
-                record["checksum"] = zlib.crc32(content)
+                record["checksum"] = self._checksum(record, content)
                 tokens.write(content)
         with self._segment.with_suffix(".index").open("ab") as index:  # after the tokens: no record lacks them
             index.write(records.tobytes())
 
-    def _bytes(self, path: Path, start: int, size: int) -> bytearray | None:
-        """Return a copy of part of a segment, or None if the segment is shorter than its index says."""
-        mapped = self._maps.get(path)
-        if mapped is None or len(mapped) < start + size:  # it has grown since
-            if not path.is_file() or path.stat().st_size < start + size:
-                return None
-            mapped = self._maps[path] = np.memmap(path, np.uint8, "r")
-        return bytearray(mapped[start : start + size])
+    def _checksum(self, record: np.void, content: bytes | bytearray) -> int:
+        about = b"".join(record[name].tobytes() for name in _RECORD.names or () if name != "checksum")
+        return zlib.crc32(content, zlib.crc32(about, zlib.crc32(self.folder.name.encode())))
+
+
+def _part_of(path: Path, start: int, size: int) -> bytearray | None:
+    """Return part of a segment, or None if the segment is shorter than its index says."""
+    try:
+        if path.stat().st_size < start + size:  # before the memory is asked for: a damaged record may name any size
+            return None
+        content = bytearray(size)
+        # not mapped: a file that is cut short while it is mapped ends the process
+        with path.open("rb") as file:
+            file.seek(start)
+            return content if file.readinto(content) == size else None
+    except OSError:
+        return None
 
 
 def _bytes_of(values: Tensor) -> bytes:

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ArtifactError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
 _PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
+_LOOKED_FOR = 1000  # images, before the folder counts as that of another catalogue
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,19 @@ class Histories:
 class Dataset:
     """A prepared dataset: items, leave-one-out sequences, stored candidates.
 
-    Items are addressed by their row in `items.parquet` (int32) inside the program and by `item_id` in every file.
+    Items are addressed by their row (int32) inside the program and by `item_id` in every file. A row is that of
+    `items.parquet`; of `warm()`, it is the position among the items with an interaction.
+
+    Args:
+        path: the dataset folder.
+        images: where the images are now. Default: where `dataset.json` says.
+        cold_items: whether items without an interaction are among the items.
     """
 
-    def __init__(self, path: Location | str) -> None:
+    def __init__(self, path: Location | str, images: Location | str | None = None, cold_items: bool = True) -> None:
         self.path = location(path)
+        self._images = None if images is None else location(images).resolve()
+        self._cold_items = cold_items
         # an object store has no folders: reading dataset.json shows whether this is one
         if isinstance(self.path, Path) and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
@@ -64,9 +73,16 @@ class Dataset:
                 "install a newer vlm2rec, or prepare again with this one",
             )
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Location]]:
-        """Pickle the path only: the data in memory may be large, so another process reads the folder itself."""
-        return Dataset, (self.path,)
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Location, Location | None, bool]]:
+        """Pickle the arguments only: the data in memory may be large, so another process reads the folder itself."""
+        return Dataset, (self.path, self._images, self._cold_items)
+
+    def warm(self) -> Dataset:
+        """Return the dataset with the items that have an interaction: what is trained on and ranked.
+
+        `prepare` keeps cold items, so that they get vectors. A folder without any is its own answer.
+        """
+        return Dataset(self.path, self._images, cold_items=False) if self.meta.get("cold_items") else self
 
     def _setting(self, key: str) -> Any:
         if key not in self.meta:
@@ -96,15 +112,61 @@ class Dataset:
 
     @property
     def image_root(self) -> Location:
-        """Folder that `image_path` is relative to."""
-        root = str(self._setting("image_root"))
-        if isinstance(self.path, StorePath) and Path(root).is_absolute():
-            return Path(root).resolve()  # the items are in an object store, their images on this machine
-        return (self.path / root).resolve()
+        """Folder that `image_path` is relative to.
+
+        Raises:
+            DataError: the dataset has no images.
+        """
+        if self._images is not None:
+            return self._images
+        root = self._setting("image_root")
+        if root is None:
+            raise DataError(
+                f"{self.path} was prepared without images",
+                "images, as these settings read them",
+                "use --views text, or run `vlm2rec prepare --images` into a new folder",
+            )
+        if isinstance(self.path, StorePath) and Path(str(root)).is_absolute():
+            return Path(str(root)).resolve()  # the items are in an object store, their images on this machine
+        return (self.path / str(root)).resolve()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the dataset was prepared with images; they need not be there now."""
+        return self.meta.get("image_root") is not None
+
+    def require_images(self) -> None:
+        """Raise `DataError` unless the images are there: the root is a folder, and holds some item's file.
+
+        A disk that is not mounted leaves an empty folder. Without this, every item would fail, one by one.
+        """
+        root = self.image_root
+        named = [path for path in self.image_paths if path]
+        if not named:
+            raise DataError(
+                f"no item of {self.path} has an image",
+                "images, as these settings read them",
+                "use --views text, or run `vlm2rec prepare --images` into a new folder",
+            )
+        try:
+            if not root.is_dir():
+                found = f"is {'not a folder' if root.exists() else 'missing'}"
+            elif any(_is_there(root, path) for path in named[:: max(1, len(named) // _LOOKED_FOR)]):
+                return
+            else:
+                found = f"holds none of the images, such as {', '.join(named[:3])}"
+        except OSError as error:
+            found = f"cannot be read ({error.strerror or error})"
+        raise DataError(
+            f"the folder of the images, {root}, {found}",
+            f"the images of {self.path}",
+            "mount the folder or move it back, or name its new place with --images",
+        )
 
     @cached_property
     def items(self) -> pa.Table:
         """`items.parquet`: item_id, title, image_path, and any other columns of the catalogue."""
+        self.__dict__["items_version"] = self.version_now()
         table = schema.read_table(self.path / schema.ITEMS_FILE, fix=_PREPARE_AGAIN)
         schema.require_columns(
             table.column_names,
@@ -112,7 +174,31 @@ class Dataset:
             schema.ITEMS_FILE,
             _PREPARE_AGAIN,
         )
-        return table
+        return table if self._cold_items else table.filter(self._is_warm(table[schema.ITEM_ID]))
+
+    def _is_warm(self, item_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Return which items have an interaction."""
+        train = self.sequences[schema.TRAIN]
+        held_out = (self.sequences[schema.VALID], self.sequences[schema.TEST])
+        seen = [pc.unique(column.cast(pa.string())) for column in (pc.list_flatten(train), *held_out)]
+        return pc.is_in(item_ids.cast(pa.string()), value_set=pc.unique(pa.concat_arrays(seen)))
+
+    @cached_property
+    def items_version(self) -> list[int]:
+        """What `version_now` returned when `items` was read."""
+        return self.version_now()
+
+    def version_now(self) -> list[int]:
+        """Return size, time and number of the files that describe the items; without reading them."""
+        found: list[int] = []
+        for name in (schema.ITEMS_FILE, schema.DATASET_FILE):
+            try:
+                stat = (self.path / name).stat()
+            except OSError:
+                found.append(-1)
+            else:
+                found += [stat.st_size, stat.st_mtime_ns, getattr(stat, "st_ino", 0)]
+        return found
 
     @cached_property
     def sequences(self) -> pa.Table:
@@ -134,7 +220,7 @@ class Dataset:
 
     @cached_property
     def image_paths(self) -> list[str]:
-        """Image paths below `image_root`, in the order of `items.parquet`."""
+        """Image paths below `image_root`, in the order of the items; None for an item without an image."""
         return self.items[schema.IMAGE_PATH].to_pylist()
 
     @property
@@ -172,6 +258,13 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
         """All training sequences as (rows, offsets)."""
+        kind = self.sequences.schema.field(schema.TRAIN).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise ArtifactError(
+                f"column {schema.TRAIN!r} of {self.path / schema.SEQUENCES_FILE} holds {kind}",
+                "a list of item ids for each user",
+                _PREPARE_AGAIN,
+            )
         lists = self.sequences[schema.TRAIN].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
         rows = self.rows_of(lists.values)
@@ -256,6 +349,16 @@ class Dataset:
         if not pa.types.is_dictionary(ids.type):
             return self.rows_of(ids)
         return self.rows_of(ids.dictionary)[ids.indices.to_numpy(zero_copy_only=False)]
+
+
+def _is_there(root: Location, path: str) -> bool:
+    """Tell whether there is a file of that name below the root; whether it can be read is found out when it is."""
+    if path.startswith("/") or ".." in path.split("/"):
+        return False
+    try:
+        return (root / path).is_file()
+    except ValueError:  # a NUL character
+        return False
 
 
 def dataset_of_export(embeddings: Location, manifest: Mapping[str, Any]) -> tuple[Dataset | None, str]:

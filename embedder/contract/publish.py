@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import glob
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from vlm2rec.embedder.contract import process
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location, StorePath, sha256_file
 
@@ -62,24 +64,21 @@ def require_ours(
 
 # --- temporary names ------------------------------------------------------------------------------------------
 def temporary_name(name: str, ending: str = "tmp") -> str:
-    """Return the hidden name under which this process writes `name` before the rename; it contains the process id."""
-    return f".{name}.{os.getpid()}.{ending}"
+    """Return a hidden name under which this process may write `name` before the rename.
+
+    It names host, boot, process and a random part: no two writers ever have the same, wherever they run.
+    """
+    return f".{name}.{process.token()}.{ending}"
+
+
+def writer_of(temporary: str) -> process.Process | None:
+    """Return the process that a temporary name names; None if it is not one that `temporary_name` made."""
+    return process.process_of_token(temporary.split(".")[-2]) if temporary.count(".") > 1 else None
 
 
 def is_temporary(name: str, *of: str) -> bool:
     """Tell whether a file name is the temporary name of a file whose name is, or begins with, one of these."""
     return name.startswith(tuple(f".{final}" for final in of)) and name.endswith(".tmp")
-
-
-def process_runs(number: int | str) -> bool:
-    """Tell whether a process with this id runs on this machine, as far as this process can see."""
-    try:
-        os.kill(int(number), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:  # it belongs to another user
-        return True
-    return True
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -88,19 +87,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder beside `out`; at the end it is flushed and replaces `out`, after an error it is removed.
 
     The folder is made before the work starts. An old `out` stays until it is replaced, in one step where the system
-    can do that. Folders that killed processes left beside `out` are removed.
+    can do that. Folders that killed processes of this machine left beside `out` are removed.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    owner = f"{out.name}.{socket.gethostname()}"
-    folder = out.with_name(temporary_name(owner, "building"))
+    folder = out.with_name(temporary_name(out.name, "building"))
     with plain_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{owner}.*.building"):
-            if not process_runs(left.name.split(".")[-2]):
-                shutil.rmtree(left, ignore_errors=True)
-        folder.mkdir()
+        with _held(out.parent):  # so that nobody finds a new folder without its lock
+            for left in out.parent.glob(f".{glob.escape(out.name)}.*.building"):
+                if _is_abandoned(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder.mkdir()
+            held = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield folder
         with plain_disk_errors(out):
@@ -110,7 +112,45 @@ def whole_folder(out: Path) -> Iterator[Path]:
                     sync(path)
             _replace_folder(folder, out)
     finally:
+        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock of a folder, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Tell whether the process that built a folder has ended for certain.
+
+    A process of another container cannot be seen. If it runs on the same kernel, the kernel knows its lock.
+    """
+    writer = writer_of(folder.name)
+    if writer is None or writer.lives():
+        return False
+    if writer.has_ended():
+        return True
+    if not writer.is_of_this_boot():
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 @contextmanager
@@ -198,7 +238,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         yield temporary
-        temporary.chmod(mode)
+        if temporary.stat().st_mode & 0o777 != mode:
+            temporary.chmod(mode)
         sync(temporary)
         put_in_place(temporary, path)
 
@@ -249,7 +290,7 @@ def put_in_place(temporary: Path, path: Location, sha256: str | None = None) -> 
 def discard(path: Path) -> None:
     """Remove a file and its left-over temporary files, in a folder that only one process at a time writes."""
     path.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 

@@ -57,6 +57,7 @@ STATUS = "status"
 ERROR = "error"
 INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
 MANIFEST_FILE = "manifest.json"
+MADE_WITH = "made_with"  # in a manifest: names and origin of backbone and adapter, which decide no vector
 
 STATUS_OK = "ok"  # every requested view is there
 STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit

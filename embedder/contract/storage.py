@@ -200,6 +200,32 @@ class StorePath:
                     raise
         return True
 
+    def replace(self, old: bytes, new: bytes) -> bool:
+        """Write an object if its content is still `old`, and tell whether that happened.
+
+        If several processes try at once, one succeeds where the store honours `If-Match`; elsewhere all of them do that
+        have seen the same content, and the last object stays.
+        """
+        try:
+            version = (self._info() or {}).get("ETag") if self.scheme == "s3" else None
+            if self.read_bytes() != old:
+                return False
+            condition = {"IfMatch": version} if version else {}
+            with _as_os_errors():
+                try:
+                    self._store.pipe_file(self.key, new, **condition)
+                except FileNotFoundError:
+                    return False
+                except OSError as error:
+                    if condition and self.read_bytes() != old:  # stores report a failed condition differently
+                        return False
+                    if error.errno != errno.ENOSYS:
+                        raise
+                    self._store.pipe_file(self.key, new)  # the store has no conditional writes
+        except FileNotFoundError:
+            return False
+        return True
+
     def upload(self, file: Path) -> None:
         """Write a local file's content as an object, replacing an existing one."""
         with _as_os_errors():

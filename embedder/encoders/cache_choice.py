@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm2rec.embedder.backbones.image_readers import Readers
 from vlm2rec.embedder.backbones.images import ImageError, size_of
-from vlm2rec.embedder.backbones.lora import backbone_hash
+from vlm2rec.embedder.backbones.model_files import backbone_hash
 from vlm2rec.embedder.backbones.vision_cache import VisionCache
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset

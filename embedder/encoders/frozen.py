@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from vlm2rec.embedder.backbones import lora
-from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet_if
+from vlm2rec.embedder.backbones import model_files
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet
 from vlm2rec.embedder.backbones.families import neutralise, read_model_config
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.contract import schema
@@ -38,6 +38,7 @@ CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
     "siglip2": "max_length",
 }
 IMAGES_AT_ONCE = 32
+DENSE_FILES = ("config.json", "model.safetensors")
 _LONGEST_TITLE = 512  # tokens, if the tokenizer has no limit
 _POSITIONS_FROM_TWO = ("RobertaModel", "XLMRobertaModel", "CamembertModel", "MPNetModel")  # 0 and 1 are for padding
 
@@ -90,10 +91,11 @@ def frozen_fingerprint(
     config = read_model_config(inner)
     common = {
         "source": found,
-        "encoder": encoder.resolve().name,
-        "encoder_hash": lora.backbone_hash(str(inner), None),
+        "encoder_hash": model_files.backbone_hash(inner),
+        "processor_hash": model_files.processor_hash(inner),
         "model_type": config["model_type"],
         "dtype": str(_pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
+        schema.MADE_WITH: {"encoder": encoder.resolve().name},
     }
     if found == "clip":
         if pooling != "auto":
@@ -107,7 +109,7 @@ def frozen_fingerprint(
         "views": [schema.FUSED, schema.TEXT],
         "modules": list(modules.names),
         "pooling": list(modules.pooling),
-        "dense": [lora.backbone_hash(str(layer), None) for layer in modules.dense],
+        "dense": [model_files.files_hash(layer, [layer / name for name in DENSE_FILES]) for layer in modules.dense],
         "normalise": modules.normalise,
         "lower_case": modules.lower_case,
         "max_tokens": modules.max_tokens,
@@ -203,9 +205,10 @@ def load_frozen(
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    model_files.checked_weights(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with quiet_if(True):
+        with quiet():
             model, info = AutoModel.from_pretrained(
                 folder,
                 dtype=dtype,

@@ -21,6 +21,7 @@ from vlm2rec.embedder.backbones import lora, modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
 from vlm2rec.embedder.backbones.images import ImageError, open_image
+from vlm2rec.embedder.backbones.model_files import locate
 from vlm2rec.embedder.backbones.packing import IndependentRows
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
@@ -97,12 +98,11 @@ class ItemEncoder:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
             ConfigError: a setting contradicts the adapter's, or a text model is asked for images.
         """
-        backbone, adapter = str(backbone), None if adapter is None else Path(adapter)
+        files, adapter = locate(backbone, revision), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
-        provenance = fingerprint_of(backbone, adapter, revision=revision, dtype=dtype, device=device, **given)
+        provenance = fingerprint_of(files, adapter, dtype=dtype, device=device, **given)
         model = Backbone.load(
-            backbone,
-            revision=revision,
+            files,
             prompt_mode=settings.prompt_mode,
             max_pixels=settings.max_pixels,
             max_title_tokens=settings.max_title_tokens,
@@ -112,7 +112,8 @@ class ItemEncoder:
         )
         model.share_prefixes()
         encoder = cls(model, settings, provenance, token_budget)
-        choices = {**given, "revision": revision, "dtype": dtype, "device": device, "token_budget": token_budget}
+        # the commit: a branch may have moved when another process loads the same
+        choices = {**given, "revision": files.commit, "dtype": dtype, "device": device, "token_budget": token_budget}
         encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
             canary = lora.read_canary(adapter)

@@ -65,6 +65,7 @@ class ItemFeatures:
         try:
             return self._encoder.open_image(self._dataset.image_root, self._dataset.image_paths[row])
         except ImageError as error:
+            self._dataset.require_images()  # the disk may be gone: white pictures would teach nothing
             self.unreadable[self._dataset.item_ids[row]] = str(error)
             return Image.new("RGB", (112, 112), "white")
 

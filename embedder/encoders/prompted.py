@@ -19,6 +19,7 @@ from PIL import Image
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.devices import batches_by_tokens
 from vlm2rec.embedder.backbones.families import TextProcessor, load_processor
+from vlm2rec.embedder.backbones.model_files import Source, locate
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
@@ -57,9 +58,9 @@ class PromptedEncoder:
             ModelError: the backbone cannot be loaded.
             ConfigError: as `prompted_fingerprint`.
         """
+        files = locate(backbone, revision)
         settings = prompted_fingerprint(
-            backbone,
-            revision=revision,
+            files,
             instruction=instruction,
             prompt_mode=prompt_mode,
             max_pixels=max_pixels,
@@ -68,8 +69,7 @@ class PromptedEncoder:
             device=device,
         )
         model = Backbone.load(
-            backbone,
-            revision=revision,
+            files,
             prompt_mode=settings["prompt_mode"],
             max_pixels=max_pixels,
             max_title_tokens=max_title_tokens,
@@ -103,7 +103,7 @@ class PromptedEncoder:
 
 
 def prompted_fingerprint(
-    backbone: str,
+    backbone: Source,
     *,
     revision: str | None = None,
     instruction: str | None = None,
@@ -130,10 +130,11 @@ def prompted_fingerprint(
         ModelError: the backbone's files cannot be read.
     """
     full_question = DEFAULT_QUESTION if instruction is None else instruction.strip()
-    processor = load_processor(backbone, revision, max_pixels)
+    files = locate(backbone, revision)
+    processor = load_processor(files, None, max_pixels)
     if isinstance(processor, TextProcessor):
         raise ConfigError(
-            f"{backbone} is a text model ({processor.family.model_type})",
+            f"{files.source} is a text model ({processor.family.model_type})",
             "a vision-language model: the question is about an item's image and title",
             "choose another --backbone",
         )
@@ -144,10 +145,9 @@ def prompted_fingerprint(
     by_template: PromptMode = "chat" if processor.chat_template else "raw"
     mode: PromptMode = by_template if prompt_mode == "auto" else prompt_mode
     if mode == "chat" and not processor.chat_template:
-        raise ConfigError(f"{backbone} has no chat template", "a model with one", "use --prompt-mode raw")
+        raise ConfigError(f"{files.source} has no chat template", "a model with one", "use --prompt-mode raw")
     settings = fingerprint_of(
-        backbone,
-        revision=revision,
+        files,
         dtype=dtype,
         device=device,
         fusion="internal",

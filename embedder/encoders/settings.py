@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args, get_type_hints
 
 from transformers import AutoConfig
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.backbones import lora, model_files
+from vlm2rec.embedder.backbones.backbone import UNLOADABLE
 from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 from vlm2rec.embedder.backbones.families import load_processor, read_model_config
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import (
     DeviceName,
     DtypeName,
@@ -25,6 +26,8 @@ from vlm2rec.embedder.options import (
     PromptStyle,
     ViewChoice,
 )
+
+_LARGEST = 2**31  # of a number in an adapter's settings
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,18 @@ class EncoderSettings:
     def of_adapter(cls, stored: Mapping[str, Any]) -> EncoderSettings:
         """Return the settings of an adapter, from `encoder` of its `vlm2rec.json`."""
         names = {schema.stored_name(field.name): field.name for field in fields(cls)}
-        return cls(**{names.get(key, key): value for key, value in stored.items()})
+        known = {names.get(key, key): value for key, value in stored.items()}
+        hints = get_type_hints(cls)
+        for name, value in known.items():
+            choices = get_args(hints.get(name))
+            fits = value in choices if choices else type(value) is int and 0 < value <= _LARGEST
+            if name not in hints or not fits:
+                raise ModelError(
+                    f"the adapter was trained with {name} = {str(value)[:80]!r}",
+                    f"one of {', '.join(choices)}" if choices else "settings that this version knows",
+                    "install a newer vlm2rec, or fine-tune again",
+                )
+        return cls(**known)
 
     def stored(self) -> dict[str, Any]:
         """Return the settings under the keys that folders use."""
@@ -122,7 +136,7 @@ class GivenSettings(TypedDict, total=False):
 
 
 def fingerprint_of(
-    backbone: str,
+    backbone: model_files.Source,
     adapter: Path | None = None,
     *,
     revision: str | None = None,
@@ -132,17 +146,19 @@ def fingerprint_of(
 ) -> dict[str, Any]:
     """Return what `ItemEncoder.load(...).fingerprint` will be, from config files alone: no weights are read.
 
-    Two encoders with equal settings give equal vectors up to float noise.
+    Two encoders with equal settings give equal vectors up to float noise. The key `MADE_WITH` holds what decides no
+    vector, and is kept apart in a manifest: the names of backbone and adapter, and what the adapter learned from.
 
     Raises:
         ModelError, ConfigError: as `ItemEncoder.load`, as far as it can be known without the weights.
     """
     settings = EncoderSettings.resolve(adapter, **given)
     processor = load_processor(backbone, revision, settings.max_pixels)
-    model_type = read_model_config(backbone, revision)["model_type"]
+    files = model_files.locate(backbone, revision)
+    model_type = read_model_config(files)["model_type"]
     if processor.family.text_only and settings.views != schema.TEXT:
         raise ConfigError(
-            f"{backbone} is a text model ({model_type}), and --views {settings.views} needs one that takes images",
+            f"{files.source} is a text model ({model_type}), and --views {settings.views} needs one that takes images",
             "--views text with a text model",
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
@@ -150,14 +166,26 @@ def fingerprint_of(
     if settings.prompt_style == EncoderSettings.prompt_style:  # so that exports from before this setting can continue
         del decisive[schema.stored_name("prompt_style")]
     return {
-        "backbone": backbone if not Path(backbone).is_dir() else Path(backbone).resolve().name,
-        "revision": revision,
-        "backbone_hash": lora.backbone_hash(backbone, revision),
+        "backbone_hash": model_files.backbone_hash(files),
+        "processor_hash": model_files.processor_hash(files),
         "model_type": model_type,
         "adapter": None if adapter is None else lora.adapter_hash(adapter),
+        **({} if adapter is None else {"adapter_scale": lora.scale_of(adapter)}),
         "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.prompt_style),
-        "dim": int(AutoConfig.from_pretrained(backbone, revision=revision or "main").get_text_config().hidden_size),
+        "dim": int(_text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,
         "views": list(settings.columns),  # the columns, not the setting's one word, because readers need columns
+        schema.MADE_WITH: files.described | ({} if adapter is None else {"adapter": lora.described(adapter)}),
     }
+
+
+def _text_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except UNLOADABLE as error:
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be used ({model_files.first_line(error)})",
+            "the config of a supported model",
+            "download the model folder again",
+        ) from error

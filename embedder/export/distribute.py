@@ -19,13 +19,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError, Vlm2RecError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.lock import Share
+from vlm2rec.embedder.export.lock import Hold, Share
 from vlm2rec.embedder.export.plan import Plan
 from vlm2rec.embedder.export.processes import end_with_parent, environment, keep_freed_memory, shared_cores
 from vlm2rec.embedder.export.reuse import EarlierRows
@@ -104,12 +105,23 @@ class Job:
     settings: Mapping[str, Any]
     earlier: EarlierRows | None
     image_timeout: float
+    hold: Hold
 
     def maker(self) -> ShardMaker:
         """Return what makes the shards; call it in the process that makes them."""
         keep_freed_memory()
         load = functools.partial(load_same, self.load_encoder, self.settings)
         return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
+
+    def publish(self, number: int, table: pa.Table, seconds: float) -> shards.Shard:
+        """Publish a shard, if the folder is still that of this export; return its record.
+
+        Raises:
+            ArtifactError: as `Hold.require`, `shards.require_same_plan` and `shards.publish_shard`.
+        """
+        self.hold.require()
+        shards.require_same_plan(self.out, self.plan)
+        return shards.publish_shard(self.out, self.plan, number, table, seconds)
 
 
 class Engine(Protocol):
@@ -119,10 +131,10 @@ class Engine(Protocol):
         """Yield the number and the record of each shard once it is published."""
 
 
-def _make(maker: ShardMaker, out: Location, number: int, reuse_rows: np.ndarray) -> shards.Shard:
+def _make(maker: ShardMaker, job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     started = time.perf_counter()
     table = maker.shard(number, reuse_rows, lambda count: None)
-    return shards.publish_shard(out, maker.plan, number, table, time.perf_counter() - started)
+    return job.publish(number, table, time.perf_counter() - started)
 
 
 # --- processes of this machine ------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ def _serve(pipe: Connection, job: Job) -> None:
         maker = job.maker()
         while True:
             number, reuse_rows = pipe.recv()
-            pipe.send(_make(maker, job.out, number, reuse_rows))
+            pipe.send(_make(maker, job, number, reuse_rows))
     except (EOFError, KeyboardInterrupt):
         return
     except Vlm2RecError as error:
@@ -318,8 +330,8 @@ _makers: dict[str, ShardMaker] = {}
 
 def _make_on_a_node(job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     """Make a shard in a Ray worker process, which keeps the model for its next shard."""
-    key = f"{job.out} {job.plan.fingerprint}"
+    key = f"{job.out} {job.plan.identity} {job.hold.writer}"
     if key not in _makers:
         _makers.clear()
         _makers[key] = job.maker()
-    return _make(_makers[key], job.out, number, reuse_rows)
+    return _make(_makers[key], job, number, reuse_rows)

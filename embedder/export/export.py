@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.strategies import item_text
 from vlm2rec.embedder.export import shards
@@ -62,12 +62,14 @@ def export(
     """
     plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
     with writing(out, distribution.share) as hold:
-        finished = shards.begin(out, plan, reuse.revises, distribution.share)
-        earlier = open_earlier_rows(out, plan, finished, reuse)
-        work = plan_work(plan, shards.shards_of(plan, distribution.share), finished, earlier, reuse)
+        found = shards.begin(out, plan, reuse.revises, distribution.share, reuse.retry_failed)
+        finished = found.finished
+        earlier = open_earlier_rows(out, plan, found, reuse)
+        work = plan_work(plan, shards.shards_of(plan, distribution.share), found, earlier)
+        finished |= shards.confirm(out, plan, {n: shard for n, shard in found.earlier.items() if n not in work})
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
-            job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout)
+            job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout, hold)
             try:
                 _publish_all(job, work, finished, distribution, reporter)
             except (KeyboardInterrupt, SystemExit):
@@ -78,16 +80,15 @@ def export(
                 raise
         elif (out / schema.MANIFEST_FILE).exists():
             reporter.say(f"{out} is already complete")
-        if distribution.share is not None:
-            finished |= shards.recorded_shards(out, plan)
-            if not (out / schema.MANIFEST_FILE).exists() and (missing := len(plan) - len(finished)):
-                reporter.say(
-                    f"worker {distribution.worker} of {distribution.num_workers} has made its shards;"
-                    f" other workers still have {missing} of {len(plan)} to make, and the last one completes the folder"
-                )
-                return None
         hold.require()
-        return shards.finish(out, plan, finished, dataset.path)
+        manifest = shards.finish(out, plan, finished, dataset.path, distribution.share)
+        if manifest is None:
+            missing = len(plan) - len(shards.recorded_shards(out, plan))
+            reporter.say(
+                f"worker {distribution.worker} of {distribution.num_workers} has made its shards;"
+                f" other workers still have {missing} of {len(plan)} to make, and the last one completes the folder"
+            )
+        return manifest
 
 
 def plan_export(
@@ -105,6 +106,7 @@ def plan_export(
 
     Raises:
         ConfigError: the image policy needs a text vector, which these settings do not make.
+        DataError: these settings read images, and the dataset has none or their folder is not there.
         ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
@@ -115,11 +117,14 @@ def plan_export(
             "choose one of the two, or external fusion of both views",
         )
     modalities = schema.modalities_of(settings["views"])
+    if schema.IMAGE in modalities:
+        dataset.require_images()
+        _tell_items_without_images(dataset, on_image_error, reporter)
     inputs = read_inputs(
         dataset.item_ids,
         [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
         dataset.image_paths,
-        dataset.image_root,
+        dataset.image_root if schema.IMAGE in modalities else None,
         images_by,
         modalities,
     )
@@ -129,7 +134,23 @@ def plan_export(
         reporter.say(f"category column: {dataset.category_column or 'none in this catalogue'}")
     if reuse.revises:
         require_same_start(out, inputs, reuse)
-    return plan_shards(dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out))
+    return plan_shards(
+        dataset.item_ids, shard_size, {**settings, **choices}, inputs, shards.rows_of_shards(out), dataset.items_version
+    )
+
+
+def _tell_items_without_images(dataset: Dataset, policy: ImagePolicy, reporter: Reporter) -> None:
+    """Say what becomes of items that were prepared without an image; with the policy `fail`, refuse them."""
+    without = [row for row, path in enumerate(dataset.image_paths) if not path]
+    if not without:
+        return
+    shown = ", ".join(repr(dataset.item_ids[row]) for row in without[:3])
+    found = f"{len(without):,} of {len(dataset.item_ids):,} items have no image, such as {shown}"
+    if policy == "fail":
+        raise DataError(found, "an image of every item", "choose --on-image-error text_only or null, or --views text")
+    outcome = "they get their text vector" if policy == "text_only" else "they get no vector"
+    advice = "" if policy == "text_only" else "; --on-image-error text_only gives them their text vector"
+    reporter.say(f"{found}: {outcome}{advice}", warning=policy != "text_only")
 
 
 def _publish_all(
@@ -139,7 +160,7 @@ def _publish_all(
     engine = distribution.engine_to_use
     if engine is None:
         with closing(job.maker()) as make:
-            _publish_here(make, job.out, work, finished, reporter)
+            _publish_here(make, job, work, finished, reporter)
         return
     begun = time.perf_counter()
     with reporter.progress("encoding items", sum(map(len, work.values()))) as advance:
@@ -152,7 +173,7 @@ def _publish_all(
 
 
 def _publish_here(
-    make: ShardMaker, out: Location, work: Work, finished: dict[int, shards.Shard], reporter: Reporter
+    make: ShardMaker, job: Job, work: Work, finished: dict[int, shards.Shard], reporter: Reporter
 ) -> None:
     """Encode each shard while a thread writes the previous one.
 
@@ -172,7 +193,7 @@ def _publish_here(
         try:
             for number, table, seconds in _encoded_shards(make, work, reporter):
                 wait_for_writer()
-                in_writing = number, writer.submit(shards.publish_shard, out, make.plan, number, table, seconds)
+                in_writing = number, writer.submit(job.publish, number, table, seconds)
         finally:
             wait_for_writer()
     total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited

@@ -1,7 +1,10 @@
-"""One writer at a time for an output folder, or several with different shards, across processes and hosts.
+"""One writer at a time for an output folder, or several with different shards, across processes, containers and hosts.
 
-On a disk the lock is the kernel's; a writer also gives signs of life, for hosts whose kernel does not see its lock. An
-object store has no locks. There the lock is an object: created only if there is none, and rewritten as a sign of life.
+A lock is a file, or an object of a store, that names its writer. On a disk the writer also holds the kernel's lock of
+it; a store creates an object only if there is none. A lock is taken over when its writer is dead for certain: the
+process has ended, as its own machine and container can see, or its kernel has released the lock. Where neither can
+be seen, the lock is watched: each writer changes it every few seconds as a sign of life, and a lock that does not
+change for two minutes, by the clock of the one who watches, is that of a dead writer. No two clocks are compared.
 """
 
 from __future__ import annotations
@@ -11,24 +14,28 @@ import json
 import logging
 import os
 import re
-import socket
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm2rec.embedder.contract.errors import ArtifactError
-from vlm2rec.embedder.contract.publish import process_runs, require_folder, temporary_name
+from vlm2rec.embedder.contract.process import process_of, this_process, token
+from vlm2rec.embedder.contract.publish import require_folder
 from vlm2rec.embedder.contract.storage import Location, StorePath
 
 LOCK_FILE = "export.lock"
+TURN_FILE = "export.turn.lock"  # held by the one of several workers that begins or finishes the folder
 _OF_A_WORKER = re.compile(r"export\.worker-(\d+)-of-(\d+)\.lock")
 BEAT = 15.0  # seconds between two signs of life
-SILENCE = 120.0  # seconds; a writer on another host counts as dead after so long without one
-SETTLE = 2.0  # seconds to wait until two writers that take over the same lock object notice each other
+SILENCE = 120.0  # seconds; a writer that cannot be seen counts as dead when its lock was watched so long in vain
+SETTLE = (
+    2.0  # seconds to wait until two writers that take over the same lock notice each other, where nothing else tells
+)
+_LOOK = (0.1, 5.0)  # seconds between two looks at a lock: first, and at most
 
 logger = logging.getLogger(__name__)
 
@@ -47,163 +54,289 @@ class Share(NamedTuple):
 
 def is_lock(name: str) -> bool:
     """Tell whether a file name is that of a writer's lock."""
-    return name == LOCK_FILE or _OF_A_WORKER.fullmatch(name) is not None
+    return name in (LOCK_FILE, TURN_FILE) or _OF_A_WORKER.fullmatch(name) is not None
 
 
 def _is_rival(name: str, share: Share | None) -> bool:
     """Tell whether a file name is the lock of another writer that may make the same shards."""
     division = _OF_A_WORKER.fullmatch(name)
-    own = name == (share.lock_file if share else LOCK_FILE)
+    own = name in (share.lock_file if share else LOCK_FILE, TURN_FILE)
     return is_lock(name) and not own and not (share and division and int(division[2]) == share.workers)
 
 
+@dataclass(frozen=True)
 class Hold:
-    """A writer's lock on a folder, while it writes there."""
+    """A writer's lock on a folder, while it writes there. It can be pickled: the writer's helpers check it, too."""
 
-    def __init__(self, folder: Location, is_ours: Callable[[], bool] = lambda: True) -> None:
-        self._folder, self._is_ours = folder, is_ours
+    path: Location  # of the lock
+    writer: str  # whose name it bears
 
     def require(self) -> None:
         """Raise `ArtifactError` if another writer took the folder over, as can happen after a long suspension."""
-        if not self._is_ours():
+        with _reported(self.path.parent):
+            found = _owner_of(self.path)
+        if found.get("writer") != self.writer:
             raise ArtifactError(
-                f"another writer has taken {self._folder} over, as this one gave no sign of life for too long",
+                f"another writer has taken {self.path.parent} over, as this one gave no sign of life for too long",
                 "one writer at a time",
                 "wait until the other one ends; then run the same command again: it checks what is there",
             )
-
-
-def is_writing(temporary: Location) -> bool:
-    """Tell whether a process may still be writing a temporary file; the name contains the process id."""
-    if process_runs(temporary.name.split(".")[-2]):
-        return True
-    try:
-        hosts = [_text_of(path) for path in temporary.parent.iterdir() if is_lock(path.name)]
-        if all(socket.gethostname() in text for text in hosts):
-            return False
-        return time.time() - temporary.stat().st_mtime < SILENCE  # a process on another host cannot be seen
-    except OSError:
-        return False
-
-
-def _text_of(path: Location) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return socket.gethostname()  # the lock has just gone: no sign of another host
 
 
 @contextmanager
 def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
     """Make `folder` if needed and lock it for one writer; the lock of a dead writer is taken over.
 
-    A writer on this host is dead when its process has ended. A writer on another host is dead when it has given no
-    sign of life for two minutes. Writers with different shares and the same number of workers write together.
+    Writers with different shares and the same number of workers write together. It waits up to two minutes where it
+    cannot see whether the writer of a lock is alive.
 
     Raises:
         ArtifactError: not a folder, not writable, or another writer holds it.
     """
-    if isinstance(folder, StorePath):
-        with _writing_objects(folder, share) as hold:
-            yield hold
-        return
-    path = folder / (share.lock_file if share else LOCK_FILE)
     require_folder(folder, ArtifactError)
-    made = not folder.exists()
+    made = isinstance(folder, Path) and not folder.exists()
+    with _reported(folder):
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} cannot be written ({error.strerror})",
-            "a folder, or a path where one can be made",
-            "choose another --out, or change its permissions",
-        ) from None
-    ended = threading.Event()
-    try:
-        _refuse_others(folder, share)
-        threading.Thread(target=_beat, args=(descriptor, ended), name="lock", daemon=True).start()
-        yield Hold(folder)
+        with _locked(folder / (share.lock_file if share else LOCK_FILE)) as hold:
+            with _reported(folder):
+                _refuse_others(folder, share)
+            yield hold
     finally:
-        ended.set()
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-        if made:
+        if made and isinstance(folder, Path):
             with suppress(OSError):  # it is not empty by now, as it should be
                 folder.rmdir()
 
 
-def _beat(descriptor: int, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with suppress(OSError):  # it was closed a moment ago
-            os.utime(descriptor)
+@contextmanager
+def turn(folder: Location, share: Share | None) -> Iterator[None]:
+    """Wait until no other worker begins or finishes this folder, and keep the others waiting inside the block.
+
+    Call it inside `writing(folder, share)`. A single writer has no others: nothing is locked.
+    """
+    with _locked(folder / TURN_FILE, wait=True) if share else nullcontext():
+        yield
 
 
-def _lock(path: Path) -> int:
-    """Return a descriptor that holds the lock. The kernel releases it when the process dies, however it dies."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            owner = _owner(descriptor)
-            if state := _alive(descriptor, owner, path):
-                raise _in_use(path, owner, state)
-            if not _is_at(descriptor, path):
-                os.close(descriptor)  # its writer has just finished and removed it
-                continue
-            if owner:
-                logger.warning("%s: taking over from process %s, which is gone", path.parent, owner["pid"])
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-            return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-
-
-def _refuse_others(folder: Path, share: Share | None) -> None:
-    """Raise `ArtifactError` where a live writer makes the same shards; remove the locks of dead ones."""
-    for path in folder.glob("export*.lock"):
-        if not _is_rival(path.name, share):
-            continue
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            owner = _owner(descriptor)
-            if state := _alive(descriptor, owner, path):
-                raise _in_use(path, owner, state)
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
-
-
-def _alive(descriptor: int, owner: dict[str, Any], path: Path) -> str:
-    """Return why a lock's owner counts as alive; "" if it is dead, and then this process holds the lock."""
-    taken = _flock(descriptor)
-    if taken == "by another":
-        return "it is at work"
-    if not owner or (taken == "by us" and owner["host"] == socket.gethostname()):
-        return ""
-    # the kernel may see only the locks of this host
-    return _still_alive(_now(path.parent) - os.fstat(descriptor).st_mtime)
-
-
-def _still_alive(silent: float) -> str:
-    """Return why an owner counts as alive that was silent for some seconds; "" if it counts as dead."""
-    if silent > SILENCE:
-        return ""
-    return f"its last sign of life came {silent:.0f} s ago: after {SILENCE:.0f} s it counts as dead"
-
-
-def _now(folder: Path) -> float:
-    """Return the time by the clock of the file system, by which signs of life are dated."""
-    probe = folder / temporary_name(LOCK_FILE)
+@contextmanager
+def _locked(path: Location, wait: bool = False) -> Iterator[Hold]:
+    """Hold a lock and give signs of life; with `wait`, wait for a living owner instead of refusing."""
+    writer, descriptor = token(), None
+    owner = this_process()._asdict() | {"writer": writer}
+    with _reported(path.parent):
+        if isinstance(path, StorePath):
+            _put_lock(path, owner, wait)
+        else:
+            descriptor = _lock_file(path, owner, wait)
+    ended = threading.Event()
+    beat = _beat_of_object(path, owner) if isinstance(path, StorePath) else _beat_of_file(path, writer)
+    beating = threading.Thread(target=_beat_until, args=(ended, beat, path.parent), name="lock", daemon=True)
+    beating.start()
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        yield Hold(path, writer)
     finally:
-        probe.unlink(missing_ok=True)
+        ended.set()
+        beating.join()  # a late sign of life would bring the lock of an object store back
+        with suppress(OSError):  # the store does not answer: the lock is taken over when nobody renews it
+            if _owner_of(path).get("writer") == writer:
+                path.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _beat_until(ended: threading.Event, beat: Callable[[], bool], folder: Location) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError):  # the disk or the store does not answer: the next sign of life may arrive
+            if not beat():
+                logger.error("%s: another writer has taken it over", folder)
+                return
+
+
+@contextmanager
+def _reported(folder: Location) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        expected, fix = (
+            ("an existing bucket, and credentials that may write to it", "correct the store's address and credentials")
+            if isinstance(folder, StorePath)
+            else ("a folder, or a path where one can be made", "change its permissions")
+        )
+        raise ArtifactError(
+            f"{folder} cannot be written ({error.strerror or error})", expected, f"choose another --out, or {fix}"
+        ) from None
+
+
+def _refuse_others(folder: Location, share: Share | None) -> None:
+    """Raise `ArtifactError` where a live writer makes the same shards; remove the locks of dead ones."""
+    unseen: list[Location] = []
+    for path in [path for path in folder.iterdir() if _is_rival(path.name, share)]:
+        with suppress(FileNotFoundError):  # its writer has just finished and removed it
+            if isinstance(path, StorePath):
+                verdict = _verdict(_parsed(path.read_bytes()))
+            else:
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    verdict = _verdict_of_file(descriptor)
+                    if verdict == DEAD:
+                        path.unlink(missing_ok=True)
+                finally:
+                    os.close(descriptor)
+            if verdict == ALIVE:
+                raise _in_use(path, "it is at work")
+            if verdict == DEAD:
+                path.unlink(missing_ok=True)
+            else:
+                unseen.append(path)
+    if unseen:
+        if (alive := _first_alive(unseen)) is not None:
+            raise _in_use(alive, "it has just given a sign of life")
+        for path in unseen:
+            path.unlink(missing_ok=True)
+    if share is None:
+        (folder / TURN_FILE).unlink(missing_ok=True)  # no worker is at work
+
+
+# --- dead or alive ------------------------------------------------------------------------------------------
+ALIVE, DEAD, UNSEEN = "alive", "dead", "unseen"
+
+
+def _verdict(owner: dict[str, Any]) -> str:
+    """Tell from its name whether the writer of a lock is alive, where that can be seen for certain."""
+    process = process_of(owner)
+    if process is None:
+        return UNSEEN
+    return ALIVE if process.lives() else DEAD if process.has_ended() else UNSEEN
+
+
+def _first_alive(paths: Sequence[Location]) -> Location | None:
+    """Watch locks and return the first that changes; None if all were silent, or their writers removed them."""
+    before = {path: sign for path in paths if (sign := _sign(path)) is not None}
+    for path in before:
+        logger.warning(
+            "%s: process %s on host %s cannot be seen from here: watching for a sign of life for up to %.0f s",
+            path.parent,
+            *_shown(_owner_of(path)),
+            SILENCE,
+        )
+    silent, pause = 0.0, _LOOK[0]
+    while before and silent < SILENCE:
+        begun = time.monotonic()
+        time.sleep(min(pause, BEAT / 3))
+        for path in list(before):
+            sign = _sign(path)
+            if sign is None:
+                del before[path]
+            elif sign != before[path]:
+                return path
+        # a look that hangs shows nothing: the writer may hang with it
+        silent += min(time.monotonic() - begun, 2 * pause)
+        pause = min(2 * pause, _LOOK[1])
+    return None
+
+
+def _sign(path: Location) -> tuple[Any, ...] | None:
+    """Return what a sign of life changes about a lock; None if the lock is not there."""
+    try:
+        if isinstance(path, StorePath):
+            return (path.read_bytes(),)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # opening asks a network disk again
+    except FileNotFoundError:
+        return None
+    try:
+        found = os.fstat(descriptor)
+        return found.st_ino, found.st_mtime_ns, os.pread(descriptor, 4096, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _owner_of(path: Location) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _parsed(lock: bytes) -> dict[str, Any]:
+    """Return what a lock says about its writer; nothing if it is torn."""
+    try:
+        found = json.loads(lock)
+        return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else {}
+    except ValueError:
+        return {}
+
+
+def _shown(owner: dict[str, Any]) -> tuple[Any, Any]:
+    return owner.get("pid", "?"), owner.get("host", "?")
+
+
+def _in_use(path: Location, state: str) -> ArtifactError:
+    pid, host = _shown(_owner_of(path))
+    return ArtifactError(
+        f"{path.parent} is being written by process {pid} on host {host}; {state}",
+        "one writer at a time",
+        f"wait for it, or, if that process is gone, delete {path}",
+    )
+
+
+def _taking_over(path: Location, owner: dict[str, Any]) -> None:
+    if owner:
+        logger.warning("%s: taking over from process %s on host %s, which is gone", path.parent, *_shown(owner))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+def _lock_file(path: Path, owner: dict[str, Any], wait: bool) -> int:
+    """Return a descriptor that holds the lock. The kernel releases it when the process dies, however it dies."""
+    pause = _LOOK[0]
+    while True:
+        descriptor, held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), False
+        try:
+            verdict, found = _verdict_of_file(descriptor), _parsed(os.pread(descriptor, 4096, 0))
+            state = "it is at work"
+            if verdict == UNSEEN:
+                state = "it has just given a sign of life"
+                verdict = DEAD if _first_alive([path]) is None else ALIVE
+            if not _is_at(descriptor, path):
+                continue  # its writer has just finished and removed it
+            if verdict == ALIVE:
+                if not wait:
+                    raise _in_use(path, state)
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+                continue
+            _taking_over(path, found)
+            certain = _flock(descriptor) == "by us" and (not found or _is_of_this_kernel(descriptor, found))
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner | {"device": os.fstat(descriptor).st_dev}).encode(), 0)
+            os.utime(descriptor)
+            if not certain:  # another host may do the same at this moment: the last one counts
+                time.sleep(SETTLE)
+            if _owner_of(path).get("writer") != owner["writer"]:
+                if wait:
+                    continue
+                raise _in_use(path, "it took the lock a moment earlier")
+            held = True
+            return descriptor
+        finally:
+            if not held:
+                os.close(descriptor)
+
+
+def _verdict_of_file(descriptor: int) -> str:
+    """Tell whether the writer of a lock file is alive; this process holds the kernel's lock if it is not."""
+    taken, owner = _flock(descriptor), _parsed(os.pread(descriptor, 4096, 0))
+    if taken == "by another":
+        return ALIVE
+    if not owner or (taken == "by us" and _is_of_this_kernel(descriptor, owner)):
+        return DEAD
+    return _verdict(owner)  # the kernel may see only the locks of its own host
+
+
+def _is_of_this_kernel(descriptor: int, owner: dict[str, Any]) -> bool:
+    """Tell whether a lock was written on this machine, through the same mount: then its kernel knows who holds it."""
+    process = process_of(owner)
+    return process is not None and process.is_of_this_boot() and owner.get("device") == os.fstat(descriptor).st_dev
 
 
 def _flock(descriptor: int) -> str:
@@ -216,130 +349,61 @@ def _flock(descriptor: int) -> str:
     return "by us"
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
-    return _parsed(os.pread(descriptor, 4096, 0))
-
-
-def _parsed(lock: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(lock)
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "processes": found.get("processes")}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _in_use(path: Location, owner: dict[str, Any], state: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path.parent} is being written by process {owner.get('pid', '?')} on host {owner.get('host', '?')}; {state}",
-        "one writer at a time",
-        f"wait for it, or, if that process is gone, delete {path}",
-    )
+def _beat_of_file(path: Path, writer: str) -> Callable[[], bool]:
+    def beat() -> bool:
+        if _owner_of(path).get("writer") != writer:
+            return False
+        os.utime(path)
+        return True
+
+    return beat
 
 
-# --- object stores ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _writing_objects(folder: StorePath, share: Share | None) -> Iterator[Hold]:
-    """Lock a folder of an object store; see `writing`."""
-    path, ended = folder / (share.lock_file if share else LOCK_FILE), threading.Event()
-    with _store_errors(folder):
-        lock = _put_lock(path)
-    beating = threading.Thread(target=_beat_object, args=(path, lock, ended), name="lock", daemon=True)
-    try:
-        with _store_errors(folder):
-            _refuse_other_objects(folder, share)
-        beating.start()
-        yield Hold(folder, lambda: path.is_file() and path.read_bytes() == lock)
-    finally:
-        ended.set()
-        if beating.ident is not None:
-            beating.join()  # a late sign of life would bring the lock back
-        with suppress(OSError):  # the store does not answer: the lock expires by itself
-            if path.read_bytes() == lock:
-                path.unlink()
-
-
-@contextmanager
-def _store_errors(folder: StorePath) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} cannot be written ({error.strerror or error})",
-            "an existing bucket, and credentials that may write to it",
-            "choose another --out, or correct the store's address and credentials",
-        ) from None
-
-
-def _put_lock(path: StorePath) -> bytes:
-    """Create our lock object, and return its content."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "processes": _processes(), "writer": uuid.uuid4().hex}
-    lock = json.dumps(owner).encode()
+# --- objects of a store -------------------------------------------------------------------------------------
+def _put_lock(path: StorePath, owner: dict[str, Any], wait: bool) -> None:
+    """Create the lock object, or take over that of a dead writer."""
+    lock, pause = json.dumps(owner | {"beat": 0}).encode(), _LOOK[0]
     while not path.create(lock):
         try:
             found = path.read_bytes()
-            if state := _object_alive(path, _parsed(found)):
-                raise _in_use(path, _parsed(found), state)
         except FileNotFoundError:
             continue  # its writer has just finished and removed it
-        logger.warning("%s: taking over from process %s, which is gone", path.parent, _parsed(found).get("pid", "?"))
-        path.write_bytes(lock)
-        time.sleep(SETTLE)  # any other writer that takes over now has written its lock by then; the last one counts
-        break
-    if (found := path.read_bytes()) != lock:
-        raise _in_use(path, _parsed(found), "it took the lock a moment earlier")
-    return lock
+        verdict, state = _verdict(_parsed(found)), "it is at work"
+        if verdict == UNSEEN:
+            state = "it has just given a sign of life"
+            verdict = DEAD if _first_alive([path]) is None else ALIVE
+        if verdict == ALIVE:
+            if not wait:
+                raise _in_use(path, state)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        elif path.replace(found, lock):
+            _taking_over(path, _parsed(found))
+            time.sleep(SETTLE)  # a store may know no conditions: the last one that takes over counts
+            break
+    if _owner_of(path).get("writer") != owner["writer"]:
+        if wait:
+            return _put_lock(path, owner, wait)
+        raise _in_use(path, "it took the lock a moment earlier")
+    return None
 
 
-def _beat_object(path: StorePath, lock: bytes, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with suppress(OSError):  # the store does not answer: the next sign of life may arrive
-            if path.read_bytes() != lock:
-                logger.error("%s: another writer has taken it over", path.parent)
-                return
-            path.write_bytes(lock)
+def _beat_of_object(path: StorePath, owner: dict[str, Any]) -> Callable[[], bool]:
+    beats = 0
 
+    def beat() -> bool:
+        nonlocal beats
+        before, after = (json.dumps(owner | {"beat": number}).encode() for number in (beats, beats + 1))
+        if not path.replace(before, after):
+            return _owner_of(path).get("writer") == owner["writer"]
+        beats += 1
+        return True
 
-def _refuse_other_objects(folder: StorePath, share: Share | None) -> None:
-    """See `_refuse_others`."""
-    for path in folder.iterdir():
-        if not _is_rival(path.name, share):
-            continue
-        with suppress(FileNotFoundError):  # its writer has just finished and removed it
-            owner = _parsed(path.read_bytes())
-            if state := _object_alive(path, owner):
-                raise _in_use(path, owner, state)
-            path.unlink()
-
-
-def _object_alive(path: StorePath, owner: dict[str, Any]) -> str:
-    """Return why a lock's owner counts as alive; "" if it is dead."""
-    if owner and owner["processes"] and owner["processes"] == _processes() and not process_runs(owner["pid"]):
-        return ""
-    return _still_alive(_store_time(path.parent) - path.stat().st_mtime)
-
-
-def _store_time(folder: StorePath) -> float:
-    """Return the time by the clock of the store, by which signs of life are dated."""
-    probe = folder / temporary_name(f"{LOCK_FILE}.{uuid.uuid4().hex[:8]}")  # two hosts may have the same process id
-    try:
-        probe.write_bytes(b"?")
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _processes() -> str | None:
-    """Return which process ids this process can see: those of one boot of a machine, in one container."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return None
+    return beat

@@ -7,16 +7,17 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from vlm2rec.embedder.backbones.images import ImageError, locate, path_below_root
-from vlm2rec.embedder.contract import schema, storage
-from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.backbones.images import ImageError, path_below_root, read_file
+from vlm2rec.embedder.backbones.model_files import is_older_kind
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError
 from vlm2rec.embedder.contract.storage import Location, Stat
 from vlm2rec.embedder.options import ImagesBy
 
@@ -35,6 +36,8 @@ class Plan:
     settings: dict[str, Any]
     bounds: tuple[int, ...]  # shard i holds the rows from bounds[i] to bounds[i + 1]
     inputs: Inputs | None = None
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # names and origin of the model, which decide no vector
+    dataset_version: Sequence[int] = ()  # of the files that the inputs were read from: `Dataset.items_version`
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Arrow schema out: pickling loses that the elements of its lists are never null."""
@@ -57,6 +60,11 @@ class Plan:
         return fingerprint(self.settings)
 
     @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the settings and of how the items are divided: which plan a shard was made for."""
+        return _identity(self.settings, self.shard_size, [len(self.rows(number)) for number in range(len(self))])
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of every shard; its metadata holds the settings that decide a vector, whatever the item."""
         settings = without_inputs(self.settings)
@@ -71,16 +79,19 @@ def plan_shards(
     settings: Mapping[str, Any],
     inputs: Inputs | None = None,
     begun: Sequence[int] = (),
+    dataset_version: Sequence[int] = (),
 ) -> Plan:
     """Return the plan of an export.
 
     Args:
         item_ids: the items in order.
         shard_size: items in one shard.
-        settings: everything that decides a vector; the hashes of `inputs` are added.
+        settings: everything that decides a vector, and under `schema.MADE_WITH` what the manifest says of the model
+            besides; the hashes of `inputs` are added.
         inputs: what the items are made from.
         begun: row counts of the shards that an earlier export into this folder planned (`shards.rows_of_shards`). If
             items were appended, the last of those shards stays as short as it is.
+        dataset_version: `Dataset.items_version` of the dataset that the inputs come from.
 
     Raises:
         DataError: an id is null, not a string, or occurs twice.
@@ -96,13 +107,15 @@ def plan_shards(
             "every item id once",
             "remove the duplicate rows and prepare the dataset again",
         )
+    settings, made_with = dict(settings), dict(settings.get(schema.MADE_WITH, {}))
+    settings.pop(schema.MADE_WITH, None)
     full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
     bounds = [0]
     for rows in begun if sum(begun) <= len(ids) else ():
         bounds.append(bounds[-1] + rows)
     while bounds[-1] < len(ids):
         bounds.append(min(bounds[-1] + shard_size, len(ids)))
-    return Plan(ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs)
+    return Plan(ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs, made_with, dataset_version)
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -110,20 +123,51 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(settings).encode()).hexdigest()
 
 
+def identity_of(known: Mapping[str, Any]) -> str:
+    """Return the `Plan.identity` of the plan that a manifest, or the state file of an export, was written for."""
+    return _identity(known.get("settings", {}), known.get("shard_size"), row_counts(known))
+
+
+def row_counts(known: Mapping[str, Any]) -> list[int]:
+    """Return the row count of each shard, from a manifest or the state file of an export."""
+    return [shard["rows"] for shard in known["shards"]] if "shards" in known else list(known.get("rows", []))
+
+
+def _identity(settings: Mapping[str, Any], shard_size: object, rows: Sequence[int]) -> str:
+    return fingerprint({"settings": settings, "shard_size": shard_size, "rows": list(rows)})
+
+
 def without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a vector of any item: those that describe the items are left out."""
     return {key: value for key, value in settings.items() if key not in INPUT_SETTINGS}
 
 
+def refuse_older_hashes(folder: Location, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` if an earlier version made a folder, whose hash of the model cannot vouch for it."""
+    for name in ("backbone_hash", "encoder_hash"):
+        if name in old and is_older_kind(old[name]) and name in new and not is_older_kind(new[name]):
+            raise ArtifactError(
+                f"{folder} was made by an earlier vlm2rec, whose {name} covers a part of the weights and neither"
+                " tokenizer nor image processor: whether its vectors are of the same model cannot be told",
+                "vectors of one model in one folder",
+                "choose a new --out folder, without --changed-since; the old folder stays readable for every command"
+                " that only reads it",
+            )
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """What the vectors of an export are made from, in order; None for what no vector depends on."""
+    """What the vectors of an export are made from, in order; None for what no vector depends on.
+
+    Every worker encodes these, and not what the dataset's files hold by then.
+    """
 
     item_ids: Sequence[str]
     titles: Sequence[str] | None
     image_paths: Sequence[str] | None
     stamps: Sequence[str] | None  # of each image: size and time, or SHA-256
     images_by: ImagesBy
+    image_root: Location | None = None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -149,14 +193,20 @@ class Inputs:
         """Return the inputs of the first items."""
         lists = (self.item_ids, self.titles, self.image_paths, self.stamps)
         ids, titles, paths, stamps = (None if values is None else values[:count] for values in lists)
-        return Inputs(ids or [], titles, paths, stamps, self.images_by)
+        return Inputs(ids or [], titles, paths, stamps, self.images_by, self.image_root)
+
+    def image_has_changed(self, row: int) -> bool:
+        """Tell whether an item's image is another one by now."""
+        if self.image_paths is None or self.stamps is None or self.image_root is None:
+            return False
+        return _stamp_now(self.image_root, self.image_paths[row], self.images_by) != self.stamps[row]
 
 
 def read_inputs(
     item_ids: Sequence[str],
     titles: Sequence[str],
     image_paths: Sequence[str],
-    image_root: Location,
+    image_root: Location | None,
     images_by: ImagesBy = "mtime",
     modalities: Sequence[str] = schema.MODALITIES,
 ) -> Inputs:
@@ -166,17 +216,18 @@ def read_inputs(
         item_ids: Ids in order.
         titles: Titles in order.
         image_paths: Paths below the root, in order.
-        image_root: Folder of the images.
+        image_root: Folder of the images; None if no vector depends on them.
         images_by: `mtime` recognises a changed image by size and modification time, `bytes` by content.
         modalities: What the vectors are made of. Titles or images that no vector depends on are not read.
     """
-    uses_images = schema.IMAGE in modalities
+    root = image_root if schema.IMAGE in modalities else None
     return Inputs(
         item_ids,
         titles if schema.TEXT in modalities else None,
-        image_paths if uses_images else None,
-        _image_stamps(image_root, image_paths, images_by) if uses_images else None,
+        None if root is None else image_paths,
+        None if root is None else _image_stamps(root, image_paths, images_by),
         images_by,
+        root,
     )
 
 
@@ -187,6 +238,16 @@ def _image_stamps(root: Location, paths: Sequence[str], images_by: ImagesBy) -> 
         return [_image_stamp(root, path) for path in paths]
     objects = root.tree()
     return [_object_stamp(objects, path) for path in paths]
+
+
+def _stamp_now(root: Location, relative: str, images_by: ImagesBy) -> str:
+    if images_by == "bytes" or isinstance(root, Path):
+        return _image_stamps(root, [relative], images_by)[0]
+    try:
+        name = posixpath.normpath(path_below_root(relative))
+        return _object_stamp({name: (root / name).stat()}, relative)
+    except (ImageError, OSError):
+        return "unreadable"
 
 
 def _object_stamp(objects: Mapping[str, Stat], relative: str) -> str:
@@ -207,7 +268,7 @@ def _image_stamp(root: Path, relative: str) -> str:
 
 def _image_digest(root: Location, relative: str) -> str:
     try:
-        return storage.sha256_file(locate(root, relative))
+        return hashlib.sha256(read_file(root, relative)).hexdigest()
     except (ImageError, OSError):
         return "unreadable"
 

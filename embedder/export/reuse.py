@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,9 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location, readable
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.plan import Inputs, Plan, without_inputs
+from vlm2rec.embedder.export.plan import Inputs, Plan, refuse_older_hashes, without_inputs
 from vlm2rec.embedder.export.shards import differences
+from vlm2rec.embedder.export.verify import file_problems, manifest_problems
 
 _SHARDS_IN_MEMORY = 4  # items mostly come in the order in which they were exported
 
@@ -45,9 +46,12 @@ class EarlierRows:
         """Open a finished embeddings folder whose vectors are comparable with those of a plan.
 
         Raises:
-            ArtifactError: it is unfinished, has other settings, or its rows do not record what they were made from.
+            ArtifactError: it is unfinished, has other settings, its rows do not record what they were made from, or a
+                part is not the one that the manifest lists.
         """
         manifest = schema.read_manifest(folder)
+        _require_sound(folder, [f"{schema.MANIFEST_FILE}: {what}" for what in manifest_problems(manifest)])
+        refuse_older_hashes(folder, manifest["settings"], plan.settings)
         changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
         if manifest["settings"].get("images_by", plan.settings.get("images_by")) != plan.settings.get("images_by"):
             changed["images_by"] = f"images_by was {manifest['settings']['images_by']!r}"
@@ -57,7 +61,8 @@ class EarlierRows:
                 "the settings of this export, so that its vectors are comparable with the new ones",
                 "set these back, or leave --changed-since out and export everything",
             )
-        files = [shard["file"] for shard in manifest["shards"]]
+        _require_sound(folder, [str(problem) for problem in file_problems(folder, manifest)])
+        files = [schema.shard_name(number) for number in range(len(manifest["shards"]))]
         if any(schema.INPUT not in _metadata(folder / name).schema.names for name in files):
             raise ArtifactError(
                 f"the rows of {folder} do not record what they were made from",
@@ -107,6 +112,17 @@ class EarlierRows:
     def _read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         with readable(self.folder / name) as source:
             return pq.read_table(source, columns=columns, page_checksum_verification=True)
+
+
+def _require_sound(folder: Location, problems: Sequence[str]) -> None:
+    """Raise `ArtifactError` if anything is wrong with a finished folder: no vector of it is taken over."""
+    if problems:
+        raise ArtifactError(
+            f"{folder} does not hold what its {schema.MANIFEST_FILE} lists: {'; '.join(problems[:3])}",
+            "the parts of one finished export, unchanged since it was written",
+            f"`vlm2rec verify {folder}` lists all; run the command that wrote it again, which makes damaged parts anew,"
+            " or leave --changed-since out",
+        )
 
 
 def _metadata(path: Location) -> pq.FileMetaData:
@@ -174,31 +190,28 @@ def require_same_start(out: Location, inputs: Inputs, reuse: Reuse) -> None:
         )
 
 
-def open_earlier_rows(
-    out: Location, plan: Plan, finished: Mapping[int, shards.Shard], reuse: Reuse
-) -> EarlierRows | None:
+def open_earlier_rows(out: Location, plan: Plan, found: shards.Found, reuse: Reuse) -> EarlierRows | None:
     """Return the rows that may be reused; None if nothing is reused."""
     if reuse.changed_since is not None:
         return EarlierRows.of_export(reuse.changed_since, plan)
-    if reuse.retry_failed and finished:
-        return EarlierRows(out, [shard.file for shard in finished.values()])
+    if reuse.retry_failed and found.earlier:
+        return EarlierRows(out, [shard.file for shard in found.earlier.values()])
     return None
 
 
 def plan_work(
-    plan: Plan,
-    numbers: Iterable[int],
-    finished: Mapping[int, shards.Shard],
-    earlier: EarlierRows | None,
-    reuse: Reuse,
+    plan: Plan, numbers: Iterable[int], found: shards.Found, earlier: EarlierRows | None
 ) -> dict[int, np.ndarray]:
-    """Return the shards to make: number → position of each row in the earlier export, -1 for rows to encode."""
-    wanted = [number for number in numbers if number not in finished or reuse.retry_failed]
+    """Return the shards to make: number → position of each row in the earlier rows, -1 for rows to encode.
+
+    A shard of an earlier plan is not among them if all its rows are still right.
+    """
+    wanted = [number for number in numbers if number not in found.finished]
     rows = [plan.rows(number) for number in wanted]
     if earlier is None or not wanted:
         reuse_rows = [np.full(len(of_shard), -1) for of_shard in rows]
     else:
-        found = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # one call, as each hashes all ids
-        reuse_rows = np.split(found, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
+        positions = earlier.find(plan, [row for of_shard in rows for row in of_shard])  # one call: each hashes all ids
+        reuse_rows = np.split(positions, np.cumsum([len(of_shard) for of_shard in rows])[:-1])
     by_shard = zip(wanted, reuse_rows, strict=True)
-    return {number: found for number, found in by_shard if number not in finished or (found < 0).any()}
+    return {number: rows for number, rows in by_shard if number not in found.earlier or (rows < 0).any()}

@@ -2,10 +2,14 @@
 
 What lies in the folder, in the order it is written:
 
-    export.lock                              host and pid of the live writer; several workers have one each
-    export.json                              the settings, before the first shard
-    part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256
+    export.lock                              the live writer; several workers have one each
+    export.json                              the plan's settings, before the first shard
+    part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256, plan
     manifest.json                            last; it includes the records, which are then removed, as is export.json
+
+A record names the plan that its shard belongs to. Where the input has changed since (`--extend`, `--retry-failed`),
+export.json names the new plan at once, and each shard is recorded for it only after its rows have been held against
+it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
 
 A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
 not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. After a
@@ -17,12 +21,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,15 +36,16 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
-from vlm2rec.embedder.contract.storage import Location, readable
-from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, is_writing
-from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten
+from vlm2rec.embedder.contract.storage import Location, StorePath, readable
+from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, turn
+from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
 STATE_FILE = "export.json"
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _CONTINUE = "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped"
+_PLAN = "plan"  # in a record: which plan the shard belongs to
 _LIBRARIES = ("python", "vlm2rec", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy")
 
 logger = logging.getLogger(__name__)
@@ -60,9 +66,7 @@ class Shard:
 def rows_of_shards(folder: Location) -> list[int]:
     """Return the row count of each shard that an export into this folder planned; empty if there is no export."""
     known = _known(folder)
-    if known is None:
-        return []
-    return [shard["rows"] for shard in known["shards"]] if "shards" in known else list(known.get("rows", []))
+    return [] if known is None else row_counts(known)
 
 
 def known_settings(folder: Location) -> dict[str, Any] | None:
@@ -81,71 +85,179 @@ def _known(folder: Location) -> dict[str, Any] | None:
         return None
 
 
-def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None) -> dict[int, Shard]:
+class Found(NamedTuple):
+    """What an export finds in its folder, by shard number."""
+
+    finished: dict[int, Shard]  # recorded for this plan, those of other workers too
+    earlier: dict[int, Shard]  # own shards of an earlier plan: some of their rows may still be right
+
+
+def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | None = None, retry: bool = False) -> Found:
     """Return the finished, undamaged shards of the plan, and prepare the folder for the others.
 
-    Call it inside `writing(folder)`. It writes the settings into a new folder, and removes left-over temporary files
-    and damaged shards; the log names the damaged shards.
+    Call it inside `writing(folder, share)`. It writes the settings into a new folder, and removes left-over temporary
+    files, damaged shards, and shards of another plan; the log names those shards. A folder that is complete, and of
+    which nothing has to be made again, is left as it is.
 
     Args:
         folder: the embeddings folder.
         plan: what the folder will hold.
-        revise: the inputs may differ from those of the folder: items were appended, titles or images changed. The
-            caller then decides which rows to make again.
+        revise: the inputs may differ from those of the folder: items were appended, titles or images changed.
         share: check and repair only these shards; other writers are at work on the others.
+        retry: keep the shards that may hold rows to make again as `earlier`; the caller decides about each row, and
+            calls `confirm` or `publish_shard`.
 
     Raises:
         ArtifactError: the folder belongs to an export with other settings, or to something else.
     """
     with _disk(folder):
-        return _begin(folder, plan, revise, share)
+        mine = shards_of(plan, share)
+        with turn(folder, share):
+            known = _read_state(folder, plan, revise)
+            _remove_temporaries(folder, mine if share else None)
+            found = _recorded(folder, plan, known)
+            again = [n for n in mine if retry and n in found.finished and _has_failures(found.finished[n])]
+            if complete := _is_complete(known, plan) and not again:
+                _remove_records(folder, plan)  # of a worker that died after the manifest
+            else:
+                _open(folder, plan, known, again)
+            for number in again:
+                found.earlier[number] = found.finished.pop(number)
+        return _checked(folder, plan, found, complete, retry, share)
 
 
-def _begin(folder: Location, plan: Plan, revise: bool, share: Share | None) -> dict[int, Shard]:
-    known, recorded = _read_state(folder, plan, revise, share)
-    complete = (folder / schema.MANIFEST_FILE).exists()
-    mine = shards_of(plan, share)
-    _remove_temporaries(folder, mine if share else None)
-    sound = {n: shard for n, shard in recorded.items() if n not in mine or not _discard_damaged(folder, n, shard)}
-    adopted = {} if complete else _adopt(folder, plan, [n for n in mine if n not in recorded])
-    as_planned = known is not None and known.get("settings") == plan.settings
-    if complete and len(sound) == len(plan) and as_planned and not revise:
-        if not share:
-            _remove_records(folder, plan)
-        return sound
-    schema.write_json(folder / STATE_FILE, _state(plan))
-    for number, shard in (sound | adopted).items():
-        if number in mine or not _record_path(folder, number).exists():
-            schema.write_json(_record_path(folder, number), asdict(shard))
-    (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
-    return dict(sorted((sound | adopted).items()))
-
-
-def recorded(folder: Location, plan: Plan, revise: bool = False) -> dict[int, Shard]:
-    """Return the shards that are recorded as finished, without checking them; the folder need not exist.
+def recorded(folder: Location, plan: Plan, revise: bool = False, retry: bool = False) -> Found:
+    """Return what `begin` would, without checking or changing anything; the folder need not exist.
 
     Raises:
         ArtifactError: as `begin`.
     """
-    return _read_state(folder, plan, revise, None)[1] if folder.is_dir() else {}
+    if not folder.is_dir():
+        return Found({}, {})
+    found = _recorded(folder, plan, _read_state(folder, plan, revise))
+    for number, shard in list(found.finished.items()):
+        if retry and _has_failures(shard):
+            found.earlier[number] = found.finished.pop(number)
+    for number in [] if retry else list(found.earlier):
+        if _holds(folder, plan, number):
+            found.finished[number] = found.earlier[number]
+        del found.earlier[number]
+    return found
 
 
-def _read_state(
-    folder: Location, plan: Plan, revise: bool, share: Share | None
-) -> tuple[dict[str, Any] | None, dict[int, Shard]]:
-    """Return the manifest or state file, and the shards that the folder records."""
+def confirm(folder: Location, plan: Plan, earlier: Mapping[int, Shard]) -> dict[int, Shard]:
+    """Record shards of an earlier plan for this one, if all their rows are the same; return those."""
+    confirmed = {}
+    with _disk(folder):
+        for number, shard in earlier.items():
+            if _holds(folder, plan, number):
+                _write_record(folder, number, shard, plan.identity)
+                confirmed[number] = shard
+    return confirmed
+
+
+def _checked(folder: Location, plan: Plan, found: Found, complete: bool, retry: bool, share: Share | None) -> Found:
+    """Return what was found, without those of our shards that are damaged or of another plan."""
+    mine = shards_of(plan, share)
+    finished = dict(found.finished)
+    earlier = {number: shard for number, shard in found.earlier.items() if number in mine}
+    own = [(number, shard) for shards in (finished, earlier) for number, shard in shards.items() if number in mine]
+    if damaged := [number for number, shard in own if not _is_sound(folder, number, shard)]:
+        with turn(folder, share):
+            require_same_plan(folder, plan)
+            _open(folder, plan, _known(folder), damaged)
+            for number in damaged:
+                path = folder / schema.shard_name(number)
+                logger.warning("%s is %s: it is written again", path, "damaged" if path.exists() else "missing")
+                _discard(folder, number)
+                finished.pop(number, None)
+                earlier.pop(number, None)
+    elif complete:
+        return Found(finished, {})
+    if not retry:
+        finished |= confirm(folder, plan, earlier)
+        for number in earlier.keys() - finished.keys():
+            logger.warning("%s was made from other items: it is written again", folder / schema.shard_name(number))
+            _discard(folder, number)
+        earlier = {}
+    unrecorded = [number for number in mine if number not in finished and number not in earlier]
+    for number, shard in _adopt(folder, plan, unrecorded).items():
+        of_failures = retry and _has_failures(shard)
+        _write_record(folder, number, shard, "" if of_failures else plan.identity)
+        (earlier if of_failures else finished)[number] = shard
+    return Found(dict(sorted(finished.items())), dict(sorted(earlier.items())))
+
+
+def _read_state(folder: Location, plan: Plan, revise: bool) -> dict[str, Any] | None:
+    """Return the manifest or the state file, if the folder may be continued with this plan; None if it is empty."""
     known = _known(folder)
     if known is None:
-        try:
-            _refuse_foreign(folder)
-        except ArtifactError:
-            known = _known(folder) if share else None  # another worker has begun the export meanwhile
-            if known is None:
-                raise
-    if known is None:
-        return None, {}
+        _refuse_foreign(folder)
+        return None
     _refuse_changed(folder, known, plan, revise)
-    return known, _manifest_shards(known) if "shards" in known else recorded_shards(folder, plan)
+    rows = row_counts(known)
+    if rows != [len(plan.rows(number)) for number in range(len(plan))][: len(rows)]:
+        raise ArtifactError(
+            f"another export has changed {folder} while this one was planned",
+            "one export at a time in a folder",
+            "run the same command again",
+        )
+    return known
+
+
+def _is_complete(known: Mapping[str, Any] | None, plan: Plan) -> bool:
+    """Tell whether what is known of a folder is a manifest of this plan."""
+    return known is not None and "shards" in known and identity_of(known) == plan.identity
+
+
+def _recorded(folder: Location, plan: Plan, known: Mapping[str, Any] | None) -> Found:
+    found = Found({}, {})
+    if known is None:
+        return found
+    if "shards" in known:
+        identity = identity_of(known)
+        records = {number: (shard, identity) for number, shard in _manifest_shards(known).items()}
+    else:
+        records = _records(folder, plan)
+    for number, (shard, identity) in records.items():
+        if number < len(plan):
+            (found.finished if identity == plan.identity else found.earlier)[number] = shard
+    return found
+
+
+def _open(folder: Location, plan: Plan, known: Mapping[str, Any] | None, again: Collection[int] = ()) -> None:
+    """Make the folder an unfinished export of this plan: each step leaves one that some command can go on with.
+
+    Call it inside `turn`. Until they are published or confirmed, nobody counts the shards in `again`.
+    """
+    if known is not None and "shards" in known:
+        identity = identity_of(known)  # which may be that of another plan: no shard is taken for one of this plan
+        for number, shard in _manifest_shards(known).items():
+            _write_record(folder, number, shard, "" if number in again else identity)
+    else:
+        for number, (shard, identity) in _records(folder, plan, again).items():
+            if identity == plan.identity:
+                _write_record(folder, number, shard, "")
+    if known is None or "shards" in known or identity_of(known) != plan.identity:
+        schema.write_json(folder / STATE_FILE, _state(plan))
+    (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
+
+
+def require_same_plan(folder: Location, plan: Plan) -> None:
+    """Raise `ArtifactError` if the folder is no longer that of this plan: another worker began it anew meanwhile."""
+    with _disk(folder):
+        known = _known(folder)
+    if known is None or identity_of(known) != plan.identity:
+        raise ArtifactError(
+            f"{folder} is no longer what this export began: "
+            + ("its files are gone" if known is None else "another worker goes on with other items, titles or images"),
+            "the same dataset and the same --extend and --retry-failed for all workers",
+            "end the workers that still have an earlier dataset, then run the same command again for every worker",
+        )
+
+
+def _has_failures(shard: Shard) -> bool:
+    return bool(shard.counts.get(schema.STATUS_FAILED))
 
 
 def shards_of(plan: Plan, share: Share | None) -> range:
@@ -164,43 +276,81 @@ def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, se
             return _commit(folder, plan, number, table, seconds)
         except OSError as error:
             if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
-                _remove_temporaries(folder, [number])
                 raise _disk_error(folder, error) from None
             logger.warning("%s: %s; trying again", folder / schema.shard_name(number), error)
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def finish(folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None) -> dict[str, Any]:
-    """Write the manifest, the last file of an export, and return it."""
-    if (folder / schema.MANIFEST_FILE).exists():  # another worker wrote it, and may have died before it tidied up
-        _tidy(folder, plan)
-        return schema.read_manifest(folder)
-    missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
-    if missing:
-        raise ValueError(f"shards are missing: {missing}")
-    ordered = [shards[n] for n in range(len(plan))]
-    manifest = {
-        "schema_version": schema.SCHEMA_VERSION,
-        "dim": plan.settings["dim"],
-        **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
-        "dtype": plan.settings["storage"],
-        "views": plan.settings["views"],
-        "num_items": len(plan.item_ids),
-        "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
-        "shard_size": plan.shard_size,
-        "shards": [asdict(shard) for shard in ordered],
-        "settings": plan.settings,
-        "fingerprint": plan.fingerprint,
-        "created": provenance.created(),
-        "versions": provenance.library_versions(*_LIBRARIES),
-        "data": str(data.resolve()) if data else None,
-        "seconds": round(sum(shard.seconds for shard in ordered), 3),
-    }
-    with _disk(folder):
+def finish(
+    folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None, share: Share | None = None
+) -> dict[str, Any] | None:
+    """Write the manifest, the last file of an export, and return it.
+
+    Args:
+        folder: the embeddings folder.
+        plan: what it holds.
+        shards: those that this writer knows to be finished. One of several workers reads all records again.
+        data: the dataset folder, to be named in the manifest.
+        share: of one of several workers. One at a time comes here, and the one that finds every shard recorded writes
+            the manifest.
+
+    Returns:
+        The manifest, of this worker or of another; None if other workers still have shards to make.
+
+    Raises:
+        ArtifactError: another worker has begun the folder anew, or a shard is not there as it was recorded.
+    """
+    with _disk(folder), turn(folder, share):
+        require_same_plan(folder, plan)
+        if (folder / schema.MANIFEST_FILE).exists():  # another worker wrote it, and may have died before it tidied up
+            _tidy(folder, plan)
+            return schema.read_manifest(folder)
+        if share is not None:
+            shards = recorded_shards(folder, plan)
+        missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
+        if missing and share is not None:
+            return None
+        if missing:
+            raise ValueError(f"shards are missing: {missing}")
+        ordered = [shards[n] for n in range(len(plan))]
+        _require_all_there(folder, ordered)
+        manifest = {
+            "schema_version": schema.SCHEMA_VERSION,
+            "dim": plan.settings["dim"],
+            **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
+            "dtype": plan.settings["storage"],
+            "views": plan.settings["views"],
+            "num_items": len(plan.item_ids),
+            "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
+            "shard_size": plan.shard_size,
+            "shards": [asdict(shard) for shard in ordered],
+            "settings": plan.settings,
+            "fingerprint": plan.fingerprint,
+            schema.MADE_WITH: plan.made_with,
+            "created": provenance.created(),
+            "versions": provenance.library_versions(*_LIBRARIES),
+            "data": str(data.resolve()) if data else None,
+            "seconds": round(sum(shard.seconds for shard in ordered), 3),
+        }
         schema.write_json(folder / schema.MANIFEST_FILE, manifest)
-    _tidy(folder, plan)
-    return manifest
+        _tidy(folder, plan)
+        return manifest
+
+
+def _require_all_there(folder: Location, shards: Iterable[Shard]) -> None:
+    """Raise `ArtifactError` if a file has another size than its record says: somebody else wrote or removed it."""
+    sizes = (
+        {name: stat.st_size for name, stat in folder.tree().items()}
+        if isinstance(folder, StorePath)
+        else {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    )
+    if wrong := [shard.file for shard in shards if sizes.get(shard.file) != shard.bytes]:
+        raise ArtifactError(
+            f"{folder} does not hold {', '.join(wrong[:3])} as recorded: it was changed during the export",
+            "one export at a time in a folder, and nobody else who writes there",
+            "run the same command again: it makes these shards anew",
+        )
 
 
 def require_space(folder: Location, plan: Plan, items: int) -> None:
@@ -228,7 +378,7 @@ def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
         shard = _describe(draft, path.name, table[schema.STATUS], seconds)
         _record_path(folder, number).unlink(missing_ok=True)  # that of the replaced shard
         publish.put_in_place(draft, path, shard.sha256)
-    schema.write_json(_record_path(folder, number), asdict(shard))
+    _write_record(folder, number, shard, plan.identity)
     return shard
 
 
@@ -248,12 +398,10 @@ def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Sh
         try:
             with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
                 as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
-            rows = plan.rows(number)
-            wanted = [plan.item_ids[row] for row in rows], plan.made_from(rows)
             content = read_rows(path, plan.settings["views"]) if as_planned else None
         except (pa.ArrowException, OSError):
             content = None
-        if content is None or (content.ids, content.inputs) != wanted or content.problems:
+        if content is None or (content.ids, content.inputs) != _wanted(plan, number) or content.problems:
             logger.warning("%s is not a shard of this export: it is written again", path)
             path.unlink()
             continue
@@ -261,15 +409,36 @@ def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Sh
     return adopted
 
 
-def _discard_damaged(folder: Location, number: int, shard: Shard) -> bool:
-    """Tell whether a recorded shard is missing or changed; if so, log that and remove it."""
-    path = folder / schema.shard_name(number)
-    if path.is_file() and path.stat().st_size == shard.bytes and storage.sha256_file(path) == shard.sha256:
+def _holds(folder: Location, plan: Plan, number: int) -> bool:
+    """Tell whether a shard, which is as it was recorded, holds the rows that a plan puts there."""
+    try:
+        with (
+            readable(folder / schema.shard_name(number)) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
+            if not file.schema_arrow.equals(plan.schema, check_metadata=True):
+                return False
+            columns = file.read([schema.ITEM_ID, schema.INPUT])
+    except (pa.ArrowException, OSError):
         return False
-    logger.warning("%s is %s: it is written again", path, "damaged" if path.exists() else "missing")
-    path.unlink(missing_ok=True)
+    ids, inputs = (columns[name].to_pylist() for name in (schema.ITEM_ID, schema.INPUT))
+    return (ids, inputs) == _wanted(plan, number)
+
+
+def _wanted(plan: Plan, number: int) -> tuple[list[str], list[str | None]]:
+    rows = plan.rows(number)
+    return [plan.item_ids[row] for row in rows], plan.made_from(rows)
+
+
+def _is_sound(folder: Location, number: int, shard: Shard) -> bool:
+    """Tell whether a shard has the bytes that were recorded."""
+    path = folder / schema.shard_name(number)
+    return path.is_file() and path.stat().st_size == shard.bytes and storage.sha256_file(path) == shard.sha256
+
+
+def _discard(folder: Location, number: int) -> None:
     _record_path(folder, number).unlink(missing_ok=True)
-    return True
+    (folder / schema.shard_name(number)).unlink(missing_ok=True)
 
 
 def _state(plan: Plan) -> dict[str, Any]:
@@ -278,8 +447,13 @@ def _state(plan: Plan) -> dict[str, Any]:
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
+        schema.MADE_WITH: plan.made_with,
         "rows": [len(plan.rows(number)) for number in range(len(plan))],
     }
+
+
+def _write_record(folder: Location, number: int, shard: Shard, identity: str) -> None:
+    schema.write_json(_record_path(folder, number), asdict(shard) | {_PLAN: identity})
 
 
 def _record_path(folder: Location, number: int) -> Location:
@@ -287,12 +461,19 @@ def _record_path(folder: Location, number: int) -> Location:
 
 
 def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
-    """Return the shards of an unfinished export that are written and recorded, whoever wrote them."""
+    """Return the shards of an unfinished export that are recorded for this plan, whoever wrote them."""
+    return {n: shard for n, (shard, identity) in _records(folder, plan).items() if identity == plan.identity}
+
+
+def _records(folder: Location, plan: Plan, numbers: Iterable[int] | None = None) -> dict[int, tuple[Shard, str]]:
+    """Return each readable record, and the plan it is for; "" for one of a version that recorded no plan."""
     found = {}
-    for number in range(len(plan)):
+    for number in range(len(plan)) if numbers is None else numbers:
         try:
-            found[number] = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            entry = json.loads(_record_path(folder, number).read_text(encoding="utf-8"))
+            identity = str(entry.pop(_PLAN, ""))
+            found[number] = Shard(**entry), identity
+        except (OSError, ValueError, TypeError, AttributeError):
             continue  # no readable record: `begin` checks the shard itself
     return found
 
@@ -323,6 +504,7 @@ def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revi
     )
     if revise:
         changed = {key: what for key, what in changed.items() if key not in INPUT_SETTINGS}
+    refuse_older_hashes(folder, known.get("settings", {}), plan.settings)
     if changed:
         fix = "set these back to continue, or choose a new --out folder"
         if changed.keys() <= {*INPUT_SETTINGS}:
@@ -368,26 +550,31 @@ def is_temporary(name: str) -> bool:
 
 
 def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
-    """Remove the temporary files of dead writers; with other writers at work, only those of the shards in `mine`."""
+    """Remove the temporary files of dead writers.
+
+    Nobody but us may write here at this moment: at all, or, with other workers at work, the shards in `mine` and
+    what is written inside `turn`. A file whose writer can be seen to live stays all the same.
+    """
     for path in folder.iterdir():
-        if is_temporary(path.name):
-            number = re.match(r"\.part-(\d+)\.", path.name)
-            if mine is None or (number and int(number[1]) in mine):
-                path.unlink(missing_ok=True)
+        if not is_temporary(path.name):
+            continue
+        number = re.match(r"\.part-(\d+)\.", path.name)
+        writer = publish.writer_of(path.name)
+        if (mine is None or number is None or int(number[1]) in mine) and not (writer and writer.lives()):
+            path.unlink(missing_ok=True)
 
 
 def _tidy(folder: Location, plan: Plan) -> None:
     """Remove what a finished folder no longer needs: records, and temporary files of dead workers."""
     _remove_records(folder, plan)
-    for path in folder.iterdir():
-        if is_temporary(path.name) and not is_writing(path):
-            path.unlink(missing_ok=True)
+    _remove_temporaries(folder)
 
 
 def _remove_records(folder: Location, plan: Plan) -> None:
-    for number in range(len(plan)):
-        _record_path(folder, number).unlink(missing_ok=True)
-    (folder / STATE_FILE).unlink(missing_ok=True)
+    known = {_record_path(folder, number).name for number in range(len(plan))} | {STATE_FILE}
+    for path in folder.iterdir():
+        if path.name in known:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from vlm2rec.embedder.export.lock import is_lock
 from vlm2rec.embedder.export.plan import duplicates, fingerprint, without_inputs
 from vlm2rec.embedder.export.shard_file import ShardContent, read_rows
 from vlm2rec.embedder.export.shards import is_temporary
+
+_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def verify(folder: Location) -> list[Problem]:
         ArtifactError: there is no manifest that this version can read.
     """
     manifest = schema.read_manifest(folder, check=False)
-    problems = [Problem(schema.MANIFEST_FILE, what) for what in _manifest_problems(manifest)]
+    problems = [Problem(schema.MANIFEST_FILE, what) for what in manifest_problems(manifest)]
     if problems:
         return problems
     ids: list[str] = []
@@ -61,7 +64,19 @@ def verify(folder: Location) -> list[Problem]:
     return problems
 
 
-def _manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
+def file_problems(folder: Location, manifest: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with the files that a sound manifest lists: all their bytes count, rows are not read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(lambda entry: _file_problem(folder / entry["file"], entry, manifest), manifest["shards"])
+        return [Problem(schema.shard_name(number), what) for number, what in enumerate(found) if what]
+
+
+def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the manifest itself: keys, fingerprint, names and records of its shards."""
     problems = schema.manifest_problems(manifest)
     if not problems and manifest["fingerprint"] != fingerprint(manifest["settings"]):
         problems.append("the fingerprint is not that of the settings")
@@ -72,29 +87,39 @@ def _verify_shard(
     folder: Location, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> tuple[list[str], ShardContent | None]:
     path = folder / schema.shard_name(number)
-    if not path.is_file():
-        return ["is missing"], None
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return [f"has {size} bytes, the manifest says {entry['bytes']}"], None
-    if storage.sha256_file(path) != entry["sha256"]:
-        return ["its bytes have changed since it was written (SHA-256 differs)"], None
+    if broken := _file_problem(path, entry, manifest):
+        return [broken], None
     try:
-        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
-            found = file.schema_arrow
-        dims = schema.dims_of(manifest)
-        if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):
-            shown = dims if "dims" in manifest else f"[{manifest['dim']}]"
-            return [f"has other columns or another dimension than {manifest['dtype']}{shown}"], None
-        stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
-        if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
-            return ["was written with other settings than the manifest's"], None
         content = read_rows(path, manifest["views"])
     except (pa.ArrowException, OSError) as error:
         return [f"cannot be read as Parquet ({error})"], None
     if len(content.ids) != entry["rows"]:
         return [*content.problems, f"has {len(content.ids)} rows, the manifest says {entry['rows']}"], content
     return content.problems, content
+
+
+def _file_problem(path: Location, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
+    """Return what shows, without its rows, that a file is not the one that the manifest lists; None if it is."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"has {size} bytes, the manifest says {entry['bytes']}"
+    if storage.sha256_file(path) != entry["sha256"]:
+        return "its bytes have changed since it was written (SHA-256 differs)"
+    try:
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            found = file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read as Parquet ({error})"
+    dims = schema.dims_of(manifest)
+    if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):
+        shown = dims if "dims" in manifest else f"[{manifest['dim']}]"
+        return f"has other columns or another dimension than {manifest['dtype']}{shown}"
+    stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
+    if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
+        return "was written with other settings than the manifest's"
+    return None
 
 
 def _sum_problems(manifest: Mapping[str, Any], status: Sequence[str]) -> list[str]:

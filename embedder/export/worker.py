@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections import deque
@@ -17,12 +18,12 @@ from vlm2rec.embedder.backbones.image_readers import Readers, Reading
 from vlm2rec.embedder.backbones.images import ImageError, open_image
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import DataError, ModelError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, ModelError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder, Picture
 from vlm2rec.embedder.encoders.strategies import item_text
 from vlm2rec.embedder.export import shard_file
-from vlm2rec.embedder.export.plan import Plan
+from vlm2rec.embedder.export.plan import Inputs, Plan
 from vlm2rec.embedder.export.reuse import EarlierRows
 from vlm2rec.embedder.options import ImagePolicy, Storage
 
@@ -70,6 +71,7 @@ class ShardMaker:
         image_timeout: float = 60.0,
     ) -> None:
         self.dataset, self.plan, self.earlier = dataset, plan, earlier
+        self._version = plan.dataset_version
         self.readers = Readers(READERS, image_timeout)
         self._encoder = functools.cache(load_encoder)
 
@@ -78,7 +80,12 @@ class ShardMaker:
         self.readers.close()
 
     def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
-        """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to encode."""
+        """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to encode.
+
+        Raises:
+            DataError: the dataset is no longer the one that was planned, or an image has changed since.
+        """
+        self._require_same_dataset()
         rows = np.array(self.plan.rows(number))
         new = self.encoded([int(row) for row in rows[reuse_rows < 0]], advance) if (reuse_rows < 0).any() else None
         if self.earlier is None or (reuse_rows < 0).all():
@@ -92,12 +99,13 @@ class ShardMaker:
     def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
         """Encode some items, and return their table."""
         policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
-        encoder, dataset = self._encoder(), self.dataset
+        encoder, inputs = self._encoder(), self.plan.inputs
+        assert inputs is not None
         parts: list[EncodedRows] = []
-        for piece, images in _images_of(encoder, dataset, self.plan, rows, self.readers):
+        for piece, images in _images_of(encoder, self.plan, inputs, rows, self.readers, self.dataset.require_images):
             if policy == "fail":
-                _require_images(dataset, piece, images)
-            titles = [item_text(dataset, self.plan.settings, row) for row in piece]
+                _require_images(inputs, piece, images)
+            titles = [inputs.titles[row] if inputs.titles is not None else "" for row in piece]
             parts.append(encode_rows(encoder, titles, images, policy, storage))
             advance(len(piece))
         return shard_file.shard_table(
@@ -108,19 +116,65 @@ class ShardMaker:
             [error for part in parts for error in part.error],
         )
 
+    def _require_same_dataset(self) -> None:
+        """Hold the dataset against the plan. Its files are read again only if one of them was written since."""
+        version = self.dataset.version_now()
+        if version == self._version:
+            return
+        fresh = copy.copy(self.dataset)  # which reads the files again
+        try:
+            changes = _changes(fresh, self.plan)
+        except ArtifactError as error:
+            changes = [error.found]
+        if changes:
+            raise DataError(
+                f"{self.dataset.path} was changed while its items were encoded: {'; '.join(changes)}",
+                "the dataset that the export began with, until all workers have ended",
+                "put the earlier items.parquet and dataset.json back and run the same command again, or export the new"
+                " dataset into a new --out folder (--changed-since reuses what is the same)",
+            )
+        self._version = version
+
+
+def _changes(dataset: Dataset, plan: Plan) -> list[str]:
+    """Return what differs between a dataset and what was planned, with up to three examples."""
+    inputs = plan.inputs
+    assert inputs is not None
+    found, planned = dataset.item_ids, plan.item_ids
+    changes = [] if len(found) == len(planned) else [f"it has {len(found)} items, {len(planned)} were planned"]
+    columns: list[tuple[str, Sequence[Any], Sequence[Any]]] = [("item", found, planned)]
+    if inputs.titles is not None:
+        texts = [item_text(dataset, plan.settings, row) for row in range(len(found))]
+        columns.append(("title", texts, inputs.titles))
+    if inputs.image_paths is not None:
+        columns.append(("image", dataset.image_paths, inputs.image_paths))
+        if str(dataset.image_root) != str(inputs.image_root):
+            changes.append(f"its images are in {dataset.image_root}, and were in {inputs.image_root}")
+    for name, now, then in columns:
+        if now != then:
+            pairs = enumerate(zip(now, then, strict=False))
+            rows = [f"row {row} has {name} {new!r} in place of {old!r}" for row, (new, old) in pairs if new != old]
+            return [*changes, *rows[:3]]
+    return changes
+
 
 def _pieces(rows: Sequence[int]) -> list[Sequence[int]]:
     return [rows[start : start + ITEMS_AT_ONCE] for start in range(0, len(rows), ITEMS_AT_ONCE)]
 
 
 def _images_of(
-    encoder: Encoder, dataset: Dataset, plan: Plan, rows: Sequence[int], readers: Readers
+    encoder: Encoder,
+    plan: Plan,
+    inputs: Inputs,
+    rows: Sequence[int],
+    readers: Readers,
+    require_folder: Callable[[], object],
 ) -> Iterator[tuple[Sequence[int], list[Picture]]]:
     """Yield rows piece by piece with their images; no image is opened if the vectors are of text alone."""
     pieces = _pieces(rows)
     if schema.IMAGE in schema.modalities_of(plan.settings["views"]):
         opener = encoder.open_image if isinstance(encoder, ItemEncoder) else _plain_opener(plan.settings["max_pixels"])
-        yield from _read_images(dataset, pieces, opener, readers)
+        yield from _read_images(inputs, pieces, opener, readers, require_folder)
     else:
         for piece in pieces:
             yield piece, [None] * len(piece)
@@ -133,11 +187,26 @@ def _plain_opener(max_pixels: int) -> Opener:
     return lambda root, relative: open_image(root, relative, max_pixels)
 
 
+class _ChangedImageError(ImageError):
+    """The image is another one than was planned."""
+
+
 def _read_images(
-    dataset: Dataset, pieces: Iterable[Sequence[int]], opener: Opener, readers: Readers
+    inputs: Inputs,
+    pieces: Iterable[Sequence[int]],
+    opener: Opener,
+    readers: Readers,
+    require_folder: Callable[[], object],
 ) -> Iterator[tuple[Sequence[int], list[Picture]]]:
     """Yield the images of each piece; threads read the next piece while this one is encoded."""
-    root = dataset.image_root
+    root, paths = inputs.image_root, inputs.image_paths
+    assert root is not None and paths is not None
+
+    def read(row: int) -> Picture:
+        picture = opener(root, paths[row])
+        if inputs.image_has_changed(row):  # what was read is not what the row's hash stands for
+            raise _ChangedImageError(paths[row])
+        return picture
 
     def take(reading: Reading[Picture]) -> Picture:
         try:
@@ -145,22 +214,35 @@ def _read_images(
         except ImageError as error:
             return error
 
+    def taken(readings: Sequence[Reading[Picture]]) -> list[Picture]:
+        pictures = [take(reading) for reading in readings]
+        if any(isinstance(picture, ImageError) for picture in pictures):
+            require_folder()  # the disk may be gone: that is no fault of these items
+        if changed := [str(picture) for picture in pictures if isinstance(picture, _ChangedImageError)]:
+            raise DataError(
+                f"images were changed while the items were encoded: {', '.join(changed[:3])}",
+                "the images that the export began with, until it ends",
+                "run the same command again: it says how to go on",
+            )
+        return pictures
+
     ahead: deque[tuple[Sequence[int], list[Reading[Picture]]]] = deque()
     for piece in pieces:
-        ahead.append((piece, [readers.ask(functools.partial(opener, root, dataset.image_paths[row])) for row in piece]))
+        ahead.append((piece, [readers.ask(functools.partial(read, row)) for row in piece]))
         if len(ahead) == 2:
             rows, readings = ahead.popleft()
-            yield rows, [take(reading) for reading in readings]
+            yield rows, taken(readings)
     for rows, readings in ahead:
-        yield rows, [take(reading) for reading in readings]
+        yield rows, taken(readings)
 
 
-def _require_images(dataset: Dataset, rows: Sequence[int], images: Sequence[Picture]) -> None:
+def _require_images(inputs: Inputs, rows: Sequence[int], images: Sequence[Picture]) -> None:
     for row, image in zip(rows, images, strict=True):
         if isinstance(image, ImageError):
+            path = inputs.image_paths[row] if inputs.image_paths is not None else ""
             raise DataError(
-                f"the image {dataset.image_paths[row]!r} of item {dataset.item_ids[row]!r} cannot be used: {image}",
-                f"a readable image below {dataset.image_root} for every item",
+                f"the image {path!r} of item {inputs.item_ids[row]!r} cannot be used: {image}",
+                f"a readable image below {inputs.image_root} for every item",
                 "repair it, or choose --on-image-error null or text_only, which stores the reason in the item's row",
             )
 

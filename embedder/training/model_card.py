@@ -29,7 +29,9 @@ def model_card(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -
     """
     encoder, training, data = settings["encoder"], settings["training"], settings["dataset"]
     backbone = settings["backbone"]
-    revision = (settings.get("backbone_settings") or {}).get("revision")
+    made_of = settings.get("backbone_settings") or {}
+    revision = made_of.get(schema.MADE_WITH, {}).get("commit") or made_of.get("revision")
+    learned = ", ".join(f"{name} {value}" for name, value in training.get("loss_settings", {}).items())
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics)
     prompt_lines = "\n".join(f"- {view}: `{_shown(prompt)}`" for view, prompt in _prompts(encoder).items())
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
@@ -45,8 +47,11 @@ the {"histories" if data["users"] else "items"} of `{data["name"]}` for item emb
 
 **Licence.** The backbone's applies: {settings["licence"]}.
 
-**Data.** `{data["name"]}`: {_samples(data)}; hashes of the dataset's files are in
-`vlm2rec.json`. {training["steps"]} steps, seed {training["seed"]}.
+**Data.** `{data["name"]}`: {_samples(data)}. SHA-256 of the dataset's files:
+{_hashes(data)}.
+
+**Loss.** Method {training.get("method", "vlm2rec")}, loss {training["loss"]}{f" ({learned})" if learned else ""}.
+{training["steps"]} steps, seed {training["seed"]}.
 
 **Prompts** (mode `{encoder["prompt_mode"]}`), {_asked(encoder)}:
 
@@ -74,6 +79,12 @@ size.
 
 def _samples(data: dict[str, Any]) -> str:
     return f"{data['samples']} samples of {data['users']} users" if data["users"] else f"{data['samples']} items"
+
+
+def _hashes(data: dict[str, Any]) -> str:
+    hashes = data.get("sha256")
+    listed = [f"`{name}` {found}" for name, found in hashes.items()] if isinstance(hashes, dict) else []
+    return ", ".join(listed) or "not recorded"
 
 
 def _asked(encoder: dict[str, Any]) -> str:

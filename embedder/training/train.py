@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -35,16 +36,16 @@ from transformers import (
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.lora import restore, trainable
-from vlm2rec.embedder.contract import publish, schema
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode
 from vlm2rec.embedder.options import Schedule
+from vlm2rec.embedder.progress import SILENT, Reporter
+from vlm2rec.embedder.training import checkpoints
+from vlm2rec.embedder.training.checkpoints import CHECKPOINTS
 from vlm2rec.embedder.training.monitor import Collapse, Probe, collapses
 
-CHECKPOINTS = "checkpoints"
-_WEIGHTS = "trainable.safetensors"
-_BEST = "best.safetensors"
 # the key of a probe's row, and that of a gradient's row, for the number of users that it was measured on
 _PROBE = "probe_users"
 _GRADIENTS = "batch_users"
@@ -192,12 +193,13 @@ def train(
     on_step: OnStep = lambda step, steps, log: None,
     probe: Probe | None = None,
     on_collapse: OnCollapse = lambda noticed: None,
+    reporter: Reporter = SILENT,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
-    Checkpoints are in `out/checkpoints`, and the next call continues from them. The caller removes them once the
-    adapter is saved, or earlier to start again. Neither `probe` nor `settings.gradient_steps` changes a bit of what is
-    learned.
+    Checkpoints are in `out/checkpoints`, and the next call continues from the newest whole one, whatever moment the
+    call before was killed at: it learns, validates and logs the same. The caller removes them once the adapter is
+    saved, or earlier to start again. Neither `probe` nor `settings.gradient_steps` changes a bit of what is learned.
 
     Processes that train together (`distributed.joined`) all call this, with `out` on a shared disk. The batch of a
     step is that of a single process with `batch_size` times their number. Each takes an equal share of it, also of an
@@ -213,12 +215,16 @@ def train(
         on_step: called after every step.
         probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
         on_collapse: called with the views that collapse, at the probe that shows it.
+        reporter: receives which checkpoints are damaged.
 
     Raises:
         ModelError: the loss is not finite (the message names the step and the samples), or a checkpoint does not fit.
+        ArtifactError: a checkpoint cannot be written, or is of an earlier version.
     """
     folder = out / CHECKPOINTS
-    checkpoint = distributed.from_main(_last_checkpoint(folder) if distributed.is_main() else None)
+    newest = checkpoints.newest_whole(folder, reporter) if distributed.is_main() else None
+    name = distributed.from_main(None if newest is None else newest.name)
+    checkpoint = None if name is None else folder / name
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
         # only the language model: the frozen vision tower runs without gradients and must not be run twice
@@ -235,7 +241,6 @@ def train(
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
         eval_strategy="no",  # `_Watch` validates by ranking, not by a loss
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
@@ -253,7 +258,7 @@ def train(
         # every process has loaded the same backbone: only the trained weights have to be sent
         frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    watch = _Watch(model, samples, folder, validate, on_step, probe, on_collapse)
+    watch = _Watch(model, samples, steps_an_epoch, validate, on_step, probe, on_collapse)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -261,12 +266,14 @@ def train(
         train_dataset=samples,
         optimizers=(_optimizer(model, settings), None),
         callbacks=[watch],
+        watch=watch,
         gradient_steps=settings.gradient_steps,
     )
     trainer.remove_callback(PrinterCallback)
     if distributed.rank():  # the trainer gave all the same seed: users at the same position would share their dropout
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is None or not trainer.take_end(checkpoint, total):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
         _checkpointing(backbone.language_model, "disable")
     return watch.finish(trainer.state)
@@ -288,11 +295,12 @@ def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer with our loss, our log, and checkpoints of the trained weights only."""
+    """transformers' Trainer with our loss, our log, and our checkpoints (`checkpoints`)."""
 
-    def __init__(self, gradient_steps: int, **arguments: Any) -> None:
+    def __init__(self, watch: _Watch, gradient_steps: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._learner: Model = arguments["model"]
+        self._watch = watch
         self._gradient_steps = gradient_steps
         self._parts: list[dict[str, Tensor]] = []
 
@@ -336,35 +344,132 @@ class _Trainer(Trainer):
             self._parts.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(trainable(self.model), folder / _WEIGHTS)
+    def take_end(self, checkpoint: Path, total: int) -> bool:
+        """Take over the checkpoint of a run that was killed after its last step; return False if it is another one."""
+        state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
+        if state.global_step < total:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self._watch.on_train_begin(self.args, state, self.control)
+        return True
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        distributed.wait()  # `trainer_state.json` is written next, and marks the checkpoint as complete
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, in place of transformers', which pickles and keeps no checksums."""
+        self.store_flos()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoints.begin(folder)
+        own = [checkpoints.process_file(distributed.rank())]
+        checkpoints.write_tensors(folder / own[0], *self._of_this_process())
+        if distributed.is_main():
+            own += [checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.STATE]
+            checkpoints.write_tensors(folder / checkpoints.WEIGHTS, trainable(self.model))
+            checkpoints.write_tensors(folder / checkpoints.OPTIMIZER, *self._of_the_optimizer())
+            if self._watch.best:
+                own.append(checkpoints.BEST)
+                checkpoints.write_tensors(folder / checkpoints.BEST, self._watch.best)
+            with checkpoints.disk(folder):
+                self.state.save_to_json(str(folder / checkpoints.STATE))
+        checkpoints.finish(folder, own)
+
+    def _of_the_optimizer(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        stored = self.optimizer.state_dict()
+        tensors = {
+            f"{number}.{name}": value for number, values in stored["state"].items() for name, value in values.items()
+        }
+        settings = {"groups": stored["param_groups"], "schedule": self.lr_scheduler.state_dict()}
+        return tensors, {"settings": json.dumps(settings)}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        tensors, settings = _read(Path(checkpoint) / checkpoints.OPTIMIZER)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        groups = [group | {"betas": tuple(group["betas"])} for group in settings["groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.lr_scheduler.load_state_dict(settings["schedule"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: there is none."""
+
+    def _of_this_process(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the random states of this process and what it has not logged yet."""
+        version, python, python_gauss = random.getstate()
+        kind, numbers, *position = np.random.get_state(legacy=True)
+        tensors = {
+            "python": torch.tensor(python, dtype=torch.int64),
+            "numpy": torch.from_numpy(np.asarray(numbers, np.int64)),
+            "cpu": torch.get_rng_state(),
+            "loss": self._tr_loss,
+        }
+        if self.args.device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(self.args.device)
+        names = list(self._parts[0]) if self._parts else []
+        tensors |= {f"part.{name}": torch.stack([part[name] for part in self._parts]) for name in names}
+        settings = {
+            "python": [version, python_gauss],
+            "numpy": [kind, *position],
+            "parts": names,
+            "logged": self._globalstep_last_logged,
+        }
+        return tensors, {"settings": json.dumps(settings)}
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Put back what `_of_this_process` returned; transformers calls this before the first step."""
+        if checkpoint is None:
+            return
+        tensors, settings = _read(Path(checkpoint) / checkpoints.process_file(distributed.rank()))
+        version, gauss = settings["python"]
+        random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+        kind, *position = settings["numpy"]
+        np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *position))
+        torch.set_rng_state(tensors["cpu"])
+        if "cuda" in tensors and self.args.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["cuda"], self.args.device)
+        self._tr_loss = tensors["loss"].to(self.args.device)
+        self._globalstep_last_logged = settings["logged"]
+        parts = {name: tensors[f"part.{name}"].to(self.args.device) for name in settings["parts"]}
+        count = len(next(iter(parts.values()))) if parts else 0
+        self._parts = [{name: values[row] for name, values in parts.items()} for row in range(count)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore(
-            self.model, safetensors.torch.load_file(Path(resume_from_checkpoint) / _WEIGHTS), resume_from_checkpoint
-        )
+        folder = Path(resume_from_checkpoint)
+        restore(self.model, safetensors.torch.load_file(folder / checkpoints.WEIGHTS), resume_from_checkpoint)
+        if (folder / checkpoints.BEST).is_file():
+            self._watch.best = safetensors.torch.load_file(folder / checkpoints.BEST)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a file of a checkpoint, and its settings."""
+    with safetensors.safe_open(file, "pt") as opened:
+        settings = json.loads(opened.metadata()["settings"])
+    return safetensors.torch.load_file(file), settings
+
+
+def _validated(state: TrainerState) -> dict[int, float]:
+    """Return N@20 of each validation so far, by step."""
+    return {row["step"]: row["N@20"] for row in state.log_history if "N@20" in row}
 
 
 class _Watch(TrainerCallback):
     """Validates at the end of each epoch, keeps the best weights, and reports every step."""
 
+    best: dict[str, Tensor] | None = None  # of the best validation so far
+
     def __init__(
         self,
         model: Model,
         samples: TrainingSamples,
-        folder: Path,
+        steps_an_epoch: int,
         validate: Validate,
         on_step: OnStep,
         probe: Probe | None,
         on_collapse: OnCollapse,
     ) -> None:
-        self._model, self._samples, self._folder = model, samples, folder
+        self._model, self._samples, self._steps_an_epoch = model, samples, steps_an_epoch
         self._validate, self._on_step = validate, on_step
         self._probe, self._on_collapse = probe, on_collapse
         self._latest: dict[str, float] = {}
@@ -373,11 +478,10 @@ class _Watch(TrainerCallback):
         """Rank the validation items and, if this is the best so far, keep the weights."""
         with self._aside():
             metrics = self._validate()
-        before = [row["N@20"] for row in state.log_history if "N@20" in row and row["step"] > 0]
+        before = [value for step, value in _validated(state).items() if step > 0]
         state.log_history.append({"step": state.global_step, **metrics})
-        if keep and distributed.is_main() and metrics["N@20"] > max(before, default=-math.inf):
-            with publish.whole_file(self._folder / _BEST) as temporary:
-                safetensors.torch.save_file(trainable(self._model), temporary)
+        if keep and (not before or metrics["N@20"] > max(before)):
+            self.best = trainable(self._model)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -403,11 +507,21 @@ class _Watch(TrainerCallback):
             self._on_collapse(noticed)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Validate the untrained model, so that the curve shows what training added."""
+        """Validate the untrained model, so that the curve shows what training added.
+
+        A run that was killed between a checkpoint at the end of an epoch and the validation makes up for it here.
+        """
         if state.global_step == 0:
             self.validate(state, keep=False)
+        elif self._ends_epoch(state) and not any(
+            "N@20" in r and r["step"] == state.global_step for r in state.log_history
+        ):
+            self.validate(state)
         if self._probe and not self._probes(state):
             self.probe(state)
+
+    def _ends_epoch(self, state: TrainerState) -> bool:
+        return state.global_step % self._steps_an_epoch == 0 or state.global_step >= state.max_steps
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let `random` samples choose this epoch's positions."""
@@ -438,8 +552,8 @@ class _Watch(TrainerCallback):
 
     def finish(self, state: TrainerState) -> Training:
         """Put the best weights back and return the curves."""
-        distributed.wait()
-        restore(self._model, safetensors.torch.load_file(self._folder / _BEST), str(self._folder))
+        assert self.best is not None, "every run validates after its last step"
+        restore(self._model, self.best, "of the best validation")
         self._model.eval()
         valid = [row for row in state.log_history if "N@20" in row]
         best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
@@ -452,16 +566,3 @@ class _Watch(TrainerCallback):
             "warnings": [asdict(collapse) for collapse in collapses(probes)],
         }
         return Training(curves, state.global_step, best)
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """Make the folder of checkpoints and return the newest finished one; unfinished ones are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = []
-    for path in folder.glob("checkpoint-*"):
-        # the trainer writes this file last
-        if (path / "trainer_state.json").is_file():
-            finished.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines.catalogue.parts import refuse_bomb
 from vlm2rec.pipelines.catalogue.records import encoding_error, open_text
 
 _BOM = codecs.BOM_UTF8
@@ -101,6 +102,7 @@ def _unpacked(path: Path, scratch: Path) -> Path:
     with open_text(path) as file, target.open("wb") as plain:
         while block := file.read(1 << 20):
             plain.write(block)
+            refuse_bomb(path, plain.tell())
     return target
 
 
@@ -121,6 +123,11 @@ class _Form:
     @property
     def fields(self) -> int:
         return len(self.columns)
+
+    @property
+    def names(self) -> set[bytes]:
+        """The columns, as bytes."""
+        return {name.encode() for name in self.columns}
 
     @property
     def unique(self) -> list[str]:
@@ -249,14 +256,20 @@ def _survey(file: IO[bytes], form: _Form, *, escapes: bool) -> _Survey:
 
 
 def _odd(text: bytes, used: int, form: _Form) -> bool:
-    """Return whether there is a byte-order mark, a NUL, a carriage return within a line, or the header again."""
+    """Return whether there is a byte-order mark, a NUL, a carriage return within a line, or a header again."""
     return (
         text.find(_BOM, 0, used) >= 0
         or text.find(b"\0", 0, used) >= 0
         or (text.find(b"\r", 0, used) >= 0 and text.count(b"\r", 0, used) != text.count(b"\r\n", 0, used))
-        or text.startswith(form.header)
-        or text.find(b"\n" + form.header, 0, used) >= 0
+        or (text.find(max(form.names, key=len), 0, used) >= 0 and _has_header(text[:used], form))
     )
+
+
+def _has_header(text: bytes, form: _Form) -> bool:
+    """Return whether a line begins as the header does, or as it would with its columns in another order."""
+    separator = form.separator.encode("latin-1")
+    starts = [form.header, *(mark + name + mark + separator for name in form.names for mark in (b"", b'"'))]
+    return any(text.startswith(start) or b"\n" + start in text for start in starts)
 
 
 def _count_records(text: bytes, form: _Form, survey: _Survey, escapes: bool) -> int:
@@ -352,7 +365,7 @@ class _Copy:
         self._whole = whole  # and before every other character
         self._fields = _Fields(form.separator)
         self._comma = self._fields.separator
-        self._names = {name.encode() for name in form.columns}
+        self._names = form.names
         self._waiting: deque[_Line] = deque()
         self._lines: Iterator[_Line] = iter(())
         self._bad: list[tuple[int, bytes, str]] = []
@@ -403,7 +416,7 @@ class _Copy:
         elif b"\0" in line:
             self._refuse(numbered, "holds a NUL byte")
         elif (parts := self._record(numbered)) is not None:
-            if len(self._names) > 1 and self._names == {*parts}:
+            if len(self._names) > 1 and self._names == {part.strip(b'"') for part in parts}:
                 self._refuse(numbered, "holds the header's names in another order")
             else:
                 return [parts]
@@ -520,8 +533,8 @@ class _Copy:
 
     def _refusal(self) -> DataError:
         header = f"the header has {self._form.fields}"
-        first, *others = [f"line {number:,} {{}}{why}: {_shown(line)}" for number, line, why in self._bad]
-        found = f"{first.format(f'of {self._path} ')}" + "".join(f"; {other.format('')}" for other in others)
+        told = [(f"line {number:,} ", f"{why}: {_shown(line)}") for number, line, why in self._bad]
+        found = f"of {self._path} ".join(told[0]) + "".join(f"; {''.join(other)}" for other in told[1:])
         more = f" ({self._bad_lines:,} such lines)" if self._bad_lines > 1 else ""
         return DataError(
             f"{found}{more}; {header}",

@@ -24,6 +24,7 @@ _ITEMS_PER_GROUP = 65_536
 def write_items(catalogue: pl.DataFrame, path: Path) -> None:
     """Write `items.parquet`: id, title and image first, then the catalogue's other columns."""
     first = [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH]
+    catalogue = catalogue.with_columns(pl.col(schema.TITLE).fill_null(""))  # kept by choice: `--require image`
     table = catalogue.select(*first, *(c for c in catalogue.columns if c not in first))
     arrow_schema = pa.schema(
         [

@@ -9,6 +9,7 @@ Nothing is downloaded, and no code in a file is run.
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.schema import ITEM_ID, TITLE, USER_ID
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import amazon
-from vlm2rec.pipelines.catalogue.csv_files import CsvTable, csv_columns, open_csv
+from vlm2rec.pipelines.catalogue.csv_files import csv_columns, open_csv
 from vlm2rec.pipelines.catalogue.ids import ROW, clean_ids, ids_of
+from vlm2rec.pipelines.catalogue.parts import parquet_schema, parts_of, refuse_bomb, require_same
 from vlm2rec.pipelines.catalogue.records import (
     Kind,
     build_frame,
@@ -115,17 +117,15 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
     with _polars_errors(path, kind):
-        columns = csv_columns(path, names.wanted) if kind == "CSV" else list(pl.read_parquet_schema(path))
+        columns = _columns(path, kind, names)
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
-        if kind == "CSV":
-            # every column is read as text: a type guessed from the first rows would turn "007" into 7
-            with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
-                table = open_csv(path, Path(scratch), names.wanted)
-                frame = table.scan().collect()
-            _account_for(table, frame.height)
-        else:
-            frame = pl.read_parquet(path)
+        with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+            source, records = _scan(path, kind, names, columns, Path(scratch))
+            frame = source.collect()
+        _require_all(path, records, frame.height)
+        if kind == "Parquet":
+            refuse_bomb(path, sum(map(_text_bytes, frame.get_columns())), "holds text of")
         ids = ids_of(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title]
@@ -142,11 +142,13 @@ def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.Da
 
 def _source_names(columns: Collection[str]) -> dict[str, str]:
     """Return new names for the catalogue's own columns called as ours, `source_item_id`, that no column has yet."""
-    names = {}
-    for ours in {ITEM_ID, TITLE} & {*columns}:
-        free = (f"source_{ours}{number}" for number in ("", *(f"_{n}" for n in range(2, len(columns) + 3))))
-        names[ours] = next(name for name in free if name not in columns)
-    return names
+    return {ours: free_name(f"source_{ours}", columns) for ours in {ITEM_ID, TITLE} & {*columns}}
+
+
+def free_name(wanted: str, columns: Collection[str]) -> str:
+    """Return the name, with a number behind it if a column has it."""
+    numbers = ("", *(f"_{n}" for n in range(2, len(columns) + 3)))
+    return next(name for number in numbers if (name := f"{wanted}{number}") not in columns)
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
@@ -245,13 +247,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     names = names or ColumnNames()
     kind = kind_of(path)
     with _polars_errors(path, kind):
-        if kind == "Parquet":
-            source = pl.scan_parquet(path)
-            columns = list(source.collect_schema())
-        elif kind == "CSV":
-            columns = csv_columns(path, names.wanted)
-        else:
-            columns = _first_keys(path, kind)
+        columns = _columns(path, kind, names) if kind in ("Parquet", "CSV") else _first_keys(path, kind)
     user, item, time, label = _interaction_columns(columns, names, kind)
     flags = {user: "--user-id-column", item: "--interactions-item-column, or with --item-id-column for both files"}
     if time is not None:
@@ -259,13 +255,15 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     require_columns(path, columns, flags)
     needed = [column for column in (user, item, time) if column is not None]
     with _polars_errors(path, kind):
-        if kind == "CSV":
-            table = open_csv(path, scratch, names.wanted)
-            source = table.scan()
-        elif kind != "Parquet":
-            source = pl.scan_parquet(_condensed(path, kind, needed, scratch))
+        if kind in ("Parquet", "CSV"):
+            source, records = _scan(path, kind, names, columns, scratch)
+        else:
+            source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
         types = source.collect_schema()
+        texts = [pl.col(column).str.len_bytes().cast(pl.Int64).sum() for column in needed if types[column] == pl.String]
+        if kind == "Parquet" and texts:
+            refuse_bomb(path, sum(source.select(texts).collect(engine="streaming").row(0)), "holds text of")
         source = source.with_row_index(ROW)
         if time is None:
             times = Times(pl.col(ROW).cast(pl.Int64), has_unit=False)
@@ -278,21 +276,8 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             times.number.alias(TIME),
         )
         rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
-    if kind == "CSV":
-        _account_for(table, rows)
+    _require_all(path, records, rows)
     return Interactions(frame, label, rows, path, times.has_unit)
-
-
-def _account_for(table: CsvTable, rows: int) -> None:
-    """Say which lines hold no record, and raise unless all records have been read."""
-    if rows != table.records:
-        raise DataError(
-            f"{table.source} has {table.records:,} records, of which {rows:,} were read",
-            "every record once",
-            "write the table as Parquet or JSON lines",
-        )
-    for what, count in table.left_out.items():
-        console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
 
 
 def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str | None, str]:
@@ -316,7 +301,7 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
     for column, name in given.items():
         if not counts[column]:
             raise DataError(
-                f"none of the {rows:,} rows of {path} has a {name}",
+                f"none of the {rows:,} rows of {path} has a value in {name!r}",
                 "a user, an item and a time in the rows",
                 "name the right column" + ("; without times, give --order file" if column == TIME else ""),
             )
@@ -326,14 +311,19 @@ def _count(frame: pl.LazyFrame, given: Mapping[str, str], path: Path) -> int:
 def _condensed(path: Path, kind: Kind, columns: list[str], scratch: Path) -> list[Path]:
     """Write the columns of user, item and perhaps time of a file of records, as text, into Parquet files of a block."""
     parts: list[Path] = []
-    for number, lines in line_blocks(path):
-        if not lines.strip():
-            continue
-        frame = _block_frame(path, kind, columns, number, lines)
-        part = scratch / f"{path.name}.{len(parts):05d}.parquet"
-        frame.write_parquet(part, compression="lz4", statistics=False)
-        parts.append(part)
+    for file in parts_of(path):
+        for number, lines in line_blocks(file):
+            if not lines.strip():
+                continue
+            frame = _block_frame(file, kind, columns, number, lines)
+            part = scratch / f"{path.name}.{len(parts):05d}.parquet"
+            frame.write_parquet(part, compression="lz4", statistics=False)
+            parts.append(part)
     return parts
+
+
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
 
 
 def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines: bytes) -> pl.DataFrame:
@@ -341,8 +331,11 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
     if kind == "JSON lines":
         try:
             frame = pl.read_ndjson(io.BytesIO(lines), schema=schema)
+            records = sum(1 for line in lines.split(b"\n") if line.strip())
+            # a key that occurs twice in a line, or two objects in one
+            simple = frame.height == records and all(lines.count(_quoted(key)) <= records for key in columns)
             # Polars turns true, lists and 1.5 into text: Python's slower reader sees whether they were
-            if not frame.select(pl.any_horizontal(pl.col(columns[:2]).str.contains(_ODD_ID).any())).item():
+            if simple and not frame.select(pl.any_horizontal(pl.col(columns[:2]).str.contains(_ODD_ID).any())).item():
                 return frame
         except pl.exceptions.PolarsError:
             pass  # Python's slower reader names the row, or can read it
@@ -358,7 +351,60 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
     return pl.DataFrame(rows, schema=schema)
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _columns(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
+    """Return the columns of a Parquet or CSV file, or of all parts in a folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    for part in parts_of(path):
+        if kind == "CSV":
+            found[part] = dict.fromkeys(csv_columns(part, names.wanted), "text")
+        else:
+            parquet_schema(part)
+            found[part] = dict(pl.read_parquet_schema(part))
+    require_same(path, found)
+    return list(next(iter(found.values())))
+
+
+def _scan(
+    path: Path, kind: Kind, names: ColumnNames, columns: list[str], scratch: Path
+) -> tuple[pl.LazyFrame, int | None]:
+    """Return the rows of all parts, and how many a parser of record has counted; None if it was not asked."""
+    parts = parts_of(path)
+    if kind == "Parquet":
+        return pl.concat([pl.scan_parquet(part, glob=False).select(columns) for part in parts]), None
+    tables = [open_csv(part, scratch, names.wanted) for part in parts]
+    for table in tables:
+        for what, count in table.left_out.items():
+            console.log.print(f"{table.source}: {count:,} {what} left out", markup=False)
+    # every column is read as text: a type guessed from the first rows would turn "007" into 7
+    return pl.concat([table.scan().select(columns) for table in tables]), sum(table.records for table in tables)
+
+
+def _require_all(path: Path, records: int | None, rows: int) -> None:
+    if records not in (None, rows):
+        raise DataError(
+            f"{path} has {records:,} records, of which {rows:,} were read",
+            "every record once",
+            "write the table as Parquet or JSON lines",
+        )
+
+
+def _text_bytes(values: pl.Series) -> int:
+    """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
+    dtype = values.dtype
+    if isinstance(dtype, pl.String):
+        return int(values.str.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.Categorical, pl.Enum)):
+        return int(values.cat.len_bytes().cast(pl.Int64).sum())
+    if isinstance(dtype, pl.Binary):
+        return int(values.bin.size().cast(pl.Int64).sum())
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return _text_bytes(values.explode())
+    if isinstance(dtype, pl.Struct):
+        return sum(map(_text_bytes, values.struct.unnest().get_columns()))
+    return 0
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -369,7 +415,7 @@ def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     """Turn an error of Polars about a file into one that names the row."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         if "No space left" in str(error):
             raise DataError(
                 f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
@@ -386,9 +432,10 @@ def _explain_csv(path: Path) -> None:
 
     It is slow and only used after reading has failed.
     """
-    with open_text(path) as file:
-        for row, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise encoding_error(path, row, error.start) from None
+    for part in parts_of(path):
+        with open_text(part) as file:
+            for row, line in enumerate(file, 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise encoding_error(part, row, error.start) from None

@@ -221,20 +221,22 @@ class Kept:
     """The rows that were kept, of the user ids and of the catalogue."""
 
     users: np.ndarray
-    items: np.ndarray
+    items: np.ndarray  # with an interaction
+    catalogue: np.ndarray  # of the dataset: these and, by choice, the cold ones
 
 
 def filter_log(
     log: Log,
     user_ids: pl.Series,
     catalogue: pl.DataFrame,
+    image_reasons: pl.Series,
     config: PrepareConfig,
     steps: list[Count],
     rejects: Rejects,
 ) -> tuple[Log, Kept, list[Count]]:
-    """Drop items without title or image, exact duplicates, and all outside the k-core; renumber the rest.
+    """Drop items that lack what is required, exact duplicates, and all outside the k-core; renumber the rest.
 
-    What is dropped goes to the rejects.
+    What is dropped goes to the rejects; `image_reasons` says of each item why it has no image.
 
     Returns:
         The remaining interactions (users and items renumbered, order unchanged), the kept rows, and the counts.
@@ -252,17 +254,19 @@ def filter_log(
         return log.take(mask)
 
     alive = np.ones(catalogue.height, bool)
-    titled = (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
-    pictured = catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
-    for name, has, lack in (("a title", titled, "no title"), ("an image", pictured, "no image")):
-        _reject_items(alive & ~has, catalogue, lack, rejects)
+    needs = required(config)
+    for thing, name, details in (("title", "a title", None), ("image", "an image", image_reasons)):
+        if thing not in needs:
+            continue
+        has = given(catalogue, thing)
+        _reject_items(alive & ~has, catalogue, f"no {thing}", details, rejects)
         alive &= has
         log = keep(alive[log.item], f"item without {name}")
         steps.append(Count(f"items with {name}", _distinct(log.user), int(alive.sum()), len(log)))
         if not len(log):
             why = f"{int(has.sum()):,} of {len(has):,} items are items with {name}"
             raise _nothing_left(steps, why, "check the catalogue")
-    log = keep(first_occurrences(log), "copy of an earlier row: the same user, item and time")
+    log = keep(first_occurrences(log), "copy of an earlier row (user, item and time)")
     steps.append(Count("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
     core = np.zeros(len(log), bool)
     core[core_rows(log, max(config.core, SHORTEST), config.core)] = True
@@ -277,20 +281,44 @@ def filter_log(
         )
     users, user = np.unique(log.user, return_inverse=True)
     items, item = np.unique(log.item, return_inverse=True)
+    listed = np.flatnonzero(alive) if config.cold_items == "keep" else items
     outside = alive.copy()
-    outside[items] = False
+    outside[listed] = False
     rejects.add_items(np.flatnonzero(outside), catalogue[schema.ITEM_ID], f"outside the {config.core}-core")
-    return Log(user.astype(np.int32), item.astype(np.int32), log.time, log.row), Kept(users, items), steps
+    kept = Log(user.astype(np.int32), item.astype(np.int32), log.time, log.row)
+    return kept, Kept(users, items, listed), steps
 
 
-def _reject_items(mask: np.ndarray, catalogue: pl.DataFrame, lack: str, rejects: Rejects) -> None:
+def required(config: PrepareConfig) -> tuple[str, ...]:
+    """Return what an item needs: image, title, or both. Without a folder of images, a title is enough."""
+    return config.require or (("title",) if config.images is None else ("image", "title"))
+
+
+def given(catalogue: pl.DataFrame, thing: str) -> np.ndarray:
+    """Return which items have a title or an image, (I,) bool."""
+    if thing == "image":
+        return catalogue[schema.IMAGE_PATH].is_not_null().to_numpy()
+    return (catalogue[schema.TITLE].str.strip_chars() != "").fill_null(False).to_numpy()
+
+
+def _reject_items(
+    mask: np.ndarray, catalogue: pl.DataFrame, lack: str, details: pl.Series | None, rejects: Rejects
+) -> None:
     rows = np.flatnonzero(mask)
+    say_of_items(rows, catalogue, f"have {lack} and are left out", details)
+    rejects.add_items(rows, catalogue[schema.ITEM_ID], lack, details)
+
+
+def say_of_items(rows: np.ndarray, catalogue: pl.DataFrame, what: str, details: pl.Series | None) -> None:
+    """Print what some items are like, with three examples and, if they are known, the reasons."""
     if len(rows):
-        shown = examples([(int(row), catalogue[schema.ITEM_ID][int(row)]) for row in rows[:3]])
-        console.TERMINAL.say(
-            f"{len(rows):,} of {catalogue.height:,} items have {lack} and are left out, such as {shown}", warning=True
-        )
-    rejects.add_items(rows, catalogue[schema.ITEM_ID], lack)
+        first = [(int(row), catalogue[schema.ITEM_ID][int(row)]) for row in rows[:3]]
+        text = f"{len(rows):,} of {catalogue.height:,} items {what}"
+        if details is None:
+            text += f", such as {examples(first)}"
+        else:
+            text += "".join(f"\n  {examples([one])}: {details[one[0]]}" for one in first)
+        console.TERMINAL.say(text, warning=True)
 
 
 def first_occurrences(log: Log) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import json
 import math
@@ -18,9 +19,13 @@ import polars as pl
 
 from vlm2rec.embedder.contract.errors import DataError, did_you_mean
 from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.parts import parts_of, refuse_bomb
 
 Kind = Literal["Parquet", "CSV", "JSON lines", "Python literal lines"]
+_BOM = codecs.BOM_UTF8
 _BLOCK_BYTES = 32 << 20
+_LONGEST_LINE = 16 << 20
+_LONGEST_LITERAL = 1 << 20
 _RECORDS_PER_FRAME = 20_000
 LARGEST_EXACT_FLOAT = 2.0**53
 # the first bytes of what is not read, its name, and what decompresses it
@@ -34,11 +39,19 @@ _ARCHIVES = {
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of a file, from its first bytes."""
+    """Return the kind of a file, or of all parts in a folder, from their first bytes."""
+    if path.is_dir():
+        kinds: dict[Kind, Path] = {}
+        for part in parts_of(path):
+            kinds.setdefault(kind_of(part), part)
+        if len(kinds) > 1:
+            found = " and ".join(f"{part.name} ({kind})" for kind, part in kinds.items())
+            raise DataError(f"{path} holds {found}", "parts of one kind", "give a folder that holds one table")
+        return next(iter(kinds))
     if not path.is_file():
         raise DataError(
-            f"{path} is {'a folder' if path.is_dir() else 'missing'}",
-            "a Parquet, CSV or JSON-lines file",
+            f"{path} is {'no regular file' if path.exists() else 'missing'}",
+            "a Parquet, CSV or JSON-lines file, or a folder of such parts",
             "correct the path",
         )
     try:
@@ -59,7 +72,7 @@ def kind_of(path: Path) -> Kind:
             )
     with open_text(path) as file:
         head = file.read(1 << 16)
-        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        text = head.removeprefix(_BOM).lstrip()
         if not text:
             raise DataError(f"{path} is empty", "a file with rows", "check how it was made")
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
@@ -73,8 +86,11 @@ def kind_of(path: Path) -> Kind:
         if text[:1] != b"{":
             return "CSV"
         file.seek(0)
-        line = next(line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip())
-    line = line.removeprefix(b"\xef\xbb\xbf")
+        while not (line := file.readline(_LONGEST_LINE)).removeprefix(_BOM).strip():
+            pass
+    if len(line) == _LONGEST_LINE:
+        raise _long_line(path, 1)
+    line = line.removeprefix(_BOM)
     try:
         json.loads(line)
     except UnicodeDecodeError:
@@ -99,40 +115,68 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the first line counted from 1, a block of whole lines)."""
+    """Yield (number of the first line counted from 1, a block of whole lines) of a file.
+
+    Raises:
+        DataError: a line of more than 16 MB, or a file that unpacks to far more than its size.
+    """
     with open_text(path) as file:
-        number, rest = 1, b""
-        first = file.read(3)
-        rest = b"" if first == b"\xef\xbb\xbf" else first
+        number, rest, unpacked = 1, b"", 0
         while block := file.read(_BLOCK_BYTES):
+            unpacked += len(block)
             lines, newline, rest = (rest + block).rpartition(b"\n")
             if newline:
                 yield number, lines + newline
                 number += lines.count(b"\n") + 1
+            if len(rest) > _LONGEST_LINE:
+                raise _long_line(path, number)
+            refuse_bomb(path, unpacked)
         if rest.strip():
             yield number, rest
 
 
 def read_records(path: Path, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number counted from 1, record)."""
-    for number, lines in line_blocks(path):
-        yield from parse_lines(path, kind, number, lines)
+    """Yield (line number counted from 1, record) of a file, or of all parts in a folder, one after the other."""
+    for part in parts_of(path):
+        for number, lines in line_blocks(part):
+            yield from parse_lines(part, kind, number, lines)
 
 
 def parse_lines(path: Path, kind: Kind, number: int, lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, record) of a block of lines; `number` is that of its first line."""
     for row, line in enumerate(lines.split(b"\n"), number):
+        line = line.removeprefix(_BOM)  # files with a mark, one after the other
         if not line.strip():
             continue
+        if len(line) > (_LONGEST_LINE if kind == "JSON lines" else _LONGEST_LITERAL):
+            raise _long_line(path, row)
         try:
-            record = json.loads(line) if kind == "JSON lines" else _literal(line)
+            record = json.loads(line, object_pairs_hook=_object) if kind == "JSON lines" else _literal(line)
         except UnicodeDecodeError as error:
             raise encoding_error(path, row, error.start) from None
         except (ValueError, RecursionError) as error:
-            raise _broken_row(path, row, str(error)) from None
+            raise _broken_row(path, row, str(error), line) from None
         if not isinstance(record, dict):
-            raise _broken_row(path, row, "not an object")
+            raise _broken_row(path, row, "not an object", line)
+        if isinstance(record, _Twice):
+            raise _broken_row(path, row, f"it has the key {record.key!r} twice", line)
         yield row, record
+
+
+class _Twice(dict[str, Any]):
+    """An object in which a key occurs twice."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    names = [name for name, _ in pairs]
+    twice = _Twice(record)
+    twice.key = next(name for name in names if names.count(name) > 1)
+    return twice
 
 
 def _literal(line: bytes) -> Any:
@@ -270,7 +314,19 @@ def encoding_error(path: Path, row: int, byte: int, what: str = "not UTF-8") -> 
     )
 
 
-def _broken_row(path: Path, row: int, why: str) -> DataError:
+def _broken_row(path: Path, row: int, why: str, line: bytes) -> DataError:
+    text = line[:400].decode("utf-8", "replace")
     return DataError(
-        f"line {row:,} of {path} is not an object: {why}", "one JSON object per line", "correct or remove the line"
+        f"line {row:,} of {path} is not an object: {why}; it reads {(text[:100] + '…' if len(text) > 100 else text)!r}",
+        "one JSON object per line",
+        "correct or remove the line",
+    )
+
+
+def _long_line(path: Path, row: int) -> DataError:
+    return DataError(
+        f"line {row:,} of {path} is longer than a record can be ({_LONGEST_LINE >> 20} MB,"
+        f" {_LONGEST_LITERAL >> 20} MB for a Python literal)",
+        "lines with one record each",
+        "check where the file comes from, or write its records one per line",
     )

@@ -51,11 +51,11 @@ class Rejects:
             file: {"read": read[file], "kept": kept[file], "rejected": counts} for file, counts in self.counts.items()
         }
 
-    def add_items(self, rows: np.ndarray, ids: pl.Series, reason: str | pl.Series) -> None:
-        """Leave out items: `rows` of the catalogue, (n,), whose ids are `ids`; a reason for all, or one for each."""
+    def add_items(self, rows: np.ndarray, ids: pl.Series, reason: str, details: pl.Series | None = None) -> None:
+        """Leave out items: `rows` of the catalogue, (n,), whose ids are `ids`; `details` adds to each one's reason."""
         for part in _parts(len(rows)):
-            given = reason if isinstance(reason, str) else reason.gather(rows[part])
-            self._write(ITEMS, {ROW: rows[part], ITEM_ID: ids.gather(rows[part])}, given)
+            more = None if details is None else details.gather(rows[part])
+            self._write(ITEMS, {ROW: rows[part], ITEM_ID: ids.gather(rows[part])}, reason, more)
 
     def add_interactions(self, rows: np.ndarray, items: Iterable[Any], users: Iterable[Any], reason: str) -> None:
         """Leave out interactions: their rows in the file, (n,), and the `(ids, codes)` of their items and users."""
@@ -71,15 +71,13 @@ class Rejects:
         columns.select(_safe_columns()).sink_csv(self._file, include_header=False, engine="streaming")
         self._count(INTERACTIONS, counts)
 
-    def _write(self, file: str, columns: dict[str, Any], reason: str | pl.Series) -> None:
+    def _write(self, file: str, columns: dict[str, Any], reason: str, details: pl.Series | None = None) -> None:
+        text = pl.lit(reason) if details is None else f"{reason}: " + details
         frame = pl.DataFrame({USER_ID: None, **columns}).with_columns(
-            pl.lit(file).alias("file"), (pl.lit(reason) if isinstance(reason, str) else reason).alias("reason")
+            pl.lit(file).alias("file"), text.alias("reason"), pl.col(USER_ID).cast(pl.String)
         )
-        frame.with_columns(pl.col(USER_ID).cast(pl.String)).select(_safe_columns()).write_csv(
-            self._file, include_header=False
-        )
-        counted = frame["reason"].value_counts() if not isinstance(reason, str) else None
-        self._count(file, {reason: frame.height} if counted is None else dict(counted.iter_rows()))  # type: ignore[dict-item]
+        frame.select(_safe_columns()).write_csv(self._file, include_header=False)
+        self._count(file, {reason: frame.height})
 
     def _count(self, file: str, counts: dict[str, int]) -> None:
         for reason, count in counts.items():

@@ -1,8 +1,13 @@
-"""Reads vectors from Parquet, CSV or npy. Every file is checked before any vector is used."""
+"""Reads vectors from Parquet, CSV, JSON lines, RecBole's .itememb, or npy.
+
+Every file is checked before any vector is used.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +22,14 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.export.plan import duplicates
+from vlm2rec.pipelines.catalogue.csv_files import open_csv
+from vlm2rec.pipelines.catalogue.records import id_as_text, is_missing, read_records
 
+# how pandas, polars and R call a column of row numbers that nobody asked for
+_ROW_NUMBERS = re.compile(
+    r"(unnamed: \d+(\.\d+)?|(level|__index_level)_\d+(__)?|index|idx|row(_?(id|nr|number|names?))?|)", re.I
+)
+_FEWEST_ROWS = 10  # with fewer, whole numbers that all differ may well be a dimension
 _CONVERT = "save it as Parquet (item_id and a list column) or as .npy with numpy.save"
 
 
@@ -29,6 +41,7 @@ class VectorFile:
     views: dict[str, np.ndarray]  # view → (N, d) float32
     present: dict[str, np.ndarray]  # view → (N,) bool: the source has a vector, not null
     columns: dict[str, str]  # view → its name in the source
+    left_out: tuple[str, ...] = ()  # columns of row numbers
 
 
 def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
@@ -47,34 +60,155 @@ def read_parquet(path: Path, id_column: str, column: str | None, view: str) -> V
     found = _parquet_schema(path)
     _require_column(path, id_column, found.names, "--item-id-column")
     columns = _vector_columns(path, found, id_column, column, view)
-    table = pq.read_table(path, columns=[id_column, *columns.values()])
+    table = _read_columns(path, found, [id_column, *columns.values()])
     ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
     return _views_of(path, table, ids, columns)
 
 
 def read_csv(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
-    """Read ids and vectors from a CSV file with a header, tab-separated if its name ends in .tsv.
+    """Read ids and vectors from a CSV file with a header, plain or gzipped; its separator is found out.
 
     Args:
         path: The file.
         id_column: Each id once; "007" and "NA" do not change.
         column: Column of lists (`[0.1, 0.2]`) to read as `view`. None takes the columns named fused, text and image,
-            or the only column of lists. Without lists, all columns are numbers, and a row is a vector.
+            or the only column of lists. Without lists, all columns are numbers, and a row is a vector; columns of row
+            numbers, such as pandas' `Unnamed: 0`, are left out.
         view: The view that a single column, or a row of numbers, holds.
 
     Raises:
-        DataError: no such file or column, text instead of numbers, or an incomplete vector.
+        DataError: no such file or column, lines with too many or too few fields, text instead of numbers, a column
+            that numbers the rows without saying so, or an incomplete vector.
     """
     table = _csv_table(path, id_column, column)
     ids = _as_ids(table[id_column], f"column {id_column!r} of {path}")
     others = [name for name in table.column_names if name != id_column]
     texts = [name for name in others if pa.types.is_string(table[name].type)]
     if not texts:
-        vectors, present = _matrix(_rows(table.select(others), ids, path), ids, str(path))
-        return VectorFile(ids, {view: vectors}, {view: present}, {view: path.name})
+        numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
+        if len(numbers) == len(others):
+            numbers = []
+        dimensions = table.select([name for name in others if name not in numbers])
+        _refuse_row_numbers(dimensions, path)
+        vectors, present = _matrix(_rows(dimensions, ids, path), ids, str(path))
+        return VectorFile(ids, {view: vectors}, {view: present}, {view: path.name}, tuple(numbers))
     lists = pa.table({name: _parsed(table[name], ids, f"column {name!r} of {path}") for name in texts})
     columns = _vector_columns(path, lists.schema, id_column, column, view)
     return _views_of(path, lists, ids, columns)
+
+
+def _refuse_row_numbers(table: pa.Table, path: Path) -> None:
+    """Raise if one column holds whole numbers that all differ, and the others fractions, or it counts the rows."""
+    whole = [name for name in table.column_names if pa.types.is_integer(table[name].type)]
+    for name in whole if table.num_rows >= _FEWEST_ROWS else []:
+        values = np.sort(table[name].drop_null().to_numpy())
+        counting = len(values) == table.num_rows and values[0] in (0, 1) and values[-1] - values[0] == len(values) - 1
+        if len(np.unique(values)) == table.num_rows and (counting or len(whole) < table.num_columns):
+            raise DataError(
+                f"column {name!r} of {path} holds a whole number of its own in every row, {values[0]} to {values[-1]},"
+                " as row numbers do",
+                "dimensions of the vectors in all columns but the ids",
+                "leave it out of the file, or call it index if it numbers the rows; if it is a dimension, write it"
+                " with a decimal point or save a Parquet file with one column of lists",
+            )
+
+
+def read_jsonl(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
+    """Read ids and vectors from JSON lines such as `{"item_id": "a", "embedding": [0.1, 0.2]}`, plain or gzipped.
+
+    Args:
+        path: The file.
+        id_column: Key of the ids, each once.
+        column: Key of lists to read as `view`; None as for `read_parquet`.
+        view: The view that a single list holds.
+
+    Raises:
+        DataError: no such file or key, a line that is no object, lists that hold anything but numbers.
+    """
+    _require_file(path)
+    ids: list[str | None] = []
+    lists: dict[str, list[np.ndarray | None]] = {}
+    keys: dict[str, None] = {}
+    for number, (line, record) in enumerate(read_records(path, "JSON lines")):
+        keys |= dict.fromkeys(record)
+        ids.append(id_as_text(record.get(id_column), path, line))
+        for key, value in record.items():
+            if isinstance(value, list) and key != id_column and column in (None, key):
+                found = lists.setdefault(key, [])
+                found += [None] * (number - len(found))
+                found.append(_numbers(value, f"line {line:,} of {path} holds", key))
+            elif key == column and not is_missing(value):
+                raise _no_vector(f"line {line:,} of {path} holds", key, value)
+    if not ids:
+        raise DataError(f"{path} holds no record", "one object per line", "check the file")
+    _require_column(path, id_column, list(keys), "--item-id-column")
+    if column is not None:
+        _require_column(path, column, list(keys), "--column")
+    where = f"key {id_column!r} of {path}"
+    texts = _as_ids(pa.array(ids, pa.string()), where)
+    arrays = {
+        key: pa.array([*found, *[None] * (len(ids) - len(found))], pa.list_(pa.float32()))
+        for key, found in lists.items()
+    }
+    table = pa.table(arrays)
+    return _views_of(path, table, texts, _vector_columns(path, table.schema, id_column, column, view))
+
+
+def _numbers(values: list[Any], where: str, key: str) -> np.ndarray:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise _no_vector(where, key, values)
+    try:
+        return _float32(np.array(values, np.float64))
+    except OverflowError:  # a whole number of hundreds of digits
+        raise _no_vector(where, key, values) from None
+
+
+def _no_vector(where: str, key: str, value: Any) -> DataError:
+    text = str(value)
+    return DataError(
+        f"{where} {text if len(text) <= 40 else text[:40] + '…'} as {key!r}",
+        "a list of numbers, or null for an item without a vector",
+        "name the key of the vectors with --column, or correct the line",
+    )
+
+
+def read_itememb(path: Path, id_column: str, column: str | None, view: str) -> VectorFile:
+    """Read ids and vectors from one of RecBole's atomic files: tabs, a header such as `iid:token  emb:float_seq`.
+
+    Args:
+        path: The file.
+        id_column: Name of the ids' field without its type; another field of tokens is taken if it is the only one.
+        column: Name of the vectors' field without its type; None takes the only one of numbers.
+        view: The view of the vectors.
+
+    Raises:
+        DataError: no such file, a header without types, no field that fits, or text instead of numbers.
+    """
+    _require_file(path)
+    table = _text_table(path, ())
+    types = {name.rpartition(":")[0]: name.rpartition(":")[2] for name in table.column_names}
+    tokens = [name for name, kind in types.items() if kind == "token"]
+    vectors = [name for name, kind in types.items() if kind == "float_seq"]
+    if id_column not in tokens and len(tokens) == 1:
+        id_column = tokens[0]
+    if column is None and len(vectors) == 1:
+        column = vectors[0]
+    if id_column not in tokens or column is None or column not in vectors:
+        raise DataError(
+            f"the header of {path} is {', '.join(map(repr, table.column_names))}",
+            f"one field of type token{'' if tokens else ', such as iid:token'}, and one of type float_seq with the"
+            " vectors",
+            "choose the fields with --item-id-column and --column",
+        )
+    ids = _as_ids(table[f"{id_column}:token"], f"field {id_column!r} of {path}")
+    values: list[np.ndarray | None] = []
+    for item_id, text in zip(ids, table[f"{column}:float_seq"].to_pylist(), strict=True):
+        try:
+            values.append(None if text is None else _float32(np.array(text.split(), np.float64)))
+        except ValueError:
+            raise _no_vector(f"item {item_id!r} of {path} has", column, text) from None
+    name = f"{column}:float_seq"
+    return _views_of(path, pa.table({name: pa.array(values, pa.list_(pa.float32()))}), ids, {view: name})
 
 
 def _views_of(path: Path, table: pa.Table, ids: list[str], columns: dict[str, str]) -> VectorFile:
@@ -92,25 +226,42 @@ def _views_of(path: Path, table: pa.Table, ids: list[str], columns: dict[str, st
 
 def _csv_table(path: Path, id_column: str, column: str | None) -> pa.Table:
     _require_file(path)
-    as_text = {name: pa.string() for name in (id_column, column) if name}
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    try:
-        table = pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=as_text, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
-            ),
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read as CSV ({error})", "UTF-8 with a header, and as many values in every row", _CONVERT
-        ) from None
+    table = _text_table(path, [name for name in (id_column, column) if name], guess=True)
     _require_column(path, id_column, table.column_names, "--item-id-column")
     if column is None:
         return table
     _require_column(path, column, table.column_names, "--column")
     return table.select([id_column, column])
+
+
+def _text_table(path: Path, as_text: Sequence[str], *, guess: bool = False) -> pa.Table:
+    """Read a CSV file: the columns `as_text` as text, the others as numbers if they `guess` so, else as text too."""
+    with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
+        form = open_csv(path, Path(scratch), as_text)
+        if not form.records:
+            raise DataError(f"{path} has a header and no vectors", "one line for each item", "check the file")
+        texts = as_text if guess else form.columns
+        try:
+            table = pyarrow.csv.read_csv(
+                form.path,
+                read_options=pyarrow.csv.ReadOptions(column_names=form.columns, skip_rows=form.first_lines),
+                parse_options=pyarrow.csv.ParseOptions(delimiter=form.separator, newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types=dict.fromkeys(texts, pa.string()),
+                    null_values=[""],
+                    strings_can_be_null=True,
+                    quoted_strings_can_be_null=False,
+                ),
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} cannot be read as CSV ({error})",
+                "UTF-8 with a header, and as many values in every row",
+                _CONVERT,
+            ) from None
+    if table.num_rows != form.records:
+        raise DataError(f"{path} has {form.records:,} lines, of which {table.num_rows:,} were read", "", _CONVERT)
+    return table
 
 
 def _parsed(texts: pa.ChunkedArray, ids: Sequence[str], where: str) -> pa.Array:
@@ -180,15 +331,20 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         ConfigError: another kind of file.
     """
     if path.suffix == ".parquet":
-        _require_column(path, id_column, _parquet_schema(path).names, "--item-id-column")
-        return _as_ids(pq.read_table(path, columns=[id_column])[id_column], f"column {id_column!r} of {path}")
+        found = _parquet_schema(path)
+        _require_column(path, id_column, found.names, "--item-id-column")
+        return _as_ids(_read_columns(path, found, [id_column])[id_column], f"column {id_column!r} of {path}")
     if path.suffix == ".npy":
         values = _load_npy(path)
         if values.ndim != 1 or values.dtype.kind not in "Uiu":
             raise DataError(
                 f"{path} holds {values.dtype} of shape {values.shape}", "a list of strings or whole numbers", _CONVERT
             )
-        return _as_ids(pa.array(values.tolist()), str(path))
+        try:
+            listed = values.tolist()
+        except ValueError as error:  # numbers that are no characters
+            raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
+        return _as_ids(pa.array(listed), str(path))
     if path.suffix == ".txt":
         _require_file(path)
         try:
@@ -201,7 +357,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         _require_file(path)
         try:
             return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(
         f"--ids {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
@@ -215,8 +371,9 @@ def require_finite(source: VectorFile, rows: np.ndarray, where: Path) -> None:
         bad = wanted[~np.isfinite(vectors[wanted]).all(1)]
         if len(bad):
             raise DataError(
-                f"{where} holds NaN or infinity in the {view} vectors of {len(bad)} items, the first is item"
-                f" {source.item_ids[int(bad[0])]!r}",
+                f"{where} holds NaN or infinity in the {view} vectors of {len(bad)} items,"
+                f" {'the first are' if len(bad) > 1 else 'the first is'} item"
+                f" {', '.join(repr(source.item_ids[int(row)]) for row in bad[:3])}",
                 "finite numbers; null in a Parquet file if an item has no vector",
                 "compute these vectors again, or leave the items out: they become rows with a reason",
             )
@@ -231,6 +388,17 @@ def _parquet_schema(path: Path) -> pa.Schema:
     _require_file(path)
     try:
         return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
+
+
+def _read_columns(path: Path, found: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a Parquet file whose schema is known; raise `DataError` if it is damaged behind its schema."""
+    for column in columns:
+        if found.names.count(column) > 1:
+            raise DataError(f"{path} has several columns {column!r}", "one", "rename the others, or leave them out")
+    try:
+        return pq.read_table(path, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
 
@@ -283,10 +451,11 @@ def _matrix(column: pa.ChunkedArray, ids: Sequence[str], where: str) -> tuple[np
     dim = int(lengths[present[0]])
     other = present[lengths[present] != dim]
     if len(other) or not dim:
-        row = int(other[0]) if len(other) else int(present[0])
+        row = int(present[0])
+        others = ", ".join(f"item {ids[row]!r} has {int(lengths[row])}" for row in other[:3])
+        more = f" ({len(other):,} such items)" if len(other) > 3 else ""
         raise DataError(
-            f"{where} holds vectors of different lengths: item {ids[present[0]]!r} has {dim}, item {ids[row]!r} has"
-            f" {int(lengths[row])}"
+            f"{where} holds vectors of different lengths: item {ids[row]!r} has {dim}, {others}{more}"
             if dim
             else f"{where} holds an empty vector, that of item {ids[row]!r}",
             "vectors of one length",
@@ -313,7 +482,10 @@ def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
         raise DataError(f"the ids in {where} are {kind}", "strings or whole numbers", "convert them first")
     if values.null_count:
         raise DataError(f"{values.null_count} ids in {where} are null", "an id for every row", "remove these rows")
-    ids = [str(value) for value in values.to_pylist()]
+    try:
+        ids = [str(value) for value in values.to_pylist()]
+    except UnicodeDecodeError as error:  # Arrow does not check text as it reads it
+        raise DataError(f"the ids in {where} are no text ({error})", "text in UTF-8", "write the file again") from None
     twice = duplicates(ids)
     if twice:
         raise DataError(
@@ -328,7 +500,7 @@ def _load_npy(path: Path) -> np.ndarray:
     _require_file(path)
     try:
         loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # the header is a piece of Python: a damaged one can raise almost anything
         raise DataError(
             f"{path} cannot be read as .npy ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             "one array of numbers or strings, written by numpy.save; pickled objects are never loaded",

@@ -23,6 +23,7 @@ from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
 LOG_FILE = "log.txt"
+_BACKBONE = "contents of backbone"
 # settings that may change when a run continues, because they change neither vectors nor metrics
 _NOT_COMPARED = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
 
@@ -62,7 +63,7 @@ def _contents(config: Any) -> dict[str, str]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name == "backbone" and value is not None and (Path(value) / "config.json").is_file():
-            found["contents of backbone"] = _backbone_mark(str(value))
+            found[_BACKBONE] = _backbone_mark(str(value))
         elif isinstance(value, Path) and value.is_file():
             found[f"contents of {f.name}"] = storage.sha256_file(value)
     return found
@@ -70,9 +71,16 @@ def _contents(config: Any) -> dict[str, str]:
 
 @functools.cache
 def _backbone_mark(folder: str) -> str:
-    from vlm2rec.embedder.backbones.lora import backbone_hash
+    from vlm2rec.embedder.backbones.model_files import backbone_hash, processor_hash
 
-    return backbone_hash(folder, None)
+    return f"{backbone_hash(folder)} {processor_hash(folder)}"
+
+
+def _same_older_mark(recorded: Any, folder: str) -> bool:
+    """Tell whether a record of an earlier version, which marked backbones otherwise, is of this backbone."""
+    from vlm2rec.embedder.backbones.model_files import is_older_kind, older_backbone_hash
+
+    return is_older_kind(recorded) and bool(recorded == older_backbone_hash(folder))
 
 
 def _plain(value: Any, study: Path) -> Any:
@@ -96,6 +104,10 @@ def change(run: Run, step: Step, now: Json) -> Change | None:
             continue  # the program did not record it when the step ran
         # a setting that did not exist when the step ran had the value that is now its default
         before = recorded.get(name, _plain(defaults.get(name), Path()))
+        if name == _BACKBONE and _same_older_mark(before, step.config.backbone):
+            continue
+        if name == "backbone" and _BACKBONE in recorded and _BACKBONE in now:
+            continue  # its contents are compared, wherever they lie
         if before != value:
             return Change(run, step, name, before, value)
     return None

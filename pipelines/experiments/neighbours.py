@@ -65,7 +65,7 @@ def neighbour_tables(study: Study, embedded: Iterable[tuple[Method, Path]], data
     Returns:
         `neighbours`, `common` and `pictures`; without rows if no method is shown.
     """
-    dataset = Dataset(data)
+    dataset = Dataset(data).warm()
     folders = {method.name: folder for method, folder in embedded if _is_shown(study, method)}
     order = sorted(folders, key=lambda name: (name != study.reference, list(folders).index(name)))
     neighbours: list[Json] = []
@@ -130,6 +130,8 @@ def _pictures(dataset: Dataset, shown: set[str]) -> Iterator[Json]:
 
 def _thumbnail(dataset: Dataset, row: int, side: int = 112) -> bytes | None:
     """Return the picture of an item as a small JPEG; None if it cannot be read."""
+    if not dataset.has_images:
+        return None
     try:
         picture = open_image(dataset.image_root, dataset.image_paths[row], side * side)
     except ImageError:

@@ -150,7 +150,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         for step in run.steps
         if ledger.is_finished(run, step)
     ]
-    datasets = {target.name: Dataset(target.data) for target in (home, *domains)}
+    datasets = {target.name: Dataset(target.data).warm() for target in (home, *domains)}
     embedded = _first_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     rows = list(_users(measured, datasets))

@@ -98,11 +98,11 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
         more: settings of a command; they override the default study, and the YAML overrides them.
     """
     assert config.data is not None and config.backbone is not None
-    data = Dataset(config.data)
+    data = Dataset(config.data).warm()
     study = read_study(config, len(data.user_ids), more)
     home = Target(data.name, config.data)
     domains = _domains(study, data)
-    datasets = {target.data: Dataset(target.data) for target in (home, *domains)}
+    datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
     return Schedule(study, config.out, home, domains, planned, datasets, {p: mark_of(d) for p, d in datasets.items()})
 
@@ -121,7 +121,7 @@ def _domains(study: Study, data: Dataset) -> list[Target]:
         return []
     found: list[Target] = []
     for number, path in enumerate(map(Path, study.cross_domain)):
-        domain = Dataset(path)
+        domain = Dataset(path).warm()
         require_other_domain(data, domain, study.shared_users)
         found.append(Target(_free_name(domain.name, data.name, found), path, f"cross-{number}-"))
     return found

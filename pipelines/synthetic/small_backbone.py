@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from vlm2rec.embedder.backbones.backbone import Backbone, ImageFeatures
-from vlm2rec.embedder.backbones.devices import quiet_if
+from vlm2rec.embedder.backbones.devices import quiet
 from vlm2rec.embedder.backbones.images import open_image
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -77,6 +77,17 @@ LARGEST_TEST = 256  # held-out items that are scored
 SCORED_AT_ONCE = 32
 PROVENANCE_FILE = "vlm2rec.json"
 WRITTEN_BY = "vlm2rec make-backbone"
+MODEL_FILES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", PROVENANCE_FILE),
+)
+"""Every file that a model folder may hold."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,7 @@ def write_random_model(folder: Path, tokenizer: Tokenizer, settings: SmallBackbo
 
 def save_weights(model: Any, folder: Path) -> None:
     """Write config.json and safetensors weights, without transformers' own progress bars."""
-    with quiet_if(True):
+    with quiet():
         model.save_pretrained(folder)
 
 
