@@ -213,6 +213,11 @@ def test_lines_that_are_no_records_are_named_with_number_and_text(content: str, 
     assert all(word in said for word in words), said
 
 
+@pytest.mark.parametrize("line", ["{}", "{0} {1}", "{x!r:}", "%s"])
+def test_a_refused_line_is_shown_whatever_braces_it_holds(line: str) -> None:
+    assert line in refused(f"a,b,c\n1,2,3\n{line}\n4,5,6\n{line}\n")
+
+
 def test_an_open_quote_swallows_no_line_of_a_large_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(csv_files, "_LONGEST_RECORD", 1 << 14)
