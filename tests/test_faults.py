@@ -79,6 +79,16 @@ def test_the_table_of_faults_names_every_fault_and_the_files_of_its_tests() -> N
     assert listed == {n: {name.partition("::")[0] for name in tests.get(n, set())} for n in range(1, 51)}
 
 
+def test_the_other_faults_name_files_of_tests() -> None:
+    others = (TESTS / "FAULTS.md").read_text(encoding="utf-8").partition("## Faults that")[2]
+    rows = re.findall(r"^\| (?!\*\*|fault |-)(.+) \| (.+) \| (.+) \|$", others, re.M)
+    assert len(rows) > 40
+    for fault, what, files in rows:
+        named = re.findall(r"`(test_\w+\.py)`", files)
+        assert what and named == sorted(named), fault
+        assert named and all((TESTS / name).is_file() for name in named), fault
+
+
 # --- the disk ---------------------------------------------------------------------------------------------------
 def test_fault_05_on_a_full_disk_the_command_ends_with_exit_code_5_and_the_rerun_works(
     tiny: Tiny, tmp_path: Path
