@@ -528,8 +528,8 @@ def small_files() -> Iterator[Callable[[int], None]]:
     ("owner", "name", "most"),
     [
         (finetune, "_remember_run", 10),
-        (checkpoints, "begin", 10),
-        (checkpoints, "begin", 3000),
+        (checkpoints, "write_tensors", 10),
+        (checkpoints, "write_tensors", 3000),
         (checkpoints, "finish", 100),
         (finetune, "save_adapter", 10),
         (finetune, "save_adapter", 3000),
@@ -550,16 +550,18 @@ def test_fault_05_a_full_disk_ends_in_words_and_the_same_command_goes_on(
     plain = getattr(owner, name)
 
     def without_room(*given: Any, **named: Any) -> Any:
-        small_files(most)  # from here on, as pytest keeps what is printed in files too
-        return plain(*given, **named)
+        small_files(most)  # not longer than needed, as pytest keeps what is printed in files too
+        try:
+            return plain(*given, **named)
+        finally:
+            small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, without_room)
         with pytest.raises(ArtifactError) as refusal:
             finetune.run(config)
-    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert refusal.value.exit_code == 5
-    assert "File too large" in str(refusal.value) and "make room and run the same command again" in str(refusal.value)
+    assert "File too large" in str(refusal.value) and "run the same command again" in str(refusal.value)
     assert not list(config.out.rglob("*.tmp")) and not (config.out / schema.ADAPTER_FILE).exists()
     finetune.run(config)
     assert_same(config.out, undisturbed)
