@@ -30,7 +30,7 @@ from children import child
 from drawn_lora import without_checksums
 from PIL import Image
 from test_export_items import never
-from test_images import png, quarters
+from test_images import many_scans, png, quarters, slow_bmp
 from test_lora import write_adapter
 from tiny_encoders import sentence_folder
 
@@ -164,6 +164,34 @@ def test_fault_29_formats_outside_the_list_are_failure_rows(tmp_path: Path) -> N
         "disguised.jpg": encoded("PPM"),
     }
     assert all("not a JPEG" in reason for reason in reasons(tmp_path, files).values())
+
+
+def test_images_of_thousands_of_scans_or_blocks_are_failure_rows(tmp_path: Path) -> None:
+    whole = encoded("JPEG")
+    files = {
+        "scans.jpg": many_scans(quarters(64), 4000),
+        "blocks.jpg": whole[:2] + b"\xff\xfe\0\x02" * 10**6 + whole[2:],
+    }
+    found = reasons(tmp_path, files)
+    assert "more than 100 scans" in found["scans.jpg"] and "more than 100000 blocks" in found["blocks.jpg"]
+
+
+def test_images_that_take_minutes_to_decode_are_failure_rows_and_end_no_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_readers, "MOST_STUCK", 0)
+    slow = range(3, 9)
+    data = write_dataset(
+        tmp_path / "data", image_path=[f"{row}.{'bmp' if row in slow else 'png'}" for row in range(20)]
+    )
+    for row in slow:
+        (data / "images" / f"{row}.bmp").write_bytes(slow_bmp(10_000, 10_000))
+    encoder = ShadeEncoder()
+    export(Dataset(data), tmp_path / "out", encoder.fingerprint, lambda: encoder, image_timeout=0.3)
+    rows = rows_of(tmp_path / "out")
+    assert [row["item_id"] for row in rows if row["status"] == "failed"] == [f"{row:03d}" for row in slow]
+    assert {row["error"] for row in rows} == {None, "reading the image took longer than 0.3 s"}
+    assert verify(tmp_path / "out") == []
 
 
 def seen(tiny: Tiny, tmp_path: Path, odd: bytes, plain: Image.Image) -> tuple[np.ndarray, np.ndarray]:
