@@ -15,11 +15,13 @@ from test_prepare import Row, config, write_catalogue
 
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
+from vlm2rec.embedder.contract.printable import cell
 from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.catalogue import rejects
 from vlm2rec.pipelines.catalogue.amazon import image_url
 from vlm2rec.pipelines.catalogue.files import ColumnNames, read_items, scan_interactions
 from vlm2rec.pipelines.catalogue.ids import explain
+from vlm2rec.pipelines.catalogue.rejects import safe_text
 from vlm2rec.pipelines.catalogue.times import check_unit
 
 LOG = [(user, item, place) for user in "uvw" for place, item in enumerate("abcd")] + [
@@ -120,6 +122,26 @@ def test_no_id_in_the_list_is_a_formula(tmp_path: Path, start: str) -> None:
     prepare.run(config(paths))
     found = rejected(paths["out"])
     assert [(row["user_id"], row["item_id"]) for row in found] == [("'" + start, "'" + start), ("'" + start, "a")]
+
+
+def test_a_column_of_the_list_is_made_as_each_cell_of_other_tables() -> None:
+    texts = [
+        "=a",
+        " =a",
+        "\t=a",
+        "\uff1da",
+        "a\tb",
+        "x\x1b[31m",
+        "plain",
+        "\r@",
+        "-1",
+        "a\nb",
+        "",
+        "\u202eabc",
+        "\u00a0=x",
+    ]
+    column = pl.DataFrame({"text": texts}).select(safe_text(pl.col("text")).alias("text"))["text"].to_list()
+    assert column == [cell(text) for text in texts]
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------

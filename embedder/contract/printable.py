@@ -9,7 +9,9 @@ import re
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _CONTROLS_OF_A_LINE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 # what makes spreadsheet programs compute a cell instead of showing it; the wide forms count in some languages
-_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_FORMULA = re.compile("^\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20]")
+CONTROLS, FORMULA = _CONTROLS.pattern, _FORMULA.pattern
+"""What `cell` replaces by a space, and what gets an apostrophe in front, as regular expressions for whole columns."""
 # scheme://key:secret@, where a secret may hold a slash; scheme://token@; ?token=. A path has lost one of the slashes.
 _KEYS = (
     (re.compile(r"(\w:/{1,2})[^\s'\"@/][^\s'\"@]*:[^\s'\"@]*@"), r"\1***@"),
@@ -40,7 +42,7 @@ def cell(text: str | None) -> str:
     which these programs take for "this is text".
     """
     line = one_line(text or "")
-    return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
+    return f"'{line}" if _FORMULA.match(line) else line
 
 
 def without_keys(text: str) -> str:
