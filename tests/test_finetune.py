@@ -29,6 +29,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.training import checkpoints, train
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
@@ -69,6 +70,27 @@ def test_the_folder_is_complete_and_loads(tiny: Tiny, trained: Path) -> None:
     }
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), trained, device="cpu", dtype="float32")
     assert encoder.settings.max_pixels == 56 * 56
+
+
+def test_a_backbone_that_has_moved_is_the_same_and_another_one_is_refused(
+    tiny: Tiny, trained: Path, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny("qwen2_5_vl"), tmp_path / "elsewhere")
+    same = settings(tiny, drawn_dataset, trained, max_steps=5, checkpoint_steps=2, backbone=str(moved))
+    assert finetune.run(same) is None
+    (moved / "preprocessor_config.json").write_text((moved / "preprocessor_config.json").read_text() + " ")
+    with pytest.raises(ConfigError, match="begun with processor_hash"):
+        finetune.run(same)
+
+
+def test_vlm2rec_json_tells_data_loss_and_backbone(tiny: Tiny, trained: Path, drawn_dataset: Path) -> None:
+    saved = json.loads((trained / "vlm2rec.json").read_text())
+    assert saved["dataset"]["sha256"] == json.loads((drawn_dataset / "dataset.json").read_text())["sha256"]
+    assert (saved["training"]["method"], saved["training"]["loss"]) == ("vlm2rec", "vlm2rec")
+    assert saved["training"]["loss_settings"]["lam"] == 0.1
+    found = fingerprint_of(str(tiny("qwen2_5_vl")), trained, device="cpu")["made_with"]
+    assert found["adapter"]["training"]["loss_settings"] == saved["training"]["loss_settings"]
+    assert found["adapter"]["dataset"] == {name: saved["dataset"][name] for name in ("name", "sha256")}
 
 
 def test_curves_hold_every_part_of_the_loss(trained: Path) -> None:
@@ -354,7 +376,7 @@ def flip(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped": flip,
     "empty": lambda path: os.truncate(path, 0),
-    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 2),
     "missing": Path.unlink,
 }
 CHECKPOINT = ("trainable", "best", "optimizer", "process-0")

@@ -115,6 +115,25 @@ def test_missing_items_are_failures_and_unknown_ids_are_counted(data: Path, tmp_
     assert rows(tmp_path / "out")[ITEMS[0]]["error"] == "the file lacks this id"
 
 
+def test_white_space_at_the_ends_of_ids_does_not_count(data: Path, tmp_path: Path) -> None:
+    vectors = drawn()
+    file = parquet(
+        tmp_path / "v.parquet", [f" {item}" if n % 2 else f"{item}\t" for n, item in enumerate(ITEMS)], v=vectors
+    )
+    assert run(data, file, tmp_path / "out")["settings"]["extra_ids"] == 0
+    assert [row["fused"] for row in rows(tmp_path / "out").values()] == vectors.tolist()
+
+
+def test_ids_that_are_only_spelled_otherwise_are_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [ITEMS[0].upper() + "\u200b", *ITEMS[1:], "stranger"]
+    run(data, parquet(tmp_path / "v.parquet", ids, v=drawn(len(ids))), tmp_path / "out", max_failures=0.1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "2 ids of" in told and "'stranger' (row 31)" in told
+    assert f"the dataset has {ITEMS[0]!r} for" in told
+
+
 def test_numeric_ids_are_the_ids_as_written(tmp_path: Path) -> None:
     ids = [str(number) for number in range(10, 30)]
     data = write_dataset(tmp_path / "data", cyclic_sequences(ids, 5), ids)

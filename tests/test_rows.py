@@ -181,6 +181,17 @@ def test_the_word_nan_in_a_column_of_text_is_kept_and_told(tmp_path: Path, capsy
     assert "1 of 8 items" in told and "have the item_id 'None'" in told
 
 
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "<NA>"])
+def test_a_word_for_nothing_among_users_who_are_numbers_is_no_user(tmp_path: Path, word: str) -> None:
+    paths = write_catalogue(tmp_path, LOG)
+    paths["interactions"] = tmp_path / "log.csv"
+    rows = [(f"{ord(user)}.0", item, time) for user, item, time in LOG] + [(word, item, 9) for item in "abcd"]
+    paths["interactions"].write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    dataset = prepare.run(config(paths))
+    assert dataset.user_ids == ["117.0", "118.0", "119.0", "120.0"]
+    assert dataset.meta["rows"]["interactions"]["rejected"] == {"no user id": 4}
+
+
 def test_white_space_at_the_ends_of_ids_does_not_count_on_either_side(tmp_path: Path) -> None:
     plain = prepare.run(config(write_catalogue(tmp_path / "plain", LOG)))
     paths = write_catalogue(tmp_path, LOG)

@@ -590,6 +590,13 @@ def test_settings_that_cannot_work_are_refused(
         train_recommender.run(TrainRecommenderConfig(data=data, config=file, out=tmp_path / "out", **SMALL))
 
 
+def test_fewer_items_than_the_metrics_look_at_are_refused_in_words(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", [ITEMS[:5], ITEMS[4:12]], ITEMS[:12], candidates=2)
+    config = TrainRecommenderConfig(data=folder, model="SASRec", out=tmp_path / "out", **SMALL)
+    with pytest.raises(DataError, match=r"12 items.*the first 20.*topk: \[5\]"):
+        train_recommender.run(config)
+
+
 def test_a_column_without_embeddings_is_refused(data: Path, tmp_path: Path) -> None:
     config = TrainRecommenderConfig(data=data, model="SASRec", column="text", out=tmp_path)
     with pytest.raises(ConfigError, match="item_embedding_column without item_embedding_init"):
