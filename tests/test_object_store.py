@@ -27,6 +27,7 @@ from embedding_folder import write_embeddings
 from object_store import BUCKET, content, download, names, s3_server, upload
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
+from vlm2rec.embedder.backbones.images import FORMATS
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -485,7 +486,7 @@ def test_failures_lists_what_failed_with_its_place_in_the_store(
     make(Dataset(store / "data"), store / "emb")
     verify_command.failures(FailuresConfig(embeddings=store / "emb"))
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "005,failed,\"the image is not a JPEG, PNG, WEBP, GIF, BMP (it starts with b'<html>404</h')\","
+        f"005,failed,\"the image is not a {', '.join(FORMATS)} (it starts with b'<html>404</h')\","
         f"wooden chair 5,{store}/data/images/5.png"
     ]
 
