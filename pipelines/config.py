@@ -89,8 +89,12 @@ def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, 
 class PrepareConfig:
     """Settings of `vlm2rec prepare`."""
 
-    items: Path = setting("Items: Parquet, CSV, JSON lines, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz).")
-    interactions: Path = setting("Interactions: Parquet, CSV, JSON lines, or Amazon reviews of either year.")
+    items: Path = setting(
+        "Items: Parquet, CSV, JSON lines, a folder of such parts, or Amazon metadata (2014 .json.gz, 2023 .jsonl.gz)."
+    )
+    interactions: Path = setting(
+        "Interactions: Parquet, CSV, JSON lines, a folder of such parts, or Amazon reviews of either year."
+    )
     out: Path = setting("Dataset folder to write.")
     images: Path | None = setting(
         "Folder of images; a column of paths names the files, else <item_id>.<jpg|png|webp|gif|bmp> in it or in one of"

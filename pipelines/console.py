@@ -60,10 +60,10 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=log, transient=True) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(printable(description), total=total)
 
         def advance(count: int, *, total: int | None = None, description: str | None = None) -> None:
-            changes: dict[str, Any] = {"total": total, "description": description}
+            changes: dict[str, Any] = {"total": total, "description": description and printable(description)}
             bar.update(task, advance=count, **{name: value for name, value in changes.items() if value is not None})
 
         yield advance

@@ -250,7 +250,7 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     for name, value in _identity(config).items():
         if name in not_compared:
             continue
-        begun = before.get(name, defaults[name])
+        begun = before[name] if name in before else defaults[name]
         if begun != value:
             raise ConfigError(
                 f"{config.out} was begun with {name} = {begun!r}, now it is {value!r}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -27,6 +28,7 @@ from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, fingerprint, plan_shards
 from vlm2rec.embedder.options import FusionNorm
 from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.ids import ROW, examples, explain
 from vlm2rec.pipelines.catalogue.vector_files import (
     VectorFile,
     read_csv,
@@ -110,6 +112,7 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     if source.left_out:
         names = ", ".join(map(repr, source.left_out))
         console.log.print(f"{config.file.name}: {names} numbers the rows and is no dimension", markup=False)
+    _say_of_extra_ids(config, dataset, source, rows)
     _report(config, manifest, views)
     repair = "give --file a vector of each and import into a new --out"
     check_failures(manifest, config.out, config.max_failures, repair)
@@ -148,8 +151,16 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
 
 def _rows_of(item_ids: Sequence[str], source: VectorFile, file: Path) -> np.ndarray:
     """Return each item's row in the source, (I,) int64; -1 if it has none."""
-    found = pc.index_in(pa.array(item_ids, pa.string()), value_set=pa.array(source.item_ids, pa.string()))
-    rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    ours, given = pa.array(item_ids, pa.string()), pa.array(source.item_ids, pa.string())
+
+    def matched(ours: pa.Array, given: pa.Array) -> np.ndarray:
+        return pc.fill_null(pc.index_in(ours, value_set=given), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    rows = matched(ours, given)
+    if (rows < 0).any():  # white space at the ends of an id does not count
+        trimmed = matched(pc.utf8_trim_whitespace(ours), pc.utf8_trim_whitespace(given))
+        free = (rows < 0) & ~np.isin(trimmed, rows)
+        rows[free] = trimmed[free]
     if (rows < 0).all():
         examples = ", ".join(map(repr, source.item_ids[:3])) or "none at all"
         raise DataError(
@@ -262,11 +273,28 @@ def _write(
     return manifest
 
 
+def _say_of_extra_ids(config: ImportVectorsConfig, dataset: Dataset, source: VectorFile, rows: np.ndarray) -> None:
+    """Name up to three ids of the file that the dataset lacks, and three that are only spelled otherwise there."""
+    extra = np.setdiff1d(np.arange(len(source.item_ids)), rows)
+    if not len(extra):
+        return
+    unknown = pl.DataFrame({schema.ITEM_ID: [source.item_ids[row] for row in extra], ROW: extra})
+    alike = explain(unknown, pl.Series(dataset.item_ids, dtype=pl.String)).filter(pl.col("near").is_not_null())
+    told = [
+        f"the dataset has {near!r} for {given!r} ({why})"
+        for near, given, why in alike.select("near", schema.ITEM_ID, "why").head(3).iter_rows()
+    ]
+    console.TERMINAL.say(
+        f"{len(extra):,} ids of {config.file} are not in the dataset and were left out, such as"
+        f" {examples(unknown.select(ROW, schema.ITEM_ID).head(3).rows())}"
+        + (f". Of these, {alike.height:,} may be known: {'; '.join(told)}" if told else ""),
+        warning=bool(told),
+    )
+
+
 def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Views) -> None:
     print_summary(manifest, config.out)
     settings = manifest["settings"]
-    if settings["extra_ids"]:
-        console.log.print(f"{settings['extra_ids']:,} ids of {config.file} are not in the dataset and were left out")
     if settings["pca"]:
         kept = ", ".join(f"{view} {share:.1%}" for view, share in settings["pca"]["explained"].items())
         console.log.print(

@@ -94,7 +94,7 @@ def _with_laboratory(config: StudyConfig) -> StudyConfig:
     file = folder / "study.yaml"
     own = {} if config.config is None else read_yaml(config.config)
     text = yaml.safe_dump({"cross_domain": [str(folder / "second-data")], **own})
-    file.write_text(text, encoding="utf-8")
+    schema.write_text(file, text)
     return dataclasses.replace(config, data=folder / "data", backbone=str(folder / "backbone"), config=file)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 
 ITEMS = 20
@@ -39,6 +40,24 @@ def write_dataset(folder: Path, items: int = ITEMS, broken: Sequence[int] = (), 
     meta = {"schema_version": 1, "name": "chairs", "image_root": "images", "max_history": 10}
     (folder / "dataset.json").write_text(json.dumps(meta))
     return folder
+
+
+def edit_items(folder: Path, change: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
+    """Change the columns of the items, as `prepare` would: the file is replaced."""
+    table = pq.read_table(folder / "items.parquet").to_pydict()
+    pq.write_table(pa.table(change(table)), folder / "new.parquet")
+    (folder / "new.parquet").replace(folder / "items.parquet")
+    return Dataset(folder)
+
+
+def retitle(folder: Path, *rows: int) -> Dataset:
+    """Give some items another title."""
+
+    def change(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        titles = [f"another title of {row}" if row in rows else title for row, title in enumerate(table["title"])]
+        return {**table, "title": titles}
+
+    return edit_items(folder, change)
 
 
 class ShadeEncoder:

@@ -125,6 +125,13 @@ def test_a_missing_column_is_named_with_the_nearest_one(folder: Path) -> None:
         _ = replaced(folder, "sequences.parquet", {k: v for k, v in SEQUENCES.items() if k != "test"}).sequences
 
 
+@pytest.mark.parametrize("train", [["c", "b"], [1, 2], [None, None], [{"a": 1}, {"a": 2}]])
+def test_sequences_that_are_no_lists_are_named(folder: Path, train: list[Any]) -> None:
+    pq.write_table(pa.table({**SEQUENCES, "train": train}), folder / "sequences.parquet")
+    with pytest.raises(ArtifactError, match=r"column 'train' of .*sequences\.parquet holds"):
+        Dataset(folder).histories("valid")
+
+
 def test_an_unknown_item_in_a_sequence_is_named(folder: Path) -> None:
     dataset = replaced(folder, "sequences.parquet", {**SEQUENCES, "train": [["c", "zebra"], ["e"]]})
     with pytest.raises(ArtifactError, match="item 'zebra' is not in"):

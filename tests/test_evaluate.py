@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
+from recommender_world import with_cold_items
 
 from vlm2rec.downstream.evaluation import protocol
 from vlm2rec.downstream.evaluation.metrics import bound_check
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import evaluate, export_items
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig
 
@@ -104,6 +106,35 @@ def test_items_without_a_vector_are_refused_or_counted(drawn_dataset: Path, tmp_
     with pytest.raises(ArtifactError, match=f"2 of {len(ids)} items have no fused vector"):
         run(drawn_dataset, folder, tmp_path / "a")
     assert run(drawn_dataset, folder, tmp_path / "b", missing="zero")["missing"] == 2
+
+
+def test_cold_items_are_not_ranked_and_need_no_vector(drawn_dataset: Path, tmp_path: Path) -> None:
+    data = with_cold_items(drawn_dataset, tmp_path / "data")
+    ids = Dataset(data).item_ids
+    vectors = np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float32)
+    write_embeddings(tmp_path / "all", ids, vectors)
+    is_warm = np.isin(ids, Dataset(drawn_dataset).item_ids)
+    write_embeddings(tmp_path / "warm", Dataset(drawn_dataset).item_ids, vectors[is_warm])
+    given = ((drawn_dataset, "warm"), (data, "warm"), (data, "all"))
+    found = [run(place, tmp_path / name, tmp_path / f"out {n}") for n, (place, name) in enumerate(given)]
+    for key in ("users", "items", "missing", "candidates", "candidates_std", "full", "tail", "geometry"):
+        assert found[0][key] == found[1][key] == found[2][key], key
+    users = [(tmp_path / f"out {n}" / "users.parquet").read_bytes() for n in range(3)]
+    assert users[0] == users[1] == users[2]
+
+
+def test_without_the_image_folder_histories_are_not_encoded(
+    tiny: Tiny, drawn_dataset: Path, exported: Path, tmp_path: Path
+) -> None:
+    data, images = tmp_path / "data", Dataset(drawn_dataset).image_root
+    shutil.copytree(drawn_dataset, data)  # alone: its images are not beside it
+    more = {"backbone": str(tiny("qwen2_5_vl")), "vision_cache": "off"}
+    with pytest.raises(DataError, match=r"images, is missing.*--images"):
+        run(data, exported, tmp_path / "out", backbone=str(tmp_path / "no backbone"))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    there = run(data, exported, tmp_path / "there", images=images, **more)
+    assert there["candidates"] == run(drawn_dataset, exported, tmp_path / "here", **more)["candidates"]
+    assert run(data, exported, tmp_path / "mean")["users_from"] == "mean"  # reads no image
 
 
 def test_random_vectors_score_at_chance_and_the_answer_itself_at_one(drawn_dataset: Path, tmp_path: Path) -> None:

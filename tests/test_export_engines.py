@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
-from children import child, waited
+from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
+from children import child, python_path, waited
 
-from vlm2rec.embedder.contract import process, publish
+from vlm2rec.embedder.contract import process, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.contract.process import Process, this_process
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 from vlm2rec.embedder.export import shards
@@ -254,6 +259,310 @@ def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, t
         path.write_bytes(b"half")
     shards._remove_temporaries(out, range(1, 7, 2))
     assert not mine.exists() and other.exists()
+
+
+# --- a dataset that changes under the workers -----------------------------------------------------------------
+class Replacing(ShadeEncoder):
+    """Changes something, once, when it has encoded its first items."""
+
+    def __init__(self, change: Callable[[], Any], done: Path) -> None:
+        super().__init__()
+        self.change, self.done = change, done
+
+    def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+        found = super().encode_items(titles, images)
+        if not self.done.exists():
+            self.done.touch()
+            self.change()
+        return found
+
+
+def reverse(folder: Path) -> None:
+    edit_items(folder, lambda table: {name: values[::-1] for name, values in table.items()})
+
+
+def shorten(folder: Path) -> None:
+    edit_items(folder, lambda table: {name: values[:-1] for name, values in table.items()})
+
+
+def swap_images(folder: Path) -> None:
+    edit_items(folder, lambda table: {**table, "image_path": table["image_path"][::-1]})
+
+
+def remove(folder: Path) -> None:
+    (folder / "items.parquet").unlink()
+
+
+def move_images(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    meta = json.loads((folder / "dataset.json").read_text()) | {"image_root": "elsewhere"}
+    (folder / "dataset.json").write_text(json.dumps(meta))
+
+
+def retitle_all(folder: Path) -> None:
+    retitle(folder, *range(ITEMS))
+
+
+def rewrite(folder: Path) -> None:
+    edit_items(folder, lambda table: table)
+
+
+def repaint(folder: Path) -> None:
+    for row in range(12, ITEMS):
+        (folder / "images" / f"{row}.png").write_bytes((folder / "images" / "0.png").read_bytes())
+        os.utime(folder / "images" / f"{row}.png", (1, 1))
+
+
+DIVISIONS = {
+    "one process": Distribution(),
+    "two processes": Distribution(num_workers=2),
+    "one of two workers": Distribution(num_workers=2, worker=1),
+}
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (reverse, r"row 0 has item '019' in place of '000'; row 1 .*; row 2 .*"),
+        (shorten, "it has 19 items, 20 were planned"),
+        (retitle_all, r"row 0 has title 'another title of 0' in place of 'red chair 0'"),
+        (swap_images, r"row 0 has image '19.png' in place of '0.png'"),
+        (move_images, "its images are in .*elsewhere, and were in .*images"),
+        (remove, "items.parquet does not exist"),
+    ],
+)
+def test_a_dataset_that_is_replaced_under_the_workers_is_refused(
+    data: Dataset, tmp_path: Path, division: str, change: Callable[[Path], None], told: str
+) -> None:
+    load = functools.partial(Replacing, functools.partial(change, data.path), tmp_path / "done")
+    with pytest.raises(DataError, match=f"was changed while its items were encoded: .*{told}") as refusal:
+        make(data, tmp_path / "out", load, distribution=DIVISIONS[division])
+    assert refusal.value.exit_code == 3
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("images_by", ["mtime", "bytes"])
+def test_images_that_are_replaced_under_the_workers_are_refused(
+    data: Dataset, tmp_path: Path, division: str, images_by: Any
+) -> None:
+    load = functools.partial(Replacing, functools.partial(repaint, data.path), tmp_path / "done")
+    with pytest.raises(DataError, match=r"images were changed while the items were encoded: 1\d.png") as refusal:
+        make(data, tmp_path / "out", load, distribution=DIVISIONS[division], images_by=images_by)
+    assert refusal.value.exit_code == 3
+
+
+@pytest.mark.parametrize("division", list(DIVISIONS)[:2])
+def test_a_dataset_that_is_written_again_as_it_was_is_the_same(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, division: str
+) -> None:
+    load = functools.partial(Replacing, functools.partial(rewrite, data.path), tmp_path / "done")
+    make(data, tmp_path / "out", load, distribution=DIVISIONS[division])
+    assert parts(tmp_path / "out") == whole
+
+
+def test_the_dataset_is_not_read_again_while_nobody_writes_it(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(data.item_ids) == ITEMS
+    monkeypatch.setattr(schema, "read_table", lambda *arguments, **named: pytest.fail("read again"))
+    make(data, tmp_path / "out")
+    assert parts(tmp_path / "out") == whole
+
+
+# --- workers that go on with a folder -----------------------------------------------------------------------
+def shares(count: int, *workers: int) -> list[Distribution]:
+    return [Distribution(num_workers=count, worker=worker) for worker in workers or range(count)]
+
+
+RETRY = Reuse(retry_failed=True)
+
+
+def test_retry_failed_writes_no_manifest_before_every_worker_has_made_its_share(data: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(data, out)
+    changed = retitle(data.path, 2, 4, 10, 11, 19)
+    make(changed, tmp_path / "fresh")
+    for number, division in enumerate(shares(3)):
+        made = make(changed, out, reuse=RETRY, distribution=division)
+        assert (made is not None) == (out / "manifest.json").exists() == (number == 2)
+    assert rows_of(out) == rows_of(tmp_path / "fresh") and verify(out) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_extend_writes_no_manifest_before_every_worker_has_made_its_share(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    folder, out = write_dataset(tmp_path / "data", 30), tmp_path / "out"
+    longer = (folder / "items.parquet").read_bytes()
+    make(edit_items(folder, lambda table: {name: values[:20] for name, values in table.items()}), out)
+    (folder / "items.parquet").write_bytes(longer)
+    data = Dataset(folder)
+    make(data, tmp_path / "fresh")
+    for number, division in enumerate(shares(3, *order)):
+        made = make(data, out, reuse=Reuse(extend=True), distribution=division)
+        assert (made is not None) == (out / "manifest.json").exists() == (number == 2)
+    assert rows_of(out) == rows_of(tmp_path / "fresh") and verify(out) == []
+
+
+def test_changed_since_writes_no_manifest_before_every_worker_has_made_its_share(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    changed = retitle(data.path, 2, 4, 10, 11, 19)
+    make(changed, tmp_path / "fresh")
+    out, reuse = tmp_path / "out", Reuse(changed_since=tmp_path / "whole")
+    for number, division in enumerate(shares(2)):
+        made = make(changed, out, reuse=reuse, distribution=division)
+        assert (made is not None) == (out / "manifest.json").exists() == (number == 1)
+    assert rows_of(out) == rows_of(tmp_path / "fresh")
+
+
+def test_a_worker_that_comes_late_leaves_a_complete_folder_as_it_is(data: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(data, out)
+    changed = retitle(data.path, 2, 4)
+    for division in shares(2):
+        make(changed, out, reuse=RETRY, distribution=division)
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
+    for reuse in (RETRY, Reuse(), Reuse(extend=True)):
+        for division in (*shares(2), *shares(3), Distribution()):
+            assert make(changed, out, Refusing, reuse=reuse, distribution=division) is not None
+    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()} == before
+
+
+def test_workers_with_other_items_are_refused_and_the_rest_completes(data: Dataset, tmp_path: Path) -> None:
+    out, first, second = tmp_path / "out", *shares(2)
+    assert make(data, out, distribution=first) is None
+    changed = retitle(data.path, 0, 19)
+    with pytest.raises(ArtifactError, match="titles was"):
+        make(changed, out, distribution=second)
+    assert make(changed, out, reuse=RETRY, distribution=second) is None  # the folder is that of the new titles now
+    data = Dataset(data.path)
+    assert make(data, out, distribution=first) is not None
+    make(data, tmp_path / "fresh")
+    assert rows_of(out) == rows_of(tmp_path / "fresh")
+
+
+def test_a_worker_whose_folder_goes_on_with_other_items_ends_and_writes_nothing_more(
+    data: Dataset, tmp_path: Path
+) -> None:
+    out, first, second = tmp_path / "out", *shares(2)
+    earlier = (data.path / "items.parquet").read_bytes()
+
+    class Overtaken(ShadeEncoder):
+        def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+            if not self.calls:
+                make(retitle(data.path, 0, 19), out, reuse=RETRY, distribution=second)
+                (data.path / "items.parquet").write_bytes(earlier)
+            return super().encode_items(titles, images)
+
+    with pytest.raises(ArtifactError, match="is no longer what this export began: another worker goes on with other"):
+        make(data, out, Overtaken, distribution=first)
+    assert sorted(parts(out)) == [f"part-0000{number}.parquet" for number in (1, 3, 5)]
+
+
+def test_a_worker_that_begins_while_another_finishes_takes_nothing_away(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for division in shares(3, 0, 1):
+        make(data, out, distribution=division)
+    written, begun, told = threading.Event(), threading.Event(), dict[str, Any]()
+    tidy, known = shards._tidy, shards._known
+
+    def slow_tidy(*arguments: Any) -> None:
+        written.set()  # the manifest is there, the records and export.json are, too
+        begun.wait(1)
+        tidy(*arguments)
+
+    def slow_known(folder: Any) -> Any:
+        found = known(folder)
+        if threading.current_thread().name == "late":
+            begun.set()
+        return found
+
+    monkeypatch.setattr(shards, "_tidy", slow_tidy)
+    monkeypatch.setattr(shards, "_known", slow_known)
+
+    def run(name: str, division: Distribution) -> None:
+        told[name] = make(data, out, distribution=division)
+
+    last = threading.Thread(target=run, args=("last", shares(3)[2]))
+    late = threading.Thread(target=run, args=("late", shares(3)[0]), name="late")
+    last.start()
+    written.wait(30)
+    late.start()
+    for thread in (last, late):
+        thread.join(60)
+    assert told["last"] == told["late"] == schema.read_manifest(out)
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", *whole] and parts(out) == whole
+
+
+def test_of_workers_that_end_at_the_same_moment_one_writes_the_manifest(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write, together = [], schema.write_json, threading.Barrier(3)
+
+    def counted(path: Path, value: Any) -> None:
+        if path.name == "manifest.json":
+            written.append(threading.current_thread().name)
+            time.sleep(0.2)
+        write(path, value)
+
+    def finish(*arguments: Any) -> Any:
+        together.wait(60)
+        return shards_finish(*arguments)
+
+    shards_finish = shards.finish
+    monkeypatch.setattr(shards, "finish", finish)
+    monkeypatch.setattr(schema, "write_json", counted)
+    threads = [
+        threading.Thread(target=make, args=(data, tmp_path / "out"), kwargs={"distribution": s}) for s in shares(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(written) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
+
+
+CONTAINERS = (
+    shutil.which("unshare") is not None
+    and not subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode
+)
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
+@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the machine's /proc"])
+def test_workers_that_are_all_process_1_make_one_folder(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
+) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+from chairs import ShadeEncoder
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.distribute import Distribution
+from vlm2rec.pipelines.export_items import export
+assert os.getpid() == 1
+fsync = os.fsync
+os.fsync = lambda descriptor: (fsync(descriptor), time.sleep(0.05))
+export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
+       distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
+"""
+    run = ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", code, str(data.path), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen([*run, str(worker)], stdout=pipe, stderr=pipe, text=True, env=environment)
+        for worker in range(3)
+    ]
+    told = [worker.communicate() for worker in started]
+    assert [worker.returncode for worker in started] == [0] * 3, told
+    assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,16 @@ import pytest
 import ray
 import ray.cluster_utils
 import ray.data
-from chairs import ShadeEncoder, parts, write_dataset
+from chairs import ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
 from children import python_path
 
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ModelError
+from vlm2rec.embedder.contract.errors import DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.processes import environment
+from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
 
 SETTINGS = ShadeEncoder().fingerprint
@@ -47,6 +48,18 @@ class Refusing(ShadeEncoder):
 
     def encode_items(self, titles: Any, images: Any) -> EncodedItems:
         raise ModelError("this model refuses", "one that does not", "take another")
+
+
+class Reversing(ShadeEncoder):
+    """Puts the dataset's items in another order when it has encoded some."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+        edit_items(self.folder, lambda table: {name: sorted(values)[::-1] for name, values in table.items()})
+        return super().encode_items(titles, images)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +91,21 @@ class TestRay:
         data = Dataset(write_dataset(tmp_path / "data"))
         with pytest.raises(ModelError, match="this model refuses"):
             export(data, tmp_path / "out", SETTINGS, Refusing, shard_size=3, distribution=DISTRIBUTION)
+
+    def test_a_dataset_that_is_replaced_under_the_tasks_is_refused(self, cluster: Any, tmp_path: Path) -> None:
+        data = Dataset(write_dataset(tmp_path / "data"))
+        load = partial(Reversing, data.path)
+        with pytest.raises(DataError, match="was changed while its items were encoded: row 0 has item '019'"):
+            export(data, tmp_path / "out", SETTINGS, load, shard_size=3, distribution=DISTRIBUTION)
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+    def test_tasks_make_anew_what_has_changed(self, cluster: Any, tmp_path: Path) -> None:
+        folder = write_dataset(tmp_path / "data")
+        export(Dataset(folder), tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=3)
+        data, reuse = retitle(folder, 2, 4, 19), Reuse(retry_failed=True)
+        export(data, tmp_path / "out", SETTINGS, ShadeEncoder, shard_size=3, reuse=reuse, distribution=DISTRIBUTION)
+        export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=3)
+        assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and verify(tmp_path / "out") == []
 
     def test_a_node_that_is_lost_in_mid_export_costs_nothing_but_time(self, cluster: Any, tmp_path: Path) -> None:
         data, seen = Dataset(write_dataset(tmp_path / "data", 24)), tmp_path / "seen"

@@ -30,7 +30,7 @@ from children import child
 from drawn_lora import without_checksums
 from PIL import Image
 from test_export_items import never
-from test_images import png, quarters
+from test_images import many_scans, png, quarters, slow_bmp
 from test_lora import write_adapter
 from tiny_encoders import sentence_folder
 
@@ -77,6 +77,16 @@ def test_the_table_of_faults_names_every_fault_and_the_files_of_its_tests() -> N
     listed = {int(number): set(re.findall(r"`(test_\w+\.py)`", files)) for number, files in rows}
     tests = fault_tests()
     assert listed == {n: {name.partition("::")[0] for name in tests.get(n, set())} for n in range(1, 51)}
+
+
+def test_the_other_faults_name_files_of_tests() -> None:
+    others = (TESTS / "FAULTS.md").read_text(encoding="utf-8").partition("## Faults that")[2]
+    rows = re.findall(r"^\| (?!\*\*|fault |-)(.+) \| (.+) \| (.+) \|$", others, re.M)
+    assert len(rows) > 40
+    for fault, what, files in rows:
+        named = re.findall(r"`(test_\w+\.py)`", files)
+        assert what and named == sorted(named), fault
+        assert named and all((TESTS / name).is_file() for name in named), fault
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------
@@ -164,6 +174,34 @@ def test_fault_29_formats_outside_the_list_are_failure_rows(tmp_path: Path) -> N
         "disguised.jpg": encoded("PPM"),
     }
     assert all("not a JPEG" in reason for reason in reasons(tmp_path, files).values())
+
+
+def test_images_of_thousands_of_scans_or_blocks_are_failure_rows(tmp_path: Path) -> None:
+    whole = encoded("JPEG")
+    files = {
+        "scans.jpg": many_scans(quarters(64), 4000),
+        "blocks.jpg": whole[:2] + b"\xff\xfe\0\x02" * 10**6 + whole[2:],
+    }
+    found = reasons(tmp_path, files)
+    assert "more than 100 scans" in found["scans.jpg"] and "more than 100000 blocks" in found["blocks.jpg"]
+
+
+def test_images_that_take_minutes_to_decode_are_failure_rows_and_end_no_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_readers, "MOST_STUCK", 0)
+    slow = range(3, 9)
+    data = write_dataset(
+        tmp_path / "data", image_path=[f"{row}.{'bmp' if row in slow else 'png'}" for row in range(20)]
+    )
+    for row in slow:
+        (data / "images" / f"{row}.bmp").write_bytes(slow_bmp(10_000, 10_000))
+    encoder = ShadeEncoder()
+    export(Dataset(data), tmp_path / "out", encoder.fingerprint, lambda: encoder, image_timeout=0.3)
+    rows = rows_of(tmp_path / "out")
+    assert [row["item_id"] for row in rows if row["status"] == "failed"] == [f"{row:03d}" for row in slow]
+    assert {row["error"] for row in rows} == {None, "reading the image took longer than 0.3 s"}
+    assert verify(tmp_path / "out") == []
 
 
 def seen(tiny: Tiny, tmp_path: Path, odd: bytes, plain: Image.Image) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from recommender_world import with_cold_items
 from transformers import TrainerState
 
 from vlm2rec.embedder.backbones import lora
@@ -29,6 +30,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.training import checkpoints, train
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
@@ -69,6 +71,27 @@ def test_the_folder_is_complete_and_loads(tiny: Tiny, trained: Path) -> None:
     }
     encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), trained, device="cpu", dtype="float32")
     assert encoder.settings.max_pixels == 56 * 56
+
+
+def test_a_backbone_that_has_moved_is_the_same_and_another_one_is_refused(
+    tiny: Tiny, trained: Path, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny("qwen2_5_vl"), tmp_path / "elsewhere")
+    same = settings(tiny, drawn_dataset, trained, max_steps=5, checkpoint_steps=2, backbone=str(moved))
+    assert finetune.run(same) is None
+    (moved / "preprocessor_config.json").write_text((moved / "preprocessor_config.json").read_text() + " ")
+    with pytest.raises(ConfigError, match="begun with processor_hash"):
+        finetune.run(same)
+
+
+def test_vlm2rec_json_tells_data_loss_and_backbone(tiny: Tiny, trained: Path, drawn_dataset: Path) -> None:
+    saved = json.loads((trained / "vlm2rec.json").read_text())
+    assert saved["dataset"]["sha256"] == json.loads((drawn_dataset / "dataset.json").read_text())["sha256"]
+    assert (saved["training"]["method"], saved["training"]["loss"]) == ("vlm2rec", "vlm2rec")
+    assert saved["training"]["loss_settings"]["lam"] == 0.1
+    found = fingerprint_of(str(tiny("qwen2_5_vl")), trained, device="cpu")["made_with"]
+    assert found["adapter"]["training"]["loss_settings"] == saved["training"]["loss_settings"]
+    assert found["adapter"]["dataset"] == {name: saved["dataset"][name] for name in ("name", "sha256")}
 
 
 def test_curves_hold_every_part_of_the_loss(trained: Path) -> None:
@@ -280,10 +303,7 @@ def test_cold_items_leave_training_as_it_is(tiny: Tiny, drawn_dataset: Path, tmp
     more: dict[str, object] = {"max_steps": 2, "method": method}
     if method == "sda":
         more |= {"pooling": "mean", "prompt_style": "sda", "experts": 1, "lora_rank": 8}
-    data = copied(drawn_dataset, tmp_path, cold_items=2)
-    items = pq.read_table(data / "items.parquet")
-    cold = items.slice(0, 2).set_column(0, "item_id", pa.array(["cold", "colder"]))
-    pq.write_table(pa.concat_tables([cold, items]), data / "items.parquet")
+    data = with_cold_items(drawn_dataset, tmp_path / "data")
     finetune.run(settings(tiny, drawn_dataset, tmp_path / "before", **more))
     finetune.run(settings(tiny, data, tmp_path / "with", **more))
     before, now = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("before", "with"))
@@ -400,7 +420,7 @@ def flip(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped": flip,
     "empty": lambda path: os.truncate(path, 0),
-    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 2),
     "missing": Path.unlink,
 }
 CHECKPOINT = ("trainable", "best", "optimizer", "process-0")
@@ -552,8 +572,8 @@ def small_files() -> Iterator[Callable[[int], None]]:
     ("owner", "name", "most"),
     [
         (finetune, "_remember_run", 10),
-        (checkpoints, "begin", 10),
-        (checkpoints, "begin", 3000),
+        (checkpoints, "write_tensors", 10),
+        (checkpoints, "write_tensors", 3000),
         (checkpoints, "finish", 100),
         (finetune, "save_adapter", 10),
         (finetune, "save_adapter", 3000),
@@ -574,16 +594,18 @@ def test_fault_05_a_full_disk_ends_in_words_and_the_same_command_goes_on(
     plain = getattr(owner, name)
 
     def without_room(*given: Any, **named: Any) -> Any:
-        small_files(most)  # from here on, as pytest keeps what is printed in files too
-        return plain(*given, **named)
+        small_files(most)  # not longer than needed, as pytest keeps what is printed in files too
+        try:
+            return plain(*given, **named)
+        finally:
+            small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, without_room)
         with pytest.raises(ArtifactError) as refusal:
             finetune.run(config)
-    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert refusal.value.exit_code == 5
-    assert "File too large" in str(refusal.value) and "make room and run the same command again" in str(refusal.value)
+    assert "File too large" in str(refusal.value) and "run the same command again" in str(refusal.value)
     assert not list(config.out.rglob("*.tmp")) and not (config.out / schema.ADAPTER_FILE).exists()
     finetune.run(config)
     assert_same(config.out, undisturbed)

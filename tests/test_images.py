@@ -25,7 +25,7 @@ from vlm2rec.embedder.backbones import image_limits, image_readers, images
 from vlm2rec.embedder.backbones.image_limits import MAX_BLOCKS, MAX_SCANS, Memory, Timing
 from vlm2rec.embedder.backbones.image_process import Decoders
 from vlm2rec.embedder.backbones.image_readers import Readers
-from vlm2rec.embedder.backbones.images import MAX_ASPECT, ImageError, open_image, read_file
+from vlm2rec.embedder.backbones.images import FORMATS, MAX_ASPECT, ImageError, open_image, read_file
 from vlm2rec.embedder.contract import beneath
 
 
@@ -157,6 +157,19 @@ def test_the_colour_a_png_declares_transparent_turns_white(tmp_path: Path, mode:
     assert pixels(open_image(tmp_path, "key.png"))[0].tolist() == [[255] * 3, [90] * 3]
 
 
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF")
+def test_an_avif_is_read_where_pillow_has_it_and_a_damaged_one_has_its_reason(tmp_path: Path) -> None:
+    save(tmp_path, "a.avif", Image.new("RGB", (40, 30), (200, 40, 90)), quality=100)
+    found = open_image(tmp_path, "a.avif")
+    assert found.mode == "RGB" and found.size == (40, 30)
+    assert np.abs(pixels(found).astype(int) - [200, 40, 90]).max() <= 4
+    content = (tmp_path / "a.avif").read_bytes()
+    for number, damaged in enumerate((content[:-20], content[:40], content.replace(b"avif", b"heic"))):
+        (tmp_path / f"{number}.avif").write_bytes(damaged)
+        with pytest.raises(ImageError):
+            open_image(tmp_path, f"{number}.avif")
+
+
 @pytest.mark.parametrize("name", ["moving.gif", "moving.webp"])
 def test_fault_25_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -270,7 +283,7 @@ def test_fault_20_an_empty_file_and_a_web_page_named_jpg_are_refused(tmp_path: P
     (tmp_path / "page.jpg").write_bytes(b"<!DOCTYPE html><html><body>404</body></html>")
     with pytest.raises(ImageError, match="empty"):
         open_image(tmp_path, "empty.jpg")
-    with pytest.raises(ImageError, match=r"not a JPEG, PNG, WEBP, GIF, BMP .*DOCTYPE"):
+    with pytest.raises(ImageError, match=r"not a JPEG, PNG, WEBP, GIF, BMP.*DOCTYPE"):
         open_image(tmp_path, "page.jpg")
 
 

@@ -115,6 +115,25 @@ def test_missing_items_are_failures_and_unknown_ids_are_counted(data: Path, tmp_
     assert rows(tmp_path / "out")[ITEMS[0]]["error"] == "the file lacks this id"
 
 
+def test_white_space_at_the_ends_of_ids_does_not_count(data: Path, tmp_path: Path) -> None:
+    vectors = drawn()
+    file = parquet(
+        tmp_path / "v.parquet", [f" {item}" if n % 2 else f"{item}\t" for n, item in enumerate(ITEMS)], v=vectors
+    )
+    assert run(data, file, tmp_path / "out")["settings"]["extra_ids"] == 0
+    assert [row["fused"] for row in rows(tmp_path / "out").values()] == vectors.tolist()
+
+
+def test_ids_that_are_only_spelled_otherwise_are_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [ITEMS[0].upper() + "\u200b", *ITEMS[1:], "stranger"]
+    run(data, parquet(tmp_path / "v.parquet", ids, v=drawn(len(ids))), tmp_path / "out", max_failures=0.1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "2 ids of" in told and "'stranger' (row 31)" in told
+    assert f"the dataset has {ITEMS[0]!r} for" in told
+
+
 def test_numeric_ids_are_the_ids_as_written(tmp_path: Path) -> None:
     ids = [str(number) for number in range(10, 30)]
     data = write_dataset(tmp_path / "data", cyclic_sequences(ids, 5), ids)
@@ -544,13 +563,15 @@ def test_json_lines_that_hold_no_vectors_are_named(
 def test_recboles_item_embeddings_are_read(data: Path, tmp_path: Path) -> None:
     vectors = drawn()
     lines = [
-        f"{item}\t{' '.join(map(repr, vector.tolist()))}" for item, vector in zip(ITEMS, vectors, strict=True) if item
+        f"{item}\t{' '.join(map(repr, vector.tolist()))}"
+        for item, vector in zip(ITEMS, vectors, strict=True)
+        if item.isalnum()  # the format has no quotes, and so no tabs
     ]
     for number, header in enumerate(("iid:token\titem_emb:float_seq", "item_id:token\tother:float\tv:float_seq")):
         file = tmp_path / f"{number}.itememb"
         body = lines if number == 0 else [line.replace("\t", "\t0.5\t") for line in lines]
         file.write_text("\n".join([header, *body]) + "\n", encoding="utf-8")
-        run(data, file, tmp_path / f"out{number}", max_failures=0.1)
+        run(data, file, tmp_path / f"out{number}", max_failures=0.9)
         assert rows(tmp_path / f"out{number}")["007"]["fused"] == vectors[ITEMS.index("007")].tolist()
 
 
@@ -577,3 +598,44 @@ def test_three_examples_of_nan_are_named(data: Path, tmp_path: Path) -> None:
         vectors[ITEMS.index(item), 2] = np.nan
     with pytest.raises(DataError, match="4 items, the first are item 'i3', 'i5', 'i6'"):
         run(data, parquet(tmp_path / "v.parquet", ITEMS, v=vectors), tmp_path / "out")
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("twice", ["item_id", "v"])
+def test_a_parquet_column_that_occurs_twice_is_named(data: Path, tmp_path: Path, twice: str) -> None:
+    columns = [("item_id", ITEMS), ("v", drawn().tolist())]
+    columns += [column for column in columns if column[0] == twice]
+    path = tmp_path / "v.parquet"
+    pq.write_table(pa.table([pa.array(values) for _, values in columns], names=[name for name, _ in columns]), path)
+    with pytest.raises(DataError, match=r"several columns 'item_id'|2 columns of lists"):
+        run(data, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
+def test_parquet_that_is_damaged_behind_its_schema_is_named(data: Path, tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "v.parquet"
+    pq.write_table(pa.table({"item_id": ITEMS, "v": drawn().tolist()}), path, compression=compression)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(DataError, match=r"cannot be read as Parquet"):
+        run(data, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [(b"(", b"\x0b"), (b"'descr'", b"'"), (b"{", b"("), (b"30", b"9" * 2)])
+def test_a_damaged_header_of_an_npy_is_named(data: Path, tmp_path: Path, damage: tuple[bytes, bytes]) -> None:
+    path = npy(tmp_path / "v.npy", drawn())
+    path.write_bytes(path.read_bytes().replace(*damage, 1))
+    with pytest.raises(DataError, match=r"cannot be read as \.npy"):
+        run(data, path, tmp_path / "out", in_item_order=True)
+
+
+def test_ids_that_are_no_characters_or_no_numbers_are_named(data: Path, tmp_path: Path) -> None:
+    vectors, ids = npy(tmp_path / "v.npy", drawn()), tmp_path / "ids.npy"
+    for number in (0xD800, 0x7FFFFFFF):
+        np.save(ids, np.array([number, *range(65, 64 + len(ITEMS))], np.uint32).view("U1"))
+        with pytest.raises(DataError, match=r"no text|surrogates|cannot be read"):
+            run(data, vectors, tmp_path / "out", ids=ids)
+    for text in ("[" + "9" * 400 + "]", "[" * 5000, '["\\ud800"]'):
+        (tmp_path / "ids.json").write_text(text)
+        with pytest.raises(DataError, match=r"not a list of ids|no text"):
+            run(data, vectors, tmp_path / "out", ids=tmp_path / "ids.json")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.backbones import lora, model_files
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 
 Tiny = Callable[[str], Path]
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
@@ -124,9 +126,10 @@ def test_a_damaged_file_of_an_adapter_is_named_with_the_cure(
     adapter: Path, file: str, damage: Callable[[bytes], bytes], tiny: Tiny
 ) -> None:
     (adapter / file).write_bytes(damage((adapter / file).read_bytes()))
-    with pytest.raises(ArtifactError, match=rf"(?s){file}.*fine-tune again, or copy the adapter") as refusal:
+    with pytest.raises(Vlm2RecError, match=rf"(?s){file}.*fine-tune again, or copy the adapter") as refusal:
         load(tiny, adapter)
-    assert refusal.value.exit_code == 5
+    # what is no JSON any more may never have been ours
+    assert refusal.value.exit_code == 5 or (file == schema.ADAPTER_FILE and refusal.value.exit_code == 4)
 
 
 def test_a_missing_file_of_an_adapter_is_named(tiny: Tiny, adapter: Path) -> None:
@@ -171,3 +174,111 @@ def test_backbone_hash_changes_with_the_weights(tiny: Tiny, tmp_path: Path) -> N
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert before != model_files.backbone_hash(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+# --- strangers ----------------------------------------------------------------------------------------------------
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "expression", ["(a|a)*" * 20 + "$", r"(.*.*.*.*.*.*)*x", "[", "(?=" * 500, "no_such_layer", ["q_proj"], None, 3]
+)
+def test_an_expression_in_a_stranger_s_config_is_never_matched(tiny: Tiny, adapter: Path, expression: Any) -> None:
+    before = load(tiny, adapter).encode_items(["red chair"], [None]).text
+    without_checksums(adapter)
+    edit(adapter / lora.CONFIG_FILE, target_modules=expression, exclude_modules=expression, layers_pattern=expression)
+    assert np.array_equal(load(tiny, adapter).encode_items(["red chair"], [None]).text, before)
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**30, 5, 0, -4, "4", None, 4.0, True])
+def test_a_rank_that_is_not_that_of_the_weights_is_refused_before_anything_is_made(
+    tiny: Tiny, adapter: Path, rank: Any
+) -> None:
+    without_checksums(adapter)
+    edit(adapter / lora.CONFIG_FILE, r=rank)
+    with pytest.raises(ModelError, match=r"has shape \(|says r = "):
+        load(tiny, adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lora_alpha", value) for value in (0, float("nan"), float("inf"), "8", None, [8])),
+        *(("use_dora", True), ("rank_pattern", {"q_proj": 10**9}), ("alpha_pattern", {"(a+)+$": 1})),
+        *(("modules_to_save", ["lm_head"]), ("peft_type", "IA3"), ("bias", "all"), ("layer_replication", [[0, 10**9]])),
+    ],
+)
+def test_more_than_plain_lora_is_refused_by_name(tiny: Tiny, adapter: Path, key: str, value: Any) -> None:
+    without_checksums(adapter)
+    edit(adapter / lora.CONFIG_FILE, **{key: value})
+    with pytest.raises(ModelError, match=f"adapter_config.json says .*{key} = .*plain LoRA"):
+        load(tiny, adapter)
+
+
+def test_another_alpha_is_another_adapter(tiny: Tiny, adapter: Path) -> None:
+    before = fingerprint_of(str(tiny("qwen2_5_vl")), adapter, device="cpu")
+    without_checksums(adapter)
+    edit(adapter / lora.CONFIG_FILE, lora_alpha=8.001)
+    after = fingerprint_of(str(tiny("qwen2_5_vl")), adapter, device="cpu")
+    assert {key for key in before if before[key] != after[key]} == {"adapter_scale"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((lora.CONFIG_FILE, text) for text in ("{", "[]", "\x00", "[" * 100_000)),
+        *((schema.ADAPTER_FILE, text) for text in ('{"encoder": 3}', '{"encoder": {"fusion": "both"}}')),
+        *((schema.ADAPTER_FILE, f'{{"encoder": {{{setting}}}}}') for setting in (
+            *('"max_pixels": 1e400', '"max_pixels": "x"', '"max_title_tokens": -1', '"max_title_tokens": 99999999999'),
+            *('"nothing": 1', '"pooling": ["last"]'),
+        )),
+    ],
+)  # fmt: skip
+def test_settings_that_are_damaged_or_strange_are_a_model_error(
+    tiny: Tiny, adapter: Path, name: str, text: str
+) -> None:
+    without_checksums(adapter)
+    (adapter / name).write_text(text)
+    with pytest.raises(ModelError):
+        load(tiny, adapter)
+
+
+@pytest.mark.parametrize("titles", ["[]", '["a"]', "[1, 2, 3, 4]", "null", "["])
+def test_a_canary_that_proves_nothing_is_refused(tiny: Tiny, adapter: Path, titles: str) -> None:
+    without_checksums(adapter)
+    tensors = safetensors.torch.load_file(adapter / lora.CANARY_FILE)
+    if titles == "[]":
+        tensors = {name: tensor[:0] for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, adapter / lora.CANARY_FILE, metadata={"titles": titles})
+    with pytest.raises(ModelError, match=r"canary\.safetensors is damaged"):
+        load(tiny, adapter)
+
+
+@pytest.mark.parametrize("left", [{lora.CONFIG_FILE, lora.WEIGHTS_FILE}, {lora.CONFIG_FILE}, {lora.WEIGHTS_FILE}])
+def test_a_peft_adapter_made_elsewhere_is_refused_and_merging_is_advised(
+    tiny: Tiny, adapter: Path, left: set[str]
+) -> None:
+    for path in adapter.iterdir():
+        if path.name not in left:
+            path.unlink()
+    (adapter / "README.md").write_text("made elsewhere")
+    with pytest.raises(ModelError, match=r"PEFT adapter that `vlm2rec finetune` has not made.*merge_and_unload"):
+        load(tiny, adapter)
+
+
+def test_a_pickled_peft_adapter_is_refused_unopened(tiny: Tiny, adapter: Path) -> None:
+    for path in adapter.iterdir():
+        path.unlink()
+    (adapter / lora.CONFIG_FILE).write_text("{}")
+    (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ModelError, match="merge_and_unload"):
+        load(tiny, adapter)
+
+
+def test_an_adapter_works_with_its_backbone_under_another_name(tiny: Tiny, adapter: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny("qwen2_5_vl"), tmp_path / "moved" / "elsewhere")
+    found = ItemEncoder.load(copy, adapter, dtype="float32", device="cpu")
+    known = load(tiny, adapter)
+    assert np.array_equal(*(encoder.encode_items(["x"], [None]).text for encoder in (found, known)))
+    assert {**found.fingerprint, "made_with": 0} == {**known.fingerprint, "made_with": 0}

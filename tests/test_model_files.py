@@ -16,7 +16,7 @@ import torch
 from vlm2rec.embedder import chat_template
 from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.backbone import Backbone
-from vlm2rec.embedder.backbones.families import load_processor
+from vlm2rec.embedder.backbones.families import checked_files, load_processor
 from vlm2rec.embedder.contract import hash_cache, storage
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.frozen import load_frozen
@@ -184,7 +184,8 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(model, folder / "snapshots" / "aaa")
     second = shutil.copytree(model, folder / "snapshots" / "bbb")
     weights = safetensors.torch.load_file(second / "model.safetensors")
-    weights["model.language_model.norm.weight"] += 1
+    norm = next(name for name in weights if name.endswith(".norm.weight") and "layers" not in name)
+    weights[norm] += 1
     safetensors.torch.save_file(weights, second / "model.safetensors", metadata={"format": "pt"})
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("aaa")
@@ -206,23 +207,19 @@ def test_a_hub_model_is_its_commit_and_a_main_that_moves_is_another(hub: Path, m
 def test_all_of_an_encoder_is_of_one_commit_whatever_main_does_meanwhile(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    located = model_files.locate
+    located = checked_files
 
     def moved(source: Any, revision: Any = None) -> Any:
         found = located(source, revision)
         (hub / "refs" / "main").write_text("bbb")
         return found
 
-    monkeypatch.setattr("vlm2rec.embedder.encoders.item_encoder.locate", moved)
+    monkeypatch.setattr("vlm2rec.embedder.encoders.item_encoder.checked_files", moved)
     encoder = ItemEncoder.load("shop/bb", dtype="float32", device="cpu")
     assert encoder.fingerprint["made_with"]["commit"] == "aaa"
     assert encoder.fingerprint["backbone_hash"] == model_files.backbone_hash(hub / "snapshots" / "aaa")
-    assert torch.equal(
-        encoder.backbone.model.state_dict()["model.language_model.norm.weight"],
-        safetensors.torch.load_file(hub / "snapshots" / "aaa" / "model.safetensors")[
-            "model.language_model.norm.weight"
-        ],
-    )
+    loaded = encoder.backbone.language_model.norm.weight
+    assert torch.equal(loaded, torch.ones_like(loaded))  # the other commit has 2 there
 
 
 # --- strangers ----------------------------------------------------------------------------------------------------

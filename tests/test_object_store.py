@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from chairs import ITEMS, ShadeEncoder, parts, retitle, rows_of, write_dataset
 from embedding_folder import write_embeddings
 from object_store import BUCKET, content, download, names, s3_server, upload
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
+from vlm2rec.embedder.backbones.images import FORMATS
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -207,6 +208,22 @@ def test_any_number_of_workers_makes_the_same_folder(data: Dataset, whole: Path,
     assert content(store) == parts(whole) and names(store) == ["manifest.json", *SHARDS]
     make(data, store / "processes", distribution=Distribution(num_workers=2))
     assert content(store / "processes") == parts(whole)
+
+
+def test_retry_failed_writes_no_manifest_before_every_worker_has_made_its_share(
+    tmp_path: Path, store: StorePath
+) -> None:
+    folder = write_dataset(tmp_path / "data")
+    make(Dataset(folder), store)
+    changed = retitle(folder, 2, 10, 17)
+    for number in range(3):
+        distribution = Distribution(num_workers=3, worker=number)
+        made = make(changed, store, reuse=Reuse(retry_failed=True), distribution=distribution)
+        assert (made is not None) == ("manifest.json" in names(store)) == (number == 2)
+    make(changed, tmp_path / "fresh")
+    assert content(store) == parts(tmp_path / "fresh") and names(store) == ["manifest.json", *SHARDS]
+    make(changed, store, never, reuse=Reuse(retry_failed=True), distribution=Distribution(num_workers=3, worker=0))
+    assert names(store) == ["manifest.json", *SHARDS]
 
 
 # --- one writer ---------------------------------------------------------------------------------------------
@@ -469,7 +486,7 @@ def test_failures_lists_what_failed_with_its_place_in_the_store(
     make(Dataset(store / "data"), store / "emb")
     verify_command.failures(FailuresConfig(embeddings=store / "emb"))
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "005,failed,\"the image is not a JPEG, PNG, WEBP, GIF, BMP (it starts with b'<html>404</h')\","
+        f"005,failed,\"the image is not a {', '.join(FORMATS)} (it starts with b'<html>404</h')\","
         f"wooden chair 5,{store}/data/images/5.png"
     ]
 

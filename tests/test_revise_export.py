@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
+from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
 from children import child
 from PIL import Image
 
@@ -45,13 +47,6 @@ def append_items(folder: Path, items: int) -> Dataset:
     for row in range(old.num_rows, items):
         square(folder, row, row)
     pq.write_table(pa.concat_tables([old, pa.table(new)]), folder / "items.parquet")
-    return Dataset(folder)
-
-
-def edit_items(folder: Path, change: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
-    """Change the columns of the items."""
-    table = pq.read_table(folder / "items.parquet").to_pydict()
-    pq.write_table(pa.table(change(table)), folder / "items.parquet")
     return Dataset(folder)
 
 
@@ -199,6 +194,90 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambd
     assert rows_of(out) == rows_of(tmp_path / "whole")
 
 
+class KilledError(BaseException):
+    """Stands for a SIGKILL: nothing is written after it."""
+
+
+def killed(data: Dataset, out: Path, at_call: int, **choices: Any) -> None:
+    """Export, and be killed before the given call of the encoder; 0: while the model loads."""
+
+    class Dying(ShadeEncoder):
+        def encode_items(self, titles: Any, images: Any) -> EncodedItems:
+            if len(self.calls) + 1 == at_call:
+                raise KilledError
+            return super().encode_items(titles, images)
+
+    def load() -> ShadeEncoder:
+        if at_call == 0:
+            raise KilledError
+        return Dying()
+
+    with pytest.raises(KilledError):
+        export(data, out, ShadeEncoder().fingerprint, load, shard_size=8, **choices)
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("at_call", [0, 1, 2])
+@pytest.mark.parametrize("then", ["plain", "retry", "both"])
+def test_a_killed_retry_is_never_finished_with_rows_of_the_earlier_titles(
+    tmp_path: Path, at_call: int, then: str
+) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    data = retitle(folder, 2, 10, 17)
+    killed(data, out, at_call, reuse=Reuse(retry_failed=True))
+    reuse = {
+        "plain": Reuse(),
+        "retry": Reuse(retry_failed=True),
+        "both": Reuse(retry_failed=True, extend=True),
+    }[then]
+    again = exported(data, out, reuse=reuse)
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    changed = [f"another title of {row}" for row in (2, 10, 17)]
+    assert set(changed[max(0, at_call - 1) :]) <= set(again)
+    assert then == "plain" or len(again) == 3 - max(0, at_call - 1)  # what is right is kept
+
+
+@pytest.mark.parametrize("then", [Reuse(), Reuse(extend=True), Reuse(extend=True, retry_failed=True)])
+def test_a_killed_retry_of_a_killed_extension_is_never_finished_with_rows_of_the_earlier_titles(
+    tmp_path: Path, then: Reuse
+) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    killed(append_items(folder, 33), out, 2, reuse=Reuse(extend=True))
+    data = retitle(folder, 0, 12, 25)
+    killed(data, out, 2, reuse=Reuse(extend=True, retry_failed=True))
+    exported(data, out, reuse=then)
+    exported(data, tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_the_earlier_titles_are_refused_after_a_killed_retry(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    earlier = (folder / "items.parquet").read_bytes()
+    killed(retitle(folder, 2), out, 0, reuse=Reuse(retry_failed=True))
+    (folder / "items.parquet").write_bytes(earlier)
+    with pytest.raises(ArtifactError, match="titles was"):
+        exported(Dataset(folder), out)
+    exported(Dataset(folder), out, reuse=Reuse(retry_failed=True))
+    exported(Dataset(folder), tmp_path / "whole")
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_records_of_an_earlier_version_name_no_plan_and_are_held_against_it(tmp_path: Path) -> None:
+    folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    exported(Dataset(folder), out)
+    killed(retitle(folder, 2), out, 0, reuse=Reuse(retry_failed=True))
+    for record in out.glob("part-*.json"):
+        known = json.loads(record.read_text())
+        del known["plan"]
+        record.write_text(json.dumps(known))
+    again = exported(Dataset(folder), out)
+    assert len(again) == 8 and again[2] == "another title of 2"
+
+
 # --- another folder -----------------------------------------------------------------------------------------
 def test_changed_since_takes_over_what_is_the_same_in_any_order(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", broken=BROKEN)
@@ -250,6 +329,112 @@ def test_changed_since_refuses_vectors_of_another_model(tmp_path: Path) -> None:
         export(
             data, tmp_path / "out", encoder.fingerprint, lambda: encoder, reuse=Reuse(changed_since=tmp_path / "monday")
         )
+
+
+def other_model(data: Dataset, out: Path) -> Path:
+    encoder = ShadeEncoder()
+    encoder.fingerprint["model"] = "another"
+    export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda old, other: shutil.copy(other / "part-00001.parquet", old), "part-00001.parquet: .*bytes"),
+        (lambda old, other: (old / "part-00002.parquet").write_bytes(b""), "part-00002.parquet: has 0 bytes"),
+        (lambda old, other: (old / "part-00000.parquet").unlink(), "part-00000.parquet: is missing"),
+        (lambda old, other: flip_bit(old / "part-00001.parquet"), "part-00001.parquet: its bytes have changed"),
+        (
+            lambda old, other: edit_manifest(old, lambda m: m | {"shards": [*m["shards"][1:], m["shards"][0]]}),
+            "shard 0 is not recorded",
+        ),
+        (lambda old, other: shutil.copy(other / "manifest.json", old), "made with other settings"),
+        (
+            lambda old, other: edit_manifest(old, lambda m: m | {"settings": m["settings"] | {"model": "another"}}),
+            "the fingerprint is not that of the settings",
+        ),
+        (lambda old, other: edit_manifest(old, lambda m: {"schema_version": 1}), "dim is missing"),
+        (
+            lambda old, other: edit_manifest(
+                old, lambda m: m | {"shards": [s | {"file": "../other/" + s["file"]} for s in m["shards"]]}
+            ),
+            "shard 0 is not recorded",
+        ),
+    ],
+)
+def test_changed_since_takes_nothing_that_the_manifest_does_not_vouch_for(
+    tmp_path: Path, damage: Callable[[Path, Path], object], message: str
+) -> None:
+    data = Dataset(write_dataset(tmp_path / "data"))
+    exported(data, tmp_path / "old")
+    damage(tmp_path / "old", other_model(data, tmp_path / "other"))
+    encoder = ShadeEncoder()
+    with pytest.raises(ArtifactError, match=message):
+        export(
+            data,
+            tmp_path / "new",
+            encoder.fingerprint,
+            lambda: encoder,
+            shard_size=8,
+            reuse=Reuse(changed_since=tmp_path / "old"),
+        )
+    assert not encoder.calls and not list((tmp_path / "new").glob("part-*"))
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+# --- names, and hashes of earlier versions ------------------------------------------------------------------
+class Named(ShadeEncoder):
+    """An encoder with a backbone, whose name decides nothing."""
+
+    def __init__(self, name: str = "bb", backbone_hash: str = "sha256:aa") -> None:
+        super().__init__()
+        self.fingerprint |= {"backbone_hash": backbone_hash, "made_with": {"backbone": name}}
+
+
+@pytest.mark.parametrize("reuse", ["none", "extend", "retry_failed", "changed_since"])
+def test_a_backbone_under_another_name_goes_on_and_gives_the_same_bytes(tmp_path: Path, reuse: str) -> None:
+    folder, out = write_dataset(tmp_path / "data", broken=BROKEN), tmp_path / "out"
+    data = Dataset(folder)
+    for encoder, where in ((Named(), out), (Named("other"), tmp_path / "whole")):
+        export(data, where, encoder.fingerprint, lambda encoder=encoder: encoder, shard_size=8)
+    assert parts(out) == parts(tmp_path / "whole")
+    manifests = [json.loads((where / "manifest.json").read_text()) for where in (out, tmp_path / "whole")]
+    assert [manifest["made_with"] for manifest in manifests] == [{"backbone": "bb"}, {"backbone": "other"}]
+    assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+    (out / "part-00001.parquet").unlink()
+    given = (
+        {"changed_since": tmp_path / "whole"} if reuse == "changed_since" else {reuse: True} if reuse != "none" else {}
+    )
+    again, where = Named("moved"), tmp_path / "new" if reuse == "changed_since" else out
+    export(data, where, again.fingerprint, lambda: again, shard_size=8, reuse=Reuse(**given))
+    assert verify(where) == [] and rows_of(where) == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("reuse", ["none", "extend", "retry_failed", "changed_since"])
+def test_an_export_by_an_earlier_version_s_hash_is_read_and_not_gone_on_with(tmp_path: Path, reuse: str) -> None:
+    data, old = Dataset(write_dataset(tmp_path / "data")), tmp_path / "old"
+    encoder = Named(backbone_hash="0" * 64)
+    export(data, old, encoder.fingerprint, lambda: encoder, shard_size=8)
+    assert verify(old) == []
+    given = {"none": {}, "changed_since": {"changed_since": old}}.get(reuse, {reuse: True})
+    out = tmp_path / "new" if reuse == "changed_since" else old
+    now = Named()
+    with pytest.raises(
+        ArtifactError, match=r"made by an earlier vlm2rec, whose backbone_hash covers a part.*new --out"
+    ):
+        export(data, out, now.fingerprint, lambda: now, shard_size=8, reuse=Reuse(**given))
+    assert verify(old) == [] and not now.calls
 
 
 def test_two_sources_of_the_same_vectors_are_refused() -> None:

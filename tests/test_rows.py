@@ -15,11 +15,13 @@ from test_prepare import Row, config, write_catalogue
 
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
+from vlm2rec.embedder.contract.printable import cell
 from vlm2rec.pipelines import prepare
 from vlm2rec.pipelines.catalogue import rejects
 from vlm2rec.pipelines.catalogue.amazon import image_url
 from vlm2rec.pipelines.catalogue.files import ColumnNames, read_items, scan_interactions
 from vlm2rec.pipelines.catalogue.ids import explain
+from vlm2rec.pipelines.catalogue.rejects import safe_text
 from vlm2rec.pipelines.catalogue.times import check_unit
 
 LOG = [(user, item, place) for user in "uvw" for place, item in enumerate("abcd")] + [
@@ -122,6 +124,26 @@ def test_no_id_in_the_list_is_a_formula(tmp_path: Path, start: str) -> None:
     assert [(row["user_id"], row["item_id"]) for row in found] == [("'" + start, "'" + start), ("'" + start, "a")]
 
 
+def test_a_column_of_the_list_is_made_as_each_cell_of_other_tables() -> None:
+    texts = [
+        "=a",
+        " =a",
+        "\t=a",
+        "\uff1da",
+        "a\tb",
+        "x\x1b[31m",
+        "plain",
+        "\r@",
+        "-1",
+        "a\nb",
+        "",
+        "\u202eabc",
+        "\u00a0=x",
+    ]
+    column = pl.DataFrame({"text": texts}).select(safe_text(pl.col("text")).alias("text"))["text"].to_list()
+    assert column == [cell(text) for text in texts]
+
+
 # --- ids ----------------------------------------------------------------------------------------------------------
 NAN = float("nan")
 
@@ -179,6 +201,17 @@ def test_the_word_nan_in_a_column_of_text_is_kept_and_told(tmp_path: Path, capsy
     told = " ".join(capsys.readouterr().err.split())
     assert "the user 'nan' has 3 of 18 interactions" in told
     assert "1 of 8 items" in told and "have the item_id 'None'" in told
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "<NA>"])
+def test_a_word_for_nothing_among_users_who_are_numbers_is_no_user(tmp_path: Path, word: str) -> None:
+    paths = write_catalogue(tmp_path, LOG)
+    paths["interactions"] = tmp_path / "log.csv"
+    rows = [(f"{ord(user)}.0", item, time) for user, item, time in LOG] + [(word, item, 9) for item in "abcd"]
+    paths["interactions"].write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    dataset = prepare.run(config(paths))
+    assert dataset.user_ids == ["117.0", "118.0", "119.0", "120.0"]
+    assert dataset.meta["rows"]["interactions"]["rejected"] == {"no user id": 4}
 
 
 def test_white_space_at_the_ends_of_ids_does_not_count_on_either_side(tmp_path: Path) -> None:

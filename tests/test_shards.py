@@ -297,6 +297,34 @@ def test_a_begun_export_goes_on_after_its_finished_shards(tmp_path: Path) -> Non
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", ["opened", "finished"])
+def test_a_look_at_a_folder_that_another_worker_opens_or_finishes_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    plan = plan_of()
+    finished_export(tmp_path, plan)
+    manifest, state = tmp_path / "manifest.json", tmp_path / "export.json"
+    whole, exists, changed = manifest.read_text(), Path.exists, []
+    if step == "finished":
+        schema.write_json(state, shards._state(plan))
+        manifest.unlink()
+
+    def exists_and_change(self: Path, **choices: Any) -> bool:
+        found = exists(self, **choices)
+        if not changed:
+            changed.append(self)
+            if step == "opened":
+                schema.write_json(state, shards._state(plan))
+                manifest.unlink()
+            else:
+                manifest.write_text(whole)
+                state.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists_and_change)
+    assert shards.rows_of_shards(tmp_path) == [4, 4, 2] and changed == [manifest]
+
+
 # --- killed -------------------------------------------------------------------------------------------------
 def test_fault_01_killed_while_a_shard_is_written_leaves_no_part_and_the_rerun_equals_a_whole_run(
     tmp_path: Path,

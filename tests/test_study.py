@@ -112,6 +112,20 @@ def test_the_same_command_again_runs_nothing(tiny: Tiny, drawn_dataset: Path, fi
     assert (folder / "study" / "report.html").read_bytes() == report
 
 
+@pytest.mark.parametrize("name", ["curves.json", "vlm2rec.json"])
+def test_a_file_of_a_step_that_was_damaged_is_named_and_made_again(
+    name: str, tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder = again(finished, tmp_path)
+    keys = yaml.safe_load((folder / "study.yaml").read_text())
+    file = folder / "study" / "sft" / "seed-0" / "adapter" / name
+    before = file.read_text()
+    file.write_text(re.sub(r'"(loss|rank|lora_rank)": \d', r'"\1": 9', before))
+    assert file.read_text() != before
+    with pytest.raises(ArtifactError, match=rf"{name} does not have .*remove .*adapter and run the study again"):
+        study.run(settings(tiny, drawn_dataset, folder, **keys))
+
+
 def test_a_changed_setting_is_refused_and_redone_on_request(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:

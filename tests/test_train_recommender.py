@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from embedding_folder import write_embeddings
-from recommender_world import circle_vectors, cyclic_sequences, write_atomic, write_dataset
+from recommender_world import circle_vectors, cyclic_sequences, with_cold_items, write_atomic, write_dataset
 from typer.testing import CliRunner
 
 from vlm2rec.downstream.evaluation.metrics import TAIL
@@ -199,6 +199,22 @@ def test_an_item_nobody_touched_is_ranked_too(tmp_path: Path) -> None:
     metrics = train_recommender.run(config)
     assert metrics["items"] == 42
     assert state(tmp_path / "out")["item_embedding.weight"].shape == (43, 16)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_cold_items_change_nothing_of_what_is_learned_and_ranked(data: Path, tmp_path: Path, start: bool) -> None:
+    cold = with_cold_items(data, tmp_path / "cold")
+    ids = Dataset(cold).item_ids
+    write_embeddings(tmp_path / "all", ids, circle_vectors(len(ids)))
+    found = []
+    for folder in (data, cold):
+        out = tmp_path / f"out of {folder.name}"
+        more = SMALL | ({"embeddings": tmp_path / "all"} if start else {})
+        metrics = train_recommender.run(TrainRecommenderConfig(data=folder, model="SASRec", out=out, **more))
+        found.append({key: metrics[key] for key in ("items", "candidates", "full", "tail", "popularity", "missing")})
+        found.append((out / "users.parquet").read_bytes())
+        found.append({name: tensor.tolist() for name, tensor in state(out).items()})
+    assert found[:3] == found[3:]
 
 
 def brute_force(scores: np.ndarray, folder: Dataset, k: int) -> dict[str, Any]:
@@ -572,6 +588,13 @@ def test_settings_that_cannot_work_are_refused(
     file = write_yaml(tmp_path / "r.yaml", settings)
     with pytest.raises(ConfigError, match=message):
         train_recommender.run(TrainRecommenderConfig(data=data, config=file, out=tmp_path / "out", **SMALL))
+
+
+def test_fewer_items_than_the_metrics_look_at_are_refused_in_words(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", [ITEMS[:5], ITEMS[4:12]], ITEMS[:12], candidates=2)
+    config = TrainRecommenderConfig(data=folder, model="SASRec", out=tmp_path / "out", **SMALL)
+    with pytest.raises(DataError, match=r"12 items.*the first 20.*topk: \[5\]"):
+        train_recommender.run(config)
 
 
 def test_a_column_without_embeddings_is_refused(data: Path, tmp_path: Path) -> None:

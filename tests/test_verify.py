@@ -204,9 +204,10 @@ def test_a_shard_of_other_settings_is_found_by_its_stamp(folder: Path) -> None:
     assert found(folder) == "part-00000.parquet: was written with other settings than the manifest's"
 
 
-def test_settings_changed_afterwards_are_found(folder: Path) -> None:
+@pytest.mark.parametrize("value", ["null", float("nan"), float("inf"), "\ud800"])
+def test_settings_changed_afterwards_are_found(folder: Path, value: object) -> None:
     settings = json.loads((folder / "manifest.json").read_text())["settings"]
-    change_manifest(folder, settings={**settings, "on_image_error": "null"})
+    change_manifest(folder, settings={**settings, "on_image_error": value})
     assert found(folder) == "manifest.json: the fingerprint is not that of the settings"
 
 

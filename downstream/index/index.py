@@ -36,7 +36,7 @@ from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_bat
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
-from vlm2rec.embedder.contract.storage import Location, location, readable, sha256_file
+from vlm2rec.embedder.contract.storage import Location, readable, sha256_file
 
 FAISS_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
@@ -189,16 +189,19 @@ def find_titles(
     A dataset folder that is given must be readable; the one that the export names may be gone.
     """
     dataset = Dataset(data) if data else dataset_of_export(embeddings, manifest)[0]
-    try:
-        items = dataset.items if dataset else None
-    except ArtifactError:
-        if data:
-            raise
-        dataset = items = None
-    if dataset is None or items is None:
-        return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
-    rows = pc.index_in(item_ids, value_set=items[schema.ITEM_ID])
-    return pc.fill_null(pc.take(items[schema.TITLE], rows), ""), str(dataset.path.resolve())
+    if dataset is not None:
+        try:
+            ids, titles = (dataset.items[name].cast(pa.string()) for name in (schema.ITEM_ID, schema.TITLE))
+            rows = pc.index_in(item_ids, value_set=ids)
+            return pc.fill_null(pc.take(titles, rows), ""), str(dataset.path.resolve())
+        except (ArtifactError, pa.ArrowException) as error:
+            if isinstance(error, ArtifactError) and data:
+                raise
+            if data:
+                raise ArtifactError(
+                    f"{dataset.path} has ids or titles that are no text ({error})", "a dataset folder", "prepare again"
+                ) from None
+    return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
 
 
 def _shards_sha256(manifest: dict[str, Any]) -> str:
@@ -445,7 +448,13 @@ _META_KEYS = {
 def _local_embeddings(meta: Mapping[str, Any]) -> Location | None:
     """Return the embeddings folder that an index names; None for an address in a store, which the user has to give."""
     named = str(meta["embeddings"])
-    return None if "://" in named or "\0" in named else location(named)
+    if "://" in named:
+        return None
+    try:
+        Path(named).exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return None
+    return Path(named)
 
 
 def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:

@@ -336,6 +336,13 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
 
     init_seed(config["seed"], config["reproducibility"])
     dataset = _dataset(config, folder)
+    longest = max(config["topk"])
+    if longest > dataset.item_num:  # with the padding
+        raise DataError(
+            f"the dataset has {dataset.item_num - 1} items, and RecBole's metrics look at the first {longest}",
+            f"at least {longest - 1} items, or shorter lists",
+            "name a --config with, for instance, `topk: [5]` and `valid_metric: NDCG@5`",
+        )
     with _refusals("the data"):
         train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from vlm2rec.embedder.backbones import modality, packing
 from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet
-from vlm2rec.embedder.backbones.families import image_tokens, load_processor, neutralise
-from vlm2rec.embedder.backbones.model_files import Source, checked_weights, first_line, locate
+from vlm2rec.embedder.backbones.families import checked_files, image_tokens, load_processor, neutralise
+from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import DeviceName, DtypeName, Pooling, PromptMode
@@ -32,8 +31,6 @@ from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, render
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
 ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-# what transformers raises for files that do not fit one another
-UNLOADABLE = (*(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError),)
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -116,10 +113,9 @@ class Backbone:
             ModelError: no such model, unknown family, or weights that do not fit the config.
             ConfigError: the device is not available, or chat mode without a chat template.
         """
-        files = locate(source, revision)
+        files = checked_files(source, revision)
         source = files.source  # for messages
         processor = load_processor(files, None, max_pixels)
-        checked_weights(files.folder)
         if prompt_mode == "chat" and not processor.chat_template:
             raise ConfigError(f"{source} has no chat template", "a model with one", "use --prompt-mode raw")
         if prompt_mode == "chat":

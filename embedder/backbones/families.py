@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2rec.embedder.backbones.model_files import (
     MODEL_FOLDER,
+    UNLOADABLE,
     ModelFiles,
     Source,
+    checked_weights,
     first_line,
     locate,
     no_hub_model,
@@ -109,8 +111,7 @@ def load_processor(
     """
     import transformers
 
-    family_of(source, revision)  # before the whole of a hub model is downloaded
-    files = locate(source, revision)
+    files = _located(source, revision)
     family = family_of(files)
     _require_files(files.folder, family)
     source, where = str(files.folder), {"trust_remote_code": False}
@@ -124,7 +125,7 @@ def load_processor(
         settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
         _set_image_size(image_processor, family, max_pixels)
         processor = _without_video(family)(image_processor=image_processor, tokenizer=tokenizer, **settings)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNLOADABLE as error:
         raise ModelError(
             f"the tokenizer or image processor of {source!r} cannot be loaded ({first_line(error)})",
             f"{MODEL_FOLDER} of a {family.model_type} model",
@@ -132,6 +133,27 @@ def load_processor(
         ) from error
     _check(processor, source)
     return processor
+
+
+def checked_files(source: Source, revision: str | None = None) -> ModelFiles:
+    """Return the files of a backbone of a known family, once nothing speaks against opening them.
+
+    Args:
+        source: Local model folder or Hugging Face hub id, or its files.
+        revision: Revision of a hub model.
+
+    Raises:
+        ModelError: as `family_of`, `locate` and `checked_weights`.
+    """
+    files = _located(source, revision)
+    family_of(files)
+    checked_weights(files.folder)
+    return files
+
+
+def _located(source: Source, revision: str | None) -> ModelFiles:
+    family_of(source, revision)  # of a hub model, before all of it is downloaded
+    return locate(source, revision)
 
 
 def family_of(source: Source, revision: str | None = None) -> Family:

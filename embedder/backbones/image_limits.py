@@ -53,6 +53,8 @@ def survey(content: bytes) -> Survey:
         _count_gif(content)
     elif content.startswith(b"BM") and len(content) >= 34 and struct.unpack_from("<I", content, 30)[0] in _RLE:
         return Survey(weight=10.0)
+    elif content[4:8] == b"ftyp":
+        return Survey(weight=5.0)  # AVIF
     return Survey()
 
 
@@ -143,8 +145,8 @@ def memory_needed(image: Image.Image, stored: tuple[int, int], scans: int, whole
     pixels = image.width * image.height
     depth = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     needed = pixels * depth
-    if image.format == "WEBP":
-        needed += 12 * pixels  # its decoder keeps two canvases, and hands out a copy
+    if image.format in ("WEBP", "AVIF"):
+        needed += 12 * pixels  # their decoders keep two canvases, and hand out a copy
     if isinstance(image, JpegImagePlugin.JpegImageFile) and scans > 1:
         needed += 2 * image.layers * stored[0] * stored[1]  # all coefficients stay until the last scan
     return needed + (12 * pixels if whole else _SMALL // 2)

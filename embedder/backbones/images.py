@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError, features
 
 from vlm2rec.embedder.backbones import image_limits
 from vlm2rec.embedder.backbones.image_limits import ImageError as ImageError
@@ -30,7 +30,7 @@ from vlm2rec.embedder.backbones.image_process import Decoders, serve
 from vlm2rec.embedder.contract.beneath import NotRegularError, OutsideError, open_beneath
 from vlm2rec.embedder.contract.storage import Location, StorePath
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", *(("AVIF",) if features.check("avif") else ()))
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_535
 MAX_BYTES = 256 * 2**20

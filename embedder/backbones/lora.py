@@ -226,7 +226,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
             "a folder written by `vlm2rec finetune`",
             "run the same `vlm2rec finetune` command again: it continues from its last checkpoint",
         )
-    settings = _read_json(folder / schema.ADAPTER_FILE)
+    settings = schema.read_json(folder / schema.ADAPTER_FILE, "the settings of an adapter", _TRAIN_AGAIN)
     if not is_intact(settings):
         raise ArtifactError(
             f"{folder / schema.ADAPTER_FILE} is damaged, or was changed by hand: it does not have the content that was"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from vlm2rec.embedder.contract import hash_cache
@@ -33,6 +34,11 @@ _PROCESSOR = (
 )
 _HUB_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", CONFIG, "README.md", *_PROCESSOR)
 _READERS = 4
+# what transformers raises for files that do not fit one another
+UNLOADABLE = (
+    *(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, RecursionError),
+    *(SafetensorError, StrictDataclassError),
+)
 _LARGEST_TEXT = 2**26  # bytes of a JSON file that is parsed here
 _AGAIN = "download the model folder again"
 MODEL_FOLDER = (

@@ -375,7 +375,7 @@ def dataset_of_export(embeddings: Location, manifest: Mapping[str, Any]) -> tupl
         return None, f"the export names {named}, and an address that only a manifest names is never opened"
     try:
         return Dataset(named), ""
-    except Vlm2RecError:
+    except (Vlm2RecError, OSError, ValueError):  # gone, damaged, or no name that a file can have
         return None, f"the dataset is no longer at the path of the export, {named}"
 
 

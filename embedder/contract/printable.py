@@ -9,22 +9,30 @@ import re
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _CONTROLS_OF_A_LINE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 # what makes spreadsheet programs compute a cell instead of showing it; the wide forms count in some languages
-_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_FORMULA = re.compile("^\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20]")
+CONTROLS, FORMULA = _CONTROLS.pattern, _FORMULA.pattern
+"""What `cell` replaces by a space, and what gets an apostrophe in front, as regular expressions for whole columns."""
+# scheme://key:secret@, where a secret may hold a slash; scheme://token@; ?token=. A path has lost one of the slashes.
 _KEYS = (
-    (re.compile(r"(?<=://)[^\s'\"@]*:[^\s'\"@]*@"), "***@"),  # scheme://key:secret@; a secret may hold a slash
-    (re.compile(r"(?<=://)[^\s'\"@/]+@"), "***@"),  # scheme://token@
+    (re.compile(r"(\w:/{1,2})[^\s'\"@/][^\s'\"@]*:[^\s'\"@]*@"), r"\1***@"),
+    (re.compile(r"(\w:/{1,2})[^\s'\"@/]+@"), r"\1***@"),
     (re.compile(r"([?&][\w-]*(?:key|token|secret|sig|password|credential)[\w-]*=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),
 )
 
 
 def one_line(text: str) -> str:
     """Return text on one line, without terminal escapes and changes of direction: each run of them is a space."""
-    return _CONTROLS.sub(" ", text)
+    return _CONTROLS.sub(" ", _encodable(text))
 
 
 def printable(text: str) -> str:
     """Return text for a terminal: as `one_line`, but line feeds stay."""
-    return _CONTROLS_OF_A_LINE.sub(" ", text)
+    return _CONTROLS_OF_A_LINE.sub(" ", _encodable(text))
+
+
+def _encodable(text: str) -> str:
+    """Return text in which bytes of a file name that are no UTF-8 stand as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def cell(text: str | None) -> str:
@@ -34,7 +42,7 @@ def cell(text: str | None) -> str:
     which these programs take for "this is text".
     """
     line = one_line(text or "")
-    return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
+    return f"'{line}" if _FORMULA.match(line) else line
 
 
 def without_keys(text: str) -> str:

@@ -125,8 +125,9 @@ def shard_name(number: int) -> str:
 
 
 def write_json(path: Location, value: Any) -> None:
-    """Write JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON as `write_text` does; a path that is no UTF-8 stands in it with JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_text(path: Location, text: str) -> None:

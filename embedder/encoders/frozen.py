@@ -91,8 +91,6 @@ def frozen_fingerprint(
     config = read_model_config(inner)
     common = {
         "source": found,
-        "encoder_hash": model_files.backbone_hash(inner),
-        "processor_hash": model_files.processor_hash(inner),
         "model_type": config["model_type"],
         "dtype": str(_pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         schema.MADE_WITH: {"encoder": encoder.resolve().name},
@@ -100,7 +98,7 @@ def frozen_fingerprint(
     if found == "clip":
         if pooling != "auto":
             raise ConfigError("--pooling with a CLIP or SigLIP folder", "none: the model pools", "leave it out")
-        return common | _clip_settings(inner, config, fusion_norm)
+        return common | _clip_settings(inner, config, fusion_norm) | _hashes(inner)
     if importlib.util.find_spec("sentence_transformers") is None:
         raise _extra_missing()
     modules = read_sentence_modules(encoder, pooling)
@@ -114,6 +112,14 @@ def frozen_fingerprint(
         "lower_case": modules.lower_case,
         "max_tokens": modules.max_tokens,
         "prompt": modules.prompt,
+        **_hashes(inner),
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        "encoder_hash": model_files.backbone_hash(folder),
+        "processor_hash": model_files.processor_hash(folder),
     }
 
 
@@ -146,7 +152,14 @@ def _sentence_dim(modules: SentenceModules, config: Mapping[str, Any]) -> int:
 def _clip_settings(inner: Path, config: Mapping[str, Any], fusion_norm: FusionNorm) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    full = AutoConfig.from_pretrained(inner, trust_remote_code=False)
+    try:
+        full = AutoConfig.from_pretrained(inner, trust_remote_code=False)
+    except model_files.UNLOADABLE as error:
+        raise ModelError(
+            f"{inner / 'config.json'} cannot be used ({model_files.first_line(error)})",
+            "the config of a CLIP or SigLIP model",
+            "download the folder again",
+        ) from error
     vision = full.vision_config
     side = getattr(vision, "image_size", None) or 256  # SigLIP 2 in native resolution spends 256 patches of 16²
     dim = full.projection_dim if config["model_type"] == "clip" else _siglip_dim(full)
@@ -217,7 +230,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple
                 use_safetensors=True,  # the other format is a pickle
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except model_files.UNLOADABLE as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the encoder {folder} cannot be loaded ({text})",

@@ -20,8 +20,8 @@ from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones import lora, modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
+from vlm2rec.embedder.backbones.families import checked_files
 from vlm2rec.embedder.backbones.images import ImageError, open_image
-from vlm2rec.embedder.backbones.model_files import locate
 from vlm2rec.embedder.backbones.packing import IndependentRows
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
@@ -98,7 +98,7 @@ class ItemEncoder:
             ModelError: backbone or adapter cannot be loaded, or the adapter does not do what its folder says.
             ConfigError: a setting contradicts the adapter's, or a text model is asked for images.
         """
-        files, adapter = locate(backbone, revision), None if adapter is None else Path(adapter)
+        files, adapter = checked_files(backbone, revision), None if adapter is None else Path(adapter)
         settings = EncoderSettings.resolve(adapter, **given)
         provenance = fingerprint_of(files, adapter, dtype=dtype, device=device, **given)
         model = Backbone.load(

@@ -18,8 +18,8 @@ from PIL import Image
 
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.devices import batches_by_tokens
-from vlm2rec.embedder.backbones.families import TextProcessor, load_processor
-from vlm2rec.embedder.backbones.model_files import Source, locate
+from vlm2rec.embedder.backbones.families import TextProcessor, checked_files, load_processor
+from vlm2rec.embedder.backbones.model_files import Source
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
@@ -58,7 +58,7 @@ class PromptedEncoder:
             ModelError: the backbone cannot be loaded.
             ConfigError: as `prompted_fingerprint`.
         """
-        files = locate(backbone, revision)
+        files = checked_files(backbone, revision)
         settings = prompted_fingerprint(
             files,
             instruction=instruction,
@@ -130,7 +130,7 @@ def prompted_fingerprint(
         ModelError: the backbone's files cannot be read.
     """
     full_question = DEFAULT_QUESTION if instruction is None else instruction.strip()
-    files = locate(backbone, revision)
+    files = checked_files(backbone, revision)
     processor = load_processor(files, None, max_pixels)
     if isinstance(processor, TextProcessor):
         raise ConfigError(

@@ -11,9 +11,8 @@ from transformers import AutoConfig
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones import lora, model_files
-from vlm2rec.embedder.backbones.backbone import UNLOADABLE
 from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
-from vlm2rec.embedder.backbones.families import load_processor, read_model_config
+from vlm2rec.embedder.backbones.families import checked_files, load_processor, read_model_config
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import (
@@ -153,8 +152,8 @@ def fingerprint_of(
         ModelError, ConfigError: as `ItemEncoder.load`, as far as it can be known without the weights.
     """
     settings = EncoderSettings.resolve(adapter, **given)
-    processor = load_processor(backbone, revision, settings.max_pixels)
-    files = model_files.locate(backbone, revision)
+    files = checked_files(backbone, revision)
+    processor = load_processor(files, None, settings.max_pixels)
     model_type = read_model_config(files)["model_type"]
     if processor.family.text_only and settings.views != schema.TEXT:
         raise ConfigError(
@@ -183,7 +182,7 @@ def fingerprint_of(
 def _text_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except UNLOADABLE as error:
+    except model_files.UNLOADABLE as error:
         raise ModelError(
             f"{folder / 'config.json'} cannot be used ({model_files.first_line(error)})",
             "the config of a supported model",

@@ -42,6 +42,7 @@ from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
 STATE_FILE = "export.json"
+_LOOKS = 2  # at the manifest and export.json, before the folder counts as one without both
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _CONTINUE = "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped"
@@ -76,12 +77,24 @@ def known_settings(folder: Location) -> dict[str, Any] | None:
 
 
 def _known(folder: Location) -> dict[str, Any] | None:
-    """Return the manifest, or the state file of an unfinished export, or None."""
+    """Return the manifest, or the state file of an unfinished export, or None.
+
+    Another worker may begin or finish the folder at this moment: one of the two is always there, and which one may
+    change between two looks.
+    """
     with _disk(folder):
-        if (folder / schema.MANIFEST_FILE).exists():
-            return schema.read_manifest(folder)
-        if (folder / STATE_FILE).exists():
-            return schema.read_json(folder / STATE_FILE, "the settings of an unfinished export", "choose another --out")
+        for _ in range(_LOOKS):
+            for name in (schema.MANIFEST_FILE, STATE_FILE):
+                try:
+                    if name == schema.MANIFEST_FILE and (folder / name).exists():
+                        return schema.read_manifest(folder)
+                    if name == STATE_FILE and (folder / name).exists():
+                        return schema.read_json(
+                            folder / name, "the settings of an unfinished export", "choose another --out"
+                        )
+                except ArtifactError:
+                    if (folder / name).exists():
+                        raise
         return None
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.contract import publish, schema
-from vlm2rec.embedder.contract.checksums import checksums, first_damage
+from vlm2rec.embedder.contract.checksums import SEAL, checksums, first_damage, is_intact, sealed
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.progress import SILENT, Reporter
 
@@ -91,9 +91,10 @@ def damage_of(path: Path) -> str | None:
         recorded = schema.read_json(path / CHECKSUMS, "", "")
     except ArtifactError as error:
         return error.found
-    if STATE not in recorded or not all(
-        isinstance(value, str) and Path(name).name == name for name, value in recorded.items()
-    ):
+    if SEAL not in recorded or not is_intact(recorded):
+        return f"{CHECKSUMS} does not have the content that was written"
+    del recorded[SEAL]
+    if STATE not in recorded or not all(_WRITTEN.fullmatch(name) for name in recorded):
         return f"{CHECKSUMS} does not name its files"
     return first_damage(path, recorded)
 
@@ -132,7 +133,7 @@ def finish(path: Path, own: Sequence[str]) -> None:
         return
     with disk(path):
         publish.sync_folder(path)
-        schema.write_json(path / CHECKSUMS, dict(sorted(recorded.items())))
+        schema.write_json(path / CHECKSUMS, sealed(dict(sorted(recorded.items()))))
         publish.sync_folder(path.parent)
     whole = [folder for _, folder in sorted(_checkpoints(path.parent).items()) if (folder / CHECKSUMS).is_file()]
     for old in whole[:-KEPT]:

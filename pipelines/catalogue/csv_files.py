@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import polars as pl
@@ -80,11 +80,11 @@ def open_csv(path: Path, scratch: Path, wanted: Collection[str] = ()) -> CsvTabl
         if survey.sound:
             return CsvTable(path, plain, form.unique, form.separator, form.first_lines, survey.records, {})
         # Spark and MySQL write \" where RFC 4180 writes ""
-        escapes = _survey(file, form, escapes=True)
-        target = scratch / f"{path.name}.copy"
-        return _Copy(path, form, escaped=escapes.sound, whole=escapes.sound and not escapes.lone_backslashes).write(
-            file, target
-        )
+        rule: _Escapes = "none"
+        if not survey.fits:
+            escaped = _survey(file, form, escapes=True)
+            rule = "some lines" if not escaped.sound else "quotes" if escaped.lone_backslashes else "all"
+        return _Copy(path, form, rule).write(file, scratch / f"{path.name}.copy")
 
 
 def csv_columns(path: Path, wanted: Collection[str] = ()) -> list[str]:
@@ -232,26 +232,29 @@ class _Fields:
 
 @dataclass
 class _Survey:
-    sound: bool = True
+    fits: bool = True  # quotes stand where the rules allow them, and every record has all fields
+    sound: bool = True  # and nothing in it needs a look at single lines
     records: int = 0
     lone_backslashes: bool = False  # before anything but a quote, a separator or another one
 
 
 def _survey(file: IO[bytes], form: _Form, *, escapes: bool) -> _Survey:
-    """Count the records in blocks, until one is found that needs a look at its lines."""
-    survey = _Survey(sound=not form.returns and form.fields > 1)
+    """Count the records in blocks, and see whether the file is written by the rules."""
+    survey = _Survey(fits=not form.returns and form.fields > 1)
     file.seek(form.start)
     rest = b""
-    while survey.sound:
+    while survey.fits:
         block = file.read(_BLOCK_BYTES)
         text = rest + block
         if not block and text and not text.endswith(b"\n"):
             text += b"\n"
         used = _count_records(text, form, survey, escapes) if text else 0
         rest = text[used:]
-        survey.sound &= not _odd(text, used, form) and len(rest) <= _LONGEST_RECORD and (bool(block) or not rest)
+        survey.sound &= not _odd(text, used, form)
+        survey.fits &= len(rest) <= _LONGEST_RECORD and (bool(block) or not rest)
         if not block:
             break
+    survey.sound &= survey.fits
     return survey
 
 
@@ -297,11 +300,14 @@ def _count_records(text: bytes, form: _Form, survey: _Survey, escapes: bool) -> 
     quotes = quotes[: np.searchsorted(quotes, used)]
     records = len(ends)
     lengths = np.diff(ends, prepend=-1) - (data[ends - 1] == _RETURN)
-    survey.sound &= (
+    survey.fits &= (
         kept == records * fields
         and bool(newline[fields - 1 : kept : fields].all())
-        and bool((lengths > fields).all())  # a line of separators holds nothing
         and _strict(data, quotes, separator)
+    )
+    survey.sound &= (
+        survey.fits
+        and bool((lengths > fields).all())  # a line of separators holds nothing
         and not _may_be_several(data[:used], quotes, ends, separator, fields)
     )
     survey.records += records
@@ -354,28 +360,35 @@ def _may_be_several(data: np.ndarray, quotes: np.ndarray, ends: np.ndarray, sepa
 # --- the copy, line by line ---------------------------------------------------------------------------------
 
 _Line = tuple[int, bytes, bytes]  # its number, its text, its end
+_Escapes = Literal["none", "some lines", "quotes", "all"]
+"""What a backslash takes the meaning from: nothing, the quotes in some lines, those in all, or every character."""
 
 
 class _Copy:
     """Writes the records of a file in the form of RFC 4180, and gathers the lines that are none."""
 
-    def __init__(self, path: Path, form: _Form, *, escaped: bool, whole: bool) -> None:
+    def __init__(self, path: Path, form: _Form, escapes: _Escapes) -> None:
         self._path, self._form = path, form
-        self._escaped = escaped  # a backslash before a quote is its escape in the whole file
-        self._whole = whole  # and before every other character
+        self._escapes = escapes
+        self._escaped = escapes in ("quotes", "all")
         self._fields = _Fields(form.separator)
         self._comma = self._fields.separator
         self._names = form.names
+        self._longest = max(form.names, key=len)
         self._waiting: deque[_Line] = deque()
         self._lines: Iterator[_Line] = iter(())
         self._bad: list[tuple[int, bytes, str]] = []
-        self._bad_lines = self._good = 0
+        self._bad_lines = self._good = self._one_more = 0
         self._left_out: Counter[str] = Counter()
 
     def write(self, file: IO[bytes], target: Path) -> CsvTable:
         self._lines = self._numbered(file)
         with target.open("wb") as out:
             while (line := self._next()) is not None:
+                if self._is_plain(line[1]):
+                    out.write(line[1] + b"\n")
+                    self._good += 1
+                    continue
                 for parts in self._records(line):
                     out.write(self._comma.join(map(self._written, parts)) + b"\n")
                     self._good += 1
@@ -383,6 +396,20 @@ class _Copy:
             raise self._refusal()
         form = self._form
         return CsvTable(self._path, target, form.unique, form.separator, 0, self._good, dict(self._left_out))
+
+    def _is_plain(self, line: bytes) -> bool:
+        """Return whether nothing in a line needs a closer look: most lines of a file with a few odd ones."""
+        return (
+            line.count(self._comma) == self._form.fields - 1
+            and len(line) >= self._form.fields
+            and b'"' not in line
+            and b"\r" not in line
+            and b"\0" not in line
+            and not (self._escaped and b"\\" in line)
+            and not line.startswith(_BOM)
+            and self._longest not in line
+            and not line.isspace()
+        )
 
     def _next(self) -> _Line | None:
         return self._waiting.popleft() if self._waiting else next(self._lines, None)
@@ -424,6 +451,7 @@ class _Copy:
             return [self._fields.of(piece) for piece in line.split(b"\r")]
         else:
             count = len(self._fields.of(line))
+            self._one_more += count == self._form.fields + 1
             fields = f"has {count} field{'s' * (count != 1)}"
             self._refuse(numbered, f"{fields} and an open quote" if self._opens(self._fields.of(line)) else fields)
         return []
@@ -441,7 +469,7 @@ class _Copy:
             return parts
         if b'"' not in line:
             return None
-        if b'\\"' in line:
+        if self._escapes == "some lines" and b'\\"' in line:
             escaped = self._fields.with_escapes(line)
             if len(escaped) == size and self._fields.strict(escaped, escapes=True):
                 return [self._unescaped(part) for part in escaped]
@@ -517,7 +545,7 @@ class _Copy:
 
     def _unescaped(self, part: bytes) -> bytes:
         inner = part[1:-1].replace(b'""', b'"') if _quoted(part) else part
-        text = re.sub(rb"\\(.)" if self._whole else rb'\\(")', rb"\1", inner, flags=re.DOTALL)
+        text = re.sub(rb"\\(.)" if self._escapes == "all" else rb'\\(")', rb"\1", inner, flags=re.DOTALL)
         return b'"' + text.replace(b'"', b'""') + b'"' if text or _quoted(part) else text
 
     def _written(self, part: bytes) -> bytes:
@@ -536,11 +564,14 @@ class _Copy:
         told = [(f"line {number:,} ", f"{why}: {_shown(line)}") for number, line, why in self._bad]
         found = f"of {self._path} ".join(told[0]) + "".join(f"; {''.join(other)}" for other in told[1:])
         more = f" ({self._bad_lines:,} such lines)" if self._bad_lines > 1 else ""
+        fix = "correct these lines, or write the table as Parquet or JSON lines"
+        if self._one_more == self._bad_lines and not self._good:
+            fix = "give the first column a name in the header, which row names (as R writes them) have not"
         return DataError(
             f"{found}{more}; {header}",
             f"as many fields as columns in every line, separated by {self._form.separator!r}; a field with a separator,"
             ' a quote or a line break stands in quotes, and a quote in it is doubled ("")',
-            "correct these lines, or write the table as Parquet or JSON lines",
+            fix,
         )
 
 

@@ -47,7 +47,8 @@ from vlm2rec.pipelines.catalogue.times import Times, times_of
 TIME = "time"
 
 _FIRST_RECORDS = 100  # whose keys tell what a file of records holds
-_ODD_ID = r"^(?:true$|false$|[\[{]|-?\d+\.\d)"  # a JSON value that is no id reads so as text
+# a JSON value that is no id reads so as text, and half of a character as NUL
+_ODD_ID = r"^(?:true$|false$|[\[{]|-?\d+\.\d)|\x00"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -11,7 +11,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue import files
-from vlm2rec.pipelines.catalogue.ids import ITEM, ROW, WORDS_FOR_NOTHING, examples, explain
+from vlm2rec.pipelines.catalogue.ids import ITEM, ROW, WORDS_FOR_NOTHING, examples, explain, without_words_among_numbers
 from vlm2rec.pipelines.catalogue.rejects import Rejects
 from vlm2rec.pipelines.catalogue.times import check_unit
 from vlm2rec.pipelines.config import PrepareConfig
@@ -60,6 +60,10 @@ def read_log(
     """
     user_ids = found.frame.select(schema.USER_ID).unique().collect(engine="streaming")[schema.USER_ID]
     user_ids = user_ids.drop_nulls().sort()
+    numbers = without_words_among_numbers(user_ids)
+    if len(numbers) < len(user_ids):  # text such as NaN in a column of numbers, as CSV files have it
+        user_ids, given = numbers, pl.col(schema.USER_ID)
+        found = replace(found, frame=found.frame.with_columns(pl.when(~given.is_in(WORDS_FOR_NOTHING)).then(given)))
     users, items = _lookup(user_ids, "user"), _lookup(catalogue[schema.ITEM_ID], ITEM)
     matched = _matched(found.frame, items, users)
     table = matched.select(_CODES).collect(engine="streaming")

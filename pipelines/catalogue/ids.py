@@ -2,7 +2,8 @@
 
 An id is text. White space at its ends does not count. A whole number is its digits without a decimal point. Null, NaN
 and blank text are no id. Everything else counts: `007` and `7` are two ids, and so are `b07` and `B07`. The words nan,
-None and <NA> in a column of text are ids like any other; whoever meets them is told, as they often stand for nothing.
+None and <NA> are ids like any other among users with names, and whoever meets them is told, as they often stand for
+nothing; among users who are all whole numbers they are no ids.
 
 An interaction whose id is not in the catalogue, but is the same whole number written with `.0`, names that item:
 tables of floats are written so. No other spelling is guessed; `explain` says which one would fit.
@@ -70,6 +71,15 @@ def words_for_nothing(texts: pl.Series) -> pl.DataFrame:
     """Return (word, rows) of the texts that are words such as `nan`, most frequent first."""
     found = texts.filter(texts.is_in(WORDS_FOR_NOTHING))
     return found.value_counts(sort=True, name="rows").rename({found.name: "word"})
+
+
+def without_words_among_numbers(ids: pl.Series) -> pl.Series:
+    """Return distinct ids without words such as `nan`, if all others are whole numbers; else the same ids."""
+    words = ids.is_in(WORDS_FOR_NOTHING)
+    if not words.any() or words.all():
+        return ids
+    others = ids.filter(~words)
+    return others if others.str.contains(r"^-?\d+(?:\.0+)?$").all() else ids
 
 
 def explain(unknown: pl.DataFrame, catalogue: pl.Series) -> pl.DataFrame:

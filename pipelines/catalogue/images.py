@@ -14,10 +14,11 @@ from pathlib import Path
 
 import polars as pl
 
+from vlm2rec.embedder.backbones.images import FORMATS
 from vlm2rec.embedder.contract.errors import DataError, did_you_mean
 from vlm2rec.embedder.contract.schema import IMAGE_PATH, ITEM_ID
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "jfif", "jpe", "avif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "jfif", "jpe", *(("avif",) if "AVIF" in FORMATS else ()))
 """Endings of `<item_id>.<ending>`; the first existing one is used; case does not matter."""
 
 

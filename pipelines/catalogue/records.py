@@ -194,9 +194,9 @@ def _literal(line: bytes) -> Any:
 def record_schema(path: Path, kind: Kind) -> dict[str, Any]:
     """Return a Polars type for every key that occurs: a plain type if all values have it, else text."""
     seen: dict[str, set[str]] = {}
-    for _, record in read_records(path, kind):
+    for row, record in read_records(path, kind):
         for key, value in record.items():
-            kinds = seen.setdefault(key, set())
+            kinds = seen[key] if key in seen else seen.setdefault(_whole_text(key, path, row), set())
             if value is not None:
                 kinds.add("nan" if is_missing(value) else _value_kind(value))
     types: dict[frozenset[str], Any] = {
@@ -246,7 +246,7 @@ def id_as_text(value: Any, path: Path, row: int) -> str | None:
     if is_missing(value):
         return None
     if isinstance(value, str):
-        return value
+        return _whole_text(value, path, row)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT:
@@ -263,10 +263,23 @@ def time_as_text(value: Any, path: Path, row: int) -> str | None:
     if isinstance(value, float) and abs(value) <= LARGEST_EXACT_FLOAT:
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+        return _whole_text(str(value), path, row)
     raise DataError(
         f"line {row:,} of {path} has {value!r} where a time belongs", "a number or a date as text", "correct the row"
     )
+
+
+def _whole_text(text: str, path: Path, row: int) -> str:
+    """Return text, or raise `DataError` if it holds half of a surrogate pair, as an emoji cut in two leaves it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"line {row:,} of {path} holds half a character: {text!r}",
+            "whole characters in ids and times",
+            "correct it",
+        ) from None
+    return text
 
 
 def build_frame(

@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 
+from vlm2rec.embedder.contract import printable
 from vlm2rec.embedder.contract.schema import ITEM_ID, USER_ID
 from vlm2rec.pipelines.catalogue.ids import ROW
 
@@ -95,5 +96,6 @@ def _safe_columns() -> list[pl.Expr]:
 
 
 def safe_text(text: pl.Expr) -> pl.Expr:
-    """Return text that no spreadsheet takes for a formula: before = + - @ tab and carriage return stands a quote."""
-    return pl.when(text.str.contains(r"^[=+\-@\t\r]")).then(pl.concat_str(pl.lit("'"), text)).otherwise(text)
+    """Return a column of text as `printable.cell` makes each of its cells; null stays null."""
+    line = text.str.replace_all(printable.CONTROLS, " ")
+    return pl.when(line.str.contains(printable.FORMULA)).then(pl.concat_str(pl.lit("'"), line)).otherwise(line)

@@ -341,10 +341,10 @@ def read_ids(path: Path, id_column: str) -> list[str]:
                 f"{path} holds {values.dtype} of shape {values.shape}", "a list of strings or whole numbers", _CONVERT
             )
         try:
-            listed = values.tolist()
-        except ValueError as error:  # numbers that are no characters
+            listed = pa.array(values.tolist())
+        except (ValueError, SystemError) as error:  # numbers that are no characters, or half of one
             raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
-        return _as_ids(pa.array(listed), str(path))
+        return _as_ids(listed, str(path))
     if path.suffix == ".txt":
         _require_file(path)
         try:

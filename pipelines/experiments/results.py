@@ -28,6 +28,7 @@ from rich.table import Table
 from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
 from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.checksums import first_damage, is_intact
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.publish import whole_file
@@ -131,10 +132,21 @@ class FinishedStep:
     seeds: tuple[int, ...]
 
     def read(self, name: str) -> Json:
-        """Return a JSON file of the step's folder."""
-        return schema.read_json(
-            self.step.folder / name, f"a file that `vlm2rec {self.step.command}` writes", "run it again"
-        )
+        """Return a JSON file of the step's folder.
+
+        Raises:
+            ArtifactError: it is missing, or does not have the content that was written.
+        """
+        folder = self.step.folder
+        what, fix = f"a file that `vlm2rec {self.step.command}` writes", f"remove {folder} and run the study again"
+        found = schema.read_json(folder / name, what, fix)
+        damage = None if is_intact(found) else f"{name} does not have the content that was written"
+        if name == schema.CURVES_FILE:
+            recorded = self.read(schema.ADAPTER_FILE).get("files", {})  # older adapters have none
+            damage = first_damage(folder, {name: recorded[name]} if name in recorded else {})
+        if damage:
+            raise ArtifactError(f"{folder} is damaged: {damage}", what, fix)
+        return found
 
 
 def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
