@@ -82,9 +82,8 @@ def test_clip_with_default_flags_fills_three_views_of_every_item(
     assert (manifest["views"], manifest["dim"]) == (["fused", "text", "image"], CLIP_DIM)
     assert manifest["num_items"] == len(Dataset(drawn_dataset).item_ids)
     assert manifest["counts"]["failed"] == 0
-    assert {key: manifest["settings"][key] for key in ("source", "encoder", "model_type", "dtype")} == {
+    assert {key: manifest["settings"][key] for key in ("source", "model_type", "dtype")} == {
         "source": "clip",
-        "encoder": clip.name,
         "model_type": "clip",
         "dtype": "float32",
     }

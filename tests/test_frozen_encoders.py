@@ -271,7 +271,7 @@ def name_module(folder: Path, kind: str) -> None:
             "leaves the prompt out",
         ),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "never opened"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "is damaged"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
     ],

@@ -142,6 +142,8 @@ class Dataset:
         """
         root = self.image_root
         named = [path for path in self.image_paths if path]
+        if not self.image_paths:
+            return  # nothing to look for
         if not named:
             raise DataError(
                 f"no item of {self.path} has an image",
