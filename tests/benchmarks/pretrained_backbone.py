@@ -26,6 +26,7 @@ import copy
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -394,6 +395,9 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--projector-steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    if len(sys.argv) == 1:  # as `make bench` calls it, which has no photos
+        parser.print_help()
+        return
     arguments = parser.parse_args()
     if arguments.out.exists() and any(arguments.out.iterdir()):
         parser.error(f"{arguments.out} is not empty")
