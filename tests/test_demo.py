@@ -89,7 +89,9 @@ def test_all_methods_are_measured_on_the_same_users_and_items(finished: tuple[Pa
     dataset = read(out / "laboratory" / "data" / "dataset.json")
     metrics = metrics_of(out)
     assert len(metrics) == 3 + 2 * 4
-    assert {(m["users"], m["items"]) for m in metrics.values()} == {(dataset["users"], dataset["items"] - dataset["cold_items"])}
+    assert {(m["users"], m["items"]) for m in metrics.values()} == {
+        (dataset["users"], dataset["items"] - dataset["cold_items"])
+    }
     assert dataset["users"] == 60
     assert dataset["items"] >= 170
 
