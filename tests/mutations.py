@@ -5,6 +5,7 @@ Everything is drawn from a `random.Random`, so a seed names a file for ever.
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import io
@@ -309,7 +310,7 @@ def damage_document(draw: Draw, document: Any) -> Any:
     for _ in range(draw.choice((1, 1, 2))):
         places = list(_places(document))
         if not places:
-            return draw.choice(VALUES)
+            return copy.deepcopy(draw.choice(VALUES))
         holder, key = draw.choice(places)
         kind = draw.randrange(6)
         if kind == 0:
@@ -325,8 +326,8 @@ def damage_document(draw: Draw, document: Any) -> Any:
         elif kind == 3 and isinstance(holder[key], int | float):
             holder[key] = draw.choice((-holder[key], holder[key] + 1, str(holder[key]), [holder[key]], 2**70))
         else:
-            holder[key] = draw.choice(VALUES)
-    return document if draw.random() > 0.02 else draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
+    return document if draw.random() > 0.02 else copy.deepcopy(draw.choice(VALUES))
 
 
 def _holds(holder: Any, key: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vlm2rec.embedder.contract.errors import DataError
@@ -729,3 +730,15 @@ def test_an_archive_is_named_with_the_command_that_opens_it(
     with pytest.raises(DataError, match=expected) as refused:
         read_items(path)
     assert name in str(refused.value).partition("for example with")[2]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_column_whose_name_holds_a_nul_is_refused(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"items.{ending}"
+    if ending == "jsonl":
+        file.write_text('{"item_id": "a", "title": "A", "pr\\u0000ce": 1}\n')
+    else:
+        pq.write_table(pa.table({"item_id": ["a"], "title": ["A"], "prXce": [1]}), file)
+        file.write_bytes(file.read_bytes().replace(b"prXce", b"pr\0ce"))
+    with pytest.raises(DataError, match=r"name holds a NUL character: 'pr\\x00ce'"):
+        read_items(file)

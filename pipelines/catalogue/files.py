@@ -110,10 +110,24 @@ def read_items(path: Path, names: ColumnNames | None = None) -> Items:
         frame, label = _items_from_table(path, kind, names)
     if frame.is_empty():
         raise DataError(f"{path} has columns but no items", "one row per item", "check the file")
+    if nul := [name for name, dtype in frame.schema.items() if _names_nul(name, dtype)]:
+        raise DataError(
+            f"{path} has a column whose name holds a NUL character: {nul[0]!r}",
+            "names that Arrow and Parquet can hold",
+            "rename or remove the column; if you do not know it, the file is damaged",
+        )
     frame = frame.with_columns(clean_ids(pl.col(ITEM_ID)))
     _refuse_bad_ids(frame[ITEM_ID], path, ITEM_ID)
     _refuse_duplicates(frame, path)
     return Items(frame, label)
+
+
+def _names_nul(name: str, dtype: pl.DataType) -> bool:
+    """Tell whether the name of a column, or of a field inside it, holds a NUL character: Polars panics at it."""
+    if isinstance(dtype, pl.Struct):
+        return "\0" in name or any(_names_nul(field.name, field.dtype) for field in dtype.fields)  # type: ignore[arg-type]
+    inner = getattr(dtype, "inner", None)
+    return "\0" in name or (inner is not None and _names_nul("", inner))
 
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
