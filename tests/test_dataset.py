@@ -258,3 +258,12 @@ def test_a_dataset_without_images_says_what_it_is_for(folder: Path) -> None:
     pq.write_table(nothing, folder / "items.parquet")
     with pytest.raises(DataError, match=r"no item of .* has an image.*--views text"):
         Dataset(folder, images=folder).require_images()
+
+
+@pytest.mark.parametrize("column", ["item_id", "title", "image_path"])
+def test_a_column_that_holds_no_text_is_damage(folder: Path, column: str) -> None:
+    table = pq.read_table(folder / "items.parquet")
+    place = table.column_names.index(column)
+    pq.write_table(table.set_column(place, column, pa.array([["x"]] * len(table))), folder / "items.parquet")
+    with pytest.raises(ArtifactError, match=f"column '{column}' .* holds list"):
+        _ = Dataset(folder).items

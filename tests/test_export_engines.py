@@ -263,7 +263,7 @@ def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, t
 
 # --- a dataset that changes under the workers -----------------------------------------------------------------
 class Replacing(ShadeEncoder):
-    """Changes something, once, when it has encoded its first items."""
+    """Changes something, once, when it has encoded its first items; whoever encodes meanwhile waits for it."""
 
     def __init__(self, change: Callable[[], Any], done: Path) -> None:
         super().__init__()
@@ -271,9 +271,14 @@ class Replacing(ShadeEncoder):
 
     def encode_items(self, titles: Any, images: Any) -> EncodedItems:
         found = super().encode_items(titles, images)
-        if not self.done.exists():
-            self.done.touch()
+        changed = self.done.with_suffix(".changed")
+        try:
+            self.done.touch(exist_ok=False)
+        except FileExistsError:
+            waited(changed.exists)
+        else:
             self.change()
+            changed.touch()
         return found
 
 

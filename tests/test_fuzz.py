@@ -166,7 +166,7 @@ def records_in(content: bytes, delimiter: str | None) -> set[int]:
         return {int(pq.ParquetFile(io.BytesIO(content)).metadata.num_rows)}
     if delimiter is None:
         return {sum(1 for line in content.split(b"\n") if line.strip())}
-    text = content.decode("utf-8-sig").replace("\r\n", "\n").removeprefix(f"sep={delimiter}\n")
+    text = content.decode("utf-8-sig", "replace").replace("\r\n", "\n").removeprefix(f"sep={delimiter}\n")
     found = set()
     for reading in (text, text.replace("\r", " "), text.replace("\r", "\n")):
         try:

@@ -51,7 +51,10 @@ def test_cosines_equal_those_of_finite_differences_in_float64(stop_gradient: boo
         for view in schema.MODALITIES
     }
     start = torch.randn(30, generator=random, dtype=torch.float64)
-    targets, loss = torch.tensor([0, 1, 2, 1]), VLM2RecLoss(learnable=False, stop_gradient=stop_gradient).double()
+    targets, loss = (
+        torch.tensor([0, 1, 2, 1]),
+        VLM2RecLoss(learnable=False, stop_gradient=stop_gradient, reduction="mean").double(),
+    )
     others = other_items(targets)
 
     def vectors(weights: Tensor) -> list[dict[str, Tensor]]:

@@ -500,7 +500,7 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
                         values = file.read_row_group(group, [column])[column][row].values
                         vector = values.to_numpy(zero_copy_only=False).astype(np.float32)
                         return np.asarray(vector / np.linalg.norm(vector), np.float32)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: the index names a column that is not there
             raise ArtifactError(
                 f"{path} is damaged ({error})", "the shard as exported", f"run `vlm2rec verify {embeddings}`"
             ) from None

@@ -19,6 +19,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecEr
 from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
 _LOOKED_FOR = 1000  # images, before the folder counts as that of another catalogue
 
@@ -176,6 +177,7 @@ class Dataset:
             schema.ITEMS_FILE,
             _PREPARE_AGAIN,
         )
+        self._require_text(table, [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH], schema.ITEMS_FILE)
         return table if self._cold_items else table.filter(self._is_warm(table[schema.ITEM_ID]))
 
     def _is_warm(self, item_ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -208,7 +210,22 @@ class Dataset:
         table = schema.read_table(self.path / schema.SEQUENCES_FILE, fix=_PREPARE_AGAIN)
         wanted = [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
         schema.require_columns(table.column_names, wanted, schema.SEQUENCES_FILE, _PREPARE_AGAIN)
+        self._require_text(table, [schema.USER_ID, schema.VALID, schema.TEST], schema.SEQUENCES_FILE)
         return table
+
+    def _require_text(self, table: pa.Table, columns: list[str], file: str) -> None:
+        """Raise `ArtifactError` unless these columns hold text, and all text of the table is UTF-8."""
+        for name in columns:
+            kind = table.schema.field(name).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_null(kind) or any(is_text(kind) for is_text in _TEXT_TYPES)):
+                raise ArtifactError(f"column {name!r} of {self.path / file} holds {kind}", "text", _PREPARE_AGAIN)
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise ArtifactError(
+                f"{self.path / file} is damaged ({str(error).splitlines()[0]})", "the file as written", _PREPARE_AGAIN
+            ) from None
 
     @cached_property
     def item_ids(self) -> list[str]:
@@ -269,6 +286,7 @@ class Dataset:
             )
         lists = self.sequences[schema.TRAIN].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
+        self._require_text(pa.table({schema.TRAIN: lists.values}), [schema.TRAIN], schema.SEQUENCES_FILE)
         rows = self.rows_of(lists.values)
         return rows[offsets[0] : offsets[-1]], offsets - offsets[0]
 

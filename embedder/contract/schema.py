@@ -249,6 +249,8 @@ def read_table(path: Location, columns: list[str] | None = None, *, fix: str) ->
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", "a file written by vlm2rec", fix)
         with readable(path) as source:
-            return pq.read_table(source, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+            table = pq.read_table(source, columns=columns, page_checksum_verification=True)
+        _ = table.column_names  # raises if a name is no UTF-8: Arrow does not check that as it reads
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", fix) from None

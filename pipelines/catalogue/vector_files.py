@@ -388,7 +388,7 @@ def _parquet_schema(path: Path) -> pa.Schema:
     _require_file(path)
     try:
         return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
 
 
@@ -399,7 +399,7 @@ def _read_columns(path: Path, found: pa.Schema, columns: Sequence[str]) -> pa.Ta
             raise DataError(f"{path} has several columns {column!r}", "one", "rename the others, or leave them out")
     try:
         return pq.read_table(path, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})", "an undamaged Parquet file", _CONVERT) from None
 
 
