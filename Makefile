@@ -31,7 +31,7 @@ study: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The fifty faults of tests/FAULTS.md, those that need minutes among them.
+# The first fifty faults of tests/FAULTS.md, those that need minutes among them.
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k test_fault -m ''
 

@@ -393,37 +393,34 @@ def pictures(kind: str) -> list[bytes]:
     return found
 
 
-def _png_blocks(content: bytes) -> list[bytes]:
-    blocks, at = [content[:8]], 8
+def _blocks(content: bytes, first: int, end_of: Callable[[bytes, int], int]) -> list[bytes]:
+    """Cut a picture into its first bytes and the blocks behind them; `end_of` tells where the block at a place ends."""
+    blocks, at = [content[:first]], first
     while at < len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        end = end_of(content, at)
         blocks.append(content[at:end])
         at = end
     return blocks
 
 
-def _jpeg_blocks(content: bytes) -> list[bytes]:
-    blocks, at = [content[:2]], 2
-    while at < len(content):
-        end = at + 2 + (int.from_bytes(content[at + 2 : at + 4], "big") if content[at + 1] != 0xD9 else 0)
-        if content[at + 1] == 0xDA:
-            while content[end] != 0xFF or content[end + 1] in (0, *range(0xD0, 0xD8)):
-                end += 1
-        blocks.append(content[at:end])
-        at = end
-    return blocks
+def _end_in_png(content: bytes, at: int) -> int:
+    return at + 12 + int.from_bytes(content[at : at + 4], "big")
 
 
-def _webp_blocks(content: bytes) -> list[bytes]:
-    blocks, at = [content[:12]], 12
-    while at < len(content):
-        size = int.from_bytes(content[at + 4 : at + 8], "little")
-        blocks.append(content[at : at + 8 + size + size % 2])
-        at += len(blocks[-1])
-    return blocks
+def _end_in_jpeg(content: bytes, at: int) -> int:
+    end = at + 2 + (int.from_bytes(content[at + 2 : at + 4], "big") if content[at + 1] != 0xD9 else 0)
+    if content[at + 1] == 0xDA:
+        while content[end] != 0xFF or content[end + 1] in (0, *range(0xD0, 0xD8)):
+            end += 1
+    return end
 
 
-_BLOCKS = {"PNG": _png_blocks, "JPEG": _jpeg_blocks, "WEBP": _webp_blocks}
+def _end_in_webp(content: bytes, at: int) -> int:
+    size = int.from_bytes(content[at + 4 : at + 8], "little")
+    return at + 8 + size + size % 2
+
+
+_BLOCKS = {"PNG": (8, _end_in_png), "JPEG": (2, _end_in_jpeg), "WEBP": (12, _end_in_webp)}
 
 
 def picture_case(kind: str, whole: list[bytes]) -> Callable[[Draw], bytes]:
@@ -436,7 +433,7 @@ def picture_case(kind: str, whole: list[bytes]) -> Callable[[Draw], bytes]:
             if draw.random() < 0.4:  # where the sizes are
                 return damage_bytes(draw, content[:head]) + content[head:]
             return damage_bytes(draw, content)
-        blocks = _BLOCKS[kind](content)
+        blocks = _blocks(content, *_BLOCKS[kind])
         rest = blocks[1:]
         for _ in range(draw.choice((1, 1, 2, 3))):
             if draw.random() < 0.5:

@@ -293,11 +293,9 @@ def test_a_writer_that_cannot_be_seen_is_respected_while_it_gives_signs_of_life(
     assert names(store) == []
 
 
-def test_of_many_that_find_a_dead_lock_one_takes_it(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "SETTLE", 0.1)
-    dead = this_process()._replace(pid=99999999)
-    (store / "export.lock").write_bytes(json.dumps(dead._asdict() | {"writer": "w"}).encode())
-    together, leave, got = threading.Barrier(4), threading.Event(), []
+def come_at_once(store: StorePath, count: int) -> list[str]:
+    """Let so many writers come at the same moment; return what each was told, "in" or a refusal."""
+    together, leave, got = threading.Barrier(count), threading.Event(), list[str]()
 
     def come() -> None:
         together.wait()
@@ -305,19 +303,27 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(store: StorePath, monkeypatc
             with writing(store):
                 got.append("in")
                 leave.wait()
-        except ArtifactError:
-            got.append("out")
-        if len(got) == 4:
+        except ArtifactError as error:
+            got.append(str(error))
+        if len(got) == count:
             leave.set()
 
-    threads = [threading.Thread(target=come) for _ in range(4)]
+    threads = [threading.Thread(target=come) for _ in range(count)]
     for thread in threads:
         thread.start()
-    while len(got) < 4 and any(thread.is_alive() for thread in threads):
+    while len(got) < count and any(thread.is_alive() for thread in threads):
         leave.wait(0.05)
     leave.set()
     for thread in threads:
         thread.join()
+    return got
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "SETTLE", 0.1)
+    dead = this_process()._replace(pid=99999999)
+    (store / "export.lock").write_bytes(json.dumps(dead._asdict() | {"writer": "w"}).encode())
+    got = ["in" if said == "in" else "out" for said in come_at_once(store, 4)]
     assert sorted(got) == ["in", "out", "out", "out"] and names(store) == []
 
 
@@ -341,27 +347,7 @@ def test_an_object_is_replaced_only_while_it_is_what_was_seen(
 
 
 def test_of_many_that_come_at_the_same_moment_one_writes(store: StorePath) -> None:
-    together, leave, got = threading.Barrier(6), threading.Event(), []
-
-    def come() -> None:
-        together.wait()
-        try:
-            with writing(store):
-                got.append("in")
-                leave.wait()
-        except ArtifactError as error:
-            got.append(str(error))
-        if len(got) == 6:
-            leave.set()
-
-    threads = [threading.Thread(target=come) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    while len(got) < 6:
-        leave.wait(0.05)
-    leave.set()
-    for thread in threads:
-        thread.join()
+    got = come_at_once(store, 6)
     assert got.count("in") == 1 and sum("is being written by process" in text for text in got) == 5
     assert names(store) == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecEr
 from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 _PREPARE_AGAIN = "run `vlm2rec prepare` again into a new folder"
 _LOOKED_FOR = 1000  # images, before the folder counts as that of another catalogue
 
@@ -177,7 +177,7 @@ class Dataset:
             schema.ITEMS_FILE,
             _PREPARE_AGAIN,
         )
-        self._require_text(table, [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH], schema.ITEMS_FILE)
+        self._require_text(schema.ITEMS_FILE, table, [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH])
         return table if self._cold_items else table.filter(self._is_warm(table[schema.ITEM_ID]))
 
     def _is_warm(self, item_ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -210,16 +210,22 @@ class Dataset:
         table = schema.read_table(self.path / schema.SEQUENCES_FILE, fix=_PREPARE_AGAIN)
         wanted = [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
         schema.require_columns(table.column_names, wanted, schema.SEQUENCES_FILE, _PREPARE_AGAIN)
-        self._require_text(table, [schema.USER_ID, schema.VALID, schema.TEST], schema.SEQUENCES_FILE)
+        columns = [schema.USER_ID, schema.VALID, schema.TEST]
+        self._require_text(schema.SEQUENCES_FILE, table, columns, lists=[schema.TRAIN])
         return table
 
-    def _require_text(self, table: pa.Table, columns: list[str], file: str) -> None:
-        """Raise `ArtifactError` unless these columns hold text, and all text of the table is UTF-8."""
-        for name in columns:
-            kind = table.schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_null(kind) or any(is_text(kind) for is_text in _TEXT_TYPES)):
-                raise ArtifactError(f"column {name!r} of {self.path / file} holds {kind}", "text", _PREPARE_AGAIN)
+    def _require_text(self, file: str, table: pa.Table, columns: list[str], lists: Sequence[str] = ()) -> None:
+        """Raise `ArtifactError` unless these columns hold text, or lists of it, and all text of the table is UTF-8."""
+        for name in [*columns, *lists]:
+            held = table.schema.field(name).type
+            kind = held
+            if name in lists:
+                kind = held.value_type if pa.types.is_list(held) or pa.types.is_large_list(held) else None
+            elif pa.types.is_dictionary(held):
+                kind = held.value_type
+            if kind is None or not any(is_text(kind) for is_text in _TEXT_TYPES):
+                expected = "a list of item ids for each user" if name in lists else "text"
+                raise ArtifactError(f"column {name!r} of {self.path / file} holds {held}", expected, _PREPARE_AGAIN)
         try:
             table.validate(full=True)
         except pa.ArrowException as error:
@@ -277,16 +283,8 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
         """All training sequences as (rows, offsets)."""
-        kind = self.sequences.schema.field(schema.TRAIN).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise ArtifactError(
-                f"column {schema.TRAIN!r} of {self.path / schema.SEQUENCES_FILE} holds {kind}",
-                "a list of item ids for each user",
-                _PREPARE_AGAIN,
-            )
         lists = self.sequences[schema.TRAIN].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
-        self._require_text(pa.table({schema.TRAIN: lists.values}), [schema.TRAIN], schema.SEQUENCES_FILE)
         rows = self.rows_of(lists.values)
         return rows[offsets[0] : offsets[-1]], offsets - offsets[0]
 

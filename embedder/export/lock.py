@@ -32,9 +32,8 @@ TURN_FILE = "export.turn.lock"  # held by the one of several workers that begins
 _OF_A_WORKER = re.compile(r"export\.worker-(\d+)-of-(\d+)\.lock")
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds; a writer that cannot be seen counts as dead when its lock was watched so long in vain
-SETTLE = (
-    2.0  # seconds to wait until two writers that take over the same lock notice each other, where nothing else tells
-)
+# seconds to wait until two writers that take over the same lock notice each other, where nothing else tells
+SETTLE = 2.0
 _LOOK = (0.1, 5.0)  # seconds between two looks at a lock: first, and at most
 
 logger = logging.getLogger(__name__)

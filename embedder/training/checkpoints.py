@@ -79,7 +79,7 @@ def newest_whole(folder: Path, reporter: Reporter = SILENT) -> Path | None:
     for path, damage in passed:
         onwards = "from the start" if found is None else f"from step {found}"
         reporter.say(f"{path} is damaged: {damage}. It is left out, and training goes on {onwards}.")
-        _discard_own(path, _WRITTEN)
+        _discard_own(path)
     return None if found is None else folder / f"checkpoint-{found}"
 
 
@@ -103,7 +103,7 @@ def begin(path: Path) -> None:
     """Make the folder of a new checkpoint; every process then writes its files into it."""
     with disk(path):
         if distributed.is_main():
-            _discard_own(path, _WRITTEN)
+            _discard_own(path)
             path.mkdir(parents=True, exist_ok=True)
     distributed.wait()
 
@@ -139,7 +139,7 @@ def finish(path: Path, own: Sequence[str]) -> None:
     for old in whole[:-KEPT]:
         # first the file that makes it whole: what a killed run leaves of it is no checkpoint
         (old / CHECKSUMS).unlink(missing_ok=True)
-        _discard_own(old, _WRITTEN)
+        _discard_own(old)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _discard_own(path, _WRITTEN)
+        _discard_own(path)
         with publish.plain_disk_errors(path, ArtifactError, GO_ON):
             raise error
 
@@ -180,7 +180,7 @@ def foreign(folder: Path) -> list[str]:
 def clear(folder: Path) -> None:
     """Remove what trainings have written from a folder of checkpoints."""
     for checkpoint in _checkpoints(folder).values():
-        _discard_own(checkpoint, _WRITTEN)
+        _discard_own(checkpoint)
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _BESIDE.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -223,9 +223,9 @@ def alone(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _discard_own(folder: Path, names: re.Pattern[str]) -> None:
+def _discard_own(folder: Path) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else ():
-        if names.fullmatch(path.name) and not path.is_dir():
+        if _WRITTEN.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
     with suppress(OSError):  # it holds something else, or is a link
         folder.rmdir()
