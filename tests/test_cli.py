@@ -18,6 +18,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import parsed
 
 from vlm2rec.embedder.contract import errors
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -139,7 +140,7 @@ def test_help_loads_no_library_that_commands_work_with(arguments: list[str]) -> 
 
 def test_every_command_has_a_module_with_the_function_it_calls() -> None:
     called: dict[str, tuple[str, str]] = {}
-    for function in ast.parse(Path(cli.__file__).read_text()).body:
+    for function in parsed(Path(cli.__file__)).body:
         for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
             match node:
                 case ast.Call(
@@ -153,7 +154,7 @@ def test_every_command_has_a_module_with_the_function_it_calls() -> None:
     for name, (module, entry) in called.items():
         path = ROOT / "pipelines" / f"{module}.py"
         assert path.is_file(), f"{name} calls pipelines/{module}.py, which does not exist"
-        defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        defined = {node.name for node in parsed(path).body if isinstance(node, ast.FunctionDef)}
         assert entry in defined, f"{name} calls {module}.{entry}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embedding_folder import write_embeddings
+from sources import parsed
 
 from vlm2rec.downstream.index.index import build_index
 
@@ -21,16 +21,6 @@ ROOT = Path(__file__).parents[1]
 CONTRACT = "contract"  # the one package of embedder that downstream may import
 PACKAGES = {"embedder", "downstream", "pipelines"}
 HEAVY = ("torch", "transformers")
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    """Parse a file, once. A finaliser that runs meanwhile makes CPython 3.11 raise SystemError (gh-106905)."""
-    gc.disable()
-    try:
-        return ast.parse(path.read_text())
-    finally:
-        gc.enable()
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:

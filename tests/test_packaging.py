@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -103,7 +104,7 @@ def test_the_wheel_runs_without_the_sources(wheel: Path, tmp_path: Path) -> None
 def test_nobody_imports_a_package_by_its_bare_name() -> None:
     offenders = []
     for path in (file for name in (*FOLDERS, "tests", "docker") for file in (ROOT / name).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative import"

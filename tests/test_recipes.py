@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sources import parsed
 from torch import Tensor, nn
 
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -205,7 +206,7 @@ def test_losses_by_view_are_the_losses_themselves() -> None:
 # --- who may name them ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["finetune.py", "finetune_probe.py", "read_config.py"])
 def test_the_commands_name_no_method_and_no_loss(file: str) -> None:
-    tree = ast.parse((ROOT / "pipelines" / file).read_text())
+    tree = parsed(ROOT / "pipelines" / file)
     words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert words.isdisjoint({*METHODS, *LOSSES})
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -215,7 +216,7 @@ def test_the_commands_name_no_method_and_no_loss(file: str) -> None:
 
 @pytest.mark.parametrize("file", ["train.py", "vlm2rec.py"])
 def test_the_trainer_and_the_model_of_histories_name_no_loss(file: str) -> None:
-    tree = ast.parse((ROOT / "embedder" / "training" / file).read_text())
+    tree = parsed(ROOT / "embedder" / "training" / file)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     every = {name for name, found in vars(losses).items() if isinstance(found, type) and issubclass(found, nn.Module)}

@@ -195,13 +195,14 @@ def one_folder(
         config = dataclasses.replace(config, engine="ray", num_workers=2)
     if kind in ("extend", "retry"):
         copied(before[kind], folder)
-    begun, kills, run, longest = len(log.read_text()) if log.exists() else 0, 0, 0, 2.0
+    begun, kills, run = len(log.read_text()) if log.exists() else 0, 0, 0
     while run < 2 or not (folder / schema.MANIFEST_FILE).exists():
         run += 1
         # what was killed in a retry may be finished by the plain command
         plain = kind == "retry" and run > 1 and chance.random() < 0.3
         known = (folder / shards.STATE_FILE).exists()
         with_flag = dataclasses.replace(config, retry_failed=False) if plain and known else config
+        longest = 10 ** chance.uniform(-1, 0.5)  # seconds until a kill: as a fast machine and a slow store want them
         kills += storm(with_flag, chance, longest, left - kills, log, kind == "containers")
     export_items.run(config)  # the last rerun, as one may have died right after the manifest
     whole, found = rows_of(Path(str(config.data)).parent / "whole"), rows_of(folder)
