@@ -152,9 +152,7 @@ _BLOCK = 2**22  # float64 numbers of a gathered block: 32 MB
 _ROUNDING = 1e-3  # bfloat16 alone moves unit vectors this far
 
 
-def _distances(
-    users: np.ndarray, width: int, items_of: Callable[[slice], tuple[np.ndarray, np.ndarray]]
-) -> Distances:
+def _distances(users: np.ndarray, width: int, items_of: Callable[[slice], tuple[np.ndarray, np.ndarray]]) -> Distances:
     """Go through the users in blocks; `items_of` returns a block's positives (n, d) and negatives (n, width, d)."""
     if len(users) == 0 or width == 0:
         raise DataError(f"{len(users)} users with {width} negatives each", "at least one of both")

@@ -24,6 +24,9 @@ from vlm2rec.pipelines.experiments import controls
 from vlm2rec.pipelines.read_config import read_yaml
 
 Json = dict[str, Any]
+Role = Literal["vanilla", "sft", "sft_best_tau", "constant_w", "text_only", "image_only", "shuffled"]
+"""What a method is in the verdicts: the backbone untrained; SFT; SFT at its own best temperature; SFT with a constant
+weight of the negatives; SFT of one modality alone; the reference with shuffled images. `reference` is another key."""
 MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensitivity"
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ARMS = "arms"
@@ -61,6 +64,7 @@ class Method:
     recommender: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)  # settings of the source itself: a file, a folder
     shuffle_images: bool = False  # give items the images of others, to see what looks are worth
+    role: Role | None = None  # what the gates and verdicts take it for; default: what its name says
     varies: str | None = None  # in a grid: the setting that differs from the method `of`
     of: str | None = None
 
@@ -230,7 +234,7 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
 
 
 def _variant(base: Method, grid: Grid, value: Any) -> Method:
-    common: Json = {"analyses": (grid.analysis,), "varies": grid.varies, "of": base.name, "paper": None}
+    common: Json = {"analyses": (grid.analysis,), "varies": grid.varies, "of": base.name, "paper": None, "role": None}
     if grid.varies == "backbone":
         name = f"{base.name} on {Path(str(value)).name}"
         return dataclasses.replace(
@@ -270,7 +274,14 @@ def _check(study: Study, where: str) -> None:
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
     slugs: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for method in study.methods:
+        if method.role and roles.setdefault(method.role, method.name) != method.name:
+            raise ConfigError(
+                f"methods {roles[method.role]!r} and {method.name!r} both have the role {method.role}",
+                "one method for a role",
+                "remove the role of one",
+            )
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
             raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")

@@ -4,6 +4,7 @@ results.parquet      one row per method, seed, dataset, task, model, protocol, v
 users.parquet        metrics per user, means over candidate sets; the bootstrap resamples these
 comparisons.parquet  the reference against every other method: t-test over seeds with Holm, interval over users
 geometry.parquet     A_pos, A_neg, U, S per view
+views.parquet        per user of the study's dataset: N@20 of each pair of views, A_pos and A_neg of each view
 curves.parquet       training, validation, probes and gradients over the steps
 warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
@@ -26,6 +27,7 @@ import polars as pl
 from rich.table import Table
 
 from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
+from vlm2rec.downstream.evaluation.protocol import PAIRS, SAME_VIEW
 from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.checksums import first_damage, is_intact
@@ -82,6 +84,12 @@ _TABLES: dict[str, dict[str, Any]] = {
         **{name: _RESULT[name] for name in ("method", "seed", "dataset", "view")},
         **dict.fromkeys(("A_pos", "A_neg", "U", "S"), pl.Float64),
     },
+    "views": {
+        **{name: _RESULT[name] for name in ("method", "seed")},
+        schema.USER_ID: pl.String,
+        **dict.fromkeys(PAIRS, pl.Float64),
+        **{f"{name}_{view}": pl.Float64 for name in schema.DISTANCES for view in schema.VIEWS},
+    },
     "curves": {
         **{name: _RESULT[name] for name in ("method", "seed")},
         "kind": pl.String,
@@ -116,10 +124,13 @@ _TABLES: dict[str, dict[str, Any]] = {
         "of": pl.String,
         "values": pl.String,
         "fixed": pl.Boolean,
+        "role": pl.String,
     },
     "about": {"key": pl.String, "value": pl.String},
 }
 TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
+ADDED = ("views",)
+"""Tables that studies of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
     embedded = _first_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     rows = list(_users(measured, datasets))
+    of_views = list(_views(each for each in measured if each.dataset == home.name))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
     results = pl.concat([_frame("results", _results(measured)), _group_metrics(users, study.cold_start)])
     require_bound(results)
@@ -174,6 +186,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         "users": users,
         "comparisons": _frame("comparisons", _comparisons(study, users)),
         "geometry": _frame("geometry", _geometry(measured)),
+        "views": pl.concat(of_views) if of_views else _frame("views", ()),
         "curves": _frame("curves", _curves(done)),
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
@@ -183,6 +196,20 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
     }
     for name, table in tables.items():
         _write(table, out / f"{name}.parquet")
+
+
+def read_all(out: Path) -> dict[str, pl.DataFrame]:
+    """Read every Parquet file of a study; those that its version did not write yet are empty."""
+    methods = read(out, "methods")
+    earlier = "role" not in methods.columns
+    return {
+        name: _frame(name, ())
+        if earlier and name in ADDED and not (out / f"{name}.parquet").exists()
+        else methods
+        if name == "methods"
+        else read(out, name)
+        for name in TABLE_NAMES
+    }
 
 
 def read(out: Path, name: str) -> pl.DataFrame:
@@ -278,6 +305,31 @@ def _users(measured: Iterable[FinishedStep], datasets: dict[str, Dataset]) -> It
         for key in _keys(done):
             constants = [pl.lit(value, _RESULT[name]).alias(name) for name, value in key.items()]
             yield means.with_columns(constants).select(order).cast(pl.Schema(_TABLES["users"]))
+
+
+def _views(measured: Iterable[FinishedStep]) -> Iterator[pl.DataFrame]:
+    """Yield each run's N@20 per user and pair of views, means over candidate sets, and the users' A_pos and A_neg."""
+    order = list(_TABLES["views"])
+    for done in measured:
+        if done.step.command != "evaluate":
+            continue
+        table = pl.read_parquet(done.step.folder / schema.USERS_FILE).filter(pl.col("protocol") == "candidates")
+        # an evaluation of an earlier version has no distances
+        table = table.with_columns(
+            pl.lit(None, pl.Float64).alias(n) for n in schema.DISTANCES if n not in table.columns
+        )
+        pairs = [pair for pair in PAIRS if (table["view"] == pair).any()]
+        parts = [table.filter(pl.col("view") == pair).group_by(schema.USER_ID, maintain_order=True) for pair in pairs]
+        wide = table.select(schema.USER_ID).unique(maintain_order=True)
+        for pair, part in zip(pairs, parts, strict=True):
+            wanted = [pl.col(COMPARED).mean().alias(pair)]
+            if pair in SAME_VIEW:  # one candidate set has them
+                wanted += [pl.col(name).mean().alias(f"{name}_{SAME_VIEW[pair]}") for name in schema.DISTANCES]
+            wide = wide.join(part.agg(wanted), on=schema.USER_ID, how="left", maintain_order="left")
+        wide = wide.with_columns(pl.lit(None, pl.Float64).alias(name) for name in order[3:] if name not in wide.columns)
+        for key in _keys(done):
+            constants = [pl.lit(key[name], _RESULT[name]).alias(name) for name in ("method", "seed")]
+            yield wide.with_columns(constants).select(order).cast(pl.Schema(_TABLES["views"]))
 
 
 def _target_frequency(dataset: Dataset) -> pl.DataFrame:
@@ -444,6 +496,7 @@ def _methods(study: Study) -> Iterator[Json]:
             "of": method.of,
             "values": json.dumps(values),
             "fixed": SOURCES[method.source].train is None and SOURCES[method.source].embed is not None,
+            "role": method.role,
         }
 
 
