@@ -24,6 +24,9 @@ from vlm2rec.pipelines.experiments import controls
 from vlm2rec.pipelines.read_config import read_yaml
 
 Json = dict[str, Any]
+PROBE_IMAGES = "probe-images"
+LOOKS = "looks"
+"""The column of items.parquet that a study takes for `looks:` if it names none."""
 Role = Literal["vanilla", "sft", "sft_best_tau", "constant_w", "text_only", "image_only", "shuffled"]
 """What a method is in the verdicts: the backbone untrained; SFT; SFT at its own best temperature; SFT with a constant
 weight of the negatives; SFT of one modality alone; the reference with shuffled images. `reference` is another key."""
@@ -110,6 +113,7 @@ class Study:
     cross_domain: tuple[str, ...] = ()
     shared_users: Literal["refuse", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
+    looks: str | None = None  # column of items.parquet; with one, the method of role vanilla probes the images for it
     notes: tuple[str, ...] = ()
 
     def method(self, name: str) -> Method:
@@ -447,6 +451,15 @@ def _evaluate(context: RunContext, embeddings: Path) -> Step:
     )
 
 
+def _probe_images(context: RunContext) -> Step:
+    """Return the step that probes the untrained backbone's image tokens for how the items look."""
+    exported = _export_settings(context)
+    values = {name: exported[name] for name in ("max_pixels", "dtype", "vision_cache", "revision") if name in exported}
+    given = {"data": context.data, "backbone": context.backbone, "column": context.study.looks}
+    out = context.out("image-probe")
+    return context.step(PROBE_IMAGES, settings.ProbeImagesConfig, out, schema.PROBE_FILE, [], **(values | given))
+
+
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
     values = {**context.study.recommender, **context.method.recommender}
     given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
@@ -539,6 +552,8 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
         steps.append(embedded)
         if 1 in tasks:
             steps.append(_evaluate(embedding, embedded.folder))
+        if context.method.role == "vanilla" and context.study.looks and not context.prefix:
+            steps.append(_probe_images(embedding))
     if not fixed or context.seed is not None:
         steps += [_recommend(context, model, embedded.folder) for model in models]
     return steps

@@ -36,7 +36,17 @@ from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments import controls, ledger
-from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
+from vlm2rec.pipelines.experiments.methods import (
+    PROBE_IMAGES,
+    SOURCES,
+    Json,
+    Run,
+    Step,
+    Study,
+    Target,
+    seeds_of,
+    varied_value,
+)
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
 STUDY_FILE = "study.json"  # of a study folder: the study and its settings
@@ -191,7 +201,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
         "methods": _frame("methods", _methods(study)),
-        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded)),
+        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, _looks(done))),
         **neighbour_tables(study, [(each.run.method, each.step.folder) for each in embedded], home.data),
     }
     for name, table in tables.items():
@@ -508,6 +518,7 @@ def _about(
     domains: Sequence[Target],
     datasets: dict[str, Dataset],
     embedded: Iterable[FinishedStep],
+    looks: Json | None,
 ) -> Iterator[Json]:
     data = datasets[home.name]
     written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
@@ -534,10 +545,16 @@ def _about(
         "rules": data.meta.get("rules", {}),
         "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
         "settings": _changed_settings(runs),
+        "looks": looks,
         **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }
     for key, value in facts.items():
         yield {"key": key, "value": json.dumps(value)}
+
+
+def _looks(done: Iterable[FinishedStep]) -> Json | None:
+    """Return what the probe of the image tokens found; None if there was none."""
+    return next((each.read(schema.PROBE_FILE) for each in done if each.step.command == PROBE_IMAGES), None)
 
 
 def _changed_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:
