@@ -294,6 +294,14 @@ def test_the_cure_is_not_testable_without_its_rival_and_a_tuned_temperature_coun
     assert parts(found, CURE)["v2v_above_sft_best_tau"].verdict == HOLDS
 
 
+@pytest.mark.parametrize(("level", "verdict"), [(0.2, HOLDS), (0.3, OPEN), (0.4, FAILS)])
+def test_shuffled_images_are_a_control_of_their_own(level: float, verdict: str) -> None:
+    levels = {**SHOWS_BOTH, "Dealt": {**SHOWS_BOTH["Ours"], "f2f": level}}
+    found = verdicts(replace(BOTH, levels=levels, roles={**ROLES, "Dealt": "shuffled"}).study())
+    assert sums(found) == (HOLDS, HOLDS)
+    assert next(claim for claim in found.claims if claim.key == "f2f_above_shuffled").verdict == verdict
+
+
 def test_gradients_of_the_batch_of_each_step_do_not_count() -> None:
     found = verdicts(replace(BOTH, fixed_batch=False).study())
     claim = parts(found, PARADOX)["gradients"]

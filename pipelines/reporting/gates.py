@@ -126,7 +126,7 @@ def _imbalance(results: Results, views: Views, found: Measured | None) -> Gate:
     threshold = f"S {views.strong} > S {views.weak}, interval over users above 0"
     if found is None:
         both = (f"S {view} {number(_s(results, view), 3)}" for view in (views.strong, views.weak))
-        numbers = f"{', '.join(both)}; no distances per user (an evaluation of an earlier version)"
+        numbers = f"{', '.join(both)}; its evaluation, of an earlier version, has no distances per user"
         return Gate("imbalance", text, threshold, numbers, UNMEASURED)
     return Gate("imbalance", text, threshold, found.text, PASSED if found.low > 0 else FAILED)
 

@@ -85,6 +85,7 @@ def verdicts(results: Results) -> Verdicts:
     """Return the gates and every claim of a study."""
     views = gates.views_of(results)
     parts = {PARADOX: _paradox(results, views), CURE: _cure(results, views)} if views else {PARADOX: [], CURE: []}
+    parts[PAPER] = _control(results)
     wanted = [part.contrast for each in parts.values() for part in each if part.contrast]
     needed = gates.contrasts(results, views).values() if views else ()
     measured = measure(results, [*needed, *wanted])
@@ -97,7 +98,7 @@ def verdicts(results: Results) -> Verdicts:
     for name, text in _SUMS.items():
         of_family = [_closed(claim, closed) for claim in families[name]]
         claims += [_summed(name, text.format(reference=results.reference), of_family, closed), *of_family]
-    return Verdicts(views, found_gates, [*claims, *_paper(results)])
+    return Verdicts(views, found_gates, [*claims, *_paper(results), *families[PAPER]])
 
 
 _SUMS = {
@@ -162,6 +163,15 @@ def _cure(results: Results, views: Views) -> list[_Part]:
     text = f"{reference} raises S of the {views.weak} above vanilla"
     quantity = f"S {views.weak}"
     return [*parts, _part("weak_separates", text, names, ("reference", quantity), ("vanilla", quantity))]
+
+
+def _control(results: Results) -> list[_Part]:
+    """Return the control, which needs no gate: without the items' own images, the reference has to rank worse."""
+    names = {"reference": results.reference, "shuffled": results.role("shuffled")}
+    if names["shuffled"] is None:
+        return []
+    text = f"{results.reference} uses the looks: it ranks better than with the images shuffled among the items (f2f)"
+    return [_part("f2f_above_shuffled", text, names, ("reference", "f2f"), ("shuffled", "f2f"))]
 
 
 def _part(
