@@ -390,6 +390,7 @@ FIGURES = (
     "learning",
     "table1-geometry",
     "task2-models",
+    "verdicts",
 )
 
 
