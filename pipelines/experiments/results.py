@@ -210,16 +210,12 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
 
 def read_all(out: Path) -> dict[str, pl.DataFrame]:
     """Read every Parquet file of a study; those that its version did not write yet are empty."""
-    methods = read(out, "methods")
-    earlier = "role" not in methods.columns
-    return {
-        name: _frame(name, ())
-        if earlier and name in ADDED and not (out / f"{name}.parquet").exists()
-        else methods
-        if name == "methods"
-        else read(out, name)
-        for name in TABLE_NAMES
-    }
+    found = {name: read(out, name) for name in TABLE_NAMES if name not in ADDED}
+    earlier = "role" not in found["methods"].columns
+    for name in ADDED:
+        absent = earlier and not (out / f"{name}.parquet").exists()
+        found[name] = _frame(name, ()) if absent else read(out, name)
+    return found
 
 
 def read(out: Path, name: str) -> pl.DataFrame:
