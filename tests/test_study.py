@@ -390,7 +390,6 @@ FIGURES = (
     "learning",
     "table1-geometry",
     "task2-models",
-    "verdicts",
 )
 
 
