@@ -235,7 +235,7 @@ def sensitivity(results: Results) -> Drawn | None:
 
 
 def intervals(results: Results, found: Verdicts | None = None) -> Drawn | None:
-    """The differences that decide the paradox and the cure, with their intervals over users; none if a gate is closed."""
+    """The differences that decide the paradox and the cure, with intervals over users; none if a gate is closed."""
     found = verdicts(results) if found is None else found
     tested = [claim for claim in found.claims if claim.verdict != UNTESTABLE]
     measured = [(claim, each) for claim in tested if (each := claim.measured) is not None]
