@@ -541,14 +541,24 @@ class StudyConfig:
 
     out: Path = setting("Study folder to write. The same command continues an unfinished study.")
     data: Path | None = setting("Dataset folder. Required without --demo and --report-only.", None)
-    backbone: str | None = setting("Hub id or local folder of a vision-language model. Required like --data.", None)
+    backbone: str | None = setting(
+        "Hub id or local folder of a vision-language model. Required like --data; with --demo, instead of a small one.",
+        None,
+    )
     config: Path | None = setting(
         "YAML of the study: analyses, methods, settings. Default: the study of the paper.", None
     )
     methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
-    demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and use them.", False)
+    demo: bool = setting(
+        "Draw a catalogue in OUT/laboratory and, without --backbone, train a small backbone for it; use them.", False
+    )
+    laboratory: Literal["brands", "looks"] = setting(
+        "What --demo draws. brands: pictures are the strong view, and the brand often tells the colour; looks: titles"
+        " as shops print them suffice in training, and looks decide at test.",
+        "brands",
+    )
     quick: bool = setting("Run only a few steps of everything, to see that it works; the numbers mean nothing.", False)
     plan_only: bool = setting("Print the steps to run and an estimate of their time; run nothing.", False)
     report_only: bool = setting("Only draw the report again, from the Parquet files of a study.", False)
