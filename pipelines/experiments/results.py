@@ -3,7 +3,7 @@
 results.parquet      one row per method, seed, dataset, task, model, protocol, view, user group and metric
 users.parquet        metrics per user, means over candidate sets; the bootstrap resamples these
 comparisons.parquet  the reference against every other method: t-test over seeds with Holm, interval over users
-geometry.parquet     A_pos, A_neg, U, S per view
+geometry.parquet     A_pos, A_neg, U, S per view; U over pairs of users and of items, the offset of their means
 curves.parquet       training, validation, probes and gradients over the steps
 warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
@@ -45,6 +45,8 @@ TAIL_USERS = "tail"
 MAIN_VIEW = "f2f"
 COMPARED = "N@20"
 DRAWS = 10_000
+GEOMETRY = ("A_pos", "A_neg", "U", "S")
+DISPERSION = ("U_users", "U_items", "offset")
 
 _RESULT: dict[str, Any] = {
     "method": pl.String,
@@ -80,7 +82,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     },
     "geometry": {
         **{name: _RESULT[name] for name in ("method", "seed", "dataset", "view")},
-        **dict.fromkeys(("A_pos", "A_neg", "U", "S"), pl.Float64),
+        **dict.fromkeys((*GEOMETRY, *DISPERSION), pl.Float64),  # evaluations of earlier versions lack the latter
     },
     "curves": {
         **{name: _RESULT[name] for name in ("method", "seed")},
@@ -367,9 +369,11 @@ def _matrix(runs: pl.DataFrame) -> dict[int, np.ndarray]:
 def _geometry(measured: Iterable[FinishedStep]) -> Iterator[Json]:
     for done in measured:
         if done.step.command == "evaluate":
-            for view, values in done.read(schema.METRICS_FILE)["geometry"].items():
+            metrics = done.read(schema.METRICS_FILE)
+            for view, values in metrics["geometry"].items():
+                known = {**values, **metrics.get("dispersion", {}).get(view, {})}
                 for key in _keys(done):
-                    yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **values}
+                    yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **known}
 
 
 # --- training -----------------------------------------------------------------------------------------------

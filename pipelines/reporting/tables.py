@@ -17,7 +17,17 @@ from vlm2rec.downstream.evaluation.statistics import Spread, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json
-from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, TABLE_NAMES, TAIL_USERS, facts, read
+from vlm2rec.pipelines.experiments.results import (
+    ALL_USERS,
+    COMPARED,
+    DISPERSION,
+    GEOMETRY,
+    MAIN_VIEW,
+    TABLE_NAMES,
+    TAIL_USERS,
+    facts,
+    read,
+)
 from vlm2rec.pipelines.reporting.paper import read_paper
 
 PAPER_DEFAULT = "Beauty"
@@ -169,13 +179,14 @@ class Results:
         return any(each["fixed"] for each in self.methods if each["name"] == method)
 
     def geometry(self, method: str, view: str) -> dict[str, Spread] | None:
-        """Return A_pos, A_neg, U and S of a view on the study's dataset: mean and standard deviation over seeds."""
+        """Return A_pos, A_neg, U, S and, if they were measured, the dispersion of a view: mean and std over seeds."""
         rows = self.frames["geometry"].filter(
             (pl.col("method") == method) & (pl.col("view") == view) & (pl.col("dataset") == self.dataset)
         )
         if not rows.height:
             return None
-        return {name: spread(rows[name].to_numpy()) for name in ("A_pos", "A_neg", "U", "S")}
+        measured = [name for name in DISPERSION if name in rows.columns and not rows[name].null_count()]
+        return {name: spread(rows[name].to_numpy()) for name in (*GEOMETRY, *measured)}
 
     def comparison(self, method: str, task: int, model: str | None, dataset: str | None = None) -> Json | None:
         """Return the comparison of the reference with a method."""
@@ -332,8 +343,8 @@ def _note(compared: pl.DataFrame, broken: bool) -> str:
 
 
 def geometry_sheet(results: Results) -> Sheet | None:
-    """Return A_pos, A_neg, U and S per state and view (Table 1)."""
-    names, rows = ("A_pos", "A_neg", "U", "S"), []
+    """Return A_pos, A_neg, U, S and the dispersion per state and view (Table 1)."""
+    rows = []
     data = results.paper_data if results.paper_data in results.paper["geometry"] else PAPER_DEFAULT
     paper = results.paper["geometry"][data]
     for view in (schema.FUSED, schema.IMAGE, schema.TEXT):
@@ -342,17 +353,27 @@ def geometry_sheet(results: Results) -> Sheet | None:
             if found is None:
                 continue
             printed = paper.get(results.paper_row(method) or "", {}).get(view)
-            cells = [Cell(view), *(mean_cell(found[name], results.is_fixed(method)) for name in names)]
+            fixed = results.is_fixed(method)
+            cells = [Cell(view), *(mean_cell(found.get(name), fixed) for name in (*GEOMETRY, *DISPERSION))]
             cells += [Cell(number(value)) for value in printed] if printed else [Cell("–")] * 4
             rows.append(Row(method, tuple(cells), method, method == results.reference))
     if not rows:
         return None
     return Sheet(
         "State",
-        (Group("", ("view",)), Group("this study", names), Group(f"paper, {data}", names, paper=True)),
+        (
+            Group("", ("view",)),
+            Group("this study", GEOMETRY),
+            Group("pairs of one kind", ("U users", "U items", "offset")),
+            Group(f"paper, {data}", tuple(f"{name}‡" if name == "U" else name for name in GEOMETRY), paper=True),
+        ),
         tuple(rows),
         "Lower A_pos: the next item is nearer. Higher A_neg: other items are farther. Lower U: the vectors spread more"
-        " evenly. S = A_neg/A_pos: above 1, the view separates the next item from others; at 1, it does not.",
+        " evenly. S = A_neg/A_pos: above 1, the view separates the next item from others; at 1, it does not. U is over"
+        " pairs of a user and another item, as Eq. 4 says; U users and U items are over pairs of users and of items;"
+        " offset is the squared distance of the mean user from the mean item, which A_neg contains."
+        " ‡ The paper’s U does not follow from its Eq. 4: four of its 18 rows are impossible for squared distances from"
+        " 0 to 4, so it was measured on other pairs. Compare it with none of our columns.",
     )
 
 
