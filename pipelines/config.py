@@ -113,8 +113,11 @@ class PrepareConfig:
     )
     name: str | None = setting("Dataset name; Toys, Beauty, Clothing and Sports are compared with the paper.", None)
     core: Positive = setting(
-        "k of the iterative k-core of the interactions; 1 keeps all users with three interactions.", 5
+        "k of the iterative k-core of the interactions; 1 keeps all users with three interactions, and so takes a"
+        " published 5-core file as it is.",
+        5,
     )
+    truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100

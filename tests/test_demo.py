@@ -334,7 +334,7 @@ def test_one_laboratory_in_a_study_folder(pretended: list[str], tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"holds the laboratory 'brands', and 'looks' is asked for.*--laboratory"):
         laboratory.draw_laboratory(tmp_path, laboratory.laboratory_of("looks"))
     laboratory.draw_laboratory(tmp_path, laboratory.laboratory_of("looks"), redo=True)
-    assert laboratory.STUDY == laboratory.laboratory_of("brands")
+    assert laboratory.laboratory_of("brands") == laboratory.STUDY
 
 
 def test_a_backbone_of_ones_own_needs_no_training_and_may_follow_later(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from vlm2rec.pipelines.experiments.results import (
     facts,
     read,
 )
-from vlm2rec.pipelines.reporting.paper import read_paper
+from vlm2rec.pipelines.reporting.paper import nearest, read_paper
 
 PAPER_DEFAULT = "Beauty"
 PRINTED = 1.3e-4  # tolerance of the bound for numbers printed with four decimals
@@ -448,8 +449,21 @@ def cross_domain_sheets(results: Results) -> list[Sheet]:
             results, title, results.names(CROSS_DOMAIN), results.paper["cross-domain"][data], data, domain
         )
         if sheet:
-            sheets.append(sheet)
+            sheets.append(dataclasses.replace(sheet, note=f"{sheet.note}{_shared_items(results, domain)}"))
     return sheets
+
+
+def _shared_items(results: Results, domain: str) -> str:
+    """Return the sentence about users of a target domain whose next item a method may have been trained on."""
+    shared = results.facts.get("shared", {}).get(domain, {})
+    if not shared.get("items"):
+        return ""
+    rule = results.facts.get("shared items")
+    what = "are left out of this table" if rule == "drop" else "are measured too"
+    return (
+        f" {shared['items']:,} items are in the training data too; the {shared['targets']:,} users whose next item is"
+        f" one of them {what} (shared_items: {rule})."
+    )
 
 
 def tail_sheet(results: Results) -> Sheet | None:
@@ -526,18 +540,32 @@ def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
 
 
 def counts_sheet(results: Results) -> Sheet | None:
-    """Return the users, items and interactions after each step of `prepare`, and the paper's for the same dataset."""
+    """Return the dataset's statistics (Table 3): after each step of `prepare`, under other filters, and the paper's."""
     steps = [(str(step["step"]), step) for step in results.facts.get("counts", [])]
     if not steps:
         return None
-    columns = ("users", "items", "interactions")
-    if results.dataset in results.paper["datasets"]:
-        steps.append((f"the paper’s {results.dataset}", results.paper["datasets"][results.dataset]))
-    rows = [
-        Row(name, tuple(Cell(f"{step[key]:,}" if isinstance(step.get(key), int) else "–") for key in columns))
-        for name, step in steps
-    ]
-    return Sheet("step of prepare", (Group("", columns),), tuple(rows))
+    columns = ("users", "items", "interactions", "average length")
+    paper = results.paper["datasets"].get(results.dataset)
+    note = ""
+    if paper:
+        variants = results.facts.get("variants", [])
+        near = nearest(variants, paper) if variants else None
+        for row, each in enumerate(variants):
+            steps.append((f"{each['step']}{' ← nearest to the paper' if row == near else ''}", each))
+        steps.append((f"the paper’s {results.dataset}", paper))
+        if variants:
+            note = (
+                "The rows with flags say what `vlm2rec prepare` would keep of this log with them. Nearest: by the mean"
+                " ratio of users, items and interactions. Published full 5-cores are longer than the paper’s averages"
+                " (Beauty: 8.9 interactions a user, the paper 6.9); cutting each user to the latest ten comes before"
+                " the core."
+            )
+    rows = []
+    for name, step in steps:
+        counts = [Cell(f"{step[key]:,}" if isinstance(step.get(key), int) else "–") for key in columns[:3]]
+        length = step["interactions"] / step["users"] if step.get("users") and step.get("interactions") else None
+        rows.append(Row(name, (*counts, Cell(f"{length:.1f}" if length else "–"))))
+    return Sheet("step of prepare", (Group("", columns),), tuple(rows), note)
 
 
 def cost_sheet(results: Results) -> Sheet | None:
