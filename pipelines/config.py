@@ -39,6 +39,7 @@ from vlm2rec.embedder.options import (
     Split,
     Storage,
     StrategyChoice,
+    ValidCandidates,
     View,
     ViewChoice,
 )
@@ -242,6 +243,11 @@ class FinetuneConfig:
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
+    valid_candidates: ValidCandidates = setting(
+        "What validation and probe rank the second to last item among. own: items drawn for validation alone, so that"
+        " nothing of the test is read; stored: the first set of the dataset folder, which the test has too.",
+        "own",
+    )
     gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
     dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
     vision_cache: str = setting(
