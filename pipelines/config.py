@@ -554,6 +554,11 @@ class StudyConfig:
     methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
+    select: Literal["none", "valid"] = setting(
+        "valid: try equally many settings of every method that trains (`search` of the YAML), choose on validation items"
+        " among candidates of their own, and run all seeds with the choice; none: the settings of the YAML.",
+        "none",
+    )
     demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and use them.", False)
     quick: bool = setting("Run only a few steps of everything, to see that it works; the numbers mean nothing.", False)
     plan_only: bool = setting("Print the steps to run and an estimate of their time; run nothing.", False)

@@ -13,7 +13,6 @@ from vlm2rec.pipelines.catalogue.negatives import (
     draw_validation_candidates,
 )
 
-
 # --- candidates of validation -------------------------------------------------------------------------------
 
 
@@ -43,7 +42,7 @@ def test_candidates_of_validation_are_of_no_stored_set() -> None:
     sequences = Sequences(items.astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))
     for seed in range(20):
         assert not np.array_equal(np.sort(own), np.sort(draw_candidates(sequences, range(50), 59, 20, seed)))
-    assert VALIDATION_SEED > np.iinfo(np.int32).max  # the type of the stored seeds
+    assert np.iinfo(np.int32).max < VALIDATION_SEED  # the type of the stored seeds
 
 
 def test_a_user_with_few_untouched_items_has_fewer_candidates_and_one_with_none_is_an_error() -> None:
