@@ -555,8 +555,8 @@ class StudyConfig:
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
     select: Literal["none", "valid"] = setting(
-        "valid: try equally many settings of every method that trains (`search` of the YAML), choose on validation items"
-        " among candidates of their own, and run all seeds with the choice; none: the settings of the YAML.",
+        "valid: try equally many settings of every method that trains (`search` of the YAML), choose the best on"
+        " validation, and run all seeds with it; none: the settings of the YAML.",
         "none",
     )
     demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and use them.", False)

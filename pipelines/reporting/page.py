@@ -494,10 +494,10 @@ def _selection_words(results: Results) -> tuple[str, ...]:
     return (
         f"Every method that trains had the same number of trials: {search['trials']}, drawn from its own grid with seed"
         f" {search['seed']} and trained with that seed. Where the grid has no more settings than that, all were tried.",
-        f"The choice used validation only: a trial’s score is its best {COMPARED} when each user’s second to last item is"
-        " ranked among candidates drawn for validation alone. Neither a user’s last item nor the candidates of the test"
-        " were read for a trial. The runs of all seeds began after the choice, and only they were measured on the test."
-        " Of equal scores, the first trial is chosen.",
+        f"The choice used validation only. A trial’s score is its best {COMPARED} on validation users: the second to"
+        " last item of each is ranked among candidates drawn for validation alone. No trial used the last item of a"
+        " user or the candidates of the test. The runs of all seeds began after the choice, and only they were measured"
+        " on the test. Of equal scores, the first trial is chosen.",
     )
 
 
