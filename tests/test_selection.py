@@ -115,11 +115,22 @@ def test_a_trial_is_the_methods_training_with_other_settings_in_a_folder_of_its_
     assert [step.config.tau_wpcl for step in steps] == [0.05, 0.1, 0.5, 1.0]
 
 
+def test_trials_of_a_method_with_shuffled_images_see_them_shuffled(tmp_path: Path) -> None:
+    method = {"name": "blind", "source": "finetune", "analyses": ["arms"], "shuffle_images": True}
+    found = searches(tmp_path, {"analyses": ("arms",)}, more_methods=[method])
+    assert {trial.step.config.data for trial in found["blind"].trials} == {Path("out/shuffled-images")}
+    assert {trial.step.config.data for trial in found["VLM2Rec"].trials} == {HOME.data}
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
         ({"analyses": ("few-shot",)}, {"VLM2Rec", "SFT (external)"}),
         ({"analyses": ("sensitivity",)}, {"VLM2Rec"}),
+        (
+            {"analyses": ("arms",)},
+            {"SFT (external)", "Text only SFT", "Image only SFT", "SFT with constant w", "VLM2Rec by means", "VLM2Rec"},
+        ),
         ({"analyses": ("cross-domain",)}, {"VLM2Rec", "SFT (external)", "Text only SFT"}),
     ],
 )

@@ -15,7 +15,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import headline, log
-from vlm2rec.pipelines.experiments import ledger, results, selection
+from vlm2rec.pipelines.experiments import controls, ledger, results, selection
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.selection import Search
 from vlm2rec.pipelines.experiments.workers import workers
@@ -131,6 +131,8 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
     marks = {path: mark_of(dataset) for path, dataset in datasets.items()}
+    shuffled = controls.shuffled_folder(config.out)  # it has the same items and users
+    datasets[shuffled], marks[shuffled] = datasets[home.data], controls.shuffled_mark(marks[home.data])
     return Schedule(study, config.out, home, domains, planned, datasets, marks, searches, undecided)
 
 
@@ -237,6 +239,9 @@ def run_steps(
     unavailable: set[Path] = set()
     waiting, under_way = list(todo), list[tuple[Run, Step]]()
     begun, number, total = time.perf_counter(), before, before + len(todo) + len(later)
+    shuffled = controls.shuffled_folder(schedule.out)
+    if any(step.config.data == shuffled for _, step in todo):
+        controls.shuffle_images(Dataset(schedule.home.data), shuffled, schedule.marks[shuffled])
     with workers(jobs, to_terminal) as pool:
         while waiting or under_way:
             while pool.free and (work := _next_to_start(waiting, under_way, unavailable)) is not None:

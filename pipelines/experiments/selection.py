@@ -28,7 +28,7 @@ from vlm2rec.embedder.contract.checksums import is_intact, sealed
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
 from vlm2rec.pipelines.config import FinetuneConfig
-from vlm2rec.pipelines.experiments import ledger
+from vlm2rec.pipelines.experiments import controls, ledger
 from vlm2rec.pipelines.experiments.methods import (
     SOURCES,
     Json,
@@ -104,11 +104,12 @@ def plan_searches(study: Study, out: Path, home: Target, backbone: str, device: 
         ConfigError: a grid has fewer settings than the study has trials, or a setting that cannot be searched.
     """
     needed = {source_of_settings(study, method).name for method in study.methods if seeds_of(study, method)}
-    found = [
-        _search(RunContext(study, method, study.search.seed, home.data, method.backbone or backbone, device, out))
-        for method in study.methods
-        if method.name in needed and SOURCES[method.source].train is not None
-    ]
+    found = []
+    for method in study.methods:
+        if method.name in needed and SOURCES[method.source].train is not None:
+            data = controls.shuffled_folder(out) if method.shuffle_images else home.data
+            context = RunContext(study, method, study.search.seed, data, method.backbone or backbone, device, out)
+            found.append(_search(context))
     wanted = study.search.trials
     small = [search for search in found if search.combinations < wanted]
     if small:
