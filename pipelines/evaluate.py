@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlm2rec.downstream.evaluation.geometry import geometry_from_rows
+from vlm2rec.downstream.evaluation.geometry import dispersion, geometry_from_rows
 from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
 from vlm2rec.downstream.evaluation.protocol import RankingTask, Views, mean_of_history, rank_vectors
 from vlm2rec.downstream.table import EmbeddingTable
@@ -65,6 +65,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "geometry": {
             view: geometry_from_rows(users[view], items[view], task.targets, task.negatives[seeds[0]]) for view in items
         },
+        "dispersion": {view: dispersion(users[view], items[view]) for view in items},
     }
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]

@@ -51,6 +51,10 @@ def run(config: StudyConfig) -> Path:
     if config.report_only:
         return page.run(config.out)
     require_own_folder(config.out, WRITTEN_BY)
+    if config.demo and config.data is not None:
+        raise ConfigError(
+            f"--demo with --data {config.data}", "--demo, which draws its own dataset, or --data", "leave one out"
+        )
     if not config.demo:
         _require_inputs(config)
         if config.plan_only:
@@ -96,13 +100,14 @@ def _require_inputs(config: StudyConfig) -> None:
 def _with_laboratory(config: StudyConfig) -> StudyConfig:
     """Draw the missing parts of the laboratory and return the settings of a study of it."""
     folder = config.out / laboratory.FOLDER
-    wanted = laboratory.QUICK if config.quick else laboratory.STUDY
-    laboratory.draw_laboratory(folder, wanted, config.redo)
+    wanted = laboratory.laboratory_of(config.laboratory, config.quick)
+    laboratory.draw_laboratory(folder, wanted, config.redo, backbone=config.backbone is None)
     file = folder / "study.yaml"
     own = {} if config.config is None else read_yaml(config.config)
     text = yaml.safe_dump({"cross_domain": [str(folder / "second-data")], **own})
     schema.write_text(file, text)
-    return dataclasses.replace(config, data=folder / "data", backbone=str(folder / "backbone"), config=file)
+    backbone = config.backbone or str(folder / "backbone")
+    return dataclasses.replace(config, data=folder / "data", backbone=backbone, config=file)
 
 
 def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:

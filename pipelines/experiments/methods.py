@@ -117,6 +117,7 @@ class Study:
     recommender: Json = field(default_factory=dict)
     cross_domain: tuple[str, ...] = ()
     shared_users: Literal["refuse", "count"] = "refuse"
+    shared_items: Literal["refuse", "drop", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
     search: SearchPlan = field(default_factory=SearchPlan)
     notes: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import headline, log
 from vlm2rec.pipelines.experiments import controls, ledger, results, selection
+from vlm2rec.pipelines.experiments.domains import shared_targets
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.selection import Search
 from vlm2rec.pipelines.experiments.workers import workers
@@ -151,7 +152,7 @@ def _domains(study: Study, data: Dataset) -> list[Target]:
     found: list[Target] = []
     for number, path in enumerate(map(Path, study.cross_domain)):
         domain = Dataset(path).warm()
-        require_other_domain(data, domain, study.shared_users)
+        require_other_domain(data, domain, study.shared_users, study.shared_items)
         found.append(Target(_free_name(domain.name, data.name, found), path, f"cross-{number}-"))
     return found
 
@@ -161,19 +162,28 @@ def _free_name(name: str, home: str, found: Sequence[Target]) -> str:
     return name if name not in taken else next(f"{name} {n}" for n in range(2, 1000) if f"{name} {n}" not in taken)
 
 
-def require_other_domain(home: Dataset, domain: Dataset, shared_users: str) -> None:
-    """Refuse a target domain that shares items or users with the training data.
+def require_other_domain(home: Dataset, domain: Dataset, shared_users: str, shared_items: str = "refuse") -> None:
+    """Refuse a target domain that shares items or users with the training data, unless the study allows it.
 
     Raises:
-        ConfigError: an item is in both, or a user is in both and `shared_users` is "refuse".
+        ConfigError: an item or a user is in both, and `shared_items` or `shared_users` is "refuse"; or `shared_items`
+            is "drop" and no user would be left.
     """
     items = sorted(set(home.item_ids).intersection(domain.item_ids))
     users = sorted(set(home.user_ids).intersection(domain.user_ids))
-    if items:
+    if items and shared_items == "refuse":
         raise ConfigError(
             f"{len(items)} items of {domain.path} are in {home.path} too, for example {items[0]!r}",
             "a target domain without items that a method was trained on",
-            "prepare it without them, or with other ids if they are different items",
+            "prepare it without them, or with other ids if they are different items; or set `shared_items: drop` to"
+            " leave out the users whose next item is shared, or `count` to measure them too",
+        )
+    if items and shared_items == "drop" and all(shared_targets(home, domain)):
+        raise ConfigError(
+            f"the next item of every user of {domain.path} is in {home.path} too, for example {items[0]!r}, and"
+            " `shared_items` is drop",
+            "a user whose next item no method was trained on",
+            "choose another target domain, or set `shared_items: count`",
         )
     if users and shared_users == "refuse":
         raise ConfigError(

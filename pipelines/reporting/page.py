@@ -450,7 +450,7 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "cross-domain",
             "Cross-domain: trained here, measured on other data (Table 6)",
-            (_shared_users(results),),
+            (_shared(results),),
             tuple(tables.cross_domain_sheets(results)),
             why="The paper transfers between Amazon domains; its Clothing → Beauty is shown beside our numbers.",
         ),
@@ -501,11 +501,14 @@ def _selection_words(results: Results) -> tuple[str, ...]:
     )
 
 
-def _shared_users(results: Results) -> str:
-    shared = results.facts["shared users"]
-    if not shared:
+def _shared(results: Results) -> str:
+    users = results.facts["shared users"]
+    items = sum(each["items"] for each in results.facts.get("shared", {}).values())
+    if not users and not items:
         return "No item and no user of the target domain is in the training data."
-    return f"No item of the target domain is in the training data. By their ids, {shared:,} of its users are."
+    if not items:
+        return f"No item of the target domain is in the training data. By their ids, {users:,} of its users are."
+    return f"By their ids, {items:,} items and {users:,} users of the target domain are in the training data too."
 
 
 def _present(*sheets: Sheet | None) -> tuple[Sheet, ...]:
