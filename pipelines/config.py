@@ -39,6 +39,7 @@ from vlm2rec.embedder.options import (
     Split,
     Storage,
     StrategyChoice,
+    ValidCandidates,
     View,
     ViewChoice,
 )
@@ -245,6 +246,11 @@ class FinetuneConfig:
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
+    valid_candidates: ValidCandidates = setting(
+        "What validation and probe rank the second to last item among. own: items drawn for validation alone, so that"
+        " nothing of the test is read; stored: the first set of the dataset folder, which the test has too.",
+        "own",
+    )
     gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
     dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
     vision_cache: str = setting(
@@ -554,6 +560,11 @@ class StudyConfig:
     methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
+    select: Literal["none", "valid"] = setting(
+        "valid: try equally many settings of every method that trains (`search` of the YAML), choose the best on"
+        " validation, and run all seeds with it; none: the settings of the YAML.",
+        "none",
+    )
     demo: bool = setting(
         "Draw a catalogue in OUT/laboratory and, without --backbone, train a small backbone for it; use them.", False
     )

@@ -29,7 +29,8 @@ LINE = (
     "prepare --items catalogue/items.parquet --interactions catalogue/interactions.parquet --images catalogue/images"
     " --out data --core 2 --candidates 20 --candidate-seeds 0,1",
     "finetune --data data --backbone tiny --out adapter --max-steps 4 --learning-rate 1e-3 --checkpoint-steps 2"
-    " --log-steps 1 --probe-users 8 --probe-steps 2 --gradient-steps 2 --max-pixels 3136 --reduction mean",
+    " --log-steps 1 --probe-users 8 --probe-steps 2 --gradient-steps 2 --max-pixels 3136 --reduction mean"
+    " --valid-candidates stored",
     "export-items --data data --backbone tiny --adapter adapter --out emb --shard-size 16 --dtype float32",
     "verify emb",
     "evaluate --data data --embeddings emb --backbone tiny --adapter adapter --out task1 --dtype float32",

@@ -7,6 +7,7 @@ geometry.parquet     A_pos, A_neg, U, S per view; U over pairs of users and of i
 curves.parquet       training, validation, probes and gradients over the steps
 warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
+trials.parquet       the trials of `--select valid`, with their scores on validation and the chosen ones
 neighbours.parquet   neighbours of some items in each view; common.parquet and pictures.parquet belong to it
 methods.parquet      the methods, in order
 about.parquet        dataset, versions, settings
@@ -110,6 +111,16 @@ _TABLES: dict[str, dict[str, Any]] = {
         "epochs": pl.Float64,
         "users": pl.Int32,
     },
+    "trials": {
+        "method": pl.String,
+        "trial": pl.Int32,
+        "seed": pl.Int32,
+        "settings": pl.String,  # JSON
+        "step": pl.Int32,  # of the best validation
+        "score": pl.Float64,  # its N@20
+        "chosen": pl.Boolean,
+        "seconds": pl.Float64,
+    },
     "methods": {
         "name": pl.String,
         "slug": pl.String,
@@ -124,6 +135,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     "about": {"key": pl.String, "value": pl.String},
 }
 TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
+_LATER = ("trials",)  # studies of earlier versions do not have these files
 
 
 @dataclass(frozen=True)
@@ -153,8 +165,25 @@ class FinishedStep:
         return found
 
 
-def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
+def collect(
+    study: Study,
+    out: Path,
+    runs: Sequence[Run],
+    home: Target,
+    domains: Sequence[Target],
+    trials: Iterable[Json] = (),
+    search: Json | None = None,
+) -> None:
     """Read every finished run and write the Parquet files, each whole or not at all.
+
+    Args:
+        study: the study.
+        out: its folder.
+        runs: all runs, finished or not.
+        home: the dataset of the study.
+        domains: the target domains.
+        trials: rows of `trials.parquet`.
+        search: facts about the search that the trials belong to.
 
     Raises:
         ArtifactError: a row breaks the N@20 - N@10 bound, or a run's output cannot be read.
@@ -182,8 +211,9 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         "curves": _frame("curves", _curves(done)),
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
+        "trials": _frame("trials", trials),
         "methods": _frame("methods", _methods(study)),
-        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded)),
+        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, search)),
         **neighbour_tables(study, [(each.run.method, each.step.folder) for each in embedded], home.data),
     }
     for name, table in tables.items():
@@ -193,6 +223,8 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
 def read(out: Path, name: str) -> pl.DataFrame:
     """Read one of the study's Parquet files."""
     path = out / f"{name}.parquet"
+    if not path.is_file() and name in _LATER:
+        return pl.DataFrame(schema=_TABLES[name])
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` first")
     try:
@@ -496,6 +528,7 @@ def _about(
     domains: Sequence[Target],
     datasets: dict[str, Dataset],
     embedded: Iterable[FinishedStep],
+    search: Json | None,
 ) -> Iterator[Json]:
     data = datasets[home.name]
     written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
@@ -526,6 +559,7 @@ def _about(
         "rules": data.meta.get("rules", {}),
         "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
         "settings": _changed_settings(runs),
+        "search": search,
         **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }
     for key, value in facts.items():

@@ -29,6 +29,7 @@ from vlm2rec.pipelines.experiments.results import (
     facts,
     read,
 )
+from vlm2rec.pipelines.experiments.selection import grid_text
 from vlm2rec.pipelines.reporting.paper import nearest, read_paper
 
 PAPER_DEFAULT = "Beauty"
@@ -584,3 +585,53 @@ def cost_sheet(results: Results) -> Sheet | None:
         )
     rows.append(Row("all", (Cell(str(cost.height)), Cell(""), Cell(f"{cost['seconds'].sum() / 60:.1f}"))))
     return Sheet("Step", (Group("", ("runs", "s per run", "min in total")),), tuple(rows))
+
+
+# --- selection ----------------------------------------------------------------------------------------------
+
+
+def search_sheet(results: Results) -> Sheet | None:
+    """Return each method's grid and its chosen setting; None if no settings were searched."""
+    search, trials = results.facts.get("search"), results.frames["trials"]
+    if not search or not trials.height:
+        return None
+    rows = []
+    for (method,), each in trials.group_by("method", maintain_order=True):
+        of = search["methods"][str(method)]
+        best = each.filter(pl.col("chosen")).row(0, named=True)
+        texts = (
+            f"{each.height} of {of['combinations']}",
+            grid_text(of["grid"]),
+            _settings_text(best["settings"]),
+            number(best["score"]),
+        )
+        rows.append(Row(str(method), tuple(map(Cell, texts)), str(method), method == results.reference))
+    followed = "; ".join(f"{name} takes the settings of {source}" for name, source in search["followed"].items())
+    return Sheet(
+        "Method",
+        (Group("search", ("trials", "grid")), Group("chosen", ("settings", f"{COMPARED} of validation"))),
+        tuple(rows),
+        f"{followed}." if followed else "",
+    )
+
+
+def trials_sheet(results: Results) -> Sheet | None:
+    """Return every trial with its score on validation; the chosen ones are marked."""
+    trials = results.frames["trials"]
+    if not trials.height:
+        return None
+    rows = []
+    for row in trials.iter_rows(named=True):
+        cells = (
+            Cell(_settings_text(row["settings"])),
+            Cell(f"{row['step']}"),
+            Cell(number(row["score"]), best=row["chosen"]),
+            Cell("chosen" if row["chosen"] else "", best=row["chosen"]),
+        )
+        rows.append(Row(f"{row['method']}, trial {row['trial']}", cells, row["method"]))
+    columns = ("settings", "best step", f"{COMPARED} of validation", "")
+    return Sheet("Trial", (Group("", columns),), tuple(rows))
+
+
+def _settings_text(settings: str) -> str:
+    return ", ".join(f"{name} {value}" for name, value in json.loads(settings).items()) or "its own"
