@@ -230,6 +230,12 @@ def evaluate(config: settings.EvaluateConfig) -> None:
     module_of("evaluate").run(config)
 
 
+@command(settings.ProbeImagesConfig)
+def probe_images(config: settings.ProbeImagesConfig) -> None:
+    """Tell whether a linear classifier reads a column of the items from the image tokens."""
+    module_of("probe_images").run(config)
+
+
 @command(settings.TrainRecommenderConfig, own_config_key=True)
 def train_recommender(config: settings.TrainRecommenderConfig) -> None:
     """Task 2: train SASRec, GRU4Rec or BERT4Rec in RecBole, from embeddings or from ids."""

@@ -438,6 +438,27 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeImagesConfig:
+    """Settings of `vlm2rec probe-images`."""
+
+    data: Place = setting("Dataset folder.")
+    backbone: str = setting("Hub id or local folder of a vision-language model.")
+    column: str = setting("Column of items.parquet to read from the images; of a list, its first value counts.")
+    out: Path = setting("Folder to write: probe.json.")
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    items: Positive = setting("Most items to read; more are sampled.", 5000)
+    max_pixels: Positive = setting("Largest image area, in pixels.", 224 * 224)
+    dtype: DtypeName = setting("As for export-items.", "auto")
+    vision_cache: str = setting(
+        "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
+        "auto",
+    )
+    device: DeviceName = setting("Where to run.", "auto")
+    seed: Count = setting("Seed of the sample and of the held-out items.", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainRecommenderConfig:
     """Settings of `vlm2rec train-recommender` (Task 2)."""
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlm2rec.downstream.evaluation.geometry import dispersion, geometry_from_rows
+from vlm2rec.downstream.evaluation.geometry import Distances, dispersion, distances_from_rows
 from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
-from vlm2rec.downstream.evaluation.protocol import RankingTask, Views, mean_of_history, rank_vectors
+from vlm2rec.downstream.evaluation.protocol import SAME_VIEW, RankingTask, Views, mean_of_history, rank_vectors
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
@@ -43,6 +43,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     rankings = rank_vectors(task, users, items)
     means = {pair: ranked.means() for pair, ranked in rankings.items()}
     of_tail = {pair: found["tail"] for pair, found in means.items()}
+    negatives = task.negatives[seeds[0]]
+    distances = {view: distances_from_rows(users[view], items[view], task.targets, negatives) for view in items}
     result = {
         "task": 1,
         "dataset": dataset.name,
@@ -62,17 +64,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             "users": int(task.tail.sum()),
             **{key: {pair: tail[key] for pair, tail in of_tail.items()} for key in ("candidates", "full")},
         },
-        "geometry": {
-            view: geometry_from_rows(users[view], items[view], task.targets, task.negatives[seeds[0]]) for view in items
-        },
+        "geometry": {view: found.geometry() for view, found in distances.items()},
         "dispersion": {view: dispersion(users[view], items[view]) for view in items},
     }
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
-    rows = pa.concat_tables([*by_candidates, *by_catalogue])
-    keys = [name for name in rows.column_names if name not in schema.METRICS]
-    users_table = rows.select([*keys, *schema.METRICS]).replace_schema_metadata({_STAMP: _WRITER})
+    first = {id(tables[pair][0]): distances[view] for pair, view in SAME_VIEW.items() if pair in tables}
+    rows = pa.concat_tables([_with_distances(table, first.get(id(table))) for table in [*by_candidates, *by_catalogue]])
+    keys = [name for name in rows.column_names if name not in (*schema.METRICS, *schema.DISTANCES)]
+    users_table = rows.select([*keys, *schema.METRICS, *schema.DISTANCES]).replace_schema_metadata({_STAMP: _WRITER})
     with publish.plain_disk_errors(config.out):
         publish.discard(config.out / schema.METRICS_FILE)  # it is written last: never the old one beside new users
         with publish.whole_file(config.out / schema.USERS_FILE) as file:
@@ -81,6 +82,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     print_metrics(result)
     _summarise(config, result)
     return result
+
+
+def _with_distances(rows: pa.Table, found: Distances | None) -> pa.Table:
+    """Add each user's A_pos and A_neg; null for a pair of different views, and for all but the first candidates."""
+    of_users = found.of_users() if found else dict.fromkeys(schema.DISTANCES, [None] * len(rows))
+    for name in schema.DISTANCES:
+        rows = rows.append_column(name, pa.array(of_users[name], pa.float64()))
+    return rows
 
 
 _STAMP, _WRITER = b"vlm2rec.written_by", b"vlm2rec evaluate"

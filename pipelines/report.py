@@ -31,6 +31,7 @@ def run(config: ReportConfig) -> Path:
             "give such a folder, or run one of these commands first",
         )
     out = page.run(folder, config.out)
+    page.print_verdicts(out)
     summary("Report", {"page": f"{out}  {out.stat().st_size / 1e6:.1f} MB", "figures": out.parent / page.FIGURES})
     return out
 

@@ -244,4 +244,5 @@ def _summarise(schedule: Schedule, wanted: Sequence[Run], failures: Sequence[Fai
     if failures:
         rows["failed"] = "; ".join(f"{title_of(f.run)}, {f.step.name}" for f in failures)
     results.print_tables(schedule.out)
+    page.print_verdicts(report)
     summary("Study", rows)

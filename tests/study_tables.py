@@ -220,6 +220,7 @@ def write_study(folder: Path) -> Path:
         "users": iter(()),
         "comparisons": comparison_rows(),
         "geometry": geometry_rows(),
+        "views": iter(()),
         "curves": curve_rows(),
         "warnings": warning_rows(),
         "cost": cost_rows(),

@@ -35,6 +35,7 @@ COMMANDS = {
     "verify": config.VerifyConfig,
     "failures": config.FailuresConfig,
     "evaluate": config.EvaluateConfig,
+    "probe-images": config.ProbeImagesConfig,
     "train-recommender": config.TrainRecommenderConfig,
     "build-index": config.BuildIndexConfig,
     "search": config.SearchConfig,

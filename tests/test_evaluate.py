@@ -86,6 +86,12 @@ def test_the_folder_holds_every_pair_view_and_user(drawn_dataset: Path, exported
     assert len(users) == result["users"] * 5 * (2 + 1)
     mean = np.mean([r["N@20"] for r in users if r["protocol"] == "full" and r["view"] == "t2f"])
     assert result["full"]["t2f"]["N@20"] == pytest.approx(mean)
+    for view, pair in (("fused", "f2f"), ("text", "t2t"), ("image", "v2v")):
+        mine = [r for r in users if (r["protocol"], r["seed"], r["view"]) == ("candidates", 0, pair)]
+        found = {name: np.mean([r[name] for r in mine]) for name in ("A_pos", "A_neg")}
+        assert found == pytest.approx({name: result["geometry"][view][name] for name in found}), view
+    others = [r for r in users if r["view"] not in ("f2f", "t2t", "v2v") or r["protocol"] == "full" or r["seed"] == 1]
+    assert len(others) == result["users"] * (5 * 3 - 3) and all(r["A_pos"] is None is r["A_neg"] for r in others)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == json.loads(json.dumps(result))
 
 

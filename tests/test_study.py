@@ -459,6 +459,7 @@ FIGURES = (
     "learning",
     "table1-geometry",
     "task2-models",
+    "verdicts",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,23 @@ def geometry(users: np.ndarray, positives: np.ndarray, negatives: np.ndarray, ep
             f"users are {users.shape}, positives {positives.shape}, negatives {negatives.shape}",
             "(U, d), (U, d) and (U, N, d)",
         )
-    return _geometry(users, negatives.shape[1], lambda part: (positives[part], negatives[part]), eps)
+    return _distances(users, negatives.shape[1], lambda part: (positives[part], negatives[part])).geometry(eps)
+
+
+class Distances(NamedTuple):
+    """Squared distances of users on the unit sphere; A_pos and A_neg are their means."""
+
+    positive: np.ndarray  # (U,) to the held-out item
+    negative: np.ndarray  # (U, N) to each negative
+
+    def geometry(self, eps: float = 1e-8) -> dict[str, float]:
+        """Return what `geometry` returns."""
+        pull, push = float(self.positive.mean()), float(self.negative.mean())
+        return {"A_pos": pull, "A_neg": push, "U": _log_mean_exp(-2 * self.negative), "S": push / (pull + eps)}
+
+    def of_users(self) -> dict[str, np.ndarray]:
+        """Return `A_pos` and `A_neg` of each user, (U,) each: resampled users give S its interval."""
+        return {"A_pos": self.positive, "A_neg": self.negative.mean(axis=1)}
 
 
 def geometry_from_rows(
@@ -48,12 +65,24 @@ def geometry_from_rows(
 ) -> dict[str, float]:
     """Return `geometry(users, items[positives], items[negatives])` without holding the (U, N, d) negatives.
 
+    The arguments are those of `distances_from_rows`, and ε of Eq. 5.
+    """
+    return distances_from_rows(users, items, positives, negatives).geometry(eps)
+
+
+def distances_from_rows(
+    users: np.ndarray, items: np.ndarray, positives: np.ndarray, negatives: np.ndarray
+) -> Distances:
+    """Return the squared distances of every user to the positive and to each negative.
+
     Args:
         users: user vectors, (U, d).
         items: item vectors, (I, d).
         positives: the row in `items` of each user's held-out item, (U,).
         negatives: the rows of their negatives, (U, N).
-        eps: ε of Eq. 5.
+
+    Raises:
+        DataError: as in `geometry`.
     """
     users, items, positives, negatives = (np.asarray(x) for x in (users, items, positives, negatives))
     fits = users.ndim == items.ndim == negatives.ndim == 2 and users.shape[1] == items.shape[1]
@@ -62,7 +91,7 @@ def geometry_from_rows(
             f"users are {users.shape}, items {items.shape}, rows {positives.shape} and {negatives.shape}",
             "(U, d), (I, d), (U,) and (U, N)",
         )
-    return _geometry(users, negatives.shape[1], lambda part: (items[positives[part]], items[negatives[part]]), eps)
+    return _distances(users, negatives.shape[1], lambda part: (items[positives[part]], items[negatives[part]]))
 
 
 def dispersion(users: np.ndarray, items: np.ndarray, most: int = 2048) -> dict[str, float]:
@@ -157,9 +186,7 @@ _BLOCK = 2**22  # float64 numbers of a gathered block: 32 MB
 _ROUNDING = 1e-3  # bfloat16 alone moves unit vectors this far
 
 
-def _geometry(
-    users: np.ndarray, width: int, items_of: Callable[[slice], tuple[np.ndarray, np.ndarray]], eps: float
-) -> dict[str, float]:
+def _distances(users: np.ndarray, width: int, items_of: Callable[[slice], tuple[np.ndarray, np.ndarray]]) -> Distances:
     """Go through the users in blocks; `items_of` returns a block's positives (n, d) and negatives (n, width, d)."""
     if len(users) == 0 or width == 0:
         raise DataError(f"{len(users)} users with {width} negatives each", "at least one of both")
@@ -173,8 +200,7 @@ def _geometry(
         negative[part] = _squared_distance(users[part, None], far)
     if not (np.isfinite(positive).all() and np.isfinite(negative).all()):
         raise DataError("a vector is not finite", "finite vectors", "leave out items without a vector")
-    pull, push = float(positive.mean()), float(negative.mean())
-    return {"A_pos": pull, "A_neg": push, "U": _log_mean_exp(-2 * negative), "S": push / (pull + eps)}
+    return Distances(positive, negative)
 
 
 def _uniformity(vectors: np.ndarray, most: int) -> float:

@@ -27,6 +27,8 @@ _PAIRS = (
     (schema.TEXT, schema.TEXT),
     (schema.IMAGE, schema.IMAGE),
 )
+PAIRS = tuple(f"{_LETTERS[user]}2{_LETTERS[item]}" for user, item in _PAIRS)
+SAME_VIEW = {f"{_LETTERS[view]}2{_LETTERS[view]}": view for view in schema.VIEWS}  # the pairs of a view with itself
 Views = dict[str, np.ndarray]  # view → (n, d) float32
 PerUser = dict[str, np.ndarray]  # metric → (U,) float64
 

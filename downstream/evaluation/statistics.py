@@ -119,6 +119,58 @@ def compare(a_runs: np.ndarray, b_runs: np.ndarray, draws: int = 10_000, seed: i
     return Comparison(over_seeds, over_users)
 
 
+def resampled_means(columns: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Return the means of several columns over resamples of the users, (draws, k).
+
+    A resampled user brings the values of all columns, so that any function of the means, such as the difference of two
+    ratios, has its bootstrap distribution in the rows.
+
+    Args:
+        columns: k values per user, (U, k), finite.
+        draws: resamples.
+        seed: seed of the resampling; the same seed gives the same resamples of equally many users.
+
+    Raises:
+        DataError: there is no user, or a value is not finite.
+    """
+    columns = np.asarray(columns, np.float64)
+    if columns.ndim != 2 or not len(columns) or not np.isfinite(columns).all():
+        raise DataError(f"columns of shape {columns.shape}, or one value is not finite", "(users, k) finite numbers")
+    users, generator, found = len(columns), np.random.default_rng(seed), []
+    for start in range(0, draws, _RESAMPLES):
+        counts = np.empty((min(_RESAMPLES, draws - start), users))
+        for row in counts:  # how often this resample has each user
+            row[:] = np.bincount(generator.integers(users, size=users), minlength=users)
+        found.append(counts @ columns / users)
+    return np.concatenate(found)
+
+
+_RESAMPLES = 256  # in memory at a time
+
+
+def bootstrap_interval(value: float, resamples: np.ndarray, level: float = 0.95) -> Difference:
+    """Return a value with the percentile interval of its resamples, (draws,)."""
+    low, high = np.quantile(np.round(resamples, 12), [(1 - level) / 2, (1 + level) / 2])
+    return Difference(value, float(low), float(high))
+
+
+def bootstrap_p(resamples: np.ndarray) -> float:
+    """Return the two-sided p-value of "the value is 0" from its resamples, (draws,).
+
+    Twice the smaller share of resamples on one side of 0, with 0 on both sides and one resample added: never 0.
+    """
+    rounded = np.round(resamples, 12)
+    side = min(np.count_nonzero(rounded <= 0), np.count_nonzero(rounded >= 0))
+    return min(1.0, 2 * (side + 1) / (len(rounded) + 1))
+
+
+def t_quantile(share: float, df: int) -> float:
+    """Return the value below which Student's t with `df` degrees of freedom is with probability `share`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(df, share))
+
+
 def _numbers(values: Sequence[float] | np.ndarray, what: str) -> np.ndarray:
     numbers = np.asarray(values, np.float64)
     if numbers.ndim != 1 or np.isnan(numbers).any():

@@ -73,6 +73,8 @@ CURVES_FILE = "curves.json"  # of an adapter folder: how the training went
 FIXED_BATCH = "fixed_batch"  # of a row about gradients: the samples of the batch, which is the same at every step
 METRICS_FILE = "metrics.json"  # of a folder of metrics, of either task, written last
 USERS_FILE = "users.parquet"  # of a folder of metrics: those of each user
+PROBE_FILE = "probe.json"  # of a folder of `probe-images`
+DISTANCES = ("A_pos", "A_neg")  # columns of it in Task 1: the squared distances whose means are those of Eq. 5
 METRICS = ("H@10", "H@20", "N@10", "N@20")  # hit rate and NDCG among the first 10 and 20
 RECOMMENDERS = ("SASRec", "GRU4Rec", "BERT4Rec")  # RecBole's models that start from item vectors, too
 

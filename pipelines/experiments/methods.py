@@ -24,6 +24,12 @@ from vlm2rec.pipelines.experiments import controls
 from vlm2rec.pipelines.read_config import read_yaml
 
 Json = dict[str, Any]
+PROBE_IMAGES = "probe-images"
+LOOKS = "looks"
+"""The column of items.parquet that a study takes for `looks:` if it names none."""
+Role = Literal["vanilla", "sft", "sft_best_tau", "constant_w", "text_only", "image_only", "shuffled"]
+"""What a method is in the verdicts: the backbone untrained; SFT; SFT at its own best temperature; SFT with a constant
+weight of the negatives; SFT of one modality alone; the reference with shuffled images. `reference` is another key."""
 MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensitivity"
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ARMS = "arms"
@@ -62,6 +68,7 @@ class Method:
     recommender: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)  # settings of the source itself: a file, a folder
     shuffle_images: bool = False  # give items the images of others, to see what looks are worth
+    role: Role | None = None  # what the gates and verdicts take it for; default: what its name says
     varies: str | None = None  # in a grid: the setting that differs from the method `of`
     of: str | None = None
     search: Json = field(default_factory=dict)  # with --select valid: setting of finetune → values to try
@@ -120,6 +127,7 @@ class Study:
     shared_items: Literal["refuse", "drop", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
     search: SearchPlan = field(default_factory=SearchPlan)
+    looks: str | None = None  # column of items.parquet; with one, the method of role vanilla probes the images for it
     notes: tuple[str, ...] = ()
 
     def method(self, name: str) -> Method:
@@ -263,7 +271,7 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
 
 
 def _variant(base: Method, grid: Grid, value: Any) -> Method:
-    common: Json = {"analyses": (grid.analysis,), "varies": grid.varies, "of": base.name, "paper": None}
+    common: Json = {"analyses": (grid.analysis,), "varies": grid.varies, "of": base.name, "paper": None, "role": None}
     if grid.varies == "backbone":
         name = f"{base.name} on {Path(str(value)).name}"
         return dataclasses.replace(
@@ -306,7 +314,14 @@ def _check(study: Study, where: str) -> None:
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
     slugs: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for method in study.methods:
+        if method.role and roles.setdefault(method.role, method.name) != method.name:
+            raise ConfigError(
+                f"methods {roles[method.role]!r} and {method.name!r} both have the role {method.role}",
+                "one method for a role",
+                "remove the role of one",
+            )
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
             raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")
@@ -494,6 +509,15 @@ def _evaluate(context: RunContext, embeddings: Path) -> Step:
     )
 
 
+def _probe_images(context: RunContext) -> Step:
+    """Return the step that probes the untrained backbone's image tokens for how the items look."""
+    exported = _export_settings(context)
+    values = {name: exported[name] for name in ("max_pixels", "dtype", "vision_cache", "revision") if name in exported}
+    given = {"data": context.data, "backbone": context.backbone, "column": context.study.looks}
+    out = context.out("image-probe")
+    return context.step(PROBE_IMAGES, settings.ProbeImagesConfig, out, schema.PROBE_FILE, [], **(values | given))
+
+
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
     values = {**context.study.recommender, **context.method.recommender}
     given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
@@ -586,6 +610,8 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
         steps.append(embedded)
         if 1 in tasks:
             steps.append(_evaluate(embedding, embedded.folder))
+        if context.method.role == "vanilla" and context.study.looks and not context.prefix:
+            steps.append(_probe_images(embedding))
     if not fixed or context.seed is not None:
         steps += [_recommend(context, model, embedded.folder) for model in models]
     return steps

@@ -4,6 +4,7 @@ results.parquet      one row per method, seed, dataset, task, model, protocol, v
 users.parquet        metrics per user, means over candidate sets; the bootstrap resamples these
 comparisons.parquet  the reference against every other method: t-test over seeds with Holm, interval over users
 geometry.parquet     A_pos, A_neg, U, S per view; U over pairs of users and of items, the offset of their means
+views.parquet        per user of the study's dataset: N@20 of each pair of views, A_pos and A_neg of each view
 curves.parquet       training, validation, probes and gradients over the steps
 warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
@@ -28,6 +29,7 @@ import polars as pl
 from rich.table import Table
 
 from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
+from vlm2rec.downstream.evaluation.protocol import PAIRS, SAME_VIEW
 from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.checksums import first_damage, is_intact
@@ -37,7 +39,17 @@ from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments import controls, ledger
 from vlm2rec.pipelines.experiments.domains import shared_facts, shared_targets
-from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
+from vlm2rec.pipelines.experiments.methods import (
+    PROBE_IMAGES,
+    SOURCES,
+    Json,
+    Run,
+    Step,
+    Study,
+    Target,
+    seeds_of,
+    varied_value,
+)
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
 STUDY_FILE = "study.json"  # of a study folder: the study and its settings
@@ -87,6 +99,12 @@ _TABLES: dict[str, dict[str, Any]] = {
         **{name: _RESULT[name] for name in ("method", "seed", "dataset", "view")},
         **dict.fromkeys((*GEOMETRY, *DISPERSION), pl.Float64),  # evaluations of earlier versions lack the latter
     },
+    "views": {
+        **{name: _RESULT[name] for name in ("method", "seed")},
+        schema.USER_ID: pl.String,
+        **dict.fromkeys(PAIRS, pl.Float64),
+        **{f"{name}_{view}": pl.Float64 for name in schema.DISTANCES for view in schema.VIEWS},
+    },
     "curves": {
         **{name: _RESULT[name] for name in ("method", "seed")},
         "kind": pl.String,
@@ -131,11 +149,13 @@ _TABLES: dict[str, dict[str, Any]] = {
         "of": pl.String,
         "values": pl.String,
         "fixed": pl.Boolean,
+        "role": pl.String,
     },
     "about": {"key": pl.String, "value": pl.String},
 }
 TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
-_LATER = ("trials",)  # studies of earlier versions do not have these files
+ADDED = ("views", "trials")
+"""Tables that studies of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +220,7 @@ def collect(
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
     left_out = _left_out(study, domains, datasets[home.name], datasets)
     rows = list(_users(measured, datasets, left_out))
+    of_views = list(_views(each for each in measured if each.dataset == home.name))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
     results = pl.concat([_frame("results", _results(measured, left_out)), _group_metrics(users, study.cold_start)])
     require_bound(results)
@@ -208,23 +229,32 @@ def collect(
         "users": users,
         "comparisons": _frame("comparisons", _comparisons(study, users)),
         "geometry": _frame("geometry", _geometry(measured)),
+        "views": pl.concat(of_views) if of_views else _frame("views", ()),
         "curves": _frame("curves", _curves(done)),
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
         "trials": _frame("trials", trials),
         "methods": _frame("methods", _methods(study)),
-        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, search)),
+        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, search, _looks(done))),
         **neighbour_tables(study, [(each.run.method, each.step.folder) for each in embedded], home.data),
     }
     for name, table in tables.items():
         _write(table, out / f"{name}.parquet")
 
 
+def read_all(out: Path) -> dict[str, pl.DataFrame]:
+    """Read every Parquet file of a study; those that its version did not write yet are empty."""
+    found = {name: read(out, name) for name in TABLE_NAMES if name not in ADDED}
+    earlier = "role" not in found["methods"].columns
+    for name in ADDED:
+        absent = earlier and not (out / f"{name}.parquet").exists()
+        found[name] = _frame(name, ()) if absent else read(out, name)
+    return found
+
+
 def read(out: Path, name: str) -> pl.DataFrame:
     """Read one of the study's Parquet files."""
     path = out / f"{name}.parquet"
-    if not path.is_file() and name in _LATER:
-        return pl.DataFrame(schema=_TABLES[name])
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist", "the results of a study", "run `vlm2rec study` first")
     try:
@@ -349,6 +379,31 @@ def _users(
         for key in _keys(done):
             constants = [pl.lit(value, _RESULT[name]).alias(name) for name, value in key.items()]
             yield means.with_columns(constants).select(order).cast(pl.Schema(_TABLES["users"]))
+
+
+def _views(measured: Iterable[FinishedStep]) -> Iterator[pl.DataFrame]:
+    """Yield each run's N@20 per user and pair of views, means over candidate sets, and the users' A_pos and A_neg."""
+    order = list(_TABLES["views"])
+    for done in measured:
+        if done.step.command != "evaluate":
+            continue
+        table = pl.read_parquet(done.step.folder / schema.USERS_FILE).filter(pl.col("protocol") == "candidates")
+        # an evaluation of an earlier version has no distances
+        table = table.with_columns(
+            pl.lit(None, pl.Float64).alias(n) for n in schema.DISTANCES if n not in table.columns
+        )
+        pairs = [pair for pair in PAIRS if (table["view"] == pair).any()]
+        parts = [table.filter(pl.col("view") == pair).group_by(schema.USER_ID, maintain_order=True) for pair in pairs]
+        wide = table.select(schema.USER_ID).unique(maintain_order=True)
+        for pair, part in zip(pairs, parts, strict=True):
+            wanted = [pl.col(COMPARED).mean().alias(pair)]
+            if pair in SAME_VIEW:  # one candidate set has them
+                wanted += [pl.col(name).mean().alias(f"{name}_{SAME_VIEW[pair]}") for name in schema.DISTANCES]
+            wide = wide.join(part.agg(wanted), on=schema.USER_ID, how="left", maintain_order="left")
+        wide = wide.with_columns(pl.lit(None, pl.Float64).alias(name) for name in order[3:] if name not in wide.columns)
+        for key in _keys(done):
+            constants = [pl.lit(key[name], _RESULT[name]).alias(name) for name in ("method", "seed")]
+            yield wide.with_columns(constants).select(order).cast(pl.Schema(_TABLES["views"]))
 
 
 def _target_frequency(dataset: Dataset) -> pl.DataFrame:
@@ -517,6 +572,7 @@ def _methods(study: Study) -> Iterator[Json]:
             "of": method.of,
             "values": json.dumps(values),
             "fixed": SOURCES[method.source].train is None and SOURCES[method.source].embed is not None,
+            "role": method.role,
         }
 
 
@@ -529,6 +585,7 @@ def _about(
     datasets: dict[str, Dataset],
     embedded: Iterable[FinishedStep],
     search: Json | None,
+    looks: Json | None,
 ) -> Iterator[Json]:
     data = datasets[home.name]
     written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
@@ -560,10 +617,16 @@ def _about(
         "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
         "settings": _changed_settings(runs),
         "search": search,
+        "looks": looks,
         **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }
     for key, value in facts.items():
         yield {"key": key, "value": json.dumps(value)}
+
+
+def _looks(done: Iterable[FinishedStep]) -> Json | None:
+    """Return what the probe of the image tokens found; None if there was none."""
+    return next((each.read(schema.PROBE_FILE) for each in done if each.step.command == PROBE_IMAGES), None)
 
 
 def _changed_settings(runs: Iterable[Run]) -> dict[str, dict[str, Json]]:

@@ -7,17 +7,17 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError, did_you_mean
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import headline, log
 from vlm2rec.pipelines.experiments import controls, ledger, results, selection
 from vlm2rec.pipelines.experiments.domains import shared_targets
-from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
+from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, LOOKS, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.selection import Search
 from vlm2rec.pipelines.experiments.workers import workers
 
@@ -29,6 +29,7 @@ _ROUGH_SECONDS = {
     "encoder": 0.02,  # an item, by export-items
     "question": 0.1,
     "evaluate": 0.005,  # a user
+    "probe-images": 0.002,  # an item whose image the export has read
     "SASRec": 0.00016,  # an interaction in an epoch
     "GRU4Rec": 0.00009,
     "BERT4Rec": 0.00025,
@@ -118,7 +119,7 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     """
     assert config.data is not None and config.backbone is not None
     data = Dataset(config.data).warm()
-    study = read_study(config, len(data.user_ids), more)
+    study = _with_looks(read_study(config, len(data.user_ids), more), data)
     home = Target(data.name, config.data)
     searches: list[Search] = []
     undecided: frozenset[str] = frozenset()
@@ -135,6 +136,21 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     shuffled = controls.shuffled_folder(config.out)  # it has the same items and users
     datasets[shuffled], marks[shuffled] = datasets[home.data], controls.shuffled_mark(marks[home.data])
     return Schedule(study, config.out, home, domains, planned, datasets, marks, searches, undecided)
+
+
+def _with_looks(study: Study, data: Dataset) -> Study:
+    """Return the study with the column of its looks: the one it names, else `LOOKS` if the items have it."""
+    columns = data.items.column_names
+    if study.looks is None:
+        return replace(study, looks=LOOKS) if LOOKS in columns and data.has_images else study
+    if study.looks not in columns:
+        near = did_you_mean(study.looks, columns)
+        raise ConfigError(
+            f"looks: {study.looks}{near} is not a column of {data.path / schema.ITEMS_FILE}",
+            f"one of {', '.join(columns)}",
+            "correct the YAML, or leave it out: the gate of the looks is then not measured",
+        )
+    return study
 
 
 def mark_of(data: Dataset) -> str:

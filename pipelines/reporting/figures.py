@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -23,6 +24,7 @@ from vlm2rec.pipelines.experiments.methods import FAMILIES, FEW_SHOT, MAIN, SENS
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting.style import COLOURS, ID, INK, MUTED, OTHERS, SFT, STYLE, VANILLA, VLM2REC, Picture
 from vlm2rec.pipelines.reporting.tables import SFT_ROW, VANILLA_ROW, VIEW_PAIRS, Results, grid_values
+from vlm2rec.pipelines.reporting.verdicts import CURE, Verdicts, verdicts
 
 VIEW_STYLES: dict[str, Any] = {schema.FUSED: "solid", schema.TEXT: (0, (5, 1.5)), schema.IMAGE: (0, (1.2, 1.4))}
 _SYMBOLS = {"tau_wpcl": r"$\tau_{WPCL}$", "tau_crtr": r"$\tau_{CRTR}$", "lam": r"$\lambda$"}
@@ -44,10 +46,12 @@ class Drawn:
 OURS = "vlm2rec report"  # in the metadata of every picture
 
 
-def draw(results: Results) -> list[Drawn]:
-    """Draw every figure that the study has data for."""
+def draw(results: Results, found: Verdicts | None = None) -> list[Drawn]:
+    """Draw every figure that the study has data for; `found` are its verdicts, if they are known already."""
+    of_verdicts = partial(intervals, found=found)
     makers: tuple[Callable[[Results], Drawn | None], ...] = (
         differences,
+        of_verdicts,
         view_bars,
         recommender_bars,
         geometry_dots,
@@ -228,6 +232,33 @@ def sensitivity(results: Results) -> Drawn | None:
 
 
 # --- further figures ----------------------------------------------------------------------------------------
+
+
+def intervals(results: Results, found: Verdicts | None = None) -> Drawn | None:
+    """The differences that decide the paradox and the cure, with their intervals over users."""
+    found = verdicts(results) if found is None else found
+    measured = [(claim, each) for claim in found.claims if (each := claim.measured) is not None]
+    if not measured:
+        return None
+    # S differs by other amounts than N@20
+    groups = [[pair for pair in measured if pair[0].key.endswith("separates") == s] for s in (False, True)]
+    heights = [len(group) for group in groups if group]
+    figure = Figure(figsize=(9.6, 1.3 + 0.3 * sum(heights)), layout=ConstrainedLayoutEngine(hspace=0.08))
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    titles = [f"{COMPARED}", "separability $S$"]
+    for axes, (title, group) in zip(panels, [p for p in zip(titles, groups, strict=True) if p[1]], strict=True):
+        for place, (claim, each) in enumerate(group):
+            colour = COLOURS[VLM2REC] if claim.family == CURE else COLOURS[SFT]
+            axes.plot([each.low, each.high], [place, place], color=colour, linewidth=2.4)
+            axes.plot([each.difference], [place], "o", color=colour, markersize=6)
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        axes.set_yticks(
+            range(len(group)), [_plain(f"{claim.family}: {claim.text}") for claim, _ in group], fontsize=7.5
+        )
+        axes.set_ylim(len(group) - 0.4, -0.6)
+        axes.set_xlabel(f"difference, {title}")
+        axes.spines["left"].set_visible(False)
+    return _saved(figure, "verdicts", "Differences that decide the paradox and the cure, with bootstrap intervals")
 
 
 def differences(results: Results) -> Drawn | None:

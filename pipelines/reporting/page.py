@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,36 @@ from typing import Any
 import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
 
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments.methods import Json
 from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting import figures, tables
+from vlm2rec.pipelines.reporting.gates import PASSED, UNMEASURED, Gate
 from vlm2rec.pipelines.reporting.style import VARIABLES
 from vlm2rec.pipelines.reporting.tables import Cell, Group, Results, Row, Sheet, number
-from vlm2rec.pipelines.reporting.verdicts import HOLDS, OPEN, Claim, verdicts
+from vlm2rec.pipelines.reporting.verdicts import (
+    CURE,
+    HOLDS,
+    OPEN,
+    PAPER,
+    PARADOX,
+    UNTESTABLE,
+    Claim,
+    Verdicts,
+    verdicts,
+)
 
 TEMPLATE = "page.html.j2"
 PAGE_FILE = "report.html"
 FIGURES = "figures"
+VERDICTS_FILE = "verdicts.json"
+"""The gates and the verdicts for programs, beside the page."""
 VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
 MOST_STAGES = 40
 """Up to this many steps, each step has a bar; above it, each kind of step has one."""
@@ -92,7 +108,9 @@ class Page:
     seconds: float
     counts: Sheet | None
     index: str
-    verdicts: list[Claim]
+    gates: list[Gate]
+    families: list[list[Claim]]  # the first claim of each sums up the others
+    verdicts: list[Claim]  # the other claims
     one_seed: bool
     sections: list[Section]
     figures: dict[str, Markup]
@@ -122,9 +140,13 @@ def run(study: Path, out: Path | None = None) -> Path:
     """
     out = study / PAGE_FILE if out is None else out
     _require_ours(out)
+    machine = out.parent / VERDICTS_FILE
+    if machine.exists() and not schema.is_written_by(machine, figures.OURS):
+        raise _not_ours(machine)
     results = Results.open(study)
-    drawn = figures.draw(results)
-    page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn})
+    found = verdicts(results)
+    drawn = figures.draw(results, found)
+    page = make_page(results, {each.name: Markup(each.picture.inline()) for each in drawn}, found)
     folder = out.parent / FIGURES
     pictures = {folder / f"{each.name}.svg": each.picture.svg.encode() for each in drawn}
     pictures |= {folder / f"{each.name}.png": each.png for each in drawn}
@@ -138,8 +160,25 @@ def run(study: Path, out: Path | None = None) -> Path:
                     old.unlink()
         for path, content in pictures.items():
             publish.write_whole(path, content)
+        schema.write_json(machine, {"written_by": figures.OURS, "dataset": results.dataset, **found.plain()})
         schema.write_text(out, render(page))
     return out
+
+
+def print_verdicts(page: Path) -> None:
+    """Print the gates and verdicts that `run` wrote beside a page."""
+    found = schema.read_json(page.parent / VERDICTS_FILE, "the verdicts of a study", "run `vlm2rec report` again")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for gate in found["gates"]:
+        table.add_row(Text(f"gate {gate['status']}"), Text(f"{gate['text']}: {gate['found']}"))
+    for claim in found["claims"]:
+        if claim["family"] == PAPER:
+            continue
+        sums_up = claim["key"] == claim["family"]
+        table.add_row(Text(claim["verdict"], "bold" * sums_up), Text(f"{claim['text']}: {claim['found']}"))
+    log.print(table)
 
 
 # what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
@@ -149,11 +188,15 @@ _PAGE_MARKS = (b'<meta name="generator" content="vlm2rec">', b"--vlm2rec: #d1500
 
 def _require_ours(path: Path) -> None:
     if path.exists() and not _is_ours(path):
-        raise ConfigError(
-            f"{path} exists, and `vlm2rec report` has not written it",
-            "a new file, or an earlier page with its figures",
-            f"move it away, or give another --out: the figures go to {FIGURES}/ beside the page",
-        )
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} exists, and `vlm2rec report` has not written it",
+        "a new file, or an earlier page with its figures",
+        f"move it away, or give another --out: {VERDICTS_FILE} and {FIGURES}/ go beside the page",
+    )
 
 
 def _is_ours(path: Path, *, marked: bool = False) -> bool:
@@ -178,12 +221,13 @@ def render(page: Page) -> str:
     filters: dict[str, Callable[..., Any]] = {"number": number, "seconds": duration}
     environment.filters.update(filters)
     template = environment.get_template(TEMPLATE)
-    return template.render(page=page, views=VIEW_ORDER, holds=HOLDS, open=OPEN, among=NEAREST)
+    good, neutral = (HOLDS, PASSED), (OPEN, UNTESTABLE, UNMEASURED)
+    return template.render(page=page, views=VIEW_ORDER, good=good, neutral=neutral, among=NEAREST)
 
 
-def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
-    """Collect everything that the template prints."""
-    found = verdicts(results)
+def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None = None) -> Page:
+    """Collect everything that the template prints; `found` are its verdicts, if they are known already."""
+    found = verdicts(results) if found is None else found
     pictures = results.frames["pictures"]
     with_picture = pictures.filter(pl.col("picture").is_not_null())
     ids = pictures[schema.ITEM_ID].to_list()
@@ -199,7 +243,9 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
         seconds=_seconds(results),
         counts=tables.counts_sheet(results),
         index=_index(results.facts.get("index")),
-        verdicts=found,
+        gates=found.gates,
+        families=[found.of(PARADOX), found.of(CURE)],
+        verdicts=found.of(PAPER),
         one_seed=results.frames["results"]["seed"].n_unique() == 1,
         sections=[section for section in _sections(results) if section.has(drawn)],
         figures=drawn,
@@ -222,12 +268,14 @@ def make_page(results: Results, drawn: dict[str, Markup]) -> Page:
 # --- sentences ----------------------------------------------------------------------------------------------
 
 
-def _lede(results: Results, found: Sequence[Claim]) -> str:
+def _lede(results: Results, found: Verdicts) -> str:
     among = results.facts["candidates"] + 1
     text = []
-    if found:
-        held = sum(claim.verdict == HOLDS for claim in found)
-        text.append(f"These runs test {len(found)} claims of the paper; {held} hold here.")
+    paradox, cure = (found.of(family)[0].verdict for family in (PARADOX, CURE))
+    text.append(f"The paper’s paradox: {paradox}. Its cure: {cure}.")
+    if tested := found.of(PAPER):
+        held = sum(claim.verdict == HOLDS for claim in tested)
+        text.append(f"Of {len(tested)} other claims of the paper, {held} hold in these runs.")
     if scores := _scores(results, 1, None):
         floor = number(random_floor(COMPARED, among), 3)
         text.append(

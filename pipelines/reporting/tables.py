@@ -17,17 +17,16 @@ from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
 from vlm2rec.downstream.evaluation.statistics import Spread, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
-from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json
+from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json, Role
 from vlm2rec.pipelines.experiments.results import (
     ALL_USERS,
     COMPARED,
     DISPERSION,
     GEOMETRY,
     MAIN_VIEW,
-    TABLE_NAMES,
     TAIL_USERS,
     facts,
-    read,
+    read_all,
 )
 from vlm2rec.pipelines.experiments.selection import grid_text
 from vlm2rec.pipelines.reporting.paper import nearest, read_paper
@@ -78,6 +77,17 @@ class Sheet:
     note: str = ""
 
 
+_FORMER_NAMES: dict[Role, tuple[str, str]] = {
+    "vanilla": ("paper", VANILLA_ROW),
+    "sft": ("paper", SFT_ROW),
+    "text_only": ("paper", "LLM SFT"),
+    "image_only": ("name", "Image only SFT"),
+    "constant_w": ("name", "SFT with constant w"),
+    "sft_best_tau": ("name", "SFT at its best τ"),
+    "shuffled": ("name", "VLM2Rec with shuffled images"),
+}
+"""How methods are known that have no role: by the paper's row beside them, or by their name."""
+
 Key = tuple[str, int, str | None, str, str | None, str, str, str]
 
 
@@ -93,8 +103,7 @@ class Results:
     @classmethod
     def open(cls, out: Path) -> Results:
         """Read every Parquet file of a study."""
-        frames = {name: read(out, name) for name in TABLE_NAMES}
-        return cls(out, frames, facts(out))
+        return cls(out, read_all(out), facts(out))
 
     @property
     def dataset(self) -> str:
@@ -171,6 +180,15 @@ class Results:
             if method["paper"] == paper_row and method["name"] in self._present:
                 return str(method["name"])
         return None
+
+    def role(self, role: Role) -> str | None:
+        """Return the method with a role, if it has results; a study without that role is read by the methods' names."""
+        given = {method.get("role"): str(method["name"]) for method in self.methods}
+        name = given.get(role)
+        if name is None:
+            key, text = _FORMER_NAMES[role]
+            name = next((str(m["name"]) for m in self.methods if m[key] == text and not m["of"]), None)
+        return name if name in self._present else None
 
     def paper_row(self, method: str) -> str | None:
         """Return the row of the paper that a method is compared with."""
