@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from study_world import Tiny, settings
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
@@ -71,7 +72,7 @@ def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
 
 
 def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), "manifest.json", ())
+    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), schema.MANIFEST_FILE, ())
     run = Run(Method(name="any", source="backbone"), 0, tmp_path, (step,))
     with workers(2) as pool:
         pool.start((run, step))
