@@ -548,7 +548,7 @@ def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)
-        told = process.communicate(timeout=10)[1]
+        told = process.communicate(timeout=100)[1]
     finally:
         process.kill()
     return process.returncode, " ".join(told.split())

@@ -28,7 +28,7 @@ from object_store import BUCKET, content, download, names, s3_server, upload
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
 from vlm2rec.embedder.backbones.images import FORMATS
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.process import this_process
@@ -158,6 +158,47 @@ def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
     everything = [*map(shards.record_name, range(3)), *SHARDS]
     assert [schema.STATE_FILE, LOCK_FILE, *everything] in left_behind  # all recorded, no manifest
     assert [schema.STATE_FILE, LOCK_FILE, schema.MANIFEST_FILE, *everything] in left_behind
+
+
+def _former(folder: StorePath) -> None:
+    """Give the files of a folder the names that an earlier version gave them."""
+    for name in names(folder):
+        if name.startswith("_"):
+            publish.rename(folder, name, name.removeprefix("_"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [False, True])
+def test_killed_while_it_gives_today_s_names_the_same_command_goes_on(
+    data: Dataset, whole: Path, store: StorePath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: bool
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    start, both = store / "start", 0
+    for worker in range(2 if finished else 1):
+        make(data, start, distribution=Distribution(num_workers=2, worker=worker))
+    _former(start)
+    files = download(start, tmp_path / "start")
+    assert not any(path.name.startswith("_") for path in files.iterdir())
+    for moment in range(100):
+        out = upload(files, store / str(moment))
+        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed.start()
+        killed.join()
+        left = names(out)
+        documents = [name for name in left if name in (schema.MANIFEST_FILE, "manifest.json")]
+        if finished:
+            assert documents and len(EmbeddingTable.open(str(out)).item_ids) == ITEMS
+        else:
+            with pytest.raises(ArtifactError, match=r"does not exist.*written last"):
+                EmbeddingTable.open(str(out))
+        assert shards.rows_of_shards(out) == [8, 8, 4]
+        both += {"export.json", schema.STATE_FILE} <= {*left} or len(documents) == 2
+        make(data, out, never if finished else ShadeEncoder)
+        assert content(out) == parts(whole) and names(out) == [schema.MANIFEST_FILE, *SHARDS] and verify(out) == []
+        if killed.exitcode == 0 or ({"part-00001.parquet"} < {*left} and not finished):
+            break
+        assert killed.exitcode == -signal.SIGKILL
+    assert both == 1  # a store cannot rename: for a moment, the copy is there as well
 
 
 def test_a_shard_without_a_record_is_adopted_and_not_made_again(data: Dataset, whole: Path, store: StorePath) -> None:

@@ -297,8 +297,8 @@ def test_a_begun_export_goes_on_after_its_finished_shards(tmp_path: Path) -> Non
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", ["opened", "finished"])
-def test_a_look_at_a_folder_that_another_worker_opens_or_finishes_finds_it(
+@pytest.mark.parametrize("step", ["opened", "finished", "renamed"])
+def test_a_look_at_a_folder_that_another_worker_opens_finishes_or_renames_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     plan = plan_of()
@@ -308,12 +308,17 @@ def test_a_look_at_a_folder_that_another_worker_opens_or_finishes_finds_it(
     if step == "finished":
         schema.write_json(state, shards._state(plan))
         manifest.unlink()
+    former = tmp_path / schema.former_name(schema.MANIFEST_FILE)
+    if step == "renamed":
+        manifest.rename(former)
 
     def exists_and_change(self: Path, **choices: Any) -> bool:
         found = exists(self, **choices)
-        if not changed:
+        if not changed and self == manifest:
             changed.append(self)
-            if step == "opened":
+            if step == "renamed":
+                former.rename(manifest)
+            elif step == "opened":
                 schema.write_json(state, shards._state(plan))
                 manifest.unlink()
             else:
