@@ -254,7 +254,7 @@ class FinetuneConfig:
     probe_users: Count = setting("Validation users on whom training is checked for collapse; 0: no check.", 32)
     probe_steps: Count = setting("Steps between two such checks; 0: a twentieth of the run, at least 10.", 0)
     gradient_steps: Count = setting(
-        "Steps between comparisons of the gradients of loss, text and image; these steps take twice as long. 0: never.",
+        "Steps between comparisons of the gradients of loss, text and image, on one batch without dropout. 0: never.",
         0,
     )
     resume: bool = setting("Continue from the last checkpoint in --out; off starts from the beginning.", True)

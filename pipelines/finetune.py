@@ -348,6 +348,7 @@ def _provenance(
             if training.curves["train"]
             else None,
             "collapse": training.curves["warnings"],
+            "gradient_batch": training.gradient_batch,
         },
         "dataset": {
             "name": dataset.name,

@@ -39,9 +39,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     rows, index = np.unique(np.concatenate([histories.targets[users, None], negatives], axis=1), return_inverse=True)
     index = index.reshape(count, -1)
     sequences = [histories.of(int(user)).tolist() for user in users]
-    # a separate feature cache: the probe encodes images in other batches, whose rounding differs; a shared cache would
-    # pass those features to training and change what is learned
-    items = ItemFeatures(dataset, encoder, _CACHE)
+    items = ItemFeatures(dataset, encoder, _CACHE)  # not those of the training, see `ItemFeatures.apart`
 
     def measure() -> dict[str, float]:
         user_vectors = encode_users_together(encoder, items, sequences)

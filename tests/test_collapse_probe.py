@@ -88,6 +88,27 @@ def test_gradients_are_compared_before_the_first_step_and_at_their_interval(watc
         assert all(row[f"norm_{name}"] > 0 for name in ("total", "text", "image"))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_compared_on_one_batch_without_dropout(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    # weights that hardly move: rows differ only if the batch or the dropout does
+    more: dict[str, Any] = {"learning_rate": 1e-12, "lora_dropout": 0.5, "gradient_steps": 1, "samples": "random"}
+    out = tmp_path / "a"
+    config = settings(tiny, drawn_dataset, out, gradient_checkpointing=checkpointing, probe_users=0, **more)
+    assert finetune.run(config) is not None
+    rows = curves(out)["gradients"]
+    assert len(rows) == 6 and {row["fixed_batch"] for row in rows} == {config.batch_size}
+    for row in rows:
+        assert row == pytest.approx(rows[0] | {"step": row["step"]}, rel=1e-4)
+    losses = [row["loss"] for row in curves(out)["train"]]
+    assert np.ptp(losses) > 1e-3, "the batches of the steps differ"
+    # and it is the batch that is recorded, in evaluation mode
+    drawn = np.random.default_rng([config.seed, 5]).choice(30, config.batch_size, replace=False)
+    recorded = json.loads((out / schema.ADAPTER_FILE).read_text())["training"]["gradient_batch"]
+    assert recorded == f"users (rows of sequences.parquet) {drawn.tolist()}"
+
+
 @pytest.mark.parametrize("loss", ["vlm2rec", "sft"])
 def test_watching_changes_no_bit_of_what_is_learned(tiny: Tiny, drawn_dataset: Path, tmp_path: Path, loss: str) -> None:
     finetune.run(settings(tiny, drawn_dataset, tmp_path / "plain", loss=loss, probe_users=0))

@@ -109,8 +109,7 @@ def test_global_negatives_give_the_curves_of_one_process(
 ) -> None:
     expected = alone(runs["global"], tmp_path / "one")
     assert_alike(saved(runs["global"]), expected)
-    # an epoch has each user once: 8 + 8 + 8 + 3 of 27
-    assert [row["batch_users"] for row in saved(runs["global"])["gradients"]] == [8, 8, 8, 3, 8, 8, 8]
+    assert [row["fixed_batch"] for row in saved(runs["global"])["gradients"]] == [8] * 7
 
 
 def test_a_process_without_users_in_the_last_batch_changes_nothing(

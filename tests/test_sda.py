@@ -90,7 +90,7 @@ def test_curves_show_how_often_an_image_finds_its_own_text(trained: Path) -> Non
     assert [row["step"] for row in found["valid"]] == [0, 5, 6]  # 40 items are five batches
     assert [row["step"] for row in found["probe"]] == [0, 6] and "S_text" in found["probe"][0]
     rows = found["gradients"]
-    assert [(row["step"], row["batch_users"]) for row in rows] == [(0, 8), (2, 8), (4, 8)]
+    assert [(row["step"], row["fixed_batch"]) for row in rows] == [(0, 8), (2, 8), (4, 8)]
     # at the first step B is zero, and so is the gradient of A: the cosine is that of B alone
     assert all(-1 <= row[f"cos_text_image_{name}"] <= 1 for row in rows for name in ("q_proj", "k_proj"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from study_world import Tiny, settings
+from study_world import METHODS, Tiny, settings
 
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
@@ -80,3 +82,22 @@ def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: P
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ArtifactError, match=r"a worker of the study was killed.*give the same command again"):
             pool.next()
+
+
+def test_the_control_deals_the_images_anew_and_changes_nothing_else(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    methods = [{**each, "shuffle_images": True} for each in METHODS if each["name"] == "vanilla"]
+    plan = {"main": {"seeds": [0], "tasks": [1], "models": []}}
+    config = settings(tiny, drawn_dataset, tmp_path, methods=methods, reference="vanilla", grids=[], plan=plan)
+    study.run(dataclasses.replace(config, analyses=("main",)))
+    control, home = Dataset(config.out / "shuffled-images"), Dataset(drawn_dataset)
+    own, dealt = (data.items[schema.IMAGE_PATH].to_pylist() for data in (home, control))
+    assert own != dealt and sorted(own) == sorted(dealt)
+    assert control.items.drop_columns(schema.IMAGE_PATH) == home.items.drop_columns(schema.IMAGE_PATH)
+    assert control.sequences == home.sequences and control.image_root == home.image_root
+    rows = pl.read_parquet(config.out / "results.parquet")
+    assert set(rows["dataset"]) == {home.name}, "the control has the users and items of the dataset"
+    before = (config.out / "shuffled-images" / "dataset.json").stat().st_mtime_ns
+    study.run(dataclasses.replace(config, analyses=("main",)))
+    assert (config.out / "shuffled-images" / "dataset.json").stat().st_mtime_ns == before

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.training.losses import VLM2RecLoss, penalty_weight
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, read_study, runs
@@ -318,3 +321,31 @@ def test_a_grid_over_sda_knows_its_own_defaults(tmp_path: Path) -> None:
     grids = [{"analysis": "sensitivity", "of": "SDA", "varies": "lora_rank", "values": [8, 16]}]
     found = study(tmp_path, grids=grids)
     assert [method.name for method in found.methods if method.of == "SDA"] == ["SDA (lora_rank=16)"]
+
+
+# --- arms -------------------------------------------------------------------------------------------------------
+def test_the_arms_are_run_only_on_request_and_in_task_1(tmp_path: Path) -> None:
+    assert "arms" not in read_study(StudyConfig(out=Path("out"))).analyses
+    laid = laid_out(read_study(StudyConfig(out=Path("out"), analyses=("arms",), seeds=(0,))))
+    assert {name for name, _ in laid} == {
+        *("VLM vanilla (external)", "SFT (external)", "Text only SFT", "Image only SFT", "SFT with constant w"),
+        *("VLM2Rec", "VLM2Rec w/o CRTR", "VLM2Rec by means", "VLM2Rec with shuffled images"),
+    }
+    for run in laid.values():
+        assert [name for name in names(run) if name != "adapter"] in (["embeddings", "evaluate"], [])
+
+
+def test_an_arm_with_shuffled_images_reads_them_in_every_step_and_cannot_go_elsewhere(tmp_path: Path) -> None:
+    found = study(tmp_path, analyses=["arms"])
+    shuffled = laid_out(found)["VLM2Rec with shuffled images", 0]
+    assert {step.config.data for step in shuffled.steps} == {Path("out/shuffled-images")}
+    method = {"name": "VLM2Rec", "source": "finetune", "analyses": ["cross-domain"], "shuffle_images": True}
+    with pytest.raises(ConfigError, match="with their own images"):
+        laid_out(study(tmp_path, methods=[method]), (THERE,))
+
+
+def test_a_constant_w_does_not_depend_on_the_margins(tmp_path: Path) -> None:
+    values = study(tmp_path, analyses=["arms"]).method("SFT with constant w").finetune
+    loss = VLM2RecLoss(alpha=values["alpha"], learnable=values["learnable"], crtr=values["crtr"])
+    weight = penalty_weight(torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3), loss.alpha, loss.beta)
+    assert torch.allclose(weight, torch.full((3,), 1 + math.log(2.0)), atol=1e-6)

@@ -73,6 +73,7 @@ STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
 INDEX_FILE = "index.json"  # of an index folder, written last
 ADAPTER_FILE = "vlm2rec.json"  # of an adapter folder, written last
 CURVES_FILE = "curves.json"  # of an adapter folder: how the training went
+FIXED_BATCH = "fixed_batch"  # of a row about gradients: the samples of the batch, which is the same at every step
 METRICS_FILE = "metrics.json"  # of a folder of metrics, of either task, written last
 USERS_FILE = "users.parquet"  # of a folder of metrics: those of each user
 METRICS = ("H@10", "H@20", "N@10", "N@20")  # hit rate and NDCG among the first 10 and 20

@@ -40,6 +40,14 @@ class ItemFeatures:
         self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
         self.unreadable: dict[str, str] = {}
 
+    def apart(self, cache_bytes: int = 2**28) -> ItemFeatures:
+        """Return the same items with a cache of their own, for what is measured beside a training.
+
+        It encodes images in other batches, whose rounding differs; a shared cache would pass those features to the
+        training and change what is learned.
+        """
+        return ItemFeatures(self._dataset, self._encoder, cache_bytes)
+
     def titles(self, rows: Iterable[int]) -> list[str]:
         """Return the prepared titles of `rows`."""
         return [self._title(int(row)) for row in rows]

@@ -1,10 +1,10 @@
 """How much each modality contributes to an update: cosines between gradients (Fig. 1b of the VLM2Rec paper).
 
-    g_total   gradient of the loss that is trained, on the current batch
+    g_total   gradient of the loss that is trained
     g_T, g_V  gradients of the contrastive objective (Eq. 3) with one modality's vectors alone, users and items
 
-All three are taken with respect to the same parameters and from the same forward pass, so under the same dropout
-masks: no random number is drawn, and the graph is kept for the step itself. The penalty of Eq. 9 compares two
+All three are taken with respect to the same parameters and from the same forward pass, of the same batch: `train` takes
+one that stays the same over the whole run, without dropout. The penalty of Eq. 9 compares two
 modalities and does not exist for one alone; with VLM2Rec too, g_T and g_V are therefore gradients of plain InfoNCE.
 
 SDA has a loss between the two modalities (section 3.3.3 of its paper): there g_T is its gradient with the image

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -46,9 +46,10 @@ from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS
 from vlm2rec.embedder.training.monitor import Collapse, Probe, by_step, collapses, starved
 
-# the key of a probe's row, and that of a gradient's row, for the number of users that it was measured on
+# the key of a probe's row, and those of a row about gradients, for the number of users that it was measured on; the
+# second is of earlier versions, which compared gradients on the batch of the step, with dropout
 _PROBE = "probe_users"
-_GRADIENTS = "batch_users"
+_GRADIENTS = {schema.FIXED_BATCH, "batch_users"}
 _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its graph needs the memory anyway
 
 
@@ -179,6 +180,7 @@ class Training:
     curves: dict[str, list[dict[str, Any]]]
     steps: int
     best: dict[str, float]
+    gradient_batch: str = ""  # the samples on which gradients were compared
 
 
 Validate = Callable[[], dict[str, float]]
@@ -202,6 +204,9 @@ def train(
     Checkpoints are in `out/checkpoints`, and the next call continues from the newest whole one, whatever moment the
     call before was killed at: it learns, validates and logs the same. The caller removes them once the adapter is
     saved, or earlier to start again. Neither `probe` nor `settings.gradient_steps` changes a bit of what is learned.
+
+    Gradients are compared on one batch that the seed draws, without dropout: their curves then show what the training
+    changes, and not which samples a step happened to have.
 
     Processes that train together (`distributed.joined`) all call this, with `out` on a shared disk. The batch of a
     step is that of a single process with `batch_size` times their number. Each takes an equal share of it, also of an
@@ -262,6 +267,7 @@ def train(
         frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     watch = _Watch(model, samples, steps_an_epoch, validate, on_step, probe, on_collapse)
+    gradients = _Gradients(model, samples, settings) if settings.gradient_steps else None
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -270,7 +276,7 @@ def train(
         optimizers=(_optimizer(model, settings), None),
         callbacks=[watch],
         watch=watch,
-        gradient_steps=settings.gradient_steps,
+        gradients=gradients,
     )
     trainer.remove_callback(PrinterCallback)
     if distributed.rank():  # the trainer gave all the same seed: users at the same position would share their dropout
@@ -279,7 +285,7 @@ def train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
         _checkpointing(backbone.language_model, "disable")
-    return watch.finish(trainer.state)
+    return replace(watch.finish(trainer.state), gradient_batch=gradients.described if gradients else "")
 
 
 def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *arguments: dict[str, Any]) -> None:
@@ -301,11 +307,11 @@ def _optimizer(model: Model, settings: TrainingSettings) -> torch.optim.AdamW:
 class _Trainer(Trainer):
     """transformers' Trainer with our loss, our log, and our checkpoints (`checkpoints`)."""
 
-    def __init__(self, watch: _Watch, gradient_steps: int, **arguments: Any) -> None:
+    def __init__(self, watch: _Watch, gradients: _Gradients | None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._learner: Model = arguments["model"]
         self._watch = watch
-        self._gradient_steps = gradient_steps
+        self._gradients = gradients
         self._parts: list[dict[str, Tensor]] = []
 
     def get_train_dataloader(self) -> DataLoader:
@@ -327,8 +333,9 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         step = self.state.global_step
-        due = self._gradient_steps > 0 and step % self._gradient_steps == 0
-        loss, log, alignment = model(**inputs, with_gradients=due)
+        if self._gradients and self._gradients.is_due(step):
+            self.state.log_history.append({"step": step, **self._gradients.compare(self._prepare_inputs)})
+        loss, log, _ = model(**inputs)
         if not torch.isfinite(loss):
             raise ModelError(
                 f"the loss is {loss.item()} at step {step + 1}, with {self._learner.named(inputs)}",
@@ -336,9 +343,6 @@ class _Trainer(Trainer):
                 "lower --learning-rate, raise the temperatures, or use --dtype float32",
             )
         self._parts.append(log)
-        if due:
-            samples = sum(distributed.from_all(len(next(iter(inputs.values())))))
-            self.state.log_history.append({"step": step, _GRADIENTS: samples, **alignment})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -458,6 +462,48 @@ def _validated(state: TrainerState) -> dict[int, float]:
     return {row["step"]: row["N@20"] for row in state.log_history if "N@20" in row}
 
 
+class _Gradients:
+    """Compares the gradients of a loss and of each modality on one batch, the same at every step, without dropout.
+
+    No random number of the training is drawn, no `.grad` is touched, and the images have a cache of their own.
+    """
+
+    def __init__(self, model: Model, samples: TrainingSamples, settings: TrainingSettings) -> None:
+        self._model, self._every = model, settings.gradient_steps
+        samples.set_epoch(0)  # a run that goes on later has the same batch
+        self._count = min(settings.batch_size * distributed.count(), len(samples))
+        drawn = np.random.default_rng([settings.seed, 5]).choice(len(samples), self._count, replace=False)
+        self._batch = model.collate([samples[int(place)] for place in drawn])
+        self._items = model.items.apart()
+        self.described = "; ".join(distributed.from_all(model.named(self._batch)))
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether gradients are compared before this step."""
+        return step % self._every == 0
+
+    def compare(self, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, float]:
+        """Return a row of the curves; `prepare` puts a batch on the device."""
+        with self._without_dropout():
+            _, _, alignment = self._model(**prepare(self._batch), with_gradients=True)
+        return {schema.FIXED_BATCH: self._count, **alignment}
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        backbone, items = self._model.encoder.backbone, self._model.items
+        device = backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._model.eval()
+            for layer in backbone.language_model.modules():
+                if getattr(layer, "gradient_checkpointing", False):
+                    layer.training = True  # only a layer in training is checkpointed; the modules inside it are not
+            self._model.items = self._items
+            try:
+                yield
+            finally:
+                self._model.items = items
+                self._model.train()
+
+
 class _Watch(TrainerCallback):
     """Validates at the end of each epoch, keeps the best weights, and reports every step."""
 
@@ -568,7 +614,7 @@ class _Watch(TrainerCallback):
             "train": _training_rows(state),
             "valid": valid,
             "probe": probes,
-            "gradients": [row for row in state.log_history if _GRADIENTS in row],
+            "gradients": [row for row in state.log_history if _GRADIENTS.intersection(row)],
             "warnings": [asdict(found) for found in by_step(collapses(probes), starved(_training_rows(state)))],
         }
         return Training(curves, state.global_step, best)

@@ -20,12 +20,15 @@ from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
 from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.experiments import controls
 from vlm2rec.pipelines.read_config import read_yaml
 
 Json = dict[str, Any]
 MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensitivity"
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
-ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START)
+ARMS = "arms"
+"""Not of the paper: the rivals that VLM2Rec has to beat before its two losses are the reason, in Task 1."""
+ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START, ARMS)
 DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
     Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
 )
@@ -57,6 +60,7 @@ class Method:
     evaluate: Json = field(default_factory=dict)
     recommender: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)  # settings of the source itself: a file, a folder
+    shuffle_images: bool = False  # give items the images of others, to see what looks are worth
     varies: str | None = None  # in a grid: the setting that differs from the method `of`
     of: str | None = None
 
@@ -465,7 +469,8 @@ def runs(study: Study, out: Path, source: Target, domains: Sequence[Target], bac
         fixed = SOURCES[method.source].embed is not None and SOURCES[method.source].train is None
         for seed in [ANY_SEED, *seeds] if fixed else seeds:
             folder = out / method.slug / ("seed-any" if seed is None else f"seed-{seed}")
-            context = RunContext(study, method, seed, source.data, method.backbone or backbone, device, folder)
+            data = controls.shuffled_folder(out) if method.shuffle_images else source.data
+            context = RunContext(study, method, seed, data, method.backbone or backbone, device, folder)
             steps = _steps(context, plans, domains)
             if steps:
                 order = (-1 if seed is None else seeds.index(seed), number)
@@ -494,10 +499,10 @@ def _steps(context: RunContext, plans: Mapping[str, AnalysisPlan], domains: Sequ
     steps += _measuring_steps(context, source, list(plans.values()))
     if CROSS_DOMAIN in plans:
         for domain in domains:
-            if not source.embeds_new_items:
+            if not source.embeds_new_items or context.method.shuffle_images:
                 raise ConfigError(
                     f"method {context.method.name!r} takes part in {CROSS_DOMAIN}",
-                    "a source that can embed items it has not seen before",
+                    "a source that can embed items it has not seen before, with their own images",
                     f"remove {CROSS_DOMAIN} from its analyses",
                 )
             on_domain = dataclasses.replace(context, data=domain.data, prefix=domain.prefix)

