@@ -15,7 +15,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.provenance import library_versions
 from vlm2rec.embedder.contract.publish import require_ours
-from vlm2rec.embedder.export.lock import LOCK_FILE, writing
+from vlm2rec.embedder.export.lock import writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
 from vlm2rec.pipelines.experiments import results, selection
@@ -37,6 +37,7 @@ from vlm2rec.pipelines.reporting import page
 from vlm2rec.pipelines.synthetic import laboratory
 
 WRITTEN_BY = "vlm2rec study"
+LOCK_FILE = "export.lock"  # of a study folder; earlier versions look for this name
 LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 
 
@@ -60,7 +61,7 @@ def run(config: StudyConfig) -> Path:
         if config.plan_only:
             _announce_plan(*_plan(config), config)
             return config.out
-    with writing(config.out):
+    with writing(config.out, lock_file=LOCK_FILE):
         config = _with_laboratory(config) if config.demo else config
         schedule, wanted = _settled_plan(config)
         _announce_plan(schedule, wanted, config)

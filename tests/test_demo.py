@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import demo
@@ -72,7 +73,7 @@ def facts(out: Path) -> dict[str, Any]:
 def test_every_stage_leaves_its_output(finished: tuple[Path, str]) -> None:
     out, _ = finished
     for folder in FOLDERS.values():
-        assert read(out / folder / "embeddings" / "manifest.json")["views"] == ["fused", "text", "image"]
+        assert read(out / folder / "embeddings" / schema.MANIFEST_FILE)["views"] == ["fused", "text", "image"]
         assert read(out / folder / "evaluate" / "metrics.json")["task"] == 1
     for model in ("SASRec", "GRU4Rec"):
         assert read(out / "id" / "seed-0" / f"recommender-{model}" / "metrics.json")["start"] == "id"

@@ -86,7 +86,7 @@ def said_of(folder: Path) -> dict[str, Any]:
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     table = pq.read_table([folder / "emb" / f"part-{n:05}.parquet" for n in range(3)])
     vectors = {view: np.stack(table[view].to_numpy()) for view in VIEWS}
-    manifest = read("emb", "manifest.json")
+    manifest = read("emb", "_manifest.json")
     settings, of_weights = manifest["settings"], ("backbone_hash", "processor_hash", "adapter")
     elsewhere = ("images", *of_weights)  # they hold file times, and bits of this processor
     task1, task2 = read("task1", "metrics.json"), read("sasrec", "metrics.json")
@@ -99,7 +99,7 @@ def said_of(folder: Path) -> dict[str, Any]:
             "columns": table.column_names,
             "status": sorted(set(table["status"].to_pylist())),
             "settings": {key: value for key, value in settings.items() if key not in elsewhere},
-            "keys": sorted(json.loads((folder / "emb" / "manifest.json").read_text())),
+            "keys": sorted(json.loads((folder / "emb" / "_manifest.json").read_text())),
         },
         "adapter_keys": sorted(json.loads((folder / "adapter" / "vlm2rec.json").read_text())),
         "curves": read("adapter", "curves.json"),

@@ -99,7 +99,7 @@ def test_every_run_holds_the_folders_of_the_single_commands(finished: Path) -> N
     }
     for run in trained:
         assert (finished / run / "adapter" / "adapter_model.safetensors").is_file()
-        assert (finished / run / "embeddings" / "manifest.json").is_file()
+        assert (finished / run / "embeddings" / schema.MANIFEST_FILE).is_file()
     assert "vlm2rec finetune" in (finished / "sft" / "seed-0" / "log.txt").read_text()
 
 

@@ -94,7 +94,7 @@ def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
 
 
 def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), "manifest.json", ())
+    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), schema.MANIFEST_FILE, ())
     run = Run(Method(name="any", source="backbone"), 0, tmp_path, (step,))
     with workers(2) as pool:
         pool.start((run, step))

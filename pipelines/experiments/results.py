@@ -175,7 +175,7 @@ class FinishedStep:
         """
         folder = self.step.folder
         what, fix = f"a file that `vlm2rec {self.step.command}` writes", f"remove {folder} and run the study again"
-        found = schema.read_json(folder / name, what, fix)
+        found = schema.read_json(schema.file_of(folder, name), what, fix)
         damage = None if is_intact(found) else f"{name} does not have the content that was written"
         if name == schema.CURVES_FILE:
             recorded = self.read(schema.ADAPTER_FILE).get("files", {})  # older adapters have none
