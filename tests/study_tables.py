@@ -221,6 +221,7 @@ def write_study(folder: Path) -> Path:
         "comparisons": comparison_rows(),
         "geometry": geometry_rows(),
         "views": iter(()),
+        "trials": iter(()),
         "curves": curve_rows(),
         "warnings": warning_rows(),
         "cost": cost_rows(),

@@ -229,6 +229,7 @@ def copy_of(dataset: Path, folder: Path) -> Path:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the page, whose figures take longer than these trainings."""
     monkeypatch.setattr(page, "run", lambda out: out / page.PAGE_FILE)
+    monkeypatch.setattr(page, "print_verdicts", lambda page: None)  # of the page
 
 
 def choice(out: Path) -> dict[str, Any]:
@@ -362,6 +363,8 @@ def test_a_study_from_before_there_were_trials_is_drawn(finished: Path, tmp_path
     for path in (finished / "study").glob("*.parquet"):
         if path.name != "trials.parquet":
             shutil.copy(path, tmp_path)
+    methods = pl.read_parquet(tmp_path / "methods.parquet")
+    methods.drop("role").write_parquet(tmp_path / "methods.parquet")  # there were no roles either
     about = pl.read_parquet(tmp_path / "about.parquet")
     about.filter(pl.col("key") != "search").write_parquet(tmp_path / "about.parquet")
     drawn = study.run(StudyConfig(out=tmp_path, report_only=True)).read_text(encoding="utf-8")
