@@ -459,7 +459,6 @@ FIGURES = (
     "learning",
     "table1-geometry",
     "task2-models",
-    "verdicts",
 )
 
 

@@ -24,7 +24,7 @@ from vlm2rec.pipelines.experiments.methods import FAMILIES, FEW_SHOT, MAIN, SENS
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting.style import COLOURS, ID, INK, MUTED, OTHERS, SFT, STYLE, VANILLA, VLM2REC, Picture
 from vlm2rec.pipelines.reporting.tables import SFT_ROW, VANILLA_ROW, VIEW_PAIRS, Results, grid_values
-from vlm2rec.pipelines.reporting.verdicts import CURE, Verdicts, verdicts
+from vlm2rec.pipelines.reporting.verdicts import CURE, UNTESTABLE, Verdicts, verdicts
 
 VIEW_STYLES: dict[str, Any] = {schema.FUSED: "solid", schema.TEXT: (0, (5, 1.5)), schema.IMAGE: (0, (1.2, 1.4))}
 _SYMBOLS = {"tau_wpcl": r"$\tau_{WPCL}$", "tau_crtr": r"$\tau_{CRTR}$", "lam": r"$\lambda$"}
@@ -235,9 +235,10 @@ def sensitivity(results: Results) -> Drawn | None:
 
 
 def intervals(results: Results, found: Verdicts | None = None) -> Drawn | None:
-    """The differences that decide the paradox and the cure, with their intervals over users."""
+    """The differences that decide the paradox and the cure, with their intervals over users; none if a gate is closed."""
     found = verdicts(results) if found is None else found
-    measured = [(claim, each) for claim in found.claims if (each := claim.measured) is not None]
+    tested = [claim for claim in found.claims if claim.verdict != UNTESTABLE]
+    measured = [(claim, each) for claim in tested if (each := claim.measured) is not None]
     if not measured:
         return None
     # S differs by other amounts than N@20
