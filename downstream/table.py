@@ -69,7 +69,7 @@ class EmbeddingTable:
         by_shard = _every_shard(manifest, column, read)
         if [len(ids) for ids in by_shard] != counts:
             raise ArtifactError(
-                f"the shards of {folder} do not hold the {expected} rows that {schema.MANIFEST_FILE} counts",
+                f"the shards of {folder} do not hold the {expected} rows that its manifest counts",
                 "the folder as exported",
                 _EXPORT_AGAIN,
             )
@@ -199,7 +199,7 @@ def _require_vectors(found: pa.Schema, column: str, dim: int, path: Location) ->
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != dim:
         raise ArtifactError(
             f"column {column!r} of {path} is {kind}",
-            f"vectors of length {dim}, as {schema.MANIFEST_FILE} says",
+            f"vectors of length {dim}, as the manifest says",
             _EXPORT_AGAIN,
         )
 

@@ -40,6 +40,8 @@ SDA_PROBED: Final = ("q_proj", "k_proj")
 SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]
+ValidCandidates = Literal["own", "stored"]
+"""What validation items are ranked among: items drawn for validation alone, or the first set stored for the test."""
 Reduction = Literal["paper", "mean"]
 """How VLM2Rec's two losses are balanced in a batch: as the paper's equations, or both as means."""
 
@@ -50,7 +52,7 @@ def with_former_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     Only settings whose default has become another one are added.
     """
     balances = (settings.get("method", "vlm2rec"), settings.get("loss", "vlm2rec")) == ("vlm2rec", "vlm2rec")
-    return {**({"reduction": "mean"} if balances else {}), **settings}
+    return {"valid_candidates": "stored", **({"reduction": "mean"} if balances else {}), **settings}
 
 
 # --- the export -----------------------------------------------------------------------------------------------

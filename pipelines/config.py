@@ -39,6 +39,7 @@ from vlm2rec.embedder.options import (
     Split,
     Storage,
     StrategyChoice,
+    ValidCandidates,
     View,
     ViewChoice,
 )
@@ -113,8 +114,11 @@ class PrepareConfig:
     )
     name: str | None = setting("Dataset name; Toys, Beauty, Clothing and Sports are compared with the paper.", None)
     core: Positive = setting(
-        "k of the iterative k-core of the interactions; 1 keeps all users with three interactions.", 5
+        "k of the iterative k-core of the interactions; 1 keeps all users with three interactions, and so takes a"
+        " published 5-core file as it is.",
+        5,
     )
+    truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100
@@ -242,6 +246,11 @@ class FinetuneConfig:
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
+    valid_candidates: ValidCandidates = setting(
+        "What validation and probe rank the second to last item among. own: items drawn for validation alone, so that"
+        " nothing of the test is read; stored: the first set of the dataset folder, which the test has too.",
+        "own",
+    )
     gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
     dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
     vision_cache: str = setting(
@@ -562,14 +571,29 @@ class StudyConfig:
 
     out: Path = setting("Study folder to write. The same command continues an unfinished study.")
     data: Path | None = setting("Dataset folder. Required without --demo and --report-only.", None)
-    backbone: str | None = setting("Hub id or local folder of a vision-language model. Required like --data.", None)
+    backbone: str | None = setting(
+        "Hub id or local folder of a vision-language model. Required like --data; with --demo, instead of a small one.",
+        None,
+    )
     config: Path | None = setting(
         "YAML of the study: analyses, methods, settings. Default: the study of the paper.", None
     )
     methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
-    demo: bool = setting("Draw a catalogue and train a small backbone in OUT/laboratory, and use them.", False)
+    select: Literal["none", "valid"] = setting(
+        "valid: try equally many settings of every method that trains (`search` of the YAML), choose the best on"
+        " validation, and run all seeds with it; none: the settings of the YAML.",
+        "none",
+    )
+    demo: bool = setting(
+        "Draw a catalogue in OUT/laboratory and, without --backbone, train a small backbone for it; use them.", False
+    )
+    laboratory: Literal["brands", "looks"] = setting(
+        "What --demo draws. brands: pictures are the strong view, and the brand often tells the colour; looks: titles"
+        " as shops print them suffice in training, and looks decide at test.",
+        "brands",
+    )
     quick: bool = setting("Run only a few steps of everything, to see that it works; the numbers mean nothing.", False)
     plan_only: bool = setting("Print the steps to run and an estimate of their time; run nothing.", False)
     report_only: bool = setting("Only draw the report again, from the Parquet files of a study.", False)

@@ -35,7 +35,7 @@ def run(config: DemoConfig) -> Path:
     """
     begun = time.perf_counter()
     study.require_own_folder(config.out, WRITTEN_BY)
-    with writing(config.out):
+    with writing(config.out, lock_file=study.LOCK_FILE):
         folder = config.out / FOLDER
         wanted = Laboratory(
             products=config.products, users=config.users, backbone_steps=config.backbone_steps, seed=config.seed

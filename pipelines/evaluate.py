@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlm2rec.downstream.evaluation.geometry import Distances, distances_from_rows
+from vlm2rec.downstream.evaluation.geometry import Distances, dispersion, distances_from_rows
 from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
 from vlm2rec.downstream.evaluation.protocol import SAME_VIEW, RankingTask, Views, mean_of_history, rank_vectors
 from vlm2rec.downstream.table import EmbeddingTable
@@ -65,6 +65,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             **{key: {pair: tail[key] for pair, tail in of_tail.items()} for key in ("candidates", "full")},
         },
         "geometry": {view: found.geometry() for view, found in distances.items()},
+        "dispersion": {view: dispersion(users[view], items[view]) for view in items},
     }
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]

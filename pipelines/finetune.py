@@ -39,7 +39,7 @@ from vlm2rec.embedder.training.recipes import METHODS, check_settings
 from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
-from vlm2rec.pipelines.finetune_probe import describe, make_probe, warning
+from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_candidates, warning
 
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
@@ -284,13 +284,18 @@ def _remember_run(config: FinetuneConfig, publishing: bool) -> None:
 def _validation(
     config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder, items: ItemFeatures
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that ranks the validation items of (a sample of) the users among their stored candidates."""
+    """Return a function that ranks the validation items of (a sample of) the users among candidates."""
     histories = dataset.histories("valid")
-    seed = dataset.candidate_seeds[0]
     users = np.arange(len(histories))
     if 0 < config.valid_users < len(users):
         users = np.sort(np.random.default_rng([config.seed, 3]).choice(users, config.valid_users, replace=False))
-    negatives, positives = dataset.negatives(seed)[users], histories.targets[users]
+    negatives = validation_candidates(config.valid_candidates, dataset, histories, users)
+    positives = histories.targets[users]
+    if negatives.shape[1] < dataset.candidate_count:
+        log.print(
+            f"Validation ranks among {negatives.shape[1]} candidates instead of {dataset.candidate_count}:"
+            " a user has touched all other items."
+        )
     rows, index = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
     index = index.reshape(len(users), -1)
     sequences = [histories.of(int(user)).tolist() for user in users]

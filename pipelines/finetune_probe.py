@@ -8,11 +8,13 @@ import numpy as np
 
 from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from_rows
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
+from vlm2rec.embedder.options import ValidCandidates
 from vlm2rec.embedder.training.monitor import Collapse, Probe
 from vlm2rec.embedder.training.recipes import METHODS
+from vlm2rec.pipelines.catalogue.negatives import draw_validation_candidates
 from vlm2rec.pipelines.config import FinetuneConfig
 
 _IN_SHORT = {
@@ -21,8 +23,18 @@ _IN_SHORT = {
     "flat": "in few directions",
     "narrow": "in one point",
 }
-CANDIDATES = 4  # stored negatives per user: encoding an item takes a tenth of the time of a history
+CANDIDATES = 4  # candidates per user: encoding an item takes a tenth of the time of a history
 _CACHE = 2**28  # bytes of image features
+
+
+def validation_candidates(
+    which: ValidCandidates, dataset: Dataset, histories: Histories, users: np.ndarray
+) -> np.ndarray:
+    """Return what the validation items of some users are ranked among, as rows of the items, (len(users), N)."""
+    if which == "stored":
+        return dataset.negatives(dataset.candidate_seeds[0])[users]
+    count = dataset.candidate_count
+    return draw_validation_candidates(dataset.train_sequences(), histories.targets, users, count)
 
 
 def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -> Probe | None:
@@ -35,7 +47,7 @@ def make_probe(config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder) -
     histories = dataset.histories("valid")
     count = min(config.probe_users, len(histories))
     users = np.sort(np.random.default_rng([config.seed, 4]).choice(len(histories), count, replace=False))
-    negatives = dataset.negatives(dataset.candidate_seeds[0])[users, :CANDIDATES]
+    negatives = validation_candidates(config.valid_candidates, dataset, histories, users)[:, :CANDIDATES]
     rows, index = np.unique(np.concatenate([histories.targets[users, None], negatives], axis=1), return_inverse=True)
     index = index.reshape(count, -1)
     sequences = [histories.of(int(user)).tolist() for user in users]

@@ -42,7 +42,7 @@ from vlm2rec.pipelines.catalogue.images import find_images, no_images, no_images
 from vlm2rec.pipelines.catalogue.negatives import Sequences
 from vlm2rec.pipelines.catalogue.rejects import INTERACTIONS, ITEMS, Rejects
 from vlm2rec.pipelines.config import PrepareConfig
-from vlm2rec.pipelines.reporting.paper import read_paper
+from vlm2rec.pipelines.reporting.paper import nearest, read_paper
 
 WORKING_FOLDER = ".vlm2rec-prepare"
 
@@ -77,7 +77,8 @@ def run(config: PrepareConfig) -> Dataset:
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
         catalogue, image_reasons = _with_images(config, items.frame)
         user_ids, log, steps = read_log(found, catalogue, rejects)
-        log, kept, steps = filter_log(log, user_ids, catalogue, image_reasons, config, steps, rejects)
+        compare = paper_name(_name(config)) is not None
+        log, kept, steps = filter_log(log, user_ids, catalogue, image_reasons, config, steps, rejects, compare)
         rows = rejects.account(
             {ITEMS: items.frame.height, INTERACTIONS: found.rows}, {ITEMS: len(kept.catalogue), INTERACTIONS: len(log)}
         )
@@ -91,6 +92,8 @@ def run(config: PrepareConfig) -> Dataset:
         write_candidates(sequences, user_ids, touched, config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
         meta = _describe(config, steps, catalogue, rows, sources, work)
+        if kept.variants:
+            meta["variants"] = [asdict(each) for each in kept.variants]
         _publish(work, config.out, meta)
     _print(meta, config.out)
     return Dataset(config.out)
@@ -156,8 +159,7 @@ def _describe(
     work: Path,
 ) -> dict[str, Any]:
     """Return the content of dataset.json. Nothing in it depends on the date or the machine's speed."""
-    out = config.out.resolve()
-    name = config.name or out.name
+    out, name = config.out.resolve(), _name(config)
     last = steps[-1]
     by_time = config.order == "time"
     cold = catalogue.height - last.items
@@ -182,6 +184,7 @@ def _describe(
         "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
+            **({"truncate": config.truncate} if config.truncate else {}),
             "required": list(required(config)),
             "shortest_sequence": SHORTEST,
             "ids": "text without white space at its ends; null, NaN and blank text are none",
@@ -196,6 +199,10 @@ def _describe(
             for file in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
         },
     }
+
+
+def _name(config: PrepareConfig) -> str:
+    return config.name or config.out.resolve().name
 
 
 def _image_root(config: PrepareConfig, out: Path) -> str:
@@ -226,6 +233,13 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         label = f"the paper's {paper_name(meta['name'])}"
         table.add_row(label, *(f"{meta['paper'][key]:,}" for key in ("users", "items", "interactions")), style="dim")
     console.log.print(table)
+    if meta["paper"] and meta.get("variants"):
+        near = meta["variants"][nearest(meta["variants"], meta["paper"])]
+        console.log.print(
+            f"Of the ways to filter this log, `{near['step']}` comes nearest to the paper: {near['users']:,} users,"
+            f" {near['items']:,} items, {near['interactions']:,} interactions.",
+            markup=False,
+        )
     console.log.print(
         f"average length {meta['average_length']:.1f}, sparsity {meta['sparsity']:.2%},"
         f" {meta['negatives']['count']} candidates per user for seeds {', '.join(map(str, meta['negatives']['seeds']))}"

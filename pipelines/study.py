@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.provenance import library_versions
 from vlm2rec.embedder.contract.publish import require_ours
-from vlm2rec.embedder.export.lock import LOCK_FILE, writing
+from vlm2rec.embedder.export.lock import writing
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import log, summary
-from vlm2rec.pipelines.experiments import results
+from vlm2rec.pipelines.experiments import results, selection
 from vlm2rec.pipelines.experiments.methods import Run, Step
 from vlm2rec.pipelines.experiments.schedule import (
     Failure,
@@ -28,6 +29,7 @@ from vlm2rec.pipelines.experiments.schedule import (
     plan_schedule,
     run_steps,
     settle_changes,
+    settle_trials,
     title_of,
 )
 from vlm2rec.pipelines.read_config import read_yaml
@@ -35,6 +37,7 @@ from vlm2rec.pipelines.reporting import page
 from vlm2rec.pipelines.synthetic import laboratory
 
 WRITTEN_BY = "vlm2rec study"
+LOCK_FILE = "export.lock"  # of a study folder; earlier versions look for this name
 LIBRARIES = ("vlm2rec", "torch", "transformers", "peft", "recbole", "faiss-cpu", "polars", "pyarrow", "numpy")
 
 
@@ -49,24 +52,33 @@ def run(config: StudyConfig) -> Path:
     if config.report_only:
         return page.run(config.out)
     require_own_folder(config.out, WRITTEN_BY)
+    if config.demo and config.data is not None:
+        raise ConfigError(
+            f"--demo with --data {config.data}", "--demo, which draws its own dataset, or --data", "leave one out"
+        )
     if not config.demo:
         _require_inputs(config)
         if config.plan_only:
-            schedule, wanted = _plan(config)
-            announce(schedule, wanted, schedule.unfinished(wanted), config.jobs)
+            _announce_plan(*_plan(config), config)
             return config.out
-    with writing(config.out):
+    with writing(config.out, lock_file=LOCK_FILE):
         config = _with_laboratory(config) if config.demo else config
-        schedule, wanted = _plan(config)
-        settle_changes(schedule, config.redo)
-        todo = schedule.unfinished(wanted)
-        announce(schedule, wanted, todo, config.jobs)
+        schedule, wanted = _settled_plan(config)
+        _announce_plan(schedule, wanted, config)
         if config.plan_only:
             return config.out
         remember(schedule, config, WRITTEN_BY)
-        failures = run_steps(schedule, todo, config.jobs)
+        trials = schedule.unfinished(schedule.trials_for(wanted))
+        failures = run_steps(schedule, trials, config.jobs, later=schedule.unfinished(wanted))
+        if schedule.searches:
+            selection.choose(config.out, schedule.searches)
+            schedule, wanted = _settled_plan(config)  # with what was chosen
+            learn_pace(schedule)
+            remember(schedule, config, WRITTEN_BY)
+        decided = [each for each in wanted if each.method.name not in schedule.undecided]
+        failures += run_steps(schedule, schedule.unfinished(decided), config.jobs, before=len(trials))
         report = draw_report(schedule)
-    _summarise(schedule, wanted, failures, report)
+    _summarise(schedule, [*schedule.trials_for(wanted), *wanted], failures, report)
     if failures:
         raise failures[0].error
     return report
@@ -74,7 +86,7 @@ def run(config: StudyConfig) -> Path:
 
 def draw_report(schedule: Schedule) -> Path:
     """Collect the results of the runs in Parquet files, and draw the page from them."""
-    results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
+    schedule.collect()
     return page.run(schedule.out)
 
 
@@ -89,13 +101,14 @@ def _require_inputs(config: StudyConfig) -> None:
 def _with_laboratory(config: StudyConfig) -> StudyConfig:
     """Draw the missing parts of the laboratory and return the settings of a study of it."""
     folder = config.out / laboratory.FOLDER
-    wanted = laboratory.QUICK if config.quick else laboratory.STUDY
-    laboratory.draw_laboratory(folder, wanted, config.redo)
+    wanted = laboratory.laboratory_of(config.laboratory, config.quick)
+    laboratory.draw_laboratory(folder, wanted, config.redo, backbone=config.backbone is None)
     file = folder / "study.yaml"
     own = {} if config.config is None else read_yaml(config.config)
     text = yaml.safe_dump({"cross_domain": [str(folder / "second-data")], **own})
     schema.write_text(file, text)
-    return dataclasses.replace(config, data=folder / "data", backbone=str(folder / "backbone"), config=file)
+    backbone = config.backbone or str(folder / "backbone")
+    return dataclasses.replace(config, data=folder / "data", backbone=backbone, config=file)
 
 
 def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
@@ -103,6 +116,16 @@ def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     schedule = plan_schedule(config)
     picked = {method.name for method in schedule.study.picked(config.methods)}
     return schedule, [each for each in schedule.runs if each.method.name in picked]
+
+
+def _settled_plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
+    """Return the plan after changed settings are refused, or with `--redo` what they made is removed."""
+    schedule, wanted = _plan(config)
+    if schedule.searches:
+        settle_trials(schedule, config.redo)
+        schedule, wanted = _plan(config)  # without the choices that this removed
+    settle_changes(schedule, config.redo)
+    return schedule, wanted
 
 
 # --- the study folder ---------------------------------------------------------------------------------------
@@ -141,6 +164,34 @@ def remember(schedule: Schedule, config: StudyConfig, written_by: str, **more: A
 # --- output to the terminal ---------------------------------------------------------------------------------
 
 
+def _announce_plan(schedule: Schedule, wanted: Sequence[Run], config: StudyConfig) -> None:
+    """Print the trials and the steps to run, and an estimate of their time."""
+    trials = schedule.trials_for(wanted)
+    announce(schedule, [*trials, *wanted], schedule.unfinished([*trials, *wanted]), config.jobs)
+    if trials:
+        log.print(_trials_table(schedule, trials))
+        plan = schedule.study.search
+        log.print(
+            f"{plan.trials} trials of each method with seed {plan.seed}, scored on validation users; the runs of all"
+            f" seeds begin when the choice is written to {selection.SELECTION_FILE}.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _trials_table(schedule: Schedule, trials: Sequence[Run]) -> Table:
+    folders = {run.folder for run in trials}
+    table = Table(title="Trials", title_justify="left", box=None, padding=(0, 3, 0, 0))
+    for name in ("method", "trial", "of", "settings"):
+        table.add_column(name, justify="right" if name in ("trial", "of") else "left")
+    for search in schedule.searches:
+        for trial in search.trials:
+            if trial.run.folder in folders:
+                text = ", ".join(f"{name} {value}" for name, value in trial.settings.items()) or "its own"
+                table.add_row(escape(search.method.name), str(trial.number), str(search.combinations), escape(text))
+    return table
+
+
 def announce(
     schedule: Schedule,
     wanted: Sequence[Run],
@@ -152,9 +203,10 @@ def announce(
     learn_pace(schedule)
     rows: dict[str, tuple[set[str], int, float]] = {}
     for each, step in todo:
-        methods, count, seconds = rows.get(kind_of(step), (set(), 0, 0.0))
+        kind = kind_of(step) if each.trial is None else f"{kind_of(step)} (trial)"
+        methods, count, seconds = rows.get(kind, (set(), 0, 0.0))
         seconds += schedule.pace.of(step, schedule.datasets[step.config.data])
-        rows[kind_of(step)] = (methods | {each.method.name}, count + 1, seconds)
+        rows[kind] = (methods | {each.method.name}, count + 1, seconds)
     table = Table(title="To run", title_justify="left", box=None, padding=(0, 3, 0, 0))
     for name in ("step", "methods", "runs", "estimate"):
         table.add_column(name, justify="left" if name == "step" else "right")
@@ -188,6 +240,8 @@ def _summarise(schedule: Schedule, wanted: Sequence[Run], failures: Sequence[Fai
         "figures": schedule.out / "figures",
         "report": report.resolve(),
     }
+    if schedule.searches:
+        rows["settings"] = f"chosen on validation, see {schedule.out / selection.SELECTION_FILE}"
     if failures:
         rows["failed"] = "; ".join(f"{title_of(f.run)}, {f.step.name}" for f in failures)
     results.print_tables(schedule.out)

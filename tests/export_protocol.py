@@ -21,7 +21,7 @@ ALONE = "a single writer keeps workers out"
 NAMED = "a record counts only for the plan that it names"
 COMPARED = "a shard of an earlier plan counts only if its rows are the same"
 ADOPTED = "a shard without a record counts only if its rows are the same"
-STATE_FIRST = "export.json is there before the manifest goes"
+STATE_FIRST = "the state file is there before the manifest goes"
 DEMOTED = "what is made again counts no more from the first moment"
 DAMAGED_IN_TURN = "a damaged shard goes in a turn, after the manifest"
 MOMENT = "the records of the last moment count"
@@ -105,7 +105,7 @@ class State(NamedTuple):
     """The folder and the processes."""
 
     manifest: tuple[int, tuple[Content | None, ...]] | None
-    state: int | None  # the plan that export.json names
+    state: int | None  # the plan that the state file names
     parts: tuple[Content | None, ...]
     records: tuple[tuple[Content, int] | None, ...]  # content, and the plan it is recorded for; 0 for none
     processes: tuple[Process, ...]

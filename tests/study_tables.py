@@ -123,6 +123,7 @@ def geometry_rows() -> Iterator[dict[str, Any]]:
     for method, level in TASK1.items():
         for view, shift in (("fused", 0.0), ("text", 0.1), ("image", -0.1)):
             values = {"A_pos": 0.6 + shift, "A_neg": 0.7 + level + shift, "U": -1.2 + shift, "S": 1 + level / 2 + shift}
+            values |= {"U_users": -0.9 + shift, "U_items": -1.6 + shift, "offset": 0.2 - shift}
             yield {"method": method, "seed": 0, "dataset": "Drawn products", "view": view, **values}
 
 
@@ -220,6 +221,7 @@ def write_study(folder: Path) -> Path:
         "comparisons": comparison_rows(),
         "geometry": geometry_rows(),
         "views": iter(()),
+        "trials": iter(()),
         "curves": curve_rows(),
         "warnings": warning_rows(),
         "cost": cost_rows(),

@@ -189,7 +189,7 @@ def test_an_index_that_needs_more_memory_than_is_free_is_announced(
         (["search", "--index", "{}/idx", "--item", "99"], 3, "item '99' is not in"),
         (["search", "--index", "{}/emb", "--item", "1"], 5, "index.json does not exist"),
         (["search", "--index", "{}/idx", "--item", "1", "--k", "0"], 2, "setting k = 0"),
-        (["build-index", "--embeddings", "{}/data", "--out", "{}/new"], 5, "manifest.json does not exist"),
+        (["build-index", "--embeddings", "{}/data", "--out", "{}/new"], 5, "_manifest.json does not exist"),
         (["build-index", "--embeddings", "{}/emb", "--out", "{}/data"], 2, "choose another --out"),
         (["build-index", "--embeddings", "{}/emb", "--out", "{}/new", "--kind", "flatt"], 2, "did you mean 'flat'"),
         (["build-index", "--embeddings", "{}/emb", "--out", "{}/new", "--column", "image"], 5, "fused, text"),

@@ -24,6 +24,7 @@ from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.monitor import Collapse
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines import finetune_probe as collapse_probe
+from vlm2rec.pipelines.catalogue.negatives import draw_validation_candidates
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.finetune_probe import make_probe, warning
 
@@ -124,10 +125,11 @@ def test_watching_changes_no_bit_of_what_is_learned(tiny: Tiny, drawn_dataset: P
     assert "weak_is_image" in without["train"][0]
 
 
+@pytest.mark.parametrize("among", ["own", "stored"])
 def test_a_probe_row_is_the_geometry_of_seeded_validation_users_and_their_first_candidates(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, among: str
 ) -> None:
-    config = settings(tiny, drawn_dataset, tmp_path, probe_users=5)
+    config = settings(tiny, drawn_dataset, tmp_path, probe_users=5, valid_candidates=among)
     dataset = Dataset(drawn_dataset)
     encoder = ItemEncoder.load(config.backbone, max_pixels=config.max_pixels, dtype="float32", device="cpu")
     probe = make_probe(config, dataset, encoder)
@@ -139,7 +141,8 @@ def test_a_probe_row_is_the_geometry_of_seeded_validation_users_and_their_first_
     items = ItemFeatures(dataset, encoder)
     user_vectors = encode_rows(encoder, items, [histories.of(int(user)).tolist() for user in users])["image"]
     everything = encode_rows(encoder, items, [[item] for item in range(len(dataset.item_ids))])["image"]
-    negatives = dataset.negatives(0)[users, :4]
+    own = draw_validation_candidates(dataset.train_sequences(), histories.targets, users, dataset.candidate_count)
+    negatives = own[:, :4] if among == "own" else dataset.negatives(0)[users, :4]
     expected = geometry_from_rows(user_vectors, everything, histories.targets[users], negatives)
     shown = np.unique(np.concatenate([histories.targets[users], negatives.ravel()]))
     assert {name: row[f"{name}_image"] for name in expected} == pytest.approx(expected, rel=1e-4)

@@ -442,7 +442,7 @@ def test_views_that_are_not_there_or_have_no_place_are_refused(
 
 def test_an_unfinished_embeddings_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "emb").mkdir()
-    with pytest.raises(ArtifactError, match=r"manifest.json does not exist"):
+    with pytest.raises(ArtifactError, match=r"_manifest.json does not exist"):
         run(tmp_path / "emb", "npy", tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import demo
 from vlm2rec.pipelines.config import DemoConfig
@@ -70,7 +73,7 @@ def facts(out: Path) -> dict[str, Any]:
 def test_every_stage_leaves_its_output(finished: tuple[Path, str]) -> None:
     out, _ = finished
     for folder in FOLDERS.values():
-        assert read(out / folder / "embeddings" / "manifest.json")["views"] == ["fused", "text", "image"]
+        assert read(out / folder / "embeddings" / schema.MANIFEST_FILE)["views"] == ["fused", "text", "image"]
         assert read(out / folder / "evaluate" / "metrics.json")["task"] == 1
     for model in ("SASRec", "GRU4Rec"):
         assert read(out / "id" / "seed-0" / f"recommender-{model}" / "metrics.json")["start"] == "id"
@@ -307,6 +310,48 @@ def test_a_link_in_a_laboratory_is_removed_and_its_target_stays(pretended: list[
     laboratory.draw_laboratory(folder, laboratory.Laboratory())
     assert not (folder / "data").is_symlink()
     assert (target / "file").read_text() == "x"
+
+
+def test_the_laboratory_of_looks_is_a_dataset_with_the_looks_of_each_item(tmp_path: Path) -> None:
+    quick = laboratory.laboratory_of("looks", quick=True)
+    wanted = dataclasses.replace(quick, catalogue=dataclasses.replace(quick.catalogue, pixels=48))
+    laboratory.draw_laboratory(tmp_path / "lab", wanted, backbone=False)
+    assert sorted(path.name for path in (tmp_path / "lab").iterdir()) == [
+        *("catalogue", "data", "laboratory.json", "second", "second-data")
+    ]
+    for name in ("data", "second-data"):
+        dataset = Dataset(tmp_path / "lab" / name)
+        assert len(dataset.user_ids) > 50
+        items = pl.read_parquet(dataset.path / "items.parquet")
+        assert items["looks"].n_unique() > 30 and items["category"].n_unique() == 24
+    first, second = (Dataset(tmp_path / "lab" / name) for name in ("data", "second-data"))
+    assert not set(first.item_ids) & set(second.item_ids) and not set(first.user_ids) & set(second.user_ids)
+    outputs = [stage.output for stage in laboratory.plan(tmp_path, wanted)]
+    assert outputs == ["catalogue", "captioned", "data", "backbone", "second-data"]
+
+
+def test_one_laboratory_in_a_study_folder(pretended: list[str], tmp_path: Path) -> None:
+    laboratory.draw_laboratory(tmp_path, laboratory.laboratory_of("brands"))
+    with pytest.raises(ConfigError, match=r"holds the laboratory 'brands', and 'looks' is asked for.*--laboratory"):
+        laboratory.draw_laboratory(tmp_path, laboratory.laboratory_of("looks"))
+    laboratory.draw_laboratory(tmp_path, laboratory.laboratory_of("looks"), redo=True)
+    assert laboratory.laboratory_of("brands") == laboratory.STUDY
+
+
+def test_a_backbone_of_ones_own_needs_no_training_and_may_follow_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[str] = []
+
+    def plan(folder: Path, wanted: laboratory.Laboratory) -> list[laboratory.Stage]:
+        names = ("catalogue", "captioned", "data", "backbone")
+        return [laboratory.Stage(name, "", name, lambda name=name: drawn.append(name)) for name in names]
+
+    monkeypatch.setattr(laboratory, "plan", plan)
+    laboratory.draw_laboratory(tmp_path, laboratory.LOOKS, backbone=False)
+    assert drawn == ["catalogue", "data"]
+    laboratory.draw_laboratory(tmp_path, laboratory.LOOKS)
+    assert drawn == ["catalogue", "data", "captioned", "backbone"]
 
 
 def test_the_core_is_the_largest_that_keeps_nine_products_of_ten(tmp_path: Path) -> None:

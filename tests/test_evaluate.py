@@ -79,6 +79,8 @@ def test_the_folder_holds_every_pair_view_and_user(drawn_dataset: Path, exported
     assert list(result["candidates"]) == ["f2f", "t2f", "v2f", "t2t", "v2v"]
     assert set(result["geometry"]) == {"fused", "text", "image"}
     assert all(set(values) == {"A_pos", "A_neg", "U", "S"} for values in result["geometry"].values())
+    assert set(result["dispersion"]) == {"fused", "text", "image"}
+    assert all(set(values) == {"U_users", "U_items", "offset"} for values in result["dispersion"].values())
     assert all(bound_check(row) for row in result["candidates"].values())
     users = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
     assert len(users) == result["users"] * 5 * (2 + 1)

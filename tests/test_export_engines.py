@@ -27,7 +27,7 @@ from vlm2rec.embedder.encoders.item_encoder import EncodedItems
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
-from vlm2rec.embedder.export.lock import Share, writing
+from vlm2rec.embedder.export.lock import LOCK_FILE, Share, writing
 from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_items
@@ -190,7 +190,7 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint
     told = [worker.communicate() for worker in started]
     assert [worker.returncode for worker in started] == [0] * 3, told
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [schema.MANIFEST_FILE, *whole]
 
 
 def test_a_dead_worker_s_share_is_made_by_whoever_comes_next(
@@ -200,10 +200,10 @@ def test_a_dead_worker_s_share_is_made_by_whoever_comes_next(
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
     (out / ".part-00001.parquet.4711.tmp").write_bytes(b"half")
     dead = this_process()._replace(pid=99999999)
-    (out / "export.worker-1-of-2.lock").write_text(json.dumps(dead._asdict()))
+    (out / Share(1, 2).lock_file).write_text(json.dumps(dead._asdict()))
     make(data, out)
     assert parts(out) == whole
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", *whole]
+    assert sorted(path.name for path in out.iterdir()) == [schema.MANIFEST_FILE, *whole]
 
 
 def test_workers_and_a_single_writer_keep_out_of_each_other_s_way(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_workers_and_a_single_writer_keep_out_of_each_other_s_way(tmp_path: Path
 def test_a_writer_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm2rec.embedder.export.lock.BEAT", 0.05)
     with writing(tmp_path):
-        os.utime(tmp_path / "export.lock", (1, 1))
-        waited(lambda: (tmp_path / "export.lock").stat().st_mtime > 1)
+        os.utime(tmp_path / LOCK_FILE, (1, 1))
+        waited(lambda: (tmp_path / LOCK_FILE).stat().st_mtime > 1)
 
 
 def temporary_of(writer: Process, name: str) -> str:
@@ -235,19 +235,19 @@ def test_the_last_worker_takes_away_what_dead_ones_left_half_written_and_no_more
     out, ours = tmp_path / "out", this_process()
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
     gone = [
-        out / temporary_of(ours._replace(pid=99999999), "manifest.json"),
+        out / temporary_of(ours._replace(pid=99999999), schema.MANIFEST_FILE),
         out / temporary_of(ours._replace(pids="1", pid=1), "part-00000.parquet"),  # of a container that has ended
-        out / temporary_of(ours._replace(boot="b00"), "export.json"),
-        out / ".manifest.json.4711.tmp",  # of an earlier version
+        out / temporary_of(ours._replace(boot="b00"), schema.STATE_FILE),
+        out / f".{schema.MANIFEST_FILE}.4711.tmp",  # of a writer that nothing tells of
     ]
-    alive = out / temporary_of(ours, "manifest.json")
+    alive = out / temporary_of(ours, schema.MANIFEST_FILE)
     for path in (*gone, alive):
         path.write_bytes(b"{")
     make(data, out, distribution=Distribution(num_workers=2, worker=1))
     assert [path for path in gone if path.exists()] == [] and alive.exists()
-    (out / "part-00000.json").write_text("{}")  # a worker may die between the manifest and the records
+    (out / "_part-00000.json").write_text("{}")  # a worker may die between the manifest and the records
     make(data, out, distribution=Distribution(num_workers=2, worker=0))
-    assert not (out / "part-00000.json").exists()
+    assert not (out / "_part-00000.json").exists()
 
 
 def test_a_worker_leaves_the_half_written_files_of_others_alone(data: Dataset, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_dataset_that_is_replaced_under_the_workers_is_refused(
     with pytest.raises(DataError, match=f"was changed while its items were encoded: .*{told}") as refusal:
         make(data, tmp_path / "out", load, distribution=DIVISIONS[division])
     assert refusal.value.exit_code == 3
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
 
 
 @pytest.mark.parametrize("division", DIVISIONS)
@@ -391,7 +391,7 @@ def test_retry_failed_writes_no_manifest_before_every_worker_has_made_its_share(
     make(changed, tmp_path / "fresh")
     for number, division in enumerate(shares(3)):
         made = make(changed, out, reuse=RETRY, distribution=division)
-        assert (made is not None) == (out / "manifest.json").exists() == (number == 2)
+        assert (made is not None) == (out / schema.MANIFEST_FILE).exists() == (number == 2)
     assert rows_of(out) == rows_of(tmp_path / "fresh") and verify(out) == []
 
 
@@ -407,7 +407,7 @@ def test_extend_writes_no_manifest_before_every_worker_has_made_its_share(
     make(data, tmp_path / "fresh")
     for number, division in enumerate(shares(3, *order)):
         made = make(data, out, reuse=Reuse(extend=True), distribution=division)
-        assert (made is not None) == (out / "manifest.json").exists() == (number == 2)
+        assert (made is not None) == (out / schema.MANIFEST_FILE).exists() == (number == 2)
     assert rows_of(out) == rows_of(tmp_path / "fresh") and verify(out) == []
 
 
@@ -419,7 +419,7 @@ def test_changed_since_writes_no_manifest_before_every_worker_has_made_its_share
     out, reuse = tmp_path / "out", Reuse(changed_since=tmp_path / "whole")
     for number, division in enumerate(shares(2)):
         made = make(changed, out, reuse=reuse, distribution=division)
-        assert (made is not None) == (out / "manifest.json").exists() == (number == 1)
+        assert (made is not None) == (out / schema.MANIFEST_FILE).exists() == (number == 1)
     assert rows_of(out) == rows_of(tmp_path / "fresh")
 
 
@@ -477,7 +477,7 @@ def test_a_worker_that_begins_while_another_finishes_takes_nothing_away(
     tidy, known = shards._tidy, shards._known
 
     def slow_tidy(*arguments: Any) -> None:
-        written.set()  # the manifest is there, the records and export.json are, too
+        written.set()  # the manifest is there, the records and the state file are, too
         begun.wait(1)
         tidy(*arguments)
 
@@ -501,7 +501,7 @@ def test_a_worker_that_begins_while_another_finishes_takes_nothing_away(
     for thread in (last, late):
         thread.join(60)
     assert told["last"] == told["late"] == schema.read_manifest(out)
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", *whole] and parts(out) == whole
+    assert sorted(path.name for path in out.iterdir()) == [schema.MANIFEST_FILE, *whole] and parts(out) == whole
 
 
 def test_of_workers_that_end_at_the_same_moment_one_writes_the_manifest(
@@ -510,7 +510,7 @@ def test_of_workers_that_end_at_the_same_moment_one_writes_the_manifest(
     written, write, together = [], schema.write_json, threading.Barrier(3)
 
     def counted(path: Path, value: Any) -> None:
-        if path.name == "manifest.json":
+        if path.name == schema.MANIFEST_FILE:
             written.append(threading.current_thread().name)
             time.sleep(0.2)
         write(path, value)
@@ -530,7 +530,7 @@ def test_of_workers_that_end_at_the_same_moment_one_writes_the_manifest(
     for thread in threads:
         thread.join(60)
     assert len(written) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [schema.MANIFEST_FILE, *whole]
 
 
 CONTAINERS = (
@@ -567,7 +567,7 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint
     told = [worker.communicate() for worker in started]
     assert [worker.returncode for worker in started] == [0] * 3, told
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", *whole]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [schema.MANIFEST_FILE, *whole]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
 from vlm2rec.embedder.export import worker
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
+from vlm2rec.embedder.export.lock import LOCK_FILE
 from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.embedder.export.worker import encode_rows
@@ -228,7 +229,7 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambd
     killed = child(code, data, tmp_path / "out")
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
     before = parts(tmp_path / "out")
     manifest = export(Dataset(data), tmp_path / "out", ShadeEncoder().fingerprint, never, shard_size=8)
     assert manifest["num_items"] == ITEMS and len(before) == 3 and parts(tmp_path / "out") == before
@@ -286,7 +287,7 @@ def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_sa
     again = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert first["versions"]["vlm2rec"] == "0.0.1" != again["versions"]["vlm2rec"]
     assert first["fingerprint"] == again["fingerprint"] and verify(out) == []
-    (out / "manifest.json").write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
+    (out / schema.MANIFEST_FILE).write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
     with pytest.raises(ArtifactError, match="schema version 2"):
         export(data, out, encoder.fingerprint, never, shard_size=8)
 
@@ -543,11 +544,11 @@ def stopped(config: ExportConfig, ready: Path, number: signal.Signals) -> tuple[
     try:
         deadline = time.monotonic() + 100
         # a thread writes the first shard while the second is encoded: its record is the last thing it writes
-        while not (ready.exists() and (config.out / "part-00000.json").exists()):
+        while not (ready.exists() and (config.out / "_part-00000.json").exists()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)
-        told = process.communicate(timeout=10)[1]
+        told = process.communicate(timeout=100)[1]
     finally:
         process.kill()
     return process.returncode, " ".join(told.split())
@@ -559,14 +560,14 @@ def test_fault_01_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_
     code, _ = stopped(config, tmp_path / "ready", signal.SIGKILL)
     assert code == -signal.SIGKILL
     left = sorted(path.name for path in config.out.iterdir())
-    assert left == ["export.json", "export.lock", "part-00000.json", "part-00000.parquet"]
+    assert left == [schema.STATE_FILE, LOCK_FILE, "_part-00000.json", "part-00000.parquet"]
     first = config.out.joinpath("part-00000.parquet").stat().st_mtime_ns
     export_items.run(config)
     assert "which is gone" in caplog.text
     assert config.out.joinpath("part-00000.parquet").stat().st_mtime_ns == first
     export_items.run(replace(config, out=tmp_path / "whole"))
     assert parts(config.out) == parts(tmp_path / "whole")
-    assert sorted(path.name for path in config.out.iterdir()) == ["manifest.json", *parts(config.out)]
+    assert sorted(path.name for path in config.out.iterdir()) == [schema.MANIFEST_FILE, *parts(config.out)]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -578,8 +579,8 @@ def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_ho
     assert "1 of 3 shards are finished and kept; run the same command again to continue" in told
     assert "Traceback" not in told
     assert sorted(path.name for path in config.out.iterdir()) == [
-        "export.json",
-        "part-00000.json",
+        schema.STATE_FILE,
+        "_part-00000.json",
         "part-00000.parquet",
     ]
 
@@ -603,11 +604,11 @@ def test_a_dry_run_says_what_is_left_what_it_takes_and_the_licence_and_touches_n
     assert "nothing was written" in told and "20 in 3 shards" in told and "licence not stated here" in told
 
     export_items.run(config)
-    (config.out / "manifest.json").rename(config.data / "kept.json")
+    (config.out / schema.MANIFEST_FILE).rename(config.data / "kept.json")
     state = {name: json.loads((config.data / "kept.json").read_text())[name] for name in ("schema_version", "settings")}
-    (config.out / "export.json").write_text(json.dumps(state | {"shard_size": 8}))
+    (config.out / schema.STATE_FILE).write_text(json.dumps(state | {"shard_size": 8}))
     shard = json.loads((config.data / "kept.json").read_text())["shards"][0]
-    (config.out / "part-00000.json").write_text(json.dumps(shard))
+    (config.out / "_part-00000.json").write_text(json.dumps(shard))
     before = everything_below(config.data, config.out)
     rest = export_items.run(asked)
     assert (rest["items"], rest["items_left"], rest["shards_left"], rest["sample"]) == (20, 12, 2, 12)

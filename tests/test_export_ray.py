@@ -17,6 +17,7 @@ import ray.data
 from chairs import ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
 from children import python_path
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
@@ -97,7 +98,7 @@ class TestRay:
         load = partial(Reversing, data.path)
         with pytest.raises(DataError, match="was changed while its items were encoded: row 0 has item '019'"):
             export(data, tmp_path / "out", SETTINGS, load, shard_size=3, distribution=DISTRIBUTION)
-        assert not (tmp_path / "out" / "manifest.json").exists()
+        assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
 
     def test_tasks_make_anew_what_has_changed(self, cluster: Any, tmp_path: Path) -> None:
         folder = write_dataset(tmp_path / "data")

@@ -35,6 +35,7 @@ from tiny_encoders import sentence_folder
 
 from vlm2rec.embedder.backbones import image_readers, lora
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError, ModelError
 from vlm2rec.embedder.encoders import cache_choice
@@ -105,7 +106,7 @@ main()
     assert full.returncode == 5, told
     assert "vision cache: File too large" in told and "continuing without it" in told
     assert "cannot be written (File too large)" in told and "Traceback" not in told
-    assert [path.name for path in config.out.iterdir()] == ["export.json"]
+    assert [path.name for path in config.out.iterdir()] == [schema.STATE_FILE]
     assert [path.stat().st_size for path in config.data.glob("vision-cache/*/segment-*")] == [0]
     assert export_items.run(config)["num_items"] == 20 and verify(config.out) == []
 
@@ -493,7 +494,7 @@ def test_fault_42_an_export_with_an_adapter_that_does_nothing_is_refused_without
     with pytest.raises(ModelError) as refusal:
         export_items.run(config)
     assert refusal.value.exit_code == 4
-    assert not list(tmp_path.glob("out/part-*")) and not (tmp_path / "out" / "manifest.json").exists()
+    assert not list(tmp_path.glob("out/part-*")) and not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
 
 
 class Dies(BaseException):

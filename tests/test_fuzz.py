@@ -386,7 +386,7 @@ def _table(name: str) -> Callable[[Path], tuple[Path, Callable[[], Any]]]:
 
 
 FOLDERS: dict[str, Callable[[Path], tuple[Path, Callable[[], Any]]]] = {
-    "manifest.json": _manifest,
+    schema.MANIFEST_FILE: _manifest,
     "a shard": _shard,
     "dataset.json": _dataset,
     "items.parquet": _table(schema.ITEMS_FILE),

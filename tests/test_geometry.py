@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry, geometry_from_rows
+from vlm2rec.downstream.evaluation.geometry import dispersion, effective_rank, geometry, geometry_from_rows
 from vlm2rec.embedder.contract.errors import DataError
 
 
@@ -140,3 +140,58 @@ def test_effective_rank_of_equal_vectors_is_0_whatever_their_rounding() -> None:
 def test_effective_rank_refuses_what_is_not_a_table_of_numbers(wrong: np.ndarray) -> None:
     with pytest.raises(DataError):
         effective_rank(wrong)
+
+
+# --- pairs of one kind --------------------------------------------------------------------------------------
+
+
+def uniformity_of_pairs(vectors: np.ndarray) -> float:
+    units = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float64)
+    pairs = [(a, b) for a in range(len(units)) for b in range(len(units)) if a != b]
+    return math.log(np.mean([math.exp(-2 * float(np.sum((units[a] - units[b]) ** 2))) for a, b in pairs]))
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+def test_dispersion_equals_its_formulas(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm2rec.downstream.evaluation.geometry._BLOCK", block)
+    users, items, *_ = world(2)
+    found = dispersion(users, items)
+    assert found["U_users"] == pytest.approx(uniformity_of_pairs(users), abs=1e-6)
+    assert found["U_items"] == pytest.approx(uniformity_of_pairs(items), abs=1e-6)
+    means = [np.mean(v / np.linalg.norm(v, axis=1, keepdims=True), axis=0) for v in (users, items)]
+    assert found["offset"] == pytest.approx(float(np.sum((means[0] - means[1]) ** 2)), abs=1e-6)
+
+
+def test_two_cones_have_a_low_offset_free_spread_and_a_large_offset() -> None:
+    """E ‖s - i‖² = spread of the users + spread of the items + offset, where the spread is 1 - ‖mean‖²."""
+    random = np.random.default_rng(3)
+    users = np.eye(16)[0] + 0.1 * random.normal(size=(40, 16))
+    items = np.eye(16)[1] + 0.1 * random.normal(size=(60, 16))
+    found = dispersion(users, items)
+    everything = geometry(users, users, np.broadcast_to(items, (40, 60, 16)))
+    units = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (users, items)]
+    spreads = [1 - float(np.sum(v.mean(axis=0) ** 2)) for v in units]
+    assert everything["A_neg"] == pytest.approx(sum(spreads) + found["offset"])
+    assert found["offset"] > 1.5 and found["U_items"] > -1 > everything["U"]
+
+
+def test_of_many_vectors_a_sample_at_even_distances_counts() -> None:
+    random = np.random.default_rng(4)
+    users, items = random.normal(size=(11, 4)), random.normal(size=(101, 4))
+    found = dispersion(users, items, most=11)
+    assert found["U_items"] == pytest.approx(uniformity_of_pairs(items[::10]))
+    assert found["U_users"] == pytest.approx(uniformity_of_pairs(users))
+
+
+def test_equal_vectors_and_a_single_one_have_no_spread() -> None:
+    found = dispersion(np.ones((1, 3)), np.ones((5, 3)))
+    assert found == pytest.approx({"U_users": 0.0, "U_items": 0.0, "offset": 0.0}, abs=1e-12)
+    assert dispersion(np.zeros((2, 3)), np.ones((2, 3)))["offset"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("users", "items"), [((0, 3), (2, 3)), ((2, 3), (2, 4)), ((3,), (2, 3))])
+def test_dispersion_of_shapes_that_do_not_fit_is_refused(users: tuple[int, ...], items: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="users are"):
+        dispersion(np.ones(users), np.ones(items))
+    with pytest.raises(DataError, match="not finite"):
+        dispersion(np.full((2, 3), np.nan), np.ones((2, 3)))

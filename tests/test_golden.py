@@ -29,7 +29,8 @@ LINE = (
     "prepare --items catalogue/items.parquet --interactions catalogue/interactions.parquet --images catalogue/images"
     " --out data --core 2 --candidates 20 --candidate-seeds 0,1",
     "finetune --data data --backbone tiny --out adapter --max-steps 4 --learning-rate 1e-3 --checkpoint-steps 2"
-    " --log-steps 1 --probe-users 8 --probe-steps 2 --gradient-steps 2 --max-pixels 3136 --reduction mean",
+    " --log-steps 1 --probe-users 8 --probe-steps 2 --gradient-steps 2 --max-pixels 3136 --reduction mean"
+    " --valid-candidates stored",
     "export-items --data data --backbone tiny --adapter adapter --out emb --shard-size 16 --dtype float32",
     "verify emb",
     "evaluate --data data --embeddings emb --backbone tiny --adapter adapter --out task1 --dtype float32",
@@ -85,7 +86,7 @@ def said_of(folder: Path) -> dict[str, Any]:
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     table = pq.read_table([folder / "emb" / f"part-{n:05}.parquet" for n in range(3)])
     vectors = {view: np.stack(table[view].to_numpy()) for view in VIEWS}
-    manifest = read("emb", "manifest.json")
+    manifest = read("emb", "_manifest.json")
     settings, of_weights = manifest["settings"], ("backbone_hash", "processor_hash", "adapter")
     elsewhere = ("images", *of_weights)  # they hold file times, and bits of this processor
     task1, task2 = read("task1", "metrics.json"), read("sasrec", "metrics.json")
@@ -98,7 +99,7 @@ def said_of(folder: Path) -> dict[str, Any]:
             "columns": table.column_names,
             "status": sorted(set(table["status"].to_pylist())),
             "settings": {key: value for key, value in settings.items() if key not in elsewhere},
-            "keys": sorted(json.loads((folder / "emb" / "manifest.json").read_text())),
+            "keys": sorted(json.loads((folder / "emb" / "_manifest.json").read_text())),
         },
         "adapter_keys": sorted(json.loads((folder / "adapter" / "vlm2rec.json").read_text())),
         "curves": read("adapter", "curves.json"),

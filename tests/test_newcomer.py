@@ -17,6 +17,7 @@ import transformers
 from embedding_folder import write_embeddings
 from tiny_models import tiny_model
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.encoders.settings import EncoderSettings, GivenSettings
 from vlm2rec.pipelines.config import ExportConfig, FinetuneConfig
 
@@ -140,7 +141,7 @@ def test_a_text_backbone_is_one_file(copy: Copy, drawn_dataset: Path, tmp_path: 
     assert len(copy.touched) == 1
     ran = copy.run(*export, "--out", tmp_path / "out")
     assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["model_type"] == "smollm3"
+    assert json.loads((tmp_path / "out" / schema.MANIFEST_FILE).read_text())["settings"]["model_type"] == "smollm3"
 
 
 def test_a_setting_of_the_encoder_is_a_field_and_two_flags() -> None:

@@ -28,15 +28,15 @@ from object_store import BUCKET, content, download, names, s3_server, upload
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
 from vlm2rec.embedder.backbones.images import FORMATS
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.process import this_process
 from vlm2rec.embedder.contract.storage import StorePath, location
-from vlm2rec.embedder.export import lock
+from vlm2rec.embedder.export import lock, shards
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
-from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.lock import LOCK_FILE, writing
 from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import build_index, evaluate, export_items, train_recommender
@@ -100,7 +100,7 @@ def die() -> NoReturn:
 def test_an_export_into_a_store_is_that_of_a_disk_byte_for_byte(data: Dataset, whole: Path, store: StorePath) -> None:
     manifest = make(data, store)
     assert content(store) == parts(whole) and list(content(store)) == SHARDS
-    assert names(store) == ["manifest.json", *SHARDS]
+    assert names(store) == [schema.MANIFEST_FILE, *SHARDS]
     local = schema.read_manifest(whole)
     assert {key: manifest[key] for key in ("fingerprint", "counts", "num_items", "views")} == {
         key: local[key] for key in ("fingerprint", "counts", "num_items", "views")
@@ -145,27 +145,68 @@ def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
             break
         assert killed.exitcode == -signal.SIGKILL
         left_behind.append(names(out))
-        recorded = sum(name.startswith("part-") and name.endswith(".json") for name in left_behind[-1])
+        recorded = sum(name.startswith("_part-") for name in left_behind[-1])
         calls: list[ShadeEncoder] = []
-        if "manifest.json" not in left_behind[-1]:
+        if schema.MANIFEST_FILE not in left_behind[-1]:
             with pytest.raises(ArtifactError, match=r"does not exist.*written last"):
                 EmbeddingTable.open(str(out))
         make(data, out, lambda calls=calls: calls.append(ShadeEncoder()) or calls[0])  # type: ignore[misc]
         encoded = sum(len(titles) for encoder in calls for titles in encoder.calls)
         assert encoded <= max(0, ITEMS - 8 * recorded)  # what is recorded is not made again
-        assert content(out) == parts(whole) and names(out) == ["manifest.json", *SHARDS]
-    assert ["export.json", "export.lock", *sorted(["part-00000.json", *SHARDS[:2]])] in left_behind  # shard, no record
-    everything = sorted([*SHARDS, *(name.replace("parquet", "json") for name in SHARDS)])
-    assert ["export.json", "export.lock", *everything] in left_behind  # all recorded, no manifest
-    assert ["export.json", "export.lock", "manifest.json", *everything] in left_behind
+        assert content(out) == parts(whole) and names(out) == [schema.MANIFEST_FILE, *SHARDS]
+    assert [schema.STATE_FILE, LOCK_FILE, "_part-00000.json", *SHARDS[:2]] in left_behind  # shard, no record
+    everything = [*map(shards.record_name, range(3)), *SHARDS]
+    assert [schema.STATE_FILE, LOCK_FILE, *everything] in left_behind  # all recorded, no manifest
+    assert [schema.STATE_FILE, LOCK_FILE, schema.MANIFEST_FILE, *everything] in left_behind
+
+
+def _former(folder: StorePath) -> None:
+    """Give the files of a folder the names that an earlier version gave them."""
+    for name in names(folder):
+        if name.startswith("_"):
+            publish.rename(folder, name, name.removeprefix("_"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [False, True])
+def test_killed_while_it_gives_today_s_names_the_same_command_goes_on(
+    data: Dataset, whole: Path, store: StorePath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: bool
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    start, both = store / "start", 0
+    for worker in range(2 if finished else 1):
+        make(data, start, distribution=Distribution(num_workers=2, worker=worker))
+    _former(start)
+    files = download(start, tmp_path / "start")
+    assert not any(path.name.startswith("_") for path in files.iterdir())
+    for moment in range(100):
+        out = upload(files, store / str(moment))
+        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed.start()
+        killed.join()
+        left = names(out)
+        documents = [name for name in left if name in (schema.MANIFEST_FILE, "manifest.json")]
+        if finished:
+            assert documents and len(EmbeddingTable.open(str(out)).item_ids) == ITEMS
+        else:
+            with pytest.raises(ArtifactError, match=r"does not exist.*written last"):
+                EmbeddingTable.open(str(out))
+        assert shards.rows_of_shards(out) == [8, 8, 4]
+        both += {"export.json", schema.STATE_FILE} <= {*left} or len(documents) == 2
+        make(data, out, never if finished else ShadeEncoder)
+        assert content(out) == parts(whole) and names(out) == [schema.MANIFEST_FILE, *SHARDS] and verify(out) == []
+        if killed.exitcode == 0 or ({"part-00001.parquet"} < {*left} and not finished):
+            break
+        assert killed.exitcode == -signal.SIGKILL
+    assert both == 1  # a store cannot rename: for a moment, the copy is there as well
 
 
 def test_a_shard_without_a_record_is_adopted_and_not_made_again(data: Dataset, whole: Path, store: StorePath) -> None:
     make(data, store)
-    manifest = json.loads((store / "manifest.json").read_text())
+    manifest = json.loads((store / schema.MANIFEST_FILE).read_text())
     state = {"schema_version": 1, "shard_size": 8, "settings": manifest["settings"], "rows": [8, 8, 4]}
-    (store / "manifest.json").unlink()
-    (store / "export.json").write_bytes(json.dumps(state).encode())
+    (store / schema.MANIFEST_FILE).unlink()
+    (store / schema.STATE_FILE).write_bytes(json.dumps(state).encode())
     make(data, store, never)
     assert content(store) == parts(whole) and verify(store) == []
 
@@ -203,9 +244,9 @@ def test_what_has_changed_is_refused_and_what_failed_is_made_again(tmp_path: Pat
 
 def test_any_number_of_workers_makes_the_same_folder(data: Dataset, whole: Path, store: StorePath) -> None:
     assert make(data, store, distribution=Distribution(num_workers=2, worker=1)) is None
-    assert "part-00001.json" in names(store) and "part-00000.json" not in names(store)
+    assert "_part-00001.json" in names(store) and "_part-00000.json" not in names(store)
     make(data, store, distribution=Distribution(num_workers=2, worker=0))
-    assert content(store) == parts(whole) and names(store) == ["manifest.json", *SHARDS]
+    assert content(store) == parts(whole) and names(store) == [schema.MANIFEST_FILE, *SHARDS]
     make(data, store / "processes", distribution=Distribution(num_workers=2))
     assert content(store / "processes") == parts(whole)
 
@@ -219,11 +260,11 @@ def test_retry_failed_writes_no_manifest_before_every_worker_has_made_its_share(
     for number in range(3):
         distribution = Distribution(num_workers=3, worker=number)
         made = make(changed, store, reuse=Reuse(retry_failed=True), distribution=distribution)
-        assert (made is not None) == ("manifest.json" in names(store)) == (number == 2)
+        assert (made is not None) == (schema.MANIFEST_FILE in names(store)) == (number == 2)
     make(changed, tmp_path / "fresh")
-    assert content(store) == parts(tmp_path / "fresh") and names(store) == ["manifest.json", *SHARDS]
+    assert content(store) == parts(tmp_path / "fresh") and names(store) == [schema.MANIFEST_FILE, *SHARDS]
     make(changed, store, never, reuse=Reuse(retry_failed=True), distribution=Distribution(num_workers=3, worker=0))
-    assert names(store) == ["manifest.json", *SHARDS]
+    assert names(store) == [schema.MANIFEST_FILE, *SHARDS]
 
 
 # --- one writer ---------------------------------------------------------------------------------------------
@@ -252,7 +293,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_followed_at_once(
         make(data, store)
     with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} "):
         make(data, store, distribution=Distribution(num_workers=2, worker=0))  # its shards are the other's too
-    assert names(store) == ["export.lock"]
+    assert names(store) == [LOCK_FILE]
     holder.kill()
     holder.join()
     make(data, store)
@@ -273,7 +314,7 @@ def test_a_writer_that_cannot_be_seen_is_dead_when_its_lock_was_watched_in_vain(
     store: StorePath, change: dict[str, str]
 ) -> None:
     unseen = this_process()._replace(pid=1, **change)
-    (store / "export.lock").write_bytes(json.dumps(unseen._asdict() | {"writer": "w", "beat": 7}).encode())
+    (store / LOCK_FILE).write_bytes(json.dumps(unseen._asdict() | {"writer": "w", "beat": 7}).encode())
     with writing(store) as hold:
         hold.require()
     assert names(store) == []
@@ -322,7 +363,7 @@ def come_at_once(store: StorePath, count: int) -> list[str]:
 def test_of_many_that_find_a_dead_lock_one_takes_it(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "SETTLE", 0.1)
     dead = this_process()._replace(pid=99999999)
-    (store / "export.lock").write_bytes(json.dumps(dead._asdict() | {"writer": "w"}).encode())
+    (store / LOCK_FILE).write_bytes(json.dumps(dead._asdict() | {"writer": "w"}).encode())
     got = ["in" if said == "in" else "out" for said in come_at_once(store, 4)]
     assert sorted(got) == ["in", "out", "out", "out"] and names(store) == []
 
@@ -354,12 +395,12 @@ def test_of_many_that_come_at_the_same_moment_one_writes(store: StorePath) -> No
 
 def test_a_writer_whose_folder_was_taken_over_writes_no_manifest(data: Dataset, store: StorePath) -> None:
     def load() -> ShadeEncoder:
-        (store / "export.lock").write_bytes(b'{"host": "another", "pid": 1, "writer": "x"}')
+        (store / LOCK_FILE).write_bytes(b'{"host": "another", "pid": 1, "writer": "x"}')
         return ShadeEncoder()
 
     with pytest.raises(ArtifactError, match=r"another writer has taken .* over"):
         make(data, store, load)
-    assert "manifest.json" not in names(store) and "export.lock" in names(store)
+    assert schema.MANIFEST_FILE not in names(store) and LOCK_FILE in names(store)
 
 
 def test_signs_of_life_come_and_end(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +418,7 @@ def test_signs_of_life_come_and_end(store: StorePath, monkeypatch: pytest.Monkey
     with writing(store) as hold:
         assert seen.wait(30)
         hold.require()
-    assert set(beats) == {"export.lock"} and names(store) == []
+    assert set(beats) == {LOCK_FILE} and names(store) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "lock"]
 
 
@@ -395,7 +436,7 @@ def test_a_store_that_knows_no_conditions_still_has_one_writer(
     with pytest.raises(ArtifactError, match="is being written by process"), writing(store):
         pass
     with writing(store / "new"):
-        assert names(store / "new") == ["export.lock"]
+        assert names(store / "new") == [LOCK_FILE]
 
 
 # --- checking and reading -----------------------------------------------------------------------------------
@@ -539,11 +580,7 @@ def test_an_address_is_read_as_one_and_never_leaves_its_bucket() -> None:
     assert str(location("s3://b/data") / "../../../other/x") == "s3://b/other/x"
     assert location("some/folder") == Path("some/folder")
     place = StorePath("s3://b/emb/part-00000.parquet")
-    assert (place.name, str(place.parent), str(place.with_suffix(".json"))) == (
-        "part-00000.parquet",
-        "s3://b/emb",
-        "s3://b/emb/part-00000.json",
-    )
+    assert (place.name, str(place.parent)) == ("part-00000.parquet", "s3://b/emb")
     assert pickle.loads(pickle.dumps(place)) == place
 
 

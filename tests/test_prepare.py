@@ -18,6 +18,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from vlm2rec.embedder.contract import storage
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -26,6 +28,7 @@ from vlm2rec.pipelines import cli, prepare
 from vlm2rec.pipelines.catalogue import dataset_writer
 from vlm2rec.pipelines.catalogue.negatives import Sequences, draw_candidates, random_items, untouched_counts
 from vlm2rec.pipelines.config import PrepareConfig
+from vlm2rec.pipelines.reporting.paper import nearest
 
 Row = tuple[str, str, int]
 
@@ -78,9 +81,13 @@ def flags(paths: dict[str, Path], **settings: object) -> list[str]:
 # --- filtering and splitting --------------------------------------------------------------------------------
 
 
-def brute_force(log: list[Row], core: int) -> dict[str, list[str]]:
-    """Each user's items in time order after duplicates and k-core, by the plainest possible loops."""
+def brute_force(log: list[Row], core: int, truncate: int = 0) -> dict[str, list[str]]:
+    """Each user's items in time order after duplicates, truncation and k-core, by the plainest possible loops."""
     rows = list(dict.fromkeys(log))
+    if truncate:
+        of_user = {user: sorted((row for row in rows if row[0] == user), key=lambda row: row[2]) for user, _, _ in rows}
+        kept = [row for mine in of_user.values() for row in mine[-truncate:]]
+        rows = [row for row in rows if row in kept]
     while True:
         users, items = Counter(u for u, _, _ in rows), Counter(i for _, i, _ in rows)
         kept = [(u, i, t) for u, i, t in rows if users[u] >= max(core, 3) and items[i] >= core]
@@ -109,6 +116,84 @@ def test_core_duplicates_order_and_split_equal_a_brute_force(tmp_path: Path, cor
     assert dataset.meta["items"] - dataset.meta["cold_items"] == len(touched)
     assert dataset.meta["users"] == len(expected)
     assert dataset.meta["interactions"] == sum(map(len, expected.values()))
+
+
+@given(seed=st.integers(0, 10**6), core=st.integers(1, 4), truncate=st.integers(0, 9), users=st.integers(5, 40))
+def test_truncation_before_the_core_equals_a_brute_force(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, core: int, truncate: int, users: int
+) -> None:
+    log = a_log(users=users, items=25, length=8, seed=seed)
+    expected = brute_force(log, core, truncate)
+    touched = {item for mine in expected.values() for item in mine}
+    assume(all(len(set(mine)) < len(touched) for mine in expected.values()))  # else no candidate is left
+    paths = write_catalogue(tmp_path_factory.mktemp("truncated"), log)
+    asked = config(paths, core=core, truncate=truncate, candidates=1)
+    if not expected:
+        with pytest.raises(DataError, match="leaves nothing"):
+            prepare.run(asked)
+        return
+    dataset = prepare.run(asked)
+    found = {row["user_id"]: [*row["train"], row["valid"], row["test"]] for row in dataset.sequences.to_pylist()}
+    assert found == expected
+    assert dataset.meta["rules"].get("truncate", 0) == truncate
+    rows = dataset.meta["rows"]["interactions"]
+    assert rows["read"] == rows["kept"] + sum(rows["rejected"].values())
+
+
+def test_truncation_keeps_the_latest_and_names_what_it_left_out(tmp_path: Path) -> None:
+    log = [(f"u{user}", f"i{time_ % 7}", 100 - time_ if user else time_) for user in range(4) for time_ in range(6)]
+    dataset = prepare.run(config(write_catalogue(tmp_path, log), truncate=4))
+    steps = [step["step"] for step in dataset.meta["counts"]]
+    assert steps.index("the latest 4 interactions of each user") < steps.index("1-core, users with 3 interactions")
+    assert dataset.meta["average_length"] == 4.0
+    assert dataset.meta["rows"]["interactions"]["rejected"] == {"before the user's latest 4": 8}
+    first = dataset.sequences.to_pylist()[0]
+    assert [*first["train"], first["valid"], first["test"]] == ["i2", "i3", "i4", "i5"]
+
+
+def test_a_published_core_is_taken_as_it_is(tmp_path: Path) -> None:
+    """`--core 1` removes no row of a 5-core, and after the loss of some items only users below three."""
+    core = brute_force(a_log(60, 25, 12), 5)
+    every = [(user, item, time_) for user, items in core.items() for time_, item in enumerate(items)]
+    assert prepare.run(config(write_catalogue(tmp_path / "whole", every))).meta["interactions"] == len(every)
+    lost = {"i0", "i1", "i2", "i3"}
+    left = [row for row in every if row[1] not in lost]
+    counts = Counter(user for user, _, _ in left)
+    enough = [row for row in left if counts[row[0]] >= 3]
+    paths = write_catalogue(tmp_path / "part", every, without_image=tuple(lost))
+    as_it_is = prepare.run(config(paths))
+    assert as_it_is.meta["interactions"] == len(enough) < len(every)
+    assert prepare.run(config(paths, core=5)).meta["interactions"] < len(enough)
+
+
+def test_of_a_dataset_of_the_paper_other_filters_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = a_log(users=80, items=40, length=14)
+    paths = write_catalogue(tmp_path, log)
+    dataset = prepare.run(config(paths, name="Beauty", core=5))
+    found = {(each["users"], each["items"], each["interactions"]) for each in dataset.meta["variants"]}
+    expected = set()
+    for core, truncate in ((1, 0), (5, 0), (1, 10), (5, 10)):
+        kept = brute_force(log, core, truncate)
+        items = {item for mine in kept.values() for item in mine}
+        expected.add((len(kept), len(items), sum(map(len, kept.values()))))
+    assert found == expected
+    assert [re.search(r"\((.*)\)", each["step"])[1] for each in dataset.meta["variants"]] == [
+        *("--core 1", "--core 5", "--core 1 --truncate 10", "--core 5 --truncate 10")
+    ]
+    assert "comes nearest to the paper" in " ".join(capsys.readouterr().err.split())
+    assert "variants" not in prepare.run(config(paths, out=tmp_path / "other", core=5)).meta
+
+
+def test_the_nearest_counts_are_by_ratio() -> None:
+    paper = {"users": 100, "items": 1000, "interactions": 10_000}
+    near, far = (
+        {"users": 110, "items": 1000, "interactions": 9000},
+        {"users": 100, "items": 500, "interactions": 10_000},
+    )
+    assert nearest([far, near], paper) == 1
+    assert nearest([{"users": 0, "items": 0, "interactions": 0}, far], paper) == 1
 
 
 def test_the_worlds_of_the_brute_force_test_do_lose_users_and_items() -> None:

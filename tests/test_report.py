@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,6 +265,40 @@ def test_a_study_of_an_older_program_still_has_its_page(study: Path, tmp_path: P
     text = printed(changed(study, tmp_path, about=without(study, *SINCE)))
     assert "vlm2rec study" in text and "What ran" in text
     assert "From catalogue to dataset" not in text and "recall@10" not in text
+
+
+def test_table_1_has_pairs_of_one_kind_and_marks_the_papers_column(study: Path, text: str, tmp_path: Path) -> None:
+    found = table(text, "State")
+    assert {"U users", "U items", "offset", "U‡"} <= {*found[0], *found[1]}
+    assert "does not follow from its Eq. 4" in text
+    older = table_of(study, "geometry").drop("U_users", "U_items", "offset")
+    assert "–" in table(drawn(changed(study, tmp_path, geometry=older)), "State")[2]
+    measured = [cell for row in found[2:] for cell in row]
+    assert "−.9000" in measured and "−1.6000" in measured
+
+
+def test_table_3_says_which_filter_comes_nearest_to_the_paper(study: Path, tmp_path: Path) -> None:
+    counts = [{"step": "5-core", "users": 22_363, "items": 12_101, "interactions": 198_502}]
+    variants = [
+        {"step": "as it is (--core 1)", "users": 22_363, "items": 12_101, "interactions": 198_502},
+        {"step": "cut (--core 5 --truncate 10)", "users": 19_000, "items": 9000, "interactions": 130_000},
+    ]
+    about = table_of(study, "about").filter(~pl.col("key").is_in(["counts", "variants", "dataset"]))
+    facts = {"counts": counts, "variants": variants, "dataset": "Beauty"}
+    rows = pl.DataFrame({"key": list(facts), "value": [json.dumps(value) for value in facts.values()]})
+    named = {
+        each: table_of(study, each).with_columns(pl.lit("Beauty").alias("dataset"))
+        for each in ("results", "comparisons", "geometry", "cost")
+    }
+    text = drawn(changed(study, tmp_path, about=pl.concat([about, rows]), **named))
+    found = {row[0]: row[1:] for row in table(text, "step of prepare")}
+    assert found["cut (--core 5 --truncate 10) ← nearest to the paper"][3] == "6.8"
+    assert found["as it is (--core 1)"][3] == "8.9" and found["the paper’s Beauty"] == [
+        "19,757",
+        "9,311",
+        "137,300",
+        "6.9",
+    ]
 
 
 def test_a_row_that_no_ranking_gives_is_not_printed(study: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, wri
 from children import child
 from PIL import Image
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems
@@ -119,7 +120,7 @@ def test_an_interrupted_extension_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         export(data, out, Stopped().fingerprint, Stopped, shard_size=8, reuse=Reuse(extend=True))
-    assert not (out / "manifest.json").exists()
+    assert not (out / schema.MANIFEST_FILE).exists()
     assert exported(data, out, reuse=Reuse(extend=True)) == [f"new chair {row}" for row in range(28, 40)]
     exported(data, tmp_path / "whole")
     assert rows_of(out) == rows_of(tmp_path / "whole")
@@ -188,7 +189,7 @@ export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambd
     killed = child(code, folder, out)
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
-    assert not (out / "manifest.json").exists()
+    assert not (out / schema.MANIFEST_FILE).exists()
     assert exported(Dataset(folder), out, reuse=Reuse(retry_failed=True)) == []  # the last shard was there: adopted
     exported(Dataset(folder), tmp_path / "whole")
     assert rows_of(out) == rows_of(tmp_path / "whole")
@@ -214,7 +215,7 @@ def killed(data: Dataset, out: Path, at_call: int, **choices: Any) -> None:
 
     with pytest.raises(KilledError):
         export(data, out, ShadeEncoder().fingerprint, load, shard_size=8, **choices)
-    assert not (out / "manifest.json").exists()
+    assert not (out / schema.MANIFEST_FILE).exists()
 
 
 @pytest.mark.parametrize("at_call", [0, 1, 2])
@@ -270,7 +271,7 @@ def test_records_of_an_earlier_version_name_no_plan_and_are_held_against_it(tmp_
     folder, out = write_dataset(tmp_path / "data"), tmp_path / "out"
     exported(Dataset(folder), out)
     killed(retitle(folder, 2), out, 0, reuse=Reuse(retry_failed=True))
-    for record in out.glob("part-*.json"):
+    for record in out.glob("_part-*.json"):
         known = json.loads(record.read_text())
         del known["plan"]
         record.write_text(json.dumps(known))
@@ -349,7 +350,7 @@ def other_model(data: Dataset, out: Path) -> Path:
             lambda old, other: edit_manifest(old, lambda m: m | {"shards": [*m["shards"][1:], m["shards"][0]]}),
             "shard 0 is not recorded",
         ),
-        (lambda old, other: shutil.copy(other / "manifest.json", old), "made with other settings"),
+        (lambda old, other: shutil.copy(other / schema.MANIFEST_FILE, old), "made with other settings"),
         (
             lambda old, other: edit_manifest(old, lambda m: m | {"settings": m["settings"] | {"model": "another"}}),
             "the fingerprint is not that of the settings",
@@ -389,7 +390,7 @@ def flip_bit(file: Path) -> None:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    file = folder / "manifest.json"
+    file = folder / schema.MANIFEST_FILE
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
@@ -409,7 +410,7 @@ def test_a_backbone_under_another_name_goes_on_and_gives_the_same_bytes(tmp_path
     for encoder, where in ((Named(), out), (Named("other"), tmp_path / "whole")):
         export(data, where, encoder.fingerprint, lambda encoder=encoder: encoder, shard_size=8)
     assert parts(out) == parts(tmp_path / "whole")
-    manifests = [json.loads((where / "manifest.json").read_text()) for where in (out, tmp_path / "whole")]
+    manifests = [json.loads((where / schema.MANIFEST_FILE).read_text()) for where in (out, tmp_path / "whole")]
     assert [manifest["made_with"] for manifest in manifests] == [{"backbone": "bb"}, {"backbone": "other"}]
     assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
     (out / "part-00001.parquet").unlink()

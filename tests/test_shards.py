@@ -245,7 +245,7 @@ def test_fault_09_the_same_shard_twice_is_one_file_with_the_same_bytes(tmp_path:
 def test_a_finished_folder_holds_parts_and_manifest_and_nothing_else(tmp_path: Path) -> None:
     plan = plan_of()
     manifest = finished_export(tmp_path / "out", plan)
-    assert names(tmp_path / "out") == ["manifest.json", *(f"part-0000{n}.parquet" for n in range(3))]
+    assert names(tmp_path / "out") == [schema.MANIFEST_FILE, *(f"part-0000{n}.parquet" for n in range(3))]
     assert manifest == schema.read_manifest(tmp_path / "out")
     assert manifest["counts"] == {"ok": 7, "truncated": 0, "text_only": 2, "failed": 1}
     assert (manifest["num_items"], manifest["dim"], manifest["dtype"]) == (10, DIM, "float32")
@@ -259,7 +259,7 @@ def test_a_finished_folder_holds_parts_and_manifest_and_nothing_else(tmp_path: P
 
 def test_fault_37_an_export_of_no_items_is_a_manifest_alone(tmp_path: Path) -> None:
     assert finished_export(tmp_path / "out", plan_of(0))["shards"] == []
-    assert names(tmp_path / "out") == ["manifest.json"]
+    assert names(tmp_path / "out") == [schema.MANIFEST_FILE]
 
 
 def test_a_manifest_is_not_written_while_a_shard_is_missing(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_manifest_is_not_written_while_a_shard_is_missing(tmp_path: Path) -> N
         done = publish_all(tmp_path / "out", plan, iter([0, 2]))
         with pytest.raises(ValueError, match=r"part-00001\.parquet"):
             shards.finish(tmp_path / "out", plan, done)
-    assert "manifest.json" not in names(tmp_path / "out")
+    assert schema.MANIFEST_FILE not in names(tmp_path / "out")
     with pytest.raises(ArtifactError, match="run the command that wrote it"):
         schema.read_manifest(tmp_path / "out")
 
@@ -297,23 +297,28 @@ def test_a_begun_export_goes_on_after_its_finished_shards(tmp_path: Path) -> Non
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", ["opened", "finished"])
-def test_a_look_at_a_folder_that_another_worker_opens_or_finishes_finds_it(
+@pytest.mark.parametrize("step", ["opened", "finished", "renamed"])
+def test_a_look_at_a_folder_that_another_worker_opens_finishes_or_renames_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     plan = plan_of()
     finished_export(tmp_path, plan)
-    manifest, state = tmp_path / "manifest.json", tmp_path / "export.json"
+    manifest, state = tmp_path / schema.MANIFEST_FILE, tmp_path / schema.STATE_FILE
     whole, exists, changed = manifest.read_text(), Path.exists, []
     if step == "finished":
         schema.write_json(state, shards._state(plan))
         manifest.unlink()
+    former = tmp_path / schema.former_name(schema.MANIFEST_FILE)
+    if step == "renamed":
+        manifest.rename(former)
 
     def exists_and_change(self: Path, **choices: Any) -> bool:
         found = exists(self, **choices)
-        if not changed:
+        if not changed and self == manifest:
             changed.append(self)
-            if step == "opened":
+            if step == "renamed":
+                former.rename(manifest)
+            elif step == "opened":
                 schema.write_json(state, shards._state(plan))
                 manifest.unlink()
             else:
@@ -366,13 +371,13 @@ with writing(out):
     killed = child(code, tmp_path / "out")
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    assert "part-00001.parquet" in names(tmp_path / "out") and "part-00001.json" not in names(tmp_path / "out")
+    assert "part-00001.parquet" in names(tmp_path / "out") and "_part-00001.json" not in names(tmp_path / "out")
     plan = plan_of()
     with writing(tmp_path / "out"):
         done = shards.begin(tmp_path / "out", plan).finished
     assert sorted(done) == [0, 1]
     assert done[1].counts == {"ok": 2, "text_only": 1, "failed": 1}
-    assert "part-00001.json" in names(tmp_path / "out")
+    assert "_part-00001.json" in names(tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["other settings", "other items", "truncated", "flipped", "no parquet"])
@@ -384,11 +389,11 @@ def test_fault_02_an_unrecorded_part_that_is_not_what_was_planned_is_written_aga
         shards.begin(out, plan)
         publish_all(out, plan, iter([0]))
     part = out / "part-00000.parquet"
-    (out / "part-00000.json").unlink()
+    (out / "_part-00000.json").unlink()
     if damage == "other settings":
         other = plan_of(max_pixels=1)
         shards._commit(out, other, 0, table_of(other, 0), 1.0)
-        (out / "part-00000.json").unlink()
+        (out / "_part-00000.json").unlink()
     elif damage == "other items":
         shutil.rmtree(out)
         with writing(out):
@@ -412,12 +417,19 @@ def test_fault_02_an_unrecorded_part_that_is_not_what_was_planned_is_written_aga
 def test_killed_after_the_manifest_only_leftovers_are_swept(tmp_path: Path) -> None:
     plan = plan_of()
     finished_export(tmp_path / "out", plan)
-    for name in ("export.json", "part-00002.json", ".manifest.json.77.tmp", ".part-00001.parquet.77.tmp"):
+    for name in (
+        schema.STATE_FILE,
+        "_part-00002.json",
+        "._manifest.json.77.tmp",
+        ".manifest.json.77.tmp",
+        "._part-00002.json.77.tmp",
+        ".part-00001.parquet.77.tmp",
+    ):
         (tmp_path / "out" / name).write_text("{}")
     before = parts(tmp_path / "out")
     with writing(tmp_path / "out"):
         assert len(shards.begin(tmp_path / "out", plan).finished) == 3
-    assert names(tmp_path / "out") == ["manifest.json", *sorted(before)]
+    assert names(tmp_path / "out") == [schema.MANIFEST_FILE, *sorted(before)]
     assert parts(tmp_path / "out") == before
 
 
@@ -447,7 +459,7 @@ def test_fault_10_a_damaged_shard_is_named_and_alone_written_again(
     with caplog.at_level(logging.WARNING), writing(out):
         assert sorted(shards.begin(out, plan).finished) == [0, 2]
     assert "part-00001.parquet" in caplog.text
-    assert "manifest.json" not in names(out)  # until it is mended, readers refuse
+    assert schema.MANIFEST_FILE not in names(out)  # until it is mended, readers refuse
     finished_export(out, plan)
     assert parts(out) == before
 
@@ -457,7 +469,7 @@ def test_an_unreadable_record_costs_nothing_but_a_look_at_its_shard(tmp_path: Pa
     with writing(tmp_path / "out"):
         shards.begin(tmp_path / "out", plan)
         before = publish_all(tmp_path / "out", plan)
-    (tmp_path / "out" / "part-00001.json").write_text("{ half")
+    (tmp_path / "out" / "_part-00001.json").write_text("{ half")
     with writing(tmp_path / "out"):
         done = shards.begin(tmp_path / "out", plan).finished
     assert {n: shard.sha256 for n, shard in done.items()} == {n: shard.sha256 for n, shard in before.items()}
@@ -503,8 +515,8 @@ def test_fault_12_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
     plan, out = plan_of(), tmp_path / "out"
     with writing(out):
         shards.begin(out, plan)
-    state = json.loads((out / "export.json").read_text())
-    (out / "export.json").write_text(json.dumps({**state, "schema_version": 2}))
+    state = json.loads((out / schema.STATE_FILE).read_text())
+    (out / schema.STATE_FILE).write_text(json.dumps({**state, "schema_version": 2}))
     with pytest.raises(ArtifactError, match="schema version 2"), writing(out):
         shards.begin(out, plan)
 
@@ -557,7 +569,7 @@ def test_fault_07_a_rename_that_fails_once_is_tried_again(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "replace", flaky)
     plan = plan_of()
     assert shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0).rows == 4
-    assert names(tmp_path) == ["part-00000.json", "part-00000.parquet"]
+    assert names(tmp_path) == ["_part-00000.json", "part-00000.parquet"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

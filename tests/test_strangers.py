@@ -24,6 +24,7 @@ from embedding_folder import write_embeddings
 from recommender_world import write_dataset
 from whole_line import Bomb
 
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, Vlm2RecError
 from vlm2rec.embedder.contract.printable import cell, one_line, without_keys
 from vlm2rec.embedder.contract.storage import StorePath
@@ -324,7 +325,7 @@ def test_addresses_without_keys_are_shown_whole(plain: str) -> None:
 
 # --- folders of others ----------------------------------------------------------------------------------------------
 COMMON = ("users.parquet", "metrics.json", "README.md", "checkpoint.pth", "checkpoint.safetensors", "index.json")
-PRECIOUS = (*COMMON, "convert.json", "manifest.json", "recommender.json")
+PRECIOUS = (*COMMON, "convert.json", schema.MANIFEST_FILE, "recommender.json")
 
 
 @pytest.fixture(scope="module")
@@ -508,7 +509,7 @@ READERS = ("verify", "failures", "evaluate", "build-index", "convert", "train-re
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_manifest_is_exit_code_5_with_what_to_do(name: str, damage: str, world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "emb", tmp_path / "emb")
-    manifest = tmp_path / "emb" / "manifest.json"
+    manifest = tmp_path / "emb" / schema.MANIFEST_FILE
     if damage in DAMAGED:
         manifest.write_bytes(DAMAGED[damage])
     else:

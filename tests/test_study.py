@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,8 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines import finetune, prepare, study
 from vlm2rec.pipelines.config import PrepareConfig, StudyConfig
-from vlm2rec.pipelines.experiments import ledger, schedule
+from vlm2rec.pipelines.experiments import ledger, results, schedule
+from vlm2rec.pipelines.experiments.domains import shared_facts, shared_targets
 from vlm2rec.pipelines.experiments.results import _RESULT, require_bound
 from vlm2rec.pipelines.reporting import tables
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
@@ -97,7 +99,7 @@ def test_every_run_holds_the_folders_of_the_single_commands(finished: Path) -> N
     }
     for run in trained:
         assert (finished / run / "adapter" / "adapter_model.safetensors").is_file()
-        assert (finished / run / "embeddings" / "manifest.json").is_file()
+        assert (finished / run / "embeddings" / schema.MANIFEST_FILE).is_file()
     assert "vlm2rec finetune" in (finished / "sft" / "seed-0" / "log.txt").read_text()
 
 
@@ -363,6 +365,73 @@ def test_a_target_domain_with_items_or_users_of_the_training_data_is_refused(
     with pytest.raises(ConfigError, match="1 users of"):
         schedule.require_other_domain(home, there, "refuse")
     schedule.require_other_domain(home, there, "count")
+
+
+def test_shared_items_may_be_dropped_or_counted_if_a_user_is_left(drawn_dataset: Path, other_domain: Path) -> None:
+    home, there = Dataset(drawn_dataset).warm(), Dataset(other_domain).warm()
+    target = there.histories("test").targets[0]
+    there.__dict__["item_ids"] = [
+        home.item_ids[0] if row == target else item for row, item in enumerate(there.item_ids)
+    ]
+    with pytest.raises(ConfigError, match=r"1 items of .*`shared_items: drop`"):
+        schedule.require_other_domain(home, there, "refuse")
+    schedule.require_other_domain(home, there, "refuse", "drop")
+    schedule.require_other_domain(home, there, "refuse", "count")
+    hit = [row == target for row in there.histories("test").targets]
+    assert shared_targets(home, there) == hit and any(hit) and not all(hit)
+    assert shared_facts(home, there) == {"users": 0, "items": 1, "targets": sum(hit)}
+    with pytest.raises(ConfigError, match="the next item of every user"):
+        schedule.require_other_domain(home, home, "count", "drop")
+
+
+@pytest.mark.parametrize("rule", ["drop", "count"])
+def test_users_whose_next_item_is_shared_are_left_out_or_measured_and_counted(
+    rule: str, finished: Path, drawn_dataset: Path, other_domain: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    """The finished study, collected again with a target domain that shares the next item of some users."""
+    out = tmp_path / "study"
+    shutil.copytree(finished, out)
+    before = pl.read_parquet(out / "results.parquet")
+    config = settings(tiny, drawn_dataset, tmp_path, cross_domain=[str(other_domain)])
+    schedule_ = schedule.plan_schedule(dataclasses.replace(config, out=out))
+    domain, home = schedule_.domains[0], Dataset(drawn_dataset).warm()
+    there = Dataset(other_domain).warm()
+    target = there.histories("test").targets[0]
+    shared = [user for user, row in zip(there.user_ids, there.histories("test").targets, strict=True) if row == target]
+    items = [home.item_ids[0] if row == target else item for row, item in enumerate(there.item_ids)]
+
+    def opened(path: Path) -> Dataset:
+        found = Dataset(path)
+        if Path(path) == domain.data:
+            warm = found.warm()
+            warm.__dict__["item_ids"] = items
+            found.warm = lambda: warm  # type: ignore[method-assign]
+        return found
+
+    study_ = dataclasses.replace(schedule_.study, shared_items=rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "Dataset", opened)
+        results.collect(study_, out, schedule_.runs, schedule_.home, schedule_.domains)
+    after = pl.read_parquet(out / "results.parquet")
+    here, away = pl.col("dataset") == schedule_.home.name, pl.col("dataset") == domain.name
+    assert after.filter(here).equals(before.filter(here))
+    everyone = len(there.user_ids)
+    measured = after.filter(away & (pl.col("user_group") == "all"))
+    assert set(measured["users"]) == {everyone - (len(shared) if rule == "drop" else 0)}
+    users = pl.read_parquet(out / "users.parquet").filter(away)
+    assert set(shared).isdisjoint(users["user_id"]) == (rule == "drop")
+    if rule == "count":
+        assert after.equals(before)
+    f2f = measured.filter((pl.col("view") == "f2f") & (pl.col("protocol") == "candidates"))
+    for row in f2f.iter_rows(named=True):
+        mine = users.filter((pl.col("method") == row["method"]) & (pl.col("seed") == row["seed"]))
+        mine = mine.filter(pl.col("task") == 1)
+        assert row["value"] == pytest.approx(mine[row["metric"]].mean())
+    facts = results.facts(out)
+    assert facts["shared"][domain.name] == {"users": 0, "items": 1, "targets": len(shared)}
+    text = study.run(StudyConfig(out=out, report_only=True)).read_text(encoding="utf-8")
+    words = {"drop": "are left out of this table", "count": "are measured too"}[rule]
+    assert f"the {len(shared):,} users whose next item is one of them {words}" in text
 
 
 # --- the page -----------------------------------------------------------------------------------------------

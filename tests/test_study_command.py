@@ -19,6 +19,7 @@ from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
 from vlm2rec.pipelines.experiments.methods import Method, Run, Step
 from vlm2rec.pipelines.experiments.workers import workers
+from vlm2rec.pipelines.synthetic import laboratory
 
 
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
@@ -58,6 +59,25 @@ def test_a_strangers_folder_and_missing_material_are_refused(tiny: Tiny, drawn_d
         study.run(StudyConfig(out=tmp_path, report_only=True))
 
 
+def test_a_demo_takes_the_laboratory_and_the_backbone_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[tuple[laboratory.Laboratory, bool]] = []
+
+    def draw(folder: Path, wanted: laboratory.Laboratory, redo: bool, backbone: bool) -> None:
+        drawn.append((wanted, backbone))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(laboratory, "draw_laboratory", draw)
+    own = study._with_laboratory(StudyConfig(out=tmp_path, demo=True, laboratory="looks", backbone="BB"))
+    small = study._with_laboratory(StudyConfig(out=tmp_path, demo=True))
+    assert drawn == [(laboratory.LOOKS, False), (laboratory.STUDY, True)]
+    assert own.backbone == "BB" and small.backbone == str(tmp_path / "laboratory" / "backbone")
+    assert own.data == small.data == tmp_path / "laboratory" / "data"
+    with pytest.raises(ConfigError, match="--demo with --data"):
+        study.run(StudyConfig(out=tmp_path / "new", demo=True, data=tmp_path))
+
+
 def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
@@ -74,7 +94,7 @@ def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
 
 
 def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), "manifest.json", ())
+    step = Step("prepared", "verify", VerifyConfig(embeddings=tmp_path), schema.MANIFEST_FILE, ())
     run = Run(Method(name="any", source="backbone"), 0, tmp_path, (step,))
     with workers(2) as pool:
         pool.start((run, step))

@@ -17,6 +17,7 @@ from vlm2rec.embedder.training.losses import VLM2RecLoss, penalty_weight
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.experiments import ledger
 from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, read_study, runs
+from vlm2rec.pipelines.reporting.paper import read_paper
 
 HOME = Target("home", Path("/data/home"))
 THERE = Target("there", Path("/data/there"), "cross-0-")
@@ -321,6 +322,27 @@ def test_a_grid_over_sda_knows_its_own_defaults(tmp_path: Path) -> None:
     grids = [{"analysis": "sensitivity", "of": "SDA", "varies": "lora_rank", "values": [8, 16]}]
     found = study(tmp_path, grids=grids)
     assert [method.name for method in found.methods if method.of == "SDA"] == ["SDA (lora_rank=16)"]
+
+
+def test_readme_names_the_rows_of_the_papers_tables_that_are_absent() -> None:
+    """Rows of Tables 2 and 4 that no method of study.yaml stands beside."""
+    study = read_study(StudyConfig(out=Path("out")))
+    ours = {method.paper for method in study.methods} | {"SASRec", "GRU4Rec"}  # the ids' rows are named by their model
+    paper = read_paper()
+    printed = {*paper["task1"], *paper["task2"]["SASRec"], *paper["task2"]["GRU4Rec"]}
+    absent = printed - ours
+    assert absent == {"BERT", "SLIM", "SLIM+", "LLMEmb", "LLM2Rec", "CLIP", "NoteLLM-2"}
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    said = " ".join(text[text.index("**Absent**") :].split())[:400]
+    for name in absent:
+        assert name in said, name
+    few_shot = {row for row in paper["few-shot"]["Beauty"] if not row.startswith("K=")}
+    ours_few = {method.paper for method in study.methods if "few-shot" in method.analyses}
+    assert few_shot - ours_few - absent == {"LLM SFT"} and "in Table 7 LLM SFT" in said
+    assert {*paper["cross-domain"]["Clothing → Beauty"]} - absent <= {
+        method.paper for method in study.methods if "cross-domain" in method.analyses
+    }
+    assert {*paper["ablation"]["Beauty"]} <= ours
 
 
 # --- arms -------------------------------------------------------------------------------------------------------

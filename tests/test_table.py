@@ -12,6 +12,7 @@ import pytest
 from embedding_folder import write_embeddings
 
 from vlm2rec.downstream.table import EmbeddingTable, read_batches
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
 IDS = ["a", "7", "007", "NA", "e"]
@@ -26,11 +27,11 @@ def folder(tmp_path: Path) -> Path:
 
 def replace_shard(folder: Path, table: pa.Table) -> None:
     """Put another table in the place of the last shard, with a manifest that knows its size."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / schema.MANIFEST_FILE).read_text())
     shard = manifest["shards"][-1]
     pq.write_table(table, folder / shard["file"])
     shard["bytes"] = (folder / shard["file"]).stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / schema.MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -72,7 +73,7 @@ def test_a_view_without_a_single_vector_is_refused(folder: Path) -> None:
 
 
 def test_an_unfinished_export_is_refused(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
+    (folder / schema.MANIFEST_FILE).unlink()
     with pytest.raises(ArtifactError, match=r"manifest\.json does not exist"):
         EmbeddingTable.open(folder)
 

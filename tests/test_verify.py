@@ -65,8 +65,8 @@ def table_of(plan: Plan, number: int) -> pa.Table:
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    manifest = json.loads((folder / schema.MANIFEST_FILE).read_text())
+    (folder / schema.MANIFEST_FILE).write_text(json.dumps({**manifest, **changes}))
 
 
 def replace_shard(folder: Path, number: int, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -74,7 +74,7 @@ def replace_shard(folder: Path, number: int, change: Callable[[pa.Table], pa.Tab
     path = folder / schema.shard_name(number)
     table = change(pq.read_table(path))
     pq.write_table(table, path)
-    records = json.loads((folder / "manifest.json").read_text())["shards"]
+    records = json.loads((folder / schema.MANIFEST_FILE).read_text())["shards"]
     records[number] |= {"rows": len(table), "bytes": path.stat().st_size, "sha256": storage.sha256_file(path)}
     change_manifest(folder, shards=records)
 
@@ -149,7 +149,7 @@ def test_an_id_in_two_shards_is_found(folder: Path) -> None:
 def test_rows_that_are_missing_or_too_many_are_found(folder: Path) -> None:
     replace_shard(folder, 2, lambda table: table.slice(0, 1))
     assert "num_items is 10, the shards hold 9 rows" in found(folder)
-    records = json.loads((folder / "manifest.json").read_text())["shards"]
+    records = json.loads((folder / schema.MANIFEST_FILE).read_text())["shards"]
     records[0]["rows"] = 5
     change_manifest(folder, shards=records)
     assert "part-00000.parquet: has 4 rows, the manifest says 5" in found(folder)
@@ -158,8 +158,8 @@ def test_rows_that_are_missing_or_too_many_are_found(folder: Path) -> None:
 def test_status_counts_that_do_not_add_up_are_found(folder: Path) -> None:
     change_manifest(folder, counts={"ok": 8, "truncated": 1, "text_only": 1})
     assert found(folder).splitlines() == [
-        "manifest.json: counts[failed] is 0, the shards hold 1",
-        "manifest.json: counts[ok] is 8, the shards hold 7",
+        "_manifest.json: counts[failed] is 0, the shards hold 1",
+        "_manifest.json: counts[ok] is 8, the shards hold 7",
     ]
 
 
@@ -206,17 +206,17 @@ def test_a_shard_of_other_settings_is_found_by_its_stamp(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", ["null", float("nan"), float("inf"), "\ud800"])
 def test_settings_changed_afterwards_are_found(folder: Path, value: object) -> None:
-    settings = json.loads((folder / "manifest.json").read_text())["settings"]
+    settings = json.loads((folder / schema.MANIFEST_FILE).read_text())["settings"]
     change_manifest(folder, settings={**settings, "on_image_error": value})
-    assert found(folder) == "manifest.json: the fingerprint is not that of the settings"
+    assert found(folder) == "_manifest.json: the fingerprint is not that of the settings"
 
 
 def test_a_manifest_that_leads_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "part-00000.parquet").rename(tmp_path / "part-00000.parquet")
-    records = json.loads((folder / "manifest.json").read_text())["shards"]
+    records = json.loads((folder / schema.MANIFEST_FILE).read_text())["shards"]
     records[0]["file"] = "../part-00000.parquet"
     change_manifest(folder, shards=records)
-    assert found(folder) == "manifest.json: shard 0 is not recorded as part-00000.parquet"
+    assert found(folder) == "_manifest.json: shard 0 is not recorded as part-00000.parquet"
 
 
 @pytest.mark.parametrize("key", ["dim", "dtype", "views", "num_items", "counts", "shards", "settings"])
@@ -229,7 +229,7 @@ def test_fault_12_a_newer_schema_and_an_unfinished_folder_are_refused(folder: Pa
     change_manifest(folder, schema_version=2)
     with pytest.raises(ArtifactError, match="schema version 2"):
         verify(folder)
-    (folder / "manifest.json").unlink()
+    (folder / schema.MANIFEST_FILE).unlink()
     with pytest.raises(ArtifactError, match="run the command that wrote it"):
         verify(folder)
 

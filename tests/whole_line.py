@@ -22,6 +22,7 @@ from study_tables import write_study
 
 import vlm2rec.embedder
 from vlm2rec.downstream.recbole import compat
+from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines import (
     build_index,
     convert,
@@ -176,7 +177,7 @@ def main(world: Path, with_finetune: bool) -> dict[str, Any]:
     export = ExportConfig(data=data, adapter=adapter, out=emb, shard_size=8, max_failures=1, **model)
     step("export-items", lambda: export_items.run(export))
     step("verify", lambda: verify.run(VerifyConfig(embeddings=emb)))
-    edit(emb / "manifest.json", data=STRANGERS)
+    edit(emb / schema.MANIFEST_FILE, data=STRANGERS)
     step(
         "evaluate",
         lambda: evaluate.run(

@@ -94,6 +94,40 @@ def distances_from_rows(
     return _distances(users, negatives.shape[1], lambda part: (items[positives[part]], items[negatives[part]]))
 
 
+def dispersion(users: np.ndarray, items: np.ndarray, most: int = 2048) -> dict[str, float]:
+    """Return how widely users and items spread each for themselves, and how far their means lie apart.
+
+        U_users = log E exp(-2 ‖s - s'‖²)     over pairs of different users
+        U_items = log E exp(-2 ‖i - i'‖²)     over pairs of different items
+        offset  = ‖E s - E i‖²                squared distance of the mean user from the mean item
+
+    U of `geometry` is over pairs of a user and an item, as Eq. 4 says. The paper's printed U does not follow from it:
+    these are the other pairs that it may have been measured on. The offset is the part of A_neg that comes from users
+    and items lying in two cones: E ‖s - i‖² = spread of the users + spread of the items + offset.
+
+    Vectors are L2-normalised first; arithmetic is float64.
+
+    Args:
+        users: user (sequence) vectors, (U, d).
+        items: item vectors, (I, d).
+        most: of more users or items, this many at even distances are taken for U_users and U_items.
+
+    Raises:
+        DataError: the shapes do not fit, or a vector is not finite.
+    """
+    users, items = np.asarray(users), np.asarray(items)
+    if users.ndim != 2 or items.ndim != 2 or users.shape[1] != items.shape[1] or not len(users) or not len(items):
+        raise DataError(f"users are {users.shape}, items {items.shape}", "(U, d) and (I, d), at least one of both")
+    offset = _mean_of_units(users) - _mean_of_units(items)
+    if not np.isfinite(offset).all():
+        raise DataError("a vector is not finite", "finite vectors", "leave out items without a vector")
+    return {
+        "U_users": _uniformity(users, most),
+        "U_items": _uniformity(items, most),
+        "offset": float(offset @ offset),
+    }
+
+
 def effective_rank(vectors: np.ndarray) -> float:
     """Return how many directions vectors vary in: exp of the entropy of their principal components' shares of variance.
 
@@ -167,6 +201,36 @@ def _distances(users: np.ndarray, width: int, items_of: Callable[[slice], tuple[
     if not (np.isfinite(positive).all() and np.isfinite(negative).all()):
         raise DataError("a vector is not finite", "finite vectors", "leave out items without a vector")
     return Distances(positive, negative)
+
+
+def _uniformity(vectors: np.ndarray, most: int) -> float:
+    """Return U over all pairs of different vectors, or over pairs of `most` of them; 0 for a single one."""
+    rows = _unit(vectors[np.linspace(0, len(vectors) - 1, min(most, len(vectors))).round().astype(np.int64)])
+    if len(rows) < 2:
+        return 0.0
+    squares = _dot(rows, rows)
+    total = 0.0
+    block = max(1, _BLOCK // len(rows))
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        distances = np.maximum(_dot(part, part)[:, None] + squares[None] - 2 * part @ rows.T, 0.0)
+        near = np.exp(-2 * distances)
+        near[np.arange(len(part)), start + np.arange(len(part))] = 0.0  # a vector is no pair with itself
+        total += float(near.sum())
+    return float(np.log(total / (len(rows) * (len(rows) - 1))))
+
+
+def _mean_of_units(vectors: np.ndarray) -> np.ndarray:
+    block = max(1, _BLOCK // vectors.shape[1])
+    total = sum(_unit(vectors[start : start + block]).sum(axis=0) for start in range(0, len(vectors), block))
+    return np.asarray(total / len(vectors))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Return float64 unit vectors; a zero vector stays zero."""
+    vectors = vectors.astype(np.float64)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(length > 0, length, 1))
 
 
 def _squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

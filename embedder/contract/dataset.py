@@ -316,6 +316,11 @@ class Dataset:
         """Seeds for which candidate sets are stored."""
         return [int(seed) for seed in self._setting("negatives")["seeds"]]
 
+    @property
+    def candidate_count(self) -> int:
+        """How many candidates a user has in each stored set."""
+        return int(self._setting("negatives")["count"])
+
     def negatives(self, seed: int) -> np.ndarray:
         """Return the stored candidates of `seed` as item rows, (U, N) int32, one row per user of `user_ids`.
 
@@ -335,7 +340,7 @@ class Dataset:
                 _PREPARE_AGAIN,
             )
         lists = table[schema.NEGATIVES].chunks
-        count = int(self._setting("negatives")["count"])
+        count = self.candidate_count
         if any(pc.any(pc.not_equal(pc.list_value_length(part), count)).as_py() for part in lists):
             raise ArtifactError(
                 f"{self.path / schema.NEGATIVES_FILE} has users with more or fewer than {count} candidates",

@@ -287,6 +287,16 @@ def put_in_place(temporary: Path, path: Location, sha256: str | None = None) -> 
     sync_folder(path.parent)
 
 
+def rename(folder: Location, before: str, now: str) -> None:
+    """Give a small file another name, replacing a file of that name. In a store, both are there for a moment."""
+    if isinstance(folder, StorePath):
+        (folder / now).write_bytes((folder / before).read_bytes())
+        (folder / before).unlink(missing_ok=True)
+        return
+    (folder / before).replace(folder / now)
+    sync_folder(folder)
+
+
 def discard(path: Path) -> None:
     """Remove a file and its left-over temporary files, in a folder that only one process at a time writes."""
     path.unlink(missing_ok=True)

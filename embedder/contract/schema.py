@@ -4,7 +4,7 @@ These names are the contract between the three packages and with every reader ou
 Each is defined here and nowhere else.
 
     dataset folder     items.parquet  sequences.parquet  negatives.parquet  rejects.csv  dataset.json
-    embeddings folder  part-00000.parquet ...  manifest.json (written last)
+    embeddings folder  part-00000.parquet ...  _manifest.json (written last)
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ MODALITIES = (TEXT, IMAGE)
 STATUS = "status"
 ERROR = "error"
 INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
-MANIFEST_FILE = "manifest.json"
+# whoever opens the folder as one Parquet table skips names that begin with an underscore or a dot
+MANIFEST_FILE = "_manifest.json"
+STATE_FILE = "_export.json"  # the settings of an unfinished export
+_FORMER_NAMES = {MANIFEST_FILE: "manifest.json", STATE_FILE: "export.json"}  # see `files_of`
 MADE_WITH = "made_with"  # in a manifest: names and origin of backbone and adapter, which decide no vector
 
 STATUS_OK = "ok"  # every requested view is there
@@ -166,6 +169,49 @@ _EXPORT_AGAIN = (
 )
 
 
+def files_of(folder: Location) -> dict[str, Location]:
+    """Return where the manifest and the state file of an embeddings folder lie, those that are there, by today's name.
+
+    A folder has today's names or those of an earlier version (`_FORMER_NAMES`), until somebody continues its export.
+    If it has one of today's, those count: a former one beside it is a copy that could not be removed. One that is no
+    copy was put there by somebody, and nothing tells which of the two fits the parts.
+
+    Raises:
+        ArtifactError: the folder has files of both kinds of names, and they are not the same.
+        OSError: the folder cannot be read.
+    """
+    former = {name: path for name, before in _FORMER_NAMES.items() if (path := folder / before).exists()}
+    present = {name: path for name in _FORMER_NAMES if (path := folder / name).exists()}
+    for name, path in former.items() if present else ():
+        if not _is_copy(path, folder / name):
+            raise ArtifactError(
+                f"{folder} holds {path.name}, which an earlier version of vlm2rec wrote, beside"
+                f" {' and '.join(present)}, and they tell different things",
+                "the files of one export",
+                f"delete the one that does not belong to these parts (a manifest lists the SHA-256 of each); then"
+                f" `vlm2rec verify {folder}` tells whether the other one does",
+            )
+    return present or former
+
+
+def file_of(folder: Location, name: str) -> Location:
+    """Return where a file of a folder lies that some command writes last; see `files_of`."""
+    return files_of(folder).get(name, folder / name) if name in _FORMER_NAMES else folder / name
+
+
+def former_name(name: str) -> str:
+    """Return the name that the manifest or the state file had in an earlier version."""
+    return _FORMER_NAMES[name]
+
+
+def _is_copy(one: Location, other: Location) -> bool:
+    """Tell whether two files have the same bytes, or whether the first has just been removed."""
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except FileNotFoundError:
+        return not one.exists()
+
+
 def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
     """Read the manifest of a finished embeddings folder.
 
@@ -177,11 +223,8 @@ def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
         ArtifactError: the folder has no manifest (the export is not complete), the manifest is damaged, or it was
             written by a newer schema.
     """
-    manifest = read_json(
-        folder / MANIFEST_FILE,
-        f"a finished embeddings folder, whose {MANIFEST_FILE} is written last",
-        _EXPORT_AGAIN,
-    )
+    path = _manifest_of(folder)
+    manifest = read_json(path, f"a finished embeddings folder, whose {MANIFEST_FILE} is written last", _EXPORT_AGAIN)
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ArtifactError(
@@ -190,10 +233,18 @@ def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
             "install a newer vlm2rec, or export again with this one",
         )
     if check and (problems := manifest_problems(manifest)):
-        raise ArtifactError(
-            f"{folder / MANIFEST_FILE} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN
-        )
+        raise ArtifactError(f"{path} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN)
     return manifest
+
+
+def _manifest_of(folder: Location) -> Location:
+    try:
+        path = file_of(folder, MANIFEST_FILE)
+        # whoever continues the export may have given it today's name at this moment
+        return path if path.is_file() else file_of(folder, MANIFEST_FILE)
+    except OSError as error:
+        found = f"{folder} cannot be read ({error.strerror or error})"
+        raise ArtifactError(found, "an embeddings folder", _REACH) from None
 
 
 _MANIFEST_KEYS = {

@@ -108,10 +108,6 @@ class StorePath:
         """The path one level up; that of a bucket is the bucket itself."""
         return StorePath(f"{self.scheme}://{self.key.rpartition('/')[0] or self.key}")
 
-    def with_suffix(self, suffix: str) -> StorePath:
-        """Return the path with another file extension."""
-        return self.parent / f"{posixpath.splitext(self.name)[0]}{suffix}"
-
     def resolve(self) -> StorePath:
         """Return the path itself: it is absolute, and a store has no links."""
         return self

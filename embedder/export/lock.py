@@ -27,9 +27,11 @@ from vlm2rec.embedder.contract.process import process_of, this_process, token
 from vlm2rec.embedder.contract.publish import require_folder
 from vlm2rec.embedder.contract.storage import Location, StorePath
 
-LOCK_FILE = "export.lock"
-TURN_FILE = "export.turn.lock"  # held by the one of several workers that begins or finishes the folder
-_OF_A_WORKER = re.compile(r"export\.worker-(\d+)-of-(\d+)\.lock")
+LOCK_FILE = "_export.lock"
+TURN_FILE = "_export.turn.lock"  # held by the one of several workers that begins or finishes the folder
+_OF_A_WORKER = re.compile(r"_export\.worker-(\d+)-of-(\d+)\.lock")
+FORMER_LOCK_FILE = "export.lock"  # in an earlier version, which does not know the other names
+_FORMER_LOCK = re.compile(r"export(\.turn|\.worker-\d+-of-\d+)?\.lock")
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds; a writer that cannot be seen counts as dead when its lock was watched so long in vain
 # seconds to wait until two writers that take over the same lock notice each other, where nothing else tells
@@ -48,11 +50,20 @@ class Share(NamedTuple):
     @property
     def lock_file(self) -> str:
         """Name of this writer's lock file."""
-        return f"export.worker-{self.worker}-of-{self.workers}.lock"
+        return f"_export.worker-{self.worker}-of-{self.workers}.lock"
 
 
 def is_lock(name: str) -> bool:
-    """Tell whether a file name is that of a writer's lock."""
+    """Tell whether a file name is that of a writer's lock, of this version or an earlier one."""
+    return _is_todays_lock(name) or is_former_lock(name)
+
+
+def is_former_lock(name: str) -> bool:
+    """Tell whether a file name is that of the lock of a writer of an earlier version."""
+    return _FORMER_LOCK.fullmatch(name) is not None
+
+
+def _is_todays_lock(name: str) -> bool:
     return name in (LOCK_FILE, TURN_FILE) or _OF_A_WORKER.fullmatch(name) is not None
 
 
@@ -60,7 +71,7 @@ def _is_rival(name: str, share: Share | None) -> bool:
     """Tell whether a file name is the lock of another writer that may make the same shards."""
     division = _OF_A_WORKER.fullmatch(name)
     own = name in (share.lock_file if share else LOCK_FILE, TURN_FILE)
-    return is_lock(name) and not own and not (share and division and int(division[2]) == share.workers)
+    return _is_todays_lock(name) and not own and not (share and division and int(division[2]) == share.workers)
 
 
 @dataclass(frozen=True)
@@ -83,11 +94,11 @@ class Hold:
 
 
 @contextmanager
-def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
+def writing(folder: Location, share: Share | None = None, lock_file: str = LOCK_FILE) -> Iterator[Hold]:
     """Make `folder` if needed and lock it for one writer; the lock of a dead writer is taken over.
 
     Writers with different shares and the same number of workers write together. It waits up to two minutes where it
-    cannot see whether the writer of a lock is alive.
+    cannot see whether the writer of a lock is alive. `lock_file` is the name of the lock of a single writer.
 
     Raises:
         ArtifactError: not a folder, not writable, or another writer holds it.
@@ -98,9 +109,11 @@ def writing(folder: Location, share: Share | None = None) -> Iterator[Hold]:
         if isinstance(folder, Path):
             folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder / (share.lock_file if share else LOCK_FILE)) as hold:
+        with _locked(folder / (share.lock_file if share else lock_file)) as hold:
             with _reported(folder):
-                _refuse_others(folder, share)
+                _refuse_others(folder, lambda name: _is_rival(name, share))
+                if share is None:
+                    (folder / TURN_FILE).unlink(missing_ok=True)  # no worker is at work
             yield hold
     finally:
         if made and isinstance(folder, Path):
@@ -115,6 +128,21 @@ def turn(folder: Location, share: Share | None) -> Iterator[None]:
     Call it inside `writing(folder, share)`. A single writer has no others: nothing is locked.
     """
     with _locked(folder / TURN_FILE, wait=True) if share else nullcontext():
+        yield
+
+
+@contextmanager
+def earlier_versions_kept_out(folder: Location) -> Iterator[None]:
+    """Keep writers of an earlier version, which look for locks of other names, out of a folder inside the block.
+
+    Call it inside `turn`. The locks of dead ones are removed.
+
+    Raises:
+        ArtifactError: one of them is at work.
+    """
+    with _locked(folder / FORMER_LOCK_FILE):
+        with _reported(folder):
+            _refuse_others(folder, lambda name: is_former_lock(name) and name != FORMER_LOCK_FILE)
         yield
 
 
@@ -167,10 +195,10 @@ def _reported(folder: Location) -> Iterator[None]:
         ) from None
 
 
-def _refuse_others(folder: Location, share: Share | None) -> None:
-    """Raise `ArtifactError` where a live writer makes the same shards; remove the locks of dead ones."""
+def _refuse_others(folder: Location, is_rival: Callable[[str], bool]) -> None:
+    """Raise `ArtifactError` if the writer of a rival's lock is alive; remove the locks of dead ones."""
     unseen: list[Location] = []
-    for path in [path for path in folder.iterdir() if _is_rival(path.name, share)]:
+    for path in [path for path in folder.iterdir() if is_rival(path.name)]:
         with suppress(FileNotFoundError):  # its writer has just finished and removed it
             if isinstance(path, StorePath):
                 verdict = _verdict(_parsed(path.read_bytes()))
@@ -193,8 +221,6 @@ def _refuse_others(folder: Location, share: Share | None) -> None:
             raise _in_use(alive, "it has just given a sign of life")
         for path in unseen:
             path.unlink(missing_ok=True)
-    if share is None:
-        (folder / TURN_FILE).unlink(missing_ok=True)  # no worker is at work
 
 
 # --- dead or alive ------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class EarlierRows:
                 part is not the one that the manifest lists.
         """
         manifest = schema.read_manifest(folder)
-        _require_sound(folder, [f"{schema.MANIFEST_FILE}: {what}" for what in manifest_problems(manifest)])
+        _require_sound(folder, [f"its manifest: {what}" for what in manifest_problems(manifest)])
         refuse_older_hashes(folder, manifest["settings"], plan.settings)
         changed = differences(without_inputs(manifest["settings"]), without_inputs(plan.settings))
         if manifest["settings"].get("images_by", plan.settings.get("images_by")) != plan.settings.get("images_by"):
@@ -118,7 +118,7 @@ def _require_sound(folder: Location, problems: Sequence[str]) -> None:
     """Raise `ArtifactError` if anything is wrong with a finished folder: no vector of it is taken over."""
     if problems:
         raise ArtifactError(
-            f"{folder} does not hold what its {schema.MANIFEST_FILE} lists: {'; '.join(problems[:3])}",
+            f"{folder} does not hold what its manifest lists: {'; '.join(problems[:3])}",
             "the parts of one finished export, unchanged since it was written",
             f"`vlm2rec verify {folder}` lists all; run the command that wrote it again, which makes damaged parts anew,"
             " or leave --changed-since out",

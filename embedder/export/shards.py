@@ -2,13 +2,16 @@
 
 What lies in the folder, in the order it is written:
 
-    export.lock                              the live writer; several workers have one each
-    export.json                              the plan's settings, before the first shard
-    part-00000.parquet  part-00000.json      a finished shard, then its record: rows, bytes, SHA-256, plan
-    manifest.json                            last; it includes the records, which are then removed, as is export.json
+    _export.lock                             the live writer; several workers have one each
+    _export.json                             the plan's settings, before the first shard
+    part-00000.parquet  _part-00000.json     a finished shard, then its record: rows, bytes, SHA-256, plan
+    _manifest.json                           last; it includes the records, which are then removed, as is _export.json
+
+Whoever opens the folder as one Parquet table skips what begins with an underscore or a dot. An earlier version wrote
+the same names without the underscore. `schema.files_of` tells which a folder has; `begin` renames them.
 
 A record names the plan that its shard belongs to. Where the input has changed since (`--extend`, `--retry-failed`),
-export.json names the new plan at once, and each shard is recorded for it only after its rows have been held against
+_export.json names the new plan at once, and each shard is recorded for it only after its rows have been held against
 it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
 
 A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
@@ -25,7 +28,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -37,12 +40,19 @@ import pyarrow.parquet as pq
 from vlm2rec.embedder.contract import provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, StorePath, readable
-from vlm2rec.embedder.export.lock import LOCK_FILE, Share, is_lock, turn
+from vlm2rec.embedder.export.lock import (
+    FORMER_LOCK_FILE,
+    LOCK_FILE,
+    Share,
+    earlier_versions_kept_out,
+    is_former_lock,
+    is_lock,
+    turn,
+)
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
-STATE_FILE = "export.json"
-_LOOKS = 2  # at the manifest and export.json, before the folder counts as one without both
+_LOOKS = 3  # at the manifest and the state file, before the folder counts as one without both
 _ATTEMPTS = 3  # a busy network disk may fail once
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _CONTINUE = "run the command that wrote it (for example `vlm2rec export-items`) again: it continues where it stopped"
@@ -84,16 +94,13 @@ def _known(folder: Location) -> dict[str, Any] | None:
     """
     with _disk(folder):
         for _ in range(_LOOKS):
-            for name in (schema.MANIFEST_FILE, STATE_FILE):
+            for name, path in schema.files_of(folder).items():  # the manifest first
                 try:
-                    if name == schema.MANIFEST_FILE and (folder / name).exists():
+                    if name == schema.MANIFEST_FILE:
                         return schema.read_manifest(folder)
-                    if name == STATE_FILE and (folder / name).exists():
-                        return schema.read_json(
-                            folder / name, "the settings of an unfinished export", "choose another --out"
-                        )
+                    return schema.read_json(path, "the settings of an unfinished export", "choose another --out")
                 except ArtifactError:
-                    if (folder / name).exists():
+                    if path.exists():
                         raise
         return None
 
@@ -126,6 +133,7 @@ def begin(folder: Location, plan: Plan, revise: bool = False, share: Share | Non
     with _disk(folder):
         mine = shards_of(plan, share)
         with turn(folder, share):
+            _take_todays_names(folder, plan, revise)
             known = _read_state(folder, plan, revise)
             _remove_temporaries(folder, mine if share else None)
             found = _recorded(folder, plan, known)
@@ -218,6 +226,35 @@ def _read_state(folder: Location, plan: Plan, revise: bool) -> dict[str, Any] | 
     return known
 
 
+def _take_todays_names(folder: Location, plan: Plan, revise: bool) -> None:
+    """Rename the files of an export that an earlier version wrote, before anything else is changed.
+
+    Call it inside `turn`. Writers of that version are kept out meanwhile; afterwards they take the folder for a foreign
+    one. The manifest, or the state file of an unfinished export, is renamed last: until then the former names count,
+    and both versions can go on.
+
+    Raises:
+        ArtifactError: as `begin`; nothing was renamed.
+    """
+    former = [schema.former_name(name) for name in (schema.MANIFEST_FILE, schema.STATE_FILE)]
+    if not any(path.name in former or is_former_lock(path.name) for path in folder.iterdir()):
+        return
+    with earlier_versions_kept_out(folder):
+        if (known := _read_state(folder, plan, revise)) is None:
+            return
+        finished = "shards" in known
+        decisive = schema.MANIFEST_FILE if finished else schema.STATE_FILE
+        if finished:  # it includes what the others say
+            (folder / schema.former_name(schema.STATE_FILE)).unlink(missing_ok=True)
+        for name in sorted(path.name for path in folder.iterdir() if _A_RECORD.fullmatch(path.name)):
+            if finished:
+                (folder / name).unlink(missing_ok=True)
+            elif not name.startswith("_"):
+                publish.rename(folder, name, f"_{name}")
+        if (folder / schema.former_name(decisive)).exists():
+            publish.rename(folder, schema.former_name(decisive), decisive)
+
+
 def _is_complete(known: Mapping[str, Any] | None, plan: Plan) -> bool:
     """Tell whether what is known of a folder is a manifest of this plan."""
     return known is not None and "shards" in known and identity_of(known) == plan.identity
@@ -252,7 +289,7 @@ def _open(folder: Location, plan: Plan, known: Mapping[str, Any] | None, again: 
             if identity == plan.identity:
                 _write_record(folder, number, shard, "")
     if known is None or "shards" in known or identity_of(known) != plan.identity:
-        schema.write_json(folder / STATE_FILE, _state(plan))
+        schema.write_json(folder / schema.STATE_FILE, _state(plan))
     (folder / schema.MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is unfinished again
 
 
@@ -469,8 +506,16 @@ def _write_record(folder: Location, number: int, shard: Shard, identity: str) ->
     schema.write_json(_record_path(folder, number), asdict(shard) | {_PLAN: identity})
 
 
+def record_name(number: int) -> str:
+    """Return the file name of the record of shard `number`; an earlier version left the underscore out."""
+    return f"_part-{number:05d}.json"
+
+
+_A_RECORD = re.compile(r"_?part-\d{5,}\.json")
+
+
 def _record_path(folder: Location, number: int) -> Location:
-    return (folder / schema.shard_name(number)).with_suffix(".json")
+    return folder / record_name(number)
 
 
 def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
@@ -480,15 +525,21 @@ def recorded_shards(folder: Location, plan: Plan) -> dict[int, Shard]:
 
 def _records(folder: Location, plan: Plan, numbers: Iterable[int] | None = None) -> dict[int, tuple[Shard, str]]:
     """Return each readable record, and the plan it is for; "" for one of a version that recorded no plan."""
+    with _disk(folder):
+        former = schema.file_of(folder, schema.STATE_FILE).name != schema.STATE_FILE
     found = {}
     for number in range(len(plan)) if numbers is None else numbers:
-        try:
-            entry = json.loads(_record_path(folder, number).read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # unreadable: `begin` checks the shard itself
+            entry = json.loads(_record_to_read(folder, number, former).read_text(encoding="utf-8"))
             identity = str(entry.pop(_PLAN, ""))
             found[number] = Shard(**entry), identity
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue  # no readable record: `begin` checks the shard itself
     return found
+
+
+def _record_to_read(folder: Location, number: int, former: bool) -> Location:
+    """Return where the record of a shard lies; with `former`, its new name may still be to come."""
+    path = folder / record_name(number).removeprefix("_")
+    return path if former and path.exists() else _record_path(folder, number)
 
 
 def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
@@ -559,7 +610,9 @@ def _refuse_foreign(folder: Location) -> None:
 
 def is_temporary(name: str) -> bool:
     """Tell whether a file name is a temporary name of ours."""
-    return publish.is_temporary(name, "part-", LOCK_FILE, STATE_FILE, schema.MANIFEST_FILE)
+    documents = (schema.STATE_FILE, schema.MANIFEST_FILE)
+    former = (FORMER_LOCK_FILE, *map(schema.former_name, documents))
+    return publish.is_temporary(name, "part-", "_part-", LOCK_FILE, *documents, *former)
 
 
 def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -> None:
@@ -571,7 +624,7 @@ def _remove_temporaries(folder: Location, mine: Collection[int] | None = None) -
     for path in folder.iterdir():
         if not is_temporary(path.name):
             continue
-        number = re.match(r"\.part-(\d+)\.", path.name)
+        number = re.match(r"\._?part-(\d+)\.", path.name)
         writer = publish.writer_of(path.name)
         if (mine is None or number is None or int(number[1]) in mine) and not (writer and writer.lives()):
             path.unlink(missing_ok=True)
@@ -584,7 +637,7 @@ def _tidy(folder: Location, plan: Plan) -> None:
 
 
 def _remove_records(folder: Location, plan: Plan) -> None:
-    known = {_record_path(folder, number).name for number in range(len(plan))} | {STATE_FILE}
+    known = {_record_path(folder, number).name for number in range(len(plan))} | {schema.STATE_FILE}
     for path in folder.iterdir():
         if path.name in known:
             path.unlink(missing_ok=True)

@@ -41,7 +41,8 @@ def verify(folder: Location) -> list[Problem]:
         ArtifactError: there is no manifest that this version can read.
     """
     manifest = schema.read_manifest(folder, check=False)
-    problems = [Problem(schema.MANIFEST_FILE, what) for what in manifest_problems(manifest)]
+    file = schema.file_of(folder, schema.MANIFEST_FILE).name
+    problems = [Problem(file, what) for what in manifest_problems(manifest)]
     if problems:
         return problems
     ids: list[str] = []
@@ -56,8 +57,8 @@ def verify(folder: Location) -> list[Problem]:
     if twice:
         problems.append(Problem("all shards", f"{len(twice)} ids occur more than once, among them {twice[:5]}"))
     if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums are wrong anyway
-        problems += [Problem(schema.MANIFEST_FILE, what) for what in _sum_problems(manifest, status)]
-    known = {schema.MANIFEST_FILE, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
+        problems += [Problem(file, what) for what in _sum_problems(manifest, status)]
+    known = {file, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
     for name in sorted(path.name for path in folder.iterdir()):
         if name not in known and not is_lock(name) and (not name.startswith(".") or is_temporary(name)):
             problems.append(Problem(name, "is not part of this export"))

@@ -62,7 +62,7 @@ Fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}). Titles up to {encoder["
 **Pixels.** Images keep their shape and are scaled to at most {encoder["max_pixels"]} pixels, or to the backbone's fixed
 size.
 
-| best validation, among stored candidates | |
+| best validation, {_among(settings)} | |
 |---|---|
 {rows}
 
@@ -80,6 +80,11 @@ size.
 def _reduction(settings: dict[str, Any]) -> str:
     chosen = settings.get("config", {}).get("reduction")
     return f", reduction `{chosen}`" if chosen and settings["training"]["loss"] == "vlm2rec" else ""
+
+
+def _among(settings: dict[str, Any]) -> str:
+    own = settings.get("config", {}).get("valid_candidates") == "own"
+    return "among candidates of its own" if own else "among stored candidates"
 
 
 def _samples(data: dict[str, Any]) -> str:

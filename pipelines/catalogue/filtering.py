@@ -227,6 +227,7 @@ class Kept:
     users: np.ndarray
     items: np.ndarray  # with an interaction
     catalogue: np.ndarray  # of the dataset: these and, by choice, the cold ones
+    variants: tuple[Count, ...] = ()  # what other filters would have kept
 
 
 def filter_log(
@@ -237,10 +238,12 @@ def filter_log(
     config: PrepareConfig,
     steps: list[Count],
     rejects: Rejects,
+    compare: bool = False,
 ) -> tuple[Log, Kept, list[Count]]:
     """Drop items that lack what is required, exact duplicates, and all outside the k-core; renumber the rest.
 
-    What is dropped goes to the rejects; `image_reasons` says of each item why it has no image.
+    With `truncate`, only each user's latest interactions come before the core. What is dropped goes to the rejects;
+    `image_reasons` says of each item why it has no image. With `compare`, what other filters would keep is counted.
 
     Returns:
         The remaining interactions (users and items renumbered, order unchanged), the kept rows, and the counts.
@@ -272,6 +275,10 @@ def filter_log(
             raise _nothing_left(steps, why, "check the catalogue")
     log = keep(first_occurrences(log), "copy of an earlier row (user, item and time)")
     steps.append(Count("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
+    others = tuple(variants(log)) if compare else ()
+    if config.truncate:
+        log = keep(latest(log, config.truncate), _TRUNCATED.format(config.truncate))
+        steps.append(Count(_truncation(config.truncate), _distinct(log.user), int(alive.sum()), len(log)))
     core = np.zeros(len(log), bool)
     core[core_rows(log, max(config.core, SHORTEST), config.core)] = True
     shortest = f", users with {SHORTEST} interactions" if config.core < SHORTEST else ""
@@ -290,7 +297,39 @@ def filter_log(
     outside[listed] = False
     rejects.add_items(np.flatnonzero(outside), catalogue[schema.ITEM_ID], f"outside the {config.core}-core")
     kept = Log(user.astype(np.int32), item.astype(np.int32), log.time, log.row)
-    return kept, Kept(users, items, listed), steps
+    return kept, Kept(users, items, listed, others), steps
+
+
+_TRUNCATED = "before the user's latest {}"
+
+
+def _truncation(count: int) -> str:
+    return f"the latest {count} interactions of each user"
+
+
+def variants(log: Log) -> list[Count]:
+    """Return the counts of a log under the filters that a published average length may come from.
+
+    As it is, the 5-core, and both of the latest ten interactions of each user; users with fewer than three
+    interactions are never counted.
+    """
+    found = []
+    for count in (0, 10):
+        for core in (1, 5):
+            rows = np.flatnonzero(latest(log, count)) if count else np.arange(len(log))
+            part = log.take(rows)
+            part = part.take(core_rows(part, max(core, SHORTEST), core))
+            name = "as it is" if core == 1 else f"{core}-core"
+            flags = f"--core {core}" + (f" --truncate {count}" if count else "")
+            step = f"{_truncation(count)}, {name}" if count else name
+            found.append(Count(f"{step} ({flags})", _distinct(part.user), _distinct(part.item), len(part)))
+    return found
+
+
+def latest(log: Log, count: int) -> np.ndarray:
+    """Return a mask, (n,) bool, of each user's latest `count` interactions; of equal times, the later in the file."""
+    ends = np.cumsum(np.bincount(log.user)) if len(log) else np.empty(0, np.int64)
+    return np.asarray(np.arange(len(log)) >= ends[log.user] - count)
 
 
 def required(config: PrepareConfig) -> tuple[str, ...]:

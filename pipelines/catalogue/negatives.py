@@ -1,11 +1,21 @@
-"""The stored candidate sets: for every user and seed, items that the user never touched."""
+"""Candidates: for every user and seed, items that the user never touched.
+
+`prepare` stores those that the test item is ranked among. Validation has others, which are drawn when they are needed:
+a checkpoint or a setting that is chosen by them knows nothing of the test.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from vlm2rec.embedder.contract.errors import DataError
+
+VALIDATION_SEED = 1 << 32
+"""Seed of the candidates of validation. The stored sets have 32-bit seeds, so none of them is of this one."""
 
 _DRAWS_AT_ONCE = 1 << 15  # draws in one block of users: few enough to fit into the processor's cache
 
@@ -21,7 +31,9 @@ class Sequences:
         return len(self.offsets) - 1
 
 
-def draw_candidates(sequences: Sequences, users: range, num_items: int, count: int, seed: int) -> np.ndarray:
+def draw_candidates(
+    sequences: Sequences, users: range | np.ndarray, num_items: int, count: int, seed: int
+) -> np.ndarray:
     """Draw uniformly, for each of `users`, `count` different items that the user never touched.
 
     (seed, u) fixes an endless stream of random items for user u. The first `count` new and untouched items of the
@@ -30,25 +42,27 @@ def draw_candidates(sequences: Sequences, users: range, num_items: int, count: i
     Returns:
         (len(users), count) int32. Every user must have `count` untouched items.
     """
-    expected = count * num_items / max(num_items - _median_length(sequences, users) - count / 2, num_items / 8)
+    wanted = np.asarray(users)
+    expected = count * num_items / max(num_items - _median_length(sequences, wanted) - count / 2, num_items / 8)
     length = math.ceil(expected * 1.02) + 8  # enough for most users; it changes the speed, not the result
-    drawn = np.empty((len(users), count), np.int32)
-    waiting = np.asarray(users)
+    drawn = np.empty((len(wanted), count), np.int32)
+    waiting = np.arange(len(wanted))
     while len(waiting):
         block = max(1, _DRAWS_AT_ONCE // length)
         unfinished = []
         for start in range(0, len(waiting), block):
             part = waiting[start : start + block]
-            enough, items = _first_new(sequences, part, random_items(part, num_items, seed, length), num_items, count)
-            drawn[part[enough] - users.start] = items
+            stream = random_items(wanted[part], num_items, seed, length)
+            enough, items = _first_new(sequences, wanted[part], stream, num_items, count)
+            drawn[part[enough]] = items
             unfinished.append(part[~enough])
         waiting = np.concatenate(unfinished)
         length *= 2
     return drawn
 
 
-def _median_length(sequences: Sequences, users: range) -> float:
-    return float(np.median(np.diff(sequences.offsets[users.start : users.stop + 1]))) if len(users) else 0.0
+def _median_length(sequences: Sequences, users: np.ndarray) -> float:
+    return float(np.median(sequences.offsets[users + 1] - sequences.offsets[users])) if len(users) else 0.0
 
 
 def _first_new(
@@ -108,3 +122,44 @@ def untouched_counts(sequences: Sequences, num_items: int) -> np.ndarray:
     users = np.arange(len(sequences))
     touched = np.unique(_touched(sequences, users, num_items))
     return num_items - np.bincount(touched // num_items, minlength=len(users))
+
+
+def draw_validation_candidates(
+    train: Sequence[np.ndarray], targets: np.ndarray, users: np.ndarray, count: int
+) -> np.ndarray:
+    """Draw, for each of `users`, `count` different items that the user had not touched up to the validation item.
+
+    Nothing of the test split decides them: an item is drawn only if a training sequence or a validation target has it,
+    and the item that a user touches last may be among the user's own. A user's candidates are always the same,
+    whatever other users are ranked.
+
+    Args:
+        train: every user's training sequence, as rows of the items.
+        targets: every user's validation item, (U,).
+        users: positions of the users to draw for.
+        count: candidates of each; fewer are drawn, for all alike, if one of `users` has fewer untouched items.
+
+    Returns:
+        (len(users), at most count) int32, rows of the items.
+
+    Raises:
+        DataError: one of `users` has touched every item.
+    """
+    lengths = np.array([len(items) for items in train], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    rows = np.empty(offsets[-1], np.int64)
+    last = np.zeros(len(rows), bool)
+    last[offsets[1:] - 1] = True
+    rows[~last], rows[last] = np.concatenate([np.empty(0, np.int64), *train]), targets
+    known, items = np.unique(rows, return_inverse=True)
+    sequences = Sequences(items.astype(np.int32), offsets)
+    if len(known) - int(lengths[users].max(initial=0)) - 1 < count:  # a user may have fewer left, without repeats
+        left = (len(known) - len(np.unique(items[offsets[user] : offsets[user + 1]])) for user in users)
+        count = min([count, *left])
+    if not count:
+        raise DataError(
+            f"a user has touched every one of the {len(known):,} items of training and validation",
+            "items to rank the validation item among",
+            "add items or users, or leave this user out",
+        )
+    return known[draw_candidates(sequences, users, len(known), count, VALIDATION_SEED)].astype(np.int32)

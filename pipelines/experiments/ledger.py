@@ -127,7 +127,7 @@ def _current_settings(record: Json) -> Json:
 def is_finished(run: Run, step: Step) -> bool:
     """Tell whether a step with unchanged settings need not run."""
     record = records(run.folder).get(step.name, {})
-    if not record.get("finished") or not (step.folder / step.done).is_file():
+    if not record.get("finished") or not schema.file_of(step.folder, step.done).is_file():
         return False
     return bool(record["read"] == _marks(step.after))
 

@@ -19,7 +19,7 @@ from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
-from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.config import Count, Positive, StudyConfig
 from vlm2rec.pipelines.experiments import controls
 from vlm2rec.pipelines.read_config import read_yaml
 
@@ -46,6 +46,7 @@ QUICK: Json = {
     "recommender": {"max_epochs": 2, "eval_step": 1},
 }
 QUICK_SEEDS = (0, 1)
+QUICK_TRIALS = 2
 _NO_GRADIENTS: Json = {"gradient_steps": 0}  # Fig. 1b shows the main methods, not the grids
 
 
@@ -70,6 +71,8 @@ class Method:
     role: Role | None = None  # what the gates and verdicts take it for; default: what its name says
     varies: str | None = None  # in a grid: the setting that differs from the method `of`
     of: str | None = None
+    search: Json = field(default_factory=dict)  # with --select valid: setting of finetune → values to try
+    tuned_like: str | None = None  # with --select valid: take the settings chosen for this method, and try none
 
     @property
     def slug(self) -> str:
@@ -99,6 +102,15 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """What `--select valid` tries: equally many trials of every method that trains; see `selection`."""
+
+    trials: Positive = 4
+    seed: Count = 0  # draws the trials of a larger grid, and trains them
+    grid: dict[str, Any] = field(default_factory=dict)  # setting of finetune → values; a method adds its `search`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A whole study, as the YAML describes it; see `study.yaml`."""
 
@@ -112,7 +124,9 @@ class Study:
     recommender: Json = field(default_factory=dict)
     cross_domain: tuple[str, ...] = ()
     shared_users: Literal["refuse", "count"] = "refuse"
+    shared_items: Literal["refuse", "drop", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
+    search: SearchPlan = field(default_factory=SearchPlan)
     looks: str | None = None  # column of items.parquet; with one, the method of role vanilla probes the images for it
     notes: tuple[str, ...] = ()
 
@@ -138,13 +152,19 @@ class Study:
         return [method for method in self.methods if method in [known[name.strip().lower()] for name in names]]
 
 
-def read_study(config: StudyConfig, users: int | None = None, more: Json | None = None) -> Study:
+def read_study(
+    config: StudyConfig,
+    users: int | None = None,
+    more: Json | None = None,
+    chosen: Mapping[str, Json] | None = None,
+) -> Study:
     """Read the study: merge its YAML into the default one, expand the grids and apply the flags.
 
     Args:
         config: flags of the command.
         users: number of users of the dataset; few-shot runs with as many or more users are left out, with a note.
         more: settings of a command; they override the default, and the YAML overrides them.
+        chosen: settings of finetune by method, chosen on validation; they override the method's own.
 
     Raises:
         ConfigError: a key, an analysis, a source or a setting is unknown, or two methods share a folder.
@@ -163,7 +183,9 @@ def read_study(config: StudyConfig, users: int | None = None, more: Json | None 
     reference = raw.get("reference", "")
     if backbones:
         grids.append(Grid(analysis=FAMILIES, of=reference, varies="backbone", values=backbones, finetune=_NO_GRADIENTS))
-    study = _build(Study, raw | {"plan": plans, "methods": tuple(methods)}, where)
+    search = _build(SearchPlan, raw.pop("search", {}), f"search in {where}")
+    study = _build(Study, raw | {"plan": plans, "methods": tuple(methods), "search": search}, where)
+    study = _with_chosen(study, chosen or {})
     study = _with_grids(study, grids, users)
     study = _with_flags(study, config)
     _check(study, where)
@@ -207,6 +229,17 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     return read_config.read_config(cls, flags=values)
 
 
+def _with_chosen(study: Study, chosen: Mapping[str, Json]) -> Study:
+    """Give methods the settings that were chosen for them, and for the method that they are `tuned_like`."""
+    methods = []
+    for method in study.methods:
+        values = method.finetune | chosen.get(method.name, {})
+        if method.tuned_like:  # what sets an ablation apart stays
+            values = chosen.get(method.tuned_like, {}) | values
+        methods.append(dataclasses.replace(method, finetune=values))
+    return dataclasses.replace(study, methods=tuple(methods))
+
+
 def _with_grids(study: Study, grids: Sequence[Grid], users: int | None) -> Study:
     """Add the methods of the grids, and add the base method of each grid to its analysis."""
     methods, notes = list(study.methods), list(study.notes)
@@ -232,7 +265,7 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
         raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
-    kind = _training_method(study, method)
+    kind = training_method(study, method)
     own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
 
@@ -259,7 +292,10 @@ def _with_flags(study: Study, config: StudyConfig) -> Study:
             if name not in (MAIN, ABLATION)
         }
     wanted = [name.strip() for name in config.analyses] or list(study.analyses)
-    return dataclasses.replace(study, plan=plans, analyses=tuple(wanted))
+    search = study.search
+    if config.quick:
+        search = dataclasses.replace(search, trials=min(search.trials, QUICK_TRIALS))
+    return dataclasses.replace(study, plan=plans, analyses=tuple(wanted), search=search)
 
 
 def _check(study: Study, where: str) -> None:
@@ -296,6 +332,27 @@ def _check(study: Study, where: str) -> None:
                 "rename one",
             )
         slugs[method.slug] = method.name
+        _check_tuning(study, method, where)
+
+
+def _check_tuning(study: Study, method: Method, where: str) -> None:
+    trains = SOURCES[method.source].train is not None
+    if (method.search or method.tuned_like) and not trains:
+        raise ConfigError(
+            f"method {method.name!r} in {where} has a search, and its source {method.source!r} trains nothing",
+            "`search` and `tuned_like` for methods that train",
+            "remove it",
+        )
+    if method.tuned_like is None:
+        return
+    other = study.method(method.tuned_like)
+    kinds = training_method(study, method), training_method(study, other)
+    if SOURCES[other.source].train is None or other.tuned_like or other.of or method.search or kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"method {method.name!r} in {where} is tuned_like {other.name!r}",
+            "a method with trials of its own, trained by the same --method of finetune, and no `search` beside it",
+            "correct the YAML",
+        )
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -325,6 +382,7 @@ class Run:
     seed: int | None
     folder: Path
     steps: tuple[Step, ...]
+    trial: int | None = None  # the number of a trial of `--select valid`
 
 
 @dataclass(frozen=True)
@@ -365,7 +423,7 @@ class Source:
 
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
-    kind = _training_method(study, method)
+    kind = training_method(study, method)
     others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
@@ -384,7 +442,7 @@ def _export_settings(context: RunContext) -> Json:
     return {**context.study.export, **context.method.export, **context.method.options}
 
 
-def _training_method(study: Study, method: Method) -> str:
+def training_method(study: Study, method: Method) -> str:
     """Return the `--method` of `finetune` that trains this method of the study."""
     return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
 

@@ -3,11 +3,12 @@
 results.parquet      one row per method, seed, dataset, task, model, protocol, view, user group and metric
 users.parquet        metrics per user, means over candidate sets; the bootstrap resamples these
 comparisons.parquet  the reference against every other method: t-test over seeds with Holm, interval over users
-geometry.parquet     A_pos, A_neg, U, S per view
+geometry.parquet     A_pos, A_neg, U, S per view; U over pairs of users and of items, the offset of their means
 views.parquet        per user of the study's dataset: N@20 of each pair of views, A_pos and A_neg of each view
 curves.parquet       training, validation, probes and gradients over the steps
 warnings.parquet     warnings of the collapse monitor
 cost.parquet         seconds of every step
+trials.parquet       the trials of `--select valid`, with their scores on validation and the chosen ones
 neighbours.parquet   neighbours of some items in each view; common.parquet and pictures.parquet belong to it
 methods.parquet      the methods, in order
 about.parquet        dataset, versions, settings
@@ -15,6 +16,7 @@ about.parquet        dataset, versions, settings
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +38,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.publish import whole_file
 from vlm2rec.pipelines.console import log
 from vlm2rec.pipelines.experiments import controls, ledger
+from vlm2rec.pipelines.experiments.domains import shared_facts, shared_targets
 from vlm2rec.pipelines.experiments.methods import (
     PROBE_IMAGES,
     SOURCES,
@@ -57,6 +60,8 @@ TAIL_USERS = "tail"
 MAIN_VIEW = "f2f"
 COMPARED = "N@20"
 DRAWS = 10_000
+GEOMETRY = ("A_pos", "A_neg", "U", "S")
+DISPERSION = ("U_users", "U_items", "offset")
 
 _RESULT: dict[str, Any] = {
     "method": pl.String,
@@ -92,7 +97,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     },
     "geometry": {
         **{name: _RESULT[name] for name in ("method", "seed", "dataset", "view")},
-        **dict.fromkeys(("A_pos", "A_neg", "U", "S"), pl.Float64),
+        **dict.fromkeys((*GEOMETRY, *DISPERSION), pl.Float64),  # evaluations of earlier versions lack the latter
     },
     "views": {
         **{name: _RESULT[name] for name in ("method", "seed")},
@@ -124,6 +129,16 @@ _TABLES: dict[str, dict[str, Any]] = {
         "epochs": pl.Float64,
         "users": pl.Int32,
     },
+    "trials": {
+        "method": pl.String,
+        "trial": pl.Int32,
+        "seed": pl.Int32,
+        "settings": pl.String,  # JSON
+        "step": pl.Int32,  # of the best validation
+        "score": pl.Float64,  # its N@20
+        "chosen": pl.Boolean,
+        "seconds": pl.Float64,
+    },
     "methods": {
         "name": pl.String,
         "slug": pl.String,
@@ -139,7 +154,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     "about": {"key": pl.String, "value": pl.String},
 }
 TABLE_NAMES = (*_TABLES, "neighbours", "common", "pictures")
-ADDED = ("views",)
+ADDED = ("views", "trials")
 """Tables that studies of earlier versions do not have."""
 
 
@@ -160,7 +175,7 @@ class FinishedStep:
         """
         folder = self.step.folder
         what, fix = f"a file that `vlm2rec {self.step.command}` writes", f"remove {folder} and run the study again"
-        found = schema.read_json(folder / name, what, fix)
+        found = schema.read_json(schema.file_of(folder, name), what, fix)
         damage = None if is_intact(found) else f"{name} does not have the content that was written"
         if name == schema.CURVES_FILE:
             recorded = self.read(schema.ADAPTER_FILE).get("files", {})  # older adapters have none
@@ -170,8 +185,25 @@ class FinishedStep:
         return found
 
 
-def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains: Sequence[Target]) -> None:
+def collect(
+    study: Study,
+    out: Path,
+    runs: Sequence[Run],
+    home: Target,
+    domains: Sequence[Target],
+    trials: Iterable[Json] = (),
+    search: Json | None = None,
+) -> None:
     """Read every finished run and write the Parquet files, each whole or not at all.
+
+    Args:
+        study: the study.
+        out: its folder.
+        runs: all runs, finished or not.
+        home: the dataset of the study.
+        domains: the target domains.
+        trials: rows of `trials.parquet`.
+        search: facts about the search that the trials belong to.
 
     Raises:
         ArtifactError: a row breaks the N@20 - N@10 bound, or a run's output cannot be read.
@@ -186,10 +218,11 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
     datasets = {target.name: Dataset(target.data).warm() for target in (home, *domains)}
     embedded = _first_embeddings(done, home)
     measured = [each for each in done if each.step.command in ("evaluate", "train-recommender")]
-    rows = list(_users(measured, datasets))
+    left_out = _left_out(study, domains, datasets[home.name], datasets)
+    rows = list(_users(measured, datasets, left_out))
     of_views = list(_views(each for each in measured if each.dataset == home.name))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
-    results = pl.concat([_frame("results", _results(measured)), _group_metrics(users, study.cold_start)])
+    results = pl.concat([_frame("results", _results(measured, left_out)), _group_metrics(users, study.cold_start)])
     require_bound(results)
     tables = {
         "results": results,
@@ -200,8 +233,9 @@ def collect(study: Study, out: Path, runs: Sequence[Run], home: Target, domains:
         "curves": _frame("curves", _curves(done)),
         "warnings": _frame("warnings", _warnings(done)),
         "cost": _frame("cost", _cost(done, datasets)),
+        "trials": _frame("trials", trials),
         "methods": _frame("methods", _methods(study)),
-        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, _looks(done))),
+        "about": _frame("about", _about(study, out, runs, home, domains, datasets, embedded, search, _looks(done))),
         **neighbour_tables(study, [(each.run.method, each.step.folder) for each in embedded], home.data),
     }
     for name, table in tables.items():
@@ -285,9 +319,39 @@ def _first_embeddings(done: Iterable[FinishedStep], home: Target) -> list[Finish
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
-def _results(measured: Iterable[FinishedStep]) -> Iterator[Json]:
+def _left_out(
+    study: Study, domains: Sequence[Target], home: Dataset, datasets: dict[str, Dataset]
+) -> dict[str, list[str]]:
+    """Return, by target domain, the users that `shared_items: drop` leaves out; domains without any are absent."""
+    found = {}
+    for target in domains if study.shared_items == "drop" else ():
+        domain = datasets[target.name]
+        users = list(itertools.compress(domain.user_ids, shared_targets(home, domain)))
+        if users:
+            found[target.name] = users
+    return found
+
+
+def _without(done: FinishedStep, users: Sequence[str]) -> Json:
+    """Return the metrics of a step as `metrics.json` has them, of all users but some."""
+    metrics = done.read(schema.METRICS_FILE)
+    table = pl.read_parquet(done.step.folder / schema.USERS_FILE).filter(~pl.col(schema.USER_ID).is_in(users))
+    by_seed = table.group_by("protocol", "view", schema.SEED, maintain_order=True).agg(pl.col(*schema.METRICS).mean())
+    means = by_seed.group_by("protocol", "view", maintain_order=True).agg(pl.col(*schema.METRICS).mean())
+    found: Json = {"candidates": {}, "full": {}}
+    for row in means.iter_rows(named=True):
+        values = {name: row[name] for name in schema.METRICS}
+        if metrics["task"] == 1:
+            found[row["protocol"]][row["view"]] = values
+        else:
+            found[row["protocol"]] = values
+    return metrics | found | {"users": table[schema.USER_ID].n_unique()}
+
+
+def _results(measured: Iterable[FinishedStep], left_out: dict[str, list[str]]) -> Iterator[Json]:
     for done in measured:
-        metrics = done.read(schema.METRICS_FILE)
+        users = left_out.get(done.dataset)
+        metrics = _without(done, users) if users else done.read(schema.METRICS_FILE)
         for protocol in ("candidates", "full"):
             by_view = metrics[protocol] if metrics["task"] == 1 else {None: metrics[protocol]}
             for key in _keys(done):
@@ -297,14 +361,18 @@ def _results(measured: Iterable[FinishedStep]) -> Iterator[Json]:
                         yield {**context, "metric": metric, "value": values[metric], "users": metrics["users"]}
 
 
-def _users(measured: Iterable[FinishedStep], datasets: dict[str, Dataset]) -> Iterator[pl.DataFrame]:
+def _users(
+    measured: Iterable[FinishedStep], datasets: dict[str, Dataset], left_out: dict[str, list[str]]
+) -> Iterator[pl.DataFrame]:
     """Yield each run's metrics per user, means over candidate sets, and the training frequency of the user's target."""
     order = list(_TABLES["users"])
     frequency = {name: _target_frequency(dataset) for name, dataset in datasets.items()}
     for done in measured:
         table = pl.read_parquet(done.step.folder / schema.USERS_FILE)
         mine = table.filter(
-            (pl.col("protocol") == "candidates") & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
+            (pl.col("protocol") == "candidates")
+            & (pl.col("view").is_null() | (pl.col("view") == MAIN_VIEW))
+            & ~pl.col(schema.USER_ID).is_in(left_out.get(done.dataset, []))
         )
         means = mine.group_by(schema.USER_ID, maintain_order=True).agg(pl.col(*schema.METRICS).mean())
         means = means.join(frequency[done.dataset], on=schema.USER_ID, how="left", maintain_order="left")
@@ -426,9 +494,11 @@ def _matrix(runs: pl.DataFrame) -> dict[int, np.ndarray]:
 def _geometry(measured: Iterable[FinishedStep]) -> Iterator[Json]:
     for done in measured:
         if done.step.command == "evaluate":
-            for view, values in done.read(schema.METRICS_FILE)["geometry"].items():
+            metrics = done.read(schema.METRICS_FILE)
+            for view, values in metrics["geometry"].items():
+                known = {**values, **metrics.get("dispersion", {}).get(view, {})}
                 for key in _keys(done):
-                    yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **values}
+                    yield {**{k: key[k] for k in ("method", "seed", "dataset")}, "view": view, **known}
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -514,10 +584,12 @@ def _about(
     domains: Sequence[Target],
     datasets: dict[str, Dataset],
     embedded: Iterable[FinishedStep],
+    search: Json | None,
     looks: Json | None,
 ) -> Iterator[Json]:
     data = datasets[home.name]
     written = schema.read_json(out / STUDY_FILE, "the settings of a study", "run the study again")
+    shared = {target.name: shared_facts(data, datasets[target.name]) for target in domains}
     facts: Json = {
         "dataset": home.name,
         "reference": study.reference,
@@ -529,7 +601,9 @@ def _about(
         "candidate sets": len(data.candidate_seeds),
         "candidates": data.meta["negatives"]["count"],
         "domains": [target.name for target in domains],
-        "shared users": sum(len({*data.user_ids}.intersection(datasets[t.name].user_ids)) for t in domains),
+        "shared users": sum(each["users"] for each in shared.values()),
+        "shared": shared,
+        "shared items": study.shared_items,
         "buckets": [name for name, _, _ in buckets(study.cold_start)],
         "plan": {name: asdict(plan) for name, plan in study.plan.items() if name in study.analyses},
         "finetune": study.finetune,
@@ -538,9 +612,11 @@ def _about(
         "versions": written["versions"],
         "notes": list(study.notes),
         "counts": data.meta.get("counts", []),
+        "variants": data.meta.get("variants", []),
         "rules": data.meta.get("rules", {}),
         "dims": sorted({each.read(schema.MANIFEST_FILE)["dim"] for each in embedded}),
         "settings": _changed_settings(runs),
+        "search": search,
         "looks": looks,
         **{name: written[name] for name in ("before", "after", "index", "demo") if name in written},
     }

@@ -15,8 +15,10 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError, did_you_mean
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.console import headline, log
-from vlm2rec.pipelines.experiments import controls, ledger, results
+from vlm2rec.pipelines.experiments import controls, ledger, results, selection
+from vlm2rec.pipelines.experiments.domains import shared_targets
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, LOOKS, Json, Run, Step, Study, Target, read_study, runs
+from vlm2rec.pipelines.experiments.selection import Search
 from vlm2rec.pipelines.experiments.workers import workers
 
 # Seconds for one unit of work before any step was timed: the small backbone and small recommenders on one core.
@@ -64,7 +66,11 @@ class Pace:
 
 @dataclass
 class Schedule:
-    """A study that can be run: its runs and its datasets."""
+    """A study that can be run: its runs and its datasets.
+
+    With `--select valid`, `runs` have the settings that are chosen already. The runs of `undecided` methods cannot
+    begin: they wait for the trials of `searches`.
+    """
 
     study: Study
     out: Path
@@ -73,11 +79,24 @@ class Schedule:
     runs: list[Run]
     datasets: dict[Path, Dataset]
     marks: dict[Path, str]
+    searches: list[Search] = field(default_factory=list)
+    undecided: frozenset[str] = frozenset()
     pace: Pace = field(default_factory=Pace)
 
     def settings(self, step: Step) -> Json:
         """Return a step's settings in the form that is recorded and compared."""
         return ledger.identity(step, self.out, self.marks[step.config.data])
+
+    def trials_for(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the trials that choose the settings of these runs."""
+        of = {selection.source_of_settings(self.study, run.method).name for run in runs}
+        return [trial.run for search in self.searches if search.method.name in of for trial in search.trials]
+
+    def collect(self) -> None:
+        """Write the Parquet files of the results so far."""
+        trials = selection.trial_rows(self.out, self.searches)
+        search = selection.about_searches(self.study, self.searches)
+        results.collect(self.study, self.out, self.runs, self.home, self.domains, trials, search)
 
     def unfinished(self, runs: Sequence[Run]) -> list[tuple[Run, Step]]:
         """Return the steps to run, in order: the unfinished ones, and all that read their output."""
@@ -102,13 +121,21 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     data = Dataset(config.data).warm()
     study = _with_looks(read_study(config, len(data.user_ids), more), data)
     home = Target(data.name, config.data)
+    searches: list[Search] = []
+    undecided: frozenset[str] = frozenset()
+    if config.select == "valid":
+        searches = selection.plan_searches(study, config.out, home, config.backbone, config.device)
+        chosen = selection.chosen(config.out, searches)
+        study = read_study(config, len(data.user_ids), more, chosen)
+        waiting = {search.method.name for search in searches} - chosen.keys()
+        undecided = frozenset(m.name for m in study.methods if selection.source_of_settings(study, m).name in waiting)
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
     marks = {path: mark_of(dataset) for path, dataset in datasets.items()}
     shuffled = controls.shuffled_folder(config.out)  # it has the same items and users
     datasets[shuffled], marks[shuffled] = datasets[home.data], controls.shuffled_mark(marks[home.data])
-    return Schedule(study, config.out, home, domains, planned, datasets, marks)
+    return Schedule(study, config.out, home, domains, planned, datasets, marks, searches, undecided)
 
 
 def _with_looks(study: Study, data: Dataset) -> Study:
@@ -141,7 +168,7 @@ def _domains(study: Study, data: Dataset) -> list[Target]:
     found: list[Target] = []
     for number, path in enumerate(map(Path, study.cross_domain)):
         domain = Dataset(path).warm()
-        require_other_domain(data, domain, study.shared_users)
+        require_other_domain(data, domain, study.shared_users, study.shared_items)
         found.append(Target(_free_name(domain.name, data.name, found), path, f"cross-{number}-"))
     return found
 
@@ -151,19 +178,28 @@ def _free_name(name: str, home: str, found: Sequence[Target]) -> str:
     return name if name not in taken else next(f"{name} {n}" for n in range(2, 1000) if f"{name} {n}" not in taken)
 
 
-def require_other_domain(home: Dataset, domain: Dataset, shared_users: str) -> None:
-    """Refuse a target domain that shares items or users with the training data.
+def require_other_domain(home: Dataset, domain: Dataset, shared_users: str, shared_items: str = "refuse") -> None:
+    """Refuse a target domain that shares items or users with the training data, unless the study allows it.
 
     Raises:
-        ConfigError: an item is in both, or a user is in both and `shared_users` is "refuse".
+        ConfigError: an item or a user is in both, and `shared_items` or `shared_users` is "refuse"; or `shared_items`
+            is "drop" and no user would be left.
     """
     items = sorted(set(home.item_ids).intersection(domain.item_ids))
     users = sorted(set(home.user_ids).intersection(domain.user_ids))
-    if items:
+    if items and shared_items == "refuse":
         raise ConfigError(
             f"{len(items)} items of {domain.path} are in {home.path} too, for example {items[0]!r}",
             "a target domain without items that a method was trained on",
-            "prepare it without them, or with other ids if they are different items",
+            "prepare it without them, or with other ids if they are different items; or set `shared_items: drop` to"
+            " leave out the users whose next item is shared, or `count` to measure them too",
+        )
+    if items and shared_items == "drop" and all(shared_targets(home, domain)):
+        raise ConfigError(
+            f"the next item of every user of {domain.path} is in {home.path} too, for example {items[0]!r}, and"
+            " `shared_items` is drop",
+            "a user whose next item no method was trained on",
+            "choose another target domain, or set `shared_items: count`",
         )
     if users and shared_users == "refuse":
         raise ConfigError(
@@ -174,9 +210,23 @@ def require_other_domain(home: Dataset, domain: Dataset, shared_users: str) -> N
 
 
 def settle_changes(schedule: Schedule, redo: bool) -> None:
-    """Refuse finished steps whose settings changed; with `redo`, remove their output, so that they run again."""
+    """Refuse finished steps whose settings changed; with `redo`, remove their output, so that they run again.
+
+    Whether the settings of `undecided` methods change, only the trials will tell.
+    """
+    decided = [run for run in schedule.runs if run.method.name not in schedule.undecided]
+    _settle(schedule, decided, redo)
+
+
+def settle_trials(schedule: Schedule, redo: bool) -> None:
+    """Do for the search of `--select valid`, and its trials, what `settle_changes` does for the runs."""
+    selection.settle_search(schedule.out, schedule.searches, redo)
+    _settle(schedule, [trial.run for search in schedule.searches for trial in search.trials], redo)
+
+
+def _settle(schedule: Schedule, runs: Sequence[Run], redo: bool) -> None:
     changed = []
-    for run in schedule.runs:
+    for run in runs:
         for step in run.steps:
             change = ledger.change(run, step, schedule.settings(step))
             if change is not None:
@@ -194,7 +244,12 @@ def settle_changes(schedule: Schedule, redo: bool) -> None:
 
 
 def run_steps(
-    schedule: Schedule, todo: Sequence[tuple[Run, Step]], jobs: int = 1, to_terminal: bool = False
+    schedule: Schedule,
+    todo: Sequence[tuple[Run, Step]],
+    jobs: int = 1,
+    to_terminal: bool = False,
+    before: int = 0,
+    later: Sequence[tuple[Run, Step]] = (),
 ) -> list[Failure]:
     """Run the steps, `jobs` at a time; after a failure, only the steps that need its output are not run.
 
@@ -203,11 +258,13 @@ def run_steps(
         todo: the steps, in order.
         jobs: the number of steps at a time.
         to_terminal: print the output of the steps to the terminal, instead of to the log of their run; for one job.
+        before: how many steps of this call of the command are done, for the count that is printed.
+        later: the steps that come after these, for the count and the time that are printed.
     """
     failures: list[Failure] = []
     unavailable: set[Path] = set()
     waiting, under_way = list(todo), list[tuple[Run, Step]]()
-    begun, number = time.perf_counter(), 0
+    begun, number, total = time.perf_counter(), before, before + len(todo) + len(later)
     shuffled = controls.shuffled_folder(schedule.out)
     if any(step.config.data == shuffled for _, step in todo):
         controls.shuffle_images(Dataset(schedule.home.data), shuffled, schedule.marks[shuffled])
@@ -217,9 +274,10 @@ def run_steps(
                 waiting.remove(work)
                 number += 1
                 left = sum(
-                    schedule.pace.of(s, schedule.datasets[s.config.data]) for _, s in (work, *waiting, *under_way)
+                    schedule.pace.of(s, schedule.datasets[s.config.data])
+                    for _, s in (work, *waiting, *under_way, *later)
                 )
-                _announce(number, len(todo), *work, time.perf_counter() - begun, left / jobs, to_terminal)
+                _announce(number, total, *work, time.perf_counter() - begun, left / jobs, to_terminal)
                 ledger.begin(*work, schedule.settings(work[1]))
                 under_way.append(work)
                 pool.start(work)
@@ -235,9 +293,9 @@ def run_steps(
             ledger.end(run, step, outcome)
             if ledger.records(run.folder)[step.name]["attempts"] == 1:
                 schedule.pace.add(step, outcome, schedule.datasets[step.config.data])
-            if not any(run.seed == other.seed for other, _ in (*waiting, *under_way)):
-                # all runs of this seed are done: update the tables
-                results.collect(schedule.study, schedule.out, schedule.runs, schedule.home, schedule.domains)
+            # a trial changes no table, and until the choice is made nothing of the test is read
+            if run.trial is None and not any(run.seed == other.seed for other, _ in (*waiting, *under_way)):
+                schedule.collect()  # all runs of this seed are done
     return failures
 
 
@@ -277,7 +335,7 @@ def _work(step: Step, data: Dataset) -> float:
 
 def learn_pace(schedule: Schedule) -> None:
     """Learn the pace from the finished steps that ran without interruption."""
-    for run in schedule.runs:
+    for run in (*schedule.trials_for(schedule.runs), *schedule.runs):
         known = ledger.records(run.folder)
         for step in run.steps:
             record = known.get(step.name, {})
@@ -287,6 +345,8 @@ def learn_pace(schedule: Schedule) -> None:
 
 def title_of(run: Run) -> str:
     """Return the name of a run at the terminal."""
+    if run.trial is not None:
+        return f"{run.method.name}, trial {run.trial}"
     return run.method.name if run.seed is None else f"{run.method.name}, seed {run.seed}"
 
 

@@ -362,6 +362,9 @@ def _stages(results: Results) -> list[Stage]:
             }
             for (label,), each in cost.group_by("label", maintain_order=True)
         ]
+    if (trials := results.frames["trials"]).height:
+        what = f"{trials.height} trials, {trials['method'].n_unique()} methods"
+        steps = [{"stage": "finetune (trials)", "what": what, "seconds": trials["seconds"].sum()}, *steps]
     found = [*results.facts.get("before", []), *steps, *results.facts.get("after", [])]
     longest = max((each["seconds"] for each in found), default=0) or 1
     return [Stage(e["stage"], e["what"], e["seconds"], round(100 * e["seconds"] / longest, 1)) for e in found]
@@ -384,7 +387,8 @@ def _run_name(results: Results, row: Json) -> str:
 
 def _seconds(results: Results) -> float:
     others = [*results.facts.get("before", []), *results.facts.get("after", [])]
-    return float(results.frames["cost"]["seconds"].sum()) + sum(each["seconds"] for each in others)
+    steps = sum(results.frames[name]["seconds"].sum() for name in ("cost", "trials"))
+    return float(steps) + sum(each["seconds"] for each in others)
 
 
 def _index(index: Json | None) -> str:
@@ -494,7 +498,7 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "cross-domain",
             "Cross-domain: trained here, measured on other data (Table 6)",
-            (_shared_users(results),),
+            (_shared(results),),
             tuple(tables.cross_domain_sheets(results)),
             why="The paper transfers between Amazon domains; its Clothing → Beauty is shown beside our numbers.",
         ),
@@ -521,15 +525,38 @@ def _sections(results: Results) -> list[Section]:
             (),
             ("fig5-sensitivity",),
         ),
+        Section(
+            "selection",
+            "How the settings were chosen (validation only)",
+            _selection_words(results),
+            _present(tables.search_sheet(results), tables.trials_sheet(results)),
+        ),
         Section("cost", "Computing time", (), _present(tables.cost_sheet(results))),
     ]
 
 
-def _shared_users(results: Results) -> str:
-    shared = results.facts["shared users"]
-    if not shared:
+def _selection_words(results: Results) -> tuple[str, ...]:
+    search = results.facts.get("search")
+    if not search:
+        return ()
+    return (
+        f"Every method that trains had the same number of trials: {search['trials']}, drawn from its own grid with seed"
+        f" {search['seed']} and trained with that seed. Where the grid has no more settings than that, all were tried.",
+        f"The choice used validation only. A trial’s score is its best {COMPARED} on validation users: the second to"
+        " last item of each is ranked among candidates drawn for validation alone. No trial used the last item of a"
+        " user or the candidates of the test. The runs of all seeds began after the choice, and only they were measured"
+        " on the test. Of equal scores, the first trial is chosen.",
+    )
+
+
+def _shared(results: Results) -> str:
+    users = results.facts["shared users"]
+    items = sum(each["items"] for each in results.facts.get("shared", {}).values())
+    if not users and not items:
         return "No item and no user of the target domain is in the training data."
-    return f"No item of the target domain is in the training data. By their ids, {shared:,} of its users are."
+    if not items:
+        return f"No item of the target domain is in the training data. By their ids, {users:,} of its users are."
+    return f"By their ids, {items:,} items and {users:,} users of the target domain are in the training data too."
 
 
 def _present(*sheets: Sheet | None) -> tuple[Sheet, ...]:
@@ -543,10 +570,19 @@ def _settings(results: Results) -> list[tuple[str, str]]:
         ("candidates", f"{facts['candidates']} besides the next item, {facts['candidate sets']} stored sets"),
         ("finetune", _joined(facts["finetune"]) or "defaults"),
         ("recommender", _joined(facts["recommender"]) or "defaults"),
+        ("selection", _selection(facts.get("search"))),
     ]
     rows += [(f"plan, {name}", _joined(plan)) for name, plan in facts["plan"].items()]
     rows += [(name, _joined(facts[key])) for name, key in (("demo", "demo"), ("prepare", "rules")) if facts.get(key)]
     return [*rows, ("versions", _joined(facts["versions"]))]
+
+
+def _selection(search: Json | None) -> str:
+    if not search:
+        return "none: the settings as the study gives them"
+    return (
+        f"on validation, {search['trials']} trials for each of {len(search['methods'])} methods, seed {search['seed']}"
+    )
 
 
 def _methods(results: Results) -> list[tuple[str, str]]:

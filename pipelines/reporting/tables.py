@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,18 @@ from vlm2rec.downstream.evaluation.statistics import Spread, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.experiments.methods import ABLATION, CROSS_DOMAIN, FEW_SHOT, MAIN, Json, Role
-from vlm2rec.pipelines.experiments.results import ALL_USERS, COMPARED, MAIN_VIEW, TAIL_USERS, facts, read_all
-from vlm2rec.pipelines.reporting.paper import read_paper
+from vlm2rec.pipelines.experiments.results import (
+    ALL_USERS,
+    COMPARED,
+    DISPERSION,
+    GEOMETRY,
+    MAIN_VIEW,
+    TAIL_USERS,
+    facts,
+    read_all,
+)
+from vlm2rec.pipelines.experiments.selection import grid_text
+from vlm2rec.pipelines.reporting.paper import nearest, read_paper
 
 PAPER_DEFAULT = "Beauty"
 PRINTED = 1.3e-4  # tolerance of the bound for numbers printed with four decimals
@@ -188,13 +199,14 @@ class Results:
         return any(each["fixed"] for each in self.methods if each["name"] == method)
 
     def geometry(self, method: str, view: str) -> dict[str, Spread] | None:
-        """Return A_pos, A_neg, U and S of a view on the study's dataset: mean and standard deviation over seeds."""
+        """Return A_pos, A_neg, U, S and, if they were measured, the dispersion of a view: mean and std over seeds."""
         rows = self.frames["geometry"].filter(
             (pl.col("method") == method) & (pl.col("view") == view) & (pl.col("dataset") == self.dataset)
         )
         if not rows.height:
             return None
-        return {name: spread(rows[name].to_numpy()) for name in ("A_pos", "A_neg", "U", "S")}
+        measured = [name for name in DISPERSION if name in rows.columns and not rows[name].null_count()]
+        return {name: spread(rows[name].to_numpy()) for name in (*GEOMETRY, *measured)}
 
     def comparison(self, method: str, task: int, model: str | None, dataset: str | None = None) -> Json | None:
         """Return the comparison of the reference with a method."""
@@ -351,8 +363,8 @@ def _note(compared: pl.DataFrame, broken: bool) -> str:
 
 
 def geometry_sheet(results: Results) -> Sheet | None:
-    """Return A_pos, A_neg, U and S per state and view (Table 1)."""
-    names, rows = ("A_pos", "A_neg", "U", "S"), []
+    """Return A_pos, A_neg, U, S and the dispersion per state and view (Table 1)."""
+    rows = []
     data = results.paper_data if results.paper_data in results.paper["geometry"] else PAPER_DEFAULT
     paper = results.paper["geometry"][data]
     for view in (schema.FUSED, schema.IMAGE, schema.TEXT):
@@ -361,17 +373,27 @@ def geometry_sheet(results: Results) -> Sheet | None:
             if found is None:
                 continue
             printed = paper.get(results.paper_row(method) or "", {}).get(view)
-            cells = [Cell(view), *(mean_cell(found[name], results.is_fixed(method)) for name in names)]
+            fixed = results.is_fixed(method)
+            cells = [Cell(view), *(mean_cell(found.get(name), fixed) for name in (*GEOMETRY, *DISPERSION))]
             cells += [Cell(number(value)) for value in printed] if printed else [Cell("–")] * 4
             rows.append(Row(method, tuple(cells), method, method == results.reference))
     if not rows:
         return None
     return Sheet(
         "State",
-        (Group("", ("view",)), Group("this study", names), Group(f"paper, {data}", names, paper=True)),
+        (
+            Group("", ("view",)),
+            Group("this study", GEOMETRY),
+            Group("pairs of one kind", ("U users", "U items", "offset")),
+            Group(f"paper, {data}", tuple(f"{name}‡" if name == "U" else name for name in GEOMETRY), paper=True),
+        ),
         tuple(rows),
         "Lower A_pos: the next item is nearer. Higher A_neg: other items are farther. Lower U: the vectors spread more"
-        " evenly. S = A_neg/A_pos: above 1, the view separates the next item from others; at 1, it does not.",
+        " evenly. S = A_neg/A_pos: above 1, the view separates the next item from others; at 1, it does not. U is over"
+        " pairs of a user and another item, as Eq. 4 says; U users and U items are over pairs of users and of items;"
+        " offset is the squared distance of the mean user from the mean item, which A_neg contains."
+        " ‡ The paper’s U does not follow from its Eq. 4: four of its 18 rows are impossible for squared distances from"
+        " 0 to 4, so it was measured on other pairs. Compare it with none of our columns.",
     )
 
 
@@ -446,8 +468,21 @@ def cross_domain_sheets(results: Results) -> list[Sheet]:
             results, title, results.names(CROSS_DOMAIN), results.paper["cross-domain"][data], data, domain
         )
         if sheet:
-            sheets.append(sheet)
+            sheets.append(dataclasses.replace(sheet, note=f"{sheet.note}{_shared_items(results, domain)}"))
     return sheets
+
+
+def _shared_items(results: Results, domain: str) -> str:
+    """Return the sentence about users of a target domain whose next item a method may have been trained on."""
+    shared = results.facts.get("shared", {}).get(domain, {})
+    if not shared.get("items"):
+        return ""
+    rule = results.facts.get("shared items")
+    what = "are left out of this table" if rule == "drop" else "are measured too"
+    return (
+        f" {shared['items']:,} items are in the training data too; the {shared['targets']:,} users whose next item is"
+        f" one of them {what} (shared_items: {rule})."
+    )
 
 
 def tail_sheet(results: Results) -> Sheet | None:
@@ -524,18 +559,32 @@ def cost_of(results: Results, name: str) -> tuple[float | None, float | None]:
 
 
 def counts_sheet(results: Results) -> Sheet | None:
-    """Return the users, items and interactions after each step of `prepare`, and the paper's for the same dataset."""
+    """Return the dataset's statistics (Table 3): after each step of `prepare`, under other filters, and the paper's."""
     steps = [(str(step["step"]), step) for step in results.facts.get("counts", [])]
     if not steps:
         return None
-    columns = ("users", "items", "interactions")
-    if results.dataset in results.paper["datasets"]:
-        steps.append((f"the paper’s {results.dataset}", results.paper["datasets"][results.dataset]))
-    rows = [
-        Row(name, tuple(Cell(f"{step[key]:,}" if isinstance(step.get(key), int) else "–") for key in columns))
-        for name, step in steps
-    ]
-    return Sheet("step of prepare", (Group("", columns),), tuple(rows))
+    columns = ("users", "items", "interactions", "average length")
+    paper = results.paper["datasets"].get(results.dataset)
+    note = ""
+    if paper:
+        variants = results.facts.get("variants", [])
+        near = nearest(variants, paper) if variants else None
+        for row, each in enumerate(variants):
+            steps.append((f"{each['step']}{' ← nearest to the paper' if row == near else ''}", each))
+        steps.append((f"the paper’s {results.dataset}", paper))
+        if variants:
+            note = (
+                "The rows with flags say what `vlm2rec prepare` would keep of this log with them. Nearest: by the mean"
+                " ratio of users, items and interactions. Published full 5-cores are longer than the paper’s averages"
+                " (Beauty: 8.9 interactions a user, the paper 6.9); cutting each user to the latest ten comes before"
+                " the core."
+            )
+    rows = []
+    for name, step in steps:
+        counts = [Cell(f"{step[key]:,}" if isinstance(step.get(key), int) else "–") for key in columns[:3]]
+        length = step["interactions"] / step["users"] if step.get("users") and step.get("interactions") else None
+        rows.append(Row(name, (*counts, Cell(f"{length:.1f}" if length else "–"))))
+    return Sheet("step of prepare", (Group("", columns),), tuple(rows), note)
 
 
 def cost_sheet(results: Results) -> Sheet | None:
@@ -554,3 +603,53 @@ def cost_sheet(results: Results) -> Sheet | None:
         )
     rows.append(Row("all", (Cell(str(cost.height)), Cell(""), Cell(f"{cost['seconds'].sum() / 60:.1f}"))))
     return Sheet("Step", (Group("", ("runs", "s per run", "min in total")),), tuple(rows))
+
+
+# --- selection ----------------------------------------------------------------------------------------------
+
+
+def search_sheet(results: Results) -> Sheet | None:
+    """Return each method's grid and its chosen setting; None if no settings were searched."""
+    search, trials = results.facts.get("search"), results.frames["trials"]
+    if not search or not trials.height:
+        return None
+    rows = []
+    for (method,), each in trials.group_by("method", maintain_order=True):
+        of = search["methods"][str(method)]
+        best = each.filter(pl.col("chosen")).row(0, named=True)
+        texts = (
+            f"{each.height} of {of['combinations']}",
+            grid_text(of["grid"]),
+            _settings_text(best["settings"]),
+            number(best["score"]),
+        )
+        rows.append(Row(str(method), tuple(map(Cell, texts)), str(method), method == results.reference))
+    followed = "; ".join(f"{name} takes the settings of {source}" for name, source in search["followed"].items())
+    return Sheet(
+        "Method",
+        (Group("search", ("trials", "grid")), Group("chosen", ("settings", f"{COMPARED} of validation"))),
+        tuple(rows),
+        f"{followed}." if followed else "",
+    )
+
+
+def trials_sheet(results: Results) -> Sheet | None:
+    """Return every trial with its score on validation; the chosen ones are marked."""
+    trials = results.frames["trials"]
+    if not trials.height:
+        return None
+    rows = []
+    for row in trials.iter_rows(named=True):
+        cells = (
+            Cell(_settings_text(row["settings"])),
+            Cell(f"{row['step']}"),
+            Cell(number(row["score"]), best=row["chosen"]),
+            Cell("chosen" if row["chosen"] else "", best=row["chosen"]),
+        )
+        rows.append(Row(f"{row['method']}, trial {row['trial']}", cells, row["method"]))
+    columns = ("settings", "best step", f"{COMPARED} of validation", "")
+    return Sheet("Trial", (Group("", columns),), tuple(rows))
+
+
+def _settings_text(settings: str) -> str:
+    return ", ".join(f"{name} {value}" for name, value in json.loads(settings).items()) or "its own"

@@ -1,10 +1,10 @@
-"""The laboratory of `vlm2rec demo` and `vlm2rec study --demo`: a drawn catalogue and a small backbone trained for it.
+"""The laboratories of `vlm2rec demo` and `vlm2rec study --demo`: a drawn catalogue and a small backbone trained for it.
 
 laboratory/catalogue              drawn products, with the attributes they were drawn from
 laboratory/captioned              other products, with captions; the backbone is trained on these
 laboratory/data, backbone         the output of `vlm2rec prepare` and `vlm2rec make-backbone`
 laboratory/second, second-data    a second catalogue with its own users, for cross-domain
-laboratory/laboratory.json        the settings, the finished stages and their seconds
+laboratory/laboratory.json        name, settings, the finished stages and their seconds
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vlm2rec.pipelines.commands import module_of
 from vlm2rec.pipelines.config import DemoConfig, MakeBackboneConfig, PrepareConfig
 from vlm2rec.pipelines.console import headline
 from vlm2rec.pipelines.synthetic.drawn_catalogue import CatalogueSettings, draw_catalogue
+from vlm2rec.pipelines.synthetic.looks_catalogue import LooksSettings, draw_looks_catalogue
 
 FOLDER = "laboratory"
 DONE_FILE = "laboratory.json"
@@ -43,7 +44,7 @@ class Laboratory:
     users: int = DemoConfig.users
     backbone_steps: int = DemoConfig.backbone_steps
     seed: int = DemoConfig.seed
-    catalogue: CatalogueSettings = field(default_factory=CatalogueSettings)
+    catalogue: CatalogueSettings | LooksSettings = field(default_factory=CatalogueSettings)
     second: bool = False  # draw a second catalogue too
 
 
@@ -59,8 +60,19 @@ colour of three products in five through its brand, and nothing about the patter
 and part of the title's information is in the picture too. SFT fits the picture, and the longer it trains, the more the
 title's vectors fall back towards their start.
 """
-QUICK = replace(STUDY, products=200, users=60, backbone_steps=20)
-"""The laboratory of `vlm2rec study --demo --quick`."""
+LOOKS = Laboratory(products=1920, users=2400, backbone_steps=700, catalogue=LooksSettings(), second=True)
+"""A catalogue with titles as shops print them, in which the title suffices in training and looks decide at test.
+
+`looks_catalogue` says how. Made for a backbone that has read something (`--backbone`), whose text is the strong view.
+"""
+LABORATORIES = {"brands": STUDY, "looks": LOOKS}
+"""The laboratories of `vlm2rec study --demo`, by the name that `--laboratory` gives."""
+
+
+def laboratory_of(name: str, quick: bool = False) -> Laboratory:
+    """Return a laboratory by its name; with `quick`, the small one of `vlm2rec study --demo --quick`."""
+    whole = LABORATORIES[name]
+    return replace(whole, products=200, users=60, backbone_steps=20) if quick else whole
 
 
 @dataclass(frozen=True)
@@ -73,13 +85,14 @@ class Stage:
     call: Callable[[], object]
 
 
-def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> None:
+def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False, backbone: bool = True) -> None:
     """Make the missing parts of a laboratory; a part that a killed run left unfinished is made again.
 
     Args:
         folder: of the laboratory.
         wanted: its settings.
         redo: make a laboratory of other settings again, instead of refusing it.
+        backbone: train a small backbone too; without it, another has to be given to the study.
 
     Raises:
         ConfigError: the folder holds a laboratory of other settings.
@@ -88,6 +101,13 @@ def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> Non
     known = _read(folder)
     before = known.get("settings", settings)  # older laboratories did not record theirs
     if before != settings:
+        names = _name_of(before), _name_of(settings)
+        if names[0] != names[1] and not redo:
+            raise ConfigError(
+                f"{folder} holds the laboratory {names[0]!r}, and {names[1]!r} is asked for",
+                "one laboratory in a study folder",
+                f"give another --out, --laboratory {names[0]}, or --redo to draw it again",
+            )
         name = next(name for name in settings if before.get(name) != settings[name])
         if not redo:
             raise ConfigError(
@@ -100,7 +120,7 @@ def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     schema.write_json(folder / DONE_FILE, record)
     for each in plan(folder, wanted):
-        if each.output in record["done"]:
+        if each.output in record["done"] or (not backbone and each.output in _FOR_THE_BACKBONE):
             continue
         headline(each.name, each.what)
         _clear(folder / each.output)
@@ -110,6 +130,14 @@ def draw_laboratory(folder: Path, wanted: Laboratory, redo: bool = False) -> Non
         seconds = round(time.perf_counter() - started, 2)
         record["stages"].append({"stage": each.name, "what": each.what, "seconds": seconds})
         schema.write_json(folder / DONE_FILE, record)
+
+
+_FOR_THE_BACKBONE = ("captioned", "backbone")
+
+
+def _name_of(settings: Json) -> str:
+    """Return the name of the laboratory with these recorded settings."""
+    return "looks" if "kinds" in settings.get("catalogue", {}) else "brands"
 
 
 def is_laboratory(folder: Path) -> bool:
@@ -155,13 +183,13 @@ def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
             "draw the catalogue",
             f"{wanted.products} products, {wanted.users} users",
             "catalogue",
-            lambda: draw_catalogue(catalogue, wanted.products, wanted.users, wanted.seed, wanted.catalogue),
+            lambda: _draw(catalogue, wanted.products, wanted.users, wanted.seed, wanted.catalogue),
         ),
         Stage(
             "draw captioned products",
             f"{CAPTIONED_PRODUCTS} other products, to train the backbone",
             "captioned",
-            lambda: draw_catalogue(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, wanted.seed + 1, wanted.catalogue),
+            lambda: _draw(captioned, CAPTIONED_PRODUCTS, CAPTIONED_USERS, wanted.seed + 1, wanted.catalogue),
         ),
         Stage(
             "prepare",
@@ -182,10 +210,17 @@ def plan(folder: Path, wanted: Laboratory) -> list[Stage]:
     return stages
 
 
+def _draw(out: Path, products: int, users: int, seed: int, settings: CatalogueSettings | LooksSettings) -> None:
+    if isinstance(settings, LooksSettings):
+        draw_looks_catalogue(out, products, users, seed, settings)
+    else:
+        draw_catalogue(out, products, users, seed, settings)
+
+
 def _second_catalogue(folder: Path, wanted: Laboratory) -> None:
     """Draw other products and other users, with their own ids."""
     second = folder / "second"
-    draw_catalogue(second, wanted.products, wanted.users, wanted.seed + 2, wanted.catalogue)
+    _draw(second, wanted.products, wanted.users, wanted.seed + 2, wanted.catalogue)
     for name, ids in (("items", [schema.ITEM_ID]), ("interactions", [schema.USER_ID, schema.ITEM_ID])):
         table = pl.read_parquet(second / f"{name}.parquet")
         table = table.with_columns(pl.concat_str(pl.lit("second-"), pl.col(column)).alias(column) for column in ids)

@@ -42,7 +42,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.storage import Location, StorePath, readable
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.export import lock, shards
+from vlm2rec.embedder.export import lock
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import console, export_items
 from vlm2rec.pipelines.config import ExportConfig
@@ -92,7 +92,7 @@ def start(config: ExportConfig, log: Path, alone: bool = False) -> int:
 def skew(folder: Location, chance: random.Random) -> None:
     """Date the locks of a folder years before or after now, as a machine with another clock would."""
     if isinstance(folder, Path):
-        for path in folder.glob("export*.lock"):
+        for path in folder.glob("*export*.lock"):
             moment = time.time() + chance.choice((-1, 1)) * chance.uniform(0, 10**8)
             with contextlib.suppress(OSError):
                 os.utime(path, (moment, moment))
@@ -200,7 +200,7 @@ def one_folder(
         run += 1
         # what was killed in a retry may be finished by the plain command
         plain = kind == "retry" and run > 1 and chance.random() < 0.3
-        known = (folder / shards.STATE_FILE).exists()
+        known = (folder / schema.STATE_FILE).exists()
         with_flag = dataclasses.replace(config, retry_failed=False) if plain and known else config
         longest = 10 ** chance.uniform(-1, 0.5)  # seconds until a kill: as a fast machine and a slow store want them
         kills += storm(with_flag, chance, longest, left - kills, log, kind == "containers")
