@@ -63,7 +63,7 @@ def use_vision_cache(
         return
     images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
     missing = max(0, images - len(cache)) * expected // max(1, images)
-    where = f"{root} ({len(cache):,} of {images:,} images are already there)"
+    where = f"{root} (it has {len(cache):,} images, {images:,} are wanted)"
     if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
         reporter.say(
             f"vision cache: {where} would need {_size(expected)}, but {_size(free)} are free: every run encodes all"
