@@ -13,6 +13,10 @@
 `--layers 10` then keeps the first ten layers and the final norm: a third of the time of every step, and a language
 model that no longer predicts words but still tells titles apart.
 
+`--more` adds the captioned pictures of a catalogue, such as `STUDY/laboratory/captioned` of `vlm2rec study --demo
+--laboratory looks`: other products than those that a study ranks, drawn in the same way. A tower that has seen photos
+only hardly reads drawings.
+
 The photos are those of two Parquet files, `fashion.parquet` and `electronics.parquet`, with columns `title`,
 `description` ("Apparel - Topwear - Kurtas - Green ...") and `image` (JPEG bytes).
 
@@ -81,6 +85,24 @@ class Photos:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def __add__(self, other: Photos) -> Photos:
+        lists = (getattr(self, name) + getattr(other, name) for name in ("captions", "kinds", "colours"))
+        return Photos(np.concatenate([self.pixels, other.pixels]), *lists)
+
+
+def scaled(picture: Any) -> np.ndarray:
+    """Return the pixels of a picture, scaled to the teacher's square."""
+    with Image.open(picture) as opened:
+        square = opened.convert("RGB").resize((TEACHER_PIXELS, TEACHER_PIXELS), Image.Resampling.BICUBIC)
+        return np.asarray(square)
+
+
+def read_catalogue(folder: Path) -> Photos:
+    """Return the pictures of a catalogue folder: `items.parquet` with `image_path` and `caption`, and `images/`."""
+    rows = pl.read_parquet(folder / "items.parquet", columns=["image_path", "caption"]).rows()
+    pixels = np.stack([scaled(folder / "images" / path) for path, _ in rows])
+    return Photos(pixels, [caption for _, caption in rows], [None] * len(rows), [None] * len(rows))
+
 
 def read_photos(folder: Path, count: int, seed: int) -> Photos:
     """Return `count` photos, half of either file, drawn at random and scaled to a square."""
@@ -90,9 +112,7 @@ def read_photos(folder: Path, count: int, seed: int) -> Photos:
         table = pl.read_parquet(folder / f"{name}.parquet", columns=["title", "description", "image"])
         for row in random.permutation(table.height)[:share].tolist():
             title, description, image = table.row(row)
-            with Image.open(io.BytesIO(image)) as opened:
-                square = opened.convert("RGB").resize((TEACHER_PIXELS, TEACHER_PIXELS), Image.Resampling.BICUBIC)
-                pixels.append(np.asarray(square))
+            pixels.append(scaled(io.BytesIO(image)))
             parts = [part.strip() for part in (description or "").split(" - ")]
             fashion = name == "fashion" and len(parts) >= 4
             kinds.append(parts[2] if fashion else None)
@@ -472,6 +492,7 @@ def main() -> None:
     """Build the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
+    parser.add_argument("--more", type=Path, help="a catalogue folder with captions, whose pictures are learned too")
     parser.add_argument("--cut-from", type=Path, help="a finished folder, of which --layers are taken; needs no photos")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=30)
@@ -494,6 +515,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     say, tokens = Say(), arguments.image_tokens
     photos = read_photos(arguments.photos, arguments.count, arguments.seed)
+    if arguments.more is not None:  # at the end: what is held out are photos
+        photos = photos + read_catalogue(arguments.more)
     tower = train_tower(photos, *teacher_maps(photos, tokens, say), tokens, arguments.tower_steps, say)
     model, tokenizer = language_model()
     width = model.config.hidden_size
