@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,12 @@ def settings(tiny: Tiny, data: Path, folder: Path, flags: dict[str, Any] | None 
         **(flags or {}),
     }
     return StudyConfig(**values)
+
+
+def marks(out: Path) -> dict[str, str]:
+    """Return a mark per step that is new whenever the step was run."""
+    return {
+        f"{path.parent.relative_to(out)}/{name}": record["mark"]
+        for path in sorted(out.rglob("steps.json"))
+        for name, record in json.loads(path.read_text()).items()
+    }

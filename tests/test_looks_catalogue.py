@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlm2rec.downstream.evaluation.metrics import user_metrics
 from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.pipelines.synthetic.drawn_catalogue import attribute_matrix
 from vlm2rec.pipelines.synthetic.looks_catalogue import (
     FORMS,
     LOOKS,
@@ -24,7 +25,6 @@ from vlm2rec.pipelines.synthetic.looks_catalogue import (
     draw_looks_catalogue,
     draw_shop_product,
     invent_shop,
-    looks_matrix,
     simulate_shoppers,
 )
 from vlm2rec.pipelines.synthetic.pictures import COLOURS, PATTERNS
@@ -48,7 +48,7 @@ def kinds_of(items: list[ShopProduct]) -> np.ndarray:
 
 def n_at_20(items: list[ShopProduct], shoppers: Shoppers) -> dict[str, float]:
     """Rank each user's last item among 100 untouched ones by what is known of the user: kind, looks, or both."""
-    kinds, (looks, _) = kinds_of(items), looks_matrix(items)
+    kinds, (looks, _) = kinds_of(items), attribute_matrix(items, LOOKS)
     random = np.random.default_rng(3)
     found: dict[str, list[float]] = {"titles": [], "looks": [], "both": []}
     for user, chosen in enumerate(shoppers.choices):

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from study_world import SMALL, Tiny, settings
+from study_world import SMALL, Tiny, marks, settings
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -372,15 +372,6 @@ def test_a_study_from_before_there_were_trials_is_drawn(finished: Path, tmp_path
 
 
 # --- going on -----------------------------------------------------------------------------------------------
-
-
-def marks(out: Path) -> dict[str, str]:
-    """Return a mark per step that is new whenever the step was run."""
-    return {
-        f"{path.parent.relative_to(out)}/{name}": record["mark"]
-        for path in sorted(out.rglob("steps.json"))
-        for name, record in json.loads(path.read_text()).items()
-    }
 
 
 def again(finished: Path, tmp_path: Path) -> Path:

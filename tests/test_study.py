@@ -20,7 +20,7 @@ import polars as pl
 import pytest
 import scipy.stats
 import yaml
-from study_world import Tiny, settings
+from study_world import Tiny, marks, settings
 
 from vlm2rec.downstream.evaluation.metrics import bound_check
 from vlm2rec.embedder.contract import schema
@@ -66,15 +66,6 @@ def finished(tiny: Tiny, drawn_dataset: Path, other_domain: Path, tmp_path_facto
     report = study.run(config)
     assert report == folder / "study" / "report.html"
     return folder / "study"
-
-
-def marks(out: Path) -> dict[str, str]:
-    """Return a mark per step that is new whenever the step was run."""
-    return {
-        f"{path.parent.relative_to(out)}/{name}": record["mark"]
-        for path in sorted(out.rglob("steps.json"))
-        for name, record in json.loads(path.read_text()).items()
-    }
 
 
 def again(out: Path, tmp_path: Path) -> Path:

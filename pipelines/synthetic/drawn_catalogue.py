@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,12 +115,17 @@ class CatalogueSettings:
             "shortest": (1, self.longest),
             "pixels": (32, 1024),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(
-                    f"catalogue setting {name} is {value}", f"a number from {low} to {high}", f"change {name}"
-                )
+        require_within(self, limits)
+
+
+def require_within(settings: object, limits: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `ConfigError` for a catalogue setting below the first or above the second number of its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ConfigError(
+                f"catalogue setting {name} is {value}", f"a number from {low} to {high}", f"change {name}"
+            )
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,7 @@ def _item_table(items: Sequence[Product]) -> pl.DataFrame:
 # --- users --------------------------------------------------------------------------------------------------
 
 
-def attribute_matrix(items: Sequence[Product], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def attribute_matrix(items: Sequence[object], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Return the one-hot attributes of the items, (I, A), and the names of the A columns ("colour=red")."""
     columns = [f"{name}={value}" for name in names for value in sorted({getattr(item, name) for item in items})]
     index = {column: number for number, column in enumerate(columns)}

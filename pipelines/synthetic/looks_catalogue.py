@@ -29,8 +29,7 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.pipelines.synthetic.drawn_catalogue import interaction_table
+from vlm2rec.pipelines.synthetic.drawn_catalogue import attribute_matrix, interaction_table, require_within
 from vlm2rec.pipelines.synthetic.pictures import (
     BACKGROUNDS,
     COLOURS,
@@ -88,12 +87,7 @@ class LooksSettings:
             "clutter": (0, 50),
             "shortest": (1, self.longest),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(
-                    f"catalogue setting {name} is {value}", f"a number from {low} to {high}", f"change {name}"
-                )
+        require_within(self, limits)
 
 
 @dataclass(frozen=True)
@@ -241,17 +235,6 @@ def _item_table(items: Sequence[ShopProduct]) -> pl.DataFrame:
 # --- users --------------------------------------------------------------------------------------------------
 
 
-def looks_matrix(items: Sequence[ShopProduct]) -> tuple[np.ndarray, list[str]]:
-    """Return the one-hot looks of the items, (I, A), and the names of the A columns ("colour=red")."""
-    columns = [f"{name}={value}" for name in LOOKS for value in sorted({getattr(item, name) for item in items})]
-    index = {column: number for number, column in enumerate(columns)}
-    matrix = np.zeros((len(items), len(columns)))
-    for row, item in enumerate(items):
-        for name in LOOKS:
-            matrix[row, index[f"{name}={getattr(item, name)}"]] = 1.0
-    return matrix, columns
-
-
 def simulate_shoppers(settings: LooksSettings, items: Sequence[ShopProduct], random: np.random.Generator) -> Shoppers:
     """Let users choose one item after another, none twice: first the kind, then by a softmax over looks.
 
@@ -259,7 +242,7 @@ def simulate_shoppers(settings: LooksSettings, items: Sequence[ShopProduct], ran
     the user's own kind, or for a share `wander` of the choices of a kind drawn at random. A user who has bought a whole
     kind goes on with the others.
     """
-    looks, attributes = looks_matrix(items)
+    looks, attributes = attribute_matrix(items, LOOKS)
     names = [kind.name for kind in KINDS[: settings.kinds]]
     kinds = np.array([names.index(item.kind.name) for item in items])
     own = random.integers(len(names), size=settings.users)
