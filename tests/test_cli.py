@@ -160,7 +160,10 @@ def test_every_command_has_a_module_with_the_function_it_calls() -> None:
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
-REQUIRED = {"out": "somewhere", "data": "data", "embeddings": "emb", "backbone": "model", "items": "i", "images": "d"}
+REQUIRED = {
+    **{"out": "somewhere", "data": "data", "embeddings": "emb", "backbone": "model", "items": "i", "images": "d"},
+    "column": "looks",
+}
 
 
 def required_values(cls: type) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -433,3 +435,35 @@ def test_a_file_cut_short_or_damaged_is_read_whole_or_refused_in_words(form: str
             return
     # a Parquet file without checksums can hold other letters, but not fewer rows
     assert found.height == 200
+
+
+def test_no_byte_of_a_parquet_footer_can_end_the_process(tmp_path: Path) -> None:
+    table = pa.table({"item_id": ["a", "b", None], "price": ["1", "2", "3"], "amount": [1.0, 2.0, None]})
+    pq.write_table(table, tmp_path / "sound.parquet")
+    code = """
+import sys
+from pathlib import Path
+from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.pipelines.catalogue.parts import parquet_schema
+sound, damaged = Path(sys.argv[1]), Path(sys.argv[2])
+content = sound.read_bytes()
+footer = int.from_bytes(content[-8:-4], "little") + 8
+read = 0
+for place in range(len(content) - footer, len(content)):
+    for bits in (1, 2, 255):
+        changed = bytearray(content)
+        changed[place] ^= bits
+        damaged.write_bytes(changed)
+        try:
+            parquet_schema(damaged)
+            read += 1
+        except DataError:
+            pass
+print(read)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "sound.parquet"), str(tmp_path / "damaged.parquet")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-500:]
+    assert int(ran.stdout) > 100, "most changes of a byte leave a footer that can be read"

@@ -212,7 +212,7 @@ def test_whatever_the_plan_and_wherever_it_was_cut_off_the_rerun_equals_a_whole_
             path = out / schema.shard_name(number)
             path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size - 1))])
         for number in forgotten:
-            (out / schema.shard_name(number)).with_suffix(".json").unlink()
+            (out / shards.record_name(number)).unlink()
         manifest = finished_export(out, plan)
         assert manifest["num_items"] == items and sorted(parts(out)) == [schema.shard_name(n) for n in range(len(plan))]
         for number in range(len(plan)):
