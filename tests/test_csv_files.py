@@ -443,6 +443,7 @@ def test_no_byte_of_a_parquet_footer_can_end_the_process(tmp_path: Path) -> None
     code = """
 import sys
 from pathlib import Path
+import polars as pl
 from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.pipelines.catalogue.parts import parquet_schema
 sound, damaged = Path(sys.argv[1]), Path(sys.argv[2])
@@ -457,8 +458,12 @@ for place in range(len(content) - footer, len(content)):
         try:
             parquet_schema(damaged)
             read += 1
+            pl.scan_parquet(damaged).filter(pl.col("item_id") == "a").collect()
         except DataError:
             pass
+        except BaseException as error:
+            if "panic" not in type(error).__name__.lower() and not isinstance(error, Exception):
+                raise
 print(read)
 """
     ran = subprocess.run(

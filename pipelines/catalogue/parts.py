@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract.errors import DataError
 
+_READ_TWICE = 1 << 26  # bytes of a Parquet file; a larger one takes too long to read once more
 _SMALLEST_BOMB = 1 << 30
 _LARGEST_RATIO = 250
 
@@ -72,18 +74,43 @@ def parquet_schema(path: Path) -> pa.Schema:
     Raises:
         DataError: the file is damaged, or would unpack to far more than its size.
     """
+    with _as_parquet(path), pq.ParquetFile(path) as file:
+        footer, schema = file.metadata, file.schema_arrow
+        # of the groups, not of their columns: Arrow ends the process at a damaged entry of a column
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        unpacked = sum(max(group.total_byte_size, 0) for group in groups)
+        rows = footer.num_rows
+        columns = [file.schema.column(number) for number in range(len(file.schema.names))]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    refuse_bomb(path, max(unpacked, rows * 8 * len(schema.names)))
+    if path.stat().st_size <= _READ_TWICE:
+        _read_once(path, texts, rows)
+    return schema
+
+
+def _read_once(path: Path, texts: list[str], rows: int) -> None:
+    """Read a file with Arrow, which raises at some untrue counts at which Polars ends the process.
+
+    Args:
+        path: of the file.
+        texts: its columns of text, which stay in their dictionaries.
+        rows: how many it says it has.
+    """
+    found = 0
+    with _as_parquet(path), suppress(pa.ArrowNotImplementedError):  # what only Polars can read
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            found = sum(batch.num_rows for batch in file.iter_batches())
+        if found != rows:
+            raise ValueError(f"it says that it has {rows:,} rows, and has {found:,}")
+
+
+@contextmanager
+def _as_parquet(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:
-            footer, schema = file.metadata, file.schema_arrow
-            # of the groups, not of their columns: Arrow ends the process at a damaged entry of a column
-            groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-            unpacked = sum(max(group.total_byte_size, 0) for group in groups)
-            rows = footer.num_rows
+        yield
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "an undamaged file",
             "create it again, or download it again if its end is missing",
         ) from None
-    refuse_bomb(path, max(unpacked, rows * 8 * len(schema.names)))
-    return schema
