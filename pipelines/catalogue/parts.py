@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract.errors import DataError
 
-_READ_TWICE = 1 << 26  # bytes of a Parquet file; a larger one takes too long to read once more
+_READ_TWICE = 1 << 24  # bytes of a Parquet file; to read a larger one once more takes longer than half a second
 _SMALLEST_BOMB = 1 << 30
 _LARGEST_RATIO = 250
 
