@@ -267,3 +267,9 @@ def test_a_column_that_holds_no_text_is_damage(folder: Path, column: str) -> Non
     pq.write_table(table.set_column(place, column, pa.array([["x"]] * len(table))), folder / "items.parquet")
     with pytest.raises(ArtifactError, match=f"column '{column}' .* holds list"):
         _ = Dataset(folder).items
+
+
+def test_an_image_root_with_half_a_character_is_damage(folder: Path) -> None:
+    (folder / "dataset.json").write_text('{"schema_version": 1, "name": "hand", "image_root": "pictures\\ud83e"}')
+    with pytest.raises(ArtifactError, match="image_root is"):
+        _ = Dataset(folder).image_root
