@@ -194,10 +194,7 @@ def _describe(
             "negatives": "uniform without replacement from the items the user never touched",
         },
         "sources": dict(sources),
-        "sha256": {
-            file: storage.sha256_file(work / file)
-            for file in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
-        },
+        "sha256": {file: storage.sha256_file(work / file) for file in schema.DATASET_TABLES},
     }
 
 

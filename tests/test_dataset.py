@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -269,7 +270,11 @@ def test_a_column_that_holds_no_text_is_damage(folder: Path, column: str) -> Non
         _ = Dataset(folder).items
 
 
-def test_an_image_root_with_half_a_character_is_damage(folder: Path) -> None:
-    (folder / "dataset.json").write_text('{"schema_version": 1, "name": "hand", "image_root": "pictures\\ud83e"}')
-    with pytest.raises(ArtifactError, match="image_root is"):
+@pytest.mark.parametrize("name", ["image_root", "name", "written_by"])
+def test_half_a_character_in_a_json_file_is_damage(folder: Path, name: str) -> None:
+    whole = json.dumps(META | {name: "pictures \U0001f914"})
+    (folder / "dataset.json").write_text(whole)
+    assert "\\ud83e" in whole and Dataset(folder).meta[name] == "pictures \U0001f914"
+    (folder / "dataset.json").write_text(whole.replace("\\udd14", ""))
+    with pytest.raises(ArtifactError, match=r"dataset\.json is damaged"):
         _ = Dataset(folder).image_root

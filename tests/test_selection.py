@@ -507,3 +507,12 @@ def test_picked_methods_have_the_trials_of_the_method_that_they_follow(
     runs = [run for run in planned.runs if run.method.name == "w/o CRTR"]
     assert {run.method.name for run in planned.trials_for(runs)} == {"VLM2Rec"}
     assert planned.undecided == {"SFT", "VLM2Rec", "w/o CRTR", "VLM2Rec (lambda=1.0)"}
+
+
+def test_a_column_of_looks_is_probed_with_select_too(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    data = copy_of(drawn_dataset, tmp_path)
+    items = pl.read_parquet(data / schema.ITEMS_FILE)
+    items.with_columns(looks=pl.lit("red")).write_parquet(data / schema.ITEMS_FILE)
+    for chosen in ("none", "valid"):
+        config = select(tiny, data, tmp_path, {"select": chosen})
+        assert schedule.plan_schedule(config).study.looks == "looks", chosen

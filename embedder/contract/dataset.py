@@ -127,12 +127,6 @@ class Dataset:
                 "images, as these settings read them",
                 "use --views text, or run `vlm2rec prepare --images` into a new folder",
             )
-        try:
-            str(root).encode()
-        except UnicodeEncodeError:  # half of a character, which no path has
-            raise ArtifactError(
-                f"{self.path / schema.DATASET_FILE} is damaged: image_root is {str(root)!r}", "a path", _PREPARE_AGAIN
-            ) from None
         if isinstance(self.path, StorePath) and Path(str(root)).is_absolute():
             return Path(str(root)).resolve()  # the items are in an object store, their images on this machine
         return (self.path / str(root)).resolve()

@@ -10,6 +10,7 @@ Each is defined here and nowhere else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ ITEMS_FILE = "items.parquet"
 SEQUENCES_FILE = "sequences.parquet"
 NEGATIVES_FILE = "negatives.parquet"
 DATASET_FILE = "dataset.json"
+DATASET_TABLES = (ITEMS_FILE, SEQUENCES_FILE, NEGATIVES_FILE)  # dataset.json has the SHA-256 of each
 REJECTS_FILE = "rejects.csv"  # every row of the inputs that `prepare` left out, and why; no reader needs it
 
 # --- embeddings folder --------------------------------------------------------------------------------------
@@ -146,7 +148,10 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", what, fix)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _HALF.search(text):  # alone, half of a character: no path or message can hold it
+            json.dumps(value, ensure_ascii=False).encode()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror or error})", what, _REACH) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep, a number of 5,000 digits
@@ -154,6 +159,9 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds a {type(value).__name__}", what, fix)
     return value
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of a surrogate, of which emoji take two
 
 
 def is_written_by(path: Location, writer: str) -> bool:

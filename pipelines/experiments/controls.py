@@ -18,7 +18,6 @@ from vlm2rec.embedder.contract.publish import whole_file
 FOLDER = "shuffled-images"
 SEED = 0
 _MARK = "control"
-_FILES = (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
 
 
 def shuffled_folder(study: Path) -> Path:
@@ -56,5 +55,5 @@ def shuffle_images(data: Dataset, out: Path, mark: str) -> None:
     items = items.set_column(place, items.schema.field(place), items[place].take(order))
     with whole_file(out / schema.ITEMS_FILE) as file:
         pq.write_table(items, file)
-    sums = {name: storage.sha256_file(out / name) for name in _FILES}
+    sums = {name: storage.sha256_file(out / name) for name in schema.DATASET_TABLES}
     schema.write_json(description, {**data.meta, "image_root": str(data.image_root), "sha256": sums, _MARK: mark})

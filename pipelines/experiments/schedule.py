@@ -126,7 +126,7 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
     if config.select == "valid":
         searches = selection.plan_searches(study, config.out, home, config.backbone, config.device)
         chosen = selection.chosen(config.out, searches)
-        study = read_study(config, len(data.user_ids), more, chosen)
+        study = _with_looks(read_study(config, len(data.user_ids), more, chosen), data)
         waiting = {search.method.name for search in searches} - chosen.keys()
         undecided = frozenset(m.name for m in study.methods if selection.source_of_settings(study, m).name in waiting)
     domains = _domains(study, data)
@@ -155,10 +155,7 @@ def _with_looks(study: Study, data: Dataset) -> Study:
 
 def mark_of(data: Dataset) -> str:
     """Return a digest of the dataset's files: it identifies the dataset at any path."""
-    files = data.meta.get("sha256") or {
-        name: storage.sha256_file(data.path / name)
-        for name in (schema.ITEMS_FILE, schema.SEQUENCES_FILE, schema.NEGATIVES_FILE)
-    }
+    files = data.meta.get("sha256") or {name: storage.sha256_file(data.path / name) for name in schema.DATASET_TABLES}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
