@@ -68,10 +68,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "dispersion": {view: dispersion(users[view], items[view]) for view in items},
     }
     tables = {pair: ranked.tables(pair) for pair, ranked in rankings.items()}
+    for pair, view in SAME_VIEW.items():  # beside the first candidates; the other rows have nulls
+        if pair in tables:
+            tables[pair][0] = _with_distances(tables[pair][0], distances[view])
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
-    first = {id(tables[pair][0]): distances[view] for pair, view in SAME_VIEW.items() if pair in tables}
-    rows = pa.concat_tables([_with_distances(table, first.get(id(table))) for table in [*by_candidates, *by_catalogue]])
+    rows = pa.concat_tables([*by_candidates, *by_catalogue], promote_options="default")
     keys = [name for name in rows.column_names if name not in (*schema.METRICS, *schema.DISTANCES)]
     users_table = rows.select([*keys, *schema.METRICS, *schema.DISTANCES]).replace_schema_metadata({_STAMP: _WRITER})
     with publish.plain_disk_errors(config.out):
@@ -84,11 +86,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _with_distances(rows: pa.Table, found: Distances | None) -> pa.Table:
-    """Add each user's A_pos and A_neg; null for a pair of different views, and for all but the first candidates."""
-    of_users = found.of_users() if found else dict.fromkeys(schema.DISTANCES, [None] * len(rows))
-    for name in schema.DISTANCES:
-        rows = rows.append_column(name, pa.array(of_users[name], pa.float64()))
+def _with_distances(rows: pa.Table, found: Distances) -> pa.Table:
+    """Add each user's A_pos and A_neg."""
+    for name, values in found.of_users().items():
+        rows = rows.append_column(name, pa.array(values, pa.float64()))
     return rows
 
 

@@ -27,8 +27,15 @@ _PAIRS = (
     (schema.TEXT, schema.TEXT),
     (schema.IMAGE, schema.IMAGE),
 )
-PAIRS = tuple(f"{_LETTERS[user]}2{_LETTERS[item]}" for user, item in _PAIRS)
-SAME_VIEW = {f"{_LETTERS[view]}2{_LETTERS[view]}": view for view in schema.VIEWS}  # the pairs of a view with itself
+
+
+def pair_name(user: str, item: str) -> str:
+    """Return the name of ranking by two views, such as `v2f`: users by their image vectors, items by the fused."""
+    return f"{_LETTERS[user]}2{_LETTERS[item]}"
+
+
+PAIRS = tuple(pair_name(user, item) for user, item in _PAIRS)
+SAME_VIEW = {pair_name(view, view): view for view in schema.VIEWS}  # the pairs of a view with itself
 Views = dict[str, np.ndarray]  # view → (n, d) float32
 PerUser = dict[str, np.ndarray]  # metric → (U,) float64
 
@@ -151,7 +158,7 @@ def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Ran
     for user_view, item_view in _PAIRS:
         # one modality cannot be compared with a concatenation, which is longer
         if {user_view, item_view} <= {*users} and users[user_view].shape[1] == items[item_view].shape[1]:
-            rankings = found[f"{_LETTERS[user_view]}2{_LETTERS[item_view]}"] = Rankings(task, _IN_FLOAT64)
+            rankings = found[pair_name(user_view, item_view)] = Rankings(task, _IN_FLOAT64)
             rankings.add_vectors(users[user_view], items[item_view])
     return found
 

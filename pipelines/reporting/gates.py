@@ -15,6 +15,7 @@ from typing import Final, Literal
 import numpy as np
 import polars as pl
 
+from vlm2rec.downstream.evaluation.protocol import pair_name
 from vlm2rec.downstream.evaluation.statistics import Spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.experiments.methods import Role
@@ -29,7 +30,6 @@ NARROW = (1.0, 1.03)
 """S of the weak view before training: at 1 it separates nothing, and a view far above is not weak."""
 LEARNED = 0.3
 """Training loss below which one view alone is a sufficient shortcut."""
-LETTERS = {schema.TEXT: "t", schema.IMAGE: "v"}
 _ALONE: dict[str, Role] = {schema.TEXT: "text_only", schema.IMAGE: "image_only"}
 
 
@@ -54,17 +54,17 @@ class Views:
     @property
     def w2w(self) -> str:
         """The pair that ranks by the weak view alone, such as `v2v`."""
-        return f"{LETTERS[self.weak]}2{LETTERS[self.weak]}"
+        return pair_name(self.weak, self.weak)
 
     @property
     def w2f(self) -> str:
         """Weak user view against fused items, such as `v2f`."""
-        return f"{LETTERS[self.weak]}2f"
+        return pair_name(self.weak, schema.FUSED)
 
     @property
     def s2f(self) -> str:
         """Strong user view against fused items, such as `t2f`."""
-        return f"{LETTERS[self.strong]}2f"
+        return pair_name(self.strong, schema.FUSED)
 
 
 def views_of(results: Results) -> Views | None:

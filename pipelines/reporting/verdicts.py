@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from vlm2rec.downstream.evaluation.protocol import pair_name
 from vlm2rec.downstream.evaluation.statistics import holm, t_quantile
 from vlm2rec.embedder.contract import schema
 from vlm2rec.pipelines.experiments.methods import ABLATION, Role
@@ -157,7 +158,7 @@ def _cure(results: Results, views: Views) -> list[_Part]:
             text = f"{reference} ranks better than {title} by {by} ({pair})"
             parts.append(_part(f"{pair}_above_{role}", text, names, ("reference", pair), (role, pair)))
     for view in schema.MODALITIES:
-        pair = f"{gates.LETTERS[view]}2{gates.LETTERS[view]}"
+        pair = pair_name(view, view)
         text = f"Both views of {reference} rank better than its {view} alone (f2f minus {pair})"
         parts.append(_part(f"f2f_above_{pair}", text, names, ("reference", "f2f"), ("reference", pair)))
     text = f"{reference} raises S of the {views.weak} above vanilla"

@@ -35,6 +35,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -50,6 +51,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm2rec.downstream.evaluation.geometry import geometry
+from vlm2rec.downstream.evaluation.linear_probe import linear_probe
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -429,20 +431,10 @@ def cut(source: Path, out: Path, layers: int) -> None:
 
 
 def probe(vectors: np.ndarray, labels: Sequence[str | None]) -> tuple[float, float, int]:
-    """Return accuracy of a ridge classifier on held-out rows, that of the commonest label, and the number of labels."""
-    names, counts = np.unique([label for label in labels if label], return_counts=True)
-    common = {name: place for place, name in enumerate(names[counts >= LEAST_LABELLED])}
-    rows = np.array([row for row, label in enumerate(labels) if label in common])
-    truth = np.array([common[labels[row]] for row in rows])  # type: ignore[index]
-    given = torch.from_numpy(vectors[rows]).double()
-    given = (given - given.mean(0)) / (given.std(0) + 1e-6)
-    given = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], 1)
-    train = np.arange(len(rows)) % 4 != 0
-    answers = F.one_hot(torch.from_numpy(truth[train]), len(common)).double()
-    square = given[train].T @ given[train] + 10.0 * torch.eye(given.shape[1], dtype=torch.float64)
-    said = (given[~train] @ torch.linalg.solve(square, given[train].T @ answers)).argmax(1).numpy()
-    held = truth[~train]
-    return float((said == held).mean()), float(np.bincount(held).max() / len(held)), len(common)
+    """Return accuracy of a linear probe on held-out rows, that of the commonest label, and the number of labels."""
+    counts = Counter(labels)
+    found = linear_probe(vectors, [label if counts[label] >= LEAST_LABELLED else None for label in labels])
+    return found.accuracy, found.commonest, found.labels
 
 
 def measure(out: Path, photos: Photos, tower: Any, projector: nn.Module) -> None:
