@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -278,3 +279,9 @@ def test_half_a_character_in_a_json_file_is_damage(folder: Path, name: str) -> N
     (folder / "dataset.json").write_text(whole.replace("\\udd14", ""))
     with pytest.raises(ArtifactError, match=r"dataset\.json is damaged"):
         _ = Dataset(folder).image_root
+
+
+def test_an_image_root_that_is_no_utf8_is_read_back(folder: Path) -> None:
+    root = os.fsdecode(b"pictures-\xff")
+    schema.write_json(folder / "dataset.json", {"schema_version": 1, "name": "hand", "image_root": root})
+    assert Dataset(folder).image_root == (folder / root).resolve()

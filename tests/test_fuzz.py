@@ -162,20 +162,25 @@ def records_in(content: bytes, delimiter: str | None) -> set[int]:
         content = _unpacked(content)
     except (OSError, EOFError, ValueError):
         return set()
-    if content.startswith(b"PAR1"):
-        return {int(pq.ParquetFile(io.BytesIO(content)).metadata.num_rows)}
+    if content.endswith(b"PAR1"):  # no reader looks at the four bytes at the start
+        about = pq.ParquetFile(io.BytesIO(content)).metadata  # a damaged footer may say two numbers
+        return {about.num_rows, sum(about.row_group(number).num_rows for number in range(about.num_row_groups))}
     if delimiter is None:
         return {sum(1 for line in content.split(b"\n") if line.strip())}
     text = content.decode("utf-8-sig", "replace").replace("\r\n", "\n").removeprefix(f"sep={delimiter}\n")
-    found = set()
+    found, open_quotes = set(), set()
     for reading in (text, text.replace("\r", " "), text.replace("\r", "\n")):
         try:
-            rows = list(csv.reader(io.StringIO(reading, newline=""), delimiter=delimiter, strict=True))
-        except csv.Error:
-            continue
-        rows = [row for row in rows if any(field.strip() for field in row)]
-        found.add(sum(row != rows[0] for row in rows))  # a header that comes again is no record
-    return found
+            found.add(_csv_records(reading, delimiter))
+        except csv.Error:  # a quote that nothing closes may be meant as a character
+            open_quotes.add(_csv_records(reading, delimiter, quoting=csv.QUOTE_NONE))
+    return found | open_quotes if found else set()
+
+
+def _csv_records(text: str, delimiter: str, **reading: Any) -> int:
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **reading))
+    rows = [row for row in rows if any(field.strip() for field in row)]
+    return sum(row != rows[0] for row in rows)  # a header that comes again is no record
 
 
 class Preparing:

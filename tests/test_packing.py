@@ -56,6 +56,22 @@ def test_attention_is_that_of_each_prompt_alone(prefix: int) -> None:
     assert layout.last.tolist() == [2, 5, 6, 13, 16]
 
 
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_attention_that_is_trained_in_half_precision_is_that_of_float32(prefix: int) -> None:
+    torch.manual_seed(0)
+    layout = Layout((3, 3, 1, 70, 3), prefix)
+    exact = [torch.randn(1, heads, length, 8) for heads, length in ((4, 80), (2, prefix + 80), (2, prefix + 80))]
+    seen = torch.randn(1, 80, 4, 8)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        states = [part.to(dtype).requires_grad_() for part in exact]
+        out, _ = packing._attend(torch.nn.Module(), *states, None, scaling=0.3, packed_layout=layout)
+        assert out.dtype == dtype
+        found.append([out, *torch.autograd.grad(out, states, seen.to(dtype))])
+    for half, whole in zip(found[1], found[0], strict=True):
+        assert (half - whole).abs().max() < 0.02 * whole.abs().max()
+
+
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
     """What torch's GPU kernel documents, in a loop: nobody can run the kernel itself without a GPU."""
     parts = []

@@ -240,7 +240,7 @@ FOREIGN = [
     "/etc/passwd",
     "a\0b",
     "x" * 5000,
-    "\ud800",
+    "\udcff",
     7,
 ]
 

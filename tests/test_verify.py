@@ -204,7 +204,7 @@ def test_a_shard_of_other_settings_is_found_by_its_stamp(folder: Path) -> None:
     assert found(folder) == "part-00000.parquet: was written with other settings than the manifest's"
 
 
-@pytest.mark.parametrize("value", ["null", float("nan"), float("inf"), "\ud800"])
+@pytest.mark.parametrize("value", ["null", float("nan"), float("inf"), "\udcff"])
 def test_settings_changed_afterwards_are_found(folder: Path, value: object) -> None:
     settings = json.loads((folder / schema.MANIFEST_FILE).read_text())["settings"]
     change_manifest(folder, settings={**settings, "on_image_error": value})

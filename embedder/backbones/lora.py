@@ -33,7 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder.backbones import moda, model_files
+from vlm2rec.embedder.backbones import adapted_layers, moda, model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
@@ -66,6 +66,7 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=ADAPTED_LAYERS, bias="none")
     wrapped = _wrap(backbone, config)
+    adapted_layers.prepare(wrapped)
     inside = {id(parameter) for parameter in backbone.language_model.parameters()}
     stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
     if stray:

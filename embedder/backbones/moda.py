@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm2rec.embedder.backbones.adapted_layers import dropout
 from vlm2rec.embedder.backbones.modality import required
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -87,9 +88,9 @@ class MoDALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the current modality, (..., out)."""
         found = self.base(x)
-        low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        added = F.linear(low * self._shares(required()), self.lora_B)
-        return (found + self.scale * added).to(found.dtype)
+        a, b, shares = (part.to(found.dtype) for part in (self.lora_A, self.lora_B, self._shares(required())))
+        low = F.linear(dropout(x, self.dropout), a) * shares  # (..., r)
+        return found + F.linear(low * self.scale, b)
 
 
 class FoldedLinear(nn.Module):

@@ -187,10 +187,24 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
                 for states, mine in zip((key, value), own[1:], strict=True)
             ]
         mask = layout.mask(length) if prefix else None
-        part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
+        if _slow_backward(query):
+            part = _attend_openly(own[0], own[1], own[2], layout.mask(length), rest.get("scaling"))
+        else:
+            part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
     return _joined(parts)[None]
+
+
+def _slow_backward(query: Tensor) -> bool:
+    """Tell whether torch's attention is slow to differentiate: in half precision on a CPU."""
+    return query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled()
+
+
+def _attend_openly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attend in three steps, with the softmax in float32."""
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -150,8 +150,8 @@ def read_json(path: Location, what: str, fix: str) -> dict[str, Any]:
             raise ArtifactError(f"{path} does not exist", what, fix)
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
-        if _HALF.search(text):  # alone, half of a character: no path or message can hold it
-            json.dumps(value, ensure_ascii=False).encode()
+        if _HALF.search(text):  # alone, half of a character; `write_json` writes bytes of paths as U+DC80 to U+DCFF
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror or error})", what, _REACH) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep, a number of 5,000 digits
