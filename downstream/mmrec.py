@@ -25,7 +25,7 @@ from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, no_vectors, r
 from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, DataError
+from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.storage import Location
 
 TRAIN, VALID, TEST = 0, 1, 2  # x_label
@@ -69,13 +69,7 @@ def _write_interactions(dataset: Dataset, file: Path) -> tuple[np.ndarray, np.nd
     Items are numbered in the catalogue's order. The dataset folder keeps the order of a user's items but not their
     times: `timestamp` is the position in the sequence. MMRec reads neither it nor the rating.
     """
-    train = dataset.train_sequences()
-    if not train or min(map(len, train)) == 0:  # MMRec needs every user in training
-        raise ArtifactError(
-            f"{dataset.path} has {'a user without a training item' if train else 'no user'}",
-            "users with three interactions or more",
-            "run `vlm2rec prepare` again",
-        )
+    train = dataset.trained_sequences()  # MMRec needs every user in training
     valid, test = dataset.histories("valid").targets, dataset.histories("test").targets
     is_touched = np.zeros(len(dataset.item_ids), bool)
     is_touched[np.concatenate([*train, valid, test])] = True

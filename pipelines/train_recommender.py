@@ -1,4 +1,4 @@
-"""`vlm2rec train-recommender`: Task 2 trains a recommender in RecBole, from item ids or from an embeddings folder."""
+"""`vlm2rec train-recommender`: Task 2 trains a recommender from an embeddings folder, or in RecBole from item ids."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from vlm2rec.downstream.multimodal import recipes
+from vlm2rec.downstream.multimodal import settings as multimodal
 from vlm2rec.downstream.recbole import plugin
-from vlm2rec.downstream.recbole.run import (
-    CHECKPOINT_FILE,
-    OLD_CHECKPOINT_FILE,
-    Epoch,
-    Outcome,
-    Settings,
-    ignored_settings,
-    needs_no_negatives,
-    read_settings,
-)
+from vlm2rec.downstream.recbole.run import Settings, ignored_settings, needs_no_negatives, read_settings
 from vlm2rec.downstream.recbole.run import run as train
+from vlm2rec.downstream.recommender import CHECKPOINT_FILE, OLD_CHECKPOINT_FILE, Epoch, Outcome
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -39,6 +33,9 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
             "a dataset folder, or a RecBole YAML that names its own dataset",
             "give --data DATA (and --model), or --config recbole.yaml",
         )
+    _refuse_unread(config)
+    if config.model in recipes.MODELS:
+        return _multimodal(config)
     theirs = read_settings(config.config) if config.config else {}
     model = str(config.model or theirs.get("model") or "")
     folder = Dataset(config.data) if config.data is not None else None
@@ -55,6 +52,56 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
         )
     _summarise(outcome)
     return outcome.metrics
+
+
+def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
+    from vlm2rec.downstream.multimodal.run import run as train_multimodal
+
+    if config.data is None or config.embeddings is None:
+        raise ConfigError(
+            f"--model {config.model} without --{'data' if config.data is None else 'embeddings'}",
+            "a dataset folder and the vectors of its items",
+            "give --data and --embeddings, or train SASRec, GRU4Rec or BERT4Rec from ids",
+        )
+    known = {f.name for f in dataclasses.fields(multimodal.Settings)}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
+    features = recipes.choose_features(str(config.model), config.features, config.embeddings)
+    settings = multimodal.Settings(**(given | {"features": features}))
+    with _Display() as display:
+        outcome = train_multimodal(
+            settings,
+            config.out,
+            Dataset(config.data),
+            candidate_seeds=config.seeds,
+            device=config.device,
+            watcher=display,
+        )
+    _summarise(outcome)
+    return outcome.metrics
+
+
+def _refuse_unread(config: TrainRecommenderConfig) -> None:
+    """Raise `ConfigError` for a setting other than its default that the model does not read."""
+    model = str(config.model)
+    unread = {*recipes.OWN, "features"}
+    if model in recipes.MODELS:
+        unread = {*recipes.OWN - {*recipes.MODELS[model].own}, *SEQUENTIAL_ONLY}
+    defaults = recipes.defaults_of(config.model)
+    for f in dataclasses.fields(config):
+        if f.name in unread and getattr(config, f.name) != defaults.get(f.name, f.default):
+            readers = [name for name, recipe in recipes.MODELS.items() if f.name in recipe.own]
+            if f.name in SEQUENTIAL_ONLY:
+                readers = list(schema.SEQUENTIAL)
+            raise ConfigError(
+                f"--{f.name.replace('_', '-')} with --model {config.model}",
+                f"a setting that {config.model or 'the model'} reads; this one is for"
+                f" {', '.join(readers or recipes.MODELS)}",
+                "leave it out" + (", or name the views with --features" if f.name == "column" else ""),
+            )
+
+
+SEQUENTIAL_ONLY = ("column", "adapter", "pca", "config", "dropout")
+"""Settings that the multimodal models do not read."""
 
 
 def task2_settings(
@@ -220,7 +267,10 @@ def _summarise(outcome: Outcome) -> None:
                 f"{_figures(metrics['tail']['candidates'])} (target below {below} in training)"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
-    rows["RecBole's own"] = _figures(metrics["recbole"])
+    if metrics["candidates"] is not None:
+        rows["full ranking, at 20"] = _figures(metrics["retrieval"])
+    if metrics["recbole"] is not None:
+        rows["RecBole's own"] = _figures(metrics["recbole"])
     if (outcome.folder / OLD_CHECKPOINT_FILE).exists():
         console.log.print(
             f"{outcome.folder / OLD_CHECKPOINT_FILE} is a pickle of an earlier version: it is not opened, and may be"

@@ -19,6 +19,7 @@ from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, with_cold_items, write_atomic, write_dataset
 from typer.testing import CliRunner
 
+from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation.metrics import TAIL
 from vlm2rec.downstream.recbole import compat, run
 from vlm2rec.downstream.recbole.run import evaluate, user_scores
@@ -54,7 +55,7 @@ def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    return compat.load_weights(folder / "checkpoint.safetensors", "cpu")
+    return recommender.load_weights(folder / "checkpoint.safetensors", "cpu")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
