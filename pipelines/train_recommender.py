@@ -27,15 +27,15 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
     With a dataset folder, a setting comes from a flag that differs from its default, else from the RecBole YAML, else
     from our Task 2 defaults. Without one, it comes from such a flag, else from the YAML, as RecBole reads it.
     """
+    _refuse_unread(config)
+    if config.model in recipes.MODELS:
+        return _multimodal(config)
     if config.data is None and config.config is None:
         raise ConfigError(
             "neither --data nor --config is given",
             "a dataset folder, or a RecBole YAML that names its own dataset",
             "give --data DATA (and --model), or --config recbole.yaml",
         )
-    _refuse_unread(config)
-    if config.model in recipes.MODELS:
-        return _multimodal(config)
     theirs = read_settings(config.config) if config.config else {}
     model = str(config.model or theirs.get("model") or "")
     folder = Dataset(config.data) if config.data is not None else None
@@ -82,26 +82,14 @@ def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
 
 def _refuse_unread(config: TrainRecommenderConfig) -> None:
     """Raise `ConfigError` for a setting other than its default that the model does not read."""
-    model = str(config.model)
-    unread = {*recipes.OWN, "features"}
-    if model in recipes.MODELS:
-        unread = {*recipes.OWN - {*recipes.MODELS[model].own}, *SEQUENTIAL_ONLY}
-    defaults = recipes.defaults_of(config.model)
     for f in dataclasses.fields(config):
-        if f.name in unread and getattr(config, f.name) != defaults.get(f.name, f.default):
-            readers = [name for name, recipe in recipes.MODELS.items() if f.name in recipe.own]
-            if f.name in SEQUENTIAL_ONLY:
-                readers = list(schema.SEQUENTIAL)
+        if not recipes.is_read(config.model, f.name) and getattr(config, f.name) != f.default:
+            readers = [model for model in schema.RECOMMENDERS if recipes.is_read(model, f.name)]
             raise ConfigError(
-                f"--{f.name.replace('_', '-')} with --model {config.model}",
-                f"a setting that {config.model or 'the model'} reads; this one is for"
-                f" {', '.join(readers or recipes.MODELS)}",
-                "leave it out" + (", or name the views with --features" if f.name == "column" else ""),
+                f"--{f.name.replace('_', '-')} with {config.model or 'a model of RecBole'}",
+                f"a setting that it reads; this one is for {', '.join(readers)}",
+                "leave it out" + (", and choose the views with --features" if f.name == "column" else ""),
             )
-
-
-SEQUENTIAL_ONLY = ("column", "adapter", "pca", "config", "dropout")
-"""Settings that the multimodal models do not read."""
 
 
 def task2_settings(

@@ -82,6 +82,19 @@ OWN = frozenset(name for recipe in MODELS.values() for name in recipe.own)
 """Settings that only some of these models read."""
 
 
+SEQUENTIAL_ONLY = ("column", "adapter", "pca", "config", "dropout")
+"""Settings of `train-recommender` that the sequential models alone read."""
+
+
+def is_read(model: str | None, setting: str) -> bool:
+    """Tell whether a recommender reads a setting of `train-recommender`."""
+    if setting in SEQUENTIAL_ONLY:
+        return model not in MODELS
+    if setting == "features":
+        return model in MODELS
+    return setting not in OWN or (model in MODELS and setting in MODELS[model].own)
+
+
 def defaults_of(model: Any) -> Mapping[str, Any]:
     """Return the defaults of a model's own recipe; none for another model."""
     return MODELS[model].defaults if model in MODELS else {}

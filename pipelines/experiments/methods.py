@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.downstream.multimodal.recipes import is_read
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import METHODS
@@ -313,6 +314,14 @@ def _check(study: Study, where: str) -> None:
                 f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
+    trained = {model for plan in study.plan.values() if 2 in plan.tasks for model in plan.models}
+    for name in (*study.recommender, *(name for method in study.methods for name in method.recommender)):
+        if trained and not any(is_read(model, name) for model in trained):
+            raise ConfigError(
+                f"recommender: {name} in {where}",
+                f"a setting that one of the recommenders ({', '.join(sorted(trained))}) reads",
+                "remove it, or add the recommender that it is for",
+            )
     slugs: dict[str, str] = {}
     roles: dict[str, str] = {}
     for method in study.methods:
@@ -520,6 +529,7 @@ def _probe_images(context: RunContext) -> Step:
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
     values = {**context.study.recommender, **context.method.recommender}
+    values = {name: value for name, value in values.items() if is_read(model, name)}
     given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
     return context.step(
         "train-recommender",
@@ -600,8 +610,8 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
     """
     tasks = {task for plan in plans for task in plan.tasks}
     models = [model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)]
-    if source.embed is None:
-        return [_recommend(context, model, None) for model in models]
+    if source.embed is None:  # the multimodal ones need vectors
+        return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None
     embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
     embedded = source.embed(embedding)
