@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlm2rec.downstream.multimodal.data import Interactions
 from vlm2rec.downstream.multimodal.graphs import Graph, both_ways, light_gcn, nearest, neighbour_matrix, symmetric
 from vlm2rec.downstream.multimodal.losses import bpr
-from vlm2rec.downstream.multimodal.model import Features, Model, table
+from vlm2rec.downstream.multimodal.model import Features, Model, distinct, table
 from vlm2rec.downstream.multimodal.settings import Settings
 from vlm2rec.embedder.contract import schema
 
@@ -58,12 +58,13 @@ class FREEDOM(Model):
     def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """See `Model`."""
         all_users, all_items = self._propagate(self._graph)
-        of_users = all_users[users]
-        total = bpr(of_users, all_items[positives], all_items[negatives])
+        of_users = all_users.index_select(0, users)
+        rows, places = distinct(positives, negatives)
+        total = bpr(of_users, all_items.index_select(0, positives), all_items.index_select(0, negatives))
         if self.settings.regularisation:
             for view in self.features.views:
-                vectors, linear = self.features[view], self.linear[view]
-                of_view = bpr(of_users, linear(vectors[positives]), linear(vectors[negatives]))
+                seen = self.linear[view](self.features.of(view, rows))
+                of_view = bpr(of_users, *(seen.index_select(0, each) for each in places))
                 total = total + self.settings.regularisation * of_view
         return total
 

@@ -78,7 +78,8 @@ class LATTICE(Model):
         else:
             averaged = self._item_graph.product(self.items)
         all_users, all_items = self._propagate(averaged)
-        of_users, liked, others = all_users[users], all_items[positives], all_items[negatives]
+        of_users = all_users.index_select(0, users)
+        liked, others = all_items.index_select(0, positives), all_items.index_select(0, negatives)
         squares = sum((each**2).sum() for each in (of_users, liked, others)) / 2
         weight = self.settings.regularisation / self.settings.batch_size
         return bpr(of_users, liked, others) + weight * squares

@@ -69,9 +69,22 @@ class Features(nn.Module):
         """Return the length of a view's vectors."""
         return int(self[view].shape[1])
 
+    def of(self, view: str, rows: Tensor) -> Tensor:
+        """Return the vectors of some items in a view, (B, d)."""
+        return self[view].index_select(0, rows)
+
     def project(self, view: str, layer: nn.Module) -> Tensor:
         """Return the layer's output for all vectors of a view, block by block."""
         return torch.cat([layer(block) for block in self[view].split(ROWS)])
+
+
+def distinct(*rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the different rows among some (B,), (R,), and where each of those stands among them.
+
+    A batch names an item many times, and its long vector is projected once.
+    """
+    found, places = torch.unique(torch.cat(rows), return_inverse=True)
+    return found, places.split([len(each) for each in rows])
 
 
 def table(rows: int, width: int) -> nn.Parameter:

@@ -86,13 +86,13 @@ SEQUENTIAL_ONLY = ("column", "adapter", "pca", "config", "dropout")
 """Settings of `train-recommender` that the sequential models alone read."""
 
 
-def is_read(model: str | None, setting: str) -> bool:
+def is_read(model: Any, setting: str) -> bool:
     """Tell whether a recommender reads a setting of `train-recommender`."""
     if setting in SEQUENTIAL_ONLY:
         return model not in MODELS
     if setting == "features":
         return model in MODELS
-    return setting not in OWN or (model in MODELS and setting in MODELS[model].own)
+    return setting not in OWN or setting in (MODELS[model].own if model in MODELS else ())
 
 
 def defaults_of(model: Any) -> Mapping[str, Any]:

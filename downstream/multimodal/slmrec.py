@@ -49,8 +49,8 @@ class SLMRec(Model):
     def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """See `Model`; its negatives are the other rows of the batch."""
         of_users, of_items = self._propagate()
-        own = of_items[positives]
-        unit_users = F.normalize(self.fuse_users(of_users[users]), dim=1)
+        own = of_items.index_select(0, positives)
+        unit_users = F.normalize(self.fuse_users(of_users.index_select(0, users)), dim=1)
         unit_items = F.normalize(self.fuse_items(own), dim=1)
         main = in_batch_info_nce(unit_users, unit_items, self.settings.temperature)
         if not self.settings.alignment:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlm2rec.downstream.multimodal.data import Interactions
 from vlm2rec.downstream.multimodal.losses import bpr
-from vlm2rec.downstream.multimodal.model import ROWS, Features, Model, table
+from vlm2rec.downstream.multimodal.model import ROWS, Features, Model, distinct, table
 from vlm2rec.downstream.multimodal.settings import Settings
 
 
@@ -36,7 +37,9 @@ class VBPR(Model):
 
     def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """See `Model`."""
-        of_users, liked, others = self.users[users], self._items(positives), self._items(negatives)
+        rows, places = distinct(positives, negatives)
+        items, of_users = self._items(rows), self.users.index_select(0, users)
+        liked, others = (items.index_select(0, each) for each in places)
         lengths = sum(torch.linalg.vector_norm(each) for each in (of_users, liked, others))
         return bpr(of_users, liked, others) + self.settings.regularisation * lengths / len(users)
 
@@ -48,5 +51,8 @@ class VBPR(Model):
 
     def _items(self, rows: Tensor) -> Tensor:
         """Return [γ_i ; W f_i + b] of some items, (B, 2 · width)."""
-        found = torch.cat([self.features[view][rows] for view in self.features.views], 1)
-        return torch.cat([self.items[rows], self.linear(found)], 1)
+        # the product with text and image end to end, which would be one more table of long vectors
+        weights = self.linear.weight.split([self.features.dim(view) for view in self.features.views], 1)
+        parts = zip(self.features.views, weights, strict=True)
+        seen = sum((F.linear(self.features.of(view, rows), weight) for view, weight in parts), self.linear.bias)
+        return torch.cat([self.items.index_select(0, rows), seen], 1)

@@ -451,8 +451,8 @@ def _sections(results: Results) -> list[Section]:
             "task2",
             "Task 2: recommenders that start from the vectors (Table 4)",
             (
-                "Each recommender is trained on the same sequences: those of RecBole (SASRec, GRU4Rec, BERT4Rec) from item"
-                " ids or from frozen item vectors, the multimodal ones (VBPR, FREEDOM, LATTICE, SLMRec) from both.",
+                "Each recommender is trained on the same sequences: RecBole's (SASRec, GRU4Rec, BERT4Rec) from item ids"
+                " or from frozen item vectors, the multimodal ones (VBPR, FREEDOM, LATTICE, SLMRec) from both.",
             ),
             _present(*task2),
             ("task2-models", "differences"),
