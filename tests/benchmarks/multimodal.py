@@ -5,8 +5,8 @@
 
 DATA is a folder of `vlm2rec prepare`, EMBEDDINGS one of `export-items` with text and image vectors of its items,
 CHECKOUT a clone of https://github.com/enoche/MMRec (tried at e775373). MMRec gets the files of `vlm2rec convert --to
-mmrec`, and the same settings as ours: width, batch, learning rate, weights, one value each instead of a grid. Each model
-trains `--epochs` epochs and is looked at after every one; the one with the best validation counts (ours NDCG@20, MMRec's
+mmrec`, and the same settings as ours: width, batch, learning rate, weights, one value each instead of a grid. A model
+trains for `--epochs` epochs and is looked at after each; that with the best validation counts (ours NDCG@20, MMRec's
 Recall@20). cornac has no validation: its last epoch counts.
 
 R@20 ranks each user's test item in the whole catalogue without the user's training items, as MMRec does; the validation
