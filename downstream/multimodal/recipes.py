@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location
 
@@ -115,6 +114,8 @@ def choose_features(model: str, wanted: Sequence[str], embeddings: Location) -> 
         ConfigError: the choice does not fit the model.
         ArtifactError: the folder lacks a view that the model needs.
     """
+    from vlm2rec.embedder.contract import schema  # with it comes pyarrow, which `--help` does without
+
     held = [view for view in schema.VIEWS if view in schema.read_manifest(embeddings)["views"]]
     recipe, both = MODELS[model], schema.MODALITIES
     if wanted and ((set(wanted) != set(both) and len(wanted) != 1) or not set(wanted) <= {*schema.VIEWS}):
@@ -134,14 +135,11 @@ def choose_features(model: str, wanted: Sequence[str], embeddings: Location) -> 
     if lacking:
         other = "train VBPR, which needs one only"
         if recipe.views == "one":
-            other = f"train on what there is with --features {_one_of(held)}"
+            one = next((view for view in both if view in held), schema.FUSED)
+            other = f"train on what there is with --features {one}"
         raise ArtifactError(
             f"{embeddings} has no {' and no '.join(lacking)} vectors: its views are {', '.join(held)}",
             f"{' and '.join(chosen)} vectors, which {model} takes",
             f"export the other view as well, or {other}",
         )
     return chosen
-
-
-def _one_of(held: Sequence[str]) -> str:
-    return next((view for view in schema.MODALITIES if view in held), schema.FUSED)
