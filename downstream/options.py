@@ -10,3 +10,5 @@ StartMode = Literal["adapter", "table"]
 """Frozen vectors with a trained adapter, or a trained table that starts from them."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""
+Positions = Literal["last", "all"]
+"""Which positions of a training row a sequential recommender learns: the last one of every prefix, or all at once."""

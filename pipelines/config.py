@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, StartMode
+from vlm2rec.downstream.options import Adapter, Positions, StartMode
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -482,7 +482,12 @@ class TrainRecommenderConfig:
     max_epochs: Positive = setting("Largest number of epochs.", 200)
     eval_step: Positive = setting("Epochs between two validations.", 5)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
-    batch_size: Positive = setting("Training rows in a batch.", 256)
+    batch_size: Positive = setting("Targets in a batch.", 256)
+    positions: Positions = setting(
+        "last: a training row for every prefix, as RecBole has; all: SASRec and GRU4Rec learn all positions of a"
+        " sequence at once, several times as fast.",
+        "last",
+    )
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
     weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
     hidden_size: Positive = setting("Width d of the recommender.", 128)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from vlm2rec.downstream.recbole import plugin
+from vlm2rec.downstream.recbole import plugin, windows
 from vlm2rec.downstream.recbole.run import (
     CHECKPOINT_FILE,
     OLD_CHECKPOINT_FILE,
@@ -109,6 +109,8 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
         settings[plugin.COLUMN] = config.column
     if "mode" in changed:
         settings[plugin.TRAINABLE] = config.mode == "table"
+    if "positions" in changed:
+        settings[windows.KEY] = config.positions
     if "missing" in changed:
         settings[plugin.MISSING] = config.missing
     if "adapter" in changed:
