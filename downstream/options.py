@@ -6,8 +6,10 @@ from typing import Literal
 
 Adapter = Literal["linear", "two-linear", "mlp"]
 """The layers between frozen vectors and the recommender."""
-StartMode = Literal["adapter", "table"]
-"""Frozen vectors with a trained adapter, or a trained table that starts from them."""
+StartMode = Literal["adapter", "table", "fuse", "init"]
+"""How vectors enter a recommender; `recbole.item_embedding` says what each does."""
+Fuse = Literal["sum", "gate"]
+"""How a trained id row joins the adapted vector."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""
 Positions = Literal["last", "all"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, Positions, StartMode
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, StartMode
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -468,9 +468,15 @@ class TrainRecommenderConfig:
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
     column: View = setting("The view to start from.", "fused")
     mode: StartMode = setting(
-        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them.",
+        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
+        " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
+        " layers.",
         "adapter",
     )
+    fuse: Fuse = setting(
+        "With --mode fuse. sum: id row and adapted vector are added; gate: the vector gates the id.", "sum"
+    )
+    id_dropout: Fraction = setting("With --mode fuse: share of the id rows that training leaves out.", 0.1)
     adapter: Adapter = setting(
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU.", "linear"
     )

@@ -108,7 +108,11 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
     if "column" in changed:
         settings[plugin.COLUMN] = config.column
     if "mode" in changed:
-        settings[plugin.TRAINABLE] = config.mode == "table"
+        settings |= {plugin.MODE: config.mode, plugin.TRAINABLE: None}
+    if "fuse" in changed:
+        settings[plugin.FUSE] = config.fuse
+    if "id_dropout" in changed:
+        settings[plugin.ID_DROPOUT] = config.id_dropout
     if "positions" in changed:
         settings[windows.KEY] = config.positions
     if "missing" in changed:
@@ -202,7 +206,8 @@ class _Display:
 def _summarise(outcome: Outcome) -> None:
     metrics = outcome.metrics
     layers = "" if metrics["adapter"] in (None, "linear") else f", {metrics['adapter']}"
-    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']}{layers})"
+    mode = f"{metrics['mode']} by {metrics['fuse']}" if metrics["fuse"] else metrics["mode"]
+    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({mode}{layers})"
     if metrics["pca"]:
         start += f", {metrics['pca']['components']} components with {metrics['pca']['explained']:.1%} of the variance"
     rows: dict[str, object] = {
@@ -220,6 +225,10 @@ def _summarise(outcome: Outcome) -> None:
             users, below = metrics["tail"]["users"], metrics["tail"]["below"]
             rows[f"tail, {users} users"] = (
                 f"{_figures(metrics['tail']['candidates'])} (target below {below} in training)"
+            )
+        if metrics["cold"]["users"]:
+            rows[f"cold, {metrics['cold']['users']} users"] = (
+                f"{_figures(metrics['cold']['candidates'])} (target never in training)"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])

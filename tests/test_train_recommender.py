@@ -323,9 +323,40 @@ def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkey
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
 
 
+def test_an_item_that_training_never_saw_is_found_by_its_vector_where_ids_cannot(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    cold = {"i7", "i20", "i33"}
+    sequences = [s for s in cyclic_sequences(ITEMS, 500, longest=8) if not cold.intersection(s[:-1])]
+    wanted = sum(s[-1] in cold for s in sequences)
+    data = write_dataset(tmp_path / "data", sequences, ITEMS, max_history=6, candidates=20)
+    found = {}
+    for mode in (None, "fuse"):
+        config = TrainRecommenderConfig(
+            data=data,
+            out=tmp_path / str(mode),
+            model="SASRec",
+            embeddings=embeddings if mode else None,
+            **({"mode": mode} if mode else {}),
+            positions="all",
+            hidden_size=32,
+            max_epochs=30,
+            learning_rate=5e-3,
+            batch_size=64,
+            device="cpu",
+        )
+        found[mode] = train_recommender.run(config)
+        assert found[mode]["cold"]["users"] == wanted > 10
+    chance = sum(1 / np.log2(rank + 1) for rank in range(1, 11)) / 21
+    assert found["fuse"]["cold"]["candidates"]["N@10"] > 1.5 * chance
+    assert found[None]["cold"]["candidates"]["N@10"] < chance  # a negative of every softmax, a target of none
+    assert found["fuse"]["full"]["N@10"] > found[None]["full"]["N@10"]
+
+
 def test_where_nobody_wants_a_rare_item_the_tail_has_no_metrics(data: Path) -> None:
     metrics, _ = evaluate(Scorer(lambda items: items), FIELDS, Dataset(data), ITEMS)
     assert metrics["tail"] == {"below": 4, "users": 0, "candidates": {}, "full": {}}
+    assert metrics["cold"] == {"users": 0, "candidates": {}, "full": {}}
 
 
 def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:

@@ -66,7 +66,9 @@ class RankingTask:
         self.seeds = list(seeds) or dataset.candidate_seeds
         self.negatives = {seed: dataset.negatives(seed) for seed in self.seeds}  # (U, N) each
         self.targets = dataset.histories(split).targets  # (U,)
-        self.tail = metrics.tail_users(dataset.train_frequency(), self.targets)  # (U,) bool
+        frequency = dataset.train_frequency()
+        self.tail = metrics.tail_users(frequency, self.targets)  # (U,) bool
+        self.cold = frequency[self.targets] == 0  # (U,) bool: nothing was learned about the target's id
         later = [] if split == "valid" else [dataset.histories("valid").targets]
         self.seen, self.offsets = metrics.seen_items(dataset.train_sequences(), *later)
 
@@ -105,7 +107,7 @@ class Rankings:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def means(self) -> dict[str, Any]:
-        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full` and `tail`."""
+        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, `tail`, `cold`."""
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         mean, spread = self._average
@@ -113,22 +115,21 @@ class Rankings:
             "candidates": {name: mean(each) for name, each in values.items()},
             "candidates_std": {name: spread(each) if len(each) > 1 else 0.0 for name, each in values.items()},
             "full": metrics.mean_over_users(self.users(None)),
-            "tail": self._tail(),
+            "tail": {"below": metrics.TAIL, **self._group(self.task.tail)},
+            "cold": self._group(self.task.cold),
         }
         for among in ("candidates", "full"):
             # no ranking can break the bound: that would be a bug
             assert metrics.bound_check(found[among]), f"{among} breaks the N@20 - N@10 bound: {found[among]}"
         return found
 
-    def _tail(self) -> dict[str, Any]:
-        """Return the means over the users whose target is an item of the long tail; empty if there are none."""
-        tail = self.task.tail
-        of_seed = [metrics.tail_means(self.users(seed), tail) for seed in self.task.seeds]
+    def _group(self, users: np.ndarray) -> dict[str, Any]:
+        """Return how many `users` (U,) bool there are, and their means; the means are empty if there are none."""
+        of_seed = [metrics.group_means(self.users(seed), users) for seed in self.task.seeds]
         return {
-            "below": metrics.TAIL,
-            "users": int(tail.sum()),
+            "users": int(users.sum()),
             "candidates": {name: self._average.mean([means[name] for means in of_seed]) for name in of_seed[0]},
-            "full": metrics.tail_means(self.users(None), tail),
+            "full": metrics.group_means(self.users(None), users),
         }
 
     def tables(self, view: str | None = None) -> list[pa.Table]:
