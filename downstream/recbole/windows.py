@@ -52,7 +52,7 @@ def read_positions(settings: Mapping[str, Any], has_folder: bool) -> Positions:
             raise ConfigError(f"{KEY}: all with loss_type {settings['loss_type']}", "loss_type: CE", back)
         if not has_folder:
             raise ConfigError(f"{KEY}: all with a dataset of RecBole", "a dataset folder (--data)", back)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def is_set(settings: Mapping[str, Any]) -> bool:
