@@ -531,6 +531,24 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SemanticIdsConfig:
+    """Settings of `vlm2rec semantic-ids`."""
+
+    embeddings: Place = setting("Embeddings folder.")
+    out: Path = setting("Folder to write: semantic_ids.parquet, codebook.safetensors.")
+    column: View = setting("Which view to code.", "fused")
+    levels: Positive = setting("Levels of the codebook; a last code, that tells equal items apart, comes on top.", 3)
+    codebook: Positive = setting("Codewords of a level.", 256)
+    balanced: bool = setting("Give every codeword of a level as many items.", False)
+    like: Path | None = setting(
+        "An earlier folder: its codebook, with its levels and size, codes new items, and its items keep their codes.",
+        None,
+    )
+    sample: Positive = setting("Number of items whose neighbours are compared.", 1000)
+    seed: Count = setting("Seed of the samples and of k-means.", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Settings of `vlm2rec convert`."""
 
