@@ -68,7 +68,7 @@ def test_every_level_tells_more_and_ten_words_tell_ten_clouds(tmp_path: Path) ->
     told = [level["explained"] for level in levels]
     assert told == sorted(told) and told[0] > 0.7
     assert levels[0]["neighbours"] > 0.85 and levels[0]["chance"] == pytest.approx(0.12, abs=0.04)
-    assert levels[0]["even"] > 0.9
+    assert levels[0]["even"] > 0.7
 
 
 def test_the_table_is_what_brute_force_finds(embeddings: Path, tmp_path: Path) -> None:
