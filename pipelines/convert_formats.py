@@ -110,8 +110,8 @@ def _dataset(config: Settings) -> Dataset:
 
 
 def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.adapters.lora import backbone_licence, kind
     from vlm2rec.embedder.backbones import model_files
-    from vlm2rec.embedder.backbones.lora import backbone_licence, kind
     from vlm2rec.embedder.contract import schema
     from vlm2rec.embedder.contract.errors import ModelError
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

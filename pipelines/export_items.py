@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.embedder.adapters.lora import backbone_licence
 from vlm2rec.embedder.backbones.devices import pick_device
-from vlm2rec.embedder.backbones.lora import backbone_licence
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, FailureLimitError

@@ -12,9 +12,7 @@ from torch import nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed
-from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import pick_device
-from vlm2rec.embedder.backbones.lora import (
+from vlm2rec.embedder.adapters.lora import (
     FILES,
     Canary,
     backbone_licence,
@@ -24,6 +22,8 @@ from vlm2rec.embedder.backbones.lora import (
     read_adapter,
     save_adapter,
 )
+from vlm2rec.embedder.backbones import model_files
+from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError

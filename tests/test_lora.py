@@ -16,7 +16,8 @@ from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder.backbones import lora, model_files
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, modality
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
 from vlm2rec.embedder.backbones.families import checked_files

@@ -10,7 +10,8 @@ from typing import Any, TypedDict, Unpack, get_args, get_type_hints
 from transformers import AutoConfig
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, model_files
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 from vlm2rec.embedder.backbones.families import checked_files, load_processor, read_model_config
 from vlm2rec.embedder.contract import schema

@@ -33,7 +33,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder.backbones import adapted_layers, moda, model_files
+from vlm2rec.embedder.adapters import adapted_layers, moda
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
