@@ -229,7 +229,11 @@ def _is_finished(config: FinetuneConfig) -> bool:
         return False
     folder = config.out / CHECKPOINTS
     if (config.out / schema.ADAPTER_FILE).is_file():
-        _refuse_change(config, read_adapter(config.out)["config"])
+        adapter = read_adapter(config.out)
+        if adapter.get("kind") == "peft":
+            found = f"--out {config.out} is an adapter that import-adapter wrote"
+            raise ConfigError(found, "a folder of an earlier finetune, or a new one", "choose another --out")
+        _refuse_change(config, adapter["config"])
         if distributed.is_main() and _run_of(config):  # killed after its last file, before it had removed these
             checkpoints.discard(folder)
         return True

@@ -88,7 +88,7 @@ class ItemEncoder:
 
         Args:
             backbone: hub id or folder.
-            adapter: folder that `finetune` wrote.
+            adapter: folder that `finetune` wrote, or another program in PEFT's format.
             revision: of a hub backbone.
             dtype: number format; auto is bfloat16 where the device multiplies it natively, else float32.
             device: where to run; auto is a GPU if there is one.
@@ -117,12 +117,21 @@ class ItemEncoder:
         choices = {**given, "revision": files.commit, "dtype": dtype, "device": device, "token_budget": token_budget}
         encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
-            canary = lora.read_canary(adapter)
-            before = encoder.encode_items(canary.titles, canary.images)
-            lora.merge_adapter(model, adapter)
-            model.share_prefixes()
-            lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
+            encoder._merge(adapter)
         return encoder
+
+    def _merge(self, adapter: Path) -> None:
+        """Merge an adapter and check what it does to the canary; one that another program made has none of its own."""
+        canary = None if lora.is_foreign(adapter) else lora.read_canary(adapter)
+        titles, images = lora.canary_items() if canary is None else (canary.titles, canary.images)
+        before = self.encode_items(titles, images).fused
+        lora.merge_adapter(self.backbone, adapter)
+        self.backbone.share_prefixes()
+        after = self.encode_items(titles, images).fused
+        if canary is None:
+            lora.require_effect(before, after, adapter)
+        else:
+            lora.check_canary(canary, before, after, adapter)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -102,10 +102,14 @@ class EncoderSettings:
     def resolve(cls, adapter: Path | None, **given: Unpack[GivenSettings]) -> EncoderSettings:
         """Return the adapter's settings, or the defaults without one, with the explicitly given ones.
 
+        An adapter that another program made has no settings: the given ones and the defaults apply.
+
         Raises:
             ConfigError: a given setting differs from the one that the adapter was trained with.
             ModelError: the adapter folder is unfinished.
         """
+        if adapter is not None and lora.is_foreign(adapter):
+            adapter = None
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
         if strange := chosen.keys() - {field.name for field in fields(cls)}:
@@ -169,8 +173,7 @@ def fingerprint_of(
         "backbone_hash": model_files.backbone_hash(files),
         "processor_hash": model_files.processor_hash(files),
         "model_type": model_type,
-        "adapter": None if adapter is None else lora.adapter_hash(adapter),
-        **({} if adapter is None else {"adapter_scale": lora.scale_of(adapter)}),
+        **({"adapter": None} if adapter is None else lora.fingerprint(adapter)),
         "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.prompt_style),
         "dim": int(_text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
