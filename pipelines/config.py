@@ -282,7 +282,11 @@ class ExportConfig:
     )
     out: Place = setting("Embeddings folder to write.")
     images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
-    adapter: Path | None = setting("Adapter folder of `finetune`; without it, the plain backbone.", None)
+    adapter: Path | None = setting(
+        "Adapter folder of `finetune`, or a LoRA or DoRA folder in PEFT's format that another program made; without it,"
+        " the plain backbone.",
+        None,
+    )
     revision: str | None = setting("Revision of a hub backbone.", None)
     encoder_kind: EncoderKind = setting(
         "Kind of --encoder. sentence: titles only; clip: titles and images in one space; auto: what the folder holds.",
@@ -303,9 +307,9 @@ class ExportConfig:
         "Default: the adapter's, else 64; with the strategies of the VLM2Vec study 128, for title and category.", None
     )
     strategy: StrategyChoice | None = setting(
-        "Other prompts than the paper's, without --adapter. Those of the VLM2Vec study, with the item's category:"
-        " visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image end to end). Or"
-        " question: --instruction, about title and image together.",
+        "Other prompts than the paper's, without an --adapter of `finetune`. Those of the VLM2Vec study, with the"
+        " item's category: visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image"
+        " end to end). Or question: --instruction, about title and image together.",
         None,
     )
     instruction: str | None = setting(
@@ -360,6 +364,26 @@ class ExportConfig:
     dry_run: bool = setting(
         "Encode a few items, print what time and space the whole export would take, and write nothing.", False
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportAdapterConfig:
+    """Settings of `vlm2rec import-adapter`; those from --views on are recorded, and every later use takes them."""
+
+    adapter: Path = setting("LoRA or DoRA folder in PEFT's format, of PEFT, VLM2Vec, LLaMA-Factory or ms-swift.")
+    backbone: str = setting("Hub id or local folder of the model that it was trained on.")
+    out: Path = setting("Adapter folder to write.")
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    views: ViewChoice = setting("both, text or image.", "both")
+    fusion: FusionMode = setting("As for finetune.", "external")
+    fusion_norm: FusionNorm = setting("As for finetune.", "raw")
+    prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
+    prompt_style: PromptStyle = setting("vlm2rec or sda, as for finetune.", "vlm2rec")
+    pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
+    max_pixels: Positive = setting("Largest image area in pixels.", 224 * 224)
+    max_title_tokens: Positive = setting("Longer titles are cut.", 64)
+    dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
