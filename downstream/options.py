@@ -8,5 +8,7 @@ Adapter = Literal["linear", "two-linear", "mlp"]
 """The layers between frozen vectors and the recommender."""
 StartMode = Literal["adapter", "table"]
 """Frozen vectors with a trained adapter, or a trained table that starts from them."""
+TailOver = Literal["train", "all"]
+"""Which interactions decide whether an item is of the long tail: those of training, or the held-out ones, too."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""

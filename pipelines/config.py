@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, StartMode
+from vlm2rec.downstream.options import Adapter, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -118,6 +118,12 @@ class PrepareConfig:
         " published 5-core file as it is.",
         5,
     )
+    min_user: Count = setting(
+        "Drop users with fewer interactions, before the k-core, together with --min-item: counted once and not again"
+        " after the drop, as SDA prepares its data. Alone with --core 1. 0: no minimum.",
+        0,
+    )
+    min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
@@ -425,6 +431,11 @@ class EvaluateConfig:
     revision: str | None = setting("Revision of a hub backbone.", None)
     split: Split = setting("Which held-out item to rank.", "test")
     seeds: tuple[int, ...] = setting("Candidate seeds; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     missing: Literal["error", "zero"] = setting(
         "Items without a vector. error: stop; zero: give them cosine 0 and report their number.", "error"
     )
@@ -488,6 +499,11 @@ class TrainRecommenderConfig:
     hidden_size: Positive = setting("Width d of the recommender.", 128)
     dropout: Fraction = setting("Dropout.", 0.3)
     seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     seed: Count = setting("Seed of weights and order.", 0)
     device: DeviceName = setting("Where to run.", "auto")
 

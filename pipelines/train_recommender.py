@@ -51,7 +51,13 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
     _announce(config, theirs, folder)
     with _Display() as display:
         outcome = train(
-            layers, config.out, data=folder, candidate_seeds=config.seeds, device=config.device, watcher=display
+            layers,
+            config.out,
+            data=folder,
+            candidate_seeds=config.seeds,
+            tail_over=config.tail_over,
+            device=config.device,
+            watcher=display,
         )
     _summarise(outcome)
     return outcome.metrics
@@ -215,9 +221,10 @@ def _summarise(outcome: Outcome) -> None:
         rows[f"candidates, {seeds} seed{'s' * (seeds != 1)}"] = _figures(metrics["candidates"])
         rows["full ranking"] = _figures(metrics["full"])
         if metrics["tail"]["users"]:
-            users, below = metrics["tail"]["users"], metrics["tail"]["below"]
-            rows[f"tail, {users} users"] = (
-                f"{_figures(metrics['tail']['candidates'])} (target below {below} in training)"
+            tail = metrics["tail"]
+            where = _TAIL_OVER[tail.get("over", "train")]
+            rows[f"tail, {tail['users']} users"] = (
+                f"{_figures(tail['candidates'])} (target below {tail['below']} {where})"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])
@@ -229,6 +236,9 @@ def _summarise(outcome: Outcome) -> None:
     rows["checkpoint"] = outcome.folder / CHECKPOINT_FILE
     rows["metrics"] = outcome.folder / schema.METRICS_FILE
     console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)
+
+
+_TAIL_OVER = {"train": "in training", "all": "in all interactions"}
 
 
 def _figures(figures: Mapping[str, float]) -> str:

@@ -323,6 +323,23 @@ def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkey
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
 
 
+def test_the_tail_over_all_interactions_counts_the_held_out_items_too(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Dataset(data)
+    whole = [item for user in folder.train_sequences() for item in user.tolist()]
+    whole += [item for split in ("valid", "test") for item in folder.histories(split).targets.tolist()]
+    counts = np.array([whole.count(item) for item in folder.histories("test").targets.tolist()])
+    below = int(np.median(counts))
+    monkeypatch.setattr("vlm2rec.downstream.evaluation.metrics.TAIL", below)
+    metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS, tail_over="all")
+    rare, tail = counts < below, metrics["tail"]
+    assert (tail["users"], tail["below"], tail["over"]) == (rare.sum(), below, "all") and 0 < rare.sum() < len(rare)
+    assert tail["full"]["N@10"] == pytest.approx(np.mean(np.array(tables[-1]["N@10"])[rare]))
+    in_training, _ = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
+    assert in_training["tail"]["users"] > tail["users"] and "over" not in in_training["tail"]
+
+
 def test_where_nobody_wants_a_rare_item_the_tail_has_no_metrics(data: Path) -> None:
     metrics, _ = evaluate(Scorer(lambda items: items), FIELDS, Dataset(data), ITEMS)
     assert metrics["tail"] == {"below": 4, "users": 0, "candidates": {}, "full": {}}

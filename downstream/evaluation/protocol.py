@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlm2rec.downstream.evaluation import metrics
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories, Split
 
@@ -59,14 +60,18 @@ class RankingTask:
         dataset: a dataset folder.
         split: which held-out item is the target.
         seeds: seeds of the stored candidates; empty takes all.
+        tail_over: which interactions decide whether a target is of the long tail; see `item_frequency`.
     """
 
-    def __init__(self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = (), tail_over: TailOver = "train"
+    ) -> None:
         self.user_ids = dataset.user_ids
         self.seeds = list(seeds) or dataset.candidate_seeds
         self.negatives = {seed: dataset.negatives(seed) for seed in self.seeds}  # (U, N) each
         self.targets = dataset.histories(split).targets  # (U,)
-        self.tail = metrics.tail_users(dataset.train_frequency(), self.targets)  # (U,) bool
+        self.tail_over = tail_over
+        self.tail = metrics.tail_users(item_frequency(dataset, tail_over), self.targets)  # (U,) bool
         later = [] if split == "valid" else [dataset.histories("valid").targets]
         self.seen, self.offsets = metrics.seen_items(dataset.train_sequences(), *later)
 
@@ -126,6 +131,7 @@ class Rankings:
         of_seed = [metrics.tail_means(self.users(seed), tail) for seed in self.task.seeds]
         return {
             "below": metrics.TAIL,
+            **({} if self.task.tail_over == "train" else {"over": self.task.tail_over}),
             "users": int(tail.sum()),
             "candidates": {name: self._average.mean([means[name] for means in of_seed]) for name in of_seed[0]},
             "full": metrics.tail_means(self.users(None), tail),
@@ -161,6 +167,14 @@ def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Ran
             rankings = found[pair_name(user_view, item_view)] = Rankings(task, _IN_FLOAT64)
             rankings.add_vectors(users[user_view], items[item_view])
     return found
+
+
+def item_frequency(dataset: Dataset, over: TailOver) -> np.ndarray:
+    """Return how often each item occurs, (I,): in the training sequences, or (`all`) with the held-out items.
+
+    SDA's code counts all interactions, the target itself among them, so it calls fewer items tail.
+    """
+    return dataset.train_frequency() if over == "train" else dataset.frequency()
 
 
 def mean_of_history(items: np.ndarray, histories: Histories) -> np.ndarray:

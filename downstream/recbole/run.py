@@ -29,6 +29,7 @@ import torch
 import yaml
 
 from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.downstream.recbole import compat, plugin
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -136,6 +137,7 @@ def run(
     *,
     data: Dataset | Location | str | None = None,
     candidate_seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
@@ -146,6 +148,7 @@ def run(
         out: output folder, for one run.
         data: dataset folder; without it the settings name a RecBole dataset (`data_path`, `dataset`).
         candidate_seeds: stored candidate sets to rank against; empty takes all.
+        tail_over: which interactions decide what the long tail is, those of training or all.
         device: auto (RecBole's choice), cpu, cuda or mps.
         watcher: called after each batch and epoch.
 
@@ -177,7 +180,7 @@ def run(
         users: list[pa.Table] = []
         metrics = _describe(trained, recbole_config, settings, folder)
         if folder is not None:
-            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
+            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
     with publish.plain_disk_errors(out):
         if users:
@@ -480,7 +483,12 @@ def _reduction(model: Any, components: int) -> dict[str, Any]:
 
 # --- our protocol -------------------------------------------------------------------------------------------
 def evaluate(
-    model: Any, config: Any, folder: Dataset, tokens: list[str], seeds: Sequence[int] = ()
+    model: Any,
+    config: Any,
+    folder: Dataset,
+    tokens: list[str],
+    seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
 ) -> tuple[dict[str, Any], list[pa.Table]]:
     """Rank each user's test item against the stored candidates of `seeds` and against the whole catalogue.
 
@@ -493,13 +501,14 @@ def evaluate(
         folder: dataset folder.
         tokens: ids of RecBole's items 1, 2, ...
         seeds: candidate seeds; empty takes all stored ones.
+        tail_over: which interactions decide what the long tail is.
 
     Returns:
         (keys of metrics.json, tables for users.parquet).
     """
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
-    task = RankingTask(folder, "test", seeds)
+    task = RankingTask(folder, "test", seeds, tail_over)
     rankings, popular = Rankings(task), Rankings(task)
     frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)

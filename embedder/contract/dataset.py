@@ -311,6 +311,11 @@ class Dataset:
         """Return how often each item occurs in the training sequences, (I,) int64."""
         return np.bincount(self._train[0], minlength=len(self.item_ids)).astype(np.int64)
 
+    def frequency(self) -> np.ndarray:
+        """Return how often each item occurs in all sequences, with the validation and the test items, (I,) int64."""
+        held_out = [self.rows_of(self.sequences[split]) for split in (schema.VALID, schema.TEST)]
+        return self.train_frequency() + np.bincount(np.concatenate(held_out), minlength=len(self.item_ids))
+
     @property
     def candidate_seeds(self) -> list[int]:
         """Seeds for which candidate sets are stored."""
