@@ -486,6 +486,13 @@ class TrainRecommenderConfig:
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU.", "linear"
     )
     pca: Positive | None = setting("Reduce the vectors to this many principal components first.", None)
+    align_with: Path | None = setting(
+        "Folder of a finished run of this command from item ids: add LLMEmb's alignment of the adapted vectors with its"
+        " item table to the loss (RAT).",
+        None,
+    )
+    align_weight: PositiveFloat = setting("Weight of --align-with; SDA's code tries 0.01 to 0.2.", 0.01)
+    align_tau: PositiveFloat = setting("Temperature of --align-with.", 2.0)
     missing: Literal["error", "mean", "random"] = setting(
         "Items without a vector. error: stop; mean, random: fill them and report their number.", "error"
     )

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from vlm2rec.downstream.recbole import plugin
+from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE
 from vlm2rec.downstream.recbole.run import (
-    CHECKPOINT_FILE,
     OLD_CHECKPOINT_FILE,
     Epoch,
     Outcome,
@@ -121,6 +121,12 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
         settings[plugin.ADAPTER] = config.adapter
     if "pca" in changed:
         settings[plugin.PCA] = config.pca
+    if config.align_with is not None:
+        settings[plugin.ALIGN_WITH] = str(config.align_with)
+    if "align_weight" in changed:
+        settings[plugin.ALIGN_WEIGHT] = config.align_weight
+    if "align_tau" in changed:
+        settings[plugin.ALIGN_TAU] = config.align_tau
     return settings
 
 
@@ -211,6 +217,7 @@ def _summarise(outcome: Outcome) -> None:
         start += f", {metrics['pca']['components']} components with {metrics['pca']['explained']:.1%} of the variance"
     rows: dict[str, object] = {
         "start": start,
+        **({"aligned": _aligned(metrics)} if "alignment" in metrics else {}),
         "users, items": f"{metrics['users']:,}, {metrics['items']:,}",
         "epochs": f"{metrics['epochs']}, best {metrics['best_epoch']}, {metrics['seconds']:.0f} s",
     }
@@ -236,6 +243,11 @@ def _summarise(outcome: Outcome) -> None:
     rows["checkpoint"] = outcome.folder / CHECKPOINT_FILE
     rows["metrics"] = outcome.folder / schema.METRICS_FILE
     console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)
+
+
+def _aligned(metrics: Mapping[str, Any]) -> str:
+    told, course = metrics["alignment"], [epoch["alignment"] for epoch in metrics["curve"]]
+    return f"with {told['with']}, weight {told['weight']:g}, τ {told['tau']:g}: {course[0]:.4f} → {course[-1]:.4f}"
 
 
 _TAIL_OVER = {"train": "in training", "all": "in all interactions"}

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,12 +31,12 @@ import yaml
 from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.downstream.recbole import compat, plugin
+from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE, ITEMS, Alignment, hash_of
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.pth"  # a pickle of earlier versions: never opened
 RECORD_FILE = "recommender.json"
 WRITER = "vlm2rec train-recommender"
@@ -84,6 +84,7 @@ class Epoch:
     loss: float  # mean over batches
     seconds: float
     score: float | None  # RecBole's validation metric, in epochs that validate
+    alignment: float | None = None  # the part of the loss that aligns vectors with a table from item ids
 
 
 @dataclass
@@ -155,7 +156,7 @@ def run(
     Raises:
         MissingDependencyError: RecBole is not installed.
         ConfigError: a setting is unknown, would open a pickle or an address, or is refused by RecBole; the loss is not
-            a number; `out` holds something else.
+            a number; `out` holds something else, or is the run that the vectors are to be aligned with.
         DataError: there is no such RecBole dataset.
         ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other; the disk is full.
     """
@@ -166,6 +167,7 @@ def run(
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
+    _refuse_own_table(settings, out)
     check_out(out)
     publish.require_writable(out)
     for stale in (schema.METRICS_FILE, schema.USERS_FILE, CHECKPOINT_FILE):
@@ -241,6 +243,16 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             f"eval_args is {eval_args} together with a dataset folder",
             f"{_SPLIT} and any mode: the folder fixes the validation and test items",
             "keep `mode` only, or run without --data on a RecBole dataset",
+        )
+
+
+def _refuse_own_table(settings: Mapping[str, Any], out: Path) -> None:
+    start = plugin.read_flag(settings)
+    if start is not None and start.alignment is not None and start.alignment.run.resolve() == out.resolve():
+        raise ConfigError(
+            f"--align-with and --out are both {out}, which would be emptied before its table is read",
+            "two folders",
+            "choose another --out",
         )
 
 
@@ -355,6 +367,7 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
     trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, training_log, watcher)
+    trainer.items = hash_of(plugin.item_tokens(dataset))
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
@@ -399,6 +412,7 @@ def _watched(trainer: Any) -> Any:
             # RecBole names checkpoints by model and second: two runs could overwrite each other
             self.saved_model_file = str(out / CHECKPOINT_FILE)
             self.training_log, self.watcher = training_log, watcher
+            self.items = ""  # the hash of the item ids
             self.batches = 0
             self.began = 0.0
 
@@ -415,10 +429,10 @@ def _watched(trainer: Any) -> Any:
                     "a finite loss",
                     "lower the learning rate, or check the embeddings for extreme values",
                 ) from None
-            total = sum(loss) if isinstance(loss, tuple) else loss
-            self.training_log.epochs.append(
-                Epoch(epoch_idx + 1, total / max(1, self.batches), time.perf_counter() - self.began, None)
-            )
+            total, aligned = (sum(loss), loss[-1]) if isinstance(loss, tuple) else (loss, None)
+            batches, seconds = max(1, self.batches), time.perf_counter() - self.began
+            aligned = None if aligned is None else aligned / batches
+            self.training_log.epochs.append(Epoch(epoch_idx + 1, total / batches, seconds, None, aligned))
             if (epoch_idx + 1) % self.eval_step:
                 self.watcher.epoch(self.training_log.epochs[-1])
             return loss
@@ -431,12 +445,13 @@ def _watched(trainer: Any) -> Any:
         def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
             score, result = super()._valid_epoch(*args, **kwargs)
             last = self.training_log.epochs[-1]
-            self.training_log.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
+            seconds = time.perf_counter() - self.began
+            self.training_log.epochs[-1] = replace(last, seconds=seconds, score=float(score))
             self.watcher.epoch(self.training_log.epochs[-1])
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1}
+            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1, ITEMS: self.items}
             compat.save_weights(self.model, Path(self.saved_model_file), about)
             self.training_log.best_epoch = epoch + 1
 
@@ -455,6 +470,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "adapter": None if start is None else start.adapter,
         "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
         "embeddings": None if start is None else str(start.folder),
+        **({} if start is None or start.alignment is None else {"alignment": _alignment(start.alignment)}),
         "users": trained.users,
         "items": trained.items,
         "missing": getattr(trained.model, "items_without_vector", 0),
@@ -472,9 +488,14 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
         "curve": [
             {"epoch": e.number, "loss": e.loss, config["valid_metric"]: e.score, "seconds": round(e.seconds, 3)}
+            | ({} if e.alignment is None else {"alignment": e.alignment})
             for e in training_log.epochs
         ],
     }
+
+
+def _alignment(alignment: Alignment) -> dict[str, Any]:
+    return {"with": str(alignment.run), "weight": alignment.weight, "tau": alignment.tau}
 
 
 def _reduction(model: Any, components: int) -> dict[str, Any]:
