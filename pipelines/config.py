@@ -28,6 +28,7 @@ from vlm2rec.embedder.options import (
     FusionNorm,
     ImagePolicy,
     ImagesBy,
+    ItemText,
     Negatives,
     Pooling,
     PromptMode,
@@ -212,21 +213,28 @@ class FinetuneConfig:
         "external: two prompts whose vectors are summed; internal: one interleaved prompt.", "external"
     )
     fusion_norm: FusionNorm = setting("raw: the sum, as in the paper; normalised: the sum of unit vectors.", "raw")
-    prompt_mode: PromptMode = setting("raw: the prompt as in the paper; chat: inside the model's chat template.", "raw")
+    prompt_mode: PromptMode = setting(
+        "raw: the prompt as in the paper; chat: inside the model's chat template. SDA: chat.", "raw"
+    )
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
-    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
+    max_title_tokens: Positive = setting("Titles, or SDA's texts, are cut to this many tokens. SDA: 128.", 64)
     pooling: Pooling = setting(
         "A vector is the state of the last token (last) or the mean of all (mean). SDA: mean.", "last"
     )
     prompt_style: PromptStyle = setting(
         "Whose prompts: vlm2rec's, or sda's, which are for single items only. SDA: sda.", "vlm2rec"
     )
+    item_text: ItemText = setting(
+        "What SDA's text prompt says of an item. attributes: title, category and brand, those that the catalogue has;"
+        " title: the title alone. SDA: attributes.",
+        "title",
+    )
     lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA: 2e-4.", 1e-5)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
@@ -324,6 +332,9 @@ class ExportConfig:
     )
     prompt_style: PromptStyle | None = setting(
         "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
+    )
+    item_text: ItemText | None = setting(
+        "title or attributes, as for finetune, with --prompt-style sda. Default: the adapter's, else title.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting(
