@@ -10,6 +10,8 @@ StartMode = Literal["adapter", "table", "fuse", "init"]
 """How vectors enter a recommender; `recbole.item_embedding` says what each does."""
 Fuse = Literal["sum", "gate"]
 """How a trained id row joins the adapted vector."""
+TailOver = Literal["train", "all"]
+"""Which interactions decide whether an item is of the long tail: those of training, or the held-out ones, too."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""
 Positions = Literal["last", "all"]

@@ -452,6 +452,17 @@ def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
         ({"item_embedding_init": "e", "item_embedding_pca": 0}, "a number of components"),
         ({"item_embedding_init": "e", "item_embedding_pca": True}, "a number of components"),
         ({"item_embedding_pca": 8}, "item_embedding_pca without item_embedding_init"),
+        ({"item_embedding_align_with": "run"}, "item_embedding_align_with without item_embedding_init"),
+        ({"item_embedding_init": "e", "item_embedding_align_tau": 1}, "align_tau without item_embedding_align_with"),
+        ({"item_embedding_init": "e", "item_embedding_align_with": 7}, "a path"),
+        (
+            {"item_embedding_init": "e", "item_embedding_align_with": "r", "item_embedding_align_weight": 0},
+            "a number above 0",
+        ),
+        (
+            {"item_embedding_init": "e", "item_embedding_align_with": "r", "item_embedding_align_tau": float("nan")},
+            "a number above 0",
+        ),
         ({"item_embedding_init": 7}, "a path"),
     ],
 )

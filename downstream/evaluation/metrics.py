@@ -125,7 +125,7 @@ def tail_users(frequency: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return which users have a target of the long tail, (U,) bool.
 
     Args:
-        frequency: how often each item occurs in training, (I,), without the held-out items.
+        frequency: how often each item occurs, (I,): in training, or with the held-out items.
         targets: row of each user's target, (U,).
     """
     return np.asarray(frequency[targets] < TAIL)

@@ -6,6 +6,9 @@
     item_embedding_missing: error             # error | mean | random: items without a vector
     item_embedding_adapter: linear            # linear | two-linear | mlp: the layers between vector and recommender
     item_embedding_pca: 256                   # the vectors' first principal components; left out: all of the vectors
+    item_embedding_align_with: path/to/run    # add LLMEmb's alignment (RAT) with the item table of a run from item ids
+    item_embedding_align_weight: 0.01         # weight of that loss
+    item_embedding_align_tau: 2               # its temperature
 
 - `adapter`: the vectors stay as they are, behind a trained adapter.
 - `table`: the item table starts as a random projection of the vectors (an untrained adapter) and is then trained row by
@@ -27,8 +30,10 @@ mask token: no item, so it keeps RecBole's random start and is trained in either
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -37,6 +42,7 @@ from torch import Tensor
 
 from vlm2rec.downstream.options import Adapter, Fuse, StartMode
 from vlm2rec.downstream.principal_components import principal_components
+from vlm2rec.downstream.recbole.alignment import Alignment, align
 from vlm2rec.downstream.recbole.item_embedding import ADAPTERS, FusedEmbedding, ItemEmbedding, standardise
 from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder.contract import schema
@@ -52,7 +58,13 @@ ID_DROPOUT = "item_embedding_id_dropout"
 MISSING = "item_embedding_missing"
 ADAPTER = "item_embedding_adapter"
 PCA = "item_embedding_pca"
-KEYS = (INIT, COLUMN, MODE, TRAINABLE, MISSING, ADAPTER, PCA, FUSE, ID_DROPOUT)
+ALIGN_WITH = "item_embedding_align_with"
+ALIGN_WEIGHT = "item_embedding_align_weight"
+ALIGN_TAU = "item_embedding_align_tau"
+KEYS = (
+    *(INIT, COLUMN, MODE, TRAINABLE, MISSING, ADAPTER, PCA, FUSE, ID_DROPOUT),
+    *(ALIGN_WITH, ALIGN_WEIGHT, ALIGN_TAU),
+)
 FILLS = ("error", "mean", "random")
 
 
@@ -68,6 +80,7 @@ class EmbeddingStart:
     pca: int | None = None
     fuse: Fuse = "sum"
     id_dropout: float = 0.1
+    alignment: Alignment | None = None
 
 
 def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
@@ -99,6 +112,7 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
         pca=_checked(given, PCA, _count_or_none, "a number of components from 1, or nothing", None),
         fuse=_checked(given, FUSE, lambda value: value in get_args(Fuse), " or ".join(get_args(Fuse)), "sum"),
         id_dropout=_checked(given, ID_DROPOUT, _share, "a number from 0 to below 1", 0.1),
+        alignment=_read_alignment(given),
     )
 
 
@@ -119,6 +133,26 @@ def _mode(given: Mapping[str, Any]) -> StartMode:
 
 def _share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1
+
+
+def _read_alignment(given: Mapping[str, Any]) -> Alignment | None:
+    if given.get(ALIGN_WITH) is None:
+        if idle := sorted(given.keys() & {ALIGN_WEIGHT, ALIGN_TAU}):
+            raise ConfigError(
+                f"{', '.join(idle)} without {ALIGN_WITH}",
+                "the folder of a run from item ids",
+                f"add `{ALIGN_WITH}: path/to/run` (--align-with), or remove it",
+            )
+        return None
+    return Alignment(
+        Path(_checked(given, ALIGN_WITH, lambda value: isinstance(value, str), "a path", None)),
+        float(_checked(given, ALIGN_WEIGHT, _above_zero, "a number above 0", Alignment.weight)),
+        float(_checked(given, ALIGN_TAU, _above_zero, "a number above 0", Alignment.tau)),
+    )
+
+
+def _above_zero(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _checked(given: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
@@ -178,7 +212,8 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int, 
     """Replace the item table of a RecBole model.
 
     Sets `model.items_without_vector` to how many were filled, and `model.pca_explained` to the share of the vectors'
-    variance that `item_embedding_pca` kept, None without it.
+    variance that `item_embedding_pca` kept, None without it. With an alignment, `model.calculate_loss` returns two
+    parts, as some of RecBole's models do.
 
     Args:
         model: has an `item_embedding` of at least len(tokens) + 1 rows.
@@ -200,6 +235,8 @@ def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int, 
     else:
         model.item_embedding = ItemEmbedding(*made, trained_vectors=start.mode == "init")
     model.items_without_vector, model.pca_explained = missing, explained
+    if start.alignment is not None:
+        align(model, start.alignment, tokens)
 
 
 def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tuple[Tensor, int, float | None]:

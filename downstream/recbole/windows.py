@@ -117,7 +117,7 @@ def learn_all_positions(model: Any) -> None:
     model.calculate_loss = types.MethodType(_loss, model)
 
 
-def _loss(model: Any, interaction: Any) -> Tensor:
+def _loss(model: Any, interaction: Any) -> Tensor | tuple[Tensor, Tensor]:
     targets = interaction[TARGETS]  # (B, L)
     own = model.gather_indexes  # takes each row's last state; here all are wanted
     model.gather_indexes = lambda states, index: states
@@ -127,4 +127,7 @@ def _loss(model: Any, interaction: Any) -> Tensor:
         model.gather_indexes = own
     learned = targets > 0
     logits = torch.matmul(states[learned], model.item_embedding.weight.transpose(0, 1))  # (targets, I + 1)
-    return F.cross_entropy(logits, targets[learned])
+    loss = F.cross_entropy(logits, targets[learned])
+    if not hasattr(model, "alignment"):
+        return loss
+    return loss, model.alignment(model.item_embedding, targets[learned])  # as `alignment.align` adds it to other rows
