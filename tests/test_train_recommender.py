@@ -751,7 +751,7 @@ def test_every_sequential_model_aligns_its_vectors_with_the_table_of_a_run_from_
         "embeddings": embeddings,
         "learning_rate": 1e-2,
     }
-    given |= {"adapter": "two-linear", "pca": 6}
+    given |= {"adapter": "two-linear", "pca": 6, "max_epochs": 8 if positions == "all" else 2}
     before = (from_ids / "checkpoint.safetensors").read_bytes()
     aligned = TrainRecommenderConfig(out=tmp_path / "a", align_with=from_ids, align_weight=5.0, **given)
     metrics = train_recommender.run(aligned)
