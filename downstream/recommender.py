@@ -37,6 +37,7 @@ class Epoch:
     loss: float  # mean over batches
     seconds: float
     score: float | None  # the validation metric, in epochs that validate
+    alignment: float | None = None  # the part of the loss that aligns vectors with a table from item ids
 
 
 @dataclass
@@ -55,6 +56,7 @@ class TrainingLog:
             "seconds": round(self.seconds, 3),
             "curve": [
                 {"epoch": e.number, "loss": e.loss, valid_metric: e.score, "seconds": round(e.seconds, 3)}
+                | ({} if e.alignment is None else {"alignment": e.alignment})
                 for e in self.epochs
             ],
         }
@@ -174,6 +176,24 @@ def load_weights(path: Path, device: Any) -> dict[str, Any]:
             f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
         ) from None
     return state
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """Return the `about` of a file that `save_weights` wrote; empty if it has none.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("vlm2rec", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
+        ) from None
+    return about if isinstance(about, dict) else {}
 
 
 def usable_device(name: str) -> torch.device:

@@ -218,7 +218,7 @@ def test_freedoms_item_graph_is_a_tenth_image_and_the_rest_text() -> None:
     assert item_matrix(features, 10, 0.1).toarray() == pytest.approx(np.full((6, 6), 1 / 6), abs=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "pruning"), [("adapter", 0.0), ("table", 0.0), ("adapter", 0.5)])
+@pytest.mark.parametrize(("mode", "pruning"), [("adapter", 0.0), ("init", 0.0), ("adapter", 0.5)])
 def test_freedom_has_its_loss(mode: str, pruning: float, by_hand: Interactions) -> None:
     settings = settings_of("FREEDOM", mode=mode, pruning=pruning, neighbours=3, regularisation=0.2)
     features = drawn()
@@ -242,7 +242,7 @@ def test_freedom_has_its_loss(mode: str, pruning: float, by_hand: Interactions) 
         users, items = vectors(of, pairs)
         total = bpr64(users[USERS], items[LIKED], items[OTHERS])
         for view in ("text", "image"):
-            raw = of[f"features.{view}"] if mode == "table" else features[view].double()
+            raw = of[f"features.{view}"] if mode == "init" else features[view].double()
             seen = raw @ of[f"linear.{view}.weight"].T + of[f"linear.{view}.bias"]
             total = total + 0.2 * bpr64(users[USERS], seen[LIKED], seen[OTHERS])
         return total
@@ -296,7 +296,7 @@ def test_lattice_has_its_loss_in_the_first_batch_and_in_the_others(
 
 
 def test_slmrec_has_its_loss(by_hand: Interactions) -> None:
-    settings, features = settings_of("SLMRec", alignment=0.7, temperature=0.3, alignment_temperature=0.6), drawn()
+    settings, features = settings_of("SLMRec", ssl_weight=0.7, temperature=0.3, ssl_temperature=0.6), drawn()
     model = built(SLMRec, settings, by_hand, features)
     graph = symmetric64(nodes64(pairs64(by_hand)))
 
@@ -519,10 +519,10 @@ def test_items_without_a_vector_are_an_error_or_filled(data: Path, tmp_path: Pat
     np.testing.assert_allclose(lengths, np.linalg.norm(known, axis=1).mean(), rtol=1e-5)
 
 
-def test_with_table_the_vectors_are_trained_and_kept(data: Path, embeddings: Path, tmp_path: Path) -> None:
-    found = train_recommender.run(config("FREEDOM", data, embeddings, tmp_path / "out", mode="table"))
+def test_with_init_the_vectors_are_trained_and_kept(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    found = train_recommender.run(config("FREEDOM", data, embeddings, tmp_path / "out", mode="init"))
     state = recommender.load_weights(tmp_path / "out" / "checkpoint.safetensors", "cpu")
-    assert found["mode"] == "table"
+    assert found["mode"] == "init"
     change = (state["features.text"].numpy() - circle(0, 8)).std()
     assert 0 < change < 0.1
 
@@ -612,6 +612,9 @@ def test_users_without_interactions_are_named(model: str, data: Path, embeddings
         ({"model": "GRU4Rec", "features": ("text",)}, r"--features with GRU4Rec.*VBPR"),
         ({"model": "VBPR", "embeddings": None}, r"VBPR without --embeddings"),
         ({"model": "VBPR", "data": None}, r"VBPR without --data"),
+        ({"model": "FREEDOM", "mode": "fuse"}, r"--mode fuse with FREEDOM.*adapter or init"),
+        ({"model": "LATTICE", "positions": "all"}, r"--positions with LATTICE"),
+        ({"model": "VBPR", "align_with": Path("run")}, r"--align-with with VBPR"),
         ({"model": "FREEDOM", "device": "mps"}, r"--device mps"),
         ({"model": "FREDOM"}, r"did you mean 'FREEDOM'"),
     ],

@@ -10,7 +10,7 @@ those of popular items go first. All interactions are there for the ranking.
     e_u, e_i = LightGCN(pruned graph);   h = S · id;   score(u, i) = e_u · (e_i + h_i)
     loss = BPR(e_u, e_i + h_i) + regularisation · Σ_m BPR(e_u, W_m f_m,i + b_m)
 
-MMRec's code trains the vectors f that W projects, too, while the graph keeps the raw ones: that is `--mode table`. Here
+MMRec's code trains the vectors f that W projects, too, while the graph keeps the raw ones: that is `--mode init`. Here
 frozen is the default: vectors are what is compared, and a large table needs a quarter of the memory.
 """
 
@@ -43,7 +43,7 @@ class FREEDOM(Model):
         width = settings.hidden_size
         self.users, self.items = table(self.user_count, width), table(self.item_count, width)
         self.item_graph = Graph(item_matrix(features, settings.neighbours, settings.image_weight), device)
-        self.features = Features(features, settings.mode == "table")
+        self.features = Features(features, settings.mode == "init")
         self.linear = nn.ModuleDict({view: nn.Linear(self.features.dim(view), width) for view in features})
         self._pairs = interactions.matrix().tocoo()
         self.whole_graph = Graph(normalised(self._pairs), device)

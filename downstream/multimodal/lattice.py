@@ -58,7 +58,7 @@ class LATTICE(Model):
         super().__init__(settings, interactions, features, device)
         width = settings.hidden_size
         self.users, self.items = table(self.user_count, width), table(self.item_count, width)
-        self.features = Features(features, settings.mode == "table")
+        self.features = Features(features, settings.mode == "init")
         self.linear = nn.ModuleDict({view: nn.Linear(self.features.dim(view), width) for view in features})
         self.view_weights = nn.Parameter(torch.full((len(features),), 0.5))
         self._raw = {view: _raw_graph(vectors, settings.neighbours, device) for view, vectors in features.items()}

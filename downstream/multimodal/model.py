@@ -48,7 +48,7 @@ class Model(nn.Module):
 class Features(nn.Module):
     """The items' vectors of each view, frozen or trained.
 
-    Frozen vectors are no part of the state: a checkpoint holds what was trained. With `--mode table` the vectors are
+    Frozen vectors are no part of the state: a checkpoint holds what was trained. With `--mode init` the vectors are
     parameters that start from them, as in MMRec's FREEDOM and LATTICE.
     """
 

@@ -73,7 +73,7 @@ MODELS: Mapping[str, Recipe] = {
     "SLMRec": Recipe(
         _slmrec,
         "both",
-        ("graph_layers", "alignment", "temperature", "alignment_temperature"),
+        ("graph_layers", "ssl_weight", "temperature", "ssl_temperature"),
         {**_COMMON, "graph_layers": 3, "weight_decay": 1e-4},
     ),
 }
@@ -81,7 +81,10 @@ OWN = frozenset(name for recipe in MODELS.values() for name in recipe.own)
 """Settings that only some of these models read."""
 
 
-SEQUENTIAL_ONLY = ("column", "adapter", "pca", "config", "dropout")
+SEQUENTIAL_ONLY = (
+    *("column", "adapter", "pca", "config", "dropout", "fuse", "id_dropout", "positions"),
+    *("align_with", "align_weight", "align_tau"),
+)
 """Settings of `train-recommender` that the sequential models alone read."""
 
 

@@ -23,6 +23,7 @@ from vlm2rec.downstream.multimodal.data import Interactions, read_features
 from vlm2rec.downstream.multimodal.model import Model
 from vlm2rec.downstream.multimodal.recipes import MODELS
 from vlm2rec.downstream.multimodal.settings import Settings
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.downstream.recommender import CHECKPOINT_FILE, WRITER, Epoch, NoWatcher, Outcome, TrainingLog, Watcher
 from vlm2rec.embedder.contract import publish
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -38,6 +39,7 @@ def run(
     data: Dataset,
     *,
     candidate_seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
@@ -48,6 +50,7 @@ def run(
         out: output folder, for one run.
         data: dataset folder.
         candidate_seeds: stored candidate sets to rank against; empty takes all.
+        tail_over: which interactions decide what the long tail is, those of training or all.
         device: auto (a GPU of CUDA if there is one), cpu or cuda.
         watcher: called after each batch and epoch.
 
@@ -69,7 +72,7 @@ def run(
             log = _train(model, settings, interactions, folder, out, watcher or NoWatcher())
         model.load_state_dict(recommender.load_weights(out / CHECKPOINT_FILE, place))
         model.eval()
-        ours, users = rank_scorer(folder, candidate_seeds, user_scores(model))
+        ours, users = rank_scorer(folder, candidate_seeds, user_scores(model), tail_over)
         figures = _describe(model, settings, folder, filled, log) | ours
     recommender.write_metrics(out, figures, users)
     return Outcome(figures, model, settings, out)

@@ -32,6 +32,6 @@ class Settings:
     image_weight: float
     pruning: float
     regularisation: float
-    alignment: float
+    ssl_weight: float
     temperature: float
-    alignment_temperature: float
+    ssl_temperature: float

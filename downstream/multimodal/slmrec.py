@@ -2,9 +2,9 @@
 
     u_m, i_m = LightGCN(users, item vectors of m), for m = id, v (W_v f_v + b_v) and t (W_t f_t + b_t)
     u = A [u_id ; u_v ; u_t] + a;   i = B [i_id ; i_v ; i_t] + b;   score(u, i) = u · i
-    loss = InfoNCE(û, î; temperature) + alignment · (InfoNCE(G1 i_id, G2 i_v) + InfoNCE(G4 G3 G1 i_id, G5 i_t))
+    loss = InfoNCE(û, î; temperature) + ssl_weight · (InfoNCE(G1 i_id, G2 i_v) + InfoNCE(G4 G3 G1 i_id, G5 i_t))
 
-Vectors f have length 1, û and î as well; the two terms of the alignment are dot products over `alignment_temperature`.
+Vectors f have length 1, û and î as well; the two terms of the alignment are dot products over `ssl_temperature`.
 Negatives are the other rows of the batch. MMRec's code scores by σ(u · i), which orders items alike, and names a weight
 `reg` that it does not use. Its optimiser has a weight decay of 1e-4.
 """
@@ -38,7 +38,7 @@ class SLMRec(Model):
         width = settings.hidden_size
         self.users, self.items = table(self.user_count, width), table(self.item_count, width)
         unit = {view: F.normalize(features[view], dim=1) for view in (_IMAGE, _TEXT)}
-        self.features = Features(unit, settings.mode == "table")
+        self.features = Features(unit, settings.mode == "init")
         self.linear = nn.ModuleDict({view: _layer(self.features.dim(view), width) for view in unit})
         self.fuse_users, self.fuse_items = _layer(3 * width, width), _layer(3 * width, width)
         self.id_to_image, self.image_to_id = _layer(width, width), _layer(width, width)
@@ -53,9 +53,9 @@ class SLMRec(Model):
         unit_users = F.normalize(self.fuse_users(of_users.index_select(0, users)), dim=1)
         unit_items = F.normalize(self.fuse_items(own), dim=1)
         main = in_batch_info_nce(unit_users, unit_items, self.settings.temperature)
-        if not self.settings.alignment:
+        if not self.settings.ssl_weight:
             return main
-        return main + self.settings.alignment * self._align(*own.chunk(3, 1))
+        return main + self.settings.ssl_weight * self._align(*own.chunk(3, 1))
 
     @torch.no_grad()
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class SLMRec(Model):
         """Return the loss of the alignment for (B, width) each: ids with images, then both with texts."""
         with_image = self.id_to_image(ids)
         with_text = self.to_text_second(self.to_text_first(with_image))
-        temperature = self.settings.alignment_temperature
+        temperature = self.settings.ssl_temperature
         return in_batch_info_nce(with_image, self.image_to_id(images), temperature) + in_batch_info_nce(
             with_text, self.text_to_id(texts), temperature
         )

@@ -30,7 +30,7 @@ class VBPR(Model):
         super().__init__(settings, interactions, features, device)
         width = settings.hidden_size
         self.users, self.items = table(self.user_count, 2 * width), table(self.item_count, width)
-        self.features = Features(features, settings.mode == "table")
+        self.features = Features(features, settings.mode == "init")
         self.linear = nn.Linear(sum(self.features.dim(view) for view in features), width)
         nn.init.xavier_normal_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ import yaml
 
 from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation.protocol import rank_scorer
-from vlm2rec.downstream.recbole import compat, plugin
+from vlm2rec.downstream.options import TailOver
+from vlm2rec.downstream.recbole import compat, plugin, windows
+from vlm2rec.downstream.recbole.alignment import ITEMS, Alignment, hash_of
 from vlm2rec.downstream.recommender import CHECKPOINT_FILE, WRITER, Epoch, NoWatcher, Outcome, TrainingLog, Watcher
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -77,6 +79,7 @@ def run(
     *,
     data: Dataset | Location | str | None = None,
     candidate_seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
@@ -87,13 +90,14 @@ def run(
         out: output folder, for one run.
         data: dataset folder; without it the settings name a RecBole dataset (`data_path`, `dataset`).
         candidate_seeds: stored candidate sets to rank against; empty takes all.
+        tail_over: which interactions decide what the long tail is, those of training or all.
         device: auto (RecBole's choice), cpu, cuda or mps.
         watcher: called after each batch and epoch.
 
     Raises:
         MissingDependencyError: RecBole is not installed.
         ConfigError: a setting is unknown, would open a pickle or an address, or is refused by RecBole; the loss is not
-            a number; `out` holds something else.
+            a number; `out` holds something else, or is the run that the vectors are to be aligned with.
         DataError: there is no such RecBole dataset.
         ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other; the disk is full.
     """
@@ -104,6 +108,7 @@ def run(
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
+    _refuse_own_table(settings, out)
     recommender.begin(out)
     with publish.full_disk_errors(out), compat.cured(out):
         recommender.write_record(out, settings)
@@ -114,7 +119,7 @@ def run(
         users: list[pa.Table] = []
         metrics = _describe(trained, recbole_config, settings, folder)
         if folder is not None:
-            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
+            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
     recommender.write_metrics(out, metrics, users)
     return Outcome(metrics, trained.model, recbole_config, out)
@@ -150,6 +155,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             f" {', '.join(schema.SEQUENTIAL)} only",
         )
     plugin.read_flag(settings)
+    windows.read_positions(settings, has_folder=folder is not None)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
@@ -163,6 +169,16 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             f"eval_args is {eval_args} together with a dataset folder",
             f"{_SPLIT} and any mode: the folder fixes the validation and test items",
             "keep `mode` only, or run without --data on a RecBole dataset",
+        )
+
+
+def _refuse_own_table(settings: Mapping[str, Any], out: Path) -> None:
+    start = plugin.read_flag(settings)
+    if start is not None and start.alignment is not None and start.alignment.run.resolve() == out.resolve():
+        raise ConfigError(
+            f"--align-with and --out are both {out}, which would be emptied before its table is read",
+            "two folders",
+            "choose another --out",
         )
 
 
@@ -257,15 +273,22 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
             f"at least {longest - 1} items, or shorter lists",
             "name a --config with, for instance, `topk: [5]` and `valid_metric: NDCG@5`",
         )
+    if folder is not None and windows.is_set(config.final_config_dict):
+        lengths = np.array([len(sequence) for sequence in folder.train_sequences()])
+        longest, size = config["MAX_ITEM_LIST_LENGTH"], config["train_batch_size"]
+        config["train_batch_size"] = windows.rows_in_batch(lengths, longest, size)
     with _refusals("the data"):
         train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with _refusals("the model's settings"):
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    if windows.is_set(config.final_config_dict):
+        windows.learn_all_positions(model)
     # run_recbole counts FLOPs here, and for BERT4Rec that draws the random mask of one row
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
     trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, training_log, watcher)
+    trainer.items = hash_of(plugin.item_tokens(dataset))
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
@@ -310,6 +333,7 @@ def _watched(trainer: Any) -> Any:
             # RecBole names checkpoints by model and second: two runs could overwrite each other
             self.saved_model_file = str(out / CHECKPOINT_FILE)
             self.training_log, self.watcher = training_log, watcher
+            self.items = ""  # the hash of the item ids
             self.batches = 0
             self.began = 0.0
 
@@ -322,10 +346,10 @@ def _watched(trainer: Any) -> Any:
                 if "loss is nan" not in str(error):
                     raise
                 raise recommender.loss_is_not_a_number(epoch_idx + 1) from None
-            total = sum(loss) if isinstance(loss, tuple) else loss
-            self.training_log.epochs.append(
-                Epoch(epoch_idx + 1, total / max(1, self.batches), time.perf_counter() - self.began, None)
-            )
+            total, aligned = (sum(loss), loss[-1]) if isinstance(loss, tuple) else (loss, None)
+            batches, seconds = max(1, self.batches), time.perf_counter() - self.began
+            aligned = None if aligned is None else aligned / batches
+            self.training_log.epochs.append(Epoch(epoch_idx + 1, total / batches, seconds, None, aligned))
             if (epoch_idx + 1) % self.eval_step:
                 self.watcher.epoch(self.training_log.epochs[-1])
             return loss
@@ -338,12 +362,13 @@ def _watched(trainer: Any) -> Any:
         def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
             score, result = super()._valid_epoch(*args, **kwargs)
             last = self.training_log.epochs[-1]
-            self.training_log.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
+            seconds = time.perf_counter() - self.began
+            self.training_log.epochs[-1] = replace(last, seconds=seconds, score=float(score))
             self.watcher.epoch(self.training_log.epochs[-1])
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1}
+            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1, ITEMS: self.items}
             recommender.save_weights(self.model, Path(self.saved_model_file), about)
             self.training_log.best_epoch = epoch + 1
 
@@ -356,11 +381,14 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "task": 2,
         "dataset": config["dataset"] if folder is None else folder.name,
         "model": config["model"],
+        "positions": "all" if windows.is_set(config.final_config_dict) else "last",
         "start": "id" if start is None else start.column,
-        "mode": None if start is None else ("table" if start.trainable else "adapter"),
+        "mode": None if start is None else start.mode,
+        "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
         "adapter": None if start is None else start.adapter,
         "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
         "embeddings": None if start is None else str(start.folder),
+        **({} if start is None or start.alignment is None else {"alignment": _alignment(start.alignment)}),
         "users": trained.users,
         "items": trained.items,
         "missing": getattr(trained.model, "items_without_vector", 0),
@@ -370,6 +398,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "candidates_std": None,
         "full": None,
         "tail": None,
+        "cold": None,
         "retrieval": None,
         "popularity": None,
         "recbole": trained.recbole,
@@ -378,13 +407,22 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
     }
 
 
+def _alignment(alignment: Alignment) -> dict[str, Any]:
+    return {"with": str(alignment.run), "weight": alignment.weight, "tau": alignment.tau}
+
+
 def _reduction(model: Any, components: int) -> dict[str, Any]:
     return {"components": components, "explained": round(model.pca_explained, 6)}
 
 
 # --- our protocol -------------------------------------------------------------------------------------------
 def evaluate(
-    model: Any, config: Any, folder: Dataset, tokens: list[str], seeds: Sequence[int] = ()
+    model: Any,
+    config: Any,
+    folder: Dataset,
+    tokens: list[str],
+    seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
 ) -> tuple[dict[str, Any], list[pa.Table]]:
     """Rank each user's test item against the stored candidates of `seeds` and against the whole catalogue.
 
@@ -397,6 +435,7 @@ def evaluate(
         folder: dataset folder.
         tokens: ids of RecBole's items 1, 2, ...
         seeds: candidate seeds; empty takes all stored ones.
+        tail_over: which interactions decide what the long tail is.
 
     Returns:
         (keys of metrics.json, tables for users.parquet).
@@ -404,7 +443,7 @@ def evaluate(
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
     numbers = recbole_ids(tokens, folder.item_ids)
-    return rank_scorer(folder, seeds, user_scores(model, config, folder, numbers))
+    return rank_scorer(folder, seeds, user_scores(model, config, folder, numbers), tail_over)
 
 
 def user_scores(

@@ -45,7 +45,7 @@ def _no_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.lora import add_lora
+    from vlm2rec.embedder.adapters.lora import add_lora
 
     return add_lora(backbone, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
 
@@ -201,7 +201,7 @@ def _item_samples(settings: Settings, dataset: Dataset) -> ItemSamples:
 
 
 def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+    from vlm2rec.embedder.adapters.moda import ModaSettings, add_moda
 
     if settings.experts == 1:
         return _lora(settings, backbone)
@@ -255,7 +255,10 @@ METHODS: dict[str, Recipe] = {
         model=_item_model,
         title=_alignment_title,
         own=("cmsa", "tau_cmsa", "experts"),
-        defaults={"pooling": "mean", "prompt_style": "sda", "lora_rank": 8, "lora_dropout": 0.1, "batch_size": 32},
+        defaults={
+            **{"pooling": "mean", "prompt_style": "sda", "prompt_mode": "chat", "item_text": "attributes"},
+            **{"max_title_tokens": 128, "lora_rank": 8, "lora_dropout": 0.1, "learning_rate": 2e-4, "batch_size": 32},
+        },
         adapter=_experts,
         check=_check_items,
         advice=_alignment_advice,

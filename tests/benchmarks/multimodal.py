@@ -1,7 +1,7 @@
 """VBPR, FREEDOM, LATTICE and SLMRec beside MMRec's own code and cornac's VBPR, on the same files. Prints a table.
 
     python tests/benchmarks/multimodal.py --data DATA --embeddings EMBEDDINGS [--mmrec CHECKOUT] [--epochs 40]
-        [--models VBPR,FREEDOM] [--seeds 0,1] [--table] [--without-cornac]
+        [--models VBPR,FREEDOM] [--seeds 0,1] [--init] [--without-cornac]
 
 DATA is a folder of `vlm2rec prepare`, EMBEDDINGS one of `export-items` with text and image vectors of its items,
 CHECKOUT a clone of https://github.com/enoche/MMRec (tried at e775373). MMRec gets the files of `vlm2rec convert --to
@@ -55,7 +55,7 @@ THEIR_NAMES: dict[str, dict[str, str]] = {
         "image_weight": "mm_image_weight",
     },
     "LATTICE": {"regularisation": "reg_weight", "neighbours": "knn_k"},
-    "SLMRec": {"alignment": "ssl_alpha", "alignment_temperature": "ssl_temp", "temperature": "temp"},
+    "SLMRec": {"ssl_weight": "ssl_alpha", "ssl_temperature": "ssl_temp", "temperature": "temp"},
 }
 # what MMRec searches a grid of: these are lists
 SEARCHED = {
@@ -134,7 +134,7 @@ def config_of(args: argparse.Namespace, model: str, seed: int, work: Path) -> Tr
     """Return the settings of our run."""
     given: dict[str, Any] = {"model": model, "data": args.data, "embeddings": args.embeddings, "device": "cpu"}
     given |= {"out": work / f"ours-{model}-{seed}", "seed": seed, "max_epochs": args.epochs, "eval_step": 1}
-    given |= {"patience": args.epochs, "mode": "table" if args.table and model in ("FREEDOM", "LATTICE") else "adapter"}
+    given |= {"patience": args.epochs, "mode": "init" if args.init and model in ("FREEDOM", "LATTICE") else "adapter"}
     return read_config(TrainRecommenderConfig, flags=given)
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--models", default="VBPR,FREEDOM,LATTICE,SLMRec")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--table", action="store_true", help="train the vectors along in FREEDOM and LATTICE, as MMRec")
+    parser.add_argument("--init", action="store_true", help="train the vectors along in FREEDOM and LATTICE, as MMRec")
     parser.add_argument("--without-cornac", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
