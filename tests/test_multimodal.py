@@ -438,6 +438,14 @@ def test_train_recommender_writes_what_it_writes_for_sequential_models(
     assert other["curve"][0]["loss"] != found["curve"][0]["loss"]
 
 
+def test_metrics_have_the_keys_of_a_sequential_model(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    ours = train_recommender.run(config("VBPR", data, embeddings, tmp_path / "a"))
+    stock = train_recommender.run(config("GRU4Rec", data, embeddings, tmp_path / "b"))
+    assert ours.keys() == stock.keys()
+    assert ours["curve"][0].keys() == {"epoch", "loss", "NDCG@20", "seconds"}
+    assert set(ours["retrieval"]) == set(stock["retrieval"]) and set(ours["tail"]) == set(stock["tail"])
+
+
 @EVERY
 def test_it_learns_and_its_checkpoint_is_the_best_epoch(
     model: str, data: Path, embeddings: Path, tmp_path: Path

@@ -170,6 +170,9 @@ def _describe(model: Model, settings: Settings, folder: Dataset, filled: int, lo
         "model": settings.model,
         "start": "+".join(settings.features),
         "mode": settings.mode,
+        # what only sequential models have
+        "positions": None,
+        "fuse": None,
         "adapter": None,
         "pca": None,
         "embeddings": str(settings.embeddings),
