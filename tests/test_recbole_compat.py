@@ -115,6 +115,7 @@ def test_weights_come_back_from_safetensors_with_the_mode_of_the_umask(atomic: P
     assert loaded.keys() == outcome.model.state_dict().keys()
     with safe_open(checkpoint, "pt") as file:
         about = json.loads(file.metadata()["vlm2rec"])
+    assert len(about.pop("items")) == 64  # which items the rows of the table belong to
     assert about == {"written_by": "vlm2rec train-recommender", "model": SMALL["model"], "epoch": 1}
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
