@@ -157,6 +157,14 @@ def read_reasons(folder: Location) -> dict[str, str]:
     return reasons
 
 
+def read_ids(folder: Location) -> list[str]:
+    """Return the ids of all items of an embeddings folder, in its order; vectors are not read."""
+    shards = schema.read_manifest(folder)["shards"]
+    fix = f"run `vlm2rec verify {folder}`"
+    tables = (schema.read_table(folder / shard["file"], [schema.ITEM_ID], fix=fix) for shard in shards)
+    return [item_id for table in tables for item_id in table[schema.ITEM_ID].to_pylist()]
+
+
 def write_npy(selection: Selection, out: Path) -> None:
     """Write one `<view>.npy` for each view, (N, d) float32, and the ids of their rows."""
     _write_matrices(selection, {column: out / f"{column}.npy" for column in selection.columns}, out / IDS_FILE)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, StartMode
+from vlm2rec.downstream.options import Adapter, Repeats, StartMode
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -562,6 +562,16 @@ class ConvertConfig:
     )
     data: Place | None = setting("Dataset folder, for mmrec. Default: that of the export.", None)
     name: str | None = setting("Name of the dataset, for mmrec and recbole. Default: the name of --out.", None)
+    like: Path | None = setting(
+        "For mmrec: folder of a published split (i_id_mapping.csv and one .inter file), whose items and numbers are"
+        " kept, instead of a dataset folder.",
+        None,
+    )
+    repeats: Repeats | None = setting(
+        "For mmrec: targets that their user has in training too, which MMRec masks, so that no model can find them."
+        " repeats.csv lists them. keep: they stay, as in published figures; drop: they are left out. Default: keep.",
+        None,
+    )
     backbone: str | None = setting("For sentence-transformers: the backbone of the export.", None)
     adapter: Path | None = setting("For sentence-transformers: the adapter of the export.", None)
     revision: str | None = setting("For sentence-transformers: the revision of a hub backbone.", None)

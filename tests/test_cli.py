@@ -31,6 +31,7 @@ COMMANDS = {
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
+    "import-adapter": config.ImportAdapterConfig,
     "import-vectors": config.ImportVectorsConfig,
     "verify": config.VerifyConfig,
     "failures": config.FailuresConfig,

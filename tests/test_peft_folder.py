@@ -277,7 +277,7 @@ def test_an_expression_that_never_ends_is_given_up(
     adapter: Path, refuses: Refuses, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peft_folder, "_MATCHING_SECONDS", 0.2)
-    endless = "(.*.*.*.*.*.*.*)*x" + "(a|aa)+" * 3 + "$"
+    endless = r"(?:[a-z_.0-9]|[a-z_]|.)*[A-Z]"
     edit(adapter, **{where: {endless: 3} if where.endswith("pattern") else endless})
     refuses(adapter, r"the expression .* cannot be used")  # and not matched for ever
 
@@ -328,7 +328,7 @@ def test_export_and_evaluate_take_it_and_the_manifest_says_that_no_canary_proves
     assert manifest["settings"]["adapter"] == schema_hash(adapter)
     about = manifest["made_with"]["adapter"]
     assert (about["name"], about["canary"], about["peft"], about["rank"]) == ("theirs", False, "LoRA", 4)
-    assert "no canary" in " ".join(capsys.readouterr().out.split())
+    assert "no canary" in " ".join(capsys.readouterr().err.split())
     merged = tmp_path / "merged"
     shutil.copytree(backbone, merged)
     whole: Any = PeftModel.from_pretrained(stock(backbone), str(adapter)).merge_and_unload()
