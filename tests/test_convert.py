@@ -550,7 +550,7 @@ def edited(file: Path, before: str, after: str) -> None:
         (lambda f: (f / "i_id_mapping.csv").write_text("asin,itemID\na,0\n"), "has not 2 fields"),
         (lambda f: (f / "i_id_mapping.csv").write_bytes(b"asin\titemID\n\xff\xfe\t0\n"), "cannot be read"),
         (lambda f: (f / "i_id_mapping.csv").unlink(), "cannot be read"),
-        (lambda f: edited(f / "i_id_mapping.csv", "i7\t", "i8\t"), "has 'i8' twice"),
+        (lambda f: edited(f / "i_id_mapping.csv", "i0\t", "i1\t"), "has 'i1' twice"),
         (lambda f: (f / "baby.inter").unlink(), "has 0 .inter files"),
         (lambda f: (f / "more.inter").write_text(""), "has 2 .inter files"),
         (lambda f: edited(f / "baby.inter", "0\t1\t5.0", "0\t77\t5.0"), "has itemID '77'"),
@@ -569,7 +569,7 @@ def test_a_published_split_that_does_not_hold_together_is_refused(
 def test_a_split_of_another_catalogue_is_refused_and_one_of_more_items_gets_mean_vectors(
     whole: Path, published: Path, data: Path, tmp_path: Path
 ) -> None:
-    edited(published / "i_id_mapping.csv", "i7\t", "not-ours\t")
+    edited(published / "i_id_mapping.csv", "i0\t", "not-ours\t")
     run(whole, "mmrec", tmp_path / "ours", like=published)
     assert ("not-ours", "text", "mean vector") in listed(tmp_path / "ours")
     with pytest.raises(DataError, match="the first is 'not-ours'"):

@@ -310,7 +310,7 @@ def test_another_base_is_refused(tiny: Tiny, adapter: Path) -> None:
         ItemEncoder.load(tiny("qwen2_vl"), adapter, device="cpu")
     edit(adapter, auto_mapping=None)  # as adapters with a task type have it
     with pytest.raises(ModelError, match=r"keys such as|keys missing"):
-        ItemEncoder.load(tiny("qwen2"), adapter, device="cpu")
+        ItemEncoder.load(tiny("qwen2"), adapter, views="text", device="cpu")
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------
