@@ -16,6 +16,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 PromptMode = Literal["raw", "chat"]
 PromptStyle = Literal["vlm2rec", "sda"]
 """Whose prompts: VLM2Rec's, or SDA's, which are for single items only."""
+ItemText = Literal["title", "attributes"]
+"""What a prompt says of an item: its title, or (SDA) title, category and brand."""
 FusionMode = Literal["external", "internal"]
 FusionNorm = Literal["raw", "normalised"]
 ViewChoice = Literal["both", "text", "image"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from vlm2rec.embedder import chat_template
-from vlm2rec.embedder.options import PromptMode, PromptStyle, Strategy
+from vlm2rec.embedder.options import ItemText, PromptMode, PromptStyle, Strategy
 
 Prompt = tuple[str | None, ...]
 
@@ -33,11 +33,25 @@ CONSTANT_STARTS: Final = (
 def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
-    In the style of SDA, for a single item: `The product has the following attributes: <title>`.
+    In the style of SDA, for a single item: `The product has the following attributes: <text>`.
     """
     if prompt_style == "sda":
         return (SDA_TEXT_INSTRUCTION + titles[_single_item(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
+
+
+def attributes_text(title: str, category: str, brand: str) -> str:
+    """Return `title is <title>; category is <category>; brand is <brand>`, the text of an item in SDA's prompt.
+
+    What is blank is left out. As in SDA's code each value has at most 100 characters, so that a long title leaves room
+    for the rest, and a semicolon in it becomes a full stop.
+    """
+    values = (("title", title), ("category", category), ("brand", brand))
+    said = ((name, " ".join(value.split()).replace(";", ".")[:_VALUE].rstrip()) for name, value in values)
+    return "; ".join(f"{name} is {value}" for name, value in said if value)
+
+
+_VALUE = 100  # characters
 
 
 def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
@@ -84,13 +98,20 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     return chat_template.apply(template, [{"role": "user", "content": content}], tokens)
 
 
-def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: PromptStyle = "vlm2rec") -> str:
+def prompt_hash(
+    mode: PromptMode,
+    chat_template: str | None,
+    prompt_style: PromptStyle = "vlm2rec",
+    item_text: ItemText = "title",
+) -> str:
     """Return a short hash of everything that decides the text of a prompt, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
         "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
     }[prompt_style]
     texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
+    if item_text == "attributes":
+        texts.append(attributes_text("{}", "{}", "{}"))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 

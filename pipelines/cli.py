@@ -260,6 +260,12 @@ def search(config: settings.SearchConfig) -> None:
     module_of("build_index").search(config)
 
 
+@command(settings.SemanticIdsConfig)
+def semantic_ids(config: settings.SemanticIdsConfig) -> None:
+    """Code every item as a few small numbers, which generative recommenders such as TIGER predict."""
+    module_of("semantic_ids").run(config)
+
+
 @command(settings.ConvertConfig, positional="embeddings")
 def convert(config: settings.ConvertConfig) -> None:
     """Write vectors (or the model) for another tool: MMRec, cornac, RecBole, npy, Lance, sentence-transformers."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, Repeats, StartMode
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -28,6 +28,7 @@ from vlm2rec.embedder.options import (
     FusionNorm,
     ImagePolicy,
     ImagesBy,
+    ItemText,
     Negatives,
     Pooling,
     PromptMode,
@@ -118,6 +119,12 @@ class PrepareConfig:
         " published 5-core file as it is.",
         5,
     )
+    min_user: Count = setting(
+        "Drop users with fewer interactions, before the k-core, together with --min-item: counted once and not again"
+        " after the drop, as SDA prepares its data. Alone with --core 1. 0: no minimum.",
+        0,
+    )
+    min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
@@ -206,21 +213,28 @@ class FinetuneConfig:
         "external: two prompts whose vectors are summed; internal: one interleaved prompt.", "external"
     )
     fusion_norm: FusionNorm = setting("raw: the sum, as in the paper; normalised: the sum of unit vectors.", "raw")
-    prompt_mode: PromptMode = setting("raw: the prompt as in the paper; chat: inside the model's chat template.", "raw")
+    prompt_mode: PromptMode = setting(
+        "raw: the prompt as in the paper; chat: inside the model's chat template. SDA: chat.", "raw"
+    )
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
-    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
+    max_title_tokens: Positive = setting("Titles, or SDA's texts, are cut to this many tokens. SDA: 128.", 64)
     pooling: Pooling = setting(
         "A vector is the state of the last token (last) or the mean of all (mean). SDA: mean.", "last"
     )
     prompt_style: PromptStyle = setting(
         "Whose prompts: vlm2rec's, or sda's, which are for single items only. SDA: sda.", "vlm2rec"
     )
+    item_text: ItemText = setting(
+        "What SDA's text prompt says of an item. attributes: title, category and brand, those that the catalogue has;"
+        " title: the title alone. SDA: attributes.",
+        "title",
+    )
     lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA: 2e-4.", 1e-5)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
@@ -322,6 +336,9 @@ class ExportConfig:
     )
     prompt_style: PromptStyle | None = setting(
         "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
+    )
+    item_text: ItemText | None = setting(
+        "title or attributes, as for finetune, with --prompt-style sda. Default: the adapter's, else title.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting(
@@ -449,6 +466,11 @@ class EvaluateConfig:
     revision: str | None = setting("Revision of a hub backbone.", None)
     split: Split = setting("Which held-out item to rank.", "test")
     seeds: tuple[int, ...] = setting("Candidate seeds; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     missing: Literal["error", "zero"] = setting(
         "Items without a vector. error: stop; zero: give them cosine 0 and report their number.", "error"
     )
@@ -492,13 +514,26 @@ class TrainRecommenderConfig:
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
     column: View = setting("The view to start from.", "fused")
     mode: StartMode = setting(
-        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them.",
+        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
+        " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
+        " layers.",
         "adapter",
     )
+    fuse: Fuse = setting(
+        "With --mode fuse. sum: id row and adapted vector are added; gate: the vector gates the id.", "sum"
+    )
+    id_dropout: Fraction = setting("With --mode fuse: share of the id rows that training leaves out.", 0.1)
     adapter: Adapter = setting(
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU.", "linear"
     )
     pca: Positive | None = setting("Reduce the vectors to this many principal components first.", None)
+    align_with: Path | None = setting(
+        "Folder of a finished run of this command from item ids: add LLMEmb's alignment of the adapted vectors with its"
+        " item table to the loss (RAT).",
+        None,
+    )
+    align_weight: PositiveFloat = setting("Weight of --align-with; SDA's code tries 0.01 to 0.2.", 0.01)
+    align_tau: PositiveFloat = setting("Temperature of --align-with.", 2.0)
     missing: Literal["error", "mean", "random"] = setting(
         "Items without a vector. error: stop; mean, random: fill them and report their number.", "error"
     )
@@ -506,12 +541,22 @@ class TrainRecommenderConfig:
     max_epochs: Positive = setting("Largest number of epochs.", 200)
     eval_step: Positive = setting("Epochs between two validations.", 5)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
-    batch_size: Positive = setting("Training rows in a batch.", 256)
+    batch_size: Positive = setting("Targets in a batch.", 256)
+    positions: Positions = setting(
+        "last: a training row for every prefix, as RecBole has; all: SASRec and GRU4Rec learn all positions of a"
+        " sequence at once, several times as fast.",
+        "last",
+    )
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
     weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
     hidden_size: Positive = setting("Width d of the recommender.", 128)
     dropout: Fraction = setting("Dropout.", 0.3)
     seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     seed: Count = setting("Seed of weights and order.", 0)
     device: DeviceName = setting("Where to run.", "auto")
 
@@ -541,6 +586,24 @@ class SearchConfig:
         " machine that the index names; an address is opened only if it is given here.",
         None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticIdsConfig:
+    """Settings of `vlm2rec semantic-ids`."""
+
+    embeddings: Place = setting("Embeddings folder.")
+    out: Path = setting("Folder to write: semantic_ids.parquet, codebook.safetensors.")
+    column: View = setting("Which view to code.", "fused")
+    levels: Positive = setting("Levels of the codebook; a last code, that tells equal items apart, comes on top.", 3)
+    codebook: Positive = setting("Codewords of a level.", 256)
+    balanced: bool = setting("Give every codeword of a level as many items.", False)
+    like: Path | None = setting(
+        "An earlier folder: its codebook, with its levels and size, codes new items, and its items keep their codes.",
+        None,
+    )
+    sample: Positive = setting("Number of items whose neighbours are compared.", 1000)
+    seed: Count = setting("Seed of the samples and of k-means.", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

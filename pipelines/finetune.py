@@ -30,6 +30,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.item_text import columns_read
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
@@ -362,6 +363,7 @@ def _provenance(
         "dataset": {
             "name": dataset.name,
             "sha256": dataset.meta["sha256"],
+            **columns_read(dataset, encoder.fingerprint),
             "samples": len(samples),
             "users": len(samples.users),
         },

@@ -16,6 +16,7 @@ from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.encoders.item_text import item_text
 
 if TYPE_CHECKING:
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder, Picture
@@ -35,6 +36,7 @@ class ItemFeatures:
     def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
         self._dataset, self._encoder = dataset, encoder
         self._backbone = encoder.backbone
+        self._described = encoder.fingerprint
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._titles: dict[int, str] = {}
         self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
@@ -54,7 +56,7 @@ class ItemFeatures:
 
     def _title(self, row: int) -> str:
         if row not in self._titles:
-            self._titles[row] = self._backbone.prepare_title(self._dataset.titles[row])[0]
+            self._titles[row] = self._backbone.prepare_title(item_text(self._dataset, self._described, row))[0]
         return self._titles[row]
 
     def features(self, sequences: Sequence[Sequence[int]]) -> list[list[ImageFeatures]]:

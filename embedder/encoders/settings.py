@@ -21,6 +21,7 @@ from vlm2rec.embedder.options import (
     DtypeName,
     FusionMode,
     FusionNorm,
+    ItemText,
     Pooling,
     PromptMode,
     PromptStyle,
@@ -42,12 +43,19 @@ class EncoderSettings:
     views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
     prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
+    item_text: ItemText = "title"  # what SDA's text prompt says of an item: its title, or title, category and brand
 
     def __post_init__(self) -> None:
         if self.fusion == "internal" and self.prompt_style == "sda":
             raise ConfigError(
                 "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
                 "--fusion external, or --prompt-style vlm2rec",
+                "change one of the two",
+            )
+        if self.item_text == "attributes" and self.prompt_style != "sda":
+            raise ConfigError(
+                f"--item-text attributes with --prompt-style {self.prompt_style}, whose prompts are about titles",
+                "--prompt-style sda, or --item-text title",
                 "change one of the two",
             )
         if self.fusion == "internal" and self.views != "both":
@@ -137,6 +145,7 @@ class GivenSettings(TypedDict, total=False):
     views: ViewChoice | None
     pooling: Pooling | None
     prompt_style: PromptStyle | None
+    item_text: ItemText | None
 
 
 def fingerprint_of(
@@ -167,14 +176,17 @@ def fingerprint_of(
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
     decisive = settings.stored()
-    if settings.prompt_style == EncoderSettings.prompt_style:  # so that exports from before this setting can continue
-        del decisive[schema.stored_name("prompt_style")]
+    for name in ("prompt_style", "item_text"):  # so that exports from before these settings can continue
+        if getattr(settings, name) == getattr(EncoderSettings, name):
+            del decisive[schema.stored_name(name)]
     return {
         "backbone_hash": model_files.backbone_hash(files),
         "processor_hash": model_files.processor_hash(files),
         "model_type": model_type,
         **({"adapter": None} if adapter is None else lora.fingerprint(adapter)),
-        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.prompt_style),
+        "prompt_hash": prompts.prompt_hash(
+            settings.prompt_mode, processor.chat_template, settings.prompt_style, settings.item_text
+        ),
         "dim": int(_text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,

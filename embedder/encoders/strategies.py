@@ -24,7 +24,6 @@ from torch import Tensor
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.settings import fingerprint_of
@@ -43,12 +42,6 @@ _SETTINGS: Mapping[Strategy, Mapping[str, str]] = {
     "prompt2": {"fusion": "internal"},
     "dual": {},
 }
-
-
-def item_text(dataset: Dataset, settings: Mapping[str, Any], row: int) -> str:
-    """Return the text of an item in an export's prompts: its title and, with a strategy, its category."""
-    title = dataset.titles[row] or ""
-    return product_text(title, dataset.categories[row]) if "strategy" in settings else title
 
 
 class StrategyEncoder(ItemEncoder):
@@ -129,7 +122,7 @@ def strategy_fingerprint(backbone: str, strategy: Strategy, **given: Any) -> dic
 def _arguments(strategy: Strategy, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments for the strategy's item encoder; refuse those that contradict the strategy."""
     lora.require_promptless(given.get("adapter"), f"--strategy {strategy}")
-    idle = ("views", "fusion") if strategy == "dual" else ("views", "fusion", "fusion_norm")
+    idle = ("views", "fusion", "item_text", *(() if strategy == "dual" else ("fusion_norm",)))
     for name in idle:
         if given.get(name) is not None:
             flag = "--" + name.replace("_", "-")

@@ -138,8 +138,10 @@ def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
         return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
     prompt_style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
     items = 1 if prompt_style == "sda" else 2
+    attributes = encoder.get("item_text") == "attributes"
+    text = prompts.attributes_text("TITLE", "CATEGORY", "BRAND") if attributes else "TITLE"
     both = {
-        schema.TEXT: prompts.text_prompt(["TITLE"] * items, prompt_style),
+        schema.TEXT: prompts.text_prompt([text] * items, prompt_style),
         schema.IMAGE: prompts.image_prompt(items, prompt_style),
     }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}

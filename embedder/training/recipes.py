@@ -255,7 +255,10 @@ METHODS: dict[str, Recipe] = {
         model=_item_model,
         title=_alignment_title,
         own=("cmsa", "tau_cmsa", "experts"),
-        defaults={"pooling": "mean", "prompt_style": "sda", "lora_rank": 8, "lora_dropout": 0.1, "batch_size": 32},
+        defaults={
+            **{"pooling": "mean", "prompt_style": "sda", "prompt_mode": "chat", "item_text": "attributes"},
+            **{"max_title_tokens": 128, "lora_rank": 8, "lora_dropout": 0.1, "learning_rate": 2e-4, "batch_size": 32},
+        },
         adapter=_experts,
         check=_check_items,
         advice=_alignment_advice,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import METHODS
@@ -126,6 +127,7 @@ class Study:
     shared_users: Literal["refuse", "count"] = "refuse"
     shared_items: Literal["refuse", "drop", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
+    tail_over: TailOver = "train"  # of which interactions the long tail has few
     search: SearchPlan = field(default_factory=SearchPlan)
     looks: str | None = None  # column of items.parquet; with one, the method of role vanilla probes the images for it
     notes: tuple[str, ...] = ()
@@ -502,9 +504,14 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def _tail(study: Study) -> Json:
+    return {"tail_over": study.tail_over}
+
+
 def _evaluate(context: RunContext, embeddings: Path) -> Step:
     source = SOURCES[context.method.source]
-    values: Json = {**context.study.evaluate, **context.method.evaluate, "data": context.data, "embeddings": embeddings}
+    values: Json = {**_tail(context.study), **context.study.evaluate, **context.method.evaluate}
+    values |= {"data": context.data, "embeddings": embeddings}
     # the prompt of a strategy holds one item, not a history
     if source.encodes_users and not _export_settings(context).get("strategy"):
         values |= {"backbone": context.backbone, "adapter": _adapter(context)}
@@ -524,7 +531,7 @@ def _probe_images(context: RunContext) -> Step:
 
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
-    values = {**context.study.recommender, **context.method.recommender}
+    values = {**_tail(context.study), **context.study.recommender, **context.method.recommender}
     given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
     return context.step(
         "train-recommender",
