@@ -178,6 +178,7 @@ def required_values(cls: type) -> dict[str, Any]:
         "file": "v.npy",
         "to": "npy",
         "encoder": "clip",
+        "adapter": "lora",
     }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
 
