@@ -574,8 +574,9 @@ def test_a_split_of_another_catalogue_is_refused_and_one_of_more_items_gets_mean
     assert ("not-ours", "text", "mean vector") in listed(tmp_path / "ours")
     with pytest.raises(DataError, match="the first is 'not-ours'"):
         run(whole, "mmrec", tmp_path / "strict", like=published, missing="error")
-    text = (published / "i_id_mapping.csv").read_text()
-    (published / "i_id_mapping.csv").write_text("".join(f"B{line}\n" for line in text.splitlines()))
+    items = pd.read_csv(published / "i_id_mapping.csv", sep="\t", keep_default_na=False, dtype=str)
+    items["asin"] = "B" + items["asin"]
+    items.to_csv(published / "i_id_mapping.csv", sep="\t", index=False)
     with pytest.raises(DataError, match=r"19 of 19 items of .* are not in"):
         run(whole, "mmrec", tmp_path / "others", like=published)
     with pytest.raises(ConfigError, match="--like with --data"):
