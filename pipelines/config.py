@@ -183,11 +183,14 @@ class FinetuneConfig:
     method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
     loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
-        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target.",
+        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target;"
+        " reference-off: InfoNCE as in its public code.",
         "paper",
     )
     tau_cmsa: PositiveFloat | None = setting(
-        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference, 3 is the start of a learned one.", None
+        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference and reference-off, 3 is the start of a"
+        " learned one.",
+        None,
     )
     experts: Positive = setting("Experts of SDA's MoDA, which divide --lora-rank among them; 1 is plain LoRA.", 8)
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
