@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, StartMode, TailOver
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -299,7 +299,11 @@ class ExportConfig:
     )
     out: Place = setting("Embeddings folder to write.")
     images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
-    adapter: Path | None = setting("Adapter folder of `finetune`; without it, the plain backbone.", None)
+    adapter: Path | None = setting(
+        "Adapter folder of `finetune`, or a LoRA or DoRA folder in PEFT's format that another program made; without it,"
+        " the plain backbone.",
+        None,
+    )
     revision: str | None = setting("Revision of a hub backbone.", None)
     encoder_kind: EncoderKind = setting(
         "Kind of --encoder. sentence: titles only; clip: titles and images in one space; auto: what the folder holds.",
@@ -320,9 +324,9 @@ class ExportConfig:
         "Default: the adapter's, else 64; with the strategies of the VLM2Vec study 128, for title and category.", None
     )
     strategy: StrategyChoice | None = setting(
-        "Other prompts than the paper's, without --adapter. Those of the VLM2Vec study, with the item's category:"
-        " visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image end to end). Or"
-        " question: --instruction, about title and image together.",
+        "Other prompts than the paper's, without an --adapter of `finetune`. Those of the VLM2Vec study, with the"
+        " item's category: visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image"
+        " end to end). Or question: --instruction, about title and image together.",
         None,
     )
     instruction: str | None = setting(
@@ -380,6 +384,26 @@ class ExportConfig:
     dry_run: bool = setting(
         "Encode a few items, print what time and space the whole export would take, and write nothing.", False
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportAdapterConfig:
+    """Settings of `vlm2rec import-adapter`; those from --views on are recorded, and every later use takes them."""
+
+    adapter: Path = setting("LoRA or DoRA folder in PEFT's format, of PEFT, VLM2Vec, LLaMA-Factory or ms-swift.")
+    backbone: str = setting("Hub id or local folder of the model that it was trained on.")
+    out: Path = setting("Adapter folder to write.")
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    views: ViewChoice = setting("both, text or image.", "both")
+    fusion: FusionMode = setting("As for finetune.", "external")
+    fusion_norm: FusionNorm = setting("As for finetune.", "raw")
+    prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
+    prompt_style: PromptStyle = setting("vlm2rec or sda, as for finetune.", "vlm2rec")
+    pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
+    max_pixels: Positive = setting("Largest image area in pixels.", 224 * 224)
+    max_title_tokens: Positive = setting("Longer titles are cut.", 64)
+    dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,9 +517,15 @@ class TrainRecommenderConfig:
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
     column: View = setting("The view to start from.", "fused")
     mode: StartMode = setting(
-        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them.",
+        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
+        " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
+        " layers.",
         "adapter",
     )
+    fuse: Fuse = setting(
+        "With --mode fuse. sum: id row and adapted vector are added; gate: the vector gates the id.", "sum"
+    )
+    id_dropout: Fraction = setting("With --mode fuse: share of the id rows that training leaves out.", 0.1)
     adapter: Adapter = setting(
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU.", "linear"
     )
@@ -514,7 +544,12 @@ class TrainRecommenderConfig:
     max_epochs: Positive = setting("Largest number of epochs.", 200)
     eval_step: Positive = setting("Epochs between two validations.", 5)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
-    batch_size: Positive = setting("Training rows in a batch.", 256)
+    batch_size: Positive = setting("Targets in a batch.", 256)
+    positions: Positions = setting(
+        "last: a training row for every prefix, as RecBole has; all: SASRec and GRU4Rec learn all positions of a"
+        " sequence at once, several times as fast.",
+        "last",
+    )
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
     weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
     hidden_size: Positive = setting("Width d of the recommender.", 128)
@@ -554,6 +589,24 @@ class SearchConfig:
         " machine that the index names; an address is opened only if it is given here.",
         None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticIdsConfig:
+    """Settings of `vlm2rec semantic-ids`."""
+
+    embeddings: Place = setting("Embeddings folder.")
+    out: Path = setting("Folder to write: semantic_ids.parquet, codebook.safetensors.")
+    column: View = setting("Which view to code.", "fused")
+    levels: Positive = setting("Levels of the codebook; a last code, that tells equal items apart, comes on top.", 3)
+    codebook: Positive = setting("Codewords of a level.", 256)
+    balanced: bool = setting("Give every codeword of a level as many items.", False)
+    like: Path | None = setting(
+        "An earlier folder: its codebook, with its levels and size, codes new items, and its items keep their codes.",
+        None,
+    )
+    sample: Positive = setting("Number of items whose neighbours are compared.", 1000)
+    seed: Count = setting("Seed of the samples and of k-means.", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

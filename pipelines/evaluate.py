@@ -148,6 +148,7 @@ def _encode_histories(
     config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
 ) -> Views:
     """Return the sequence encoder's user vectors; it must be the encoder that made the table."""
+    from vlm2rec.embedder.adapters.lora import is_foreign
     from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
@@ -171,7 +172,7 @@ def _encode_histories(
         dtype=config.dtype,
         device=config.device,
         token_budget=config.token_budget,
-        **(settings if config.adapter is None else {}),
+        **(settings if config.adapter is None or is_foreign(config.adapter) else {}),
     )
     _require_same_encoder(encoder.fingerprint, exported, config)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)

@@ -12,9 +12,7 @@ from torch import nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed
-from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import pick_device
-from vlm2rec.embedder.backbones.lora import (
+from vlm2rec.embedder.adapters.lora import (
     FILES,
     Canary,
     backbone_licence,
@@ -24,6 +22,8 @@ from vlm2rec.embedder.backbones.lora import (
     read_adapter,
     save_adapter,
 )
+from vlm2rec.embedder.backbones import model_files
+from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -230,7 +230,11 @@ def _is_finished(config: FinetuneConfig) -> bool:
         return False
     folder = config.out / CHECKPOINTS
     if (config.out / schema.ADAPTER_FILE).is_file():
-        _refuse_change(config, read_adapter(config.out)["config"])
+        adapter = read_adapter(config.out)
+        if adapter.get("kind") == "peft":
+            found = f"--out {config.out} is an adapter that import-adapter wrote"
+            raise ConfigError(found, "a folder of an earlier finetune, or a new one", "choose another --out")
+        _refuse_change(config, adapter["config"])
         if distributed.is_main() and _run_of(config):  # killed after its last file, before it had removed these
             checkpoints.discard(folder)
         return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from vlm2rec.downstream.recbole import plugin
+from vlm2rec.downstream.recbole import plugin, windows
 from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE
 from vlm2rec.downstream.recbole.run import (
     OLD_CHECKPOINT_FILE,
@@ -114,7 +114,13 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
     if "column" in changed:
         settings[plugin.COLUMN] = config.column
     if "mode" in changed:
-        settings[plugin.TRAINABLE] = config.mode == "table"
+        settings |= {plugin.MODE: config.mode, plugin.TRAINABLE: None}
+    if "fuse" in changed:
+        settings[plugin.FUSE] = config.fuse
+    if "id_dropout" in changed:
+        settings[plugin.ID_DROPOUT] = config.id_dropout
+    if "positions" in changed:
+        settings[windows.KEY] = config.positions
     if "missing" in changed:
         settings[plugin.MISSING] = config.missing
     if "adapter" in changed:
@@ -212,7 +218,8 @@ class _Display:
 def _summarise(outcome: Outcome) -> None:
     metrics = outcome.metrics
     layers = "" if metrics["adapter"] in (None, "linear") else f", {metrics['adapter']}"
-    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']}{layers})"
+    mode = f"{metrics['mode']} by {metrics['fuse']}" if metrics["fuse"] else metrics["mode"]
+    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({mode}{layers})"
     if metrics["pca"]:
         start += f", {metrics['pca']['components']} components with {metrics['pca']['explained']:.1%} of the variance"
     rows: dict[str, object] = {
@@ -232,6 +239,10 @@ def _summarise(outcome: Outcome) -> None:
             where = _TAIL_OVER[tail.get("over", "train")]
             rows[f"tail, {tail['users']} users"] = (
                 f"{_figures(tail['candidates'])} (target below {tail['below']} {where})"
+            )
+        if metrics["cold"]["users"]:
+            rows[f"cold, {metrics['cold']['users']} users"] = (
+                f"{_figures(metrics['cold']['candidates'])} (target never in training)"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])

@@ -19,7 +19,7 @@ import torch
 from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, moda
+from vlm2rec.embedder.adapters import lora, moda
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, ModelError

@@ -329,6 +329,36 @@ def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkey
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
 
 
+def test_an_item_that_training_never_saw_is_found_by_its_vector_where_ids_cannot(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    cold = {"i7", "i20", "i33"}
+    sequences = [s for s in cyclic_sequences(ITEMS, 500, longest=8) if not cold.intersection(s[:-1])]
+    wanted = sum(s[-1] in cold for s in sequences)
+    data = write_dataset(tmp_path / "data", sequences, ITEMS, max_history=6, candidates=20)
+    found = {}
+    for mode in (None, "fuse"):
+        config = TrainRecommenderConfig(
+            data=data,
+            out=tmp_path / str(mode),
+            model="SASRec",
+            embeddings=embeddings if mode else None,
+            **({"mode": mode} if mode else {}),
+            positions="all",
+            hidden_size=32,
+            max_epochs=30,
+            learning_rate=5e-3,
+            batch_size=64,
+            device="cpu",
+        )
+        found[mode] = train_recommender.run(config)
+        assert found[mode]["cold"]["users"] == wanted > 10
+    chance = sum(1 / np.log2(rank + 1) for rank in range(1, 11)) / 21
+    assert found["fuse"]["cold"]["candidates"]["N@10"] > 1.5 * chance
+    assert found[None]["cold"]["candidates"]["N@10"] < chance  # a negative of every softmax, a target of none
+    assert found["fuse"]["full"]["N@10"] > found[None]["full"]["N@10"]
+
+
 def test_the_tail_over_all_interactions_counts_the_held_out_items_too(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +379,7 @@ def test_the_tail_over_all_interactions_counts_the_held_out_items_too(
 def test_where_nobody_wants_a_rare_item_the_tail_has_no_metrics(data: Path) -> None:
     metrics, _ = evaluate(Scorer(lambda items: items), FIELDS, Dataset(data), ITEMS)
     assert metrics["tail"] == {"below": 4, "users": 0, "candidates": {}, "full": {}}
+    assert metrics["cold"] == {"users": 0, "candidates": {}, "full": {}}
 
 
 def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:
@@ -701,11 +732,25 @@ def from_ids(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("model", schema.RECOMMENDERS[:3])
+@pytest.mark.parametrize(
+    ("model", "positions"), [*((model, "last") for model in schema.RECOMMENDERS[:3]), ("SASRec", "all")]
+)
 def test_every_sequential_model_aligns_its_vectors_with_the_table_of_a_run_from_ids(
-    model: str, data: Path, embeddings: Path, from_ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str,
+    positions: str,
+    data: Path,
+    embeddings: Path,
+    from_ids: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given: dict[str, Any] = SMALL | {"data": data, "model": model, "embeddings": embeddings, "learning_rate": 1e-2}
+    given: dict[str, Any] = SMALL | {
+        "data": data,
+        "model": model,
+        "positions": positions,
+        "embeddings": embeddings,
+        "learning_rate": 1e-2,
+    }
     given |= {"adapter": "two-linear", "pca": 6}
     before = (from_ids / "checkpoint.safetensors").read_bytes()
     aligned = TrainRecommenderConfig(out=tmp_path / "a", align_with=from_ids, align_weight=5.0, **given)

@@ -131,9 +131,9 @@ def tail_users(frequency: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.asarray(frequency[targets] < TAIL)
 
 
-def tail_means(metrics: Mapping[str, np.ndarray], tail: np.ndarray) -> dict[str, float]:
-    """Return the mean of each per-user metric over the users of the long tail; empty if there are none."""
-    return mean_over_users({name: values[tail] for name, values in metrics.items()}) if tail.any() else {}
+def group_means(metrics: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, float]:
+    """Return the mean of each per-user metric over some users, (U,) bool; empty if there are none."""
+    return mean_over_users({name: values[users] for name, values in metrics.items()}) if users.any() else {}
 
 
 # --- scores and counts --------------------------------------------------------------------------------------

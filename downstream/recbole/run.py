@@ -30,7 +30,7 @@ import yaml
 
 from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
 from vlm2rec.downstream.options import TailOver
-from vlm2rec.downstream.recbole import compat, plugin
+from vlm2rec.downstream.recbole import compat, plugin, windows
 from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE, ITEMS, Alignment, hash_of
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -230,6 +230,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             "give --model, or a `model:` line in the YAML",
         )
     plugin.read_flag(settings)
+    windows.read_positions(settings, has_folder=folder is not None)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
@@ -358,11 +359,17 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
             f"at least {longest - 1} items, or shorter lists",
             "name a --config with, for instance, `topk: [5]` and `valid_metric: NDCG@5`",
         )
+    if folder is not None and windows.is_set(config.final_config_dict):
+        lengths = np.array([len(sequence) for sequence in folder.train_sequences()])
+        longest, size = config["MAX_ITEM_LIST_LENGTH"], config["train_batch_size"]
+        config["train_batch_size"] = windows.rows_in_batch(lengths, longest, size)
     with _refusals("the data"):
         train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with _refusals("the model's settings"):
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    if windows.is_set(config.final_config_dict):
+        windows.learn_all_positions(model)
     # run_recbole counts FLOPs here, and for BERT4Rec that draws the random mask of one row
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
@@ -465,8 +472,10 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "task": 2,
         "dataset": config["dataset"] if folder is None else folder.name,
         "model": config["model"],
+        "positions": "all" if windows.is_set(config.final_config_dict) else "last",
         "start": "id" if start is None else start.column,
-        "mode": None if start is None else ("table" if start.trainable else "adapter"),
+        "mode": None if start is None else start.mode,
+        "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
         "adapter": None if start is None else start.adapter,
         "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
         "embeddings": None if start is None else str(start.folder),
@@ -480,6 +489,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "candidates_std": None,
         "full": None,
         "tail": None,
+        "cold": None,
         "popularity": None,
         "recbole": trained.recbole,
         "epochs": len(training_log.epochs),

@@ -45,7 +45,7 @@ def _no_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.lora import add_lora
+    from vlm2rec.embedder.adapters.lora import add_lora
 
     return add_lora(backbone, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
 
@@ -201,7 +201,7 @@ def _item_samples(settings: Settings, dataset: Dataset) -> ItemSamples:
 
 
 def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+    from vlm2rec.embedder.adapters.moda import ModaSettings, add_moda
 
     if settings.experts == 1:
         return _lora(settings, backbone)

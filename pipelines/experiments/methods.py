@@ -444,6 +444,11 @@ def _export_settings(context: RunContext) -> Json:
     return {**context.study.export, **context.method.export, **context.method.options}
 
 
+def _adapter(context: RunContext) -> Path | str | None:
+    """Return the adapter folder that the method has trained, or the one that its `export` names."""
+    return context.trained or _export_settings(context).get("adapter")
+
+
 def training_method(study: Study, method: Method) -> str:
     """Return the `--method` of `finetune` that trains this method of the study."""
     return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
@@ -452,7 +457,7 @@ def training_method(study: Study, method: Method) -> str:
 def _export(context: RunContext) -> Step:
     values = _export_settings(context)
     after = [] if context.trained is None else [context.trained]
-    given = {"data": context.data, "backbone": context.backbone, "adapter": context.trained}
+    given = {"data": context.data, "backbone": context.backbone, "adapter": _adapter(context)}
     return context.step(
         "export-items",
         settings.ExportConfig,
@@ -509,7 +514,7 @@ def _evaluate(context: RunContext, embeddings: Path) -> Step:
     values |= {"data": context.data, "embeddings": embeddings}
     # the prompt of a strategy holds one item, not a history
     if source.encodes_users and not _export_settings(context).get("strategy"):
-        values |= {"backbone": context.backbone, "adapter": context.trained}
+        values |= {"backbone": context.backbone, "adapter": _adapter(context)}
     after = [embeddings, *([context.trained] if context.trained else [])]
     return context.step(
         "evaluate", settings.EvaluateConfig, context.out("evaluate"), schema.METRICS_FILE, after, **values
