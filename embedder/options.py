@@ -65,5 +65,7 @@ EngineName = Literal["local", "ray"]
 
 # --- reading what was exported --------------------------------------------------------------------------------
 View = Literal["fused", "text", "image"]
+Column = Literal[View, "concat"]
+"""A view, or text and image end to end, which every reader makes of a table with both."""
 Split = Literal["valid", "test"]
 """Which of a user's last two items is held out and ranked."""

@@ -184,9 +184,9 @@ def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
     """Return CMSA as in the paper's public code, a scalar.
 
     It differs from `cmsa` as follows. Vectors are not normalised; those longer than 768 numbers are averaged in groups
-    to 768 (`grouped_means`). The teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher while it flattens the student. The
-    teacher is not held constant. The transposed direction takes Tᵀ, whose rows do not sum to 1. The loss is
-    cross-entropy, not KL.
+    to 768 (`grouped_means`). The teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher while it flattens
+    the student. The teacher is not held constant. The transposed direction takes Tᵀ, whose rows do not sum to 1. The
+    loss is cross-entropy, not KL.
 
     Args:
         image: image vectors of the items, (N, d).
