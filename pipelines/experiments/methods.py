@@ -660,7 +660,9 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
     runs with a seed hold only the recommenders.
     """
     tasks = {task for plan in plans for task in plan.tasks}
-    planned = [model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)]
+    planned = [
+        model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)
+    ]
     models = [model for model in planned if model in (context.method.models or planned)]
     if source.embed is None:
         return [_recommend(context, model, None) for model in models]
