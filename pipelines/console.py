@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -47,9 +49,20 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "")
 
 
+LINE_SECONDS = 30.0
+"""Without a terminal, how often a line says how far the work is."""
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Advance]:
-    """Show a bar with rate, elapsed and remaining time; yields a function that advances it by n."""
+    """Show a bar with rate, elapsed and remaining time; yields a function that advances it by n.
+
+    Without a terminal, for a log file, a line says the same every half minute, also while one step takes long.
+    """
+    if not log.is_terminal:
+        with _lines(description, total) as advance:
+            yield advance
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -67,6 +80,43 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
             bar.update(task, advance=count, **{name: value for name, value in changes.items() if value is not None})
 
         yield advance
+
+
+@contextmanager
+def _lines(description: str, total: int | None) -> Iterator[Advance]:
+    state: dict[str, Any] = {"description": description, "total": total, "done": 0}
+    begun = time.monotonic()
+    ended = threading.Event()
+
+    def advance(count: int, *, total: int | None = None, description: str | None = None) -> None:
+        state["done"] += count
+        state.update({k: v for k, v in (("total", total), ("description", description)) if v is not None})
+
+    def speak() -> None:
+        while not ended.wait(LINE_SECONDS):
+            log.print(_line(**state, seconds=time.monotonic() - begun), soft_wrap=True)
+
+    speaker = threading.Thread(target=speak, name="progress lines", daemon=True)
+    speaker.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        speaker.join()
+
+
+def _line(description: str, total: int | None, done: int, seconds: float) -> str:
+    """Return how far the work is, such as `encoding items: 512 of 4,096, 17.1/s, 0:00:30, about 0:03:30 left`."""
+    of = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+    parts = [of, f"{done / seconds:.1f}/s" if done else "", _clock(seconds)]
+    if total and done:
+        parts.append(f"about {_clock(seconds / done * max(0, total - done))} left")
+    return f"{description.strip()}: {', '.join(part for part in parts if part)}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 class Terminal:
