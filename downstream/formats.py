@@ -125,12 +125,14 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
             "at least one",
             "convert one column at a time",
         )
-    return Selection(folder, tuple(columns), schema.dims_of(schema.read_manifest(folder)), kept, means, gaps)
+    manifest = schema.read_manifest(folder)
+    dims = {column: schema.dim_of(manifest, column) for column in columns}
+    return Selection(folder, tuple(columns), dims, kept, means, gaps)
 
 
 def no_vectors(folder: Location, column: str) -> ArtifactError:
     """Return the error of a view without a single vector."""
-    views = ", ".join(schema.read_manifest(folder).get("views", schema.VIEWS))
+    views = ", ".join(schema.columns_of(schema.read_manifest(folder)))
     return ArtifactError(f"{folder} has no vector in column {column!r}", f"one of {views}", "choose another --columns")
 
 

@@ -35,8 +35,8 @@ EncoderPooling = Literal["auto", "mean", "cls", "last"]
 """Of a frozen text encoder; `auto`: what its folder says, else the mean."""
 
 # --- training -------------------------------------------------------------------------------------------------
-Alignment = Literal["paper", "reference", "off"]
-"""SDA's CMSA: as in its paper, as in its public code, or without the soft target."""
+Alignment = Literal["paper", "reference", "off", "reference-off"]
+"""SDA's CMSA: as in its paper, as in its public code; without the soft target, or so as in its public code."""
 SDA_PROBED: Final = ("q_proj", "k_proj")
 """Projections of the last layer where SDA's gradients of text and image are compared (its section 3.3.3)."""
 SamplesMode = Literal["last", "random", "all"]
@@ -65,5 +65,7 @@ EngineName = Literal["local", "ray"]
 
 # --- reading what was exported --------------------------------------------------------------------------------
 View = Literal["fused", "text", "image"]
+Column = Literal[View, "concat"]
+"""A view, or text and image end to end, which every reader makes of a table with both."""
 Split = Literal["valid", "test"]
 """Which of a user's last two items is held out and ranked."""

@@ -57,7 +57,8 @@ _VALUE = 100  # characters
 def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
-    In the style of SDA: `The product has the image: <image>`.
+    In the style of SDA: `The product has the image: <image>`, in the order that its paper prints; in the chat messages
+    of its code the image comes first.
     """
     if prompt_style == "sda":
         _single_item(count)

@@ -19,6 +19,7 @@ from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartM
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
+    Column,
     DeviceName,
     DtypeName,
     EncoderKind,
@@ -183,11 +184,14 @@ class FinetuneConfig:
     method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
     loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
-        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target.",
+        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target;"
+        " reference-off: InfoNCE as in its public code.",
         "paper",
     )
     tau_cmsa: PositiveFloat | None = setting(
-        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference, 3 is the start of a learned one.", None
+        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference and reference-off, 3 is the start of a"
+        " learned one.",
+        None,
     )
     experts: Positive = setting("Experts of SDA's MoDA, which divide --lora-rank among them; 1 is plain LoRA.", 8)
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
@@ -512,7 +516,7 @@ class TrainRecommenderConfig:
     out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
     model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
-    column: View = setting("The view to start from.", "fused")
+    column: Column = setting("The view to start from; concat: text and image end to end, of twice the length.", "fused")
     mode: StartMode = setting(
         "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
         " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
@@ -567,7 +571,7 @@ class BuildIndexConfig:
 
     embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Index folder to write.")
-    column: View = setting("Which view to index.", "fused")
+    column: Column = setting("Which view to index; concat: text and image end to end.", "fused")
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
     data: Place | None = setting("Dataset folder for titles in search results. Default: that of the export.", None)
     sample: Positive = setting("Number of queries to measure recall@10.", 1000)
@@ -614,8 +618,9 @@ class ConvertConfig:
     to: str = setting(f"{_rows(FORMATS)}.", choices=FORMATS)
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
-        "Views to write, of fused, text, image. Default: for mmrec text and image, or fused if it is the only one; for"
-        " npy, safetensors and lance all views; for cornac and recbole, which hold one, fused.",
+        "Views to write, of fused, text, image, concat (text and image end to end). Default: for mmrec text and image,"
+        " or fused if it is the only one; for npy, safetensors and lance all views; for cornac and recbole, which hold"
+        " one, fused.",
         (),
     )
     missing: Literal["auto", "skip", "mean", "error"] = setting(

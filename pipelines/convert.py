@@ -80,8 +80,8 @@ def _refuse_unused_flags(config: ConvertConfig) -> None:
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:
-    views = [view for view in schema.VIEWS if view in manifest.get("views", schema.VIEWS)]
-    chosen = list(dict.fromkeys(config.columns)) or form.columns(views)
+    views = schema.columns_of(manifest)
+    chosen = list(dict.fromkeys(config.columns)) or form.columns([view for view in views if view != schema.CONCAT])
     absent = [column for column in chosen if column not in views]
     if absent:
         raise ConfigError(
@@ -91,6 +91,12 @@ def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[st
         )
     if len(chosen) > form.most_columns:
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
+    if config.to == "mmrec" and schema.CONCAT in chosen:
+        raise ConfigError(
+            f"--columns {','.join(chosen)} with mmrec, whose models put text and image together themselves",
+            "text, image, or both",
+            "leave concat out",
+        )
     if config.to == "mmrec" and schema.FUSED in chosen and len(chosen) > 1:
         raise ConfigError(
             f"--columns {','.join(chosen)} with mmrec, which takes two kinds of vectors",
@@ -126,7 +132,7 @@ def _record(
     return {
         "to": config.to,
         "columns": columns,
-        "dims": {column: schema.dims_of(manifest)[column] for column in columns},
+        "dims": {column: schema.dim_of(manifest, column) for column in columns},
         "missing": missing,
         **({"like": str(config.like.resolve())} if config.like else {}),
         **({"repeats": config.repeats} if config.repeats else {}),

@@ -92,6 +92,23 @@ def mean_without(vectors: np.ndarray, *items: str) -> np.ndarray:
     return np.delete(vectors, [row(item) for item in items], 0).mean(0, dtype=np.float64)
 
 
+# --- text and image end to end -----------------------------------------------------------------------------------
+def test_concat_is_a_column_of_every_format_but_mmrec(whole: Path, holed: Path, data: Path, tmp_path: Path) -> None:
+    record = run(holed, "npy", tmp_path / "npy", columns=("concat",))
+    assert record["dims"] == {"concat": 2 * DIM}
+    kept = [item for item in ITEMS if item not in (*PICTURELESS, FAILED)]
+    assert ids_of(tmp_path / "npy") == kept
+    both = np.concatenate([TEXT, IMAGE], axis=1)
+    np.testing.assert_array_equal(np.load(tmp_path / "npy" / "concat.npy"), both[[row(item) for item in kept]])
+    assert sorted(listed(tmp_path / "npy")) == sorted((item, "concat", "left out") for item in (*PICTURELESS, FAILED))
+    run(whole, "cornac", tmp_path / "cornac", columns=("concat",))
+    assert np.load(tmp_path / "cornac" / "features.npy").shape[1] == 2 * DIM
+    run(whole, "npy", tmp_path / "all")
+    assert not (tmp_path / "all" / "concat.npy").exists(), "a default has what is stored"
+    with pytest.raises(ConfigError, match="concat with mmrec, whose models put text and image together themselves"):
+        run(whole, "mmrec", tmp_path / "mmrec", columns=("concat",), data=data)
+
+
 # --- the embeddings folder itself -------------------------------------------------------------------------------
 def test_duckdb_reads_the_parquet_shards_as_they_are(holed: Path) -> None:
     import duckdb

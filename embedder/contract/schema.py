@@ -56,6 +56,8 @@ TEXT = "text"
 IMAGE = "image"
 VIEWS = (FUSED, TEXT, IMAGE)
 MODALITIES = (TEXT, IMAGE)
+CONCAT = "concat"  # no column of a shard: text and image end to end, made on reading
+COLUMNS = (*VIEWS, CONCAT)
 STATUS = "status"
 ERROR = "error"
 INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
@@ -113,6 +115,23 @@ def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
     `dim` is then the length of `fused`.
     """
     return {view: int(described.get("dims", {}).get(view, described["dim"])) for view in VIEWS}
+
+
+def dim_of(described: Mapping[str, Any], column: str) -> int:
+    """Return the length of the vectors in a column: a view, or `CONCAT`."""
+    dims = dims_of(described)
+    return sum(dims[view] for view in stored_columns(column))
+
+
+def stored_columns(column: str) -> tuple[str, ...]:
+    """Return the columns of a shard that a column is read from; `CONCAT` needs both modalities."""
+    return MODALITIES if column == CONCAT else (column,)
+
+
+def columns_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the columns that can be read from a table: its views and, if it has both modalities, `CONCAT`."""
+    views = [view for view in VIEWS if view in manifest.get("views", VIEWS)]
+    return [*views, CONCAT] if {*MODALITIES} <= {*views} else views
 
 
 def modalities_of(views: Sequence[str]) -> tuple[str, ...]:

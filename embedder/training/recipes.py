@@ -216,7 +216,8 @@ def _item_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, it
 
 
 def _alignment_title(settings: Settings) -> str:
-    aligned = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce"}[settings.cmsa]
+    names = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce", "reference-off": "infonce as coded"}
+    aligned = names[settings.cmsa]
     return f"sda, {aligned}, {'moda' if settings.experts > 1 else 'lora'}"
 
 
