@@ -8,7 +8,7 @@ the family's chat template and opens the assistant's turn, so that the answer wo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vlm2rec.embedder import chat_template
@@ -102,6 +102,11 @@ DETAILS = "Product details:"
 def product_text(title: str, category: str) -> str:
     """Return `[TITLE], category: [CATEGORY]`, or only the part that is not blank."""
     return ", ".join(part for part in (title, category and f"category: {category}") if part)
+
+
+def attribute_text(attributes: Mapping[str, str]) -> str:
+    """Return `title is ...; category is ...; brand is ...`, without the attributes that are blank (LLMEmb)."""
+    return "; ".join(f"{name} is {value}" for name, value in attributes.items() if value)
 
 
 def visual_prompt() -> Prompt:

@@ -183,6 +183,11 @@ class FinetuneConfig:
         "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference, 3 is the start of a learned one.", None
     )
     experts: Positive = setting("Experts of SDA's MoDA, which divide --lora-rank among them; 1 is plain LoRA.", 8)
+    drop_ratio: Fraction = setting(
+        "Share of an item's attributes that LLMEmb drops from each of its two texts; one stays. 0 only shuffles them.",
+        0.4,
+    )
+    tau_scft: PositiveFloat = setting("Start of the learned temperature of LLMEmb's contrast.", 0.02)
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
     lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
@@ -199,7 +204,8 @@ class FinetuneConfig:
     wpcl: bool = setting("Add WPCL (Eq. 10); off leaves λ·CRTR alone.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
     views: ViewChoice = setting(
-        "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read.",
+        "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
+        " LLMEmb: text.",
         "both",
     )
     fusion: FusionMode = setting(
@@ -210,17 +216,22 @@ class FinetuneConfig:
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
-    max_title_tokens: Positive = setting("Titles are cut to this many tokens.", 64)
+    max_title_tokens: Positive = setting("Titles are cut to this many tokens. LLMEmb: 256, for all attributes.", 64)
     pooling: Pooling = setting(
-        "A vector is the state of the last token (last) or the mean of all (mean). SDA: mean.", "last"
+        "A vector is the state of the last token (last) or the mean of all (mean). SDA and LLMEmb: mean.", "last"
     )
     prompt_style: PromptStyle = setting(
-        "Whose prompts: vlm2rec's, or sda's, which are for single items only. SDA: sda.", "vlm2rec"
+        "Whose prompts: vlm2rec's, or sda's, which are for single items only. SDA and LLMEmb: sda.", "vlm2rec"
     )
-    lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA: 8.", 16)
+    item_text: str = setting(
+        "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
+        " all, make a list of attributes (title is ..., brand is ...). LLMEmb: all.",
+        "title",
+    )
+    lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA and LLMEmb: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
-    lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-5)
+    lora_dropout: Fraction = setting("LoRA dropout. SDA and LLMEmb: 0.1.", 0.2)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. LLMEmb: 2e-4.", 1e-5)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
@@ -230,7 +241,7 @@ class FinetuneConfig:
     warmup: Fraction = setting("Share of the steps with a rising learning rate.", 0.0)
     schedule: Schedule = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting(
-        "Users in a batch on one device; a step of N processes has N times as many. SDA: 32 items.", 8
+        "Users in a batch on one device; a step of N processes has N times as many. SDA and LLMEmb: 32 items.", 8
     )
     negatives: Negatives = setting(
         "Negatives of several processes. local: the targets of a process's own batch; global: those of all batches.",
@@ -318,6 +329,9 @@ class ExportConfig:
     )
     prompt_style: PromptStyle | None = setting(
         "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
+    )
+    item_text: str | None = setting(
+        "Columns of the catalogue that are an item's text, as for finetune. Default: the adapter's, else title.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting(

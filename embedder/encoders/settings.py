@@ -27,6 +27,9 @@ from vlm2rec.embedder.options import (
 )
 
 _LARGEST = 2**31  # of a number in an adapter's settings
+_LONGEST = 1000  # characters of a list of columns
+# settings that came later: with the default, they are left out of a fingerprint, so that earlier exports can continue
+_LATER = ("prompt_style", "item_text")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,21 @@ class EncoderSettings:
     views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
     prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
+    item_text: str = schema.TITLE  # columns of the catalogue in the prompts, with commas between; see `item_texts`
 
     def __post_init__(self) -> None:
+        if not all(name.strip() for name in self.item_text.split(",")) or len(self.item_text) > _LONGEST:
+            raise ConfigError(
+                f"--item-text {self.item_text[:80]!r}",
+                "names of columns of the catalogue with commas between, such as title,category,brand, or all",
+                "correct it",
+            )
+        if self.item_text != schema.TITLE and self.views == schema.IMAGE:
+            raise ConfigError(
+                f"--item-text {self.item_text} with --views image, which reads no text",
+                "--views text or both",
+                "leave --item-text out",
+            )
         if self.fusion == "internal" and self.prompt_style == "sda":
             raise ConfigError(
                 "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
@@ -85,6 +101,7 @@ class EncoderSettings:
         for name, value in known.items():
             choices = get_args(hints.get(name))
             fits = value in choices if choices else type(value) is int and 0 < value <= _LARGEST
+            fits |= hints.get(name) is str and isinstance(value, str)
             if name not in hints or not fits:
                 raise ModelError(
                     f"the adapter was trained with {name} = {str(value)[:80]!r}",
@@ -132,6 +149,7 @@ class GivenSettings(TypedDict, total=False):
     views: ViewChoice | None
     pooling: Pooling | None
     prompt_style: PromptStyle | None
+    item_text: str | None
 
 
 def fingerprint_of(
@@ -162,8 +180,9 @@ def fingerprint_of(
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
     decisive = settings.stored()
-    if settings.prompt_style == EncoderSettings.prompt_style:  # so that exports from before this setting can continue
-        del decisive[schema.stored_name("prompt_style")]
+    for name in _LATER:
+        if getattr(settings, name) == getattr(EncoderSettings, name):
+            del decisive[schema.stored_name(name)]
     return {
         "backbone_hash": model_files.backbone_hash(files),
         "processor_hash": model_files.processor_hash(files),

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.settings import fingerprint_of
@@ -42,12 +41,6 @@ _SETTINGS: Mapping[Strategy, Mapping[str, str]] = {
     "prompt2": {"fusion": "internal"},
     "dual": {},
 }
-
-
-def item_text(dataset: Dataset, settings: Mapping[str, Any], row: int) -> str:
-    """Return the text of an item in an export's prompts: its title and, with a strategy, its category."""
-    title = dataset.titles[row] or ""
-    return product_text(title, dataset.categories[row]) if "strategy" in settings else title
 
 
 class StrategyEncoder(ItemEncoder):

@@ -99,7 +99,9 @@ def _hashes(data: dict[str, Any]) -> str:
 
 def _asked(encoder: dict[str, Any]) -> str:
     numbered = (
-        "of single items" if encoder.get(schema.stored_name("prompt_style")) == "sda" else "items numbered from 0"
+        "items numbered from 0"
+        if encoder.get(schema.stored_name("prompt_style"), "vlm2rec") == "vlm2rec"
+        else "of single items"
     )
     pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
     return f"{numbered}, the vector is {pooled}"
@@ -137,9 +139,11 @@ def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
     if encoder["fusion"] == "internal":
         return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
     prompt_style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
-    items = 1 if prompt_style == "sda" else 2
+    items = 2 if prompt_style == "vlm2rec" else 1
+    text = str(encoder.get("item_text", schema.TITLE))
+    placeholder = "ATTRIBUTES" if text == schema.ALL_COLUMNS or "," in text else text.upper()
     both = {
-        schema.TEXT: prompts.text_prompt(["TITLE"] * items, prompt_style),
+        schema.TEXT: prompts.text_prompt([placeholder] * items, prompt_style),
         schema.IMAGE: prompts.image_prompt(items, prompt_style),
     }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlm2rec.embedder.contract.dataset import Dataset
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures
+    from vlm2rec.embedder.training.llmemb import AttributeModel, AttributeSamples
     from vlm2rec.embedder.training.samples import Samples
     from vlm2rec.embedder.training.sda import ItemModel, ItemSamples
     from vlm2rec.embedder.training.train import Model, TrainingSamples
@@ -181,9 +182,10 @@ def _loss_title(settings: Settings) -> str:
 
 
 def _check_histories(settings: Settings) -> None:
-    if settings.prompt_style == "sda":
+    if settings.prompt_style != "vlm2rec":
         raise ConfigError(
-            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts are for single items",
+            f"--prompt-style {settings.prompt_style} with --method {settings.method}, which trains on sequences: these"
+            " prompts are for single items",
             "--prompt-style vlm2rec, or --method sda",
             "change one of the two",
         )
@@ -234,6 +236,52 @@ def _alignment_advice(settings: Settings, behind: bool) -> Sequence[str]:
     return ("a lower --tau-cmsa", "--cmsa off (InfoNCE)")
 
 
+def _attribute_samples(settings: Settings, dataset: Dataset) -> AttributeSamples:
+    from vlm2rec.embedder.encoders.item_texts import attributes_of
+    from vlm2rec.embedder.training.llmemb import AttributeSamples
+
+    return AttributeSamples(attributes_of(dataset, settings.item_text), settings.drop_ratio, settings.seed)
+
+
+def _attribute_model(
+    settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures
+) -> AttributeModel:
+    from vlm2rec.embedder.training.llmemb import AttributeModel, TextContrast
+
+    return AttributeModel(encoder, wrapped, items, TextContrast(settings.tau_scft), settings.chunk_users)
+
+
+def _check_attributes(settings: Settings) -> None:
+    if settings.views != "text":
+        raise ConfigError(
+            f"--method llmemb with --views {settings.views}: it contrasts two texts of an item",
+            "--views text",
+            "leave --views out",
+        )
+    if settings.prompt_style != "sda":
+        raise ConfigError(
+            f"--method llmemb with --prompt-style {settings.prompt_style}, whose prompts are not for attributes",
+            "--prompt-style sda, the prompt with attributes that SDA took over from LLMEmb",
+            "leave --prompt-style out",
+        )
+    if settings.item_text != "all" and "," not in settings.item_text:
+        raise ConfigError(
+            f"--method llmemb with --item-text {settings.item_text}: of a single attribute nothing can be dropped",
+            "several columns, such as title,category,brand, or all",
+            "name more columns, or leave --item-text out",
+        )
+    if settings.drop_ratio == 0 and settings.lora_dropout == 0:
+        raise ConfigError(
+            "--drop-ratio 0 with --lora-dropout 0: the two texts of an item would differ in their order alone",
+            "one of the two above 0",
+            "change one of the two",
+        )
+
+
+def _attribute_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a higher --tau-scft (now {settings.tau_scft:g})",)
+
+
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
         help="users' histories, by --loss",
@@ -261,6 +309,27 @@ METHODS: dict[str, Recipe] = {
         advice=_alignment_advice,
         shown=("own_text_first", "tau"),
         probed=SDA_PROBED,
+    ),
+    "llmemb": Recipe(
+        help="two texts of an item, with attributes dropped (LLMEmb)",
+        samples=_attribute_samples,
+        model=_attribute_model,
+        title=lambda settings: f"llmemb, scft, {settings.drop_ratio:g} dropped",
+        own=("drop_ratio", "tau_scft"),
+        defaults={
+            "views": "text",
+            "item_text": "all",
+            "pooling": "mean",
+            "prompt_style": "sda",
+            "max_title_tokens": 256,
+            "lora_rank": 8,
+            "lora_dropout": 0.1,
+            "learning_rate": 2e-4,
+            "batch_size": 32,
+        },
+        check=_check_attributes,
+        advice=_attribute_advice,
+        shown=("own_text_first", "tau"),
     ),
 }
 """The training methods, by `--method`."""
