@@ -151,7 +151,7 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     settings = EncoderSettings.of_export(exported)
     if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
         raise ModelError(
-            f"{config.embeddings} was exported with the prompts and the pooling of SDA",
+            f"{config.embeddings} was exported with the prompts or the pooling of another method",
             "an export with VLM2Rec's, which a chat template and a pooling module can express",
             "convert to another format",
         )

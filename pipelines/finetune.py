@@ -124,10 +124,11 @@ def _save(
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
     settings = _provenance(config, dataset, samples, encoder, wrapped, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
+    card = model_card(settings, best)
     _require_ours(config)
     with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
         _remember_run(config, publishing=True)
-        save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
+        save_adapter(wrapped, config.out, settings, canary, training.curves, card, encoder.late_fusion)
     checkpoints.discard(config.out / CHECKPOINTS)
 
 

@@ -14,7 +14,10 @@ from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.experiments.methods import RIVALS, read_study, training_method
 
 Tiny = Callable[[str], Path]
-TRAINED = {"llmemb": ["LLMEmb", "LLMEmb w/o dropping"]}
+TRAINED = {
+    "llmemb": ["LLMEmb", "LLMEmb w/o dropping"],
+    "notellm2": ["NoteLLM-2", "NoteLLM-2 w/o mICL", "NoteLLM-2 w/o late fusion"],
+}
 
 
 def test_the_rivals_are_run_only_on_request_beside_their_ablations() -> None:

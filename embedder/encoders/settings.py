@@ -16,10 +16,12 @@ from vlm2rec.embedder.backbones.families import checked_files, load_processor, r
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import (
+    Attention,
     DeviceName,
     DtypeName,
     FusionMode,
     FusionNorm,
+    LateFusion,
     Pooling,
     PromptMode,
     PromptStyle,
@@ -29,7 +31,7 @@ from vlm2rec.embedder.options import (
 _LARGEST = 2**31  # of a number in an adapter's settings
 _LONGEST = 1000  # characters of a list of columns
 # settings that came later: with the default, they are left out of a fingerprint, so that earlier exports can continue
-_LATER = ("prompt_style", "item_text")
+_LATER = ("prompt_style", "attention", "late_fusion", "item_text")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class EncoderSettings:
     views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
     prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
+    attention: Attention = "causal"  # bidirectional: a token sees those after it, too
+    late_fusion: LateFusion = "off"  # NoteLLM-2's gate, whose weights are part of an adapter
     item_text: str = schema.TITLE  # columns of the catalogue in the prompts, with commas between; see `item_texts`
 
     def __post_init__(self) -> None:
@@ -58,6 +62,27 @@ class EncoderSettings:
                 f"--item-text {self.item_text} with --views image, which reads no text",
                 "--views text or both",
                 "leave --item-text out",
+            )
+        notes = self.prompt_style in ("notellm2", "notellm2-basic")
+        if notes and (self.fusion != "internal" or self.pooling != "last"):
+            raise ConfigError(
+                f"--prompt-style {self.prompt_style} with --fusion {self.fusion} and --pooling {self.pooling}: it holds"
+                " image and text in one prompt, and its vector is the state of the last token",
+                "--fusion internal and --pooling last",
+                "change them, or choose another --prompt-style",
+            )
+        if self.prompt_style == "llm2rec" and self.views != schema.TEXT:
+            raise ConfigError(
+                f"--prompt-style llm2rec with --views {self.views}: it is the title alone",
+                "--views text",
+                "change one of the two",
+            )
+        if self.late_fusion == "gate" and not notes:
+            raise ConfigError(
+                f"--late-fusion gate with --prompt-style {self.prompt_style}: the gate joins a vector of NoteLLM-2's"
+                " prompt",
+                "--late-fusion off, or --method notellm2",
+                "leave --late-fusion out",
             )
         if self.fusion == "internal" and self.prompt_style == "sda":
             raise ConfigError(
@@ -149,6 +174,8 @@ class GivenSettings(TypedDict, total=False):
     views: ViewChoice | None
     pooling: Pooling | None
     prompt_style: PromptStyle | None
+    attention: Attention | None
+    late_fusion: LateFusion | None
     item_text: str | None
 
 

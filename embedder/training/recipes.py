@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from vlm2rec.embedder.contract.dataset import Dataset
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures
+    from vlm2rec.embedder.training.llm2rec import TitleModel, TitleSamples
     from vlm2rec.embedder.training.llmemb import AttributeModel, AttributeSamples
+    from vlm2rec.embedder.training.notellm2 import PairModel, PairSamples
     from vlm2rec.embedder.training.samples import Samples
     from vlm2rec.embedder.training.sda import ItemModel, ItemSamples
     from vlm2rec.embedder.training.train import Model, TrainingSamples
@@ -282,6 +284,96 @@ def _attribute_advice(settings: Settings, behind: bool) -> Sequence[str]:
     return (f"a higher --tau-scft (now {settings.tau_scft:g})",)
 
 
+def _pair_samples(settings: Settings, dataset: Dataset) -> PairSamples:
+    from vlm2rec.embedder.training.notellm2 import PairSamples
+
+    return PairSamples(dataset.train_sequences(), dataset.max_history, settings.related_items, settings.seed)
+
+
+def _pair_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> PairModel:
+    from vlm2rec.embedder.backbones.late_fusion import LateFusion
+    from vlm2rec.embedder.training.notellm2 import PairContrast, PairModel
+
+    if settings.late_fusion == "gate":
+        encoder.late_fusion = LateFusion(encoder.dim, settings.seed).to(encoder.backbone.device)
+    loss = PairContrast(settings.tau_pairs, settings.multimodal_weight)
+    return PairModel(encoder, wrapped, items, loss, settings.chunk_users)
+
+
+def _check_pairs(settings: Settings) -> None:
+    if settings.prompt_style not in ("notellm2", "notellm2-basic"):
+        raise ConfigError(
+            f"--method notellm2 with --prompt-style {settings.prompt_style}, which is not for its vectors",
+            "--prompt-style notellm2, or notellm2-basic without a visual vector",
+            "leave --prompt-style out",
+        )
+
+
+def _pair_title(settings: Settings) -> str:
+    prompt = "" if settings.prompt_style == "notellm2" else ", basic prompt"
+    return f"notellm2{prompt}, {'late fusion' if settings.late_fusion == 'gate' else 'no late fusion'}"
+
+
+def _pair_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a higher --tau-pairs (now {settings.tau_pairs:g})",)
+
+
+def _title_samples(settings: Settings, dataset: Dataset) -> TitleSamples:
+    from vlm2rec.embedder.training.llm2rec import TitleSamples
+
+    return TitleSamples(_history_samples(settings, dataset), len(dataset.item_ids), settings.seed)
+
+
+def _title_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> TitleModel:
+    from vlm2rec.embedder.training.llm2rec import Phases, TitleModel
+
+    encoder.backbone.require_head()
+    phases = Phases(settings.csft_share, settings.mntp_share, settings.simcse_scale)
+    return TitleModel(encoder, wrapped, items, phases, settings.chunk_users)
+
+
+def _phase_title(settings: Settings) -> str:
+    shares = {
+        "csft": settings.csft_share,
+        "mntp": settings.mntp_share,
+        "simcse": 1 - settings.csft_share - settings.mntp_share,
+    }
+    return f"llm2rec, {', '.join(f'{name} {share:.0%}' for name, share in shares.items() if share > 1e-9)}"
+
+
+def _check_titles(settings: Settings) -> None:
+    if settings.prompt_style != "llm2rec" or settings.views != "text" or settings.prompt_mode != "raw":
+        raise ConfigError(
+            f"--method llm2rec with --prompt-style {settings.prompt_style}, --views {settings.views} and --prompt-mode"
+            f" {settings.prompt_mode}: it learns from titles as they are",
+            "--prompt-style llm2rec, --views text and --prompt-mode raw",
+            "leave them out",
+        )
+    if settings.csft_share + settings.mntp_share > 1:
+        raise ConfigError(
+            f"--csft-share {settings.csft_share:g} and --mntp-share {settings.mntp_share:g}, more than all steps",
+            "shares of at most 1 in all; the rest is SimCSE's",
+            "lower one of the two",
+        )
+    if settings.mntp_share and settings.attention == "causal":
+        raise ConfigError(
+            f"--mntp-share {settings.mntp_share:g} with --attention causal: masked tokens teach a model to look at what"
+            " comes after, and these vectors would not",
+            "--attention bidirectional, or --mntp-share 0",
+            "change one of the two",
+        )
+    if settings.csft_share + settings.mntp_share < 1 and settings.lora_dropout == 0:
+        raise ConfigError(
+            "--lora-dropout 0 with a share of the steps for SimCSE, whose vectors of an item differ by dropout alone",
+            "a dropout above 0, or --csft-share and --mntp-share that add up to 1",
+            "change one of the two",
+        )
+
+
+def _title_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a lower --simcse-scale (now {settings.simcse_scale:g})",)
+
+
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
         help="users' histories, by --loss",
@@ -330,6 +422,38 @@ METHODS: dict[str, Recipe] = {
         check=_check_attributes,
         advice=_attribute_advice,
         shown=("own_text_first", "tau"),
+    ),
+    "notellm2": Recipe(
+        help="pairs of items that users had one after the other (NoteLLM-2)",
+        samples=_pair_samples,
+        model=_pair_model,
+        title=_pair_title,
+        own=("related_items", "tau_pairs", "multimodal_weight", "late_fusion"),
+        defaults={"fusion": "internal", "prompt_style": "notellm2", "late_fusion": "gate", "batch_size": 16},
+        check=_check_pairs,
+        advice=_pair_advice,
+        shown=("loss_image", "loss_fused", "tau"),
+    ),
+    "llm2rec": Recipe(
+        help="the next title, then masked titles, then titles by dropout (LLM2Rec)",
+        samples=_title_samples,
+        model=_title_model,
+        title=_phase_title,
+        own=("csft_share", "mntp_share", "simcse_scale", "samples", "users"),
+        defaults={
+            "views": "text",
+            "prompt_style": "llm2rec",
+            "attention": "bidirectional",
+            "pooling": "mean",
+            "samples": "random",
+            "lora_rank": 8,
+            "lora_alpha": 16.0,
+            "learning_rate": 2e-4,
+            "batch_size": 32,
+        },
+        check=_check_titles,
+        advice=_title_advice,
+        shown=("phase",),
     ),
 }
 """The training methods, by `--method`."""

@@ -107,6 +107,9 @@ class Model(nn.Module, ABC):
     def collate(self, batch: list[Any]) -> dict[str, Any]:
         """Return the arguments of `forward` for a batch; with several processes, for this process's share of it."""
 
+    def at_step(self, step: int, steps: int) -> None:
+        """Choose what is learned at a step, counted from 0, of so many; most methods learn the same at each."""
+
     @abstractmethod
     def named(self, batch: dict[str, Any]) -> str:
         """Return a description of the samples of a batch, for a message."""
@@ -350,6 +353,7 @@ class _Trainer(Trainer):
         step = self.state.global_step
         if self._gradients and self._gradients.is_due(step):
             self.state.log_history.append({"step": step, **self._gradients.compare(self._prepare_inputs)})
+        self._learner.at_step(step, self.state.max_steps)
         loss, log, _ = model(**inputs)
         if not torch.isfinite(loss):
             raise ModelError(
