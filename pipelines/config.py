@@ -176,7 +176,7 @@ class FinetuneConfig:
     images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
     method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
-    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
+    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}. SLIM: sft.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
         "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target.",
         "paper",
@@ -229,7 +229,7 @@ class FinetuneConfig:
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
     views: ViewChoice = setting(
         "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
-        " LLMEmb and LLM2Rec: text.",
+        " LLMEmb, LLM2Rec and SLIM: text.",
         "both",
     )
     fusion: FusionMode = setting(
@@ -241,7 +241,9 @@ class FinetuneConfig:
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
-    max_title_tokens: Positive = setting("Titles are cut to this many tokens. LLMEmb: 256, for all attributes.", 64)
+    max_title_tokens: Positive = setting(
+        "Titles are cut to this many tokens. LLMEmb: 256, for all attributes; SLIM: 128.", 64
+    )
     pooling: Pooling = setting(
         "A vector is the state of the last token (last) or the mean of all (mean). SDA, LLMEmb and LLM2Rec: mean.",
         "last",
@@ -253,7 +255,7 @@ class FinetuneConfig:
     )
     item_text: str = setting(
         "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
-        " all, make a list of attributes (title is ..., brand is ...). LLMEmb: all.",
+        " all, make a list of attributes (title is ..., brand is ...). LLMEmb: all; SLIM: rationale.",
         "title",
     )
     lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA, LLMEmb and LLM2Rec: 8.", 16)

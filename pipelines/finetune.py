@@ -30,6 +30,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
+from vlm2rec.embedder.encoders.item_texts import without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
@@ -66,6 +67,8 @@ def run(config: FinetuneConfig) -> Training | None:
             return None
         if config.views != schema.TEXT:
             dataset.require_images()
+        if blank := without_text(dataset, asdict(config)):
+            log.print(f"{blank:,} items have nothing in {config.item_text}: their titles are used", style="yellow")
         with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
             return _finetune(config, dataset.warm())
 

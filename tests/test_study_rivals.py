@@ -11,11 +11,12 @@ from study_world import SMALL, settings
 
 from vlm2rec.pipelines import study
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.experiments.methods import RIVALS, read_study, training_method
+from vlm2rec.pipelines.experiments.methods import RATIONALES, RIVALS, read_study, training_method
 
 Tiny = Callable[[str], Path]
 TRAINED = {
     "llmemb": ["LLMEmb", "LLMEmb w/o dropping"],
+    "llm2rec": ["LLM2Rec", "LLM2Rec w/o CSFT", "LLM2Rec w/o MNTP", "LLM2Rec w/o SimCSE"],
     "notellm2": ["NoteLLM-2", "NoteLLM-2 w/o mICL", "NoteLLM-2 w/o late fusion"],
 }
 
@@ -31,6 +32,8 @@ def test_the_rivals_are_run_only_on_request_beside_their_ablations() -> None:
             assert method.analyses == (RIVALS,)
     assert trained == TRAINED
     assert {"VLM2Rec", "LLMEmb w/o SCFT"} <= {method.name for method in rivals}
+    told = [method.name for method in found.methods if RATIONALES in method.analyses]
+    assert RATIONALES not in found.analyses and {*told} == {"SLIM", "SLIM+", "VLM2Rec"}
 
 
 @pytest.mark.parametrize("method", list(TRAINED))

@@ -374,6 +374,17 @@ def _title_advice(settings: Settings, behind: bool) -> Sequence[str]:
     return (f"a lower --simcse-scale (now {settings.simcse_scale:g})",)
 
 
+def _check_rationales(settings: Settings) -> None:
+    if settings.loss != "sft" or settings.views != "text" or settings.item_text == "title":
+        raise ConfigError(
+            f"--method slim with --loss {settings.loss}, --views {settings.views} and --item-text {settings.item_text}:"
+            " it is InfoNCE on histories of the items' rationales",
+            "--loss sft, --views text, and the column with the rationales as --item-text",
+            "leave them out; for titles in place of rationales: --method vlm2rec --loss sft --views text",
+        )
+    _check_histories(settings)
+
+
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
         help="users' histories, by --loss",
@@ -454,6 +465,18 @@ METHODS: dict[str, Recipe] = {
         check=_check_titles,
         advice=_title_advice,
         shown=("phase",),
+    ),
+    "slim": Recipe(
+        help="users' histories of items told by a column of rationales (SLIM+)",
+        samples=_history_samples,
+        model=_history_model,
+        title=lambda settings: f"slim, sft on {settings.item_text}",
+        own=("loss", "tau_wpcl", "negatives", "samples", "users"),
+        defaults={"loss": "sft", "views": "text", "item_text": "rationale", "max_title_tokens": 128},
+        check=_check_rationales,
+        advice=_history_advice,
+        shown=("margin_text",),
+        distributed=True,
     ),
 }
 """The training methods, by `--method`."""

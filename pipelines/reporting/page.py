@@ -17,7 +17,7 @@ from rich.text import Text
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments.methods import RIVALS, Json
+from vlm2rec.pipelines.experiments.methods import RATIONALES, RIVALS, Json
 from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting import figures, tables
@@ -433,8 +433,10 @@ def _sections(results: Results) -> list[Section]:
     paper, among = results.paper, results.facts["candidates"] + 1
     task1 = tables.ranking_sheet(results, 1, None, paper["task1"])
     task2 = [tables.ranking_sheet(results, 2, model, paper["task2"].get(model, {})) for model in results.models()]
-    rivals = [tables.ranking_sheet(results, 1, None, paper["task1"], RIVALS)]
-    rivals += [tables.ranking_sheet(results, 2, m, paper["task2"].get(m, {}), RIVALS) for m in results.models()]
+    rivals = []
+    for analysis in (RIVALS, RATIONALES):
+        rivals.append(tables.ranking_sheet(results, 1, None, paper["task1"], analysis))
+        rivals += [tables.ranking_sheet(results, 2, m, paper["task2"].get(m, {}), analysis) for m in results.models()]
     return [
         Section(
             "task1",
