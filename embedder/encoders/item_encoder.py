@@ -120,10 +120,10 @@ class ItemEncoder:
         encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
             canary = lora.read_canary(adapter)
-            before = encoder.encode_items(canary.titles, canary.images)
-            lora.merge_adapter(model, adapter)
             if settings.late_fusion == "gate":
                 encoder.late_fusion = lora.load_late_fusion(adapter, model.dim).to(model.device)
+            before = encoder.encode_items(canary.titles, canary.images)
+            lora.merge_adapter(model, adapter)
             model.share_prefixes()
             lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
         return encoder
