@@ -6,7 +6,13 @@ from typing import Literal
 
 Adapter = Literal["linear", "two-linear", "mlp"]
 """The layers between frozen vectors and the recommender."""
-StartMode = Literal["adapter", "table"]
-"""Frozen vectors with a trained adapter, or a trained table that starts from them."""
+StartMode = Literal["adapter", "table", "fuse", "init"]
+"""How vectors enter a recommender; `recbole.item_embedding` says what each does."""
+Fuse = Literal["sum", "gate"]
+"""How a trained id row joins the adapted vector."""
+TailOver = Literal["train", "all"]
+"""Which interactions decide whether an item is of the long tail: those of training, or the held-out ones, too."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""
+Positions = Literal["last", "all"]
+"""Which positions of a training row a sequential recommender learns: the last one of every prefix, or all at once."""

@@ -39,7 +39,7 @@ CONSTANT_STARTS: Final = (
 def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
-    In the style of SDA, for a single item: `The product has the following attributes: <title>`; in that of LLM2Rec the
+    In the style of SDA, for a single item: `The product has the following attributes: <text>`; in that of LLM2Rec the
     title alone, a blank if there is none.
     """
     if prompt_style == "llm2rec":
@@ -47,6 +47,27 @@ def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") ->
     if prompt_style == "sda":
         return (SDA_TEXT_INSTRUCTION + titles[_single_item(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
+
+
+def attributes_text(title: str, category: str, brand: str) -> str:
+    """Return `title is <title>; category is <category>; brand is <brand>`, the text of an item in SDA's prompt.
+
+    What is blank is left out; see `listed_attributes`.
+    """
+    return listed_attributes({"title": title, "category": category, "brand": brand})
+
+
+def listed_attributes(attributes: Mapping[str, str]) -> str:
+    """Return `title is ...; category is ...; brand is ...`, without the attributes that are blank (LLMEmb, SDA).
+
+    As in their code each value has at most 100 characters, so that a long title leaves room for the rest, and a
+    semicolon in it becomes a full stop.
+    """
+    said = ((name, " ".join(value.split()).replace(";", ".")[:_VALUE].rstrip()) for name, value in attributes.items())
+    return "; ".join(f"{name} is {value}" for name, value in said if value)
+
+
+_VALUE = 100  # characters
 
 
 def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
@@ -103,7 +124,12 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     return chat_template.apply(template, [{"role": "user", "content": content}], tokens)
 
 
-def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: PromptStyle = "vlm2rec") -> str:
+def prompt_hash(
+    mode: PromptMode,
+    chat_template: str | None,
+    prompt_style: PromptStyle = "vlm2rec",
+    item_text: str = "title",
+) -> str:
     """Return a short hash of everything that decides the text of a prompt, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
@@ -113,6 +139,8 @@ def prompt_hash(mode: PromptMode, chat_template: str | None, prompt_style: Promp
         "notellm2-basic": [repr(note_prompt("", "notellm2-basic"))],
     }[prompt_style]
     texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
+    if item_text == "attributes":
+        texts.append(attributes_text("{}", "{}", "{}"))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
@@ -124,11 +152,6 @@ DETAILS = "Product details:"
 def product_text(title: str, category: str) -> str:
     """Return `[TITLE], category: [CATEGORY]`, or only the part that is not blank."""
     return ", ".join(part for part in (title, category and f"category: {category}") if part)
-
-
-def attribute_text(attributes: Mapping[str, str]) -> str:
-    """Return `title is ...; category is ...; brand is ...`, without the attributes that are blank (LLMEmb)."""
-    return "; ".join(f"{name} is {value}" for name, value in attributes.items() if value)
 
 
 def visual_prompt() -> Prompt:

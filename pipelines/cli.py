@@ -206,6 +206,12 @@ def export_items(config: settings.ExportConfig) -> None:
     module_of("export_items").run(config)
 
 
+@command(settings.ImportAdapterConfig)
+def import_adapter(config: settings.ImportAdapterConfig) -> None:
+    """Make a LoRA adapter of another program (PEFT, VLM2Vec, LLaMA-Factory) one of ours: prompts, canary, origin."""
+    module_of("import_adapter").run(config)
+
+
 @command(settings.ImportVectorsConfig)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
@@ -252,6 +258,12 @@ def build_index(config: settings.BuildIndexConfig) -> None:
 def search(config: settings.SearchConfig) -> None:
     """Print the nearest neighbours of an item."""
     module_of("build_index").search(config)
+
+
+@command(settings.SemanticIdsConfig)
+def semantic_ids(config: settings.SemanticIdsConfig) -> None:
+    """Code every item as a few small numbers, which generative recommenders such as TIGER predict."""
+    module_of("semantic_ids").run(config)
 
 
 @command(settings.ConvertConfig, positional="embeddings")

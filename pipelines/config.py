@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from vlm2rec.downstream.options import Adapter, StartMode
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -120,6 +120,12 @@ class PrepareConfig:
         " published 5-core file as it is.",
         5,
     )
+    min_user: Count = setting(
+        "Drop users with fewer interactions, before the k-core, together with --min-item: counted once and not again"
+        " after the drop, as SDA prepares its data. Alone with --core 1. 0: no minimum.",
+        0,
+    )
+    min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
     candidates: Positive = setting(
@@ -237,12 +243,14 @@ class FinetuneConfig:
         "external",
     )
     fusion_norm: FusionNorm = setting("raw: the sum, as in the paper; normalised: the sum of unit vectors.", "raw")
-    prompt_mode: PromptMode = setting("raw: the prompt as in the paper; chat: inside the model's chat template.", "raw")
+    prompt_mode: PromptMode = setting(
+        "raw: the prompt as in the paper; chat: inside the model's chat template. SDA: chat.", "raw"
+    )
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
     max_title_tokens: Positive = setting(
-        "Titles are cut to this many tokens. LLMEmb: 256, for all attributes; SLIM: 128.", 64
+        "Titles and other texts are cut to this many tokens. SDA and SLIM: 128; LLMEmb: 256.", 64
     )
     pooling: Pooling = setting(
         "A vector is the state of the last token (last) or the mean of all (mean). SDA, LLMEmb and LLM2Rec: mean.",
@@ -255,13 +263,14 @@ class FinetuneConfig:
     )
     item_text: str = setting(
         "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
-        " all, make a list of attributes (title is ..., brand is ...). LLMEmb: all; SLIM: rationale.",
+        " all, make a list (title is ..., brand is ...); attributes: SDA's list of title, category and brand. SDA:"
+        " attributes; LLMEmb: all; SLIM: rationale.",
         "title",
     )
     lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA, LLMEmb and LLM2Rec: 8.", 16)
     lora_alpha: PositiveFloat = setting("LoRA α. LLM2Rec: 16.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA and LLMEmb: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate. LLMEmb and LLM2Rec: 2e-4.", 1e-5)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA, LLMEmb and LLM2Rec: 2e-4.", 1e-5)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
@@ -327,7 +336,11 @@ class ExportConfig:
     )
     out: Place = setting("Embeddings folder to write.")
     images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
-    adapter: Path | None = setting("Adapter folder of `finetune`; without it, the plain backbone.", None)
+    adapter: Path | None = setting(
+        "Adapter folder of `finetune`, or a LoRA or DoRA folder in PEFT's format that another program made; without it,"
+        " the plain backbone.",
+        None,
+    )
     revision: str | None = setting("Revision of a hub backbone.", None)
     encoder_kind: EncoderKind = setting(
         "Kind of --encoder. sentence: titles only; clip: titles and images in one space; auto: what the folder holds.",
@@ -348,9 +361,9 @@ class ExportConfig:
         "Default: the adapter's, else 64; with the strategies of the VLM2Vec study 128, for title and category.", None
     )
     strategy: StrategyChoice | None = setting(
-        "Other prompts than the paper's, without --adapter. Those of the VLM2Vec study, with the item's category:"
-        " visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image end to end). Or"
-        " question: --instruction, about title and image together.",
+        "Other prompts than the paper's, without an --adapter of `finetune`. Those of the VLM2Vec study, with the"
+        " item's category: visual, textual, prompt1, prompt2 (one prompt with both), or dual (fused is text and image"
+        " end to end). Or question: --instruction, about title and image together.",
         None,
     )
     instruction: str | None = setting(
@@ -408,6 +421,26 @@ class ExportConfig:
     dry_run: bool = setting(
         "Encode a few items, print what time and space the whole export would take, and write nothing.", False
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportAdapterConfig:
+    """Settings of `vlm2rec import-adapter`; those from --views on are recorded, and every later use takes them."""
+
+    adapter: Path = setting("LoRA or DoRA folder in PEFT's format, of PEFT, VLM2Vec, LLaMA-Factory or ms-swift.")
+    backbone: str = setting("Hub id or local folder of the model that it was trained on.")
+    out: Path = setting("Adapter folder to write.")
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    views: ViewChoice = setting("both, text or image.", "both")
+    fusion: FusionMode = setting("As for finetune.", "external")
+    fusion_norm: FusionNorm = setting("As for finetune.", "raw")
+    prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
+    prompt_style: PromptStyle = setting("vlm2rec or sda, as for finetune.", "vlm2rec")
+    pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
+    max_pixels: Positive = setting("Largest image area in pixels.", 224 * 224)
+    max_title_tokens: Positive = setting("Longer titles are cut.", 64)
+    dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto")
+    device: DeviceName = setting("Where to run.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,6 +506,11 @@ class EvaluateConfig:
     revision: str | None = setting("Revision of a hub backbone.", None)
     split: Split = setting("Which held-out item to rank.", "test")
     seeds: tuple[int, ...] = setting("Candidate seeds; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     missing: Literal["error", "zero"] = setting(
         "Items without a vector. error: stop; zero: give them cosine 0 and report their number.", "error"
     )
@@ -516,13 +554,26 @@ class TrainRecommenderConfig:
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
     column: View = setting("The view to start from.", "fused")
     mode: StartMode = setting(
-        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them.",
+        "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
+        " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
+        " layers.",
         "adapter",
     )
+    fuse: Fuse = setting(
+        "With --mode fuse. sum: id row and adapted vector are added; gate: the vector gates the id.", "sum"
+    )
+    id_dropout: Fraction = setting("With --mode fuse: share of the id rows that training leaves out.", 0.1)
     adapter: Adapter = setting(
         "linear: one Linear(d → hidden_size); two-linear: two without activation; mlp: two with GELU.", "linear"
     )
     pca: Positive | None = setting("Reduce the vectors to this many principal components first.", None)
+    align_with: Path | None = setting(
+        "Folder of a finished run of this command from item ids: add LLMEmb's alignment of the adapted vectors with its"
+        " item table to the loss (RAT).",
+        None,
+    )
+    align_weight: PositiveFloat = setting("Weight of --align-with; SDA's code tries 0.01 to 0.2.", 0.01)
+    align_tau: PositiveFloat = setting("Temperature of --align-with.", 2.0)
     missing: Literal["error", "mean", "random"] = setting(
         "Items without a vector. error: stop; mean, random: fill them and report their number.", "error"
     )
@@ -530,12 +581,22 @@ class TrainRecommenderConfig:
     max_epochs: Positive = setting("Largest number of epochs.", 200)
     eval_step: Positive = setting("Epochs between two validations.", 5)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
-    batch_size: Positive = setting("Training rows in a batch.", 256)
+    batch_size: Positive = setting("Targets in a batch.", 256)
+    positions: Positions = setting(
+        "last: a training row for every prefix, as RecBole has; all: SASRec and GRU4Rec learn all positions of a"
+        " sequence at once, several times as fast.",
+        "last",
+    )
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
     weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
     hidden_size: Positive = setting("Width d of the recommender.", 128)
     dropout: Fraction = setting("Dropout.", 0.3)
     seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", ())
+    tail_over: TailOver = setting(
+        "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
+        " count too, as in SDA's code.",
+        "train",
+    )
     seed: Count = setting("Seed of weights and order.", 0)
     device: DeviceName = setting("Where to run.", "auto")
 
@@ -565,6 +626,24 @@ class SearchConfig:
         " machine that the index names; an address is opened only if it is given here.",
         None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticIdsConfig:
+    """Settings of `vlm2rec semantic-ids`."""
+
+    embeddings: Place = setting("Embeddings folder.")
+    out: Path = setting("Folder to write: semantic_ids.parquet, codebook.safetensors.")
+    column: View = setting("Which view to code.", "fused")
+    levels: Positive = setting("Levels of the codebook; a last code, that tells equal items apart, comes on top.", 3)
+    codebook: Positive = setting("Codewords of a level.", 256)
+    balanced: bool = setting("Give every codeword of a level as many items.", False)
+    like: Path | None = setting(
+        "An earlier folder: its codebook, with its levels and size, codes new items, and its items keep their codes.",
+        None,
+    )
+    sample: Positive = setting("Number of items whose neighbours are compared.", 1000)
+    seed: Count = setting("Seed of the samples and of k-means.", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,8 @@ def _dataset(config: Settings) -> Dataset:
 
 
 def _sentence_transformers(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
+    from vlm2rec.embedder.adapters.lora import backbone_licence, is_foreign, kind
     from vlm2rec.embedder.backbones import model_files
-    from vlm2rec.embedder.backbones.lora import backbone_licence, kind
     from vlm2rec.embedder.contract import schema
     from vlm2rec.embedder.contract.errors import ModelError
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -129,16 +129,16 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
             "run export-items with a backbone, without --strategy",
         )
     given: dict[str, Any] = {"revision": config.revision, "dtype": exported["dtype"], "device": "cpu"}
-    # with an adapter, its settings apply; without one, the export's
-    given |= {} if config.adapter else asdict(EncoderSettings.of_export(exported))
+    # with an adapter of ours, its settings apply; without one, the export's
+    own = config.adapter is not None and not is_foreign(config.adapter)
+    given |= {} if own else asdict(EncoderSettings.of_export(exported))
     found = fingerprint_of(config.backbone, config.adapter, **given)
     files = model_files.locate(config.backbone, config.revision)
     found["backbone_hash"] = model_files.hash_like(exported["backbone_hash"], files)
     for name in (
         "backbone_hash",
         *(("processor_hash",) if "processor_hash" in exported else ()),
-        "adapter",
-        "prompt_hash",
+        *("adapter", "adapter_settings", "prompt_hash"),
         *(schema.stored_name(field.name) for field in fields(EncoderSettings)),
     ):
         if found.get(name) != exported.get(name):

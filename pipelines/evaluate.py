@@ -39,7 +39,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     items = {view: unit_rows(vectors) for view, vectors in raw_items.items()}
     users = {view: unit_rows(vectors) for view, vectors in raw_users.items()}
 
-    task = RankingTask(dataset, config.split, seeds)
+    task = RankingTask(dataset, config.split, seeds, config.tail_over)
     rankings = rank_vectors(task, users, items)
     means = {pair: ranked.means() for pair, ranked in rankings.items()}
     of_tail = {pair: found["tail"] for pair, found in means.items()}
@@ -61,6 +61,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         },
         "tail": {
             "below": TAIL,
+            **({} if config.tail_over == "train" else {"over": config.tail_over}),
             "users": int(task.tail.sum()),
             **{key: {pair: tail[key] for pair, tail in of_tail.items()} for key in ("candidates", "full")},
         },
@@ -147,6 +148,7 @@ def _encode_histories(
     config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
 ) -> Views:
     """Return the sequence encoder's user vectors; it must be the encoder that made the table."""
+    from vlm2rec.embedder.adapters.lora import is_foreign
     from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
@@ -170,7 +172,7 @@ def _encode_histories(
         dtype=config.dtype,
         device=config.device,
         token_budget=config.token_budget,
-        **(settings if config.adapter is None else {}),
+        **(settings if config.adapter is None or is_foreign(config.adapter) else {}),
     )
     _require_same_encoder(encoder.fingerprint, exported, config)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
@@ -225,7 +227,8 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
         "Task 1",
         {
             "users": f"{result['users']}, vectors from the {_SOURCES[result['users_from']]}",
-            "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions in training",
+            "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions"
+            + (" in training" if config.tail_over == "train" else ", the held-out ones among them"),
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
             "metrics": Path(config.out) / schema.METRICS_FILE,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.embedder.adapters.lora import backbone_licence
 from vlm2rec.embedder.backbones.devices import pick_device
-from vlm2rec.embedder.backbones.lora import backbone_licence
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, FailureLimitError
@@ -71,7 +71,7 @@ SOURCES = (
     Source(
         "--strategy question",
         lambda config: config.strategy == "question",
-        (*_BACKBONE, "instruction"),
+        (*_BACKBONE, "adapter", "instruction"),
         prompted_fingerprint,
         PromptedEncoder.load,
     ),
@@ -215,8 +215,19 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
             "vectors": f"{shapes}: {manifest['dtype']}",
             "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
             "folder": out,
+            **_adapter_row(manifest.get(schema.MADE_WITH) or {}),
         },
     )
+
+
+def _adapter_row(made_with: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row about an adapter that another program made, if there is one: no canary proves that it fits."""
+    adapter = made_with.get("adapter") or {}
+    if adapter.get("canary") is not False:
+        return {}
+    base = adapter.get("base_model_name_or_path")
+    told = f"its config names {base} as its base" if base else "its config does not name its base"
+    return {"adapter": f"{adapter['name']} ({adapter['peft']}) has no canary to prove that it fits; {told}"}
 
 
 _EXPORT_AGAIN = "repair these items and run the command again with --retry-failed"

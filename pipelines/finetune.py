@@ -12,9 +12,7 @@ from torch import nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
 from vlm2rec.embedder import distributed
-from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import pick_device
-from vlm2rec.embedder.backbones.lora import (
+from vlm2rec.embedder.adapters.lora import (
     FILES,
     Canary,
     backbone_licence,
@@ -24,13 +22,15 @@ from vlm2rec.embedder.backbones.lora import (
     read_adapter,
     save_adapter,
 )
+from vlm2rec.embedder.backbones import model_files
+from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
-from vlm2rec.embedder.encoders.item_texts import without_text
+from vlm2rec.embedder.encoders.item_text import columns_read, without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
@@ -233,7 +233,11 @@ def _is_finished(config: FinetuneConfig) -> bool:
         return False
     folder = config.out / CHECKPOINTS
     if (config.out / schema.ADAPTER_FILE).is_file():
-        _refuse_change(config, read_adapter(config.out)["config"])
+        adapter = read_adapter(config.out)
+        if adapter.get("kind") == "peft":
+            found = f"--out {config.out} is an adapter that import-adapter wrote"
+            raise ConfigError(found, "a folder of an earlier finetune, or a new one", "choose another --out")
+        _refuse_change(config, adapter["config"])
         if distributed.is_main() and _run_of(config):  # killed after its last file, before it had removed these
             checkpoints.discard(folder)
         return True
@@ -362,6 +366,7 @@ def _provenance(
         "dataset": {
             "name": dataset.name,
             "sha256": dataset.meta["sha256"],
+            **columns_read(dataset, encoder.fingerprint),
             "samples": len(samples),
             "users": len(samples.users),
         },

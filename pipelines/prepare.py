@@ -128,6 +128,14 @@ def _check(config: PrepareConfig) -> None:
     if config.images is None and ("image" in config.require or config.image_column is not None):
         flag = "--require image" if "image" in config.require else "--image-column"
         raise ConfigError(f"{flag} without --images", "the folder of the images", f"give --images, or leave {flag} out")
+    for who, least in (("user", config.min_user), ("item", config.min_item)):
+        if 0 < least <= config.core and config.core > 1:
+            raise ConfigError(
+                f"--min-{who} {least} with --core {config.core}, which leaves only {who}s with {config.core}"
+                " interactions anyway",
+                f"--core 1 for the minima alone, or a --min-{who} above {config.core}",
+                f"give --core 1, or leave --min-{who} out",
+            )
     time = [config.time_column] if config.order == "time" else []
     for columns in (
         [config.items_id_column or config.item_id_column, config.title_column],
@@ -184,6 +192,8 @@ def _describe(
         "paper": read_paper()["datasets"].get(paper_name(name)),
         "rules": {
             "core": config.core,
+            **({"min_user": config.min_user} if config.min_user else {}),
+            **({"min_item": config.min_item} if config.min_item else {}),
             **({"truncate": config.truncate} if config.truncate else {}),
             "required": list(required(config)),
             "shortest_sequence": SHORTEST,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from vlm2rec.downstream.recbole import plugin
+from vlm2rec.downstream.recbole import plugin, windows
+from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE
 from vlm2rec.downstream.recbole.run import (
-    CHECKPOINT_FILE,
     OLD_CHECKPOINT_FILE,
     Epoch,
     Outcome,
@@ -51,7 +51,13 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
     _announce(config, theirs, folder)
     with _Display() as display:
         outcome = train(
-            layers, config.out, data=folder, candidate_seeds=config.seeds, device=config.device, watcher=display
+            layers,
+            config.out,
+            data=folder,
+            candidate_seeds=config.seeds,
+            tail_over=config.tail_over,
+            device=config.device,
+            watcher=display,
         )
     _summarise(outcome)
     return outcome.metrics
@@ -108,13 +114,25 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
     if "column" in changed:
         settings[plugin.COLUMN] = config.column
     if "mode" in changed:
-        settings[plugin.TRAINABLE] = config.mode == "table"
+        settings |= {plugin.MODE: config.mode, plugin.TRAINABLE: None}
+    if "fuse" in changed:
+        settings[plugin.FUSE] = config.fuse
+    if "id_dropout" in changed:
+        settings[plugin.ID_DROPOUT] = config.id_dropout
+    if "positions" in changed:
+        settings[windows.KEY] = config.positions
     if "missing" in changed:
         settings[plugin.MISSING] = config.missing
     if "adapter" in changed:
         settings[plugin.ADAPTER] = config.adapter
     if "pca" in changed:
         settings[plugin.PCA] = config.pca
+    if config.align_with is not None:
+        settings[plugin.ALIGN_WITH] = str(config.align_with)
+    if "align_weight" in changed:
+        settings[plugin.ALIGN_WEIGHT] = config.align_weight
+    if "align_tau" in changed:
+        settings[plugin.ALIGN_TAU] = config.align_tau
     return settings
 
 
@@ -200,11 +218,13 @@ class _Display:
 def _summarise(outcome: Outcome) -> None:
     metrics = outcome.metrics
     layers = "" if metrics["adapter"] in (None, "linear") else f", {metrics['adapter']}"
-    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({metrics['mode']}{layers})"
+    mode = f"{metrics['mode']} by {metrics['fuse']}" if metrics["fuse"] else metrics["mode"]
+    start = "item ids" if metrics["start"] == "id" else f"{metrics['start']} vectors ({mode}{layers})"
     if metrics["pca"]:
         start += f", {metrics['pca']['components']} components with {metrics['pca']['explained']:.1%} of the variance"
     rows: dict[str, object] = {
         "start": start,
+        **({"aligned": _aligned(metrics)} if "alignment" in metrics else {}),
         "users, items": f"{metrics['users']:,}, {metrics['items']:,}",
         "epochs": f"{metrics['epochs']}, best {metrics['best_epoch']}, {metrics['seconds']:.0f} s",
     }
@@ -215,9 +235,14 @@ def _summarise(outcome: Outcome) -> None:
         rows[f"candidates, {seeds} seed{'s' * (seeds != 1)}"] = _figures(metrics["candidates"])
         rows["full ranking"] = _figures(metrics["full"])
         if metrics["tail"]["users"]:
-            users, below = metrics["tail"]["users"], metrics["tail"]["below"]
-            rows[f"tail, {users} users"] = (
-                f"{_figures(metrics['tail']['candidates'])} (target below {below} in training)"
+            tail = metrics["tail"]
+            where = _TAIL_OVER[tail.get("over", "train")]
+            rows[f"tail, {tail['users']} users"] = (
+                f"{_figures(tail['candidates'])} (target below {tail['below']} {where})"
+            )
+        if metrics["cold"]["users"]:
+            rows[f"cold, {metrics['cold']['users']} users"] = (
+                f"{_figures(metrics['cold']['candidates'])} (target never in training)"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     rows["RecBole's own"] = _figures(metrics["recbole"])
@@ -229,6 +254,14 @@ def _summarise(outcome: Outcome) -> None:
     rows["checkpoint"] = outcome.folder / CHECKPOINT_FILE
     rows["metrics"] = outcome.folder / schema.METRICS_FILE
     console.summary(f"{metrics['model']} on {metrics['dataset']}", rows)
+
+
+def _aligned(metrics: Mapping[str, Any]) -> str:
+    told, course = metrics["alignment"], [epoch["alignment"] for epoch in metrics["curve"]]
+    return f"with {told['with']}, weight {told['weight']:g}, τ {told['tau']:g}: {course[0]:.4f} → {course[-1]:.4f}"
+
+
+_TAIL_OVER = {"train": "in training", "all": "in all interactions"}
 
 
 def _figures(figures: Mapping[str, float]) -> str:

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from vlm2rec.embedder.backbones import adapted_layers
-from vlm2rec.embedder.backbones.adapted_layers import dropout
+from vlm2rec.embedder.adapters import adapted_layers
+from vlm2rec.embedder.adapters.adapted_layers import dropout
 from vlm2rec.embedder.backbones.packing import IndependentRows
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "probe-images": config.ProbeImagesConfig,
     "train-recommender": config.TrainRecommenderConfig,
     "build-index": config.BuildIndexConfig,
+    "semantic-ids": config.SemanticIdsConfig,
     "search": config.SearchConfig,
     "convert": config.ConvertConfig,
     "study": config.StudyConfig,

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from vlm2rec.downstream.evaluation.geometry import effective_rank, geometry_from_rows
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError

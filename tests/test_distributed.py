@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vlm2rec.embedder import distributed
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

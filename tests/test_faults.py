@@ -33,7 +33,8 @@ from test_images import many_scans, png, quarters, slow_bmp
 from test_lora import write_adapter
 from tiny_encoders import sentence_folder
 
-from vlm2rec.embedder.backbones import image_readers, lora
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import image_readers
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset

@@ -24,8 +24,8 @@ import torch
 from recommender_world import with_cold_items
 from transformers import TrainerState
 
-from vlm2rec.embedder.backbones import lora
-from vlm2rec.embedder.backbones.lora import read_adapter
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.adapters.lora import read_adapter
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError

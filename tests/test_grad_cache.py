@@ -10,7 +10,7 @@ import torch
 from drawn_lora import draw_lora
 from torch import Tensor
 
-from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.adapters.lora import add_lora
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode

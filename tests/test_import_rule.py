@@ -87,11 +87,11 @@ def test_the_rule_finds_every_form_of_import(tmp_path: Path) -> None:
 ORDER = {
     "embedder": (
         *("options", "contract", "progress", "chat_template_process", "chat_template", "prompts", "distributed"),
-        *("backbones", "encoders", "training", "export"),
+        *("backbones", "adapters", "encoders", "training", "export"),
     ),
     "downstream": (
         *("options", "principal_components", "table", "formats", "mmrec"),
-        *("evaluation", "recbole", "index"),
+        *("evaluation", "recbole", "index", "semantic_ids"),
     ),
     "pipelines": (
         *("convert_formats", "config", "read_config", "console", "commands"),

@@ -177,7 +177,10 @@ def test_a_build_never_holds_more_than_two_batches(kind: str, tmp_path: Path, mo
 # --- measuring --------------------------------------------------------------------------------------------------
 def test_exact_neighbours_of_a_typed_example() -> None:
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0], [0.6, -0.8]], np.float32)
-    batches = [UnitBatch(0, list("ab"), vectors[:2], 0, 0), UnitBatch(2, list("cde"), vectors[2:], 0, 0)]
+    batches = [
+        UnitBatch(0, list("ab"), vectors[:2], 0, 0, list("ab"), np.ones(2, bool)),
+        UnitBatch(2, list("cde"), vectors[2:], 0, 0, list("cde"), np.ones(3, bool)),
+    ]
     returned = np.array([[[4, 3], [0, -1]]])
     best, true = exact_neighbours(batches, vectors[[0, 2]], np.array([0, 2]), returned, 2)
     assert best == pytest.approx(np.array([[0.8, 0.6], [0.6, 0.0]]))  # never the query itself, whose cosine is 1
@@ -200,7 +203,9 @@ def test_measured_recall_equals_a_brute_force_count() -> None:
     crippled.train(vectors)
     crippled.add(vectors)
     own = np.arange(0, 600, 3)
-    quality = measure(crippled, vectors[own], own, [UnitBatch(0, names(600), vectors, 0, 0)])
+    quality = measure(
+        crippled, vectors[own], own, [UnitBatch(0, names(600), vectors, 0, 0, names(600), np.ones(600, bool))]
+    )
     assert [step["nprobe"] for step in quality.tried] == [16, 20]
     crippled.nprobe = 16
     found = crippled.search(vectors[own], 11)[1]

@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.encoders.item_texts import attributes_of, item_texts, without_text
+from vlm2rec.embedder.encoders.item_text import attributes_of, item_texts, without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.llmemb import AttributeModel, AttributeSamples, TextContrast, dropped
@@ -146,7 +146,8 @@ def test_long_attributes_are_cut_and_lists_are_joined(plain: Path, tmp_path: Pat
     pq.write_table(items.append_column("codes", pa.array([[1, 2]] * len(items))), folder / "items.parquet")
     found = attributes_of(Dataset(folder), "all")[0]
     assert list(found) == ["title", "categories", "description"] and found["categories"] == "Toys, Games"
-    assert len(found["description"]) == 100
+    text = item_texts(Dataset(folder), {"item_text": "all"})[0]
+    assert text.endswith(f"; description is {('long ' * 20).strip()}") and "; categories is Toys, Games; " in text
     assert list(attributes_of(Dataset(folder), "category")[0]) == ["categories"]
 
 
@@ -276,7 +277,8 @@ def test_a_plain_backbone_exports_another_column_and_says_who_has_none(
     [
         ({"views": "both"}, "--method llmemb with --views both"),
         ({"prompt_style": "vlm2rec"}, "--method llmemb with --prompt-style vlm2rec"),
-        ({"item_text": "title"}, "of a single attribute nothing can be dropped"),
+        ({"item_text": "title"}, "--item-text title, which does not name several columns"),
+        ({"item_text": "attributes"}, "--item-text attributes, which does not name several columns"),
         ({"drop_ratio": 0.0, "lora_dropout": 0.0}, "--drop-ratio 0 with --lora-dropout 0"),
         ({"tau_wpcl": 0.5}, "--tau-wpcl with --method llmemb, which has no such setting"),
         ({"method": "vlm2rec", "drop_ratio": 0.5}, "--drop-ratio with --method vlm2rec.*--method llmemb"),

@@ -14,8 +14,9 @@ from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from vlm2rec.embedder.backbones import lora, moda, modality
-from vlm2rec.embedder.backbones.moda import MoDALinear, ModaSettings
+from vlm2rec.embedder.adapters import lora, moda
+from vlm2rec.embedder.adapters.moda import MoDALinear, ModaSettings
+from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

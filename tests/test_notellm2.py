@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbones import lora
-from vlm2rec.embedder.backbones.late_fusion import LateFusion, mean_tokens_of
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.adapters.late_fusion import LateFusion, mean_tokens_of
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError

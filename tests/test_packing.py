@@ -18,7 +18,8 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, packing
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import packing
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures
 from vlm2rec.embedder.backbones.devices import batches_by_tokens
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout

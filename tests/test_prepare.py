@@ -151,6 +151,63 @@ def test_truncation_keeps_the_latest_and_names_what_it_left_out(tmp_path: Path) 
     assert [*first["train"], first["valid"], first["test"]] == ["i2", "i3", "i4", "i5"]
 
 
+def once(log: list[Row], user_least: int, item_least: int) -> dict[str, list[str]]:
+    """Each user's items after both minima of one count, and after the users with fewer than three are gone."""
+    rows = list(dict.fromkeys(log))
+    users, items = Counter(u for u, _, _ in rows), Counter(i for _, i, _ in rows)
+    return brute_force([(u, i, t) for u, i, t in rows if users[u] >= user_least and items[i] >= item_least], 1)
+
+
+@given(seed=st.integers(0, 10**6), user=st.integers(0, 9), item=st.integers(0, 9), users=st.integers(5, 40))
+def test_minima_of_users_and_items_are_counted_once_and_not_again(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, user: int, item: int, users: int
+) -> None:
+    log = a_log(users=users, items=25, length=8, seed=seed)
+    expected = once(log, user, item)
+    touched = {item for mine in expected.values() for item in mine}
+    assume(all(len(set(mine)) < len(touched) for mine in expected.values()))  # else no candidate is left
+    asked = config(write_catalogue(tmp_path_factory.mktemp("minima"), log), min_user=user, min_item=item, candidates=1)
+    if not expected:
+        with pytest.raises(DataError, match="leaves nothing"):
+            prepare.run(asked)
+        return
+    dataset = prepare.run(asked)
+    found = {row["user_id"]: [*row["train"], row["valid"], row["test"]] for row in dataset.sequences.to_pylist()}
+    assert found == expected
+    rules = dataset.meta["rules"]
+    assert (rules.get("min_user", 0), rules.get("min_item", 0)) == (user, item)
+    rows = dataset.meta["rows"]["interactions"]
+    assert rows["read"] == rows["kept"] + sum(rows["rejected"].values())
+
+
+def test_minima_are_a_step_of_their_own_and_leave_what_a_core_would_drop(tmp_path: Path) -> None:
+    # "rare" has two interactions, and one of them is of u9, who has too few himself: the other one stays
+    log = [(f"u{user}", f"i{time_}", time_) for user in range(4) for time_ in range(4 + (user > 0))]
+    log += [("u0", "rare", 9), ("u9", "rare", 9), ("u9", "i0", 10)]
+    paths = write_catalogue(tmp_path, log)
+    dataset = prepare.run(config(paths, min_user=3, min_item=2, candidates=1))
+    counts = [(each["step"], each["users"], each["items"], each["interactions"]) for each in dataset.meta["counts"]]
+    assert ("users with 3 and items with 2 interactions, once", 4, 6, 20) in counts
+    assert dataset.frequency().tolist() == [4, 4, 4, 4, 3, 1]
+    left_out = dataset.meta["rows"]["interactions"]["rejected"]
+    assert left_out == {"not among users with 3 and items with 2 interactions": 2}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"min_user": 3, "core": 5}, r"--min-user 3 with --core 5, which leaves only users with 5 .*--core 1"),
+        ({"min_user": 9, "min_item": 5, "core": 5}, r"--min-item 5 with --core 5, which leaves only items with 5"),
+        ({"min_item": 1000, "core": 1}, r"'items with 1000 interactions, once' leaves nothing of \d+ users"),
+    ],
+)
+def test_minima_without_effect_or_without_end_are_refused(tmp_path: Path, more: dict[str, int], message: str) -> None:
+    paths = write_catalogue(tmp_path, a_log(users=40, items=20, length=6))
+    with pytest.raises((ConfigError, DataError), match=message):
+        prepare.run(config(paths, **more))
+    assert not paths["out"].exists()
+
+
 def test_a_published_core_is_taken_as_it_is(tmp_path: Path) -> None:
     """`--core 1` removes no row of a 5-core, and after the loss of some items only users below three."""
     core = brute_force(a_log(60, 25, 12), 5)

@@ -15,7 +15,7 @@ from drawn_lora import draw_lora
 from embedding_folder import write_embeddings
 from PIL import Image
 
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 README = Path(__file__).parents[1] / "README.md"

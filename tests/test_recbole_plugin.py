@@ -12,7 +12,7 @@ from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, circle_vectors, cyclic_sequences, write_atomic, write_dataset
 
 from vlm2rec.downstream.recbole import compat, plugin, run
-from vlm2rec.downstream.recbole.item_embedding import ItemEmbedding, standardise
+from vlm2rec.downstream.recbole.item_embedding import FusedEmbedding, ItemEmbedding, standardise
 from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors, read_flag
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import schema
@@ -108,6 +108,74 @@ def test_with_trainable_the_same_rows_start_an_ordinary_table(
     assert trained.item_embedding.weight.requires_grad
     assert torch.allclose(trained.item_embedding.weight, frozen.item_embedding.weight, atol=1e-7)
     assert not trained.item_embedding.weight[0].any()
+
+
+def test_the_former_line_names_the_mode() -> None:
+    assert [read_flag({"item_embedding_init": "e", "item_embedding_trainable": value}) for value in (True, False)] == [
+        EmbeddingStart(Path("e"), mode="table"),
+        EmbeddingStart(Path("e")),
+    ]
+
+
+@MODELS
+@pytest.mark.parametrize("fuse", ["sum", "gate"])
+def test_a_fused_row_is_the_adapted_vector_and_the_ids_own_row(
+    model: str, fuse: str, data: Dataset, embeddings: Path, tmp_path: Path
+) -> None:
+    flag = {"model": model, "item_embedding_init": str(embeddings), "item_embedding_mode": "fuse"}
+    built, _, dataset = build(TINY | flag | {"item_embedding_fuse": fuse}, data, tmp_path)
+    table = built.item_embedding
+    assert isinstance(table, FusedEmbedding)
+    learned = {dataset.token2id(dataset.iid_field, data.item_ids[row]) for s in data.train_sequences() for row in s}
+    assert table.known.nonzero().flatten().tolist() == sorted(learned)
+    table.known[1] = False  # as of an item that only the test knows
+    for mode in (True, False):
+        table.train(mode).id_dropout = 0.0
+        with torch.no_grad():
+            adapted = table.linear(table.vectors[1:])
+            gate = 1.0 if table.gate is None else torch.sigmoid(table.gate(adapted))
+            expected = adapted + gate * table.ids[1:] * table.known[1:, None]
+            torch.testing.assert_close(table.weight[1 : len(expected) + 1], expected)
+            rows = torch.tensor([[1, 3], [0, 2]])
+            torch.testing.assert_close(table(rows), table.weight[rows])
+    assert torch.equal(table.weight[1], adapted[0]) and not table.weight[0].any()
+    assert float(table.ids.detach().std()) == pytest.approx(float(adapted.std()), rel=0.5)
+
+
+def test_training_leaves_out_id_rows_and_evaluation_does_not(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
+    flag = {"item_embedding_init": str(embeddings), "item_embedding_mode": "fuse", "item_embedding_id_dropout": 0.5}
+    built, _, _ = build(TINY | {"model": "SASRec"} | flag, data, tmp_path)
+    table = built.item_embedding.train()
+    with torch.no_grad():
+        adapted = table.linear(table.vectors[1:])
+        drawn = [table.weight[1:] for _ in range(200)]
+        left_out = torch.stack([(rows == adapted).all(1) for rows in drawn]).float().mean(0)
+        assert (left_out[table.known[1:]] - 0.5).abs().max() < 0.2
+        assert not (table.eval().weight[1:][table.known[1:]] == adapted[table.known[1:]]).all(1).any()
+
+
+@MODELS
+def test_with_init_the_vectors_are_trained_and_kept(
+    model: str, data: Dataset, embeddings: Path, tmp_path: Path
+) -> None:
+    flag = TINY | {"model": model, "item_embedding_init": str(embeddings)}
+    frozen, _, _ = build(flag, data, tmp_path / "a")
+    built, _, _ = build(flag | {"item_embedding_mode": "init"}, data, tmp_path / "b")
+    assert torch.equal(built.item_embedding.weight, frozen.item_embedding.weight)
+    assert dict(built.named_parameters())["item_embedding.vectors"].requires_grad
+    assert "item_embedding.vectors" in built.state_dict() and "item_embedding.vectors" not in frozen.state_dict()
+
+
+@pytest.mark.parametrize("mode", ["fuse", "init"])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_a_run_in_this_mode_learns_and_says_so(
+    mode: str, positions: str, data: Dataset, embeddings: Path, tmp_path: Path
+) -> None:
+    settings = TINY | {"model": "SASRec", "item_embedding_init": str(embeddings), "item_embedding_mode": mode}
+    found = run.run(settings | {"train_positions": positions, "epochs": 3}, tmp_path, data=data, device="cpu")
+    assert found.metrics["mode"] == mode and found.metrics["fuse"] == ("sum" if mode == "fuse" else None)
+    losses = [row["loss"] for row in found.metrics["curve"]]
+    assert losses[-1] < losses[0]
 
 
 def test_bert4recs_mask_row_is_recboles_own_and_trained(data: Dataset, embeddings: Path, tmp_path: Path) -> None:
@@ -359,7 +427,7 @@ def test_the_flag_is_off_when_it_is_not_there() -> None:
 
 
 def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
-    assert read_flag({"item_embedding_init": "e"}) == EmbeddingStart(Path("e"), "fused", False, "error")
+    assert read_flag({"item_embedding_init": "e"}) == EmbeddingStart(Path("e"), "fused", "adapter", "error")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +435,15 @@ def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
     [
         ({"item_embedding_int": "e"}, "did you mean 'item_embedding_init'"),
         ({"item_embeding_init": "e"}, "did you mean 'item_embedding_init'"),
-        ({"item_embedding_init": "e", "item_embedding_mode": "x"}, "unknown setting 'item_embedding_mode'"),
+        ({"item_embedding_init": "e", "item_embedding_modus": "x"}, "unknown setting 'item_embedding_modus'"),
+        ({"item_embedding_init": "e", "item_embedding_mode": "x"}, "one of adapter, table, fuse, init"),
+        ({"item_embedding_init": "e", "item_embedding_fuse": "gate"}, "item_embedding_mode: fuse"),
+        ({"item_embedding_init": "e", "item_embedding_mode": "fuse", "item_embedding_fuse": "mean"}, "sum or gate"),
+        ({"item_embedding_init": "e", "item_embedding_mode": "fuse", "item_embedding_id_dropout": 1}, "below 1"),
+        (
+            {"item_embedding_init": "e", "item_embedding_mode": "init", "item_embedding_trainable": True},
+            "one of the two",
+        ),
         ({"item_embedding_column": "text"}, "item_embedding_column without item_embedding_init"),
         ({"item_embedding_init": "e", "item_embedding_column": "images"}, "one of fused, text, image"),
         ({"item_embedding_init": "e", "item_embedding_trainable": "no"}, "true or false"),
@@ -376,6 +452,17 @@ def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
         ({"item_embedding_init": "e", "item_embedding_pca": 0}, "a number of components"),
         ({"item_embedding_init": "e", "item_embedding_pca": True}, "a number of components"),
         ({"item_embedding_pca": 8}, "item_embedding_pca without item_embedding_init"),
+        ({"item_embedding_align_with": "run"}, "item_embedding_align_with without item_embedding_init"),
+        ({"item_embedding_init": "e", "item_embedding_align_tau": 1}, "align_tau without item_embedding_align_with"),
+        ({"item_embedding_init": "e", "item_embedding_align_with": 7}, "a path"),
+        (
+            {"item_embedding_init": "e", "item_embedding_align_with": "r", "item_embedding_align_weight": 0},
+            "a number above 0",
+        ),
+        (
+            {"item_embedding_init": "e", "item_embedding_align_with": "r", "item_embedding_align_tau": float("nan")},
+            "a number above 0",
+        ),
         ({"item_embedding_init": 7}, "a path"),
     ],
 )

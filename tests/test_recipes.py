@@ -210,7 +210,7 @@ def test_the_commands_name_no_method_and_no_loss(file: str) -> None:
     words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert words.isdisjoint({*METHODS, *LOSSES})
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    of_methods = {"training.sda", "training.vlm2rec", "training.losses", "training.samples", "backbones.moda"}
+    of_methods = {"training.sda", "training.vlm2rec", "training.losses", "training.samples", "adapters.moda"}
     assert imported.isdisjoint({f"vlm2rec.embedder.{module}" for module in of_methods})
 
 

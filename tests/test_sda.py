@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import safetensors.torch
 import torch
 
 from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbones import lora, moda
+from vlm2rec.embedder import prompts
+from vlm2rec.embedder.adapters import lora, moda
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_users_together
+from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.gradients import conflict
 from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel, ItemSamples, probed
@@ -68,9 +71,13 @@ def test_defaults_are_the_papers_where_nothing_is_given(tmp_path: Path) -> None:
     found = read_config(FinetuneConfig, flags=flags)
     assert (found.pooling, found.prompt_style, found.lora_rank, found.experts) == ("mean", "sda", 8, 8)
     assert (found.batch_size, found.lora_alpha, found.lora_dropout, found.cmsa) == (32, 32.0, 0.1, "paper")
+    # of its public code
+    assert (found.learning_rate, found.prompt_mode, found.item_text) == (2e-4, "chat", "attributes")
+    assert found.max_title_tokens == 128
     assert read_config(FinetuneConfig, flags={**flags, "lora_rank": 16}).lora_rank == 16
     vlm2rec = read_config(FinetuneConfig, flags=flags | {"method": "vlm2rec"})
     assert (vlm2rec.pooling, vlm2rec.prompt_style, vlm2rec.lora_rank, vlm2rec.batch_size) == ("last", "vlm2rec", 16, 8)
+    assert (vlm2rec.learning_rate, vlm2rec.prompt_mode, vlm2rec.item_text) == (1e-5, "raw", "title")
 
 
 def test_the_adapter_says_what_it_was_trained_with(trained: Path) -> None:
@@ -80,7 +87,10 @@ def test_the_adapter_says_what_it_was_trained_with(trained: Path) -> None:
     assert saved["training"]["method"] == "sda" and saved["training"]["loss"] == "sda, cmsa, moda"
     assert saved["training"]["effective_negatives"] == 7.0 and saved["dataset"]["samples"] == 40
     card = (trained / "README.md").read_text()
-    assert "The product has the following attributes: TITLE" in card and "the mean of all tokens' states" in card
+    said = "The product has the following attributes: title is TITLE; category is CATEGORY; brand is BRAND"
+    assert said in card and "the mean of all tokens' states" in card
+    assert (saved["encoder"]["item_text"], saved["encoder"]["prompt_mode"]) == ("attributes", "chat")
+    assert (saved["dataset"]["category"], saved["dataset"]["brand"]) == ("category", "brand")
     assert "MoDA" in card and "library_name: peft" not in card
 
 
@@ -202,14 +212,20 @@ def test_the_exported_vectors_are_those_of_the_unfolded_model(
     tiny: Tiny, drawn_dataset: Path, trained: Path, exported: Path
 ) -> None:
     encoder = ItemEncoder.load(
-        str(tiny("qwen2_5_vl")), pooling="mean", prompt_style="sda", max_pixels=56 * 56, dtype="float32", device="cpu"
+        str(tiny("qwen2_5_vl")),
+        **{"pooling": "mean", "prompt_style": "sda", "prompt_mode": "chat", "item_text": "attributes"},
+        **{"max_title_tokens": 128, "max_pixels": 56 * 56, "dtype": "float32", "device": "cpu"},
     )
     lora.load_moda(encoder.backbone, trained)
     encoder.backbone.share_prefixes()
     assert moda.layers(encoder.backbone.model), "experts, not folded weights"
     dataset = Dataset(drawn_dataset)
     images = [encoder.open_image(dataset.image_root, path) for path in dataset.image_paths]
-    unfolded = encoder.encode_items(dataset.titles, images)
+    texts = [
+        f"title is {row['title']}; category is {row['category']}; brand is {row['brand']}"
+        for row in dataset.items.to_pylist()
+    ]
+    unfolded = encoder.encode_items(texts, images)
     for view in schema.VIEWS:
         folded = EmbeddingTable.open(exported, view).take(dataset.item_ids)
         np.testing.assert_allclose(folded, getattr(unfolded, view), atol=1e-5, rtol=1e-5)
@@ -270,6 +286,106 @@ def test_sentence_transformers_cannot_hold_it_and_says_so(
     )
     with pytest.raises(ModelError, match="prompts or the pooling of another method"):
         convert.run(config)
+
+
+# --- the text prompt ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("title", "category", "brand", "text"),
+    [
+        ("Lamp", "Home, Lights", "Acme", "title is Lamp; category is Home, Lights; brand is Acme"),
+        ("Lamp", "", "Acme", "title is Lamp; brand is Acme"),
+        ("", "Home", "", "category is Home"),
+        (" \n", "", "", ""),
+        ("a;b\n  c", "", "x; y", "title is a.b c; brand is x. y"),
+        ("é" * 150, "Home", "", f"title is {'é' * 100}; category is Home"),
+    ],
+)
+def test_the_text_names_what_there_is_and_leaves_out_the_rest(title: str, category: str, brand: str, text: str) -> None:
+    assert prompts.attributes_text(title, category, brand) == text
+
+
+def without_columns(data: Path, to: Path, *columns: str, **renamed: str) -> Path:
+    """Copy a dataset folder whose items lack some columns, or have them under other names."""
+    shutil.copytree(data, to)
+    items = pl.read_parquet(to / "items.parquet").drop(columns).rename(renamed)
+    items.write_parquet(to / "items.parquet")
+    meta = json.loads((to / "dataset.json").read_text()) | {"image_root": str(Dataset(data).image_root)}
+    (to / "dataset.json").write_text(json.dumps(meta))
+    return to
+
+
+def test_training_and_export_read_the_attributes_that_the_catalogue_has(
+    tiny: Tiny, drawn_dataset: Path, trained: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = without_columns(drawn_dataset, tmp_path / "plain", "category", "brand")
+    other = without_columns(drawn_dataset, tmp_path / "other", "category", brand="store")
+    row = Dataset(drawn_dataset).items.to_pylist()[3]
+    title = f"title is {row['title']}"
+    for data, said in ((plain, title), (other, f"{title}; brand is {row['brand']}")):
+        encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), trained, dtype="float32", device="cpu")
+        assert ItemFeatures(Dataset(data), encoder).titles([3]) == [said]
+    vectors = []
+    for data, column in ((plain, None), (other, "store"), (drawn_dataset, "brand")):
+        out = exported if data == drawn_dataset else tmp_path / f"vectors of {data.name}"
+        if data != drawn_dataset:
+            export_items.run(exporting(tiny, data, out, trained))
+        described = schema.read_manifest(out)["settings"]
+        assert (described["item_text"], described["brand"]) == ("attributes", column)
+        assert described["category"] == ("category" if data == drawn_dataset else None)
+        vectors.append(EmbeddingTable.open(out, "text").take(Dataset(data).item_ids))
+    assert "brand column: store" in capsys.readouterr().err
+    assert not np.allclose(vectors[0], vectors[1]) and not np.allclose(vectors[1], vectors[2])
+
+
+def test_an_adapter_from_before_keeps_its_prompt_and_its_fingerprint(
+    tiny: Tiny, drawn_dataset: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Its folder says nothing of what a prompt holds: that was the title."""
+    old = shutil.copytree(trained, tmp_path / "old")
+    described = json.loads((old / "vlm2rec.json").read_text())
+    del described["encoder"]["item_text"]
+    described["encoder"] |= {"prompt_mode": "raw", "max_title_tokens": 64}
+    (old / "vlm2rec.json").write_text(json.dumps(described))
+    backbone = str(tiny("qwen2_5_vl"))
+    found = fingerprint_of(backbone, old, dtype="float32", device="cpu")
+    assert (found["wording"], found["prompt_mode"]) == ("sda", "raw") and "item_text" not in found
+    assert found["prompt_hash"] == prompts.prompt_hash("raw", None, "sda")
+    with pytest.raises(ConfigError, match=r"--item-text is 'attributes', but the adapter .* was trained with 'title'"):
+        fingerprint_of(backbone, old, dtype="float32", device="cpu", item_text="attributes")
+    today = fingerprint_of(backbone, trained, dtype="float32", device="cpu")
+    assert today["item_text"] == "attributes" and today["prompt_hash"] != found["prompt_hash"]
+
+
+def test_a_run_that_began_with_titles_is_not_continued_with_attributes(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    before = {"item_text": "title", "prompt_mode": "raw", "max_title_tokens": 64, "learning_rate": 1e-3}
+    finetune.run(settings(tiny, drawn_dataset, tmp_path / "a", **before))
+    saved = json.loads((tmp_path / "a" / "vlm2rec.json").read_text())
+    assert "category" not in saved["dataset"]
+    del saved["config"]["item_text"]  # as an earlier version left it
+    (tmp_path / "a" / "vlm2rec.json").write_text(json.dumps(saved))
+    assert finetune.run(settings(tiny, drawn_dataset, tmp_path / "a", **before)) is None, "complete"
+    with pytest.raises(ConfigError, match=r"begun with item_text = 'title', now it is 'attributes'"):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "a", **before | {"item_text": "attributes"}))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompt_style": "vlm2rec", "item_text": "attributes"}, "--item-text attributes with --prompt-style vlm2rec"),
+        ({"prompt_style": None, "item_text": "attributes"}, "--item-text attributes with --prompt-style vlm2rec"),
+        ({"strategy": "textual", "item_text": "attributes"}, "--item-text attributes with --strategy textual"),
+    ],
+)
+def test_attributes_belong_to_the_prompts_of_sda(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    config = ExportConfig(
+        data=drawn_dataset, backbone=str(tiny("qwen2_5_vl")), out=tmp_path / "e", device="cpu", **more
+    )
+    with pytest.raises(ConfigError, match=message):
+        export_items.run(config)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

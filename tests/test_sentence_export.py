@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, TEXT_FAMILIES
 from transformers.utils import is_torchvision_available
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.families import load_processor
 from vlm2rec.embedder.backbones.images import open_image
 from vlm2rec.embedder.contract.dataset import Dataset

@@ -233,7 +233,7 @@ def test_a_dry_run_counts_both_halves_of_dual(data: Path, tiny: Tiny, tmp_path: 
 @pytest.mark.parametrize(
     ("strategy", "given", "message"),
     [
-        ("textual", {"adapter": Path("adapter")}, "--strategy textual with --adapter adapter, which was trained with"),
+        ("textual", {"adapter": Path("adapter")}, "--strategy textual with --adapter adapter, which says itself how"),
         ("prompt1", {"views": "text"}, "--views text with --strategy prompt1"),
         ("visual", {"fusion": "internal"}, "--fusion internal with --strategy visual"),
         ("dual", {"fusion": "external"}, "--fusion external with --strategy dual"),

@@ -15,7 +15,7 @@ import transformers
 from tiny_models import TEXT_FAMILIES
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.families import TEXT_FAMILIES as FAMILY_TABLE
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError

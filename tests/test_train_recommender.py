@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +20,16 @@ import torch
 import yaml
 from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, with_cold_items, write_atomic, write_dataset
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vlm2rec.downstream.evaluation.metrics import TAIL
 from vlm2rec.downstream.recbole import compat, run
+from vlm2rec.downstream.recbole.alignment import structural_alignment
 from vlm2rec.downstream.recbole.run import evaluate, user_scores
+from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, Vlm2RecError
 from vlm2rec.pipelines import train_recommender
 from vlm2rec.pipelines.cli import app
 from vlm2rec.pipelines.config import TrainRecommenderConfig
@@ -323,9 +329,57 @@ def test_the_tail_is_the_users_whose_target_was_bought_seldom(data: Path, monkey
     assert tail["full"]["N@10"] == pytest.approx(by_seed[-1])
 
 
+def test_an_item_that_training_never_saw_is_found_by_its_vector_where_ids_cannot(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    cold = {"i7", "i20", "i33"}
+    sequences = [s for s in cyclic_sequences(ITEMS, 500, longest=8) if not cold.intersection(s[:-1])]
+    wanted = sum(s[-1] in cold for s in sequences)
+    data = write_dataset(tmp_path / "data", sequences, ITEMS, max_history=6, candidates=20)
+    found = {}
+    for mode in (None, "fuse"):
+        config = TrainRecommenderConfig(
+            data=data,
+            out=tmp_path / str(mode),
+            model="SASRec",
+            embeddings=embeddings if mode else None,
+            **({"mode": mode} if mode else {}),
+            positions="all",
+            hidden_size=32,
+            max_epochs=30,
+            learning_rate=5e-3,
+            batch_size=64,
+            device="cpu",
+        )
+        found[mode] = train_recommender.run(config)
+        assert found[mode]["cold"]["users"] == wanted > 10
+    chance = sum(1 / np.log2(rank + 1) for rank in range(1, 11)) / 21
+    assert found["fuse"]["cold"]["candidates"]["N@10"] > 1.5 * chance
+    assert found[None]["cold"]["candidates"]["N@10"] < chance  # a negative of every softmax, a target of none
+    assert found["fuse"]["full"]["N@10"] > found[None]["full"]["N@10"]
+
+
+def test_the_tail_over_all_interactions_counts_the_held_out_items_too(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Dataset(data)
+    whole = [item for user in folder.train_sequences() for item in user.tolist()]
+    whole += [item for split in ("valid", "test") for item in folder.histories(split).targets.tolist()]
+    counts = np.array([whole.count(item) for item in folder.histories("test").targets.tolist()])
+    below = int(np.median(counts))
+    monkeypatch.setattr("vlm2rec.downstream.evaluation.metrics.TAIL", below)
+    metrics, tables = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS, tail_over="all")
+    rare, tail = counts < below, metrics["tail"]
+    assert (tail["users"], tail["below"], tail["over"]) == (rare.sum(), below, "all") and 0 < rare.sum() < len(rare)
+    assert tail["full"]["N@10"] == pytest.approx(np.mean(np.array(tables[-1]["N@10"])[rare]))
+    in_training, _ = evaluate(Scorer(lambda items: items), FIELDS, folder, ITEMS)
+    assert in_training["tail"]["users"] > tail["users"] and "over" not in in_training["tail"]
+
+
 def test_where_nobody_wants_a_rare_item_the_tail_has_no_metrics(data: Path) -> None:
     metrics, _ = evaluate(Scorer(lambda items: items), FIELDS, Dataset(data), ITEMS)
     assert metrics["tail"] == {"below": 4, "users": 0, "candidates": {}, "full": {}}
+    assert metrics["cold"] == {"users": 0, "candidates": {}, "full": {}}
 
 
 def test_scores_that_are_not_numbers_are_refused(data: Path) -> None:
@@ -636,3 +690,155 @@ def test_recbole_takes_the_gpu_the_environment_names(
     config = TrainRecommenderConfig(data=data, model="SASRec", out=tmp_path)
     assert effective(config, tmp_path)["gpu_id"] == "3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+# --- alignment with a table from item ids (RAT) -------------------------------------------------------------
+def alignment_by_hand(ids: list[list[float]], adapted: list[list[float]], tau: float) -> float:
+    """L(I, A) with loops over Python floats."""
+
+    def dot(a: list[float], b: list[float]) -> float:
+        return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+    def softmax(row: list[float]) -> list[float]:
+        total = math.fsum(math.exp(value) for value in row)
+        return [math.exp(value) / total for value in row]
+
+    count = range(len(ids))
+    student = [[dot(ids[i], adapted[j]) / tau for j in count] for i in count]
+    teacher = [softmax([tau * (dot(ids[i], ids[j]) + dot(adapted[i], adapted[j])) / 2 for j in count]) for i in count]
+    found = 0.0
+    for i in count:
+        to_adapted, to_ids = softmax(student[i]), softmax([student[j][i] for j in count])
+        found -= 0.5 * math.fsum(teacher[i][j] * math.log(to_adapted[j]) for j in count) / len(ids)
+        found -= 0.5 * math.fsum(teacher[j][i] * math.log(to_ids[j]) for j in count) / len(ids)
+    return found
+
+
+def test_the_alignment_is_that_of_its_equation_and_every_part_of_it_has_a_gradient() -> None:
+    random = torch.Generator().manual_seed(0)
+    ids, adapted = torch.randn(2, 6, 4, generator=random, dtype=torch.float64)
+    ids[4] = ids[1]  # an item may occur in a batch twice
+    adapted[4] = adapted[1]
+    for tau in (0.5, 2.0):
+        expected = alignment_by_hand(ids.tolist(), adapted.tolist(), tau)
+        assert float(structural_alignment(ids, adapted, tau)) == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda rows: structural_alignment(ids, rows, 2.0), (adapted.requires_grad_(),))
+
+
+@pytest.fixture(scope="module")
+def from_ids(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ids") / "run"
+    train_recommender.run(TrainRecommenderConfig(data=data, model="SASRec", out=out, **SMALL))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("model", "positions"), [*((model, "last") for model in schema.RECOMMENDERS[:3]), ("SASRec", "all")]
+)
+def test_every_sequential_model_aligns_its_vectors_with_the_table_of_a_run_from_ids(
+    model: str,
+    positions: str,
+    data: Path,
+    embeddings: Path,
+    from_ids: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: dict[str, Any] = SMALL | {
+        "data": data,
+        "model": model,
+        "positions": positions,
+        "embeddings": embeddings,
+        "learning_rate": 1e-2,
+    }
+    given |= {"adapter": "two-linear", "pca": 6, "max_epochs": 8 if positions == "all" else 2}
+    before = (from_ids / "checkpoint.safetensors").read_bytes()
+    aligned = TrainRecommenderConfig(out=tmp_path / "a", align_with=from_ids, align_weight=5.0, **given)
+    metrics = train_recommender.run(aligned)
+    assert metrics["alignment"] == {"with": str(from_ids), "weight": 5.0, "tau": 2.0}
+    course = [epoch["alignment"] for epoch in metrics["curve"]]
+    assert course[-1] < course[0] and all(epoch["loss"] > epoch["alignment"] > 0 for epoch in metrics["curve"])
+    assert "weight 5, τ 2" in " ".join(capsys.readouterr().err.split())
+    plain = train_recommender.run(TrainRecommenderConfig(out=tmp_path / "b", **given))
+    assert "alignment" not in plain and "alignment" not in plain["curve"][0]
+    with_it, without = state(tmp_path / "a"), state(tmp_path / "b")
+    assert with_it.keys() == without.keys(), "the table of the other run is in no checkpoint"
+    assert not same(with_it, without)
+    assert (from_ids / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_the_loss_has_the_rows_of_the_targets_and_no_padding(
+    data: Path, embeddings: Path, from_ids: Path, tmp_path: Path
+) -> None:
+    config = TrainRecommenderConfig(
+        data=data, model="BERT4Rec", embeddings=embeddings, align_with=from_ids, out=tmp_path / "run", **SMALL
+    )
+    folder = Dataset(data)
+    layers = [
+        train_recommender.task2_settings(config, "BERT4Rec", 5),
+        train_recommender.chosen_settings(config, "", {}),
+    ]
+    model = run.run(layers, tmp_path / "run", data=folder, device="cpu").model
+    items = torch.tensor([[3, 0, 7], [7, 12, 0]])
+    found = model.alignment(model.item_embedding, items)
+    rows = [3, 7, 7, 12]
+    table = state(from_ids)["item_embedding.weight"].double()
+    adapted = model.item_embedding.weight.detach().double()
+    expected = 0.01 * alignment_by_hand(table[rows].tolist(), adapted[rows].tolist(), 2.0)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def older_run(run_folder: Path, to: Path) -> Path:
+    """Copy a run as a version left it that did not record its items."""
+    shutil.copytree(run_folder, to)
+    weights = load_file(to / "checkpoint.safetensors")
+    save_file(weights, to / "checkpoint.safetensors", {"vlm2rec": json.dumps({"model": "SASRec"})})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [
+        ("vectors", 2, r"a run of SASRec from fused vectors. Expected: a finished run .* from item ids"),
+        ("width", 2, r"item vectors have 16 numbers, and those of this run have 8.*--hidden-size 16"),
+        ("own out", 2, r"--align-with and --out are both"),
+        ("no vectors", 2, r"item_embedding_align_with without item_embedding_init"),
+        ("unfinished", 5, r"metrics.json does not exist"),
+        ("other items", 5, r"a run of other items"),
+        ("older", 5, r"a run of an earlier version, which did not record its items"),
+        ("damaged", 5, r"checkpoint.safetensors is missing or damaged"),
+        ("no table", 5, r"has no item table"),
+    ],
+)
+def test_what_vectors_cannot_be_aligned_with_is_refused(
+    data: Path, embeddings: Path, from_ids: Path, tmp_path: Path, case: str, code: int, message: str
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    flags: dict[str, object] = {"data": data, "model": "SASRec", "hidden-size": 16, "max-epochs": 1, "device": "cpu"}
+    flags |= {"out": out, "embeddings": embeddings, "align-with": from_ids}
+    if case == "vectors":
+        config = TrainRecommenderConfig(data=data, model="SASRec", embeddings=embeddings, out=other, **SMALL)
+        train_recommender.run(config)
+    elif case == "other items":
+        folder = write_dataset(tmp_path / "data", SEQUENCES[::-1], ITEMS, user_ids=USERS, candidates=20)
+        train_recommender.run(TrainRecommenderConfig(data=folder, model="SASRec", out=other, **SMALL))
+    elif case == "older":
+        older_run(from_ids, other)
+    elif case in ("damaged", "unfinished", "no table"):
+        shutil.copytree(from_ids, other)
+        if case == "unfinished":
+            (other / "metrics.json").unlink()
+        elif case == "damaged":
+            (other / "checkpoint.safetensors").write_bytes(b"\0" * 99)
+        else:
+            save_file({"other": torch.ones(2)}, other / "checkpoint.safetensors")
+    flags |= {"align-with": other} if other.exists() else {}
+    flags |= {"hidden-size": 8} if case == "width" else {}
+    if case == "own out":
+        flags["align-with"] = out
+    if case == "no vectors":
+        del flags["embeddings"]
+    result = CliRunner().invoke(app, ["train-recommender", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))])
+    assert isinstance(result.exception, Vlm2RecError) and result.exception.exit_code == code
+    assert re.search(message, str(result.exception))
+    assert not (out / "metrics.json").exists()

@@ -16,7 +16,7 @@ import safetensors.torch
 from drawn_lora import without_checksums
 
 from vlm2rec.downstream.table import EmbeddingTable
-from vlm2rec.embedder.backbones import lora
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError

@@ -125,15 +125,15 @@ def tail_users(frequency: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return which users have a target of the long tail, (U,) bool.
 
     Args:
-        frequency: how often each item occurs in training, (I,), without the held-out items.
+        frequency: how often each item occurs, (I,): in training, or with the held-out items.
         targets: row of each user's target, (U,).
     """
     return np.asarray(frequency[targets] < TAIL)
 
 
-def tail_means(metrics: Mapping[str, np.ndarray], tail: np.ndarray) -> dict[str, float]:
-    """Return the mean of each per-user metric over the users of the long tail; empty if there are none."""
-    return mean_over_users({name: values[tail] for name, values in metrics.items()}) if tail.any() else {}
+def group_means(metrics: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, float]:
+    """Return the mean of each per-user metric over some users, (U,) bool; empty if there are none."""
+    return mean_over_users({name: values[users] for name, values in metrics.items()}) if users.any() else {}
 
 
 # --- scores and counts --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlm2rec.downstream.evaluation import metrics
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories, Split
 
@@ -59,14 +60,19 @@ class RankingTask:
         dataset: a dataset folder.
         split: which held-out item is the target.
         seeds: seeds of the stored candidates; empty takes all.
+        tail_over: which interactions decide whether a target is of the long tail; see `item_frequency`.
     """
 
-    def __init__(self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = (), tail_over: TailOver = "train"
+    ) -> None:
         self.user_ids = dataset.user_ids
         self.seeds = list(seeds) or dataset.candidate_seeds
         self.negatives = {seed: dataset.negatives(seed) for seed in self.seeds}  # (U, N) each
         self.targets = dataset.histories(split).targets  # (U,)
-        self.tail = metrics.tail_users(dataset.train_frequency(), self.targets)  # (U,) bool
+        self.tail_over = tail_over
+        self.tail = metrics.tail_users(item_frequency(dataset, tail_over), self.targets)  # (U,) bool
+        self.cold = dataset.train_frequency()[self.targets] == 0  # (U,) bool: nothing was learned about the target's id
         later = [] if split == "valid" else [dataset.histories("valid").targets]
         self.seen, self.offsets = metrics.seen_items(dataset.train_sequences(), *later)
 
@@ -105,7 +111,7 @@ class Rankings:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def means(self) -> dict[str, Any]:
-        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full` and `tail`."""
+        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, `tail`, `cold`."""
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         mean, spread = self._average
@@ -114,6 +120,7 @@ class Rankings:
             "candidates_std": {name: spread(each) if len(each) > 1 else 0.0 for name, each in values.items()},
             "full": metrics.mean_over_users(self.users(None)),
             "tail": self._tail(),
+            "cold": self._group(self.task.cold),
         }
         for among in ("candidates", "full"):
             # no ranking can break the bound: that would be a bug
@@ -121,14 +128,17 @@ class Rankings:
         return found
 
     def _tail(self) -> dict[str, Any]:
-        """Return the means over the users whose target is an item of the long tail; empty if there are none."""
-        tail = self.task.tail
-        of_seed = [metrics.tail_means(self.users(seed), tail) for seed in self.task.seeds]
+        over = self.task.tail_over
+        about = {"below": metrics.TAIL, **({} if over == "train" else {"over": over})}
+        return about | self._group(self.task.tail)
+
+    def _group(self, users: np.ndarray) -> dict[str, Any]:
+        """Return how many `users` (U,) bool there are, and their means; the means are empty if there are none."""
+        of_seed = [metrics.group_means(self.users(seed), users) for seed in self.task.seeds]
         return {
-            "below": metrics.TAIL,
-            "users": int(tail.sum()),
+            "users": int(users.sum()),
             "candidates": {name: self._average.mean([means[name] for means in of_seed]) for name in of_seed[0]},
-            "full": metrics.tail_means(self.users(None), tail),
+            "full": metrics.group_means(self.users(None), users),
         }
 
     def tables(self, view: str | None = None) -> list[pa.Table]:
@@ -161,6 +171,14 @@ def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Ran
             rankings = found[pair_name(user_view, item_view)] = Rankings(task, _IN_FLOAT64)
             rankings.add_vectors(users[user_view], items[item_view])
     return found
+
+
+def item_frequency(dataset: Dataset, over: TailOver) -> np.ndarray:
+    """Return how often each item occurs, (I,): in the training sequences, or (`all`) with the held-out items.
+
+    SDA's code counts all interactions, the target itself among them, so it calls fewer items tail.
+    """
+    return dataset.train_frequency() if over == "train" else dataset.frequency()
 
 
 def mean_of_history(items: np.ndarray, histories: Histories) -> np.ndarray:

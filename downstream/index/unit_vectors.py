@@ -21,6 +21,8 @@ class UnitBatch(NamedTuple):
     vectors: np.ndarray
     absent: int  # rows of this batch without a vector
     unusable: int  # rows whose vector is zero or not finite and has no direction
+    every: list[str]  # all items of this batch, in the order of the export
+    keep: np.ndarray  # which of them have a vector, (len(every),) bool
 
 
 def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
@@ -31,7 +33,7 @@ def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
         keep = present & np.isfinite(lengths) & (lengths > 0)
         unit = np.ascontiguousarray(vectors[keep] / lengths[keep, None])
         kept = [name for name, good in zip(ids, keep, strict=True) if good]
-        yield UnitBatch(first, kept, unit, int((~present).sum()), int((present & ~keep).sum()))
+        yield UnitBatch(first, kept, unit, int((~present).sum()), int((present & ~keep).sum()), ids, keep)
         first += len(kept)
 
 

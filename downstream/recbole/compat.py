@@ -172,6 +172,24 @@ def load_weights(path: Path, device: Any) -> dict[str, Any]:
     return state
 
 
+def description_of(path: Path) -> dict[str, Any]:
+    """Return the `about` of a file that `save_weights` wrote; empty if it has none.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("vlm2rec", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
+        ) from None
+    return about if isinstance(about, dict) else {}
+
+
 @contextmanager
 def _no_pickles() -> Iterator[None]:
     """Keep RecBole from looking for stored data loaders, and from storing them."""

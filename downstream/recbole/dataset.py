@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from recbole.data.dataset import SequentialDataset
-from recbole.data.interaction import Interaction
+from recbole.data.interaction import Interaction, cat_interactions
 from recbole.utils import FeatureSource, FeatureType
 
+from vlm2rec.downstream.recbole import windows
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
 
@@ -69,21 +70,43 @@ class FolderDataset(SequentialDataset):
         opens = np.flatnonzero(np.diff(users, prepend=-1))  # the row where each user's sequence begins
         begin = np.repeat(opens, np.diff(np.append(opens, len(users))))
         targets = np.flatnonzero(np.arange(len(users)) != begin)
-        lengths = np.minimum(targets - begin[targets], self.max_item_list_len)
+        if windows.is_set(self.config.final_config_dict):
+            self.inter_feat = self._windows(items, opens)
+        else:
+            self.inter_feat = self._prefixes(items, begin[targets], targets)
+
+    def _prefixes(self, items: np.ndarray, begin: np.ndarray, targets: np.ndarray) -> Interaction:
+        """Return a row for each of `targets`, positions in `items`, with what precedes it from `begin` on."""
+        lengths = np.minimum(targets - begin, self.max_item_list_len)
         lists = np.zeros((len(targets), self.max_item_list_len), np.int64)
         for position in range(self.max_item_list_len):
             filled = position < lengths
             lists[filled, position] = items[(targets - lengths + position)[filled]]
         rows = self.inter_feat[targets]
-        rows.update(
-            Interaction(
-                {
-                    self.item_list_length_field: torch.from_numpy(lengths),
-                    getattr(self, f"{self.iid_field}_list_field"): torch.from_numpy(lists),
-                }
-            )
-        )
-        self.inter_feat = rows
+        rows.update(self._lists(lists, lengths))
+        return rows
+
+    def _windows(self, items: np.ndarray, opens: np.ndarray) -> Interaction:
+        """Return rows that learn all positions of the training items (`windows`), and each user's last two prefixes.
+
+        `opens` are the positions in `items` where the sequences begin.
+        """
+        ends = np.append(opens[1:], len(items))
+        held = np.stack([ends - 2, ends - 1], axis=1).ravel()
+        held_out = self._prefixes(items, np.repeat(opens, 2), held)
+        found = windows.windows(opens, ends - opens - 2, self.max_item_list_len)
+        read, learned = windows.lists(items, found, self.max_item_list_len)
+        rows = self.inter_feat[found.start + found.length]  # the last target of each
+        rows.update(self._lists(read, found.length))
+        for part, targets in ((rows, learned), (held_out, np.zeros((len(held), self.max_item_list_len), np.int64))):
+            part.update(Interaction({windows.TARGETS: torch.from_numpy(targets)}))
+        return cat_interactions([rows, held_out])
+
+    def _lists(self, lists: np.ndarray, lengths: np.ndarray) -> Interaction:
+        """Return the columns of what is read: item numbers (rows, L), right-padded with 0, and how many (rows,)."""
+        name = getattr(self, f"{self.iid_field}_list_field")
+        columns = {self.item_list_length_field: torch.from_numpy(lengths), name: torch.from_numpy(lists)}
+        return Interaction(columns)
 
     def _split_index_by_leave_one_out(self, grouped_index: Any, leave_one_num: int) -> list[list[int]]:
         """Split off the last two rows of every user.

@@ -1,4 +1,7 @@
-"""The item table of a recommender made of frozen vectors and one or two trained layers. Tensors only.
+"""The item table of a recommender made of vectors and one or two trained layers. Tensors only.
+
+- `ItemEmbedding`: frozen vectors, adapted; with `trained_vectors` they are trained, too (mode `init`).
+- `FusedEmbedding`: the adapted vector and a trained row for the item's id, together (mode `fuse`).
 
 Three adapters: `linear`, one Linear(d → width), as in the paper; `two-linear`, two Linears without activation, as in
 LLMEmb and SDA; `mlp`, two Linears with GELU between. The hidden layer has d / 2 units, and no fewer than `width`.
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm2rec.downstream.options import Adapter
+from vlm2rec.downstream.options import Adapter, Fuse
 
 ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 PAD_ROW = 0
@@ -66,7 +69,7 @@ class ItemEmbedding(nn.Module):
     both give the same rows. Row 0, the padding, is zero. Rows beyond the vectors (BERT4Rec's mask) are trained
     parameters, as they belong to no item.
 
-    The vectors are not part of the state: a checkpoint holds the adapter and the extra rows only.
+    Frozen vectors are not part of the state: a checkpoint holds the adapter and the extra rows only.
     """
 
     vectors: Tensor
@@ -79,6 +82,7 @@ class ItemEmbedding(nn.Module):
         spread: float,
         extra: Tensor | None = None,
         adapter: Adapter = "linear",
+        trained_vectors: bool = False,
     ) -> None:
         """Start the adapter so that the adapted rows are spread like the id table they replace.
 
@@ -88,9 +92,13 @@ class ItemEmbedding(nn.Module):
             spread: standard deviation of an element of an adapted row at the start.
             extra: (K, width) start values of rows N ... N + K - 1.
             adapter: the layers.
+            trained_vectors: train the vectors as well; they are then part of the state.
         """
         super().__init__()
-        self.register_buffer("vectors", vectors, persistent=False)
+        if trained_vectors:
+            self.vectors = nn.Parameter(vectors)
+        else:
+            self.register_buffer("vectors", vectors, persistent=False)
         dim = vectors.shape[1]
         units = max(width, dim // 2)
         self.hidden = None if adapter == "linear" else nn.Linear(dim, units)
@@ -151,9 +159,13 @@ class ItemEmbedding(nn.Module):
         return not self.training and not torch.is_grad_enabled()
 
     def _table(self) -> Tensor:
-        items = self._adapt(self.vectors[1:])  # (N - 1, width)
+        items = self._items(None)  # (N - 1, width)
         parts = [items.new_zeros(1, self.embedding_dim), items]
         return torch.cat(parts if self.extra is None else [*parts, self.extra])
+
+    def _items(self, rows: Tensor | None) -> Tensor:
+        """Return the table's rows of items (R,), (R, width), padding or not; of all items if `rows` is None."""
+        return self._adapt(self.vectors[1:] if rows is None else self.vectors[rows])
 
     def _adapt(self, vectors: Tensor) -> Tensor:
         """Map (n, d) to (n, width)."""
@@ -162,7 +174,7 @@ class ItemEmbedding(nn.Module):
     def _rows(self, rows: Tensor) -> Tensor:
         """Adapt distinct `rows` (R,) to (R, width)."""
         last = len(self.vectors) - 1
-        adapted = self._adapt(self.vectors[rows.clamp(max=last)])
+        adapted = self._items(rows.clamp(max=last))
         adapted = adapted.masked_fill((rows == PAD_ROW)[:, None], 0.0)
         if self.extra is not None:
             beyond = self.extra[(rows - last - 1).clamp(min=0)]
@@ -176,3 +188,52 @@ class ItemEmbedding(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> ItemEmbedding:
         self._cached = None  # the module changes its device or number format
         return super()._apply(*args, **kwargs)
+
+
+class FusedEmbedding(ItemEmbedding):
+    """The adapted vector of an item and a trained row for its id, together.
+
+    `sum` adds the two; `gate` multiplies the id's row by sigmoid(G a + c) first, where a is the adapted vector. An item
+    that training never saw has no id row: it stands where its vector puts it. So that the adapter learns to work alone,
+    training leaves out the id row of each item with the probability `id_dropout`, every time the table is read.
+    """
+
+    known: Tensor
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        width: int,
+        spread: float,
+        extra: Tensor | None = None,
+        adapter: Adapter = "linear",
+        *,
+        known: Tensor,
+        fuse: Fuse = "sum",
+        id_dropout: float = 0.0,
+    ) -> None:
+        """Start as `ItemEmbedding`; id rows are spread like the adapted ones.
+
+        Args:
+            vectors: (N, d), `width`, `spread`, `extra`, `adapter`: as `ItemEmbedding` takes them.
+            width: see there.
+            spread: see there.
+            extra: see there.
+            adapter: see there.
+            known: which rows are items that occur in training, (N,) bool.
+            fuse: how the two join.
+            id_dropout: share of the id rows that training leaves out at a time.
+        """
+        super().__init__(vectors, width, spread, extra, adapter)
+        self.ids = nn.Parameter(torch.empty(len(vectors), width).normal_(std=spread))
+        self.register_buffer("known", known)
+        self.gate = nn.Linear(width, width) if fuse == "gate" else None
+        self.id_dropout = id_dropout
+
+    def _items(self, rows: Tensor | None) -> Tensor:
+        adapted = super()._items(rows)
+        own, known = (self.ids[1:], self.known[1:]) if rows is None else (self.ids[rows], self.known[rows])
+        if self.training and self.id_dropout:
+            known = known & (torch.rand(len(known), device=known.device) >= self.id_dropout)
+        own = own * known[:, None]
+        return adapted + (own if self.gate is None else torch.sigmoid(self.gate(adapted)) * own)

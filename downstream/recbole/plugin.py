@@ -2,13 +2,23 @@
 
     item_embedding_init: path/to/embeddings   # the flag; without it RecBole does not change
     item_embedding_column: fused              # fused | text | image
-    item_embedding_trainable: false           # false: frozen vectors behind a trained adapter; true: a trained table
+    item_embedding_mode: adapter              # adapter | table | fuse | init: how the vectors enter
     item_embedding_missing: error             # error | mean | random: items without a vector
     item_embedding_adapter: linear            # linear | two-linear | mlp: the layers between vector and recommender
     item_embedding_pca: 256                   # the vectors' first principal components; left out: all of the vectors
+    item_embedding_align_with: path/to/run    # add LLMEmb's alignment (RAT) with the item table of a run from item ids
+    item_embedding_align_weight: 0.01         # weight of that loss
+    item_embedding_align_tau: 2               # its temperature
 
-With `item_embedding_trainable: true` the item table starts as a random projection of the vectors (an untrained adapter)
-and is then trained row by row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
+- `adapter`: the vectors stay as they are, behind a trained adapter.
+- `table`: the item table starts as a random projection of the vectors (an untrained adapter) and is then trained row by
+  row, as RecBole trains its own; such a checkpoint loads in RecBole without vlm2rec.
+- `fuse`: a trained row for every id, added to the adapted vector; `item_embedding_fuse: sum | gate`, and
+  `item_embedding_id_dropout: 0.1`, the share of the id rows that training leaves out. An item without interactions in
+  training has no id row, and is ranked by its vector.
+- `init`: the vectors are the start of a trained table of their own width, behind the adapter.
+
+`item_embedding_trainable: true`, of earlier versions, is `item_embedding_mode: table`.
 
 `vlm2rec train-recommender --config that.yaml` reads these lines. A script that runs RecBole itself calls `install()`
 first. A relative folder is relative to the working directory, like RecBole's own `data_path`.
@@ -20,17 +30,20 @@ mask token: no item, so it keeps RecBole's random start and is trained in either
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlm2rec.downstream.options import Adapter
+from vlm2rec.downstream.options import Adapter, Fuse, StartMode
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.downstream.recbole.item_embedding import ADAPTERS, ItemEmbedding, standardise
+from vlm2rec.downstream.recbole.alignment import Alignment, align
+from vlm2rec.downstream.recbole.item_embedding import ADAPTERS, FusedEmbedding, ItemEmbedding, standardise
 from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
@@ -38,11 +51,20 @@ from vlm2rec.embedder.contract.storage import Location, location
 
 INIT = "item_embedding_init"
 COLUMN = "item_embedding_column"
+MODE = "item_embedding_mode"
 TRAINABLE = "item_embedding_trainable"
+FUSE = "item_embedding_fuse"
+ID_DROPOUT = "item_embedding_id_dropout"
 MISSING = "item_embedding_missing"
 ADAPTER = "item_embedding_adapter"
 PCA = "item_embedding_pca"
-KEYS = (INIT, COLUMN, TRAINABLE, MISSING, ADAPTER, PCA)
+ALIGN_WITH = "item_embedding_align_with"
+ALIGN_WEIGHT = "item_embedding_align_weight"
+ALIGN_TAU = "item_embedding_align_tau"
+KEYS = (
+    *(INIT, COLUMN, MODE, TRAINABLE, MISSING, ADAPTER, PCA, FUSE, ID_DROPOUT),
+    *(ALIGN_WITH, ALIGN_WEIGHT, ALIGN_TAU),
+)
 FILLS = ("error", "mean", "random")
 
 
@@ -52,10 +74,13 @@ class EmbeddingStart:
 
     folder: Location
     column: str = schema.FUSED
-    trainable: bool = False
+    mode: StartMode = "adapter"
     missing: str = "error"
     adapter: Adapter = "linear"
     pca: int | None = None
+    fuse: Fuse = "sum"
+    id_dropout: float = 0.1
+    alignment: Alignment | None = None
 
 
 def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
@@ -81,11 +106,53 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
     return EmbeddingStart(
         folder=location(_checked(given, INIT, lambda value: isinstance(value, str), "a path", None)),
         column=_checked(given, COLUMN, lambda v: v in schema.VIEWS, f"one of {', '.join(schema.VIEWS)}", schema.FUSED),
-        trainable=_checked(given, TRAINABLE, lambda value: isinstance(value, bool), "true or false", False),
+        mode=_mode(given),
         missing=_checked(given, MISSING, lambda value: value in FILLS, f"one of {', '.join(FILLS)}", "error"),
         adapter=_checked(given, ADAPTER, lambda value: value in ADAPTERS, f"one of {', '.join(ADAPTERS)}", "linear"),
         pca=_checked(given, PCA, _count_or_none, "a number of components from 1, or nothing", None),
+        fuse=_checked(given, FUSE, lambda value: value in get_args(Fuse), " or ".join(get_args(Fuse)), "sum"),
+        id_dropout=_checked(given, ID_DROPOUT, _share, "a number from 0 to below 1", 0.1),
+        alignment=_read_alignment(given),
     )
+
+
+def _mode(given: Mapping[str, Any]) -> StartMode:
+    modes = get_args(StartMode)
+    trainable = _checked(given, TRAINABLE, lambda value: isinstance(value, bool | None), "true or false", None)
+    default = "table" if trainable else "adapter"
+    mode: StartMode = _checked(given, MODE, lambda value: value in modes, f"one of {', '.join(modes)}", default)
+    if trainable is not None and mode != default:
+        raise ConfigError(
+            f"{MODE}: {mode} and {TRAINABLE}: {str(trainable).lower()}", "one of the two lines", f"remove {TRAINABLE}"
+        )
+    unused = [key for key in (FUSE, ID_DROPOUT) if key in given]
+    if unused and mode != "fuse":
+        raise ConfigError(f"{', '.join(unused)} with {MODE}: {mode}", f"{MODE}: fuse", "correct or remove one of them")
+    return mode
+
+
+def _share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _read_alignment(given: Mapping[str, Any]) -> Alignment | None:
+    if given.get(ALIGN_WITH) is None:
+        if idle := sorted(given.keys() & {ALIGN_WEIGHT, ALIGN_TAU}):
+            raise ConfigError(
+                f"{', '.join(idle)} without {ALIGN_WITH}",
+                "the folder of a run from item ids",
+                f"add `{ALIGN_WITH}: path/to/run` (--align-with), or remove it",
+            )
+        return None
+    return Alignment(
+        Path(_checked(given, ALIGN_WITH, lambda value: isinstance(value, str), "a path", None)),
+        float(_checked(given, ALIGN_WEIGHT, _above_zero, "a number above 0", Alignment.weight)),
+        float(_checked(given, ALIGN_TAU, _above_zero, "a number above 0", Alignment.tau)),
+    )
+
+
+def _above_zero(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _checked(given: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
@@ -120,7 +187,7 @@ def _with_flag(original: Callable[..., None]) -> Callable[..., None]:
         original(self, config, dataset)
         start = read_flag(config.final_config_dict)
         if start is not None:
-            start_from(self, start, item_tokens(dataset), seed=int(config["seed"]))
+            start_from(self, start, item_tokens(dataset), int(config["seed"]), known_items(dataset))
 
     return __init__
 
@@ -130,28 +197,46 @@ def item_tokens(dataset: Any) -> list[str]:
     return [str(token) for token in dataset.field2id_token[dataset.iid_field][1:]]
 
 
-def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int) -> None:
+def known_items(dataset: Any) -> Tensor:
+    """Return which of RecBole's items occur in the rows of a dataset, as target or in a history, (I + 1,) bool."""
+    known = torch.zeros(dataset.item_num, dtype=torch.bool)
+    rows = dataset.inter_feat
+    for name in (dataset.iid_field, getattr(dataset, f"{dataset.iid_field}_list_field", "")):
+        if name in rows:
+            known[torch.as_tensor(rows[name]).long().flatten()] = True
+    known[0] = False  # the padding
+    return known
+
+
+def start_from(model: Any, start: EmbeddingStart, tokens: list[str], seed: int, known: Tensor | None = None) -> None:
     """Replace the item table of a RecBole model.
 
     Sets `model.items_without_vector` to how many were filled, and `model.pca_explained` to the share of the vectors'
-    variance that `item_embedding_pca` kept, None without it.
+    variance that `item_embedding_pca` kept, None without it. With an alignment, `model.calculate_loss` returns two
+    parts, as some of RecBole's models do.
 
     Args:
         model: has an `item_embedding` of at least len(tokens) + 1 rows.
         start: the flag.
         tokens: ids of items 1, 2, ...
         seed: seed of the vectors that `missing: random` draws.
+        known: which items occur in training, (len(tokens) + 1,) bool; None: all. Only mode `fuse` asks.
     """
     vectors, missing, explained = aligned_vectors(tokens, start, seed)
     stock = model.item_embedding.weight.detach()
     beyond = stock[len(tokens) + 1 :]  # BERT4Rec's mask token
-    adapter = ItemEmbedding(vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None, start.adapter)
-    if start.trainable:
+    made = vectors, stock.shape[1], float(stock.std()), beyond if len(beyond) else None, start.adapter
+    if start.mode == "table":
         with torch.no_grad():
-            model.item_embedding.weight.copy_(adapter.weight)
+            model.item_embedding.weight.copy_(ItemEmbedding(*made).weight)
+    elif start.mode == "fuse":
+        every = torch.ones(len(vectors), dtype=torch.bool) if known is None else known
+        model.item_embedding = FusedEmbedding(*made, known=every, fuse=start.fuse, id_dropout=start.id_dropout)
     else:
-        model.item_embedding = adapter
+        model.item_embedding = ItemEmbedding(*made, trained_vectors=start.mode == "init")
     model.items_without_vector, model.pca_explained = missing, explained
+    if start.alignment is not None:
+        align(model, start.alignment, tokens)
 
 
 def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tuple[Tensor, int, float | None]:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,13 +29,14 @@ import torch
 import yaml
 
 from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
-from vlm2rec.downstream.recbole import compat, plugin
+from vlm2rec.downstream.options import TailOver
+from vlm2rec.downstream.recbole import compat, plugin, windows
+from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE, ITEMS, Alignment, hash_of
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.pth"  # a pickle of earlier versions: never opened
 RECORD_FILE = "recommender.json"
 WRITER = "vlm2rec train-recommender"
@@ -83,6 +84,7 @@ class Epoch:
     loss: float  # mean over batches
     seconds: float
     score: float | None  # RecBole's validation metric, in epochs that validate
+    alignment: float | None = None  # the part of the loss that aligns vectors with a table from item ids
 
 
 @dataclass
@@ -136,6 +138,7 @@ def run(
     *,
     data: Dataset | Location | str | None = None,
     candidate_seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
     device: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
@@ -146,13 +149,14 @@ def run(
         out: output folder, for one run.
         data: dataset folder; without it the settings name a RecBole dataset (`data_path`, `dataset`).
         candidate_seeds: stored candidate sets to rank against; empty takes all.
+        tail_over: which interactions decide what the long tail is, those of training or all.
         device: auto (RecBole's choice), cpu, cuda or mps.
         watcher: called after each batch and epoch.
 
     Raises:
         MissingDependencyError: RecBole is not installed.
         ConfigError: a setting is unknown, would open a pickle or an address, or is refused by RecBole; the loss is not
-            a number; `out` holds something else.
+            a number; `out` holds something else, or is the run that the vectors are to be aligned with.
         DataError: there is no such RecBole dataset.
         ArtifactError: the dataset or embeddings folder is damaged, or they do not fit each other; the disk is full.
     """
@@ -163,6 +167,7 @@ def run(
     layers = [config] if isinstance(config, Path | Mapping) else list(config)
     settings = _merged(layers)
     _check(settings, folder)
+    _refuse_own_table(settings, out)
     check_out(out)
     publish.require_writable(out)
     for stale in (schema.METRICS_FILE, schema.USERS_FILE, CHECKPOINT_FILE):
@@ -177,7 +182,7 @@ def run(
         users: list[pa.Table] = []
         metrics = _describe(trained, recbole_config, settings, folder)
         if folder is not None:
-            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds)
+            ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
     with publish.plain_disk_errors(out):
         if users:
@@ -225,6 +230,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             "give --model, or a `model:` line in the YAML",
         )
     plugin.read_flag(settings)
+    windows.read_positions(settings, has_folder=folder is not None)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
@@ -238,6 +244,16 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
             f"eval_args is {eval_args} together with a dataset folder",
             f"{_SPLIT} and any mode: the folder fixes the validation and test items",
             "keep `mode` only, or run without --data on a RecBole dataset",
+        )
+
+
+def _refuse_own_table(settings: Mapping[str, Any], out: Path) -> None:
+    start = plugin.read_flag(settings)
+    if start is not None and start.alignment is not None and start.alignment.run.resolve() == out.resolve():
+        raise ConfigError(
+            f"--align-with and --out are both {out}, which would be emptied before its table is read",
+            "two folders",
+            "choose another --out",
         )
 
 
@@ -343,15 +359,22 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
             f"at least {longest - 1} items, or shorter lists",
             "name a --config with, for instance, `topk: [5]` and `valid_metric: NDCG@5`",
         )
+    if folder is not None and windows.is_set(config.final_config_dict):
+        lengths = np.array([len(sequence) for sequence in folder.train_sequences()])
+        longest, size = config["MAX_ITEM_LIST_LENGTH"], config["train_batch_size"]
+        config["train_batch_size"] = windows.rows_in_batch(lengths, longest, size)
     with _refusals("the data"):
         train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with _refusals("the model's settings"):
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    if windows.is_set(config.final_config_dict):
+        windows.learn_all_positions(model)
     # run_recbole counts FLOPs here, and for BERT4Rec that draws the random mask of one row
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
     trainer = _watched(get_trainer(config["MODEL_TYPE"], config["model"]))(config, model, out, training_log, watcher)
+    trainer.items = hash_of(plugin.item_tokens(dataset))
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
@@ -396,6 +419,7 @@ def _watched(trainer: Any) -> Any:
             # RecBole names checkpoints by model and second: two runs could overwrite each other
             self.saved_model_file = str(out / CHECKPOINT_FILE)
             self.training_log, self.watcher = training_log, watcher
+            self.items = ""  # the hash of the item ids
             self.batches = 0
             self.began = 0.0
 
@@ -412,10 +436,10 @@ def _watched(trainer: Any) -> Any:
                     "a finite loss",
                     "lower the learning rate, or check the embeddings for extreme values",
                 ) from None
-            total = sum(loss) if isinstance(loss, tuple) else loss
-            self.training_log.epochs.append(
-                Epoch(epoch_idx + 1, total / max(1, self.batches), time.perf_counter() - self.began, None)
-            )
+            total, aligned = (sum(loss), loss[-1]) if isinstance(loss, tuple) else (loss, None)
+            batches, seconds = max(1, self.batches), time.perf_counter() - self.began
+            aligned = None if aligned is None else aligned / batches
+            self.training_log.epochs.append(Epoch(epoch_idx + 1, total / batches, seconds, None, aligned))
             if (epoch_idx + 1) % self.eval_step:
                 self.watcher.epoch(self.training_log.epochs[-1])
             return loss
@@ -428,12 +452,13 @@ def _watched(trainer: Any) -> Any:
         def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
             score, result = super()._valid_epoch(*args, **kwargs)
             last = self.training_log.epochs[-1]
-            self.training_log.epochs[-1] = Epoch(last.number, last.loss, time.perf_counter() - self.began, float(score))
+            seconds = time.perf_counter() - self.began
+            self.training_log.epochs[-1] = replace(last, seconds=seconds, score=float(score))
             self.watcher.epoch(self.training_log.epochs[-1])
             return score, result
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
-            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1}
+            about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1, ITEMS: self.items}
             compat.save_weights(self.model, Path(self.saved_model_file), about)
             self.training_log.best_epoch = epoch + 1
 
@@ -447,11 +472,14 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "task": 2,
         "dataset": config["dataset"] if folder is None else folder.name,
         "model": config["model"],
+        "positions": "all" if windows.is_set(config.final_config_dict) else "last",
         "start": "id" if start is None else start.column,
-        "mode": None if start is None else ("table" if start.trainable else "adapter"),
+        "mode": None if start is None else start.mode,
+        "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
         "adapter": None if start is None else start.adapter,
         "pca": None if start is None or start.pca is None else _reduction(trained.model, start.pca),
         "embeddings": None if start is None else str(start.folder),
+        **({} if start is None or start.alignment is None else {"alignment": _alignment(start.alignment)}),
         "users": trained.users,
         "items": trained.items,
         "missing": getattr(trained.model, "items_without_vector", 0),
@@ -461,6 +489,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "candidates_std": None,
         "full": None,
         "tail": None,
+        "cold": None,
         "popularity": None,
         "recbole": trained.recbole,
         "epochs": len(training_log.epochs),
@@ -469,9 +498,14 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
         "curve": [
             {"epoch": e.number, "loss": e.loss, config["valid_metric"]: e.score, "seconds": round(e.seconds, 3)}
+            | ({} if e.alignment is None else {"alignment": e.alignment})
             for e in training_log.epochs
         ],
     }
+
+
+def _alignment(alignment: Alignment) -> dict[str, Any]:
+    return {"with": str(alignment.run), "weight": alignment.weight, "tau": alignment.tau}
 
 
 def _reduction(model: Any, components: int) -> dict[str, Any]:
@@ -480,7 +514,12 @@ def _reduction(model: Any, components: int) -> dict[str, Any]:
 
 # --- our protocol -------------------------------------------------------------------------------------------
 def evaluate(
-    model: Any, config: Any, folder: Dataset, tokens: list[str], seeds: Sequence[int] = ()
+    model: Any,
+    config: Any,
+    folder: Dataset,
+    tokens: list[str],
+    seeds: Sequence[int] = (),
+    tail_over: TailOver = "train",
 ) -> tuple[dict[str, Any], list[pa.Table]]:
     """Rank each user's test item against the stored candidates of `seeds` and against the whole catalogue.
 
@@ -493,13 +532,14 @@ def evaluate(
         folder: dataset folder.
         tokens: ids of RecBole's items 1, 2, ...
         seeds: candidate seeds; empty takes all stored ones.
+        tail_over: which interactions decide what the long tail is.
 
     Returns:
         (keys of metrics.json, tables for users.parquet).
     """
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
-    task = RankingTask(folder, "test", seeds)
+    task = RankingTask(folder, "test", seeds, tail_over)
     rankings, popular = Rankings(task), Rankings(task)
     frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)

@@ -1,1 +1,1 @@
-"""Vision-language models: load one, add an adapter, run packed prompts through it."""
+"""Vision-language models: load one, run packed prompts through it."""

@@ -251,17 +251,29 @@ class Dataset:
     @property
     def category_column(self) -> str | None:
         """The column of `items.parquet` with each item's category; None if there is none."""
-        return next((column for column in schema.CATEGORY_COLUMNS if column in self.items.column_names), None)
+        return self._first_of(schema.CATEGORY_COLUMNS)
+
+    @property
+    def brand_column(self) -> str | None:
+        """The column of `items.parquet` with each item's brand; None if there is none."""
+        return self._first_of(schema.BRAND_COLUMNS)
 
     @cached_property
     def categories(self) -> list[str]:
         """Each item's category, in the order of `items.parquet`; several are joined by commas, "" is unknown."""
-        if self.category_column is None:
-            return [""] * len(self.items)
-        return self._words(self.category_column)
+        return self._names_in(self.category_column)
 
-    def _words(self, column: str) -> list[str]:
-        """Return a column of `items.parquet` as one text an item; several values are joined by commas, "" is none."""
+    @cached_property
+    def brands(self) -> list[str]:
+        """Each item's brand, in the order of `items.parquet`; "" is unknown."""
+        return self._names_in(self.brand_column)
+
+    def _first_of(self, columns: Sequence[str]) -> str | None:
+        return next((column for column in columns if column in self.items.column_names), None)
+
+    def _names_in(self, column: str | None) -> list[str]:
+        if column is None:
+            return [""] * len(self.items)
         named = (each if isinstance(each, list) else [each] for each in self.items[column].to_pylist())
         return [", ".join(str(name).strip() for name in names if name not in (None, "")) for names in named]
 
@@ -273,7 +285,7 @@ class Dataset:
             for field in self.items.schema
             if _holds_text(field.type) and field.name not in (schema.ITEM_ID, schema.IMAGE_PATH)
         ]
-        first = [schema.TITLE, self.category_column, schema.BRAND]
+        first = [schema.TITLE, self.category_column, self.brand_column]
         return sorted(found, key=lambda name: (first.index(name) if name in first else len(first), found.index(name)))
 
     def attributes(self, columns: Sequence[str]) -> dict[str, list[str]]:
@@ -300,7 +312,7 @@ class Dataset:
                     "a column that `prepare` kept from the catalogue",
                     f"correct --item-text, or run `vlm2rec prepare` again with a catalogue that has {name!r}",
                 )
-        return {name: self._words(name) for name in dict.fromkeys(named)}
+        return {name: self._names_in(name) for name in dict.fromkeys(named)}
 
     @cached_property
     def user_ids(self) -> list[str]:
@@ -351,6 +363,11 @@ class Dataset:
     def train_frequency(self) -> np.ndarray:
         """Return how often each item occurs in the training sequences, (I,) int64."""
         return np.bincount(self._train[0], minlength=len(self.item_ids)).astype(np.int64)
+
+    def frequency(self) -> np.ndarray:
+        """Return how often each item occurs in all sequences, with the validation and the test items, (I,) int64."""
+        held_out = [self.rows_of(self.sequences[split]) for split in (schema.VALID, schema.TEST)]
+        return self.train_frequency() + np.bincount(np.concatenate(held_out), minlength=len(self.item_ids))
 
     @property
     def candidate_seeds(self) -> list[int]:

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, modality
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.adapters.late_fusion import LateFusion, mean_tokens_of
+from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
 from vlm2rec.embedder.backbones.families import checked_files
 from vlm2rec.embedder.backbones.images import ImageError, open_image
-from vlm2rec.embedder.backbones.late_fusion import LateFusion, mean_tokens_of
 from vlm2rec.embedder.backbones.packing import IndependentRows
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.backbones.vision_cache import NewImage, VisionCache
@@ -89,7 +90,7 @@ class ItemEncoder:
 
         Args:
             backbone: hub id or folder.
-            adapter: folder that `finetune` wrote.
+            adapter: folder that `finetune` wrote, or another program in PEFT's format.
             revision: of a hub backbone.
             dtype: number format; auto is bfloat16 where the device multiplies it natively, else float32.
             device: where to run; auto is a GPU if there is one.
@@ -119,14 +120,23 @@ class ItemEncoder:
         choices = {**given, "revision": files.commit, "dtype": dtype, "device": device, "token_budget": token_budget}
         encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
-            canary = lora.read_canary(adapter)
-            if settings.late_fusion == "gate":
-                encoder.late_fusion = lora.load_late_fusion(adapter, model.dim).to(model.device)
-            before = encoder.encode_items(canary.titles, canary.images)
-            lora.merge_adapter(model, adapter)
-            model.share_prefixes()
-            lora.check_canary(canary, before.fused, encoder.encode_items(canary.titles, canary.images).fused, adapter)
+            encoder._merge(adapter)
         return encoder
+
+    def _merge(self, adapter: Path) -> None:
+        """Merge an adapter and check what it does to the canary; one that another program made has none of its own."""
+        canary = None if lora.is_foreign(adapter) else lora.read_canary(adapter)
+        if self.settings.late_fusion == "gate":
+            self.late_fusion = lora.load_late_fusion(adapter, self.dim).to(self.backbone.device)
+        titles, images = lora.canary_items() if canary is None else (canary.titles, canary.images)
+        before = self.encode_items(titles, images).fused
+        lora.merge_adapter(self.backbone, adapter)
+        self.backbone.share_prefixes()
+        after = self.encode_items(titles, images).fused
+        if canary is None:
+            lora.require_effect(before, after, adapter)
+        else:
+            lora.check_canary(canary, before, after, adapter)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

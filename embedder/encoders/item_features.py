@@ -17,7 +17,7 @@ from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.encoders.item_texts import item_texts
+from vlm2rec.embedder.encoders.item_text import item_texts
 
 if TYPE_CHECKING:
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder, Picture

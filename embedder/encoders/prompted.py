@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.devices import batches_by_tokens
 from vlm2rec.embedder.backbones.families import TextProcessor, checked_files, load_processor
@@ -42,6 +44,7 @@ class PromptedEncoder:
     def load(
         cls,
         backbone: str,
+        adapter: Path | None = None,
         *,
         revision: str | None = None,
         instruction: str | None = None,
@@ -55,12 +58,13 @@ class PromptedEncoder:
         """Load a backbone; the arguments are those of `prompted_fingerprint`, and padded tokens in a batch.
 
         Raises:
-            ModelError: the backbone cannot be loaded.
+            ModelError: the backbone or the adapter cannot be loaded, or the adapter has no effect.
             ConfigError: as `prompted_fingerprint`.
         """
         files = checked_files(backbone, revision)
         settings = prompted_fingerprint(
             files,
+            adapter,
             instruction=instruction,
             prompt_mode=prompt_mode,
             max_pixels=max_pixels,
@@ -76,7 +80,13 @@ class PromptedEncoder:
             dtype=dtype,
             device=device,
         )
-        return cls(model, settings["instruction"], settings, token_budget)
+        encoder = cls(model, settings["instruction"], settings, token_budget)
+        if adapter is not None:
+            titles, images = lora.canary_items()
+            before = encoder.encode_items(titles, images).fused
+            lora.merge_adapter(model, adapter)
+            lora.require_effect(before, encoder.encode_items(titles, images).fused, adapter)
+        return encoder
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -104,6 +114,7 @@ class PromptedEncoder:
 
 def prompted_fingerprint(
     backbone: Source,
+    adapter: Path | None = None,
     *,
     revision: str | None = None,
     instruction: str | None = None,
@@ -117,6 +128,7 @@ def prompted_fingerprint(
 
     Args:
         backbone: hub id or local folder.
+        adapter: a PEFT folder that another program made.
         revision: of a hub backbone.
         instruction: the question; None is `DEFAULT_QUESTION`.
         prompt_mode: `auto` is chat where the model has a chat template, else raw.
@@ -126,9 +138,11 @@ def prompted_fingerprint(
         device: where it will run.
 
     Raises:
-        ConfigError: an empty instruction, chat mode without a chat template, or a model that takes no images.
-        ModelError: the backbone's files cannot be read.
+        ConfigError: an empty instruction, chat mode without a chat template, a model that takes no images, or an
+            adapter that was trained with other prompts.
+        ModelError: the files of the backbone or the adapter cannot be read.
     """
+    lora.require_promptless(adapter, "--strategy question")
     full_question = DEFAULT_QUESTION if instruction is None else instruction.strip()
     files = checked_files(backbone, revision)
     processor = load_processor(files, None, max_pixels)
@@ -148,6 +162,7 @@ def prompted_fingerprint(
         raise ConfigError(f"{files.source} has no chat template", "a model with one", "use --prompt-mode raw")
     settings = fingerprint_of(
         files,
+        adapter,
         dtype=dtype,
         device=device,
         fusion="internal",

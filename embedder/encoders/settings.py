@@ -10,7 +10,8 @@ from typing import Any, TypedDict, Unpack, get_args, get_type_hints
 from transformers import AutoConfig
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones import lora, model_files
+from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 from vlm2rec.embedder.backbones.families import checked_files, load_processor, read_model_config
 from vlm2rec.embedder.contract import schema
@@ -54,7 +55,7 @@ class EncoderSettings:
         if not all(name.strip() for name in self.item_text.split(",")) or len(self.item_text) > _LONGEST:
             raise ConfigError(
                 f"--item-text {self.item_text[:80]!r}",
-                "names of columns of the catalogue with commas between, such as title,category,brand, or all",
+                "columns of the catalogue with commas between, such as title,category,brand, or attributes, or all",
                 "correct it",
             )
         if self.item_text != schema.TITLE and self.views == schema.IMAGE:
@@ -88,6 +89,12 @@ class EncoderSettings:
             raise ConfigError(
                 "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
                 "--fusion external, or --prompt-style vlm2rec",
+                "change one of the two",
+            )
+        if self.item_text == "attributes" and self.prompt_style != "sda":
+            raise ConfigError(
+                f"--item-text attributes with --prompt-style {self.prompt_style}, whose prompts are about titles",
+                "--prompt-style sda, or --item-text title",
                 "change one of the two",
             )
         if self.fusion == "internal" and self.views != "both":
@@ -143,10 +150,14 @@ class EncoderSettings:
     def resolve(cls, adapter: Path | None, **given: Unpack[GivenSettings]) -> EncoderSettings:
         """Return the adapter's settings, or the defaults without one, with the explicitly given ones.
 
+        An adapter that another program made has no settings: the given ones and the defaults apply.
+
         Raises:
             ConfigError: a given setting differs from the one that the adapter was trained with.
             ModelError: the adapter folder is unfinished.
         """
+        if adapter is not None and lora.is_foreign(adapter):
+            adapter = None
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
         if strange := chosen.keys() - {field.name for field in fields(cls)}:
@@ -214,9 +225,10 @@ def fingerprint_of(
         "backbone_hash": model_files.backbone_hash(files),
         "processor_hash": model_files.processor_hash(files),
         "model_type": model_type,
-        "adapter": None if adapter is None else lora.adapter_hash(adapter),
-        **({} if adapter is None else {"adapter_scale": lora.scale_of(adapter)}),
-        "prompt_hash": prompts.prompt_hash(settings.prompt_mode, processor.chat_template, settings.prompt_style),
+        **({"adapter": None} if adapter is None else lora.fingerprint(adapter)),
+        "prompt_hash": prompts.prompt_hash(
+            settings.prompt_mode, processor.chat_template, settings.prompt_style, settings.item_text
+        ),
         "dim": int(_text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,

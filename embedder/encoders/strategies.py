@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -95,8 +96,9 @@ def load_strategy(backbone: str, strategy: Strategy, *, token_budget: int = 0, *
         backbone: hub id or local folder.
         strategy: which prompts to use.
         token_budget: tokens in one packed row; 0 chooses a number that suits the device.
-        given: `revision`, `prompt_mode`, `max_pixels`, `max_title_tokens`, `dtype` and `device` as `ItemEncoder.load`
-            takes them; with `dual` also `fusion_norm`: concatenates raw vectors, or unit vectors.
+        given: `revision`, `adapter` (of another program), `prompt_mode`, `max_pixels`, `max_title_tokens`, `dtype` and
+            `device` as `ItemEncoder.load` takes them; with `dual` also `fusion_norm`: concatenates raw vectors, or unit
+            vectors.
 
     Raises:
         ModelError: the backbone cannot be loaded.
@@ -110,7 +112,7 @@ def strategy_fingerprint(backbone: str, strategy: Strategy, **given: Any) -> dic
     """Return what `load_strategy(...).fingerprint` will be, from config files alone.
 
     Raises:
-        ConfigError: a setting that the strategy decides, or that an adapter brings: `adapter`, `views`, `fusion`.
+        ConfigError: a setting that the strategy decides, such as `views`, or an adapter that brings its own.
         ModelError: the backbone's files cannot be read.
     """
     settings = fingerprint_of(backbone, **_arguments(strategy, given))
@@ -119,13 +121,8 @@ def strategy_fingerprint(backbone: str, strategy: Strategy, **given: Any) -> dic
 
 def _arguments(strategy: Strategy, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments for the strategy's item encoder; refuse those that contradict the strategy."""
-    if given.get("adapter") is not None:
-        raise ConfigError(
-            f"--strategy {strategy} with --adapter {given['adapter']}, which was trained with other prompts",
-            "the backbone alone",
-            "leave --adapter out, or --strategy",
-        )
-    idle = ("views", "fusion") if strategy == "dual" else ("views", "fusion", "fusion_norm")
+    lora.require_promptless(given.get("adapter"), f"--strategy {strategy}")
+    idle = ("views", "fusion", "item_text", *(() if strategy == "dual" else ("fusion_norm",)))
     for name in idle:
         if given.get(name) is not None:
             flag = "--" + name.replace("_", "-")

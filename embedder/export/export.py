@@ -15,7 +15,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.contract.storage import Location
-from vlm2rec.embedder.encoders.item_texts import item_texts, without_text
+from vlm2rec.embedder.encoders.item_text import columns_read, item_texts, without_text
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
 from vlm2rec.embedder.export.lock import writing
@@ -131,9 +131,11 @@ def plan_export(
         modalities,
     )
     choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
-    if "strategy" in settings and schema.TEXT in modalities:
-        choices["category"] = dataset.category_column
-        reporter.say(f"category column: {dataset.category_column or 'none in this catalogue'}")
+    if schema.TEXT in modalities:
+        columns = columns_read(dataset, settings)
+        choices |= columns
+        for name, column in columns.items():
+            reporter.say(f"{name} column: {column or 'none in this catalogue'}")
     if reuse.revises:
         require_same_start(out, inputs, reuse)
     return plan_shards(

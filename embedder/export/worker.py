@@ -21,7 +21,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, ModelError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder, Picture
-from vlm2rec.embedder.encoders.item_texts import item_texts
+from vlm2rec.embedder.encoders.item_text import item_texts
 from vlm2rec.embedder.export import shard_file
 from vlm2rec.embedder.export.plan import Inputs, Plan
 from vlm2rec.embedder.export.reuse import EarlierRows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import DataError
-from vlm2rec.embedder.prompts import attribute_text
+from vlm2rec.embedder.prompts import listed_attributes
 from vlm2rec.embedder.training.losses import LearnedTemperature, contrastive, cosines, other_items
 from vlm2rec.embedder.training.train import Model
 
@@ -63,7 +63,7 @@ class AttributeSamples(Sequence[TwoTexts]):
     def __getitem__(self, index: Any) -> Any:
         row = self._rows[index]
         random = np.random.default_rng([self._seed, 6, self._epoch, row])
-        return TwoTexts(row, *(attribute_text(self._drawn(row, random)) for _ in range(2)))
+        return TwoTexts(row, *(listed_attributes(self._drawn(row, random)) for _ in range(2)))
 
     def _drawn(self, row: int, random: np.random.Generator) -> dict[str, str]:
         own = self._attributes[row]

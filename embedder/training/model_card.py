@@ -148,6 +148,8 @@ def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
     items = 2 if style == "vlm2rec" else 1
     text = str(encoder.get("item_text", schema.TITLE))
     placeholder = "ATTRIBUTES" if text == schema.ALL_COLUMNS or "," in text else text.upper()
+    if text == "attributes":  # SDA's
+        placeholder = prompts.attributes_text("TITLE", "CATEGORY", "BRAND")
     if encoder["fusion"] == "internal":
         together = prompts.item_prompt([placeholder] * 2) if items > 1 else prompts.note_prompt(placeholder, style)
         return {"title and image": together}

@@ -48,7 +48,7 @@ def _no_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _lora(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.lora import add_lora
+    from vlm2rec.embedder.adapters.lora import add_lora
 
     return add_lora(backbone, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
 
@@ -205,7 +205,7 @@ def _item_samples(settings: Settings, dataset: Dataset) -> ItemSamples:
 
 
 def _experts(settings: Settings, backbone: Backbone) -> nn.Module:
-    from vlm2rec.embedder.backbones.moda import ModaSettings, add_moda
+    from vlm2rec.embedder.adapters.moda import ModaSettings, add_moda
 
     if settings.experts == 1:
         return _lora(settings, backbone)
@@ -239,7 +239,7 @@ def _alignment_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 def _attribute_samples(settings: Settings, dataset: Dataset) -> AttributeSamples:
-    from vlm2rec.embedder.encoders.item_texts import attributes_of
+    from vlm2rec.embedder.encoders.item_text import attributes_of
     from vlm2rec.embedder.training.llmemb import AttributeSamples
 
     return AttributeSamples(attributes_of(dataset, settings.item_text), settings.drop_ratio, settings.seed)
@@ -268,7 +268,8 @@ def _check_attributes(settings: Settings) -> None:
         )
     if settings.item_text != "all" and "," not in settings.item_text:
         raise ConfigError(
-            f"--method llmemb with --item-text {settings.item_text}: of a single attribute nothing can be dropped",
+            f"--method llmemb with --item-text {settings.item_text}, which does not name several columns: of a single"
+            " attribute nothing can be dropped",
             "several columns, such as title,category,brand, or all",
             "name more columns, or leave --item-text out",
         )
@@ -291,7 +292,7 @@ def _pair_samples(settings: Settings, dataset: Dataset) -> PairSamples:
 
 
 def _pair_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> PairModel:
-    from vlm2rec.embedder.backbones.late_fusion import LateFusion
+    from vlm2rec.embedder.adapters.late_fusion import LateFusion
     from vlm2rec.embedder.training.notellm2 import PairContrast, PairModel
 
     if settings.late_fusion == "gate":
@@ -406,7 +407,10 @@ METHODS: dict[str, Recipe] = {
         model=_item_model,
         title=_alignment_title,
         own=("cmsa", "tau_cmsa", "experts"),
-        defaults={"pooling": "mean", "prompt_style": "sda", "lora_rank": 8, "lora_dropout": 0.1, "batch_size": 32},
+        defaults={
+            **{"pooling": "mean", "prompt_style": "sda", "prompt_mode": "chat", "item_text": "attributes"},
+            **{"max_title_tokens": 128, "lora_rank": 8, "lora_dropout": 0.1, "learning_rate": 2e-4, "batch_size": 32},
+        },
         adapter=_experts,
         check=_check_items,
         advice=_alignment_advice,

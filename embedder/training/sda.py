@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm2rec.embedder.backbones import moda
+from vlm2rec.embedder.adapters import moda
 from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.backbones.pooling import at_least_float32, norm_ratio, unit
 from vlm2rec.embedder.contract import schema

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from vlm2rec.embedder import distributed
+from vlm2rec.embedder.adapters.lora import restore, trainable
 from vlm2rec.embedder.backbones import modality
-from vlm2rec.embedder.backbones.lora import restore, trainable
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

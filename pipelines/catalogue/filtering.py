@@ -242,6 +242,7 @@ def filter_log(
 ) -> tuple[Log, Kept, list[Count]]:
     """Drop items that lack what is required, exact duplicates, and all outside the k-core; renumber the rest.
 
+    With `min_user` and `min_item`, users and items with fewer interactions go first, both counted in the same log.
     With `truncate`, only each user's latest interactions come before the core. What is dropped goes to the rejects;
     `image_reasons` says of each item why it has no image. With `compare`, what other filters would keep is counted.
 
@@ -276,6 +277,12 @@ def filter_log(
     log = keep(first_occurrences(log), "copy of an earlier row (user, item and time)")
     steps.append(Count("exact duplicates removed", _distinct(log.user), int(alive.sum()), len(log)))
     others = tuple(variants(log)) if compare else ()
+    if config.min_user or config.min_item:
+        minima = _minima(config)
+        log = keep(often_enough(log, config.min_user, config.min_item), f"not among {minima}")
+        steps.append(Count(f"{minima}, once", _distinct(log.user), _distinct(log.item), len(log)))
+        if not len(log):
+            raise _nothing_left(steps, "every interaction has a user or an item with fewer", "lower the minima")
     if config.truncate:
         log = keep(latest(log, config.truncate), _TRUNCATED.format(config.truncate))
         steps.append(Count(_truncation(config.truncate), _distinct(log.user), int(alive.sum()), len(log)))
@@ -298,6 +305,20 @@ def filter_log(
     rejects.add_items(np.flatnonzero(outside), catalogue[schema.ITEM_ID], f"outside the {config.core}-core")
     kept = Log(user.astype(np.int32), item.astype(np.int32), log.time, log.row)
     return kept, Kept(users, items, listed, others), steps
+
+
+def _minima(config: PrepareConfig) -> str:
+    """Return the minima in words, such as `users with 5 and items with 3 interactions`."""
+    minima = ((config.min_user, "users"), (config.min_item, "items"))
+    return " and ".join(f"{who} with {least}" for least, who in minima if least) + " interactions"
+
+
+def often_enough(log: Log, user_least: int, item_least: int) -> np.ndarray:
+    """Return a mask, (n,) bool, of the interactions whose user and item occur often enough in the log as it is.
+
+    It is one pass, and no k-core: users and items may be left with fewer interactions than that.
+    """
+    return np.asarray((np.bincount(log.user) >= user_least)[log.user] & (np.bincount(log.item) >= item_least)[log.item])
 
 
 _TRUNCATED = "before the user's latest {}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import METHODS
@@ -130,6 +131,7 @@ class Study:
     shared_users: Literal["refuse", "count"] = "refuse"
     shared_items: Literal["refuse", "drop", "count"] = "refuse"
     cold_start: tuple[int, ...] = (5, 10, 20)
+    tail_over: TailOver = "train"  # of which interactions the long tail has few
     search: SearchPlan = field(default_factory=SearchPlan)
     looks: str | None = None  # column of items.parquet; with one, the method of role vanilla probes the images for it
     notes: tuple[str, ...] = ()
@@ -446,6 +448,11 @@ def _export_settings(context: RunContext) -> Json:
     return {**context.study.export, **context.method.export, **context.method.options}
 
 
+def _adapter(context: RunContext) -> Path | str | None:
+    """Return the adapter folder that the method has trained, or the one that its `export` names."""
+    return context.trained or _export_settings(context).get("adapter")
+
+
 def training_method(study: Study, method: Method) -> str:
     """Return the `--method` of `finetune` that trains this method of the study."""
     return str({**study.finetune, **method.finetune}.get("method", "vlm2rec"))
@@ -454,7 +461,7 @@ def training_method(study: Study, method: Method) -> str:
 def _export(context: RunContext) -> Step:
     values = _export_settings(context)
     after = [] if context.trained is None else [context.trained]
-    given = {"data": context.data, "backbone": context.backbone, "adapter": context.trained}
+    given = {"data": context.data, "backbone": context.backbone, "adapter": _adapter(context)}
     return context.step(
         "export-items",
         settings.ExportConfig,
@@ -501,12 +508,17 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def _tail(study: Study) -> Json:
+    return {"tail_over": study.tail_over}
+
+
 def _evaluate(context: RunContext, embeddings: Path) -> Step:
     source = SOURCES[context.method.source]
-    values: Json = {**context.study.evaluate, **context.method.evaluate, "data": context.data, "embeddings": embeddings}
+    values: Json = {**_tail(context.study), **context.study.evaluate, **context.method.evaluate}
+    values |= {"data": context.data, "embeddings": embeddings}
     # the prompt of a strategy holds one item, not a history
     if source.encodes_users and not _export_settings(context).get("strategy"):
-        values |= {"backbone": context.backbone, "adapter": context.trained}
+        values |= {"backbone": context.backbone, "adapter": _adapter(context)}
     after = [embeddings, *([context.trained] if context.trained else [])]
     return context.step(
         "evaluate", settings.EvaluateConfig, context.out("evaluate"), schema.METRICS_FILE, after, **values
@@ -523,7 +535,7 @@ def _probe_images(context: RunContext) -> Step:
 
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
-    values = {**context.study.recommender, **context.method.recommender}
+    values = {**_tail(context.study), **context.study.recommender, **context.method.recommender}
     given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
     return context.step(
         "train-recommender",

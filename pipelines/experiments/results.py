@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from vlm2rec.downstream.evaluation.metrics import TAIL, bound_check
-from vlm2rec.downstream.evaluation.protocol import PAIRS, SAME_VIEW
+from vlm2rec.downstream.evaluation.metrics import bound_check, tail_users
+from vlm2rec.downstream.evaluation.protocol import PAIRS, SAME_VIEW, item_frequency
 from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.checksums import first_damage, is_intact
@@ -56,7 +56,7 @@ STUDY_FILE = "study.json"  # of a study folder: the study and its settings
 RESULTS_FILE = "results.parquet"
 ALL_USERS = "all"
 TAIL_USERS = "tail"
-"""Users whose target item has fewer than `metrics.TAIL` interactions in training; independent of the buckets."""
+"""Users whose target item has fewer than `metrics.TAIL` interactions (`tail_over`); independent of the buckets."""
 MAIN_VIEW = "f2f"
 COMPARED = "N@20"
 DRAWS = 10_000
@@ -222,7 +222,10 @@ def collect(
     rows = list(_users(measured, datasets, left_out))
     of_views = list(_views(each for each in measured if each.dataset == home.name))
     users = pl.concat(rows) if rows else pl.DataFrame(schema=_TABLES["users"])
-    results = pl.concat([_frame("results", _results(measured, left_out)), _group_metrics(users, study.cold_start)])
+    tail = _tail_users(study, datasets)
+    results = pl.concat(
+        [_frame("results", _results(measured, left_out)), _group_metrics(users, study.cold_start, tail)]
+    )
     require_bound(results)
     tables = {
         "results": results,
@@ -422,12 +425,25 @@ def buckets(edges: Sequence[int]) -> list[tuple[str, int, int | None]]:
     return [*found, (f"{low}+", low, None)]
 
 
-def _group_metrics(users: pl.DataFrame, edges: Sequence[int]) -> pl.DataFrame:
+def _tail_users(study: Study, datasets: Mapping[str, Dataset]) -> pl.DataFrame:
+    """Return (dataset, user_id) of the users whose test item is of the long tail."""
+    found = [pl.DataFrame(schema={"dataset": pl.String, schema.USER_ID: pl.String})]
+    for name, dataset in datasets.items():
+        of_tail = tail_users(item_frequency(dataset, study.tail_over), dataset.histories("test").targets)
+        ids = pl.DataFrame({schema.USER_ID: pl.Series(dataset.user_ids, dtype=pl.String)}).filter(of_tail)
+        found.append(ids.select(pl.lit(name).alias("dataset"), schema.USER_ID))
+    return pl.concat(found)
+
+
+def _group_metrics(users: pl.DataFrame, edges: Sequence[int], tail: pl.DataFrame) -> pl.DataFrame:
     """Return the metrics of users grouped by the training frequency of their target (Fig. 3), and of the tail."""
-    parts = [pl.DataFrame(schema=_RESULT)]
-    for name, low, high in [*buckets(edges), (TAIL_USERS, 0, TAIL - 1)]:
+    groups = []
+    for name, low, high in buckets(edges):
         inside = pl.col("frequency") >= low
-        group = users.filter(inside if high is None else inside & (pl.col("frequency") <= high))
+        groups.append((name, users.filter(inside if high is None else inside & (pl.col("frequency") <= high))))
+    groups.append((TAIL_USERS, users.join(tail, on=tail.columns, how="semi", maintain_order="left")))
+    parts = [pl.DataFrame(schema=_RESULT)]
+    for name, group in groups:
         means = group.group_by(*_KEY, maintain_order=True).agg(
             pl.col(*schema.METRICS).mean(), pl.len().cast(pl.Int32).alias("users")
         )
@@ -604,6 +620,7 @@ def _about(
         "shared users": sum(each["users"] for each in shared.values()),
         "shared": shared,
         "shared items": study.shared_items,
+        "tail_over": study.tail_over,
         "buckets": [name for name, _, _ in buckets(study.cold_start)],
         "plan": {name: asdict(plan) for name, plan in study.plan.items() if name in study.analyses},
         "finetune": study.finetune,

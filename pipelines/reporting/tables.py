@@ -509,7 +509,8 @@ def tail_sheet(results: Results) -> Sheet | None:
         return None
     groups = [Group(f"{model or 'Task 1'}, {who}", metrics) for _, model in columns for who in ("all", "tail")]
     users = int(tail["users"].to_numpy().max())
-    note = f"Tail: {users:,} users whose next item occurs fewer than {TAIL} times in training."
+    where = "in training" if results.facts.get("tail_over", "train") == "train" else "in all interactions"
+    note = f"Tail: {users:,} users whose next item occurs fewer than {TAIL} times {where}."
     return Sheet("Tail", tuple(groups), tuple(rows), note)
 
 

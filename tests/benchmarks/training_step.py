@@ -32,7 +32,7 @@ from middle_size import MIDDLE, read_items, write_model
 from PIL import Image
 
 from vlm2rec.embedder import prompts
-from vlm2rec.embedder.backbones.lora import add_lora
+from vlm2rec.embedder.adapters.lora import add_lora
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder

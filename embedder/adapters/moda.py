@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm2rec.embedder.backbones.adapted_layers import dropout
+from vlm2rec.embedder.adapters.adapted_layers import dropout
 from vlm2rec.embedder.backbones.modality import required
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError

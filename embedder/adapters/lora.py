@@ -1,5 +1,8 @@
 """The adapter folder: a standard PEFT adapter, its training settings, and vectors that prove it works.
 
+A folder that another program has made has PEFT's two files alone: `peft_folder` reads it. `import-adapter` writes ours
+beside them.
+
     adapter_config.json  adapter_model.safetensors   any PEFT user can load these
     moda.safetensors                                 instead of these, for an adapter that PEFT does not know (`moda`)
     late_fusion.safetensors                          beside these, of an adapter with NoteLLM-2's gate (`late_fusion`)
@@ -22,7 +25,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +38,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder.backbones import adapted_layers, moda, model_files
+from vlm2rec.embedder.adapters import adapted_layers, moda, peft_folder
+from vlm2rec.embedder.adapters.late_fusion import LateFusion
+from vlm2rec.embedder.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
-from vlm2rec.embedder.backbones.late_fusion import LateFusion
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelError
 from vlm2rec.embedder.options import with_former_defaults
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 MODA_FILE = "moda.safetensors"
 LATE_FUSION_FILE = "late_fusion.safetensors"
 CANARY_FILE = "canary.safetensors"
@@ -168,15 +171,39 @@ def save_adapter(
             tensors = {name: tensor.detach().cpu() for name, tensor in late_fusion.state_dict().items()}
             with publish.whole_file(folder / LATE_FUSION_FILE) as file:
                 safetensors.torch.save_file(tensors, file)
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
-        vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
-        with publish.whole_file(folder / CANARY_FILE) as file:
-            safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
         schema.write_json(folder / schema.CURVES_FILE, curves)
-        schema.write_text(folder / CARD_FILE, card)  # instead of PEFT's empty template
         beside = () if late_fusion is None else (LATE_FUSION_FILE,)
-        written = checksums(folder, (CONFIG_FILE, weights, *beside, CANARY_FILE, schema.CURVES_FILE, CARD_FILE))
-        schema.write_json(folder / schema.ADAPTER_FILE, sealed({**settings, "files": written}))
+        _finish(folder, (CONFIG_FILE, weights, *beside, schema.CURVES_FILE), settings, canary, card)
+
+
+def save_imported(plain: Path, folder: Path, settings: dict[str, Any], canary: Canary, card: str) -> None:
+    """Write an adapter folder around an adapter that another program made; its two files are copied as they are.
+
+    Args:
+        plain: the other program's folder.
+        folder: the folder to write, empty.
+        settings: what `vlm2rec.json` says, including `encoder`.
+        canary: vectors of the backbone with the adapter.
+        card: the text of the README.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with _os_errors():
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(plain / name, folder / name)
+        _finish(folder, (CONFIG_FILE, WEIGHTS_FILE), {"kind": "peft", **settings}, canary, card)
+
+
+def _finish(folder: Path, written: Sequence[str], settings: dict[str, Any], canary: Canary, card: str) -> None:
+    """Write canary and card into an adapter folder, and `vlm2rec.json` last; the files of these names are there."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
+    vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
+    with publish.whole_file(folder / CANARY_FILE) as file:
+        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
+    schema.write_text(folder / CARD_FILE, card)  # instead of PEFT's empty template
+    files = checksums(folder, (*written, CANARY_FILE, CARD_FILE))
+    schema.write_json(folder / schema.ADAPTER_FILE, sealed({**settings, "files": files}))
 
 
 def _save_peft(wrapped: PeftModel, folder: Path) -> None:
@@ -204,13 +231,14 @@ def _os_errors() -> Iterator[None]:
 def own_files(folder: Path) -> set[str]:
     """Return the names of the files in a finished adapter folder that are as a training has written them.
 
-    It is empty if the folder is not such a folder. One from before there were checksums is taken at its names.
+    It is empty if the folder is not such a folder, or an imported one. One from before there were checksums is taken
+    at its names.
     """
     try:
         settings = schema.read_json(folder / schema.ADAPTER_FILE, "", "")
     except ArtifactError:
         return set()
-    if "encoder" not in settings:
+    if "encoder" not in settings or settings.get("kind") == "peft":
         return set()
     files = settings.get("files")
     if not isinstance(files, dict):
@@ -238,13 +266,12 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     weights = MODA_FILE if (folder / MODA_FILE).is_file() else WEIGHTS_FILE
     needed = (CONFIG_FILE, weights, CANARY_FILE, schema.ADAPTER_FILE)
     missing = [name for name in needed if not (folder / name).is_file()]
-    if missing and _is_foreign(folder):
+    if missing and is_foreign(folder):
         raise ModelError(
             f"{folder} is a PEFT adapter that `vlm2rec finetune` has not made: it has no {schema.ADAPTER_FILE}, which"
             " says how to prompt, and no canary, which proves that it works",
-            "an adapter folder written by `vlm2rec finetune`, or a backbone with the adapter merged into it",
-            "merge it: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new), copy the"
-            " backbone's tokenizer and processor files there too, and give the new folder as --backbone",
+            "an adapter folder written by `vlm2rec finetune` or `vlm2rec import-adapter`",
+            "run `vlm2rec import-adapter` with it, and give its --out",
         )
     if missing:
         raise ModelError(
@@ -267,11 +294,21 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     return settings | {"config": with_former_defaults(settings.get("config") or {})}
 
 
-def _is_foreign(folder: Path) -> bool:
+def is_foreign(folder: Path) -> bool:
     """Tell whether another program made an adapter: PEFT's files are there, and nothing of ours."""
-    ours = (schema.ADAPTER_FILE, schema.CURVES_FILE, CANARY_FILE, "checkpoints")
-    theirs = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
-    return any((folder / name).exists() for name in theirs) and not any((folder / name).exists() for name in ours)
+    return peft_folder.is_plain(
+        folder, (schema.ADAPTER_FILE, schema.CURVES_FILE, CANARY_FILE, MODA_FILE, "checkpoints")
+    )
+
+
+def require_promptless(adapter: Path | None, prompts: str) -> None:
+    """Raise `ConfigError` for an adapter whose folder says how to prompt, where `prompts` decides that."""
+    if adapter is not None and not is_foreign(adapter):
+        raise ConfigError(
+            f"{prompts} with --adapter {adapter}, which says itself how to prompt",
+            "the backbone alone, or a PEFT folder that another program made",
+            "leave --adapter out, or --strategy; of an imported adapter, give the folder that it was imported from",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -317,7 +354,11 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
         load_moda(backbone, folder)
         moda.fold(backbone)
         return
-    _require_whole(folder, WEIGHTS_FILE, CONFIG_FILE)
+    if not is_foreign(folder):
+        _require_whole(folder, WEIGHTS_FILE, CONFIG_FILE)
+    if kind(folder) == "peft":
+        peft_folder.fold(backbone, folder)
+        return
     config, shapes = _plain_config(folder), {}
     for name, layer in backbone.adapted_layers().items():
         shapes[_STORED.format(name, "A")] = (config.r, layer.in_features)
@@ -382,15 +423,22 @@ def scale_of(folder: Path) -> float:
     if kind(folder) == "moda":
         settings = _moda_settings(folder)
         return settings.alpha / settings.rank
+    if kind(folder) == "peft":
+        theirs = peft_folder.read_settings(folder)
+        return theirs.scale(theirs.rank, theirs.alpha)
     config = _plain_config(folder)
     return float(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
 
 
 def described(folder: Path) -> dict[str, Any]:
     """Return what a finished adapter learned, and from what: for the manifest of its vectors."""
+    if is_foreign(folder):
+        return {"name": folder.resolve().name, "canary": False, **peft_folder.described(folder)}
     settings = read_adapter(folder)
     training, data = settings.get("training"), settings.get("dataset")
     found: dict[str, Any] = {"name": folder.resolve().name}
+    if settings.get("kind") == "peft":
+        found |= {"canary": True, **peft_folder.described(folder)}
     for key, part, names in (
         ("training", training, ("method", "loss", "loss_settings", "seed", "steps")),
         ("dataset", data, ("name", "sha256")),
@@ -406,10 +454,13 @@ def kind_of(wrapped: torch.nn.Module) -> str:
 
 
 def kind(folder: Path) -> str:
-    """Return the kind of a finished adapter folder: `lora`, or `moda`, which has weights for each modality."""
-    found = str(read_adapter(folder).get("kind", "lora"))  # older folders have no kind: they are all LoRA
-    if found not in ("lora", "moda"):
-        raise ModelError(f"the adapter {folder} is of kind {found!r}", "lora or moda", "install a newer vlm2rec")
+    """Return the kind of an adapter folder.
+
+    `lora`; `moda`, which has weights for each modality; `peft`, which another program has made.
+    """
+    found = "peft" if is_foreign(folder) else str(read_adapter(folder).get("kind", "lora"))  # older folders have none
+    if found not in ("lora", "moda", "peft"):
+        raise ModelError(f"the adapter {folder} is of kind {found!r}", "lora, moda or peft", "install a newer vlm2rec")
     return found
 
 
@@ -492,10 +543,7 @@ def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: 
         after: fused vectors of its items with the adapter, (n, d).
         folder: the adapter folder, for the message.
     """
-    if np.array_equal(before, after):
-        raise ModelError(
-            f"the adapter {folder} does not change the backbone's output", "a trained adapter", _TRAIN_AGAIN
-        )
+    require_effect(before, after, folder)
     if after.shape != canary.fused.shape:
         found = f"vectors of length {after.shape[1]}, the adapter {folder} was saved with {canary.fused.shape[1]}"
         raise ModelError(found, "the same length", "give the backbone named in its vlm2rec.json")
@@ -506,6 +554,21 @@ def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: 
             f"a cosine of at least {CANARY_COSINE} on the stored canary items",
             "give the backbone and revision named in its vlm2rec.json",
         )
+
+
+def require_effect(before: np.ndarray, after: np.ndarray, folder: Path) -> None:
+    """Raise `ModelError` if an adapter changes no vector, or makes one that is not finite.
+
+    Args:
+        before: fused vectors of some items from the backbone alone, (n, d).
+        after: fused vectors of the same items with the adapter, (n, d).
+        folder: the adapter folder, for the message.
+    """
+    again = "give the folder that its training wrote at the end" if is_foreign(folder) else _TRAIN_AGAIN
+    if np.array_equal(before, after, equal_nan=True):
+        raise ModelError(f"the adapter {folder} does not change the backbone's output", "a trained adapter", again)
+    if not np.array_equal(np.isnan(before), ~np.isfinite(after)):
+        raise ModelError(f"the adapter {folder} makes vectors that are not finite", "a trained adapter", again)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -520,6 +583,8 @@ def adapter_hash(folder: Path) -> str:
     Raises:
         ModelError, ArtifactError: as `read_adapter`; a file is truncated or otherwise damaged.
     """
+    if is_foreign(folder):
+        return peft_folder.weights_hash(folder)
     weights = MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE
     _require_whole(folder, weights, CONFIG_FILE, CANARY_FILE)
     found = storage.sha256_file(folder / weights)
@@ -547,6 +612,18 @@ def load_late_fusion(folder: Path, dim: int) -> LateFusion:
     _require_shapes(expected, model_files.shapes(folder / LATE_FUSION_FILE), folder)
     made.load_state_dict(safetensors.torch.load_file(folder / LATE_FUSION_FILE))
     return made.requires_grad_(False).eval()
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """Return what of an adapter belongs in the fingerprint of its vectors.
+
+    Raises:
+        ModelError, ArtifactError: as `adapter_hash` and `scale_of`.
+    """
+    found: dict[str, Any] = {"adapter": adapter_hash(folder), "adapter_scale": scale_of(folder)}
+    if kind(folder) == "peft":  # one of ours has no more settings
+        found["adapter_settings"] = peft_folder.effect_hash(folder)
+    return found
 
 
 def backbone_licence(source: str) -> str:

@@ -1,0 +1,65 @@
+"""`vlm2rec semantic-ids`: every item's vector as a few codes, by residual k-means, with a table of what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.table import Table
+
+from vlm2rec.downstream.index.unit_vectors import UnitBatch
+from vlm2rec.downstream.semantic_ids.folder import IDS_FILE, build
+from vlm2rec.embedder.contract import schema
+from vlm2rec.pipelines.config import SemanticIdsConfig
+from vlm2rec.pipelines.console import log, progress, summary
+
+
+def run(config: SemanticIdsConfig) -> dict[str, Any]:
+    """Write the folder of semantic ids and return what `semantic_ids.json` says."""
+    total = int(schema.read_manifest(config.embeddings)["num_items"])
+
+    def watch(what: str, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
+        with progress(what, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch.every))
+
+    record = build(
+        config.embeddings,
+        config.out,
+        column=config.column,
+        levels=config.levels,
+        size=config.codebook,
+        balanced=config.balanced,
+        like=config.like,
+        sample=config.sample,
+        seed=config.seed,
+        watch=watch,
+    )
+    _print_result(config, record)
+    return record
+
+
+def _print_result(config: SemanticIdsConfig, record: dict[str, Any]) -> None:
+    quality = record["quality"]
+    table = Table(box=None, title=f"neighbours: {quality['k']} of {quality['sampled']:,} items", title_justify="left")
+    for name in ("level", "codewords used", "evenness", "variance told", "neighbours with the same codes", "by chance"):
+        table.add_column(name, justify="right")
+    for number, level in enumerate(quality["levels"], 1):
+        same = "–" if level["neighbours"] is None else f"{level['neighbours']:.1%}"
+        used = f"{level['used']} of {record['codebook']}"
+        told = f"{level['explained']:.1%}"
+        table.add_row(str(number), used, f"{level['even']:.2f}", told, same, f"{level['chance']:.2%}")
+    log.print(table)
+    rows: dict[str, object] = {
+        "items": f"{record['items']:,} with codes, {record['left_out']:,} without a {record['column']} vector",
+        "codes": f"{record['levels']} of {record['codebook']}, and a last one of {record['last']}",
+        "same codes": f"{quality['sharing']:,} items share theirs with others, {quality['largest']} at most;"
+        " the last code tells them apart",
+    }
+    if record["like"]:
+        rows["codebook of"] = f"{record['like']}; {record['kept']:,} items keep their codes"
+    if quality["recall"] is not None:
+        rows[f"recall@{quality['k']}"] = f"{quality['recall']:.3f} of the neighbours are nearest by codes alone"
+    rows["table"] = config.out / IDS_FILE
+    summary("Semantic ids", rows)
