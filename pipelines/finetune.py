@@ -80,7 +80,7 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
         revision=config.revision,
         dtype=_training_dtype(config),
         device=config.device,
-        **{field.name: getattr(config, field.name) for field in fields(EncoderSettings)},
+        **_encoder_settings(config),
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
@@ -135,8 +135,13 @@ def _save(
     checkpoints.discard(config.out / CHECKPOINTS)
 
 
+def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(EncoderSettings)}
+
+
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
+    EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(
