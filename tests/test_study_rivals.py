@@ -33,7 +33,7 @@ def test_the_rivals_are_run_only_on_request_beside_their_ablations() -> None:
     assert trained == TRAINED
     assert {"VLM2Rec", "LLMEmb w/o SCFT"} <= {method.name for method in rivals}
     told = [method.name for method in found.methods if RATIONALES in method.analyses]
-    assert RATIONALES not in found.analyses and {*told} == {"SLIM", "SLIM+", "VLM2Rec"}
+    assert RATIONALES not in found.analyses and {*told} == {"SLIM", "SLIM plus", "VLM2Rec"}
 
 
 @pytest.mark.parametrize("method", list(TRAINED))
