@@ -14,10 +14,12 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # --- from an item to a vector ---------------------------------------------------------------------------------
 PromptMode = Literal["raw", "chat"]
-PromptStyle = Literal["vlm2rec", "sda"]
-"""Whose prompts: VLM2Rec's, or SDA's, which are for single items only."""
-ItemText = Literal["title", "attributes"]
-"""What a prompt says of an item: its title, or (SDA) title, category and brand."""
+PromptStyle = Literal["vlm2rec", "sda", "notellm2", "notellm2-basic", "llm2rec"]
+"""Whose prompts: VLM2Rec's; those of SDA, NoteLLM-2 and LLM2Rec (the title alone) are for single items only."""
+Attention = Literal["causal", "bidirectional"]
+"""Whether a token sees only those before it, or all of its prompt (LLM2Rec)."""
+LateFusion = Literal["off", "gate"]
+"""Whether NoteLLM-2's gate adds what the vision tower saw to a vector of its prompt."""
 FusionMode = Literal["external", "internal"]
 FusionNorm = Literal["raw", "normalised"]
 ViewChoice = Literal["both", "text", "image"]

@@ -170,9 +170,10 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
                 "give these with --backbone, --revision and --adapter",
             )
     settings = EncoderSettings.of_export(exported)
-    if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
+    if (settings.pooling, settings.prompt_style, settings.attention) != ("last", "vlm2rec", "causal"):
         raise ModelError(
-            f"{config.embeddings} was exported with the prompts and the pooling of SDA",
+            f"{config.embeddings} was exported with the prompts or the pooling of another method, or with attention to"
+            " later tokens",
             "an export with VLM2Rec's, which a chat template and a pooling module can express",
             "convert to another format",
         )

@@ -284,7 +284,7 @@ def test_sentence_transformers_cannot_hold_it_and_says_so(
     config = ConvertConfig(
         embeddings=exported, to="sentence-transformers", out=tmp_path / "st", backbone=backbone, adapter=trained
     )
-    with pytest.raises(ModelError, match="prompts and the pooling of SDA"):
+    with pytest.raises(ModelError, match="prompts or the pooling of another method"):
         convert.run(config)
 
 

@@ -36,6 +36,7 @@ TITLE = "title"  # string, never blank
 IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
 CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`; the first one found
 BRAND_COLUMNS = ("brand", "store")  # the same, for the maker's name
+ALL_COLUMNS = "all"  # in a list of columns: all columns of the catalogue with text
 USER_ID = "user_id"  # string, unique in sequences.parquet
 TRAIN = "train"  # list<string>: item ids in time order, without the last two
 VALID = "valid"  # string: the second to last item

@@ -35,7 +35,11 @@ MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensiti
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ARMS = "arms"
 """Not of the paper: the rivals that VLM2Rec has to beat before its two losses are the reason, in Task 1."""
-ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START, ARMS)
+RIVALS = "rivals"
+"""The trained embedders that the paper compares with, each beside its own ablation."""
+RATIONALES = "rationales"
+"""Rivals that read a column of rationales, which few catalogues have."""
+ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START, ARMS, RIVALS, RATIONALES)
 DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
     Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
 )
