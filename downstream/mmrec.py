@@ -34,7 +34,7 @@ from vlm2rec.downstream.options import Repeats
 from vlm2rec.downstream.table import read_in_order
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, DataError
+from vlm2rec.embedder.contract.errors import DataError
 from vlm2rec.embedder.contract.printable import cell
 from vlm2rec.embedder.contract.storage import Location
 
@@ -270,13 +270,7 @@ def _write_interactions(dataset: Dataset, file: Path, repeats: Repeats) -> tuple
     Items are numbered in the catalogue's order. The dataset folder keeps the order of a user's items but not their
     times: `timestamp` is the position in the sequence. MMRec reads neither it nor the rating.
     """
-    train = dataset.train_sequences()
-    if not train or min(map(len, train)) == 0:  # MMRec needs every user in training
-        raise ArtifactError(
-            f"{dataset.path} has {'a user without a training item' if train else 'no user'}",
-            "users with three interactions or more",
-            "run `vlm2rec prepare` again",
-        )
+    train = dataset.trained_sequences()  # MMRec needs every user in training
     valid, test = dataset.histories("valid").targets, dataset.histories("test").targets
     is_touched = np.zeros(len(dataset.item_ids), bool)
     is_touched[np.concatenate([*train, valid, test])] = True

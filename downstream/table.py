@@ -136,6 +136,46 @@ def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: n
     return found
 
 
+def read_items(
+    folder: Location, column: str, item_ids: list[str], vectors: np.ndarray, *, all_needed: bool, advice: str
+) -> np.ndarray:
+    """Read the vectors of a dataset's items for a recommender: as `read_in_order`, and finite.
+
+    Args:
+        folder: a finished embeddings folder.
+        column: which view.
+        item_ids: M different ids.
+        vectors: (M, d) float32 of zeros to fill; rows of items without a vector stay zero.
+        all_needed: an item without a vector is an error.
+        advice: how to fill such items, for that error.
+
+    Returns:
+        Which items have a vector, (M,) bool.
+
+    Raises:
+        ArtifactError: no item has a vector, one lacks it though all are needed, or a vector is not finite.
+    """
+    where = f"{folder}, column {column},"
+    found = read_in_order(folder, column, item_ids, vectors)
+    if not found.any():
+        raise ArtifactError(
+            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
+        )
+    if all_needed and not found.all():
+        lacking = [item_ids[i] for i in np.flatnonzero(~found)[:5]]
+        raise ArtifactError(
+            f"{folder} has no {column} vector for {int((~found).sum())} of {len(item_ids)} items, among them"
+            f" {', '.join(map(repr, lacking))}",
+            "a vector for every item of the dataset",
+            f"export the dataset of these items, or fill them with {advice}",
+        )
+    with np.errstate(all="ignore"):
+        total = vectors.sum()  # may overflow: all elements are looked at only then
+    if not np.isfinite(total) and not np.isfinite(vectors).all():
+        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
+    return found
+
+
 def _nothing_in(folder: Location, column: str) -> ArtifactError:
     return ArtifactError(
         f"{folder} has no vector in column {column!r}: all its rows are null",

@@ -244,7 +244,7 @@ def probe_images(config: settings.ProbeImagesConfig) -> None:
 
 @command(settings.TrainRecommenderConfig, own_config_key=True)
 def train_recommender(config: settings.TrainRecommenderConfig) -> None:
-    """Task 2: train SASRec, GRU4Rec or BERT4Rec in RecBole, from embeddings or from ids."""
+    """Task 2: train SASRec, GRU4Rec or BERT4Rec (RecBole), VBPR, FREEDOM, LATTICE or SLMRec, from embeddings or ids."""
     module_of("train_recommender").run(config)
 
 

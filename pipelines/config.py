@@ -1,7 +1,8 @@
 """The settings of every command: one frozen dataclass each.
 
 A setting's value comes from its flag, else from `--set key=value`, else from the `--config` file, else from the default
-below. `finetune` prefers the defaults of its `--method` (`METHODS` of `embedder/training/recipes.py`) to those below.
+below. `finetune` prefers the defaults of its `--method` (`METHODS` of `embedder/training/recipes.py`) to those below,
+and `train-recommender` those of its `--model` (`MODELS` of `downstream/multimodal/recipes.py`).
 An unknown key is an error that names the most similar key. This module is cheap to import: pydantic, which checks types
 and bounds, is loaded when a command runs.
 """
@@ -13,8 +14,9 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
+from vlm2rec.downstream.multimodal.recipes import MODELS as MULTIMODAL
 from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
@@ -72,6 +74,7 @@ Count = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text, a causal text model works too."
@@ -83,6 +86,15 @@ def setting(text: str, default: Any = MISSING, choices: Collection[str] = ()) ->
     `choices` are the rows of a table that others may extend; the command that reads the table checks the setting.
     """
     return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+
+
+def _own(name: str) -> str:
+    """Return the help text of a default that multimodal recommenders have of their own."""
+    by_value: dict[Any, list[str]] = {}
+    for model, recipe in MULTIMODAL.items():
+        if name in recipe.defaults:
+            by_value.setdefault(recipe.defaults[name], []).append(model)
+    return "".join(f"; {', '.join(models)}: {value}" for value, models in by_value.items())
 
 
 def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, Format]) -> str:
@@ -554,13 +566,21 @@ class TrainRecommenderConfig:
 
     data: Place | None = setting("Dataset folder; without it, --config names a dataset of RecBole.", None)
     out: Path = setting("Folder to write: metrics.json, users.parquet, checkpoint.")
-    model: str | None = setting("SASRec, GRU4Rec or BERT4Rec.", None)
+    model: str | None = setting(
+        "SASRec, GRU4Rec, BERT4Rec (RecBole's), or VBPR, FREEDOM, LATTICE, SLMRec, which need --embeddings.", None
+    )
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
-    column: Column = setting("The view to start from; concat: text and image end to end, of twice the length.", "fused")
+    column: Column = setting(
+        "SASRec, GRU4Rec, BERT4Rec: the view to start from; concat: text and image end to end, of twice the length.",
+        "fused",
+    )
+    features: tuple[View, ...] = setting(
+        "VBPR, FREEDOM, LATTICE, SLMRec: text,image, or one view. Default: text,image; VBPR takes what there is.", ()
+    )
     mode: StartMode = setting(
         "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
         " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
-        " layers.",
+        " layers. VBPR and those after it: adapter or init.",
         "adapter",
     )
     fuse: Fuse = setting(
@@ -582,19 +602,30 @@ class TrainRecommenderConfig:
         "Items without a vector. error: stop; mean, random: fill them and report their number.", "error"
     )
     config: Path | None = setting("A RecBole YAML; its keys override our defaults.", None)
-    max_epochs: Positive = setting("Largest number of epochs.", 200)
+    max_epochs: Positive = setting(f"Largest number of epochs{_own('max_epochs')}.", 200)
     eval_step: Positive = setting("Epochs between two validations.", 5)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
-    batch_size: Positive = setting("Targets in a batch.", 256)
+    batch_size: Positive = setting(f"Targets in a batch{_own('batch_size')}.", 256)
     positions: Positions = setting(
         "last: a training row for every prefix, as RecBole has; all: SASRec and GRU4Rec learn all positions of a"
         " sequence at once, several times as fast.",
         "last",
     )
-    learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
-    weight_decay: NonNegative = setting("AdamW weight decay.", 1e-4)
-    hidden_size: Positive = setting("Width d of the recommender.", 128)
-    dropout: Fraction = setting("Dropout.", 0.3)
+    learning_rate: PositiveFloat = setting("Learning rate of AdamW; of Adam for VBPR and those after it.", 1e-3)
+    weight_decay: NonNegative = setting(f"Weight decay{_own('weight_decay')}.", 1e-4)
+    hidden_size: Positive = setting(f"Width d of the recommender{_own('hidden_size')}.", 128)
+    dropout: Fraction = setting("SASRec, GRU4Rec, BERT4Rec: dropout.", 0.3)
+    graph_layers: Positive = setting(f"Steps of graph convolution over users and items{_own('graph_layers')}.", 2)
+    neighbours: Positive = setting("FREEDOM, LATTICE: nearest items in the item graph, the item itself included.", 10)
+    image_weight: Fraction = setting("FREEDOM: weight of the image graph; the text graph has the rest.", 0.1)
+    pruning: Share = setting("FREEDOM: share of the interactions that each epoch leaves out of the graph.", 0.8)
+    regularisation: NonNegative = setting(
+        f"Weight of VBPR's and LATTICE's norms, and of FREEDOM's loss on projected vectors{_own('regularisation')}.",
+        1e-3,
+    )
+    temperature: PositiveFloat = setting("SLMRec: temperature of the loss.", 0.2)
+    ssl_weight: NonNegative = setting("SLMRec: weight of its task of alignment.", 0.1)
+    ssl_temperature: PositiveFloat = setting("SLMRec: temperature of its task of alignment.", 0.2)
     seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", ())
     tail_over: TailOver = setting(
         "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"

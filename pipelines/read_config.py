@@ -11,9 +11,10 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.downstream.multimodal.recipes import defaults_of
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
 from vlm2rec.embedder.training.recipes import loss_of, recipe_of
-from vlm2rec.pipelines.config import Config, FinetuneConfig
+from vlm2rec.pipelines.config import Config, FinetuneConfig, TrainRecommenderConfig
 
 RENAMED = {"wording": "prompt_style"}
 """Settings that had another name before."""
@@ -43,6 +44,8 @@ def read_config(
     if cls is FinetuneConfig:
         values = {**recipe_of(str(values.get("method", FinetuneConfig.method))).defaults, **values}
         loss_of(str(values.get("loss", FinetuneConfig.loss)))
+    if cls is TrainRecommenderConfig:
+        values = {**defaults_of(values.get("model")), **values}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             flag = f"--{f.name.replace('_', '-')}"

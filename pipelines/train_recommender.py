@@ -1,4 +1,4 @@
-"""`vlm2rec train-recommender`: Task 2 trains a recommender in RecBole, from item ids or from an embeddings folder."""
+"""`vlm2rec train-recommender`: Task 2 trains a recommender from an embeddings folder, or in RecBole from item ids."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from vlm2rec.downstream.multimodal import recipes
+from vlm2rec.downstream.multimodal import settings as multimodal
 from vlm2rec.downstream.recbole import plugin, windows
-from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE
-from vlm2rec.downstream.recbole.run import (
-    OLD_CHECKPOINT_FILE,
-    Epoch,
-    Outcome,
-    Settings,
-    ignored_settings,
-    needs_no_negatives,
-    read_settings,
-)
+from vlm2rec.downstream.recbole.run import Settings, ignored_settings, needs_no_negatives, read_settings
 from vlm2rec.downstream.recbole.run import run as train
+from vlm2rec.downstream.recommender import CHECKPOINT_FILE, OLD_CHECKPOINT_FILE, Epoch, Outcome
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -33,6 +27,9 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
     With a dataset folder, a setting comes from a flag that differs from its default, else from the RecBole YAML, else
     from our Task 2 defaults. Without one, it comes from such a flag, else from the YAML, as RecBole reads it.
     """
+    _refuse_unread(config)
+    if config.model in recipes.MODELS:
+        return _multimodal(config)
     if config.data is None and config.config is None:
         raise ConfigError(
             "neither --data nor --config is given",
@@ -61,6 +58,51 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
         )
     _summarise(outcome)
     return outcome.metrics
+
+
+def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
+    from vlm2rec.downstream.multimodal.run import run as train_multimodal
+
+    if config.data is None or config.embeddings is None:
+        raise ConfigError(
+            f"--model {config.model} without --{'data' if config.data is None else 'embeddings'}",
+            "a dataset folder and the vectors of its items",
+            "give --data and --embeddings, or train SASRec, GRU4Rec or BERT4Rec from ids",
+        )
+    if config.mode not in ("adapter", "init"):
+        raise ConfigError(
+            f"--mode {config.mode} with {config.model}",
+            "adapter or init: item ids have a part of their own in the model",
+            "change --mode",
+        )
+    known = {f.name for f in dataclasses.fields(multimodal.Settings)}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
+    features = recipes.choose_features(str(config.model), config.features, config.embeddings)
+    settings = multimodal.Settings(**(given | {"features": features}))
+    with _Display() as display:
+        outcome = train_multimodal(
+            settings,
+            config.out,
+            Dataset(config.data),
+            candidate_seeds=config.seeds,
+            tail_over=config.tail_over,
+            device=config.device,
+            watcher=display,
+        )
+    _summarise(outcome)
+    return outcome.metrics
+
+
+def _refuse_unread(config: TrainRecommenderConfig) -> None:
+    """Raise `ConfigError` for a setting other than its default that the model does not read."""
+    for f in dataclasses.fields(config):
+        if not recipes.is_read(config.model, f.name) and getattr(config, f.name) != f.default:
+            readers = [model for model in schema.RECOMMENDERS if recipes.is_read(model, f.name)]
+            raise ConfigError(
+                f"--{f.name.replace('_', '-')} with {config.model or 'a model of RecBole'}",
+                f"a setting that it reads; this one is for {', '.join(readers)}",
+                "leave it out" + (", and choose the views with --features" if f.name == "column" else ""),
+            )
 
 
 def task2_settings(
@@ -245,7 +287,10 @@ def _summarise(outcome: Outcome) -> None:
                 f"{_figures(metrics['cold']['candidates'])} (target never in training)"
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
-    rows["RecBole's own"] = _figures(metrics["recbole"])
+    if metrics["candidates"] is not None:
+        rows["full ranking, at 20"] = _figures(metrics["retrieval"])
+    if metrics["recbole"] is not None:
+        rows["RecBole's own"] = _figures(metrics["recbole"])
     if (outcome.folder / OLD_CHECKPOINT_FILE).exists():
         console.log.print(
             f"{outcome.folder / OLD_CHECKPOINT_FILE} is a pickle of an earlier version: it is not opened, and may be"

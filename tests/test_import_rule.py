@@ -91,7 +91,7 @@ ORDER = {
     ),
     "downstream": (
         *("options", "principal_components", "table", "formats", "mmrec"),
-        *("evaluation", "recbole", "index", "semantic_ids"),
+        *("evaluation", "recommender", "recbole", "multimodal", "index", "semantic_ids"),
     ),
     "pipelines": (
         *("convert_formats", "config", "read_config", "console", "commands"),

@@ -18,6 +18,7 @@ import torch
 from recommender_world import cyclic_sequences, write_atomic, write_dataset
 from safetensors import safe_open
 
+from vlm2rec.downstream import recommender
 from vlm2rec.downstream.recbole import compat, run
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError
 
@@ -110,7 +111,7 @@ def test_weights_come_back_from_safetensors_with_the_mode_of_the_umask(atomic: P
     finally:
         os.umask(before)
     checkpoint = tmp_path / "out" / "checkpoint.safetensors"
-    loaded = compat.load_weights(checkpoint, torch.device("cpu"))
+    loaded = recommender.load_weights(checkpoint, torch.device("cpu"))
     assert loaded.keys() == outcome.model.state_dict().keys()
     with safe_open(checkpoint, "pt") as file:
         about = json.loads(file.metadata()["vlm2rec"])
@@ -123,7 +124,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08")
     for name in ("checkpoint.safetensors", "none.safetensors"):
         with pytest.raises(ArtifactError, match=f"{name} is missing or damaged"):
-            compat.load_weights(tmp_path / name, "cpu")
+            recommender.load_weights(tmp_path / name, "cpu")
 
 
 def test_recbole_still_opens_a_pickle_that_lies_in_its_checkpoint_folder(

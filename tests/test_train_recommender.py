@@ -23,6 +23,7 @@ from recommender_world import circle_vectors, cyclic_sequences, with_cold_items,
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation.metrics import TAIL
 from vlm2rec.downstream.recbole import compat, run
 from vlm2rec.downstream.recbole.alignment import structural_alignment
@@ -60,7 +61,7 @@ def write_yaml(path: Path, settings: dict[str, Any]) -> Path:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    return compat.load_weights(folder / "checkpoint.safetensors", "cpu")
+    return recommender.load_weights(folder / "checkpoint.safetensors", "cpu")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

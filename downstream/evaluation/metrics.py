@@ -91,6 +91,14 @@ def expected_metrics(higher: np.ndarray, ties: np.ndarray, k: Sequence[int] = CU
     return metrics
 
 
+def retrieval_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """Return recall, NDCG and precision at 20 of the whole catalogue, as the multimodal recommenders are compared by.
+
+    With one relevant item per user, recall is the hit rate, and precision is a twentieth of it.
+    """
+    return {"R@20": means["H@20"], "N@20": means["N@20"], "P@20": means["H@20"] / 20}
+
+
 def mean_over_users(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the mean of each per-user metric; raise `DataError` when there is no user."""
     return {name: _mean(values) for name, values in metrics.items()}

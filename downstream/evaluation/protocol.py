@@ -8,7 +8,7 @@ scores of a recommender, block by block (`Rankings.add`). This module counts, av
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,15 +59,15 @@ class RankingTask:
     Args:
         dataset: a dataset folder.
         split: which held-out item is the target.
-        seeds: seeds of the stored candidates; empty takes all.
+        seeds: seeds of the stored candidates; empty takes all, None takes none, for the full ranking alone.
         tail_over: which interactions decide whether a target is of the long tail; see `item_frequency`.
     """
 
     def __init__(
-        self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] = (), tail_over: TailOver = "train"
+        self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] | None = (), tail_over: TailOver = "train"
     ) -> None:
         self.user_ids = dataset.user_ids
-        self.seeds = list(seeds) or dataset.candidate_seeds
+        self.seeds = [] if seeds is None else list(seeds) or dataset.candidate_seeds
         self.negatives = {seed: dataset.negatives(seed) for seed in self.seeds}  # (U, N) each
         self.targets = dataset.histories(split).targets  # (U,)
         self.tail_over = tail_over
@@ -154,6 +154,36 @@ class Rankings:
             "view": pa.array([view] * count, pa.string()),
         }
         return pa.table(columns | {name: pa.array(values, pa.float64()) for name, values in self.users(seed).items()})
+
+
+def rank_scorer(
+    dataset: Dataset,
+    seeds: Sequence[int],
+    blocks: Iterable[tuple[slice, np.ndarray]],
+    tail_over: TailOver = "train",
+) -> tuple[dict[str, Any], list[pa.Table]]:
+    """Rank each user's test item by the scores of a recommender (Task 2), and by popularity beside it.
+
+    Popularity is how often an item occurs in the training sequences.
+
+    Args:
+        dataset: a dataset folder.
+        seeds: candidate seeds; empty takes all stored ones.
+        blocks: (users, scores (users, I)) for all users; column i is row i of `items.parquet`.
+        tail_over: which interactions decide what the long tail is.
+
+    Returns:
+        (keys of metrics.json, tables for users.parquet).
+    """
+    task = RankingTask(dataset, "test", seeds, tail_over)
+    rankings, popular = Rankings(task), Rankings(task)
+    frequency = dataset.train_frequency().astype(np.float32)
+    for part, scores in blocks:
+        rankings.add(part, scores)
+        popular.add(part, np.broadcast_to(frequency, scores.shape))
+    means = rankings.means()
+    retrieval = metrics.retrieval_metrics(means["full"])
+    return means | {"retrieval": retrieval, "seeds": task.seeds, "popularity": popular.means()}, rankings.tables()
 
 
 def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Rankings]:

@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm2rec.downstream.recbole import compat
+from vlm2rec.downstream import recommender
+from vlm2rec.downstream.recommender import CHECKPOINT_FILE
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 ITEMS = "items"
 """Key of a checkpoint's description: the hash of the ids that belong to the rows of the item table."""
 _TABLE = "item_embedding.weight"
@@ -110,7 +110,7 @@ def read_table(run: Path, tokens: Sequence[str], width: int) -> Tensor:
             what,
             f"{again}, and name its folder",
         )
-    table = compat.load_weights(run / CHECKPOINT_FILE, "cpu").get(_TABLE)
+    table = recommender.load_weights(run / CHECKPOINT_FILE, "cpu").get(_TABLE)
     if table is None or table.dim() != 2 or len(table) < len(tokens) + 1:
         found = "has no item table" if table is None else f"has an item table of {tuple(table.shape)}"
         raise ArtifactError(
@@ -122,7 +122,7 @@ def read_table(run: Path, tokens: Sequence[str], width: int) -> Tensor:
             "the same --hidden-size in both runs",
             f"give --hidden-size {table.shape[1]}, or train the other run again",
         )
-    recorded = compat.description_of(run / CHECKPOINT_FILE).get(ITEMS)
+    recorded = recommender.description_of(run / CHECKPOINT_FILE).get(ITEMS)
     if recorded != hash_of(tokens):
         found = "of an earlier version, which did not record its items" if recorded is None else "of other items"
         raise ArtifactError(

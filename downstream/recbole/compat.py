@@ -7,7 +7,7 @@
    eight aliases such as `np.str` to NumPy; they are removed again.
 3. RecBole keeps checkpoints, datasets and data loaders as pickles, and opens those that a setting names or that lie in
    its checkpoint folder under certain names. A pickle can run any code. `refuse_pickles` refuses the settings, `cured`
-   lets RecBole look for no file, and `save_weights` and `load_weights` keep the weights as safetensors.
+   lets RecBole look for no file, and `recommender.py` keeps the weights as safetensors.
 4. pandas 3 turns RecBole's `fillna(inplace=True)` into a silent no-op, so that padding becomes a huge negative
    number: `require_recbole` refuses pandas 3.
 5. Cross-entropy (the default loss of SASRec, GRU4Rec and BERT4Rec) stops with a ValueError unless
@@ -21,7 +21,6 @@ whole process, logs to the root logger, and writes `./log_tensorboard`. `cured` 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -34,8 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm2rec.embedder.contract import publish
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
 
 LOG_FILE = "recbole.log"
 TENSORBOARD = "tensorboard"
@@ -139,55 +137,6 @@ def refuse_pickles(settings: Mapping[str, Any]) -> None:
                 "a run on this machine alone",
                 f"remove `{key}`",
             )
-
-
-def save_weights(model: Any, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a model's state as safetensors, whole or not at all; `about` is kept as JSON in the file's metadata.
-
-    Equal weights are equal bytes: with several keys, safetensors would write them in any order.
-    """
-    from safetensors.torch import save_file
-
-    # copies, because parts of one storage, as a GRU's weights on a GPU are, cannot be written
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    with publish.whole_file(path) as file:
-        save_file(state, file, metadata={"vlm2rec": json.dumps(about, sort_keys=True)})
-
-
-def load_weights(path: Path, device: Any) -> dict[str, Any]:
-    """Read the state of a model that `save_weights` wrote, as tensors on a device.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state: dict[str, Any] = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
-        ) from None
-    return state
-
-
-def description_of(path: Path) -> dict[str, Any]:
-    """Return the `about` of a file that `save_weights` wrote; empty if it has none.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("vlm2rec", "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is missing or damaged ({error})", "weights as safetensors", "run the same command again"
-        ) from None
-    return about if isinstance(about, dict) else {}
 
 
 @contextmanager

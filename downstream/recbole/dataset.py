@@ -126,14 +126,7 @@ class FolderDataset(SequentialDataset):
 def whole_sequences(folder: Dataset) -> list[np.ndarray]:
     """Return each user's train, valid and test items as item rows, oldest first."""
     valid, test = folder.histories("valid").targets, folder.histories("test").targets
-    train = folder.train_sequences()
-    if not train or min(len(sequence) for sequence in train) == 0:
-        raise ArtifactError(
-            f"{folder.path} has {'no user' if not train else 'a user without a training item'}",
-            "users with three interactions or more",
-            "run `vlm2rec prepare` again",
-        )
-    return [np.append(sequence, [v, t]) for sequence, v, t in zip(train, valid, test, strict=True)]
+    return [np.append(sequence, [v, t]) for sequence, v, t in zip(folder.trained_sequences(), valid, test, strict=True)]
 
 
 def recbole_ids(tokens: list[str], item_ids: list[str]) -> np.ndarray:

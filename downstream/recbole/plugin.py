@@ -44,7 +44,7 @@ from vlm2rec.downstream.options import Adapter, Fuse, StartMode
 from vlm2rec.downstream.principal_components import principal_components
 from vlm2rec.downstream.recbole.alignment import Alignment, align
 from vlm2rec.downstream.recbole.item_embedding import ADAPTERS, FusedEmbedding, ItemEmbedding, standardise
-from vlm2rec.downstream.table import read_in_order
+from vlm2rec.downstream.table import read_items
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location, location
@@ -177,7 +177,7 @@ def install() -> None:
     """
     from recbole.utils import get_model
 
-    for name in schema.RECOMMENDERS:
+    for name in schema.SEQUENTIAL:
         model = get_model(name)
         if not hasattr(model.__init__, "__wrapped__"):
             model.__init__ = _with_flag(model.__init__)
@@ -255,21 +255,14 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
     """
     where = f"{start.folder}, column {start.column},"
     vectors = torch.zeros(len(tokens) + 1, schema.dim_of(schema.read_manifest(start.folder), start.column))
-    found = read_in_order(start.folder, start.column, tokens, vectors[1:].numpy())
-    if not found.any():
-        raise ArtifactError(
-            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
-        )
-    if start.missing == "error" and not found.all():
-        lacking = [tokens[i] for i in np.flatnonzero(~found)[:5]]
-        raise ArtifactError(
-            f"{start.folder} has no {start.column} vector for {int((~found).sum())} of {len(tokens)} items, among them"
-            f" {', '.join(map(repr, lacking))}",
-            "a vector for every item of the dataset",
-            f"export the dataset of these items, or fill them with `{MISSING}: mean` (`--missing mean`)",
-        )
-    if not bool(vectors.sum().isfinite()) and not bool(vectors.isfinite().all()):  # a sum may overflow
-        raise ArtifactError(f"{where} holds values that are not finite", "finite vectors", "export again")
+    found = read_items(
+        start.folder,
+        start.column,
+        tokens,
+        vectors[1:].numpy(),
+        all_needed=start.missing == "error",
+        advice=f"`{MISSING}: mean` (`--missing mean`)",
+    )
     explained = None
     if start.pca is not None:
         known = vectors[1:].numpy()[found]

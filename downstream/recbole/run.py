@@ -17,29 +17,26 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
 
-from vlm2rec.downstream.evaluation.protocol import Rankings, RankingTask
+from vlm2rec.downstream import recommender
+from vlm2rec.downstream.evaluation.protocol import rank_scorer
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.downstream.recbole import compat, plugin, windows
-from vlm2rec.downstream.recbole.alignment import CHECKPOINT_FILE, ITEMS, Alignment, hash_of
-from vlm2rec.embedder.contract import provenance, publish, schema
+from vlm2rec.downstream.recbole.alignment import ITEMS, Alignment, hash_of
+from vlm2rec.downstream.recommender import CHECKPOINT_FILE, WRITER, Epoch, NoWatcher, Outcome, TrainingLog, Watcher
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, did_you_mean
+from vlm2rec.embedder.contract.errors import ConfigError, DataError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location
-
-OLD_CHECKPOINT_FILE = "checkpoint.pth"  # a pickle of earlier versions: never opened
-RECORD_FILE = "recommender.json"
-WRITER = "vlm2rec train-recommender"
 
 Settings = Path | Mapping[str, Any]
 _MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
@@ -74,62 +71,6 @@ _NO_PICKLES: dict[str, Any] = {
     "log_wandb": False,
 }
 _SPLIT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch."""
-
-    number: int  # from 1
-    loss: float  # mean over batches
-    seconds: float
-    score: float | None  # RecBole's validation metric, in epochs that validate
-    alignment: float | None = None  # the part of the loss that aligns vectors with a table from item ids
-
-
-@dataclass
-class TrainingLog:
-    """The course of a training run."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-    best_epoch: int = 0
-    seconds: float = 0.0
-
-
-class Watcher(Protocol):
-    """Follows the progress of training."""
-
-    def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
-        """Training starts: at most `epochs` epochs of `batches` batches."""
-
-    def batch(self) -> None:
-        """A batch is finished."""
-
-    def epoch(self, epoch: Epoch) -> None:
-        """An epoch is finished."""
-
-
-class NoWatcher:
-    """A `Watcher` that does nothing."""
-
-    def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
-        """See `Watcher`."""
-
-    def batch(self) -> None:
-        """See `Watcher`."""
-
-    def epoch(self, epoch: Epoch) -> None:
-        """See `Watcher`."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A trained recommender."""
-
-    metrics: dict[str, Any]  # as in metrics.json
-    model: Any  # RecBole's model with the best epoch's parameters, in eval mode
-    config: Any  # RecBole's Config
-    folder: Path
 
 
 def run(
@@ -168,13 +109,9 @@ def run(
     settings = _merged(layers)
     _check(settings, folder)
     _refuse_own_table(settings, out)
-    check_out(out)
-    publish.require_writable(out)
-    for stale in (schema.METRICS_FILE, schema.USERS_FILE, CHECKPOINT_FILE):
-        publish.discard(out / stale)
-    record = {"written_by": WRITER, "created": provenance.created(), "settings": settings}
+    recommender.begin(out)
     with publish.full_disk_errors(out), compat.cured(out):
-        schema.write_text(out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+        recommender.write_record(out, settings)
         recbole_config = _recbole_config(layers, settings, folder, out, device)
         if plugin.read_flag(settings):
             plugin.install()
@@ -184,22 +121,8 @@ def run(
         if folder is not None:
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
-    with publish.plain_disk_errors(out):
-        if users:
-            with publish.whole_file(out / schema.USERS_FILE) as file:
-                pq.write_table(pa.concat_tables(users), file)
-        schema.write_json(out / schema.METRICS_FILE, metrics)
+    recommender.write_metrics(out, metrics, users)
     return Outcome(metrics, trained.model, recbole_config, out)
-
-
-def check_out(out: Path) -> None:
-    """Raise `ConfigError` unless `out` is free, or holds an earlier run, whose files may be replaced."""
-    ours = schema.is_written_by(out / RECORD_FILE, WRITER)
-    if not ours and (out / schema.METRICS_FILE).is_file():  # a run of a version that left no record
-        with suppress(ArtifactError):
-            earlier = schema.read_json(out / schema.METRICS_FILE, "metrics", "choose another --out")
-            ours = earlier.get("task") == 2 and "recbole" in earlier
-    publish.require_ours(out, "an earlier run of train-recommender", ours=ours)
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -223,11 +146,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
     model = settings.get("model")
-    if model not in schema.RECOMMENDERS:
+    if model not in schema.SEQUENTIAL:
+        known = schema.RECOMMENDERS
         raise ConfigError(
-            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), schema.RECOMMENDERS)}",
-            f"one of {', '.join(schema.RECOMMENDERS)}",
-            "give --model, or a `model:` line in the YAML",
+            "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), known)}",
+            f"one of {', '.join(known)}",
+            "give --model, or a `model:` line in the YAML, which is RecBole's and so for"
+            f" {', '.join(schema.SEQUENTIAL)} only",
         )
     plugin.read_flag(settings)
     windows.read_positions(settings, has_folder=folder is not None)
@@ -298,7 +223,7 @@ def _recbole_config(
         with _refusals("the settings"):
             config = Config(config_file_list=files)
     if device != "auto":
-        config["device"] = _usable_device(device)
+        config["device"] = recommender.usable_device(device)
     return config
 
 
@@ -309,17 +234,6 @@ def needs_no_negatives(settings: Mapping[str, Any]) -> bool:
 
     path = Path(recbole.__file__).parent / "properties" / "model" / f"{settings.get('model')}.yaml"
     return path.is_file() and compat.without_negative_sampling(settings, read_settings(path))
-
-
-def _usable_device(name: str) -> torch.device:
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name.partition(":")[0], False):
-        raise ConfigError(
-            f"device {name!r} is not available here",
-            f"one of {', '.join(kind for kind, found in available.items() if found)}, or auto",
-            "change --device",
-        )
-    return torch.device(name)
 
 
 @contextmanager
@@ -379,7 +293,7 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
     begin = time.perf_counter()
     trainer.fit(train_data, valid_data, show_progress=False)
     training_log.seconds = time.perf_counter() - begin
-    model.load_state_dict(compat.load_weights(out / CHECKPOINT_FILE, config["device"]))
+    model.load_state_dict(recommender.load_weights(out / CHECKPOINT_FILE, config["device"]))
     figures = trainer.evaluate(test_data, load_best_model=False) or {}
     model.eval()
     return _Trained(
@@ -431,11 +345,7 @@ def _watched(trainer: Any) -> Any:
             except ValueError as error:
                 if "loss is nan" not in str(error):
                     raise
-                raise ConfigError(
-                    f"the training loss of epoch {epoch_idx + 1} is not a number",
-                    "a finite loss",
-                    "lower the learning rate, or check the embeddings for extreme values",
-                ) from None
+                raise recommender.loss_is_not_a_number(epoch_idx + 1) from None
             total, aligned = (sum(loss), loss[-1]) if isinstance(loss, tuple) else (loss, None)
             batches, seconds = max(1, self.batches), time.perf_counter() - self.began
             aligned = None if aligned is None else aligned / batches
@@ -459,7 +369,7 @@ def _watched(trainer: Any) -> Any:
 
         def _save_checkpoint(self, epoch: int, *args: Any, **kwargs: Any) -> None:
             about = {"written_by": WRITER, "model": self.config["model"], "epoch": epoch + 1, ITEMS: self.items}
-            compat.save_weights(self.model, Path(self.saved_model_file), about)
+            recommender.save_weights(self.model, Path(self.saved_model_file), about)
             self.training_log.best_epoch = epoch + 1
 
     return Watched
@@ -467,7 +377,6 @@ def _watched(trainer: Any) -> Any:
 
 def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folder: Dataset | None) -> dict[str, Any]:
     start = plugin.read_flag(settings)
-    training_log = trained.training_log
     return {
         "task": 2,
         "dataset": config["dataset"] if folder is None else folder.name,
@@ -490,17 +399,11 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "full": None,
         "tail": None,
         "cold": None,
+        "retrieval": None,
         "popularity": None,
         "recbole": trained.recbole,
-        "epochs": len(training_log.epochs),
-        "best_epoch": training_log.best_epoch,
-        "seconds": round(training_log.seconds, 3),
         "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
-        "curve": [
-            {"epoch": e.number, "loss": e.loss, config["valid_metric"]: e.score, "seconds": round(e.seconds, 3)}
-            | ({} if e.alignment is None else {"alignment": e.alignment})
-            for e in training_log.epochs
-        ],
+        **trained.training_log.as_metrics(config["valid_metric"]),
     }
 
 
@@ -539,15 +442,8 @@ def evaluate(
     """
     from vlm2rec.downstream.recbole.dataset import recbole_ids
 
-    task = RankingTask(folder, "test", seeds, tail_over)
-    rankings, popular = Rankings(task), Rankings(task)
-    frequency = folder.train_frequency().astype(np.float32)
     numbers = recbole_ids(tokens, folder.item_ids)
-    for part, scores in user_scores(model, config, folder, numbers):
-        rankings.add(part, scores)
-        popular.add(part, np.broadcast_to(frequency, scores.shape))
-    popularity = popular.means()
-    return rankings.means() | {"seeds": task.seeds, "popularity": popularity}, rankings.tables()
+    return rank_scorer(folder, seeds, user_scores(model, config, folder, numbers), tail_over)
 
 
 def user_scores(

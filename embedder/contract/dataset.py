@@ -346,6 +346,19 @@ class Dataset:
         rows, offsets = self._train
         return [rows[a:b] for a, b in itertools.pairwise(offsets)]
 
+    def trained_sequences(self) -> list[np.ndarray]:
+        """Return `train_sequences`, or raise `ArtifactError` if there is no user, or one without a training item."""
+        train = self.train_sequences()
+        empty = [user for user, sequence in zip(self.user_ids, train, strict=True) if not len(sequence)]
+        if empty or not train:
+            named = f"{len(empty)} users without a training item, such as {', '.join(map(repr, empty[:3]))}"
+            raise ArtifactError(
+                f"{self.path} has {named if train else 'no user'}",
+                "users with three interactions or more",
+                "run `vlm2rec prepare` again",
+            )
+        return train
+
     def histories(self, split: Split) -> Histories:
         """Return, for every user, the last `max_history` items before the target of `split`, and the target.
 

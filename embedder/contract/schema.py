@@ -85,7 +85,9 @@ USERS_FILE = "users.parquet"  # of a folder of metrics: those of each user
 PROBE_FILE = "probe.json"  # of a folder of `probe-images`
 DISTANCES = ("A_pos", "A_neg")  # columns of it in Task 1: the squared distances whose means are those of Eq. 5
 METRICS = ("H@10", "H@20", "N@10", "N@20")  # hit rate and NDCG among the first 10 and 20
-RECOMMENDERS = ("SASRec", "GRU4Rec", "BERT4Rec")  # RecBole's models that start from item vectors, too
+SEQUENTIAL = ("SASRec", "GRU4Rec", "BERT4Rec")  # RecBole's models that start from item ids or item vectors
+MULTIMODAL = ("VBPR", "FREEDOM", "LATTICE", "SLMRec")  # models of users and items that need item vectors
+RECOMMENDERS = (*SEQUENTIAL, *MULTIMODAL)
 
 
 def embedding_schema(

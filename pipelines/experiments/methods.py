@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm2rec.downstream.multimodal.recipes import is_read
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
@@ -327,6 +328,14 @@ def _check(study: Study, where: str) -> None:
                 f"some of {', '.join(schema.RECOMMENDERS)}",
                 "correct the YAML",
             )
+    trained = {model for plan in study.plan.values() if 2 in plan.tasks for model in plan.models}
+    for name in (*study.recommender, *(name for method in study.methods for name in method.recommender)):
+        if name not in schema.RECOMMENDERS and trained and not any(is_read(model, name) for model in trained):
+            raise ConfigError(
+                f"recommender: {name} in {where}",
+                f"a setting that one of the recommenders ({', '.join(sorted(trained))}) reads",
+                "remove it, or add the recommender that it is for",
+            )
     slugs: dict[str, str] = {}
     roles: dict[str, str] = {}
     for method in study.methods:
@@ -545,6 +554,7 @@ def _probe_images(context: RunContext) -> Step:
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
     values = {**_tail(context.study), **_of_model(context.study.recommender, model)}
     values |= _of_model(context.method.recommender, model)
+    values = {name: value for name, value in values.items() if is_read(model, name)}
     given: Json = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
     after = [embeddings] if embeddings else []
     if values.get(_ALIGN_WITH) is not None:
@@ -668,8 +678,8 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
         model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)
     ]
     models = [model for model in planned if model in (context.method.models or planned)]
-    if source.embed is None:
-        return [_recommend(context, model, None) for model in models]
+    if source.embed is None:  # the multimodal ones need vectors
+        return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None
     embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
     embedded = source.embed(embedding)

@@ -33,6 +33,10 @@ _ROUGH_SECONDS = {
     "SASRec": 0.00016,  # an interaction in an epoch
     "GRU4Rec": 0.00009,
     "BERT4Rec": 0.00025,
+    "VBPR": 0.00002,
+    "FREEDOM": 0.00002,
+    "LATTICE": 0.00004,
+    "SLMRec": 0.0001,
 }
 
 

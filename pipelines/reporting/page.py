@@ -454,7 +454,10 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "task2",
             "Task 2: recommenders that start from the vectors (Table 4)",
-            ("RecBole trains each recommender on the same sequences, from item ids or from frozen item vectors.",),
+            (
+                "Each recommender is trained on the same sequences: RecBole's (SASRec, GRU4Rec, BERT4Rec) from item ids"
+                " or from frozen item vectors, the multimodal ones (VBPR, FREEDOM, LATTICE, SLMRec) from both.",
+            ),
             _present(*task2),
             ("task2-models", "differences"),
             why=_why(results, "Table 4", _WHY["Table 4"]),

@@ -160,7 +160,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         folder = Path(temporary)
         data, embeddings = world(folder, asked.users, asked.items, asked.dim)
-        for model in schema.RECOMMENDERS:
+        for model in schema.SEQUENTIAL:
             print(f"{model}, {asked.users} users, {asked.items} items, vectors of {asked.dim}")
             settings = task2_settings(TrainRecommenderConfig(out=folder / model), model, data.max_history)
             compare_evaluation(settings, data, folder / model)
