@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlm2rec.embedder.backbones.backbone import Backbone
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError, Vlm2RecError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.settings import fingerprint_of
+from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 from vlm2rec.pipelines import convert, evaluate, export_items, finetune, import_adapter
 from vlm2rec.pipelines.config import (
     ConvertConfig,
@@ -362,6 +362,13 @@ def test_a_strategy_takes_it_for_its_own_prompts(
 
 def importing(adapter: Path, backbone: Path, out: Path, **more: Any) -> ImportAdapterConfig:
     return ImportAdapterConfig(adapter=adapter, backbone=str(backbone), out=out, device="cpu", dtype="float32", **more)
+
+
+def test_every_setting_of_an_encoder_can_be_said_of_an_imported_adapter(tiny: Tiny, adapter: Path) -> None:
+    names = {field.name for field in fields(ImportAdapterConfig)}
+    assert {field.name for field in fields(EncoderSettings)} - names == {"late_fusion"}
+    with pytest.raises(ConfigError, match=r"--late-fusion gate with .* another program"):
+        fingerprint_of(str(tiny("qwen2_5_vl")), adapter, fusion="internal", prompt_style="notellm2", late_fusion="gate")
 
 
 def test_an_imported_adapter_is_like_one_of_ours(

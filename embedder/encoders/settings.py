@@ -157,6 +157,9 @@ class EncoderSettings:
             ModelError: the adapter folder is unfinished.
         """
         if adapter is not None and lora.is_foreign(adapter):
+            if given.get("late_fusion") == "gate":
+                found = f"--late-fusion gate with {adapter}, an adapter that another program made"
+                raise ConfigError(found, "an adapter of --method notellm2, which holds a gate", "leave it out")
             adapter = None
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
