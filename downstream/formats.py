@@ -125,12 +125,14 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
             "at least one",
             "convert one column at a time",
         )
-    return Selection(folder, tuple(columns), schema.dims_of(schema.read_manifest(folder)), kept, means, gaps)
+    manifest = schema.read_manifest(folder)
+    dims = {column: schema.dim_of(manifest, column) for column in columns}
+    return Selection(folder, tuple(columns), dims, kept, means, gaps)
 
 
 def no_vectors(folder: Location, column: str) -> ArtifactError:
     """Return the error of a view without a single vector."""
-    views = ", ".join(schema.read_manifest(folder).get("views", schema.VIEWS))
+    views = ", ".join(schema.columns_of(schema.read_manifest(folder)))
     return ArtifactError(f"{folder} has no vector in column {column!r}", f"one of {views}", "choose another --columns")
 
 
@@ -155,6 +157,14 @@ def read_reasons(folder: Location) -> dict[str, str]:
         table = table.filter(table[schema.ERROR].is_valid())
         reasons.update(zip(table[schema.ITEM_ID].to_pylist(), table[schema.ERROR].to_pylist(), strict=True))
     return reasons
+
+
+def read_ids(folder: Location) -> list[str]:
+    """Return the ids of all items of an embeddings folder, in its order; vectors are not read."""
+    shards = schema.read_manifest(folder)["shards"]
+    fix = f"run `vlm2rec verify {folder}`"
+    tables = (schema.read_table(folder / shard["file"], [schema.ITEM_ID], fix=fix) for shard in shards)
+    return [item_id for table in tables for item_id in table[schema.ITEM_ID].to_pylist()]
 
 
 def write_npy(selection: Selection, out: Path) -> None:

@@ -14,5 +14,7 @@ TailOver = Literal["train", "all"]
 """Which interactions decide whether an item is of the long tail: those of training, or the held-out ones, too."""
 Missing = Literal["skip", "mean", "error"]
 """What to do with items without a vector in files for other tools."""
+Repeats = Literal["keep", "drop"]
+"""What to do with targets that MMRec masks, because the user has them in training too."""
 Positions = Literal["last", "all"]
 """Which positions of a training row a sequential recommender learns: the last one of every prefix, or all at once."""

@@ -52,10 +52,10 @@ class EmbeddingTable:
         folder = location(folder)
         _require_view(column)
         manifest = schema.read_manifest(folder)
-        dims = schema.dims_of(manifest)
+        dim = schema.dim_of(manifest, column)
         counts = [int(shard["rows"]) for shard in manifest["shards"]]
         starts, expected = np.cumsum([0, *counts]), sum(counts)
-        vectors, present = np.empty((expected, dims[column]), np.float32), np.empty(expected, bool)
+        vectors, present = np.empty((expected, dim), np.float32), np.empty(expected, bool)
 
         def read(number: int) -> list[str]:
             ids: list[str] = []
@@ -206,15 +206,18 @@ def _every_shard(manifest: Mapping[str, Any], column: str, read: Callable[[int],
 
 
 def _require_view(column: str) -> None:
-    if column not in schema.VIEWS:
-        raise ConfigError(f"{column!r} is not a view", f"one of {', '.join(schema.VIEWS)}", "correct the column's name")
+    if column not in schema.COLUMNS:
+        raise ConfigError(
+            f"{column!r} is not a view", f"one of {', '.join(schema.COLUMNS)}", "correct the column's name"
+        )
 
 
 def _read_shard(
     folder: Location, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream one shard as `read_batches` does."""
-    shard, dim = manifest["shards"][number], schema.dims_of(manifest)[column]
+    shard, stored = manifest["shards"][number], schema.stored_columns(column)
+    dims = {name: schema.dim_of(manifest, name) for name in stored}
     path = folder / shard["file"]
     try:
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -224,9 +227,10 @@ def _read_shard(
                 _EXPORT_AGAIN,
             )
         with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
-            _require_vectors(file.schema_arrow, column, dim, path)
-            for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, column]):
-                vectors, present = _to_numpy(batch[column], dim)
+            for name, dim in dims.items():
+                _require_vectors(file.schema_arrow, name, dim, path)
+            for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, *stored]):
+                vectors, present = _end_to_end([_to_numpy(batch[name], dim) for name, dim in dims.items()])
                 yield batch[schema.ITEM_ID].to_pylist(), vectors, present
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
@@ -242,6 +246,16 @@ def _require_vectors(found: pa.Schema, column: str, dim: int, path: Location) ->
             f"vectors of length {dim}, as the manifest says",
             _EXPORT_AGAIN,
         )
+
+
+def _end_to_end(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (vectors, present) of several columns end to end: a row without one of them has no vector."""
+    if len(parts) == 1:
+        return parts[0]
+    present = np.logical_and.reduce([has for _, has in parts])
+    vectors = np.concatenate([part for part, _ in parts], axis=1)
+    vectors[~present] = np.nan
+    return vectors, present
 
 
 def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:

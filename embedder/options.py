@@ -14,10 +14,12 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # --- from an item to a vector ---------------------------------------------------------------------------------
 PromptMode = Literal["raw", "chat"]
-PromptStyle = Literal["vlm2rec", "sda"]
-"""Whose prompts: VLM2Rec's, or SDA's, which are for single items only."""
-ItemText = Literal["title", "attributes"]
-"""What a prompt says of an item: its title, or (SDA) title, category and brand."""
+PromptStyle = Literal["vlm2rec", "sda", "notellm2", "notellm2-basic", "llm2rec"]
+"""Whose prompts: VLM2Rec's; those of SDA, NoteLLM-2 and LLM2Rec (the title alone) are for single items only."""
+Attention = Literal["causal", "bidirectional"]
+"""Whether a token sees only those before it, or all of its prompt (LLM2Rec)."""
+LateFusion = Literal["off", "gate"]
+"""Whether NoteLLM-2's gate adds what the vision tower saw to a vector of its prompt."""
 FusionMode = Literal["external", "internal"]
 FusionNorm = Literal["raw", "normalised"]
 ViewChoice = Literal["both", "text", "image"]
@@ -35,8 +37,8 @@ EncoderPooling = Literal["auto", "mean", "cls", "last"]
 """Of a frozen text encoder; `auto`: what its folder says, else the mean."""
 
 # --- training -------------------------------------------------------------------------------------------------
-Alignment = Literal["paper", "reference", "off"]
-"""SDA's CMSA: as in its paper, as in its public code, or without the soft target."""
+Alignment = Literal["paper", "reference", "off", "reference-off"]
+"""SDA's CMSA: as in its paper, as in its public code; without the soft target, or so as in its public code."""
 SDA_PROBED: Final = ("q_proj", "k_proj")
 """Projections of the last layer where SDA's gradients of text and image are compared (its section 3.3.3)."""
 SamplesMode = Literal["last", "random", "all"]
@@ -65,5 +67,7 @@ EngineName = Literal["local", "ray"]
 
 # --- reading what was exported --------------------------------------------------------------------------------
 View = Literal["fused", "text", "image"]
+Column = Literal[View, "concat"]
+"""A view, or text and image end to end, which every reader makes of a table with both."""
 Split = Literal["valid", "test"]
 """Which of a user's last two items is held out and ranked."""

@@ -1,4 +1,5 @@
-"""The prompts of section 2.2.1, as the paper prints them, and those of SDA for single items. No model code.
+"""The prompts of section 2.2.1, as the paper prints them, and those of other methods for single items.
+No model code.
 
 A prompt is a tuple of parts: text, or `IMAGE_HERE` in place of an image. It becomes a string in one of two modes:
 `raw` joins the parts, so that the last token of the prompt is the last token of the last item; `chat` puts them into
@@ -8,24 +9,29 @@ the family's chat template and opens the assistant's turn, so that the answer wo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vlm2rec.embedder import chat_template
-from vlm2rec.embedder.options import ItemText, PromptMode, PromptStyle, Strategy
+from vlm2rec.embedder.options import PromptMode, PromptStyle, Strategy
 
 Prompt = tuple[str | None, ...]
 
 IMAGE_HERE: Final = None
+READ_HERE: Final = "\0"
+"""A part after whose previous token the state is read, too; no title holds this character."""
 TEXT_INSTRUCTION = "Describe this item text sequence in one word, "
 IMAGE_INSTRUCTION = "Describe this item image sequence in one word, "
 ITEM_INSTRUCTION = "Describe this item sequence in one word, "
 SDA_TEXT_INSTRUCTION = "The product has the following attributes: "
 SDA_IMAGE_INSTRUCTION = "The product has the image: "
+NOTELLM2_START = 'Item: {"image": "'
+_ONE_WORD = '"}, compress this item into one word: "'
 CONSTANT_STARTS: Final = (
     *(f"{instruction}0) " for instruction in (TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION)),
     SDA_TEXT_INSTRUCTION,
     SDA_IMAGE_INSTRUCTION,
+    NOTELLM2_START,
 )
 """The constant starts of the prompts, one for each kind."""
 
@@ -33,8 +39,11 @@ CONSTANT_STARTS: Final = (
 def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
-    In the style of SDA, for a single item: `The product has the following attributes: <text>`.
+    In the style of SDA, for a single item: `The product has the following attributes: <text>`; in that of LLM2Rec the
+    title alone, a blank if there is none.
     """
+    if prompt_style == "llm2rec":
+        return (titles[_single_item(len(titles))] or " ",)
     if prompt_style == "sda":
         return (SDA_TEXT_INSTRUCTION + titles[_single_item(len(titles))],)
     return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
@@ -43,11 +52,18 @@ def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") ->
 def attributes_text(title: str, category: str, brand: str) -> str:
     """Return `title is <title>; category is <category>; brand is <brand>`, the text of an item in SDA's prompt.
 
-    What is blank is left out. As in SDA's code each value has at most 100 characters, so that a long title leaves room
-    for the rest, and a semicolon in it becomes a full stop.
+    What is blank is left out; see `listed_attributes`.
     """
-    values = (("title", title), ("category", category), ("brand", brand))
-    said = ((name, " ".join(value.split()).replace(";", ".")[:_VALUE].rstrip()) for name, value in values)
+    return listed_attributes({"title": title, "category": category, "brand": brand})
+
+
+def listed_attributes(attributes: Mapping[str, str]) -> str:
+    """Return `title is ...; category is ...; brand is ...`, without the attributes that are blank (LLMEmb, SDA).
+
+    As in their code each value has at most 100 characters, so that a long title leaves room for the rest, and a
+    semicolon in it becomes a full stop.
+    """
+    said = ((name, " ".join(value.split()).replace(";", ".")[:_VALUE].rstrip()) for name, value in attributes.items())
     return "; ".join(f"{name} is {value}" for name, value in said if value)
 
 
@@ -57,7 +73,8 @@ _VALUE = 100  # characters
 def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
-    In the style of SDA: `The product has the image: <image>`.
+    In the style of SDA: `The product has the image: <image>`, in the order that its paper prints; in the chat messages
+    of its code the image comes first.
     """
     if prompt_style == "sda":
         _single_item(count)
@@ -70,10 +87,20 @@ def item_prompt(titles: Sequence[str]) -> Prompt:
     return _with_images(ITEM_INSTRUCTION, [f"{title} " for title in titles])
 
 
+def note_prompt(text: str, prompt_style: PromptStyle) -> Prompt:
+    """Return the prompt of NoteLLM-2 for a single item: its image, then its text, each to be told in one word.
+
+    The state before the text is that of the image alone. `notellm2-basic` is the paper's prompt without this division.
+    """
+    if prompt_style == "notellm2-basic":
+        return (NOTELLM2_START, IMAGE_HERE, f'", "title": "{text}{_ONE_WORD}')
+    return (NOTELLM2_START, IMAGE_HERE, _ONE_WORD, READ_HERE, f'". Item: {{"title": "{text}{_ONE_WORD}')
+
+
 def _single_item(count: int) -> int:
     """Return 0, the row of a single item; raise `ValueError` for a sequence."""
     if count != 1:
-        raise ValueError(f"a sequence of {count} items; SDA's prompts are about one")
+        raise ValueError(f"a sequence of {count} items; these prompts are about one")
     return 0
 
 
@@ -102,12 +129,15 @@ def prompt_hash(
     mode: PromptMode,
     chat_template: str | None,
     prompt_style: PromptStyle = "vlm2rec",
-    item_text: ItemText = "title",
+    item_text: str = "title",
 ) -> str:
     """Return a short hash of everything that decides the text of a prompt, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
         "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
+        "llm2rec": ["{}"],
+        "notellm2": [repr(note_prompt("", "notellm2"))],
+        "notellm2-basic": [repr(note_prompt("", "notellm2-basic"))],
     }[prompt_style]
     texts = [*instructions, mode, (chat_template or "") * (mode == "chat")]
     if item_text == "attributes":

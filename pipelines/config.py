@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from vlm2rec.downstream.multimodal.recipes import MODELS as MULTIMODAL
-from vlm2rec.downstream.options import Adapter, Fuse, Positions, StartMode, TailOver
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
+    Attention,
+    Column,
     DeviceName,
     DtypeName,
     EncoderKind,
@@ -30,7 +32,7 @@ from vlm2rec.embedder.options import (
     FusionNorm,
     ImagePolicy,
     ImagesBy,
-    ItemText,
+    LateFusion,
     Negatives,
     Pooling,
     PromptMode,
@@ -193,15 +195,45 @@ class FinetuneConfig:
     images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
     revision: str | None = setting("Revision of a hub backbone.", None)
     method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
-    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}.", "vlm2rec", LOSSES)
+    loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}. SLIM: sft.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
-        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target.",
+        "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target;"
+        " reference-off: InfoNCE as in its public code.",
         "paper",
     )
     tau_cmsa: PositiveFloat | None = setting(
-        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference, 3 is the start of a learned one.", None
+        "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference and reference-off, 3 is the start of a"
+        " learned one.",
+        None,
     )
     experts: Positive = setting("Experts of SDA's MoDA, which divide --lora-rank among them; 1 is plain LoRA.", 8)
+    drop_ratio: Fraction = setting(
+        "Share of an item's attributes that LLMEmb drops from each of its two texts; one stays. 0 only shuffles them.",
+        0.4,
+    )
+    tau_scft: PositiveFloat = setting("Start of the learned temperature of LLMEmb's contrast.", 0.02)
+    related_items: Positive = setting(
+        "Related items that NoteLLM-2 keeps of an item: those that users had soon after it.", 10
+    )
+    tau_pairs: PositiveFloat = setting("Start of the learned temperature of NoteLLM-2's contrast.", 0.05)
+    multimodal_weight: NonNegative = setting(
+        "Weight α of the item vectors' loss in NoteLLM-2, beside 1 for the visual vectors'.", 9.0
+    )
+    late_fusion: LateFusion = setting(
+        "gate: NoteLLM-2 adds what the vision tower saw to its vectors, by a gate that it learns. NoteLLM-2: gate.",
+        "off",
+    )
+    csft_share: Fraction = setting(
+        "Share of the steps in which LLM2Rec learns to write the next title (CSFT), at the start.", 0.8
+    )
+    mntp_share: Fraction = setting(
+        "Share of the steps, after those, in which it predicts masked tokens of titles (MNTP); the rest is SimCSE.", 0.1
+    )
+    simcse_scale: PositiveFloat = setting("What SimCSE multiplies cosines with in LLM2Rec, 1/τ.", 10.0)
+    attention: Attention = setting(
+        "causal: a token sees those before it; bidirectional: all tokens of its prompt. LLM2Rec: bidirectional.",
+        "causal",
+    )
     tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
     lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
@@ -218,11 +250,13 @@ class FinetuneConfig:
     wpcl: bool = setting("Add WPCL (Eq. 10); off leaves λ·CRTR alone.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
     views: ViewChoice = setting(
-        "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read.",
+        "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
+        " LLMEmb, LLM2Rec and SLIM: text.",
         "both",
     )
     fusion: FusionMode = setting(
-        "external: two prompts whose vectors are summed; internal: one interleaved prompt.", "external"
+        "external: two prompts whose vectors are summed; internal: one interleaved prompt. NoteLLM-2: internal.",
+        "external",
     )
     fusion_norm: FusionNorm = setting("raw: the sum, as in the paper; normalised: the sum of unit vectors.", "raw")
     prompt_mode: PromptMode = setting(
@@ -231,22 +265,28 @@ class FinetuneConfig:
     max_pixels: Positive = setting(
         "Largest image area in pixels; a smaller limit of the processor takes precedence.", 224 * 224
     )
-    max_title_tokens: Positive = setting("Titles, or SDA's texts, are cut to this many tokens. SDA: 128.", 64)
+    max_title_tokens: Positive = setting(
+        "Titles and other texts are cut to this many tokens. SDA and SLIM: 128; LLMEmb: 256.", 64
+    )
     pooling: Pooling = setting(
-        "A vector is the state of the last token (last) or the mean of all (mean). SDA: mean.", "last"
+        "A vector is the state of the last token (last) or the mean of all (mean). SDA, LLMEmb and LLM2Rec: mean.",
+        "last",
     )
     prompt_style: PromptStyle = setting(
-        "Whose prompts: vlm2rec's, or sda's, which are for single items only. SDA: sda.", "vlm2rec"
+        "Whose prompts: vlm2rec's, or those for single items alone: sda's, notellm2's, notellm2-basic, which has no"
+        " visual vector, or llm2rec, the title alone. SDA and LLMEmb: sda; the others their own.",
+        "vlm2rec",
     )
-    item_text: ItemText = setting(
-        "What SDA's text prompt says of an item. attributes: title, category and brand, those that the catalogue has;"
-        " title: the title alone. SDA: attributes.",
+    item_text: str = setting(
+        "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
+        " all, make a list (title is ..., brand is ...); attributes: SDA's list of title, category and brand. SDA:"
+        " attributes; LLMEmb: all; SLIM: rationale.",
         "title",
     )
-    lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA: 8.", 16)
-    lora_alpha: PositiveFloat = setting("LoRA α.", 32.0)
-    lora_dropout: Fraction = setting("LoRA dropout. SDA: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA: 2e-4.", 1e-5)
+    lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA, LLMEmb and LLM2Rec: 8.", 16)
+    lora_alpha: PositiveFloat = setting("LoRA α. LLM2Rec: 16.", 32.0)
+    lora_dropout: Fraction = setting("LoRA dropout. SDA and LLMEmb: 0.1.", 0.2)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA, LLMEmb and LLM2Rec: 2e-4.", 1e-5)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
@@ -256,7 +296,9 @@ class FinetuneConfig:
     warmup: Fraction = setting("Share of the steps with a rising learning rate.", 0.0)
     schedule: Schedule = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting(
-        "Users in a batch on one device; a step of N processes has N times as many. SDA: 32 items.", 8
+        "Users in a batch on one device; a step of N processes has N times as many. SDA, LLMEmb and LLM2Rec: 32;"
+        " NoteLLM-2: 16 pairs of items.",
+        8,
     )
     negatives: Negatives = setting(
         "Negatives of several processes. local: the targets of a process's own batch; global: those of all batches.",
@@ -268,7 +310,9 @@ class FinetuneConfig:
     epochs: PositiveFloat = setting("Epochs.", 3.0)
     max_steps: Count = setting("Stop after this many steps; 0 trains all epochs. SDA's paper uses at most 4000.", 0)
     samples: SamplesMode = setting(
-        "Samples (prefix → next item) of a user. last: the last one; random: a random one; all: every one.", "last"
+        "Samples (prefix → next item) of a user. last: the last one; random: a random one; all: every one."
+        " LLM2Rec: random.",
+        "last",
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
     valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
@@ -346,11 +390,11 @@ class ExportConfig:
         " text encoder what its folder says, else mean.",
         None,
     )
-    prompt_style: PromptStyle | None = setting(
-        "vlm2rec or sda, as for finetune. Default: the adapter's, else vlm2rec.", None
-    )
-    item_text: ItemText | None = setting(
-        "title or attributes, as for finetune, with --prompt-style sda. Default: the adapter's, else title.", None
+    prompt_style: PromptStyle | None = setting("As for finetune. Default: the adapter's, else vlm2rec.", None)
+    attention: Attention | None = setting("causal or bidirectional. Default: the adapter's, else causal.", None)
+    late_fusion: LateFusion | None = setting("off or gate. Default: the adapter's, else off.", None)
+    item_text: str | None = setting(
+        "Columns of the catalogue that are an item's text, as for finetune. Default: the adapter's, else title.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting(
@@ -407,8 +451,10 @@ class ImportAdapterConfig:
     fusion: FusionMode = setting("As for finetune.", "external")
     fusion_norm: FusionNorm = setting("As for finetune.", "raw")
     prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
-    prompt_style: PromptStyle = setting("vlm2rec or sda, as for finetune.", "vlm2rec")
+    prompt_style: PromptStyle = setting("Whose prompts, as for finetune.", "vlm2rec")
+    item_text: str = setting("Columns of the catalogue that are an item's text, as for finetune.", "title")
     pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
+    attention: Attention = setting("causal or bidirectional, as the adapter was trained.", "causal")
     max_pixels: Positive = setting("Largest image area in pixels.", 224 * 224)
     max_title_tokens: Positive = setting("Longer titles are cut.", 64)
     dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto")
@@ -526,7 +572,10 @@ class TrainRecommenderConfig:
         "SASRec, GRU4Rec, BERT4Rec (RecBole's), or VBPR, FREEDOM, LATTICE, SLMRec, which need --embeddings.", None
     )
     embeddings: Place | None = setting("Embeddings folder; without it, the plain ID model.", None)
-    column: View = setting("SASRec, GRU4Rec, BERT4Rec: the view to start from.", "fused")
+    column: Column = setting(
+        "SASRec, GRU4Rec, BERT4Rec: the view to start from; concat: text and image end to end, of twice the length.",
+        "fused",
+    )
     features: tuple[View, ...] = setting(
         "VBPR, FREEDOM, LATTICE, SLMRec: text,image, or one view. Default: text,image; VBPR takes what there is.", ()
     )
@@ -595,7 +644,7 @@ class BuildIndexConfig:
 
     embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Index folder to write.")
-    column: View = setting("Which view to index.", "fused")
+    column: Column = setting("Which view to index; concat: text and image end to end.", "fused")
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
     data: Place | None = setting("Dataset folder for titles in search results. Default: that of the export.", None)
     sample: Positive = setting("Number of queries to measure recall@10.", 1000)
@@ -642,8 +691,9 @@ class ConvertConfig:
     to: str = setting(f"{_rows(FORMATS)}.", choices=FORMATS)
     out: Path = setting("Folder to write.")
     columns: tuple[str, ...] = setting(
-        "Views to write, of fused, text, image. Default: for mmrec text and image, or fused if it is the only one; for"
-        " npy, safetensors and lance all views; for cornac and recbole, which hold one, fused.",
+        "Views to write, of fused, text, image, concat (text and image end to end). Default: for mmrec text and image,"
+        " or fused if it is the only one; for npy, safetensors and lance all views; for cornac and recbole, which hold"
+        " one, fused.",
         (),
     )
     missing: Literal["auto", "skip", "mean", "error"] = setting(
@@ -653,6 +703,16 @@ class ConvertConfig:
     )
     data: Place | None = setting("Dataset folder, for mmrec. Default: that of the export.", None)
     name: str | None = setting("Name of the dataset, for mmrec and recbole. Default: the name of --out.", None)
+    like: Path | None = setting(
+        "For mmrec: folder of a published split (i_id_mapping.csv and one .inter file), whose items and numbers are"
+        " kept, instead of a dataset folder.",
+        None,
+    )
+    repeats: Repeats | None = setting(
+        "For mmrec: targets that their user has in training too, which MMRec masks, so that no model can find them."
+        " repeats.csv lists them. keep: they stay, as in published figures; drop: they are left out. Default: keep.",
+        None,
+    )
     backbone: str | None = setting("For sentence-transformers: the backbone of the export.", None)
     adapter: Path | None = setting("For sentence-transformers: the adapter of the export.", None)
     revision: str | None = setting("For sentence-transformers: the revision of a hub backbone.", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     """
     manifest = schema.read_manifest(config.embeddings)
     form = format_of(config.to)
-    check_out(config.out, config.to)
+    check_out(config.out, config.to, form.caches)
+    stale = sorted(path.name for path in config.out.glob(form.caches)) if form.caches and config.out.is_dir() else []
     _refuse_unused_flags(config)
     columns = _columns(config, form, manifest)
     missing = _missing(config, form)
@@ -44,12 +46,18 @@ def run(config: ConvertConfig) -> dict[str, Any]:
             write_gaps(folder / MISSING_FILE, gaps)
         record = _record(config, manifest, folder, columns, missing, gaps)
         schema.write_json(folder / RECORD_FILE, record)
-    _report(config, form, record)
+    _report(config, form, record, stale)
     return record
 
 
-def check_out(out: Path, kind: str) -> None:
-    """Raise `ConfigError` unless `out` is free, empty, or holds only an earlier conversion to the same format."""
+def check_out(out: Path, kind: str, caches: str = "") -> None:
+    """Raise `ConfigError` unless `out` is free, empty, or holds only an earlier conversion to the same format.
+
+    Args:
+        out: the folder to write.
+        kind: the format.
+        caches: pattern of the files that the other tool may have added; none if empty.
+    """
     record = out / RECORD_FILE
     earlier = schema.read_json(record, "a conversion", "choose another --out") if record.is_file() else {}
     files = earlier.get("files", ())
@@ -59,6 +67,7 @@ def check_out(out: Path, kind: str) -> None:
         f"an earlier conversion to {kind} with nothing else in it",
         ours=ours,
         only=(RECORD_FILE, *files) if ours else None,
+        ignored=lambda name: ours and bool(caches) and fnmatch(name, caches),
     )
 
 
@@ -71,8 +80,8 @@ def _refuse_unused_flags(config: ConvertConfig) -> None:
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:
-    views = [view for view in schema.VIEWS if view in manifest.get("views", schema.VIEWS)]
-    chosen = list(dict.fromkeys(config.columns)) or form.columns(views)
+    views = schema.columns_of(manifest)
+    chosen = list(dict.fromkeys(config.columns)) or form.columns([view for view in views if view != schema.CONCAT])
     absent = [column for column in chosen if column not in views]
     if absent:
         raise ConfigError(
@@ -82,6 +91,12 @@ def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[st
         )
     if len(chosen) > form.most_columns:
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
+    if config.to == "mmrec" and schema.CONCAT in chosen:
+        raise ConfigError(
+            f"--columns {','.join(chosen)} with mmrec, whose models put text and image together themselves",
+            "text, image, or both",
+            "leave concat out",
+        )
     if config.to == "mmrec" and schema.FUSED in chosen and len(chosen) > 1:
         raise ConfigError(
             f"--columns {','.join(chosen)} with mmrec, which takes two kinds of vectors",
@@ -117,8 +132,10 @@ def _record(
     return {
         "to": config.to,
         "columns": columns,
-        "dims": {column: schema.dims_of(manifest)[column] for column in columns},
+        "dims": {column: schema.dim_of(manifest, column) for column in columns},
         "missing": missing,
+        **({"like": str(config.like.resolve())} if config.like else {}),
+        **({"repeats": config.repeats} if config.repeats else {}),
         "left_out": len({gap.item_id for gap in gaps if gap.outcome == LEFT_OUT}),
         "mean_vector": {
             column: sum(gap.column == column and gap.outcome == MEAN_VECTOR for gap in gaps) for column in columns
@@ -131,7 +148,7 @@ def _record(
     }
 
 
-def _report(config: ConvertConfig, form: Format, record: dict[str, Any]) -> None:
+def _report(config: ConvertConfig, form: Format, record: dict[str, Any], stale: Sequence[str]) -> None:
     shapes = ", ".join(f"{column}, d = {dim}" for column, dim in record["dims"].items())
     rows: dict[str, object] = {"format": f"{config.to}: {shapes}"}
     rows["files"] = ", ".join(record["files"])
@@ -140,5 +157,8 @@ def _report(config: ConvertConfig, form: Format, record: dict[str, Any]) -> None
         rows["mean vector"] = f"{filled}, listed in {MISSING_FILE}"
     if record["left_out"]:
         rows["left out"] = f"{record['left_out']:,} items, listed in {MISSING_FILE}"
+    rows |= form.notes(config.out)
+    if stale:
+        rows["removed"] = f"{', '.join(stale)}, which were made from the former vectors"
     rows["read it with"] = form.reads.format(out=config.out, name=dataset_name(config))
     console.summary("Converted", rows)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm2rec.downstream.options import Missing
+from vlm2rec.downstream.options import Missing, Repeats
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Format:
         write: writes the format into a folder, and returns the items without their own vector.
         reads: how the other tool reads it.
         flags: the settings of `convert` that it uses, besides --out.
+        notes: returns what else the user should know about a written folder, as rows of the summary.
+        caches: pattern of the files that the other tool keeps in such a folder; they go when it is written again.
     """
 
     help: str
@@ -46,6 +48,8 @@ class Format:
     write: Write
     reads: str
     flags: tuple[str, ...] = ("columns", "missing")
+    notes: Callable[[Path], dict[str, str]] = lambda folder: {}
+    caches: str = ""
 
 
 def format_of(name: str) -> Format:
@@ -91,10 +95,27 @@ def _recbole(config: Settings, folder: Path, columns: list[str], missing: Missin
 def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
     from vlm2rec.downstream import formats, mmrec
 
-    gaps = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, dataset_name(config), columns)
+    name = dataset_name(config)
+    repeats: Repeats = config.repeats or "keep"
+    if config.like is None:
+        written = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, name, columns, repeats)
+    elif config.data is not None:
+        raise ConfigError("--like with --data", "one of them: a published split, or a dataset folder", "leave one out")
+    else:
+        written = mmrec.write_like(config.embeddings, config.like, folder, name, columns, repeats)
     if missing == "error":
-        formats.refuse([gap for gap in gaps if gap.outcome == formats.MEAN_VECTOR])
-    return gaps
+        formats.refuse([gap for gap in written.gaps if gap.outcome == formats.MEAN_VECTOR])
+    if written.repeats:
+        mmrec.write_repeats(folder, written.repeats)
+    return written.gaps
+
+
+def _mmrec_notes(folder: Path) -> dict[str, str]:
+    from vlm2rec.downstream import mmrec
+
+    count = mmrec.count_repeats(folder)
+    masked = f"{count:,} targets are in their user's training, where MMRec masks them: {mmrec.REPEATS_FILE}"
+    return {"repeats": masked} if count else {}
 
 
 def _dataset(config: Settings) -> Dataset:
@@ -149,9 +170,10 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
                 "give these with --backbone, --revision and --adapter",
             )
     settings = EncoderSettings.of_export(exported)
-    if (settings.pooling, settings.prompt_style) != ("last", "vlm2rec"):
+    if (settings.pooling, settings.prompt_style, settings.attention) != ("last", "vlm2rec", "causal"):
         raise ModelError(
-            f"{config.embeddings} was exported with the prompts and the pooling of SDA",
+            f"{config.embeddings} was exported with the prompts or the pooling of another method, or with attention to"
+            " later tokens",
             "an export with VLM2Rec's, which a chat template and a pooling module can express",
             "convert to another format",
         )
@@ -189,9 +211,14 @@ FORMATS = {
         2,
         ("mean", "error"),
         _mmrec,
-        "MMRec: move the folder to data/{name} and {name}.yaml to src/configs/dataset, then"
-        " python main.py -m FREEDOM -d {name}",
-        ("columns", "missing", "data", "name"),
+        "MMRec: move the folder to data/{name} and {name}.yaml to src/configs/dataset, then `cd src` and"
+        " `python main.py -m FREEDOM -d {name}`. It trains once for each combination of the lists that hyper_parameters"
+        " names in src/configs/model/FREEDOM.yaml, up to 1000 epochs each: for one run, shorten each list to one value."
+        " SLMRec needs text_feat.npy and image_feat.npy. When the vectors change, remove data/{name}/*_adj_*.pt: MMRec"
+        " keeps its item graphs there and would use the old ones",
+        ("columns", "missing", "data", "name", "like", "repeats"),
+        _mmrec_notes,
+        "*_adj_*.pt",
     ),
     "cornac": Format(
         "a matrix and the ids of its rows, for ImageModality",

@@ -112,12 +112,12 @@ def check_out(out: Path) -> None:
 
 
 def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
-    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") == "sda"
+    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") != "vlm2rec"
     if config.users_from == "auto":
         return "mean" if config.backbone is None or single_items else "sequence"
     if config.users_from == "sequence" and single_items:
         raise ConfigError(
-            f"--users-from sequence with {config.embeddings}, whose prompts (SDA's) are for single items",
+            f"--users-from sequence with {config.embeddings}, whose prompts are for single items",
             "--users-from mean",
             "leave --users-from out",
         )

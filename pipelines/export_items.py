@@ -102,6 +102,8 @@ def source_of(config: ExportConfig) -> Source:
             _require_own(source, field.name, getattr(config, field.name))
     if source.name != "--encoder" and config.pooling == "cls":
         raise ConfigError("--pooling cls with --backbone", "last or mean", "choose one of them, or leave it out")
+    if config.late_fusion == "gate" and config.adapter is None:
+        raise ConfigError("--late-fusion gate without --adapter", "an adapter that holds the gate", "leave it out")
     return source
 
 

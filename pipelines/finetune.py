@@ -30,7 +30,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
-from vlm2rec.embedder.encoders.item_text import columns_read
+from vlm2rec.embedder.encoders.item_text import columns_read, without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
@@ -67,6 +67,8 @@ def run(config: FinetuneConfig) -> Training | None:
             return None
         if config.views != schema.TEXT:
             dataset.require_images()
+        if blank := without_text(dataset, asdict(config)):
+            log.print(f"{blank:,} items have nothing in {config.item_text}: their titles are used", style="yellow")
         with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
             return _finetune(config, dataset.warm())
 
@@ -78,7 +80,7 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
         revision=config.revision,
         dtype=_training_dtype(config),
         device=config.device,
-        **{field.name: getattr(config, field.name) for field in fields(EncoderSettings)},
+        **_encoder_settings(config),
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
@@ -125,15 +127,21 @@ def _save(
     canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
     settings = _provenance(config, dataset, samples, encoder, wrapped, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
+    card = model_card(settings, best)
     _require_ours(config)
     with publish.plain_disk_errors(config.out, ArtifactError, GO_ON):
         _remember_run(config, publishing=True)
-        save_adapter(wrapped, config.out, settings, canary, training.curves, model_card(settings, best))
+        save_adapter(wrapped, config.out, settings, canary, training.curves, card, encoder.late_fusion)
     checkpoints.discard(config.out / CHECKPOINTS)
+
+
+def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(EncoderSettings)}
 
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
+    EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(

@@ -19,6 +19,8 @@ from vlm2rec.embedder.encoders.settings import EncoderSettings
 from vlm2rec.pipelines.config import ImportAdapterConfig
 from vlm2rec.pipelines.console import summary
 
+_NOT_THEIRS = ("late_fusion",)  # a gate of ours, which no adapter of another program has
+
 
 def run(config: ImportAdapterConfig) -> dict[str, Any]:
     """Write the adapter folder, whole or not at all; return what its `vlm2rec.json` says.
@@ -35,7 +37,11 @@ def run(config: ImportAdapterConfig) -> dict[str, Any]:
         revision=config.revision,
         dtype=config.dtype,
         device=config.device,
-        **{field.name: getattr(config, field.name) for field in fields(EncoderSettings)},
+        **{
+            field.name: getattr(config, field.name)
+            for field in fields(EncoderSettings)
+            if field.name not in _NOT_THEIRS
+        },
     )
     titles, images = lora.canary_items()
     canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused)

@@ -31,6 +31,7 @@ COMMANDS = {
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
+    "import-adapter": config.ImportAdapterConfig,
     "import-vectors": config.ImportVectorsConfig,
     "verify": config.VerifyConfig,
     "failures": config.FailuresConfig,
@@ -177,6 +178,7 @@ def required_values(cls: type) -> dict[str, Any]:
         "file": "v.npy",
         "to": "npy",
         "encoder": "clip",
+        "adapter": "lora",
     }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
 

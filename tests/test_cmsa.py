@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlm2rec.embedder.contract.errors import ConfigError
-from vlm2rec.embedder.training.sda import ItemAlignment, cmsa, cmsa_reference
+from vlm2rec.embedder.options import Alignment
+from vlm2rec.embedder.training.sda import ItemAlignment, cmsa, cmsa_reference, grouped_means, infonce_reference
 
 Rows = list[list[float]]
 
@@ -94,6 +95,54 @@ def test_the_reference_averages_wide_vectors_in_groups_to_768() -> None:
     assert float(cmsa_reference(image, text, tau)) == pytest.approx(float(cmsa_reference(*narrow, tau)), rel=1e-12)
 
 
+def test_the_groups_of_the_reference_are_those_of_its_code() -> None:
+    """1024 numbers become 256 means of four, the other 2560 become 512 means of five; worked out one by one."""
+    vectors = torch.randn(2, 3584, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = grouped_means(vectors)
+    assert found.shape == (2, 768)
+    for row, mine in zip(vectors.tolist(), found.tolist(), strict=True):
+        means = [math.fsum(row[4 * i : 4 * i + 4]) / 4 for i in range(256)]
+        means += [math.fsum(row[1024 + 5 * i : 1024 + 5 * i + 5]) / 5 for i in range(512)]
+        assert mine == pytest.approx(means, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes"),
+    [
+        (1, {1: 1}),
+        (767, {1: 767}),
+        (768, {1: 768}),
+        (1024, {1: 512, 2: 256}),
+        (1536, {2: 768}),
+        (2048, {2: 256, 3: 512}),
+        (3584, {4: 256, 5: 512}),
+        (4096, {5: 512, 6: 256}),
+        (769, {1: 767, 2: 1}),
+    ],
+)
+def test_any_width_is_averaged_in_groups_that_differ_by_one_at_most(width: int, sizes: dict[int, int]) -> None:
+    """The sum of the means weighted by the groups' sizes is the sum of the vector: each number is in one group."""
+    expected = [size for size, count in sorted(sizes.items()) for _ in range(count)]
+    numbers = torch.arange(float(width), dtype=torch.float64)[None]
+    starts = [sum(expected[:i]) for i in range(len(expected))]
+    means = [start + (size - 1) / 2 for start, size in zip(starts, expected, strict=True)]
+    assert grouped_means(numbers)[0].tolist() == pytest.approx(means) and sum(expected) == width
+
+
+def test_the_ablation_of_the_reference_is_infonce_of_unit_vectors_with_a_learned_temperature() -> None:
+    image, text = drawn(4, 900)
+    x, y = (unit_rows(grouped_means(v)) for v in (image, text))
+    for tau in (3.0, 0.2):
+        student = [[v / tau for v in row] for row in products(x, y)]
+        expected = 0.0
+        for direction in (student, turned(student)):
+            expected -= 0.5 * math.fsum(math.log(softmax(row)[i]) for i, row in enumerate(direction)) / 4
+        learned = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+        found = infonce_reference(image, text, learned)
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-12)
+        assert torch.autograd.gradcheck(lambda t: infonce_reference(image, text, t), (learned,))
+
+
 def test_the_teacher_of_the_reference_has_a_gradient() -> None:
     image, text = drawn()
     tau = torch.tensor(3.0, dtype=torch.float64)
@@ -102,13 +151,14 @@ def test_the_teacher_of_the_reference_has_a_gradient() -> None:
         torch.autograd.gradcheck(lambda i, t: cmsa(i, t, 0.3), (image, text))
 
 
-def test_only_the_reference_learns_its_temperature_and_starts_at_three() -> None:
-    learned = ItemAlignment("reference")
+@pytest.mark.parametrize("kind", ["reference", "reference-off"])
+def test_only_the_reference_learns_its_temperature_and_starts_at_three(kind: Alignment) -> None:
+    learned = ItemAlignment(kind)
     assert [(name, p.item()) for name, p in learned.named_parameters()] == [("tau", 3.0)]
     learned(*(v.float() for v in drawn())).backward()
     assert learned.tau.grad is not None and float(learned.tau.grad) != 0
-    for kind in ("paper", "off"):
-        loss = ItemAlignment(kind)
+    for fixed in ("paper", "off"):
+        loss = ItemAlignment(fixed)
         assert list(loss.parameters()) == [] and float(loss.tau) == pytest.approx(0.02)
     assert float(ItemAlignment("paper", 0.5).tau) == 0.5
 
@@ -133,7 +183,7 @@ def test_a_temperature_that_is_none_is_refused(tau: float) -> None:
 
 def test_half_precision_is_widened_before_anything_is_compared() -> None:
     image, text = (v.bfloat16() for v in drawn())
-    for kind in ("paper", "reference", "off"):
+    for kind in ("paper", "reference", "off", "reference-off"):
         loss = ItemAlignment(kind)
         assert loss(image, text).dtype == torch.float32
         assert float(loss(image, text).detach()) == float(loss(image.float(), text.float()).detach())

@@ -92,6 +92,23 @@ def mean_without(vectors: np.ndarray, *items: str) -> np.ndarray:
     return np.delete(vectors, [row(item) for item in items], 0).mean(0, dtype=np.float64)
 
 
+# --- text and image end to end -----------------------------------------------------------------------------------
+def test_concat_is_a_column_of_every_format_but_mmrec(whole: Path, holed: Path, data: Path, tmp_path: Path) -> None:
+    record = run(holed, "npy", tmp_path / "npy", columns=("concat",))
+    assert record["dims"] == {"concat": 2 * DIM}
+    kept = [item for item in ITEMS if item not in (*PICTURELESS, FAILED)]
+    assert ids_of(tmp_path / "npy") == kept
+    both = np.concatenate([TEXT, IMAGE], axis=1)
+    np.testing.assert_array_equal(np.load(tmp_path / "npy" / "concat.npy"), both[[row(item) for item in kept]])
+    assert sorted(listed(tmp_path / "npy")) == sorted((item, "concat", "left out") for item in (*PICTURELESS, FAILED))
+    run(whole, "cornac", tmp_path / "cornac", columns=("concat",))
+    assert np.load(tmp_path / "cornac" / "features.npy").shape[1] == 2 * DIM
+    run(whole, "npy", tmp_path / "all")
+    assert not (tmp_path / "all" / "concat.npy").exists(), "a default has what is stored"
+    with pytest.raises(ConfigError, match="concat with mmrec, whose models put text and image together themselves"):
+        run(whole, "mmrec", tmp_path / "mmrec", columns=("concat",), data=data)
+
+
 # --- the embeddings folder itself -------------------------------------------------------------------------------
 def test_duckdb_reads_the_parquet_shards_as_they_are(holed: Path) -> None:
     import duckdb
@@ -457,3 +474,146 @@ def test_the_command_says_what_is_missing_and_how_to_read_the_rest(
     said = capsys.readouterr().err
     assert not ended.value.code
     assert "3 image, listed in missing.csv" in said and "ImageModality(features=np.load(" in said
+
+
+# --- MMRec's published splits and masked targets ------------------------------------------------------------------
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A split as MMRec's preprocessing writes it: its own order of items, eight users, of whom three buy again."""
+    folder = tmp_path / "baby"
+    folder.mkdir()
+    order = [item for item in reversed(ITEMS) if item != UNTOUCHED]
+    pd.DataFrame({"asin": order, "itemID": range(len(order))}).sample(frac=1, random_state=1).to_csv(
+        folder / "i_id_mapping.csv", sep="\t", index=False
+    )
+    pd.DataFrame({"user_id": [f"A{u}" for u in range(8)], "userID": range(8)}).to_csv(
+        folder / "u_id_mapping.csv", sep="\t", index=False
+    )
+    rows = [(u, (u + k) % len(order), 5.0, 100 + k, 0) for u in range(8) for k in range(12)]
+    rows += [(u, u if u < 2 else (u + 12) % len(order), 5.0, 200, 1) for u in range(8)]
+    rows += [(u, 3 if u == 2 else (u + 13) % len(order), 5.0, 300, 2) for u in range(8)]
+    columns = ["userID", "itemID", "rating", "timestamp", "x_label"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "baby.inter", sep="\t", index=False)
+    (folder / "image_adj_10.pt").write_bytes(b"of other vectors")
+    return folder
+
+
+def test_mmrec_takes_the_order_of_a_published_split(whole: Path, published: Path, tmp_path: Path) -> None:
+    record = run(whole, "mmrec", tmp_path / "ours", like=published)
+    frame, features, users, items = load_as_mmrec(tmp_path / "ours", "ours")
+    mapping = pd.read_csv(published / "i_id_mapping.csv", sep="\t", keep_default_na=False, dtype=str)
+    assert (users, items) == (8, len(ITEMS) - 1) and len(features["text"]) == items
+    for item, number in zip(mapping["asin"], mapping["itemID"].astype(int), strict=True):
+        np.testing.assert_array_equal(features["text"][number], TEXT[row(item)])
+        np.testing.assert_array_equal(features["vision"][number], IMAGE[row(item)])
+    theirs = pd.read_csv(published / "baby.inter", sep="\t")
+    assert frame.equals(theirs[["userID", "itemID", "x_label"]])
+    assert (tmp_path / "ours" / "i_id_mapping.csv").read_bytes() == (published / "i_id_mapping.csv").read_bytes()
+    assert {gap[0] for gap in listed(tmp_path / "ours")} == {UNTOUCHED, "stranger"}
+    assert record["like"] == str(published) and not list((tmp_path / "ours").glob("*.pt"))
+
+
+@pytest.mark.parametrize("repeats", [None, "keep", "drop"])
+def test_targets_that_mmrec_masks_are_counted_named_and_dropped_by_choice(
+    whole: Path, published: Path, tmp_path: Path, repeats: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(whole, "mmrec", tmp_path / "ours", like=published, repeats=repeats)
+    names = dict(enumerate(item for item in reversed(ITEMS) if item != UNTOUCHED))
+    frame = pd.read_csv(tmp_path / "ours" / "repeats.csv", keep_default_na=False, dtype=str)
+    assert [tuple(found) for found in frame.itertuples(index=False)] == [
+        *(("A0", names[0], "valid"), ("A1", names[1], "valid"), ("A2", names[3], "test"))
+    ]
+    assert "3 targets are in their user's training" in " ".join(capsys.readouterr().err.split())
+    inter = load_as_mmrec(tmp_path / "ours", "ours")[0]
+    assert len(inter) == 8 * 14 - (3 if repeats == "drop" else 0)
+    train = inter[inter["x_label"] == 0].merge(inter[inter["x_label"] > 0], on=["userID", "itemID"])
+    assert len(train.drop_duplicates(["userID", "itemID"])) == (0 if repeats == "drop" else 3)
+
+
+@pytest.mark.parametrize("repeats", ["keep", "drop"])
+def test_repeat_purchases_of_a_dataset_are_found_too(tmp_path: Path, repeats: Any) -> None:
+    sequences = [["a", "b", "c", "a"], ["b", "c", "b", "a"], ["c", "a", "b", "d"], ["d", "c", "d", "d"]]
+    data = write_dataset(tmp_path / "data", sequences, [*"abcdxyz"], candidates=2)
+    write_embeddings(tmp_path / "emb", [*"abcd"], TEXT[:4], text=TEXT[:4], data=str(data))
+    run(tmp_path / "emb", "mmrec", tmp_path / "ours", repeats=repeats)
+    frame = pd.read_csv(tmp_path / "ours" / "repeats.csv", dtype=str)
+    expected = [("u0", "a", "test"), ("u1", "b", "valid"), ("u3", "d", "valid"), ("u3", "d", "test")]
+    assert [tuple(found) for found in frame.itertuples(index=False)] == expected
+    inter = load_as_mmrec(tmp_path / "ours", "ours")[0]
+    assert len(inter) == 16 - (4 if repeats == "drop" else 0)
+
+
+def test_a_split_where_every_target_is_masked_cannot_drop_them(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", [["a", "b", "b", "a"], ["b", "a", "b", "a"]], [*"abxy"], candidates=2)
+    write_embeddings(tmp_path / "emb", ["a", "b"], TEXT[:2], text=TEXT[:2], data=str(data))
+    with pytest.raises(DataError, match=r"no valid target left .*--repeats keep"):
+        run(tmp_path / "emb", "mmrec", tmp_path / "ours", repeats="drop")
+    assert not (tmp_path / "ours").exists()
+
+
+def edited(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: edited(f / "i_id_mapping.csv", "\t3\n", "\t4\n"), "gives .* the itemID '4', which .* has already"),
+        (lambda f: edited(f / "i_id_mapping.csv", "\t3\n", "\t99\n"), "gives .* the itemID '99'"),
+        (lambda f: edited(f / "i_id_mapping.csv", "\t3\n", "\tx\n"), "gives .* the itemID 'x'"),
+        (lambda f: edited(f / "i_id_mapping.csv", "itemID", "number"), "has the columns asin, number"),
+        (lambda f: (f / "i_id_mapping.csv").write_text("asin,itemID\na,0\n"), "has not 2 fields"),
+        (lambda f: (f / "i_id_mapping.csv").write_bytes(b"asin\titemID\n\xff\xfe\t0\n"), "cannot be read"),
+        (lambda f: (f / "i_id_mapping.csv").unlink(), "cannot be read"),
+        (lambda f: edited(f / "i_id_mapping.csv", "i0\t", "i1\t"), "has 'i1' twice"),
+        (lambda f: (f / "baby.inter").unlink(), "has 0 .inter files"),
+        (lambda f: (f / "more.inter").write_text(""), "has 2 .inter files"),
+        (lambda f: edited(f / "baby.inter", "0\t1\t5.0", "0\t77\t5.0"), "has itemID '77'"),
+        (lambda f: edited(f / "baby.inter", "x_label", "label"), "has no column x_label"),
+    ],
+)
+def test_a_published_split_that_does_not_hold_together_is_refused(
+    whole: Path, published: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    damage(published)
+    with pytest.raises(DataError, match=message):
+        run(whole, "mmrec", tmp_path / "ours", like=published)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_split_of_another_catalogue_is_refused_and_one_of_more_items_gets_mean_vectors(
+    whole: Path, published: Path, data: Path, tmp_path: Path
+) -> None:
+    edited(published / "i_id_mapping.csv", "i0\t", "not-ours\t")
+    run(whole, "mmrec", tmp_path / "ours", like=published)
+    assert ("not-ours", "text", "mean vector") in listed(tmp_path / "ours")
+    with pytest.raises(DataError, match="the first is 'not-ours'"):
+        run(whole, "mmrec", tmp_path / "strict", like=published, missing="error")
+    items = pd.read_csv(published / "i_id_mapping.csv", sep="\t", keep_default_na=False, dtype=str)
+    items["asin"] = "B" + items["asin"]
+    items.to_csv(published / "i_id_mapping.csv", sep="\t", index=False)
+    with pytest.raises(DataError, match=r"19 of 19 items of .* are not in"):
+        run(whole, "mmrec", tmp_path / "others", like=published)
+    with pytest.raises(ConfigError, match="--like with --data"):
+        run(whole, "mmrec", tmp_path / "others", like=published, data=data)
+    with pytest.raises(ConfigError, match="--like with --to npy"):
+        run(whole, "npy", tmp_path / "others", like=published)
+
+
+def test_the_instruction_is_complete_and_item_graphs_of_former_vectors_go(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(whole, "mmrec", tmp_path / "toys")
+    told = " ".join(capsys.readouterr().err.split())
+    for part in ("cd src", "hyper_parameters", "FREEDOM.yaml", "SLMRec needs", "data/toys/*_adj_*.pt"):
+        assert part in told
+    graphs = ["mm_adj_freedomdsp_10_1.pt", "image_adj_10.pt"]
+    for name in graphs:
+        (tmp_path / "toys" / name).write_bytes(b"kept by MMRec")
+    run(whole, "mmrec", tmp_path / "toys")
+    assert "removed" in capsys.readouterr().err and not any((tmp_path / "toys" / name).exists() for name in graphs)
+    (tmp_path / "toys" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt"):
+        run(whole, "mmrec", tmp_path / "toys")

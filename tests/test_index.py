@@ -282,6 +282,23 @@ def test_other_views_are_indexed_by_name(tmp_path: Path) -> None:
         build_index(tmp_path / "emb", tmp_path / "other", column="image")
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_text_and_image_end_to_end_are_indexed_and_searched(kind: str, tmp_path: Path) -> None:
+    text, image = clustered(300, 6, seed=1), clustered(300, 6, seed=2)
+    image[7] = np.nan
+    write_embeddings(tmp_path / "emb", names(300), text, text=text, image=image)
+    meta = build_index(tmp_path / "emb", tmp_path / "idx", column="concat", kind=kind)
+    assert (meta["column"], meta["rows"], meta["left_out"]) == ("concat", 299, 1)
+    opened = ItemIndex.open(tmp_path / "idx")
+    whole = np.delete(np.concatenate([text, image], axis=1), 7, axis=0)
+    expected = whole[3] / np.linalg.norm(whole[3])
+    assert opened.query_vector(3) == pytest.approx(expected, abs=1e-6), "read from both columns of the embeddings"
+    kept = np.delete(np.arange(300), 7)
+    near = [n.item_id for n in opened.neighbours("item-3", 3)]
+    if kind == "flat":
+        assert near == [f"item-{kept[row]}" for row in brute_force(whole, 3, 3)[0]]
+
+
 def test_one_item_has_no_neighbours_and_no_recall(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "emb", ["only"], np.ones((1, 4), np.float32))
     for kind in ("flat", "hnsw", "ivf"):

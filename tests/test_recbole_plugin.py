@@ -446,7 +446,7 @@ def test_the_flags_defaults_are_the_frozen_fused_view() -> None:
             "one of the two",
         ),
         ({"item_embedding_column": "text"}, "item_embedding_column without item_embedding_init"),
-        ({"item_embedding_init": "e", "item_embedding_column": "images"}, "one of fused, text, image"),
+        ({"item_embedding_init": "e", "item_embedding_column": "images"}, "one of fused, text, image, concat"),
         ({"item_embedding_init": "e", "item_embedding_trainable": "no"}, "true or false"),
         ({"item_embedding_init": "e", "item_embedding_missing": "zero"}, "one of error, mean, random"),
         ({"item_embedding_init": "e", "item_embedding_adapter": "two"}, "one of linear, two-linear, mlp"),

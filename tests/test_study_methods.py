@@ -237,6 +237,18 @@ def test_the_strategies_are_rows_beside_the_others_whose_users_are_the_mean_of_t
     assert laid["VLM vanilla (external)", None].steps[1].config.backbone == "BB"
 
 
+def test_a_method_of_the_backbone_takes_an_adapter_that_is_there_already(tmp_path: Path) -> None:
+    methods = [
+        {"name": "theirs", "source": "backbone", "export": {"adapter": "A", "prompt_mode": "chat"}},
+        {"name": "by strategy", "source": "backbone", "strategy": "dual", "export": {"adapter": "A"}},
+    ]
+    laid = laid_out(study(tmp_path, more_methods=methods))
+    embed, rank = laid["theirs", None].steps
+    assert (embed.config.adapter, rank.config.adapter, rank.config.backbone) == (Path("A"), Path("A"), "BB")
+    embed, rank = laid["by strategy", None].steps
+    assert (embed.config.adapter, rank.config.adapter, rank.config.backbone) == (Path("A"), None, None)
+
+
 def test_backbones_are_a_grid_of_the_reference(tmp_path: Path) -> None:
     found = study(tmp_path, backbones=["/models/small", "/models/large"])
     laid = laid_out(found)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.table import EmbeddingTable, read_batches
+from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
@@ -60,6 +60,32 @@ def test_an_absent_id_and_an_item_without_a_vector_are_both_missing(folder: Path
     assert table.rows_of(["007", "zzz", "e"]).tolist() == [-1, -1, 4]
     with pytest.raises(ArtifactError, match=r"2 of 3 items have no fused vector, among them \['007', 'zzz'\]"):
         table.take(["007", "zzz", "e"])
+
+
+IMAGES = np.array([[1, 0], [np.nan, np.nan], [2, 0], [3, 0], [4, 0]], np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_text_and_image_end_to_end_are_a_column_of_every_table_with_both(dtype: str, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    write_embeddings(folder, IDS, VECTORS, text=-VECTORS, image=IMAGES, shard_size=2, dtype=dtype)
+    table = EmbeddingTable.open(folder, "concat")
+    assert (table.dim, table.item_ids) == (4, IDS)
+    # "7" has no image and "007" no text: neither has both
+    assert table.present.tolist() == [True, False, False, True, True]
+    assert np.isnan(table.vectors[1:3]).all()
+    assert table.take(["NA", "a"]).tolist() == [[-7, -8, 3, 0], [-1, -2, 1, 0]]
+    streamed = np.concatenate([vectors for _, vectors, _ in read_batches(folder, "concat", batch_size=1)])
+    assert np.array_equal(streamed, table.vectors, equal_nan=True)
+    given = np.zeros((3, 4), np.float32)
+    assert read_in_order(folder, "concat", ["e", "7", "a"], given).tolist() == [True, False, True]
+    assert given.tolist() == [[-9, -10, 4, 0], [0] * 4, [-1, -2, 1, 0]]
+
+
+def test_a_table_of_one_modality_has_nothing_to_put_end_to_end(folder: Path) -> None:
+    assert schema.columns_of(schema.read_manifest(folder)) == ["fused", "text"]
+    with pytest.raises(ArtifactError, match="no vector in column 'concat'"):
+        EmbeddingTable.open(folder, "concat")
 
 
 def test_an_unknown_view_is_refused(folder: Path) -> None:

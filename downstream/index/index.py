@@ -71,7 +71,7 @@ def build_index(
     Args:
         embeddings: Finished embeddings folder.
         out: Index folder to write.
-        column: View to index.
+        column: View to index, or `concat`.
         kind: As for `choose_factory`.
         data: Dataset folder with the titles; default: the one that the export names, as `dataset_of_export` opens it.
         sample: Queries for the measured recall.
@@ -497,8 +497,10 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
                 for group in range(file.num_row_groups):
                     row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
                     if row >= 0:
-                        values = file.read_row_group(group, [column])[column][row].values
-                        vector = values.to_numpy(zero_copy_only=False).astype(np.float32)
+                        found = file.read_row_group(group, list(schema.stored_columns(column)))
+                        parts = [found[name][row].values for name in schema.stored_columns(column)]
+                        vector = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
+                        vector = vector.astype(np.float32)
                         return np.asarray(vector / np.linalg.norm(vector), np.float32)
         except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: the index names a column that is not there
             raise ArtifactError(

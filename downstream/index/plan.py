@@ -97,13 +97,13 @@ def plan_index(
 ) -> IndexPlan:
     """Choose the index for an embeddings folder and estimate its size, memory and build time."""
     manifest = schema.read_manifest(embeddings)
-    if column not in manifest["views"]:
+    if column not in schema.columns_of(manifest):
         raise ArtifactError(
             f"{embeddings} has no vectors in column {column!r}",
-            f"one of {', '.join(manifest['views'])}",
+            f"one of {', '.join(schema.columns_of(manifest))}",
             "choose another --column",
         )
-    dim = schema.dims_of(manifest)[column]
+    dim = schema.dim_of(manifest, column)
     rows = int(manifest["num_items"]) - int(manifest["counts"].get(schema.STATUS_FAILED, 0))
     if rows == 0:
         raise no_vectors(embeddings, column)

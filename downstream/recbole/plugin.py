@@ -1,7 +1,7 @@
 """The flag in a RecBole YAML: start SASRec, GRU4Rec or BERT4Rec from an embeddings folder.
 
     item_embedding_init: path/to/embeddings   # the flag; without it RecBole does not change
-    item_embedding_column: fused              # fused | text | image
+    item_embedding_column: fused              # fused | text | image | concat (text and image end to end)
     item_embedding_mode: adapter              # adapter | table | fuse | init: how the vectors enter
     item_embedding_missing: error             # error | mean | random: items without a vector
     item_embedding_adapter: linear            # linear | two-linear | mlp: the layers between vector and recommender
@@ -105,7 +105,9 @@ def read_flag(settings: Mapping[str, Any]) -> EmbeddingStart | None:
         return None
     return EmbeddingStart(
         folder=location(_checked(given, INIT, lambda value: isinstance(value, str), "a path", None)),
-        column=_checked(given, COLUMN, lambda v: v in schema.VIEWS, f"one of {', '.join(schema.VIEWS)}", schema.FUSED),
+        column=_checked(
+            given, COLUMN, lambda v: v in schema.COLUMNS, f"one of {', '.join(schema.COLUMNS)}", schema.FUSED
+        ),
         mode=_mode(given),
         missing=_checked(given, MISSING, lambda value: value in FILLS, f"one of {', '.join(FILLS)}", "error"),
         adapter=_checked(given, ADAPTER, lambda value: value in ADAPTERS, f"one of {', '.join(ADAPTERS)}", "linear"),
@@ -252,7 +254,7 @@ def aligned_vectors(tokens: list[str], start: EmbeddingStart, seed: int) -> tupl
         ConfigError: `start.pca` exceeds the number of directions of the vectors.
     """
     where = f"{start.folder}, column {start.column},"
-    vectors = torch.zeros(len(tokens) + 1, schema.dims_of(schema.read_manifest(start.folder))[start.column])
+    vectors = torch.zeros(len(tokens) + 1, schema.dim_of(schema.read_manifest(start.folder), start.column))
     found = read_items(
         start.folder,
         start.column,

@@ -5,6 +5,7 @@ beside them.
 
     adapter_config.json  adapter_model.safetensors   any PEFT user can load these
     moda.safetensors                                 instead of these, for an adapter that PEFT does not know (`moda`)
+    late_fusion.safetensors                          beside these, of an adapter with NoteLLM-2's gate (`late_fusion`)
     vlm2rec.json                                     encoder settings, backbone, losses, seed, versions; written last
     canary.safetensors                               a few generated items and their vectors
     curves.json  README.md                           training curves, model card
@@ -18,6 +19,7 @@ an unexpected or missing key, an adapter that changes nothing, or canary vectors
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import re
@@ -37,6 +39,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2rec.embedder.adapters import adapted_layers, moda, peft_folder
+from vlm2rec.embedder.adapters.late_fusion import LateFusion
 from vlm2rec.embedder.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
@@ -46,9 +49,19 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelEr
 from vlm2rec.embedder.options import with_former_defaults
 
 MODA_FILE = "moda.safetensors"
+LATE_FUSION_FILE = "late_fusion.safetensors"
 CANARY_FILE = "canary.safetensors"
 CARD_FILE = "README.md"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, MODA_FILE, CANARY_FILE, schema.CURVES_FILE, CARD_FILE, schema.ADAPTER_FILE)
+FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    MODA_FILE,
+    LATE_FUSION_FILE,
+    CANARY_FILE,
+    schema.CURVES_FILE,
+    CARD_FILE,
+    schema.ADAPTER_FILE,
+)
 """What a training writes into an adapter folder."""
 CANARY_COSINE = 0.999
 Shape = tuple[int, ...]
@@ -112,7 +125,13 @@ def canary_items() -> tuple[list[str], list[Image.Image]]:
 
 
 def save_adapter(
-    wrapped: torch.nn.Module, folder: Path, settings: dict[str, Any], canary: Canary, curves: dict[str, Any], card: str
+    wrapped: torch.nn.Module,
+    folder: Path,
+    settings: dict[str, Any],
+    canary: Canary,
+    curves: dict[str, Any],
+    card: str,
+    late_fusion: LateFusion | None = None,
 ) -> None:
     """Write a complete adapter folder; `vlm2rec.json` comes last and marks it finished.
 
@@ -123,13 +142,14 @@ def save_adapter(
         canary: vectors of the trained model.
         curves: the training curves.
         card: the text of the README.
+        late_fusion: the gate that was trained beside the adapter, if any.
 
     Raises:
         OSError: the disk is full or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # of an earlier run, perhaps with another kind of adapter, or killed while it wrote these
-    for name in (schema.ADAPTER_FILE, WEIGHTS_FILE, MODA_FILE):
+    for name in (schema.ADAPTER_FILE, WEIGHTS_FILE, MODA_FILE, LATE_FUSION_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in FILES:
         for left in folder.glob(f".{name}.*.tmp"):
@@ -147,8 +167,13 @@ def save_adapter(
                 safetensors.torch.save_file(moda.weights(wrapped), file)
             schema.write_json(folder / CONFIG_FILE, {"peft_type": _NO_PEFT_TYPE})
             settings = {"kind": "moda", "moda": moda.settings_of(wrapped), **settings}
+        if late_fusion is not None:
+            tensors = {name: tensor.detach().cpu() for name, tensor in late_fusion.state_dict().items()}
+            with publish.whole_file(folder / LATE_FUSION_FILE) as file:
+                safetensors.torch.save_file(tensors, file)
         schema.write_json(folder / schema.CURVES_FILE, curves)
-        _finish(folder, (CONFIG_FILE, weights, schema.CURVES_FILE), settings, canary, card)
+        beside = () if late_fusion is None else (LATE_FUSION_FILE,)
+        _finish(folder, (CONFIG_FILE, weights, *beside, schema.CURVES_FILE), settings, canary, card)
 
 
 def save_imported(plain: Path, folder: Path, settings: dict[str, Any], canary: Canary, card: str) -> None:
@@ -562,7 +587,31 @@ def adapter_hash(folder: Path) -> str:
         return peft_folder.weights_hash(folder)
     weights = MODA_FILE if kind(folder) == "moda" else WEIGHTS_FILE
     _require_whole(folder, weights, CONFIG_FILE, CANARY_FILE)
-    return storage.sha256_file(folder / weights)
+    found = storage.sha256_file(folder / weights)
+    if _has_late_fusion(folder):
+        _require_whole(folder, LATE_FUSION_FILE)
+        both = f"{found}\0{storage.sha256_file(folder / LATE_FUSION_FILE)}"
+        return hashlib.sha256(both.encode()).hexdigest()
+    return found
+
+
+def _has_late_fusion(folder: Path) -> bool:
+    return read_adapter(folder)["encoder"].get("late_fusion", "off") != "off"
+
+
+def load_late_fusion(folder: Path, dim: int) -> LateFusion:
+    """Return the gate of an adapter with one, for states of length `dim`.
+
+    Raises:
+        ModelError: it does not fit.
+        ArtifactError: its file is missing or damaged.
+    """
+    _require_whole(folder, LATE_FUSION_FILE)
+    made = LateFusion(dim)
+    expected = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    _require_shapes(expected, model_files.shapes(folder / LATE_FUSION_FILE), folder)
+    made.load_state_dict(safetensors.torch.load_file(folder / LATE_FUSION_FILE))
+    return made.requires_grad_(False).eval()
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

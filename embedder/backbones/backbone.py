@@ -9,6 +9,7 @@ A causal text model takes the same path, with text prompts only.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from vlm2rec.embedder.backbones.families import checked_files, image_tokens, loa
 from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
-from vlm2rec.embedder.options import DeviceName, DtypeName, Pooling, PromptMode
-from vlm2rec.embedder.prompts import CONSTANT_STARTS, Prompt, render
+from vlm2rec.embedder.options import Attention, DeviceName, DtypeName, Pooling, PromptMode
+from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, render
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
@@ -67,6 +68,7 @@ class EncodedPrompt:
     ids: list[int]
     images: tuple[ImageFeatures, ...] = ()
     shared: int = 0  # leading tokens that every prompt of this kind starts with
+    reads: tuple[int, ...] = ()  # tokens whose states are read besides the last one's (`Backbone.encode_reads`)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,6 +84,7 @@ class Backbone:
         prompt_mode: PromptMode = "raw",
         max_title_tokens: int = 64,
         pooling: Pooling = "last",
+        attention: Attention = "causal",
     ) -> None:
         self.model = model
         self.processor = processor
@@ -89,6 +92,8 @@ class Backbone:
         self.prompt_mode: PromptMode = prompt_mode
         self.max_title_tokens = max_title_tokens
         self.pooling: Pooling = pooling
+        self.attention: Attention = attention
+        self.has_head = True  # its weights hold a language-model head
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self._starts: dict[str, tuple[int, ...]] = {}
         self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] | None = None
@@ -104,6 +109,7 @@ class Backbone:
         max_pixels: int = 224 * 224,
         max_title_tokens: int = 64,
         pooling: Pooling = "last",
+        attention: Attention = "causal",
         dtype: DtypeName | torch.dtype = "float32",
         device: DeviceName | torch.device = "auto",
     ) -> Backbone:
@@ -140,7 +146,7 @@ class Backbone:
                 "safetensors weights that fit its config.json",
                 "download the model folder again",
             ) from error
-        # text models are often published without the head, which is never used here
+        # text models are often published without the head, which only LLM2Rec's training uses
         missing = sorted(key for key in info["missing_keys"] if not (text_only and key.startswith("lm_head.")))
         if missing:
             raise ModelError(
@@ -149,7 +155,9 @@ class Backbone:
                 "download the model folder again",
             )
         model.requires_grad_(False).eval().to(target_device)
-        return cls(model, processor, prompt_mode, max_title_tokens, pooling)
+        backbone = cls(model, processor, prompt_mode, max_title_tokens, pooling, attention)
+        backbone.has_head = not any(key.startswith("lm_head.") for key in info["missing_keys"])
+        return backbone
 
     @property
     def body(self) -> Any:
@@ -225,7 +233,12 @@ class Backbone:
             text = first + "".join(
                 f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
             )
-        ids = self._ids(text)
+        # tokens do not reach across a place where a state is read
+        beginning, *later = text.split(READ_HERE)
+        ids, reads = self._ids(beginning), []
+        for piece in later:
+            reads.append(len(ids) - 1)
+            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
         limit = self.model.config.get_text_config().max_position_embeddings
         if len(ids) > limit:
             note = getattr(self.processor.family, "note", "")
@@ -234,7 +247,7 @@ class Backbone:
                 f"at most {limit} tokens, the number of positions of this backbone",
                 "prepare the data with a smaller --max-history, or choose another backbone",
             )
-        return EncodedPrompt(ids, tuple(images), self._shared(prompt, ids))
+        return EncodedPrompt(ids, tuple(images), self._shared(prompt, ids), tuple(reads))
 
     def _ids(self, text: str) -> list[int]:
         # a chat template may have written the begin-of-sequence token already; the tokenizer must not add another
@@ -337,7 +350,7 @@ class Backbone:
         row, but no prompt changes another's vector. Gradients flow to the language model's trainable weights if there
         are any and grad mode is on.
         """
-        if self._prefixes is None or torch.is_grad_enabled():
+        if self._prefixes is None or torch.is_grad_enabled() or self.attention == "bidirectional":
             return self._encode_packed(prompts, None)
         by_start: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -346,6 +359,24 @@ class Backbone:
         order = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
         found = torch.cat(vectors)
         return torch.empty_like(found).index_copy_(0, order, found)
+
+    def encode_reads(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Return states of each prompt: of the tokens that its `reads` name and of its last one, (B, R + 1, d).
+
+        The prompts, which all read equally many states, share one packed row. Gradients flow as from `encode`.
+        """
+        ids, mask = self._pad(prompts)
+        images = [image for prompt in prompts for image in prompt.images]
+        own = mask == 1
+        positions = self._positions(ids, mask, images)[..., own].unsqueeze(-2)
+        layout = self._layout([len(prompt) for prompt in prompts], every_state=True)
+        states = self._states(layout, ids[own][None], images, position_ids=positions)
+        starts = [0, *itertools.accumulate(layout.lengths)]
+        places = [
+            [start + place for place in (*prompt.reads, len(prompt) - 1)]
+            for start, prompt in zip(starts, prompts, strict=False)
+        ]
+        return states[torch.tensor(places, device=self.device)]
 
     def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
         """Encode prompts that all begin with `start`; the keys and values of `start` are computed once."""
@@ -358,7 +389,7 @@ class Backbone:
         arguments: dict[str, Any] = {"position_ids": positions[..., own].unsqueeze(-2)}  # (3, 1, T) or (1, T)
         if start:
             arguments["past_key_values"] = self._prefix(start).cache()
-        layout = Layout(tuple(len(prompt) - shared for prompt in prompts), shared, self.device, self.pooling == "mean")
+        layout = self._layout([len(prompt) - shared for prompt in prompts], shared, self.pooling == "mean")
         found = self._pooled(layout, row, images, **arguments)
         if self.pooling == "last":
             return found
@@ -366,10 +397,57 @@ class Backbone:
             found = found + self._prefix(start).pooled
         return found / mask.sum(dim=1, keepdim=True)
 
+    def _layout(self, lengths: Sequence[int], prefix: int = 0, every_state: bool = False) -> Layout:
+        return Layout(tuple(lengths), prefix, self.device, self.attention == "bidirectional", every_state)
+
+    def encode_states(self, texts: Sequence[Sequence[int]], bidirectional: bool) -> list[Tensor]:
+        """Return the final states of all tokens of each text, (T, d) each; gradients flow as from `encode`.
+
+        Args:
+            texts: token ids, without images.
+            bidirectional: whether a token sees those after it, whatever `attention` is.
+        """
+        layout = Layout(tuple(len(ids) for ids in texts), 0, self.device, bidirectional, every_state=True)
+        row = torch.tensor([[token for ids in texts for token in ids]], device=self.device)
+        positions = torch.cat([torch.arange(len(ids), device=self.device) for ids in texts])[None]
+        return list(self._states(layout, row, (), position_ids=positions).split(layout.lengths))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return what the language-model head makes of final states, (n, d) to (n, vocabulary).
+
+        Raises:
+            ModelError: the backbone was published without its head.
+        """
+        self.require_head()
+        head: nn.Module = self.model.get_output_embeddings()
+        return torch.as_tensor(head(states))
+
+    def require_head(self) -> None:
+        """Raise `ModelError` if the backbone was published without its language-model head."""
+        if not self.has_head or self.model.get_output_embeddings() is None:
+            raise ModelError(
+                "the backbone was published without its language-model head, which predicts tokens",
+                "a model with one, as chat and base models have",
+                "choose another --backbone",
+            )
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the token that stands for a masked one: the tokenizer's own, or `_`."""
+        own = self.tokenizer.mask_token_id
+        return int(self.tokenizer("_", add_special_tokens=False)["input_ids"][-1] if own is None else own)
+
     def _pooled(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
+        """Return each prompt's last state or, with mean pooling, the sum of its states, (n, d); see `_states`."""
+        states = self._states(layout, row, images, **arguments)
+        if self.pooling == "mean":
+            return layout.sums(states)
+        return states if len(states) == len(layout.lengths) else states[layout.last]
+
+    def _states(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
         """Run the language model over a packed row of token ids, (1, T), with its images' features at the image tokens.
 
-        Returns each prompt's last state or, with mean pooling, the sum of its states, (n, d).
+        Returns the final states of all tokens, (T, d), or those of each prompt's last one, (n, d) (`Layout`).
 
         The language model is called directly. The outer models take precomputed image features under names that change
         between releases of transformers, and silently ignore unknown names.
@@ -393,9 +471,7 @@ class Backbone:
                 inputs_embeds=embedded, use_cache=False, return_dict=True, **arguments, **keywords
             )
         states: Tensor = output.last_hidden_state[0]
-        if self.pooling == "mean":
-            return layout.sums(states)
-        return states if len(states) == len(layout.lengths) else states[layout.last]
+        return states
 
     def _prefix(self, start: tuple[int, ...]) -> Prefix:
         assert self._prefixes is not None
@@ -404,7 +480,7 @@ class Backbone:
             cache = DynamicCache()
             row = torch.tensor([start], device=self.device)
             positions = torch.arange(len(start), device=self.device)[None]
-            layout = Layout((len(start),), 0, self.device, self.pooling == "mean")
+            layout = self._layout([len(start)], every_state=self.pooling == "mean")
             pooled = self._pooled(layout, row, (), position_ids=positions, past_key_values=cache)
             self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
         return self._prefixes[key]

@@ -55,6 +55,7 @@ class Layout:
     lengths: tuple[int, ...]
     prefix: int = 0  # tokens of the shared prefix, which are in the cache and not in the row
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bidirectional: bool = False  # a token sees those after it, too; without a prefix, whose states would depend on them
     every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -98,7 +99,10 @@ class Layout:
     def mask(self, length: int) -> Tensor:
         """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
         return self._once(
-            length, lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(diagonal=self.prefix)
+            length,
+            lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(
+                diagonal=length if self.bidirectional else self.prefix
+            ),
         )
 
     def _once(self, key: Any, make: Any) -> Tensor:
@@ -173,7 +177,11 @@ def _attend(
 def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rest: Any) -> Tensor:
     """Attend with torch's general attention; adjacent prompts of equal length share one call."""
     prefix = layout.prefix
-    causal = {"is_causal": not prefix, "dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
+    causal = {
+        "is_causal": not prefix and not layout.bidirectional,
+        "dropout_p": rest.get("dropout", 0.0),
+        "scale": rest.get("scaling"),
+    }
     start = 0
     parts = []
     for count, length in layout.runs:
@@ -248,7 +256,7 @@ def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout,
         k, v = k[layout.keys], v[layout.keys]
     longest = max(layout.lengths)
     bounds = layout.bounds(0), layout.bounds(layout.prefix)
-    return _kernel(q, k, v, bounds, (longest, layout.prefix + longest), scale, causal=True)[None]
+    return _kernel(q, k, v, bounds, (longest, layout.prefix + longest), scale, causal=not layout.bidirectional)[None]
 
 
 def _kernel(

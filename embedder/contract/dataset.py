@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, Vlm2RecError, did_you_mean
 from vlm2rec.embedder.contract.storage import Location, StorePath, location, readable
 
 Split = Literal["valid", "test"]
@@ -277,6 +277,43 @@ class Dataset:
         named = (each if isinstance(each, list) else [each] for each in self.items[column].to_pylist())
         return [", ".join(str(name).strip() for name in names if name not in (None, "")) for names in named]
 
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns of `items.parquet` with text, or lists of it: the title, category and brand, then the others."""
+        found = [
+            field.name
+            for field in self.items.schema
+            if _holds_text(field.type) and field.name not in (schema.ITEM_ID, schema.IMAGE_PATH)
+        ]
+        first = [schema.TITLE, self.category_column, self.brand_column]
+        return sorted(found, key=lambda name: (first.index(name) if name in first else len(first), found.index(name)))
+
+    def attributes(self, columns: Sequence[str]) -> dict[str, list[str]]:
+        """Return columns of `items.parquet` as texts, one for each item and "" where an item has none, by name.
+
+        Args:
+            columns: names; `category` is also that of `category_column`, and `all` stands for all `text_columns`.
+
+        Raises:
+            DataError: the catalogue has no such column.
+        """
+        named: list[str] = []
+        for name in columns:
+            if name == schema.ALL_COLUMNS and name not in self.items.column_names:
+                named += self.text_columns
+            elif name == schema.CATEGORY_COLUMNS[0] and self.category_column:
+                named.append(self.category_column)
+            elif name in self.items.column_names and name not in (schema.ITEM_ID, schema.IMAGE_PATH):
+                named.append(name)
+            else:
+                raise DataError(
+                    f"{self.path / schema.ITEMS_FILE} has no column {name!r}{did_you_mean(name, self.text_columns)} to"
+                    f" take the items' text from; those with text are {', '.join(self.text_columns)}",
+                    "a column that `prepare` kept from the catalogue",
+                    f"correct --item-text, or run `vlm2rec prepare` again with a catalogue that has {name!r}",
+                )
+        return {name: self._names_in(name) for name in dict.fromkeys(named)}
+
     @cached_property
     def user_ids(self) -> list[str]:
         """User ids in the order of `sequences.parquet`."""
@@ -406,6 +443,13 @@ class Dataset:
         if not pa.types.is_dictionary(ids.type):
             return self.rows_of(ids)
         return self.rows_of(ids.dictionary)[ids.indices.to_numpy(zero_copy_only=False)]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type holds text, or lists of it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_text(kind) for is_text in _TEXT_TYPES) and not pa.types.is_null(kind)
 
 
 def _is_there(root: Location, path: str) -> bool:

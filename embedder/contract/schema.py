@@ -36,6 +36,7 @@ TITLE = "title"  # string, never blank
 IMAGE_PATH = "image_path"  # string, relative to the image root of dataset.json
 CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept by `prepare`; the first one found
 BRAND_COLUMNS = ("brand", "store")  # the same, for the maker's name
+ALL_COLUMNS = "all"  # in a list of columns: all columns of the catalogue with text
 USER_ID = "user_id"  # string, unique in sequences.parquet
 TRAIN = "train"  # list<string>: item ids in time order, without the last two
 VALID = "valid"  # string: the second to last item
@@ -56,6 +57,8 @@ TEXT = "text"
 IMAGE = "image"
 VIEWS = (FUSED, TEXT, IMAGE)
 MODALITIES = (TEXT, IMAGE)
+CONCAT = "concat"  # no column of a shard: text and image end to end, made on reading
+COLUMNS = (*VIEWS, CONCAT)
 STATUS = "status"
 ERROR = "error"
 INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
@@ -115,6 +118,23 @@ def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
     `dim` is then the length of `fused`.
     """
     return {view: int(described.get("dims", {}).get(view, described["dim"])) for view in VIEWS}
+
+
+def dim_of(described: Mapping[str, Any], column: str) -> int:
+    """Return the length of the vectors in a column: a view, or `CONCAT`."""
+    dims = dims_of(described)
+    return sum(dims[view] for view in stored_columns(column))
+
+
+def stored_columns(column: str) -> tuple[str, ...]:
+    """Return the columns of a shard that a column is read from; `CONCAT` needs both modalities."""
+    return MODALITIES if column == CONCAT else (column,)
+
+
+def columns_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the columns that can be read from a table: its views and, if it has both modalities, `CONCAT`."""
+    views = [view for view in VIEWS if view in manifest.get("views", VIEWS)]
+    return [*views, CONCAT] if {*MODALITIES} <= {*views} else views
 
 
 def modalities_of(views: Sequence[str]) -> tuple[str, ...]:

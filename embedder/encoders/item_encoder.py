@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.adapters import lora
+from vlm2rec.embedder.adapters.late_fusion import LateFusion, mean_tokens_of
 from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
@@ -64,6 +65,7 @@ class ItemEncoder:
         self.provenance = provenance
         self.token_budget = token_budget or pick_token_budget(backbone)
         self.vision_cache: VisionCache | None = None
+        self.late_fusion: LateFusion | None = None  # of an adapter of NoteLLM-2
         self._loaded_with: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,6 +110,7 @@ class ItemEncoder:
             max_pixels=settings.max_pixels,
             max_title_tokens=settings.max_title_tokens,
             pooling=settings.pooling,
+            attention=settings.attention,
             dtype=dtype,
             device=device,
         )
@@ -123,6 +126,8 @@ class ItemEncoder:
     def _merge(self, adapter: Path) -> None:
         """Merge an adapter and check what it does to the canary; one that another program made has none of its own."""
         canary = None if lora.is_foreign(adapter) else lora.read_canary(adapter)
+        if self.settings.late_fusion == "gate":
+            self.late_fusion = lora.load_late_fusion(adapter, self.dim).to(self.backbone.device)
         titles, images = lora.canary_items() if canary is None else (canary.titles, canary.images)
         before = self.encode_items(titles, images).fused
         lora.merge_adapter(self.backbone, adapter)
@@ -264,13 +269,16 @@ class ItemEncoder:
         backbone, count, budget = self.backbone, len(titles), token_budget or self.token_budget
         if self.settings.fusion == "internal":
             complete = [row for row in range(count) if images[row] and len(images[row]) == len(titles[row])]
-            prompt = {row: backbone.tokenize(prompts.item_prompt(titles[row]), images[row]) for row in complete}
+            prompt = {row: self._tokenize_together(titles[row], images[row]) for row in complete}
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
-            return {
-                schema.FUSED: self._encode_rows(prompt, count, budget),
-                schema.TEXT: absent,
-                schema.IMAGE: absent.clone(),
-            }
+            fused = self._encode_rows(prompt, count, budget)
+            if self.settings.late_fusion == "gate" and self.late_fusion is None:
+                raise ModelError("late_fusion is gate, and there is none", "an adapter that holds the gate")
+            if self.late_fusion is not None and complete:
+                rows = torch.tensor(complete, device=fused.device)
+                seen = mean_tokens_of([images[row][0] for row in complete])
+                fused = fused.index_copy(0, rows, self.late_fusion(seen, fused[rows]))
+            return {schema.FUSED: fused, schema.TEXT: absent, schema.IMAGE: absent.clone()}
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
         style = self.settings.prompt_style
         texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], style)) for row in range(count) if with_text}
@@ -284,6 +292,35 @@ class ItemEncoder:
         with modality.modality(schema.IMAGE):
             image = self._encode_rows(pictures, count, budget)
         return {schema.FUSED: self._fuse(text, image), schema.TEXT: text, schema.IMAGE: image}
+
+    def read_items(self, titles: Sequence[str], images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+        """Return `fused`, the vectors of n items in one prompt each, and `image`, the states before the text if it is.
+
+        Both are (n, d) float32, after the late fusion. Gradients flow as from `encode_sequences`.
+
+        Args:
+            titles: prepared titles.
+            images: the features of the items' images.
+        """
+        pairs = zip(titles, images, strict=True)
+        states = self.backbone.encode_reads([self._tokenize_together([title], [image]) for title, image in pairs])
+        found = [state.float() for state in states.unbind(1)]  # (n, d) each; the last is that of the whole prompt
+        if self.late_fusion is not None:
+            seen = mean_tokens_of(images)
+            found = [self.late_fusion(seen, state) for state in found]
+        return {schema.FUSED: found[-1], **({schema.IMAGE: found[0]} if len(found) > 1 else {})}
+
+    def tokenize_title(self, title: str) -> list[int]:
+        """Return the token ids of a single item's text prompt; `title` is prepared."""
+        return self.backbone.tokenize(prompts.text_prompt([title], self.settings.prompt_style)).ids
+
+    def _tokenize_together(self, titles: Sequence[str], images: Sequence[ImageFeatures]) -> EncodedPrompt:
+        """Return the prompt that holds titles and images of a sequence, or of NoteLLM-2's single item."""
+        style = self.settings.prompt_style
+        if style == "vlm2rec":
+            return self.backbone.tokenize(prompts.item_prompt(titles), images)
+        (title,) = titles
+        return self.backbone.tokenize(prompts.note_prompt(title, style), images)
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
         """Return the fused vectors: the sum, or the only view."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.backbones.images import ImageError
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.encoders.item_text import item_text
+from vlm2rec.embedder.encoders.item_text import item_texts
 
 if TYPE_CHECKING:
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder, Picture
@@ -36,7 +37,6 @@ class ItemFeatures:
     def __init__(self, dataset: Dataset, encoder: ItemEncoder, cache_bytes: int = 2 * 2**30) -> None:
         self._dataset, self._encoder = dataset, encoder
         self._backbone = encoder.backbone
-        self._described = encoder.fingerprint
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._titles: dict[int, str] = {}
         self._features: OrderedDict[int, ImageFeatures] = OrderedDict()
@@ -54,9 +54,13 @@ class ItemFeatures:
         """Return the prepared titles of `rows`."""
         return [self._title(int(row)) for row in rows]
 
+    @cached_property
+    def _texts(self) -> Sequence[str]:
+        return item_texts(self._dataset, self._encoder.fingerprint)
+
     def _title(self, row: int) -> str:
         if row not in self._titles:
-            self._titles[row] = self._backbone.prepare_title(item_text(self._dataset, self._described, row))[0]
+            self._titles[row] = self._backbone.prepare_title(self._texts[row])[0]
         return self._titles[row]
 
     def features(self, sequences: Sequence[Sequence[int]]) -> list[list[ImageFeatures]]:

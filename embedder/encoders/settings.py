@@ -17,11 +17,12 @@ from vlm2rec.embedder.backbones.families import checked_files, load_processor, r
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import (
+    Attention,
     DeviceName,
     DtypeName,
     FusionMode,
     FusionNorm,
-    ItemText,
+    LateFusion,
     Pooling,
     PromptMode,
     PromptStyle,
@@ -29,6 +30,9 @@ from vlm2rec.embedder.options import (
 )
 
 _LARGEST = 2**31  # of a number in an adapter's settings
+_LONGEST = 1000  # characters of a list of columns
+# settings that came later: with the default, they are left out of a fingerprint, so that earlier exports can continue
+_LATER = ("prompt_style", "attention", "late_fusion", "item_text")
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,44 @@ class EncoderSettings:
     views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
     prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
-    item_text: ItemText = "title"  # what SDA's text prompt says of an item: its title, or title, category and brand
+    attention: Attention = "causal"  # bidirectional: a token sees those after it, too
+    late_fusion: LateFusion = "off"  # NoteLLM-2's gate, whose weights are part of an adapter
+    item_text: str = schema.TITLE  # columns of the catalogue in the prompts, with commas between; see `item_texts`
 
     def __post_init__(self) -> None:
+        if not all(name.strip() for name in self.item_text.split(",")) or len(self.item_text) > _LONGEST:
+            raise ConfigError(
+                f"--item-text {self.item_text[:80]!r}",
+                "columns of the catalogue with commas between, such as title,category,brand, or attributes, or all",
+                "correct it",
+            )
+        if self.item_text != schema.TITLE and self.views == schema.IMAGE:
+            raise ConfigError(
+                f"--item-text {self.item_text} with --views image, which reads no text",
+                "--views text or both",
+                "leave --item-text out",
+            )
+        notes = self.prompt_style in ("notellm2", "notellm2-basic")
+        if notes and (self.fusion != "internal" or self.pooling != "last"):
+            raise ConfigError(
+                f"--prompt-style {self.prompt_style} with --fusion {self.fusion} and --pooling {self.pooling}: it holds"
+                " image and text in one prompt, and its vector is the state of the last token",
+                "--fusion internal and --pooling last",
+                "change them, or choose another --prompt-style",
+            )
+        if self.prompt_style == "llm2rec" and self.views != schema.TEXT:
+            raise ConfigError(
+                f"--prompt-style llm2rec with --views {self.views}: it is the title alone",
+                "--views text",
+                "change one of the two",
+            )
+        if self.late_fusion == "gate" and not notes:
+            raise ConfigError(
+                f"--late-fusion gate with --prompt-style {self.prompt_style}: the gate joins a vector of NoteLLM-2's"
+                " prompt",
+                "--late-fusion off, or --method notellm2",
+                "leave --late-fusion out",
+            )
         if self.fusion == "internal" and self.prompt_style == "sda":
             raise ConfigError(
                 "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
@@ -94,6 +133,7 @@ class EncoderSettings:
         for name, value in known.items():
             choices = get_args(hints.get(name))
             fits = value in choices if choices else type(value) is int and 0 < value <= _LARGEST
+            fits |= hints.get(name) is str and isinstance(value, str)
             if name not in hints or not fits:
                 raise ModelError(
                     f"the adapter was trained with {name} = {str(value)[:80]!r}",
@@ -117,6 +157,9 @@ class EncoderSettings:
             ModelError: the adapter folder is unfinished.
         """
         if adapter is not None and lora.is_foreign(adapter):
+            if given.get("late_fusion") == "gate":
+                found = f"--late-fusion gate with {adapter}, an adapter that another program made"
+                raise ConfigError(found, "an adapter of --method notellm2, which holds a gate", "leave it out")
             adapter = None
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -145,7 +188,9 @@ class GivenSettings(TypedDict, total=False):
     views: ViewChoice | None
     pooling: Pooling | None
     prompt_style: PromptStyle | None
-    item_text: ItemText | None
+    attention: Attention | None
+    late_fusion: LateFusion | None
+    item_text: str | None
 
 
 def fingerprint_of(
@@ -176,7 +221,7 @@ def fingerprint_of(
             "give --views text (in finetune with --loss sft), or a vision-language model as --backbone",
         )
     decisive = settings.stored()
-    for name in ("prompt_style", "item_text"):  # so that exports from before these settings can continue
+    for name in _LATER:
         if getattr(settings, name) == getattr(EncoderSettings, name):
             del decisive[schema.stored_name(name)]
     return {

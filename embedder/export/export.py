@@ -15,7 +15,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.contract.storage import Location
-from vlm2rec.embedder.encoders.item_text import columns_read, item_text
+from vlm2rec.embedder.encoders.item_text import columns_read, item_texts, without_text
 from vlm2rec.embedder.export import shards
 from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
 from vlm2rec.embedder.export.lock import writing
@@ -120,9 +120,11 @@ def plan_export(
     if schema.IMAGE in modalities:
         dataset.require_images()
         _tell_items_without_images(dataset, on_image_error, reporter)
+    if schema.TEXT in modalities and (blank := without_text(dataset, settings)):
+        reporter.say(f"{blank:,} items have nothing in {settings['item_text']}: their titles are used", warning=True)
     inputs = read_inputs(
         dataset.item_ids,
-        [item_text(dataset, settings, row) for row in range(len(dataset.item_ids))],
+        item_texts(dataset, settings) if schema.TEXT in modalities else dataset.titles,
         dataset.image_paths,
         dataset.image_root if schema.IMAGE in modalities else None,
         images_by,

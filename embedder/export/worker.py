@@ -21,7 +21,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, ModelError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder, Picture
-from vlm2rec.embedder.encoders.item_text import item_text
+from vlm2rec.embedder.encoders.item_text import item_texts
 from vlm2rec.embedder.export import shard_file
 from vlm2rec.embedder.export.plan import Inputs, Plan
 from vlm2rec.embedder.export.reuse import EarlierRows
@@ -144,7 +144,7 @@ def _changes(dataset: Dataset, plan: Plan) -> list[str]:
     changes = [] if len(found) == len(planned) else [f"it has {len(found)} items, {len(planned)} were planned"]
     columns: list[tuple[str, Sequence[Any], Sequence[Any]]] = [("item", found, planned)]
     if inputs.titles is not None:
-        texts = [item_text(dataset, plan.settings, row) for row in range(len(found))]
+        texts = list(item_texts(dataset, plan.settings))
         columns.append(("title", texts, inputs.titles))
     if inputs.image_paths is not None:
         columns.append(("image", dataset.image_paths, inputs.image_paths))

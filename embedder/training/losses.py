@@ -215,7 +215,7 @@ def penalty_weight(
     return 1 + beta * F.softplus(alpha * gap)
 
 
-def contrastive(similarity: Tensor, others: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
+def contrastive(similarity: Tensor, others: Tensor, tau: float | Tensor, weight: Tensor | None = None) -> Tensor:
     """Return -log(e^{s+/τ} / (e^{s+/τ} + w·Σ e^{s-/τ})) per row (Eq. 10; Eq. 3 without a weight), (B,).
 
     Args:
@@ -252,6 +252,23 @@ def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float)
     log_image = (image / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
     # both divergences as one sum, in which every term is >= 0
     return 0.5 * ((log_text.exp() - log_image.exp()) * (log_text - log_image)).sum(dim=1)
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature τ that is learned by its logarithm, so that it stays above 0; keep it out of weight decay.
+
+    Args:
+        tau: where τ starts.
+    """
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        require(tau > 0 and math.isfinite(tau), f"the temperature is {tau}", "a finite number above 0")
+        self.log_tau = nn.Parameter(torch.tensor(math.log(tau)))
+
+    def forward(self) -> Tensor:
+        """Return τ, a scalar with gradient."""
+        return self.log_tau.exp()
 
 
 # --- in the form that training calls ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.prompts import IMAGE_HERE, Prompt
+from vlm2rec.embedder.prompts import IMAGE_HERE, READ_HERE, Prompt
 
 _TASK = "feature-extraction"
 _KINDS = {
@@ -57,7 +57,8 @@ the {"histories" if data["users"] else "items"} of `{data["name"]}` for item emb
 
 {prompt_lines}
 
-Fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}). Titles up to {encoder["max_title_tokens"]} tokens.
+Fusion `{encoder["fusion"]}` ({encoder["fusion_norm"]}){_gate(encoder)}.
+Titles up to {encoder["max_title_tokens"]} tokens.
 
 **Pixels.** Images keep their shape and are scaled to at most {encoder["max_pixels"]} pixels, or to the backbone's fixed
 size.
@@ -75,6 +76,12 @@ size.
 `canary.safetensors` holds generated items and their vectors: vlm2rec checks them on every load. Every setting is in
 `vlm2rec.json`, the course of the training in `curves.json`.
 """
+
+
+def _gate(encoder: dict[str, Any]) -> str:
+    if encoder.get("late_fusion", "off") == "off":
+        return ""
+    return ", then the gate in `late_fusion.safetensors`, which vlm2rec adds and PEFT does not know"
 
 
 def _reduction(settings: dict[str, Any]) -> str:
@@ -99,10 +106,13 @@ def _hashes(data: dict[str, Any]) -> str:
 
 def _asked(encoder: dict[str, Any]) -> str:
     numbered = (
-        "of single items" if encoder.get(schema.stored_name("prompt_style")) == "sda" else "items numbered from 0"
+        "items numbered from 0"
+        if encoder.get(schema.stored_name("prompt_style"), "vlm2rec") == "vlm2rec"
+        else "of single items"
     )
     pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
-    return f"{numbered}, the vector is {pooled}"
+    seen = "; each attends to all tokens of the prompt" if encoder.get("attention") == "bidirectional" else ""
+    return f"{numbered}, the vector is {pooled}{seen}"
 
 
 def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]) -> str:
@@ -134,18 +144,21 @@ def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]
 
 
 def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
+    style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
+    items = 2 if style == "vlm2rec" else 1
+    text = str(encoder.get("item_text", schema.TITLE))
+    placeholder = "ATTRIBUTES" if text == schema.ALL_COLUMNS or "," in text else text.upper()
+    if text == "attributes":  # SDA's
+        placeholder = prompts.attributes_text("TITLE", "CATEGORY", "BRAND")
     if encoder["fusion"] == "internal":
-        return {"title and image": prompts.item_prompt(["TITLE", "TITLE"])}
-    prompt_style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
-    items = 1 if prompt_style == "sda" else 2
-    attributes = encoder.get("item_text") == "attributes"
-    text = prompts.attributes_text("TITLE", "CATEGORY", "BRAND") if attributes else "TITLE"
+        together = prompts.item_prompt([placeholder] * 2) if items > 1 else prompts.note_prompt(placeholder, style)
+        return {"title and image": together}
     both = {
-        schema.TEXT: prompts.text_prompt([text] * items, prompt_style),
-        schema.IMAGE: prompts.image_prompt(items, prompt_style),
+        schema.TEXT: prompts.text_prompt([placeholder] * items, style),
+        schema.IMAGE: prompts.image_prompt(items, style),
     }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}
 
 
 def _shown(prompt: Prompt) -> str:
-    return "".join("IMAGE" if part is IMAGE_HERE else part for part in prompt)
+    return "".join("IMAGE" if part is IMAGE_HERE else part for part in prompt if part != READ_HERE)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vlm2rec.embedder.contract.dataset import Dataset
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures
+    from vlm2rec.embedder.training.llm2rec import TitleModel, TitleSamples
+    from vlm2rec.embedder.training.llmemb import AttributeModel, AttributeSamples
+    from vlm2rec.embedder.training.notellm2 import PairModel, PairSamples
     from vlm2rec.embedder.training.samples import Samples
     from vlm2rec.embedder.training.sda import ItemModel, ItemSamples
     from vlm2rec.embedder.training.train import Model, TrainingSamples
@@ -181,9 +184,10 @@ def _loss_title(settings: Settings) -> str:
 
 
 def _check_histories(settings: Settings) -> None:
-    if settings.prompt_style == "sda":
+    if settings.prompt_style != "vlm2rec":
         raise ConfigError(
-            "--prompt-style sda with --method vlm2rec, which trains on sequences: SDA's prompts are for single items",
+            f"--prompt-style {settings.prompt_style} with --method {settings.method}, which trains on sequences: these"
+            " prompts are for single items",
             "--prompt-style vlm2rec, or --method sda",
             "change one of the two",
         )
@@ -216,7 +220,8 @@ def _item_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, it
 
 
 def _alignment_title(settings: Settings) -> str:
-    aligned = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce"}[settings.cmsa]
+    names = {"paper": "cmsa", "reference": "cmsa as coded", "off": "infonce", "reference-off": "infonce as coded"}
+    aligned = names[settings.cmsa]
     return f"sda, {aligned}, {'moda' if settings.experts > 1 else 'lora'}"
 
 
@@ -232,6 +237,154 @@ def _check_items(settings: Settings) -> None:
 
 def _alignment_advice(settings: Settings, behind: bool) -> Sequence[str]:
     return ("a lower --tau-cmsa", "--cmsa off (InfoNCE)")
+
+
+def _attribute_samples(settings: Settings, dataset: Dataset) -> AttributeSamples:
+    from vlm2rec.embedder.encoders.item_text import attributes_of
+    from vlm2rec.embedder.training.llmemb import AttributeSamples
+
+    return AttributeSamples(attributes_of(dataset, settings.item_text), settings.drop_ratio, settings.seed)
+
+
+def _attribute_model(
+    settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures
+) -> AttributeModel:
+    from vlm2rec.embedder.training.llmemb import AttributeModel, TextContrast
+
+    return AttributeModel(encoder, wrapped, items, TextContrast(settings.tau_scft), settings.chunk_users)
+
+
+def _check_attributes(settings: Settings) -> None:
+    if settings.views != "text":
+        raise ConfigError(
+            f"--method llmemb with --views {settings.views}: it contrasts two texts of an item",
+            "--views text",
+            "leave --views out",
+        )
+    if settings.prompt_style != "sda":
+        raise ConfigError(
+            f"--method llmemb with --prompt-style {settings.prompt_style}, whose prompts are not for attributes",
+            "--prompt-style sda, the prompt with attributes that SDA took over from LLMEmb",
+            "leave --prompt-style out",
+        )
+    if settings.item_text != "all" and "," not in settings.item_text:
+        raise ConfigError(
+            f"--method llmemb with --item-text {settings.item_text}, which does not name several columns: of a single"
+            " attribute nothing can be dropped",
+            "several columns, such as title,category,brand, or all",
+            "name more columns, or leave --item-text out",
+        )
+    if settings.drop_ratio == 0 and settings.lora_dropout == 0:
+        raise ConfigError(
+            "--drop-ratio 0 with --lora-dropout 0: the two texts of an item would differ in their order alone",
+            "one of the two above 0",
+            "change one of the two",
+        )
+
+
+def _attribute_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a higher --tau-scft (now {settings.tau_scft:g})",)
+
+
+def _pair_samples(settings: Settings, dataset: Dataset) -> PairSamples:
+    from vlm2rec.embedder.training.notellm2 import PairSamples
+
+    return PairSamples(dataset.train_sequences(), dataset.max_history, settings.related_items, settings.seed)
+
+
+def _pair_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> PairModel:
+    from vlm2rec.embedder.adapters.late_fusion import LateFusion
+    from vlm2rec.embedder.training.notellm2 import PairContrast, PairModel
+
+    if settings.late_fusion == "gate":
+        encoder.late_fusion = LateFusion(encoder.dim, settings.seed).to(encoder.backbone.device)
+    loss = PairContrast(settings.tau_pairs, settings.multimodal_weight)
+    return PairModel(encoder, wrapped, items, loss, settings.chunk_users)
+
+
+def _check_pairs(settings: Settings) -> None:
+    if settings.prompt_style not in ("notellm2", "notellm2-basic"):
+        raise ConfigError(
+            f"--method notellm2 with --prompt-style {settings.prompt_style}, which is not for its vectors",
+            "--prompt-style notellm2, or notellm2-basic without a visual vector",
+            "leave --prompt-style out",
+        )
+
+
+def _pair_title(settings: Settings) -> str:
+    prompt = "" if settings.prompt_style == "notellm2" else ", basic prompt"
+    return f"notellm2{prompt}, {'late fusion' if settings.late_fusion == 'gate' else 'no late fusion'}"
+
+
+def _pair_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a higher --tau-pairs (now {settings.tau_pairs:g})",)
+
+
+def _title_samples(settings: Settings, dataset: Dataset) -> TitleSamples:
+    from vlm2rec.embedder.training.llm2rec import TitleSamples
+
+    return TitleSamples(_history_samples(settings, dataset), len(dataset.item_ids), settings.seed)
+
+
+def _title_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module, items: ItemFeatures) -> TitleModel:
+    from vlm2rec.embedder.training.llm2rec import Phases, TitleModel
+
+    encoder.backbone.require_head()
+    phases = Phases(settings.csft_share, settings.mntp_share, settings.simcse_scale)
+    return TitleModel(encoder, wrapped, items, phases, settings.chunk_users)
+
+
+def _phase_title(settings: Settings) -> str:
+    shares = {
+        "csft": settings.csft_share,
+        "mntp": settings.mntp_share,
+        "simcse": 1 - settings.csft_share - settings.mntp_share,
+    }
+    return f"llm2rec, {', '.join(f'{name} {share:.0%}' for name, share in shares.items() if share > 1e-9)}"
+
+
+def _check_titles(settings: Settings) -> None:
+    if settings.prompt_style != "llm2rec" or settings.views != "text" or settings.prompt_mode != "raw":
+        raise ConfigError(
+            f"--method llm2rec with --prompt-style {settings.prompt_style}, --views {settings.views} and --prompt-mode"
+            f" {settings.prompt_mode}: it learns from titles as they are",
+            "--prompt-style llm2rec, --views text and --prompt-mode raw",
+            "leave them out",
+        )
+    if settings.csft_share + settings.mntp_share > 1:
+        raise ConfigError(
+            f"--csft-share {settings.csft_share:g} and --mntp-share {settings.mntp_share:g}, more than all steps",
+            "shares of at most 1 in all; the rest is SimCSE's",
+            "lower one of the two",
+        )
+    if settings.mntp_share and settings.attention == "causal":
+        raise ConfigError(
+            f"--mntp-share {settings.mntp_share:g} with --attention causal: masked tokens teach a model to look at what"
+            " comes after, and these vectors would not",
+            "--attention bidirectional, or --mntp-share 0",
+            "change one of the two",
+        )
+    if settings.csft_share + settings.mntp_share < 1 and settings.lora_dropout == 0:
+        raise ConfigError(
+            "--lora-dropout 0 with a share of the steps for SimCSE, whose vectors of an item differ by dropout alone",
+            "a dropout above 0, or --csft-share and --mntp-share that add up to 1",
+            "change one of the two",
+        )
+
+
+def _title_advice(settings: Settings, behind: bool) -> Sequence[str]:
+    return (f"a lower --simcse-scale (now {settings.simcse_scale:g})",)
+
+
+def _check_rationales(settings: Settings) -> None:
+    if settings.loss != "sft" or settings.views != "text" or settings.item_text == "title":
+        raise ConfigError(
+            f"--method slim with --loss {settings.loss}, --views {settings.views} and --item-text {settings.item_text}:"
+            " it is InfoNCE on histories of the items' rationales",
+            "--loss sft, --views text, and the column with the rationales as --item-text",
+            "leave them out; for titles in place of rationales: --method vlm2rec --loss sft --views text",
+        )
+    _check_histories(settings)
 
 
 METHODS: dict[str, Recipe] = {
@@ -264,6 +417,71 @@ METHODS: dict[str, Recipe] = {
         advice=_alignment_advice,
         shown=("own_text_first", "tau"),
         probed=SDA_PROBED,
+    ),
+    "llmemb": Recipe(
+        help="two texts of an item, with attributes dropped (LLMEmb)",
+        samples=_attribute_samples,
+        model=_attribute_model,
+        title=lambda settings: f"llmemb, scft, {settings.drop_ratio:g} dropped",
+        own=("drop_ratio", "tau_scft"),
+        defaults={
+            "views": "text",
+            "item_text": "all",
+            "pooling": "mean",
+            "prompt_style": "sda",
+            "max_title_tokens": 256,
+            "lora_rank": 8,
+            "lora_dropout": 0.1,
+            "learning_rate": 2e-4,
+            "batch_size": 32,
+        },
+        check=_check_attributes,
+        advice=_attribute_advice,
+        shown=("own_text_first", "tau"),
+    ),
+    "notellm2": Recipe(
+        help="pairs of items that users had one after the other (NoteLLM-2)",
+        samples=_pair_samples,
+        model=_pair_model,
+        title=_pair_title,
+        own=("related_items", "tau_pairs", "multimodal_weight", "late_fusion"),
+        defaults={"fusion": "internal", "prompt_style": "notellm2", "late_fusion": "gate", "batch_size": 16},
+        check=_check_pairs,
+        advice=_pair_advice,
+        shown=("loss_image", "loss_fused", "tau"),
+    ),
+    "llm2rec": Recipe(
+        help="the next title, then masked titles, then titles by dropout (LLM2Rec)",
+        samples=_title_samples,
+        model=_title_model,
+        title=_phase_title,
+        own=("csft_share", "mntp_share", "simcse_scale", "samples", "users"),
+        defaults={
+            "views": "text",
+            "prompt_style": "llm2rec",
+            "attention": "bidirectional",
+            "pooling": "mean",
+            "samples": "random",
+            "lora_rank": 8,
+            "lora_alpha": 16.0,
+            "learning_rate": 2e-4,
+            "batch_size": 32,
+        },
+        check=_check_titles,
+        advice=_title_advice,
+        shown=("phase",),
+    ),
+    "slim": Recipe(
+        help="users' histories of items told by a column of rationales (SLIM+)",
+        samples=_history_samples,
+        model=_history_model,
+        title=lambda settings: f"slim, sft on {settings.item_text}",
+        own=("loss", "tau_wpcl", "negatives", "samples", "users"),
+        defaults={"loss": "sft", "views": "text", "item_text": "rationale", "max_title_tokens": 128},
+        check=_check_rationales,
+        advice=_history_advice,
+        shown=("margin_text",),
+        distributed=True,
     ),
 }
 """The training methods, by `--method`."""

@@ -113,7 +113,7 @@ def _matrices(layer: nn.Module) -> list[Part]:
 # Mean-pooled vectors are in a narrow cone, with cosines of 0.95 and more. At 0.1 the teacher of unit vectors is nearly
 # uniform there, and the loss is least if all vectors are the same. The reference's 3 divides products of vectors that
 # have length 11 in the small backbone of `make demo`; for their cosines this is a temperature of 0.025.
-CMSA_TAU = {"paper": 0.02, "reference": 3.0, "off": 0.02}
+CMSA_TAU = {"paper": 0.02, "reference": 3.0, "off": 0.02, "reference-off": 3.0}
 _REFERENCE_WIDTH = 768  # SDA's code averages vectors to this length before it compares them
 
 
@@ -122,18 +122,19 @@ class ItemAlignment(nn.Module):
 
     Args:
         kind: `paper` is CMSA as in the SDA paper, `reference` as in its public code, `off` InfoNCE between an item's
-            text and its image, the paper's ablation without the soft target.
-        tau: temperature τ; None takes `CMSA_TAU`. `reference` learns τ from this start, as the code does; keep it
-            out of weight decay.
+            text and its image, the paper's ablation without the soft target, `reference-off` that ablation as in the
+            public code.
+        tau: temperature τ; None takes `CMSA_TAU`. `reference` and `reference-off` learn τ from this start, as the code
+            does; keep it out of weight decay.
     """
 
     def __init__(self, kind: Alignment = "paper", tau: float | None = None) -> None:
         super().__init__()
-        require(kind in CMSA_TAU, f"cmsa is {kind!r}", "paper, reference or off")
+        require(kind in CMSA_TAU, f"cmsa is {kind!r}", ", ".join(CMSA_TAU))
         tau = CMSA_TAU[kind] if tau is None else tau
         require(tau > 0 and math.isfinite(tau), f"tau_cmsa is {tau}", "a finite number above 0")
         self.kind: Alignment = kind
-        if kind == "reference":
+        if kind in ("reference", "reference-off"):
             self.tau: Tensor = nn.Parameter(torch.tensor(tau))
         else:
             self.register_buffer("tau", torch.tensor(tau), persistent=False)
@@ -146,6 +147,8 @@ class ItemAlignment(nn.Module):
                 return cmsa(image, text, float(self.tau))
             if self.kind == "reference":
                 return cmsa_reference(image, text, self.tau)
+            if self.kind == "reference-off":
+                return infonce_reference(image, text, self.tau)
             own = torch.arange(len(image), device=image.device)
             tau = float(self.tau)
             return 0.5 * (info_nce(image, text, own, tau) + info_nce(text, image, own, tau))
@@ -181,16 +184,16 @@ def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
     """Return CMSA as in the paper's public code, a scalar.
 
     It differs from `cmsa` as follows. Vectors are not normalised; those longer than 768 numbers are averaged in groups
-    to 768. The teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher while it flattens the student. The
-    teacher is not held constant. The transposed direction takes Tᵀ, whose rows do not sum to 1. The loss is
-    cross-entropy, not KL.
+    to 768 (`grouped_means`). The teacher is softmax(τ·(X·Xᵀ + Y·Yᵀ)/2), so τ sharpens the teacher while it flattens
+    the student. The teacher is not held constant. The transposed direction takes Tᵀ, whose rows do not sum to 1. The
+    loss is cross-entropy, not KL.
 
     Args:
         image: image vectors of the items, (N, d).
         text: their text vectors, (N, d).
         tau: temperature τ, a scalar, with gradient if it is learned.
     """
-    x, y = (_in_groups(at_least_float32(vectors)) for vectors in (image, text))
+    x, y = (grouped_means(at_least_float32(vectors)) for vectors in (image, text))
     student = x @ y.T / tau  # (N, N)
     teacher = ((x @ x.T + y @ y.T) / 2 * tau).softmax(dim=1)  # (N, N)
     to_text = -(teacher * student.log_softmax(dim=1)).sum(dim=1)
@@ -198,5 +201,39 @@ def cmsa_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
     return 0.5 * (to_text + to_image).mean()
 
 
-def _in_groups(vectors: Tensor) -> Tensor:
-    return F.adaptive_avg_pool1d(vectors, _REFERENCE_WIDTH) if vectors.shape[1] > _REFERENCE_WIDTH else vectors
+def infonce_reference(image: Tensor, text: Tensor, tau: Tensor) -> Tensor:
+    """Return the InfoNCE of the paper's public code in both directions, a scalar: its ablation without the soft target.
+
+    The vectors are averaged in groups as for `cmsa_reference`, and then normalised.
+
+    Args:
+        image: image vectors of the items, (N, d).
+        text: their text vectors, (N, d).
+        tau: temperature τ, a scalar, with gradient if it is learned.
+    """
+    x, y = (F.normalize(grouped_means(at_least_float32(vectors)), dim=1) for vectors in (image, text))
+    student = x @ y.T / tau  # (N, N)
+    own = torch.arange(len(student), device=student.device)
+    return 0.5 * (F.cross_entropy(student, own) + F.cross_entropy(student.T, own))
+
+
+def grouped_means(vectors: Tensor) -> Tensor:
+    """Return vectors (N, d) averaged in groups of neighbouring numbers to 768, (N, 768); shorter ones as they are.
+
+    SDA's code does so for the d = 3584 of its backbone alone: 1024 numbers become 256 means of four, and the other 2560
+    become 512 means of five. The same rule for any d: 768 groups whose sizes differ by one at most, the smaller first.
+
+        d      groups
+        1024   512 of one, 256 of two
+        1536   768 of two
+        2048   256 of two, 512 of three
+        3584   256 of four, 512 of five
+        4096   512 of five, 256 of six
+    """
+    size, larger = divmod(vectors.shape[1], _REFERENCE_WIDTH)  # numbers in a smaller group, and how many are larger
+    if size == 0:
+        return vectors
+    smaller = _REFERENCE_WIDTH - larger
+    first, rest = vectors.split([smaller * size, larger * (size + 1)], dim=1)
+    parts = [part.unflatten(1, (-1, n)).mean(2) for part, n in ((first, size), (rest, size + 1)) if part.shape[1]]
+    return torch.cat(parts, dim=1)

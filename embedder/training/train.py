@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -50,6 +50,7 @@ from vlm2rec.embedder.training.monitor import Collapse, Probe, by_step, collapse
 # second is of earlier versions, which compared gradients on the batch of the step, with dropout
 _PROBE = "probe_users"
 _GRADIENTS = {schema.FIXED_BATCH, "batch_users"}
+_Input = TypeVar("_Input")
 _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its graph needs the memory anyway
 
 
@@ -106,6 +107,9 @@ class Model(nn.Module, ABC):
     def collate(self, batch: list[Any]) -> dict[str, Any]:
         """Return the arguments of `forward` for a batch; with several processes, for this process's share of it."""
 
+    def at_step(self, step: int, steps: int) -> None:
+        """Choose what is learned at a step, counted from 0, of so many; most methods learn the same at each."""
+
     @abstractmethod
     def named(self, batch: dict[str, Any]) -> str:
         """Return a description of the samples of a batch, for a message."""
@@ -130,13 +134,27 @@ class Model(nn.Module, ABC):
         """
         if not sequences:
             return self._encode_nothing()
+        return self.in_chunks(lambda chunk: encode(self.encoder, self.items, chunk, _TRAIN_BUDGET), sequences)
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode texts in place of titles, each as a single item; returns as `encode`, `text` equal to `fused`."""
+
+        def encode_chunk(chunk: Sequence[str]) -> dict[str, Tensor]:
+            prepared = [[self.encoder.backbone.prepare_title(text)[0]] for text in chunk]
+            return self.encoder.encode_sequences(prepared, [[] for _ in chunk], _TRAIN_BUDGET)
+
+        return self.in_chunks(encode_chunk, texts)
+
+    def in_chunks(
+        self, encode_chunk: Callable[[Sequence[_Input]], dict[str, Tensor]], inputs: Sequence[_Input]
+    ) -> dict[str, Tensor]:
+        """Return what `encode_chunk` makes of all inputs, with `chunk_users` so many at a time, by name, (n, ...)."""
         if not self.chunk_users or not torch.is_grad_enabled():
-            return encode(self.encoder, self.items, sequences, _TRAIN_BUDGET)
+            return encode_chunk(inputs)
         parts: list[dict[str, Tensor]] = [
-            checkpoint(encode, self.encoder, self.items, chunk, _TRAIN_BUDGET, use_reentrant=False)
-            for chunk in _chunks(sequences, self.chunk_users)
+            checkpoint(encode_chunk, chunk, use_reentrant=False) for chunk in _chunks(inputs, self.chunk_users)
         ]
-        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode_nothing(self) -> dict[str, Tensor]:
         """Return zero rows that depend on all trained weights: each process waits for the gradients of all others."""
@@ -144,8 +162,8 @@ class Model(nn.Module, ABC):
         return {view: zero.expand(0, self.encoder.dim) for view in schema.VIEWS}
 
 
-def _chunks(sequences: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
-    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+def _chunks(inputs: Sequence[_Input], size: int) -> list[Sequence[_Input]]:
+    return [inputs[start : start + size] for start in range(0, len(inputs), size)]
 
 
 @dataclass(frozen=True)
@@ -335,6 +353,7 @@ class _Trainer(Trainer):
         step = self.state.global_step
         if self._gradients and self._gradients.is_due(step):
             self.state.log_history.append({"step": step, **self._gradients.compare(self._prepare_inputs)})
+        self._learner.at_step(step, self.state.max_steps)
         loss, log, _ = model(**inputs)
         if not torch.isfinite(loss):
             raise ModelError(

@@ -36,7 +36,11 @@ MAIN, ABLATION, FEW_SHOT, SENSITIVITY = "main", "ablation", "few-shot", "sensiti
 FAMILIES, CROSS_DOMAIN, COLD_START = "families", "cross-domain", "cold-start"
 ARMS = "arms"
 """Not of the paper: the rivals that VLM2Rec has to beat before its two losses are the reason, in Task 1."""
-ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START, ARMS)
+RIVALS = "rivals"
+"""The trained embedders that the paper compares with, each beside its own ablation."""
+RATIONALES = "rationales"
+"""Rivals that read a column of rationales, which few catalogues have."""
+ANALYSES = (MAIN, ABLATION, FEW_SHOT, SENSITIVITY, FAMILIES, CROSS_DOMAIN, COLD_START, ARMS, RIVALS, RATIONALES)
 DEFAULT_FILE, LABORATORY_FILE, DEMO_FILE = (
     Path(__file__).parent / name for name in ("study.yaml", "laboratory.yaml", "demo.yaml")
 )
@@ -69,6 +73,7 @@ class Method:
     evaluate: Json = field(default_factory=dict)
     recommender: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)  # settings of the source itself: a file, a folder
+    models: tuple[str, ...] = ()  # of the recommenders of its analyses, only these; empty: all
     shuffle_images: bool = False  # give items the images of others, to see what looks are worth
     role: Role | None = None  # what the gates and verdicts take it for; default: what its name says
     varies: str | None = None  # in a grid: the setting that differs from the method `of`
@@ -316,9 +321,16 @@ def _check(study: Study, where: str) -> None:
                 f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
             )
+    for method in study.methods:
+        if unknown := [model for model in method.models if model not in schema.RECOMMENDERS]:
+            raise ConfigError(
+                f"method {method.name!r} in {where} has models {', '.join(unknown)}",
+                f"some of {', '.join(schema.RECOMMENDERS)}",
+                "correct the YAML",
+            )
     trained = {model for plan in study.plan.values() if 2 in plan.tasks for model in plan.models}
     for name in (*study.recommender, *(name for method in study.methods for name in method.recommender)):
-        if trained and not any(is_read(model, name) for model in trained):
+        if name not in schema.RECOMMENDERS and trained and not any(is_read(model, name) for model in trained):
             raise ConfigError(
                 f"recommender: {name} in {where}",
                 f"a setting that one of the recommenders ({', '.join(sorted(trained))}) reads",
@@ -540,17 +552,58 @@ def _probe_images(context: RunContext) -> Step:
 
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
-    values = {**_tail(context.study), **context.study.recommender, **context.method.recommender}
+    values = {**_tail(context.study), **_of_model(context.study.recommender, model)}
+    values |= _of_model(context.method.recommender, model)
     values = {name: value for name, value in values.items() if is_read(model, name)}
-    given = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
+    given: Json = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
+    after = [embeddings] if embeddings else []
+    if values.get(_ALIGN_WITH) is not None:
+        given[_ALIGN_WITH] = _table_to_align_with(context, str(values[_ALIGN_WITH]))
+        after.append(given[_ALIGN_WITH])
     return context.step(
         "train-recommender",
         settings.TrainRecommenderConfig,
         context.out(f"recommender-{model}"),
         schema.METRICS_FILE,
-        [embeddings] if embeddings else [],
+        after,
         **(values | given),
     )
+
+
+_ALIGN_WITH = "align_with"
+
+
+def _of_model(values: Json, model: str) -> Json:
+    """Return the settings of a recommender: those for all models, then those under its name, which are for it alone."""
+    common = {key: value for key, value in values.items() if key not in schema.RECOMMENDERS}
+    own = values.get(model, {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"{model}: {own!r} among the settings of recommenders", "a mapping of settings")
+    return {**common, **own}
+
+
+def _table_to_align_with(context: RunContext, name: str) -> Path:
+    """Return the folder of the run from item ids that LLMEmb's alignment reads: a method's SASRec with this seed."""
+    method = context.study.method(name)
+    if SOURCES[method.source].embed is not None:
+        raise ConfigError(
+            f"method {context.method.name!r} has align_with {name!r}, whose source is {method.source!r}",
+            "a method with source: id",
+            "correct the YAML",
+        )
+    plans = [] if method.models and _TABLE_OF not in method.models else _plans_of(context.study, method).values()
+    if not any(_TABLE_OF in plan.models and 2 in plan.tasks and context.seed in plan.seeds for plan in plans):
+        raise ConfigError(
+            f"method {context.method.name!r} has align_with {name!r}, which trains no {_TABLE_OF} with seed"
+            f" {context.seed}",
+            f"an analysis of both with {_TABLE_OF} among its models, and the same seeds",
+            "correct the YAML",
+        )
+    run = context.folder.parent.parent / method.slug / f"seed-{context.seed}"
+    return run / f"{context.prefix}recommender-{_TABLE_OF}"
+
+
+_TABLE_OF = "SASRec"  # of which LLMEmb's code takes the item table for every recommender
 
 
 @dataclass(frozen=True)
@@ -621,7 +674,10 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
     runs with a seed hold only the recommenders.
     """
     tasks = {task for plan in plans for task in plan.tasks}
-    models = [model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)]
+    planned = [
+        model for model in schema.RECOMMENDERS if any(2 in plan.tasks and model in plan.models for plan in plans)
+    ]
+    models = [model for model in planned if model in (context.method.models or planned)]
     if source.embed is None:  # the multimodal ones need vectors
         return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None

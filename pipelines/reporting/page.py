@@ -17,7 +17,7 @@ from rich.text import Text
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.console import log
-from vlm2rec.pipelines.experiments.methods import Json
+from vlm2rec.pipelines.experiments.methods import RATIONALES, RIVALS, Json
 from vlm2rec.pipelines.experiments.neighbours import MOST_ITEMS, NEAREST
 from vlm2rec.pipelines.experiments.results import COMPARED, random_floor
 from vlm2rec.pipelines.reporting import figures, tables
@@ -433,6 +433,10 @@ def _sections(results: Results) -> list[Section]:
     paper, among = results.paper, results.facts["candidates"] + 1
     task1 = tables.ranking_sheet(results, 1, None, paper["task1"])
     task2 = [tables.ranking_sheet(results, 2, model, paper["task2"].get(model, {})) for model in results.models()]
+    rivals = []
+    for analysis in (RIVALS, RATIONALES):
+        rivals.append(tables.ranking_sheet(results, 1, None, paper["task1"], analysis))
+        rivals += [tables.ranking_sheet(results, 2, m, paper["task2"].get(m, {}), analysis) for m in results.models()]
     return [
         Section(
             "task1",
@@ -457,6 +461,12 @@ def _sections(results: Results) -> list[Section]:
             _present(*task2),
             ("task2-models", "differences"),
             why=_why(results, "Table 4", _WHY["Table 4"]),
+        ),
+        Section(
+            "rivals",
+            "Trained rivals",
+            ("Other embedders that learn from the same training data, each beside what its own ablation leaves out.",),
+            _present(*rivals),
         ),
         Section(
             "geometry",

@@ -259,10 +259,12 @@ def require_printable(metrics: Mapping[str, float]) -> None:
 # --- Tables 2 and 4 -----------------------------------------------------------------------------------------
 
 
-def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping[str, Any]) -> Sheet | None:
-    """Return Task 1 (Table 2), or one recommender of Task 2 (Table 4)."""
-    entries = [(name, name, task, model) for name in results.names(MAIN)]
-    if task == 1:  # as in the paper, the recommenders from item ids come first
+def ranking_sheet(
+    results: Results, task: int, model: str | None, paper: Mapping[str, Any], analysis: str = MAIN
+) -> Sheet | None:
+    """Return Task 1 (Table 2), or one recommender of Task 2 (Table 4), of the methods of an analysis."""
+    entries = [(name, name, task, model) for name in results.names(analysis)]
+    if task == 1 and analysis == MAIN:  # as in the paper, the recommenders from item ids come first
         ids = [each["name"] for each in results.methods if each["source"] == "id"]
         entries = [(f"{each} ({name})", name, 2, each) for each in results.models() for name in ids] + entries
     measured = {
@@ -280,7 +282,7 @@ def ranking_sheet(results: Results, task: int, model: str | None, paper: Mapping
         ]
         for protocol in PROTOCOLS
     }
-    compared = _compared(results, task, model)
+    compared = _compared(results, task, model, analysis)
     # one seed has no t-test
     differences = ("difference",) if set(compared["seeds"]) == {1} else ("difference", "p, Holm")
     rows, broken = [], False
@@ -332,13 +334,13 @@ def _difference_cells(found: Json | None) -> list[Cell]:
     return [Cell(number(found["difference"], 4, True), interval, sure), Cell(p_value(found["p_holm"]))]
 
 
-def _compared(results: Results, task: int, model: str | None) -> pl.DataFrame:
-    """Return the comparisons of the main table of a task."""
+def _compared(results: Results, task: int, model: str | None, family: str) -> pl.DataFrame:
+    """Return the comparisons of the table of a task, for the methods of a family (their first analysis)."""
     return results.frames["comparisons"].filter(
         (pl.col("dataset") == results.dataset)
         & (pl.col("task") == task)
         & pl.col("model").eq_missing(pl.lit(model))
-        & (pl.col("family") == MAIN)
+        & (pl.col("family") == family)
     )
 
 
