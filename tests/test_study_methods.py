@@ -383,3 +383,23 @@ def test_a_constant_w_does_not_depend_on_the_margins(tmp_path: Path) -> None:
     loss = VLM2RecLoss(alpha=values["alpha"], learnable=values["learnable"], crtr=values["crtr"])
     weight = penalty_weight(torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3), loss.alpha, loss.beta)
     assert torch.allclose(weight, torch.full((3,), 1 + math.log(2.0)), atol=1e-6)
+
+
+def test_multimodal_recommenders_have_their_own_settings_and_no_row_from_ids(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "analyses": ["main"],
+        "plan": {"main": {"seeds": [0], "tasks": [2], "models": ["SASRec", "FREEDOM"]}},
+        "methods": [
+            {"name": "ID", "source": "id"},
+            {"name": "Text", "source": "export", "recommender": {"features": ["text"]}},
+        ],
+        "grids": [],
+    }
+    laid = laid_out(study(tmp_path, **given, recommender={"pca": 8, "pruning": 0.9, "max_epochs": 3}))
+    assert names(laid["ID", 0]) == ["recommender-SASRec"]
+    sequential, multimodal = (step.config for step in laid["Text", 0].steps)
+    assert (sequential.model, sequential.pca, sequential.features, sequential.hidden_size) == ("SASRec", 8, (), 128)
+    assert (multimodal.model, multimodal.pruning, multimodal.features) == ("FREEDOM", 0.9, ("text",))
+    assert (multimodal.pca, multimodal.hidden_size, multimodal.max_epochs, sequential.max_epochs) == (None, 64, 3, 3)
+    with pytest.raises(ConfigError, match=r"recommender: ssl_weight .*FREEDOM, SASRec"):
+        study(tmp_path, **given, recommender={"ssl_weight": 0.5})
