@@ -388,10 +388,11 @@ def test_a_constant_w_does_not_depend_on_the_margins(tmp_path: Path) -> None:
 def test_multimodal_recommenders_have_their_own_settings_and_no_row_from_ids(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "analyses": ["main"],
+        "reference": "Text",
         "plan": {"main": {"seeds": [0], "tasks": [2], "models": ["SASRec", "FREEDOM"]}},
         "methods": [
             {"name": "ID", "source": "id"},
-            {"name": "Text", "source": "export", "recommender": {"features": ["text"]}},
+            {"name": "Text", "source": "backbone", "recommender": {"features": ["text"]}},
         ],
         "grids": [],
     }
