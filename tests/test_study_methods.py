@@ -402,5 +402,5 @@ def test_multimodal_recommenders_have_their_own_settings_and_no_row_from_ids(tmp
     assert (sequential.model, sequential.pca, sequential.features, sequential.hidden_size) == ("SASRec", 8, (), 128)
     assert (multimodal.model, multimodal.pruning, multimodal.features) == ("FREEDOM", 0.9, ("text",))
     assert (multimodal.pca, multimodal.hidden_size, multimodal.max_epochs, sequential.max_epochs) == (None, 64, 3, 3)
-    with pytest.raises(ConfigError, match=r"recommender: ssl_weight .*FREEDOM, SASRec"):
+    with pytest.raises(ConfigError, match=r"recommender: ssl_weight .*FREEDOM, GRU4Rec, SASRec"):
         study(tmp_path, **given, recommender={"ssl_weight": 0.5})
