@@ -447,7 +447,7 @@ class Source:
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
     kind = training_method(study, method)
-    others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
+    others = {name for recipe in METHODS.values() for name in recipe.own}.difference(METHODS[kind].own)
     common = {name: value for name, value in study.finetune.items() if name not in others}
     values = {**common, **method.finetune}
     return context.step(
