@@ -505,6 +505,11 @@ def _known(flag: str, name: str, rows: Mapping[str, _Row]) -> _Row:
     return rows[name]
 
 
+def unread(method: str) -> set[str]:
+    """Return the settings that other methods have and this one does not read."""
+    return {name for recipe in METHODS.values() for name in recipe.own}.difference(recipe_of(method).own)
+
+
 def check_settings(settings: Settings) -> None:
     """Raise `ConfigError` if a setting belongs to another method than the chosen one, or contradicts it."""
     recipe = recipe_of(settings.method)

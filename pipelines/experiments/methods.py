@@ -18,7 +18,7 @@ from vlm2rec.downstream.multimodal.recipes import is_read
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
-from vlm2rec.embedder.training.recipes import METHODS
+from vlm2rec.embedder.training.recipes import METHODS, unread
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
 from vlm2rec.pipelines.config import Count, Positive, StudyConfig
@@ -447,8 +447,7 @@ class Source:
 def _finetune(context: RunContext) -> Step:
     method, study = context.method, context.study
     kind = training_method(study, method)
-    others = {name for recipe in METHODS.values() for name in recipe.own}.difference(METHODS[kind].own)
-    common = {name: value for name, value in study.finetune.items() if name not in others}
+    common = {name: value for name, value in study.finetune.items() if name not in unread(kind)}
     values = {**common, **method.finetune}
     return context.step(
         "finetune",

@@ -26,7 +26,7 @@ import numpy as np
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.checksums import is_intact, sealed
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, did_you_mean
-from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.recipes import check_settings, unread
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.experiments import controls, ledger
 from vlm2rec.pipelines.experiments.methods import (
@@ -148,7 +148,7 @@ def _search(context: RunContext) -> Search:
 def _grid(study: Study, method: Method) -> dict[str, tuple[Any, ...]]:
     """Return the values to try of each setting of a method."""
     kind = training_method(study, method)
-    others = {name for other, recipe in METHODS.items() if other != kind for name in recipe.own}
+    others = unread(kind)
     merged = {**{name: values for name, values in study.search.grid.items() if name not in others}, **method.search}
     known = [f.name for f in dataclasses.fields(FinetuneConfig)]
     for name, values in merged.items():
