@@ -314,7 +314,7 @@ def test_chat_needs_a_template_and_auto_does_without(tmp_path: Path) -> None:
         ({"backbone": "B", "strategy": "dual", "instruction": "What?"}, "--instruction What\\? with --strategy"),
         ({"backbone": "B", "encoder_kind": "clip"}, "--encoder-kind clip with --backbone.*or give --encoder"),
         ({"backbone": "B", "pooling": "cls"}, "--pooling cls with --backbone"),
-        ({"backbone": "B", "strategy": "question", "adapter": "A"}, "--adapter A with --strategy question"),
+        ({"backbone": "B", "strategy": "question", "adapter": "A"}, "--strategy question with --adapter A"),
         ({"backbone": "B", "strategy": "question", "views": "text"}, "--views text with --strategy question"),
         ({"backbone": "B", "strategy": "question", "fusion": "external"}, "--fusion external with --strategy question"),
         ({"backbone": "B", "strategy": "question", "fusion_norm": "raw"}, "--fusion-norm raw with --strategy question"),
