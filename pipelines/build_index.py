@@ -13,9 +13,10 @@ from rich.table import Table
 from vlm2rec.downstream.index.index import ItemIndex, Neighbour, build_index, check_out
 from vlm2rec.downstream.index.plan import IndexPlan, plan_index
 from vlm2rec.downstream.index.recall import TARGET_RECALL
-from vlm2rec.downstream.index.unit_vectors import UnitBatch
+from vlm2rec.downstream.index.unit_vectors import UnitBatch, Watch
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.printable import cell, one_line
+from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 from vlm2rec.pipelines.console import PlainConsole, log, progress, summary
 
@@ -25,14 +26,6 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
     check_out(config.out)
     plan = plan_index(config.embeddings, column=config.column, kind=config.kind, sample=config.sample)
     _print_estimate(plan)
-    total = int(schema.read_manifest(config.embeddings)["num_items"])
-
-    def watch(what: str, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
-        with progress(what, total) as advance:
-            for batch in batches:
-                yield batch
-                advance(len(batch.item_ids) + batch.absent + batch.unusable)
-
     meta = build_index(
         config.embeddings,
         config.out,
@@ -42,10 +35,23 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
         sample=config.sample,
         seed=config.seed,
         plan=plan,
-        watch=watch,
+        watch=passes_over(config.embeddings),
     )
     _print_result(config, meta)
     return meta
+
+
+def passes_over(embeddings: Location) -> Watch:
+    """Return what shows a bar for each pass over the vectors of an embeddings folder."""
+    total = int(schema.read_manifest(embeddings)["num_items"])
+
+    def watch(what: str, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
+        with progress(what, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch.every))
+
+    return watch
 
 
 def _say(text: str, *, warning: bool = False) -> None:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.table import Table
 
-from vlm2rec.downstream.index.unit_vectors import UnitBatch
 from vlm2rec.downstream.semantic_ids.folder import IDS_FILE, build
-from vlm2rec.embedder.contract import schema
+from vlm2rec.pipelines.build_index import passes_over
 from vlm2rec.pipelines.config import SemanticIdsConfig
-from vlm2rec.pipelines.console import log, progress, summary
+from vlm2rec.pipelines.console import log, summary
 
 
 def run(config: SemanticIdsConfig) -> dict[str, Any]:
     """Write the folder of semantic ids and return what `semantic_ids.json` says."""
-    total = int(schema.read_manifest(config.embeddings)["num_items"])
-
-    def watch(what: str, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
-        with progress(what, total) as advance:
-            for batch in batches:
-                yield batch
-                advance(len(batch.every))
-
     record = build(
         config.embeddings,
         config.out,
@@ -34,7 +24,7 @@ def run(config: SemanticIdsConfig) -> dict[str, Any]:
         like=config.like,
         sample=config.sample,
         seed=config.seed,
-        watch=watch,
+        watch=passes_over(config.embeddings),
     )
     _print_result(config, record)
     return record

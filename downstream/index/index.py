@@ -18,7 +18,7 @@ import difflib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.downstream.index.plan import KINDS, IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
-from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
+from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, Watch, unit_batches
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
@@ -45,9 +45,6 @@ ROW = "row"  # int64, in ids.parquet
 
 _BUILD_AGAIN = "run `vlm2rec build-index` again"
 _REORDERED = 8  # candidates per neighbour that Refine compares again
-
-Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
-"""Wraps a pass over the vectors, to show its progress: called with a description and the pass."""
 
 
 # --- building -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,10 @@ class UnitBatch(NamedTuple):
     unusable: int  # rows whose vector is zero or not finite and has no direction
     every: list[str]  # all items of this batch, in the order of the export
     keep: np.ndarray  # which of them have a vector, (len(every),) bool
+
+
+Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
+"""Wraps a pass over the vectors, to show its progress: called with a description and the pass."""
 
 
 def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:

@@ -7,7 +7,6 @@ This is RQ-VAE's quantiser (TIGER, arXiv 2305.05065) without the autoencoder aro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import faiss
@@ -65,7 +64,6 @@ def train(
     seed: int,
     *,
     balanced: bool = False,
-    advance: Callable[[int], None] = lambda level: None,
 ) -> Codebook:
     """Train a codebook on vectors (n, d).
 
@@ -75,7 +73,6 @@ def train(
         size: K.
         seed: seed of k-means; level l takes seed + l.
         balanced: move the codewords to where `assign_evenly` puts them.
-        advance: called with 1 after each level.
 
     Raises:
         ConfigError: fewer vectors than codewords.
@@ -108,7 +105,6 @@ def train(
         codes = assign_evenly(distances(rest, words)) if balanced else distances(rest, words).argmin(axis=1)
         rest -= words[codes]
         codewords[level] = words
-        advance(1)
     return Codebook(codewords)
 
 

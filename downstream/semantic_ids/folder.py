@@ -10,7 +10,7 @@ others. So no two items have the same codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from vlm2rec.downstream.index.recall import NEIGHBOURS
-from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
+from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, Watch, unit_batches
 from vlm2rec.downstream.semantic_ids import codebook as codebooks
 from vlm2rec.downstream.semantic_ids.codebook import Codebook
 from vlm2rec.downstream.semantic_ids.quality import Scatter, describe, found_by_codes, nearest_rows
@@ -36,9 +36,6 @@ RECORD_FILE = "semantic_ids.json"
 CODES = "codes"
 WRITER = "vlm2rec semantic-ids"
 _WHAT, _AGAIN = "a finished folder of semantic ids", "run `vlm2rec semantic-ids` again"
-
-Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
-"""Wraps a pass over the vectors, to show its progress: called with a description and the pass."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,8 @@ def build(
         ids: list[str] = []
         usable: list[np.ndarray] = []
         for batch in watch("reading vectors", unit_batches(embeddings, column)):
-            drawn.offer(batch.vectors)
+            if earlier is None:
+                drawn.offer(batch.vectors)
             queries.offer(batch.vectors)
             ids += batch.every
             usable.append(batch.keep)
@@ -141,14 +139,11 @@ def build(
         codes = _codes(book, embeddings, column, len(known), balanced, watch)
         codes = _with_last(codes, known, earlier)
         spread = Scatter.of(book)
-        for batch in watch("measuring", unit_batches(embeddings, column)):
-            spread.add(batch.vectors, codes[batch.first : batch.first + len(batch.vectors), :-1], book)
+        neighbours = watch("comparing neighbours", unit_batches(embeddings, column))
         k = min(NEIGHBOURS, len(known) - 1)
-        neighbours = unit_batches(embeddings, column)
-        true = nearest_rows(watch("comparing neighbours", neighbours), queries.vectors, queries.rows, k) if k else None
-        own = np.empty((len(queries.rows), 0), np.int64) if true is None else true
-        quality = describe(book, codes[:, :-1], spread.explained, queries.rows, own)
-        quality["recall"] = found_by_codes(book, codes[:, :-1], queries.vectors, queries.rows, own) if k else None
+        near = nearest_rows(_measured(spread, book, codes, neighbours), queries.vectors, queries.rows, k)
+        quality = describe(book, codes[:, :-1], spread.explained, queries.rows, near)
+        quality["recall"] = found_by_codes(book, codes[:, :-1], queries.vectors, queries.rows, near) if k else None
         record = {
             "schema_version": 1,
             "written_by": WRITER,
@@ -199,6 +194,13 @@ def _codes(book: Codebook, embeddings: Location, column: str, count: int, balanc
             costs[rows] = codebooks.distances(rest, book.codewords[level])
         codes[:, level] = codebooks.assign_evenly(costs)
     return codes
+
+
+def _measured(spread: Scatter, book: Codebook, codes: np.ndarray, batches: Iterable[UnitBatch]) -> Iterator[UnitBatch]:
+    """Pass a stream on, and add its vectors and their codes to `spread`."""
+    for batch in batches:
+        spread.add(batch.vectors, codes[batch.first : batch.first + len(batch.vectors), :-1], book)
+        yield batch
 
 
 def _with_last(codes: np.ndarray, known: list[str], earlier: SemanticIds | None) -> np.ndarray:

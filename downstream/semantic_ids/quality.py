@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm2rec.downstream.index.recall import NEIGHBOURS
 from vlm2rec.downstream.index.unit_vectors import UnitBatch
 from vlm2rec.downstream.semantic_ids.codebook import Codebook
 
@@ -51,7 +50,7 @@ def nearest_rows(batches: Iterable[UnitBatch], queries: np.ndarray, own: np.ndar
         batches: all unit vectors.
         queries: (S, d) unit vectors.
         own: (S,) their rows.
-        k: fewer than the items.
+        k: fewer than the items; with 0 the stream is only read.
     """
     best = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int64)
@@ -61,7 +60,7 @@ def nearest_rows(batches: Iterable[UnitBatch], queries: np.ndarray, own: np.ndar
         scores[here, own[here] - batch.first] = -np.inf
         every = np.concatenate([best, scores], axis=1)
         numbers = np.broadcast_to(batch.first + np.arange(scores.shape[1]), scores.shape)
-        place = np.argpartition(-every, k - 1, axis=1)[:, :k]
+        place = np.argpartition(-every, max(k - 1, 0), axis=1)[:, :k]
         best = np.take_along_axis(every, place, axis=1)
         rows = np.take_along_axis(np.concatenate([rows, numbers], axis=1), place, axis=1)
     return rows
@@ -123,5 +122,5 @@ def describe(codebook: Codebook, codes: np.ndarray, explained: list[float], own:
         "sharing": int(sizes[sizes > 1].sum()),
         "largest": int(sizes.max()),
         "sampled": len(own),
-        "k": NEIGHBOURS if true.shape[1] == NEIGHBOURS else int(true.shape[1]),
+        "k": int(true.shape[1]),
     }
