@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -46,18 +47,7 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
         layers.append(config.config)
     layers.append(chosen_settings(config, model, theirs))
     _announce(config, theirs, folder)
-    with _Display() as display:
-        outcome = train(
-            layers,
-            config.out,
-            data=folder,
-            candidate_seeds=config.seeds,
-            tail_over=config.tail_over,
-            device=config.device,
-            watcher=display,
-        )
-    _summarise(outcome)
-    return outcome.metrics
+    return _trained(functools.partial(train, layers), config, folder)
 
 
 def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
@@ -79,11 +69,15 @@ def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
     features = recipes.choose_features(str(config.model), config.features, config.embeddings)
     settings = multimodal.Settings(**(given | {"features": features}))
+    return _trained(functools.partial(train_multimodal, settings), config, Dataset(config.data))
+
+
+def _trained(run: Callable[..., Outcome], config: TrainRecommenderConfig, folder: Dataset | None) -> dict[str, Any]:
+    """Run a training with its progress on stderr, print the summary, and return the content of metrics.json."""
     with _Display() as display:
-        outcome = train_multimodal(
-            settings,
-            config.out,
-            Dataset(config.data),
+        outcome = run(
+            out=config.out,
+            data=folder,
             candidate_seeds=config.seeds,
             tail_over=config.tail_over,
             device=config.device,

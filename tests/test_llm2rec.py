@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.adapters import lora
@@ -23,7 +23,6 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.llm2rec import (
     CSFT,
     MNTP,
@@ -37,21 +36,14 @@ from vlm2rec.embedder.training.llm2rec import (
 from vlm2rec.embedder.training.samples import Samples
 from vlm2rec.pipelines import evaluate, export_items, finetune
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig, FinetuneConfig
-from vlm2rec.pipelines.read_config import read_config
 
-Tiny = Callable[[str], Path]
 TEXTS = ["Halden steel mug 210", "A lamp", "Dunmore glass desk lamp 370", "mug", "Halden steel mug 21"]
 
 
 def settings(tiny: Tiny, data: Path, out: Path, **more: Any) -> FinetuneConfig:
-    flags: dict[str, Any] = {"method": "llm2rec", "data": data, "backbone": str(tiny("qwen2")), "out": out}
-    flags |= {"learning_rate": 1e-3, "batch_size": 8, "valid_users": 5, "probe_users": 0, "log_steps": 1}
-    flags |= {"csft_share": 0.4, "mntp_share": 0.3}
-    return read_config(FinetuneConfig, flags={**flags, "device": "cpu", "max_steps": 10, **more})
-
-
-def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return json.loads((out / "curves.json").read_text())
+    return settings_of(
+        "llm2rec", tiny("qwen2"), data, out, **({"csft_share": 0.4, "mntp_share": 0.3, "max_steps": 10} | more)
+    )
 
 
 def title_model(tiny: Tiny, data: Path, family: str = "qwen2", chunk: int = 0) -> TitleModel:
@@ -266,28 +258,13 @@ def test_each_phase_lowers_its_loss(
     assert np.mean(rows[-6:]) < np.mean(rows[:6])
 
 
-def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(stop: int) -> Callable[..., None]:
-        def at(self: object, args: object, state: Any, control: object, **_: object) -> None:
-            if state.global_step == stop:
-                raise KeyboardInterrupt
-
-        return at
-
+def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, checkpoint_steps=2) for name in ("cut", "whole"))
     for stop in (3, 5, 9):  # in each phase
-        with monkeypatch.context() as patch:
-            patch.setattr(train._Watch, "on_step_begin", interrupt(stop), raising=False)
-            with pytest.raises(KeyboardInterrupt):
-                finetune.run(cut)
+        cut_off(cut, stop)
     finetune.run(cut)
     finetune.run(whole)
-    rows = [[(row["loss"], row["phase"]) for row in curves(config.out)["train"]] for config in (cut, whole)]
-    assert len(rows[0]) == 10 and rows[0] == rows[1], "in float32 on a CPU, to the bit"
-    weights = [safetensors.torch.load_file(config.out / lora.WEIGHTS_FILE) for config in (cut, whole)]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    require_same(cut, whole, 10, [lora.WEIGHTS_FILE], ("loss", "phase"))
     assert finetune.run(cut) is None, "it is complete"
 
 

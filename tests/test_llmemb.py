@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
 import torch
+from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.adapters import lora
@@ -25,23 +24,14 @@ from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.encoders.item_text import attributes_of, item_texts, without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings
-from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.llmemb import AttributeModel, AttributeSamples, TextContrast, dropped
 from vlm2rec.pipelines import evaluate, export_items, finetune
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig, FinetuneConfig
 from vlm2rec.pipelines.read_config import read_config
 
-Tiny = Callable[[str], Path]
-
 
 def settings(tiny: Tiny, data: Path, out: Path, **more: Any) -> FinetuneConfig:
-    flags: dict[str, Any] = {"method": "llmemb", "data": data, "backbone": str(tiny("qwen2")), "out": out}
-    flags |= {"learning_rate": 1e-3, "batch_size": 8, "valid_users": 5, "probe_users": 0, "log_steps": 1}
-    return read_config(FinetuneConfig, flags={**flags, "device": "cpu", "max_steps": 3, **more})
-
-
-def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return json.loads((out / "curves.json").read_text())
+    return settings_of("llmemb", tiny("qwen2"), data, out, **more)
 
 
 @pytest.fixture(scope="module")
@@ -183,25 +173,13 @@ def test_training_lowers_the_loss_and_learns_the_temperature(tiny: Tiny, drawn_d
     assert rows[0]["tau"] == pytest.approx(0.02) and rows[-1]["tau"] != rows[0]["tau"]
 
 
-def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: object, args: object, state: Any, control: object, **_: object) -> None:
-        if state.global_step == 8:  # in the second epoch
-            raise KeyboardInterrupt
-
+def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": 9, "checkpoint_steps": 3}
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, **more) for name in ("cut", "whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Watch, "on_step_begin", interrupt, raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.run(cut)
+    cut_off(cut, 8)  # in the second epoch
     finetune.run(cut)
     finetune.run(whole)
-    rows = [[row["loss"] for row in curves(config.out)["train"]] for config in (cut, whole)]
-    assert len(rows[0]) == 9 and rows[0] == rows[1], "in float32 on a CPU, to the bit"
-    weights = [safetensors.torch.load_file(config.out / lora.WEIGHTS_FILE) for config in (cut, whole)]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    require_same(cut, whole, 9, [lora.WEIGHTS_FILE])
     assert finetune.run(cut) is None, "it is complete"
     with pytest.raises(ConfigError, match=r"was begun with drop_ratio = 0.4, now it is 0.2"):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "cut", drop_ratio=0.2, **more))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.adapters import lora
@@ -22,23 +22,13 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.notellm2 import PairContrast, PairModel, PairSamples, related_items
 from vlm2rec.pipelines import convert, evaluate, export_items, finetune
 from vlm2rec.pipelines.config import ConvertConfig, EvaluateConfig, ExportConfig, FinetuneConfig
-from vlm2rec.pipelines.read_config import read_config
-
-Tiny = Callable[[str], Path]
 
 
 def settings(tiny: Tiny, data: Path, out: Path, **more: Any) -> FinetuneConfig:
-    flags: dict[str, Any] = {"method": "notellm2", "data": data, "backbone": str(tiny("qwen2_5_vl")), "out": out}
-    flags |= {"max_pixels": 56 * 56, "learning_rate": 1e-3, "batch_size": 8, "valid_users": 5, "probe_users": 0}
-    return read_config(FinetuneConfig, flags={**flags, "log_steps": 1, "device": "cpu", "max_steps": 3, **more})
-
-
-def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return json.loads((out / "curves.json").read_text())
+    return settings_of("notellm2", tiny("qwen2_5_vl"), data, out, **({"max_pixels": 56 * 56} | more))
 
 
 def note_encoder(tiny: Tiny, family: str = "qwen2_5_vl", **more: Any) -> ItemEncoder:
@@ -218,26 +208,13 @@ def test_the_ablations_leave_out_what_they_say(tiny: Tiny, drawn_dataset: Path, 
     assert not (tmp_path / "a" / lora.LATE_FUSION_FILE).exists()
 
 
-def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: object, args: object, state: Any, control: object, **_: object) -> None:
-        if state.global_step == 7:  # in the second epoch
-            raise KeyboardInterrupt
-
+def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": 8, "checkpoint_steps": 3}
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, **more) for name in ("cut", "whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Watch, "on_step_begin", interrupt, raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.run(cut)
+    cut_off(cut, 7)  # in the second epoch
     finetune.run(cut)
     finetune.run(whole)
-    rows = [[row["loss"] for row in curves(config.out)["train"]] for config in (cut, whole)]
-    assert len(rows[0]) == 8 and rows[0] == rows[1], "in float32 on a CPU, to the bit"
-    for name in (lora.WEIGHTS_FILE, lora.LATE_FUSION_FILE):
-        weights = [safetensors.torch.load_file(config.out / name) for config in (cut, whole)]
-        assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+    require_same(cut, whole, 8, [lora.WEIGHTS_FILE, lora.LATE_FUSION_FILE])
     assert finetune.run(cut) is None, "it is complete"
 
 

@@ -6,15 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import safetensors.torch
 import torch
+from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.table import EmbeddingTable
@@ -26,24 +25,15 @@ from vlm2rec.embedder.contract.errors import ConfigError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_users_together
 from vlm2rec.embedder.encoders.settings import fingerprint_of
-from vlm2rec.embedder.training import train
 from vlm2rec.embedder.training.gradients import conflict
 from vlm2rec.embedder.training.sda import ItemAlignment, ItemModel, ItemSamples, probed
 from vlm2rec.pipelines import convert, evaluate, export_items, finetune
 from vlm2rec.pipelines.config import ConvertConfig, EvaluateConfig, ExportConfig, FinetuneConfig
 from vlm2rec.pipelines.read_config import read_config
 
-Tiny = Callable[[str], Path]
-
 
 def settings(tiny: Tiny, data: Path, out: Path, **more: Any) -> FinetuneConfig:
-    flags: dict[str, Any] = {"method": "sda", "data": data, "backbone": str(tiny("qwen2_5_vl")), "out": out}
-    flags |= {"max_pixels": 56 * 56, "learning_rate": 1e-3, "batch_size": 8, "valid_users": 5, "probe_users": 0}
-    return read_config(FinetuneConfig, flags={**flags, "log_steps": 1, "device": "cpu", "max_steps": 3, **more})
-
-
-def curves(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return json.loads((out / "curves.json").read_text())
+    return settings_of("sda", tiny("qwen2_5_vl"), data, out, **({"max_pixels": 56 * 56} | more))
 
 
 def exporting(tiny: Tiny, data: Path, out: Path, adapter: Path, **more: Any) -> ExportConfig:
@@ -132,25 +122,13 @@ def test_one_expert_leaves_a_standard_peft_adapter_with_the_settings_of_sda(
     assert encoder.settings.prompt_style == "sda"
 
 
-def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: object, args: object, state: Any, control: object, **_: object) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
+def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": 7, "checkpoint_steps": 3, "cmsa": "reference"}
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, **more) for name in ("cut", "whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Watch, "on_step_begin", interrupt, raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            finetune.run(cut)
+    cut_off(cut, 5)
     finetune.run(cut)
     finetune.run(whole)
-    rows = [[row["loss"] for row in curves(config.out)["train"]] for config in (cut, whole)]
-    assert len(rows[0]) == 7 and rows[0] == rows[1], "in float32 on a CPU, to the bit"
-    weights = [safetensors.torch.load_file(config.out / lora.MODA_FILE) for config in (cut, whole)]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    require_same(cut, whole, 7, [lora.MODA_FILE])
 
 
 @pytest.mark.parametrize("chunk", [3, 8])

@@ -496,20 +496,8 @@ def _moda_settings(folder: Path) -> moda.ModaSettings:
 def _require_shapes(expected: Mapping[str, Shape], stored: Mapping[str, Shape], folder: Path) -> None:
     """Raise `ModelError` unless an adapter's file holds what this backbone takes; nothing has been made so far."""
     fix = "give the backbone named in its vlm2rec.json"
-    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing or unexpected:
-        example = f"missing {missing[0]}" if missing else f"unexpected {_short(unexpected[0])}"
-        raise ModelError(
-            f"the adapter {folder} does not fit this backbone: {len(missing)} keys missing, {len(unexpected)}"
-            f" unexpected ({example})",
-            "an adapter trained on this backbone",
-            fix,
-        )
-    for name, shape in expected.items():
-        if shape != stored[name]:
-            raise ModelError(
-                f"{name} of the adapter {folder} has shape {stored[name]}", f"{shape}, as in this backbone", fix
-            )
+    wanted = "an adapter trained on this backbone", fix
+    peft_folder.require_shapes(expected, stored, folder, "this backbone", wanted, fix)
 
 
 def _copy_strictly(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], folder: Path) -> None:

@@ -40,6 +40,8 @@ _PICKLED = "adapter_model.bin"
 _BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # weights trained beside LoRA: LLaVA's projector
 
 _COPY = "copy the adapter folder again with all its files"
+_OTHER_BACKBONE = "give its base model as --backbone"
+_OTHER_OR_COPY = f"{_OTHER_BACKBONE}, or {_COPY}"
 _MERGE = (
     "merge it: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new), copy the backbone's"
     " tokenizer and processor files there too, and give the new folder as --backbone"
@@ -306,23 +308,46 @@ def _updates(
         if settings.dora:
             late = f"{key}magnitude_vector.weight"
             expected[late if late in stored else f"{key}magnitude_vector"] = (layer.out_features,)
+    require_shapes(
+        expected,
+        stored,
+        folder,
+        f"this backbone and its own {CONFIG_FILE}",
+        ("the weights of all layers that its config targets, and no others, for this backbone", _OTHER_OR_COPY),
+        _OTHER_BACKBONE,
+    )
+    return updates
+
+
+def require_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    place: str,
+    of_keys: tuple[str, str],
+    fix: str,
+) -> None:
+    """Raise `ModelError` unless an adapter's file has exactly the expected keys and shapes.
+
+    Args:
+        expected: shapes by key.
+        stored: those of the file, of which only the header has been read.
+        folder: the adapter folder, for the messages.
+        place: what the adapter has to fit, in the words of the messages.
+        of_keys: what is expected, and what to do, where keys are missing or spare.
+        fix: what to do where a shape is another one.
+    """
     missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unexpected:
         example = f"missing {_short(missing[0])}" if missing else f"unexpected {_short(unexpected[0])}"
         raise ModelError(
-            f"the adapter {folder} does not fit this backbone and its own {CONFIG_FILE}: {len(missing)} keys missing,"
-            f" {len(unexpected)} unexpected ({example})",
-            "the weights of all layers that its config targets, and no others, for this backbone",
-            f"give its base model as --backbone, or {_COPY}",
+            f"the adapter {folder} does not fit {place}: {len(missing)} keys missing, {len(unexpected)} unexpected"
+            f" ({example})",
+            *of_keys,
         )
     for key, shape in expected.items():
         if shape != stored[key]:
-            raise ModelError(
-                f"{key} of the adapter {folder} has shape {stored[key]}",
-                f"{shape}, as in this backbone and its {CONFIG_FILE}",
-                "give its base model as --backbone",
-            )
-    return updates
+            raise ModelError(f"{key} of the adapter {folder} has shape {stored[key]}", f"{shape}, as in {place}", fix)
 
 
 def _spelling(stored: Collection[str], backbone: Backbone, folder: Path) -> str:
