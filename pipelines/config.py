@@ -273,9 +273,13 @@ class FinetuneConfig:
         "last",
     )
     prompt_style: PromptStyle = setting(
-        "Whose prompts: vlm2rec's, or those for single items alone: sda's, notellm2's, notellm2-basic, which has no"
+        "Whose prompts: vlm2rec's; qwen3-vl-embedding's, in whose format that model was trained (chat, --instruction as"
+        " the system's turn); or those for single items alone: sda's, notellm2's, notellm2-basic, which has no"
         " visual vector, or llm2rec, the title alone. SDA and LLMEmb: sda; the others their own.",
         "vlm2rec",
+    )
+    instruction: str = setting(
+        "What --prompt-style qwen3-vl-embedding asks in every prompt. Default: Represent the user's input.", ""
     )
     item_text: str = setting(
         "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
@@ -383,7 +387,9 @@ class ExportConfig:
         None,
     )
     instruction: str | None = setting(
-        "The question of --strategy question about every item. Default: it asks for six attributes in JSON.", None
+        "The question of --strategy question about every item; by default it asks for six attributes in JSON. With"
+        " --prompt-style qwen3-vl-embedding as for finetune. Default: the adapter's.",
+        None,
     )
     pooling: EncoderPooling | None = setting(
         "last or mean, as for finetune; for a text encoder also cls. Default and auto: the adapter's, else last; for a"
@@ -452,6 +458,7 @@ class ImportAdapterConfig:
     fusion_norm: FusionNorm = setting("As for finetune.", "raw")
     prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
     prompt_style: PromptStyle = setting("Whose prompts, as for finetune.", "vlm2rec")
+    instruction: str = setting("As for finetune.", "")
     item_text: str = setting("Columns of the catalogue that are an item's text, as for finetune.", "title")
     pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
     attention: Attention = setting("causal or bidirectional, as the adapter was trained.", "causal")

@@ -27,7 +27,7 @@ from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_lin
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import Attention, DeviceName, DtypeName, Pooling, PromptMode
-from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, render
+from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, SystemMessage, render
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
@@ -95,7 +95,7 @@ class Backbone:
         self.attention: Attention = attention
         self.has_head = True  # its weights hold a language-model head
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self._starts: dict[str, tuple[int, ...]] = {}
+        self._starts: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] | None = None
         packing.prepare(model, self.language_model)
 
@@ -256,18 +256,21 @@ class Backbone:
 
     def _shared(self, prompt: Prompt, ids: list[int]) -> int:
         """Return how many leading tokens are the same in every prompt of this kind."""
-        first = prompt[0] or ""
-        if first in CONSTANT_STARTS:  # constant up to the first image; an empty title leaves no text after the start
+        system = [part for part in prompt[:1] if isinstance(part, SystemMessage)]
+        first = (prompt[len(system) :] or ("",))[0] or ""
+        constant: tuple[str, ...] = ("",) if system else CONSTANT_STARTS  # with one, all up to the user's turn
+        if first in constant:  # constant up to the first image; an empty title leaves no text after the start
             image = getattr(self.processor, "image_token_id", None)
             return ids.index(image) if image in ids else 0
-        start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
+        start = next((start for start in constant if first.startswith(start)), None)
         if start is None:
             return 0
-        if start not in self._starts:
+        key = (*system, start)
+        if key not in self._starts:
             # a token may join the end of the start with what follows, so the common start of several titles is taken
-            texts = (render((start + title,), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
-            self._starts[start] = common_start([self._ids(text) for text in texts])
-        known = self._starts[start]
+            texts = (render((*system, start + title), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
+            self._starts[key] = common_start([self._ids(text) for text in texts])
+        known = self._starts[key]
         return len(known) if tuple(ids[: len(known)]) == known and len(known) < len(ids) else 0
 
     def patch(self, image: Image.Image) -> Patches:
