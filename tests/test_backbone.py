@@ -18,7 +18,7 @@ from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import PromptMode
 
 Tiny = Callable[[str], Path]
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "idefics3", "smolvlm")
 MODES: tuple[PromptMode, ...] = ("raw", "chat")
 TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)", "Bag"] * 2
 

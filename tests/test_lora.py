@@ -24,7 +24,7 @@ from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.settings import fingerprint_of
 
 Tiny = Callable[[str], Path]
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "idefics3", "smolvlm")
 
 
 def write_adapter(backbone: Path, folder: Path, scale: float = 0.02) -> np.ndarray:

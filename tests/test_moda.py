@@ -22,7 +22,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, ModelEr
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 Tiny = Callable[[str], Path]
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "idefics3", "smolvlm")
 SETTINGS = ModaSettings(experts=4, rank=8, alpha=32.0, dropout=0.1)
 
 

@@ -73,7 +73,7 @@ def test_the_model_takes_what_the_processor_makes(tiny: Tiny, family: str) -> No
     processor = load_processor(tiny(family))
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
     batch = processor(
-        images=[noise(60, 90), noise(90, 60), noise(50, 50)],
+        images=[[noise(60, 90)], [noise(90, 60), noise(50, 50)]],
         text=[prompt(processor, 1), prompt(processor, 2)],
         padding=True,
         padding_side="right",
@@ -121,7 +121,8 @@ def test_a_budget_below_one_token_is_refused(tiny: Tiny) -> None:
 def test_the_placeholder_is_what_the_chat_template_puts_for_an_image(tiny: Tiny, family: str) -> None:
     processor = load_processor(tiny(family))
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+    applied = {"chat_template": processor.chat_template, "add_generation_prompt": True, "tokenize": False}
+    text = processor.tokenizer.apply_chat_template([turn], **applied)
     assert processor.family.placeholder in text
     assert "What is it?" in text
 

@@ -31,7 +31,7 @@ from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, SystemM
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
-ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+ADAPTED_LAYERS = r"(model|.*\b(language|text)_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -167,7 +167,8 @@ class Backbone:
     @property
     def language_model(self) -> Any:
         """The layers that LoRA adapts: the body without the vision tower; for a text model the body itself."""
-        return getattr(self.body, "language_model", self.body)
+        names = ("language_model", "text_model")  # the Idefics family has the second
+        return next((getattr(self.body, name) for name in names if hasattr(self.body, name)), self.body)
 
     def adapted_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the language model that adapters change, by their names in `model`.
