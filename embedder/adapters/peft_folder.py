@@ -51,6 +51,8 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "qwen2_vl": ("model.language_model.", "model.", "language_model.", ""),
     "qwen2_5_vl": ("model.language_model.", "model.", "language_model.", ""),
     "qwen3_vl": ("model.language_model.", "language_model."),
+    "qwen3_5": ("model.language_model.", "language_model."),
+    "gemma3": ("model.language_model.", "language_model.model.", "language_model."),
     "internvl": ("model.language_model.", "language_model.model.", "language_model."),
     "llava": ("model.language_model.", "language_model.model.", "language_model."),
     "idefics3": ("model.text_model.",),

@@ -2,7 +2,7 @@
 
 Images always go through the PIL backend. torchvision's own resize differs in the third decimal, so a table exported
 on a machine with torchvision would differ slightly from one exported without it. Its CPU release is also often missing
-or broken. transformers' AutoProcessor requires torchvision for the video part of five families. vlm2rec needs no
+or broken. transformers' AutoProcessor requires torchvision for the video part of six families. vlm2rec needs no
 video, so it assembles the family's own processor without that part.
 Causal text models have only a tokenizer; `TextProcessor` lets them take the same path.
 """
@@ -46,6 +46,7 @@ class Family:
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
     note: str = ""  # shown to the user when the family is loaded
     text_only: bool = False  # a causal text model: no images, no processor
+    blocks: bool = False  # the tokens of an image see those of the same image that come later
     needs: str = ""  # a library that the family's processor imports, with an extra of the same name as the family
 
 
@@ -66,6 +67,14 @@ FAMILIES: Mapping[str, Family] = {
             area_budget=False,
             note="LLaVA-1.5 spends 576 tokens on an image: more than seven images overflow its 4,096 positions",
         ),
+        Family(
+            "qwen3_5",
+            "Qwen3VLProcessor",
+            _QWEN_IMAGE,
+            area_budget=True,
+            note="most layers of Qwen3.5 carry a state along a row, so that each prompt runs by itself, unpacked",
+        ),
+        Family("gemma3", "Gemma3Processor", "<start_of_image>", area_budget=False, blocks=True),
         # SmolVLM is published under both types, and SmolVLM2 as smolvlm
         Family("idefics3", "Idefics3Processor", "<image>", area_budget=False),
         Family("smolvlm", "SmolVLMProcessor", "<image>", area_budget=False, needs="num2words"),
@@ -149,6 +158,11 @@ def load_processor(
         whole = getattr(processor, "global_image_token", None) or processor.global_image_tag
         processor.start_image_token = processor.fake_image_token + whole
         processor.end_image_token = processor.fake_image_token
+    if hasattr(processor, "boi_token"):  # Gemma: an image begins with another token than it has inside
+        processor.start_image_token = f"\n\n{processor.boi_token}"
+        processor.end_image_token = f"{tokenizer.eoi_token}\n\n"
+        processor.inner_image_token = tokenizer.image_token
+        processor.inner_image_token_id = tokenizer.image_token_id
     _check(processor, source)
     return processor
 
