@@ -56,6 +56,8 @@ Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]
 ValidCandidates = Literal["own", "stored"]
 """What validation items are ranked among: items drawn for validation alone, or the first set stored for the test."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TRACKERS: Final[tuple[TrackerName, ...]] = get_args(TrackerName)
 Reduction = Literal["paper", "mean"]
 """How VLM2Rec's two losses are balanced in a batch: as the paper's equations, or both as means."""
 

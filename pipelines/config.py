@@ -340,6 +340,11 @@ class FinetuneConfig:
         "Steps between comparisons of the gradients of loss, text and image, on one batch without dropout. 0: never.",
         0,
     )
+    report_to: str = setting(
+        "Trackers that receive the curves: tensorboard, wandb, mlflow, trackio, with commas between; none: no tracker.",
+        "none",
+    )
+    log_dir: Path | None = setting("Folder for the trackers' files. Default: --out with -logs behind its name.", None)
     resume: bool = setting("Continue from the last checkpoint in --out; off starts from the beginning.", True)
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS, GO_ON, RUN_FILE
 from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.tracking import Tracking, parse_trackers
 from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
@@ -45,7 +47,7 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_ca
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images", "report_to", "log_dir"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -106,12 +108,23 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
             TERMINAL,
+            _tracking(config),
         )
     unreadable = {name: reason for part in distributed.from_all(items.unreadable) for name, reason in part.items()}
     if distributed.is_main():
         _save(config, dataset, samples, encoder, wrapped, training, licence)
         _summarise(config, samples, unreadable, training)
     return training
+
+
+def _tracking(config: FinetuneConfig) -> Tracking | None:
+    """Return where the curves are sent to; None if nowhere."""
+    names = parse_trackers(config.report_to)
+    return Tracking(names, _log_dir(config), config.out.name, _identity(config)) if names else None
+
+
+def _log_dir(config: FinetuneConfig) -> Path:
+    return config.log_dir or config.out.with_name(f"{config.out.name}-logs")
 
 
 def _save(
@@ -141,6 +154,7 @@ def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
+    parse_trackers(config.report_to)
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
@@ -408,4 +422,6 @@ def _summarise(
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         rows["unreadable images"] = f"{len(unreadable)}, replaced by white ones; item {name}: {reason}"
+    if names := parse_trackers(config.report_to):
+        rows["tracked by"] = f"{', '.join(names)}; files in {_log_dir(config)}"
     summary("Fine-tuning done", rows)
