@@ -1,0 +1,72 @@
+"""What the site has beside the pages of this folder: files of the repository, and what is made from the code.
+
+mkdocs calls the `on_...` functions. Files of the repository that a page names (`../tests/FAULTS.md`) become pages of
+the site, so that the same links work in a checkout and on the site.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY_PAGES = {
+    name: ROOT / path
+    for name, path in {
+        "FAULTS.md": "tests/FAULTS.md",
+        "CONTRIBUTING.md": "CONTRIBUTING.md",
+        "CHANGELOG.md": "CHANGELOG.md",
+    }.items()
+}
+COMMANDS = "<!-- commands -->"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the repository's own pages."""
+    for name, path in REPOSITORY_PAGES.items():
+        files.append(File.generated(config, name, content=path.read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn links for a checkout into links of the site, and fill in the commands."""
+    if page.file.src_uri in REPOSITORY_PAGES:
+        markdown = markdown.replace("](docs/", "](")
+    else:
+        markdown = re.sub(r"\]\(\.\./(?:tests/)?([A-Z]+\.md)", _on_site, markdown)
+    return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
+
+
+def _on_site(link: re.Match[str]) -> str:
+    return f"]({link[1] if link[1] in REPOSITORY_PAGES else 'index.md'}"
+
+
+def commands() -> str:
+    """Return every command with its options, as Markdown."""
+    from vlm2rec.pipelines import cli
+
+    group: Any = typer.main.get_command(cli.app)
+    return "\n\n".join(_command(name, each) for name, each in group.commands.items())
+
+
+def _command(name: str, each: Any) -> str:
+    rows = ["| option | |", "|---|---|"]
+    rows += [_row(parameter) for parameter in each.params if not getattr(parameter, "hidden", False)]
+    return f"## {name}\n\n{(each.help or '').strip()}\n\n" + "\n".join(rows)
+
+
+def _row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        name = f"`{parameter.name.upper()}`"
+    else:
+        name = " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+    text = " ".join((getattr(parameter, "help", None) or "").split())
+    return f"| {name} | {_escape(text)} |"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
