@@ -46,7 +46,7 @@ def _on_site(link: re.Match[str]) -> str:
 
 
 def commands() -> str:
-    """Return every command with its options, as Markdown."""
+    """Return every command with its options in their groups, as Markdown."""
     from vlm2rec.pipelines import cli
 
     group: Any = typer.main.get_command(cli.app)
@@ -54,18 +54,21 @@ def commands() -> str:
 
 
 def _command(name: str, each: Any) -> str:
-    rows = ["| option | |", "|---|---|"]
-    rows += [_row(parameter) for parameter in each.params if not getattr(parameter, "hidden", False)]
-    return f"## {name}\n\n{(each.help or '').strip()}\n\n" + "\n".join(rows)
+    panels: dict[str, list[str]] = {"": []}  # what one needs first stands on top, as in the help
+    for parameter in each.params:
+        panels.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(_row(parameter))
+    tables = ["\n".join([f"| {title or 'option'} | |", "|---|---|", *rows]) for title, rows in panels.items() if rows]
+    return "\n\n".join([f"## {name}", (each.help or "").strip(), *tables])
 
 
 def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         name = f"`{parameter.name.upper()}`"
     else:
-        name = " ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+        name = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+    values = str(parameter.display_type(None)).strip("<>").split("|")
     text = " ".join((getattr(parameter, "help", None) or "").split())
-    return f"| {name} | {_escape(text)} |"
+    return f"| {name}{'<br>' + ', '.join(values) if len(values) > 1 else ''} | {_escape(text)} |"
 
 
 def _escape(text: str) -> str:
