@@ -22,7 +22,18 @@ REPOSITORY_PAGES = {
         "CHANGELOG.md": "CHANGELOG.md",
     }.items()
 }
+PACKAGES = ("embedder", "downstream", "pipelines")
 COMMANDS = "<!-- commands -->"
+
+
+def on_startup(**_: Any) -> None:
+    """Lay the packages out under the name they install as: what reads docstrings does not see an editable install."""
+    folder = ROOT / "build" / "types" / "vlm2rec"
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        link = folder / package
+        if not link.is_symlink():
+            link.symlink_to(Path("..", "..", "..", package))
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -65,7 +76,7 @@ def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         name = f"`{parameter.name.upper()}`"
     else:
-        name = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+        name = ", ".join(f'<code class="flag">{flag}</code>' for flag in [*parameter.opts, *parameter.secondary_opts])
     values = str(parameter.display_type(None)).strip("<>").split("|")
     text = " ".join((getattr(parameter, "help", None) or "").split())
     return f"| {name}{'<br>' + ', '.join(values) if len(values) > 1 else ''} | {_escape(text)} |"
