@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -86,6 +88,53 @@ def test_the_tree_names_every_folder_of_the_packages_once() -> None:
         found.append(f"{parent}/{name}" if indent else name)
     there = {f"{package}/{path.parent.name}" for package in PACKAGES for path in (ROOT / package).glob("*/__init__.py")}
     assert sorted(found) == sorted({*there, *PACKAGES, "tests"})
+
+
+# --- commands and flags -----------------------------------------------------------------------------------------
+def options_of() -> dict[str, set[str]]:
+    """Return the flags of every command."""
+    commands: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    return {
+        name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+
+def calls(page: Path) -> list[list[str]]:
+    """Return the calls of vlm2rec in the blocks of commands, as words from the command's name on."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        for line in re.split(r"\n|&&", re.sub(r"\\\n\s*", " ", block)):
+            words = shlex.split(line, comments=True)
+            places = [place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?vlm2rec(:\w+)?", word)]
+            if places and words[0] not in ("git", "cd", "pip", "python") and words[:2] != ["docker", "build"]:
+                found.append(words[places[-1] + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_call_in_a_block_names_a_command_and_its_flags(page: Path) -> None:
+    options = options_of()
+    for name, *words in calls(page):
+        if name.startswith("--"):
+            assert name in {"--help", "--version", "--install-completion", "--show-completion"}
+            continue
+        flags = {word for word in words if word.startswith("--")}
+        assert name in options and flags <= options[name], [name, *words]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page: Path) -> None:
+    ours = {flag for flags in options_of().values() for flag in flags}
+    others = {
+        *("--help", "--version", "--install-completion", "--show-completion"),
+        *("--no-python", "--nproc-per-node", "--num_processes", "--no_python"),  # torchrun and accelerate
+        *("--no-deps", "--constraint", "--volume"),  # pip and docker
+        *("--items", "--images", "--users", "--steps", "--dim", "--rows", "--queries"),  # of benchmarks
+        *("--photos", "--more", "--cut-from", "--layers", "--out"),  # of tests/benchmarks/pretrained_backbone.py
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose(page)))
+    assert named - ours - others == set()
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
