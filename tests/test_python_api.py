@@ -48,7 +48,7 @@ def test_the_example_of_readme_prints_what_stands_below_it(
 ) -> None:
     """In folders as `make demo` leaves them, of the printed products alone, with the order of their cosines."""
     (printed,) = blocks(README, "text")
-    lines = {line.split(" ")[0]: line.split(" ", 1)[1].split("|") for line in printed.splitlines()}
+    lines = {line.split(": ")[0]: line.split(": ")[1].split(", ") for line in printed.splitlines()}
     titles = list(dict.fromkeys(title for line in lines.values() for title in line))
     ids = ["P0302", *(f"P{number:04}" for number in range(1, len(titles)))]
     angles = {view: [line.index(title) if title in line else 9 for title in titles] for view, line in lines.items()}
