@@ -1,4 +1,4 @@
-"""The backbone: five families through one path, equal to the stock model, whatever the neighbours in a batch."""
+"""The backbone: all families through one path, equal to the stock model, whatever the neighbours in a batch."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def fingerprint_of(
             settings.item_text,
             settings.instruction,
         ),
-        "dim": int(_text_config(files.folder).hidden_size),
+        "dim": int(text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,
         "views": list(settings.columns),  # the columns, not the setting's one word, because readers need columns
@@ -262,7 +262,8 @@ def fingerprint_of(
     }
 
 
-def _text_config(folder: Path) -> Any:
+def text_config(folder: Path) -> Any:
+    """Return the config of the language model in a model folder."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except model_files.UNLOADABLE as error:
