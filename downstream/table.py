@@ -199,6 +199,25 @@ def read_batches(
         yield from _read_shard(folder, manifest, number, column, batch_size)
 
 
+def read_part(
+    folder: Location, number: int, column: str, table: str = schema.ITEMS_TABLE
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return one shard as `read_batches` streams it."""
+    _require_view(column)
+    manifest = schema.read_manifest(folder, table=table)
+    rows = max(1, int(manifest["shards"][number]["rows"]))
+    parts = list(_read_shard(folder, manifest, number, column, rows))
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.empty((0, schema.dim_of(manifest, column)), np.float32)
+    ids = [row_id for part_ids, _, _ in parts for row_id in part_ids]
+    return (
+        ids,
+        np.concatenate([empty, *(p[1] for p in parts)]),
+        np.concatenate([np.empty(0, bool), *(p[2] for p in parts)]),
+    )
+
+
 def _every_shard(manifest: Mapping[str, Any], column: str, read: Callable[[int], _Read]) -> list[_Read]:
     """Read the shards in several threads, as decoding releases Python's lock; results come in the shards' order."""
     _require_view(column)

@@ -64,7 +64,7 @@ def run(
     features, filled = read_features(settings, folder.item_ids)
     recommender.begin(out)
     with publish.full_disk_errors(out):
-        recommender.write_record(out, dataclasses.asdict(settings))
+        recommender.write_record(out, dataclasses.asdict(settings), data.path, settings.embeddings)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             features = {view: vectors.to(place) for view, vectors in features.items()}

@@ -9,6 +9,7 @@ Each is defined here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -309,6 +310,11 @@ def _manifest_of(folder: Location) -> Location:
     except OSError as error:
         found = f"{folder} cannot be read ({error.strerror or error})"
         raise ArtifactError(found, "an embeddings folder", _REACH) from None
+
+
+def shards_sha256(manifest: Mapping[str, Any]) -> str:
+    """Return one hash of all shards of a finished folder: another one says that some row differs."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
 _MANIFEST_KEYS = {

@@ -15,11 +15,10 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -32,6 +31,7 @@ from vlm2rec.pipelines.catalogue.ids import ROW, ids_of
 from vlm2rec.pipelines.catalogue.parts import refuse_bomb
 from vlm2rec.pipelines.catalogue.records import Kind, id_as_text, is_missing, kind_of, read_records, require_columns
 from vlm2rec.pipelines.catalogue.rejects import INTERACTIONS, Rejects
+from vlm2rec.pipelines.config import HistoryColumns
 
 HISTORY = "history"  # the usual name of a column of lists
 EMPTY = "the history is empty"
@@ -70,26 +70,28 @@ class GivenHistories:
         places = np.arange(ends[-1]) - np.repeat(ends[:-1], kept)
         return replace(self, rows=self.rows[np.repeat(self.offsets[1:] - kept, kept) + places], offsets=ends)
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of users and histories; `rows` count in a catalogue that is named elsewhere."""
-        found = hashlib.sha256(json.dumps(sorted(self.reasons.items())).encode())
-        for user_id in self.user_ids:
-            data = user_id.encode("utf-8", "surrogatepass")
-            found.update(len(data).to_bytes(8, "little") + data)
+    def digest(self, item_ids: Sequence[str]) -> str:
+        """Return the SHA-256 of users, histories and reasons; the order of the catalogue, `item_ids`, does not count."""
+        of_item = np.array([_short_hash(item_id) for item_id in item_ids], "<u8")
+        found = hashlib.sha256(json.dumps([digest_of(self.user_ids), sorted(self.reasons.items())]).encode())
         found.update(np.ascontiguousarray(self.offsets, "<i8").tobytes())
-        found.update(np.ascontiguousarray(self.rows, "<i4").tobytes())
+        for start in range(0, len(self.rows), _ROWS_AT_A_TIME):
+            found.update(of_item[self.rows[start : start + _ROWS_AT_A_TIME]].tobytes())
         return found.hexdigest()
 
 
-class HistoryColumns(Protocol):
-    """The settings of a command that reads histories."""
+def digest_of(ids: Iterable[str]) -> str:
+    """Return the SHA-256 of ids in their order."""
+    found = hashlib.sha256()
+    for each in ids:
+        data = each.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()
 
-    user_id_column: str
-    item_id_column: str
-    time_column: str
-    history_column: str | None
-    order: str
+
+def _short_hash(item_id: str) -> int:
+    digest = hashlib.blake2b(item_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def read_histories(path: Path, item_ids: Sequence[str], columns: HistoryColumns) -> GivenHistories:
@@ -166,8 +168,8 @@ def _why_nothing(found: Interactions, users: pl.Series, catalogue: pl.Series, pl
     told = {}
     for place, counted in reasons.items():
         such = f", such as item {examples[place]!r}" if place in examples else ""
-        parts = "; ".join(f"{reason}: {count:,}" for reason, count in counted.most_common())
-        told[place] = f"none of the history's {counted.total():,} interactions can be used ({parts}){such}"
+        parts = ", ".join(f"{reason} ({count:,})" for reason, count in counted.most_common())
+        told[place] = f"no interaction can be used: {parts}{such}"
     return told
 
 
