@@ -404,7 +404,7 @@ class _VectorRanker:
             found[known] = mean_vectors({self._source.column: self._table}, latest)[self._source.column]
         for place in known:
             if np.isnan(found[place]).all():
-                reasons[place] = f"no item of the history has a {self._source.column} vector"
+                reasons[place] = f"no item of the history has a vector in {self._source.column}"
         return found
 
     def _given(self, number: int, reasons: dict[int, str]) -> np.ndarray:

@@ -182,6 +182,8 @@ def required_values(cls: type) -> dict[str, Any]:
         "to": "npy",
         "encoder": "clip",
         "adapter": "lora",
+        "histories": "h.parquet",
+        "recommender": "run",
     }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
 

@@ -109,7 +109,7 @@ def judge(
         present = [vectors[view][row] for view in vectors if not absent[view][row]]
         reason = reasons.get(row)
         if not reason and failed[row]:
-            reason = f"no item of the history has a {_joined(lacking)} vector"
+            reason = _none_in(lacking)
         elif not reason and not all(np.isfinite(values).all() for values in present):
             reason = "the model gives NaN or infinity"
         elif not reason and any(np.abs(values).max() > limit for values in present):
@@ -118,9 +118,9 @@ def judge(
             for values in vectors.values():
                 values[row] = np.nan
         status.append(schema.STATUS_FAILED if reason else schema.STATUS_TEXT_ONLY if lacking else schema.STATUS_OK)
-        error.append(reason or (f"no item of the history has a {_joined(lacking)} vector" if lacking else None))
+        error.append(reason or (_none_in(lacking) if lacking else None))
     return status, error
 
 
-def _joined(names: Iterable[str]) -> str:
-    return ", ".join(names)
+def _none_in(views: Iterable[str]) -> str:
+    return f"no item of the history has a vector in {', '.join(views)}"

@@ -71,7 +71,7 @@ class GivenHistories:
         return replace(self, rows=self.rows[np.repeat(self.offsets[1:] - kept, kept) + places], offsets=ends)
 
     def digest(self, item_ids: Sequence[str]) -> str:
-        """Return the SHA-256 of users, histories and reasons; the order of the catalogue, `item_ids`, does not count."""
+        """Return the SHA-256 of users, histories and reasons, whatever the order of the catalogue."""
         of_item = np.array([_short_hash(item_id) for item_id in item_ids], "<u8")
         found = hashlib.sha256(json.dumps([digest_of(self.user_ids), sorted(self.reasons.items())]).encode())
         found.update(np.ascontiguousarray(self.offsets, "<i8").tobytes())
