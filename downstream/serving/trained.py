@@ -166,7 +166,7 @@ class TrainedRecommender:
         """Return the vector of each item of `run.item_ids` as the model reads it, (I, width) float32."""
         with torch.no_grad():
             rows = self.model.item_embedding.weight[1 : len(self.run.item_ids) + 1]
-        return np.asarray(rows.float().cpu().numpy(), np.float32)
+        return np.asarray(rows.detach().float().cpu().numpy(), np.float32)
 
 
 @dataclass(frozen=True)
