@@ -152,14 +152,15 @@ def write_record(
     schema.write_text(out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_metrics(out: Path, metrics: Mapping[str, Any], users: Sequence[pa.Table]) -> None:
-    """Write users.parquet, if there are tables for it, and metrics.json."""
+def write_metrics(out: Path, metrics: Mapping[str, Any], users: Sequence[pa.Table]) -> dict[str, Any]:
+    """Write users.parquet, if there are tables for it, and metrics.json; return what the latter holds."""
     with publish.plain_disk_errors(out):
         if users:
             with publish.whole_file(out / schema.USERS_FILE) as file:
                 pq.write_table(pa.concat_tables(users), file)
-        checkpoint = {CHECKPOINT_SHA256: sha256_file(out / CHECKPOINT_FILE)}
-        schema.write_json(out / schema.METRICS_FILE, {**metrics, **checkpoint})
+        written = {**metrics, CHECKPOINT_SHA256: sha256_file(out / CHECKPOINT_FILE)}
+        schema.write_json(out / schema.METRICS_FILE, written)
+        return written
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def write_items(folder: Path, seed: int = 0, **extras: Any) -> Path:
     for view in (text, image, fused):
         view[5] = np.nan
     image[7] = np.nan
-    write_embeddings(folder, ITEMS, fused, text, image, shard_size=25, **extras)
+    counts = {"ok": len(ITEMS) - 2, "text_only": 1, "failed": 1}
+    write_embeddings(folder, ITEMS, fused, text, image, shard_size=25, counts=counts, **extras)
     return folder
 
 

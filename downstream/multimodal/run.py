@@ -74,8 +74,7 @@ def run(
         model.eval()
         ours, users = rank_scorer(folder, candidate_seeds, user_scores(model), tail_over)
         figures = _describe(model, settings, folder, filled, log) | ours
-    recommender.write_metrics(out, figures, users)
-    return Outcome(figures, model, settings, out)
+    return Outcome(recommender.write_metrics(out, figures, users), model, settings, out)
 
 
 def user_scores(model: Model, max_scores: int = _MAX_SCORES) -> Iterator[tuple[slice, np.ndarray]]:

@@ -123,8 +123,7 @@ def run(
         if folder is not None:
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
-    recommender.write_metrics(out, metrics, users)
-    return Outcome(metrics, trained.model, recbole_config, out)
+    return Outcome(recommender.write_metrics(out, metrics, users), trained.model, recbole_config, out)
 
 
 # --- settings -----------------------------------------------------------------------------------------------
