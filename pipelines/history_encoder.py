@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.options import HISTORY_STYLES
 from vlm2rec.pipelines.config import EvaluateConfig, ExportUsersConfig
 from vlm2rec.pipelines.console import TERMINAL, log
 
@@ -27,7 +28,7 @@ def user_source(config: EncoderChoice, manifest: Mapping[str, Any]) -> UserSourc
     Raises:
         ConfigError: `sequence` without a backbone, or with prompts that are about single items.
     """
-    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") != "vlm2rec"
+    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") not in HISTORY_STYLES
     if config.users_from == "auto":
         return "mean" if config.backbone is None or single_items else "sequence"
     if config.users_from == "sequence" and single_items:

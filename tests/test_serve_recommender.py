@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from embedding_folder import write_embeddings
 from recommender_world import circle_vectors, cyclic_sequences, with_cold_items, write_dataset
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from user_world import parts, rows_of, write_histories
 
 from vlm2rec.downstream.evaluation import metrics
@@ -26,6 +28,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, Vlm2RecError
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import export_recommender, recommend, train_recommender
+from vlm2rec.pipelines.cli import app
 from vlm2rec.pipelines.config import ExportRecommenderConfig, RecommendConfig, TrainRecommenderConfig
 
 ITEMS = [f"i{number}" for number in range(40)]
@@ -315,3 +318,23 @@ def test_the_record_names_data_and_vectors_and_the_metrics_the_checkpoint(world:
     assert record["vectors"] == schema.shards_sha256(schema.read_manifest(world.embeddings))
     assert "checkpoint_sha256" in json.loads((run / "metrics.json").read_text())
     assert Dataset(world.data).item_ids == ITEMS and replace(world.config(run, Path("x")), k=3).k == 3
+
+
+def test_the_page_about_users_runs_as_it_stands(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "users.md").read_text()
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
+    assert len(lines) == 10
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("data", world.data), ("embeddings", world.embeddings)):
+        (tmp_path / name).symlink_to(folder)
+    (tmp_path / "histories.jsonl").symlink_to(world.histories)
+    for line in lines:
+        _, *arguments = line.split()
+        small = ["--max-epochs", "1", "--hidden-size", "16"] if arguments[0] == "train-recommender" else []
+        ran = CliRunner().invoke(app, arguments + small)
+        assert ran.exit_code == 0, (line, ran.exception)
+    users = {row["user_id"] for row in rows_of(tmp_path / "top")}
+    for out in ("top-by-index", "top-of-users", "top-by-sasrec"):
+        assert {row["user_id"] for row in rows_of(tmp_path / out)} == users == set(USERS)
