@@ -532,7 +532,7 @@ class ExportConfig:
 class HistoryColumns:
     """How a file of histories is read; the commands that read one share these settings."""
 
-    user_id_column: str = setting("User id column of --histories.", "user_id")
+    user_id_column: str = setting("User id column of --histories.", "user_id", group=COLUMNS)
     item_id_column: str = setting("Item id column of a long table.", "item_id")
     time_column: str = setting("Time column of a long table; equal times keep the file's order.", "timestamp")
     history_column: str | None = setting(
@@ -554,7 +554,7 @@ _HISTORIES = (
 class ExportUsersConfig(HistoryColumns):
     """Settings of `vlm2rec export-users`."""
 
-    histories: Path = setting(_HISTORIES)
+    histories: Path = setting(_HISTORIES, group=FIRST)
     embeddings: Place = setting(
         "Embeddings folder of the items: the users' vectors are comparable with it, or are means of its vectors."
     )
@@ -572,9 +572,9 @@ class ExportUsersConfig(HistoryColumns):
     max_history: Positive | None = setting(
         "How many of a user's latest items count. Default: as many as in --data, else 10.", None
     )
-    shard_size: Positive = setting("Users in one Parquet file.", 4096)
+    shard_size: Positive = setting("Users in one Parquet file.", 4096, group=TABLE)
     storage: Storage = setting("Number format of the vectors on disk.", "float32")
-    token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0)
+    token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0, group=MACHINE)
     dtype: DtypeName = setting("As for export-items.", "auto")
     vision_cache: str = setting(
         "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
@@ -588,7 +588,9 @@ class ExportUsersConfig(HistoryColumns):
 class RecommendConfig(HistoryColumns):
     """Settings of `vlm2rec recommend`."""
 
-    histories: Path | None = setting(_HISTORIES + " Their items are left out of the recommendations.", None)
+    histories: Path | None = setting(
+        _HISTORIES + " Their items are left out of the recommendations.", None, group=FIRST
+    )
     users: Place | None = setting(
         "Folder of users that export-users made of the same --histories. Without it, a user is the mean of the"
         " history's item vectors.",
@@ -611,7 +613,7 @@ class RecommendConfig(HistoryColumns):
         " length it was trained with.",
         None,
     )
-    shard_size: Positive = setting("Users in one Parquet file.", 8192)
+    shard_size: Positive = setting("Users in one Parquet file.", 8192, group=MACHINE)
     device: DeviceName = setting("With --recommender: where to run.", "auto")
     num_workers: Positive = setting("Processes that make shards at the same time.", 1)
 
