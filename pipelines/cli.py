@@ -98,7 +98,8 @@ def command(
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
             choices = item.metadata["choices"]
             metavar = f"<{'|'.join(choices)}>" if choices else None
-            option = typer.Option(name, help=text, show_default=False, metavar=metavar)
+            also = [f"--{item.metadata['also']}"] if item.metadata["also"] else []
+            option = typer.Option(name, *also, help=text, show_default=False, metavar=metavar)
         parameters.append(
             inspect.Parameter(
                 item.name,
@@ -216,6 +217,12 @@ def import_adapter(config: settings.ImportAdapterConfig) -> None:
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
     module_of("import_vectors").run(config)
+
+
+@command(settings.ShortenConfig, positional="embeddings")
+def shorten(config: settings.ShortenConfig) -> None:
+    """Write an export again with shorter vectors (--dim) or smaller numbers (--precision); nothing is encoded."""
+    module_of("shorten").run(config)
 
 
 @command(settings.VerifyConfig, positional="embeddings")

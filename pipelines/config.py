@@ -28,6 +28,7 @@ from vlm2rec.embedder.options import (
     EncoderKind,
     EncoderPooling,
     EngineName,
+    FloatStorage,
     FusionMode,
     FusionNorm,
     ImagePolicy,
@@ -80,12 +81,13 @@ Share = Annotated[float, Ge(0), Lt(1)]
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text, a causal text model works too."
 
 
-def setting(text: str, default: Any = MISSING, choices: Collection[str] = ()) -> Any:
+def setting(text: str, default: Any = MISSING, choices: Collection[str] = (), also: str = "") -> Any:
     """Declare one setting with its help text; without a default it is required.
 
     `choices` are the rows of a table that others may extend; the command that reads the table checks the setting.
+    `also` is a second name of the setting, for flag and key alike.
     """
-    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "also": also})
 
 
 def _own(name: str) -> str:
@@ -401,7 +403,17 @@ class ExportConfig:
         "Tokens in one packed row; with --encoder or --strategy question, padded tokens in a batch. 0: automatic.",
         0,
     )
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    dim: Positive | None = setting(
+        "Keep only the first numbers of each vector, this many, and make it one long again; best after finetune"
+        " --matryoshka. Default: the whole vector.",
+        None,
+    )
+    storage: Storage = setting(
+        "Number format of the vectors on disk: float32, float16, int8 (with a scale for each vector) or binary (one bit"
+        " a number). The manifest says how many neighbours --dim, int8 and binary keep.",
+        "float32",
+        also="precision",
+    )
     on_image_error: ImagePolicy = setting(
         "fail: stop; null: a row without vectors, with the reason; text_only: only a text vector.", "null"
     )
@@ -487,8 +499,20 @@ class ImportVectorsConfig:
     fusion_norm: FusionNorm = setting("How to make fused if the file has text and image only; as for finetune.", "raw")
     pca: Positive | None = setting("Reduce to this many principal components.", None)
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    storage: FloatStorage = setting(
+        "Number format of the vectors on disk; `vlm2rec shorten` makes smaller ones.", "float32", also="precision"
+    )
     max_failures: Fraction = setting("Exit code 6 if a larger share of the items has no vector.", 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenConfig:
+    """Settings of `vlm2rec shorten`."""
+
+    embeddings: Place = setting("Finished embeddings folder with full vectors.")
+    out: Place = setting("Embeddings folder to write.")
+    dim: Positive | None = setting("Numbers to keep of each vector, as for export-items. Default: all.", None)
+    precision: Storage = setting("float32, float16, int8 or binary, as for export-items.", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def _encode_histories(
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
     from vlm2rec.embedder.encoders.settings import EncoderSettings
+    from vlm2rec.embedder.export.short import full_settings, shorten_views
 
     exported = manifest["settings"]
     if "source" in exported:  # imported vectors, those of a frozen encoder, or of prompts about one item
@@ -174,7 +175,7 @@ def _encode_histories(
         token_budget=config.token_budget,
         **(settings if config.adapter is None or is_foreign(config.adapter) else {}),
     )
-    _require_same_encoder(encoder.fingerprint, exported, config)
+    _require_same_encoder(encoder.fingerprint, full_settings(exported), config)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
@@ -182,7 +183,7 @@ def _encode_histories(
         vectors = encode_rows(encoder, items, sequences, advance)
     for name, reason in list(items.unreadable.items())[:1]:
         log.print(f"{len(items.unreadable)} unreadable images were replaced by white ones; item {name}: {reason}")
-    return {view: vectors[view] for view in manifest["views"]}
+    return shorten_views({view: vectors[view] for view in manifest["views"]}, exported)
 
 
 def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:

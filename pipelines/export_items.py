@@ -153,6 +153,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         image_timeout=config.image_timeout,
         distribution=distribution,
         reporter=TERMINAL,
+        dim=config.dim,
     )
     if manifest is None:
         return None
@@ -187,6 +188,7 @@ def _dry_run(
         config.images_by,
         reuse,
         TERMINAL,
+        config.dim,
     )
     found = shards.recorded(out, plan, reuse.revises, reuse.retry_failed)
     earlier = open_earlier_rows(out, plan, found, reuse)
@@ -213,11 +215,23 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
             "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
             "vectors": f"{shapes}: {manifest['dtype']}",
+            **_short_row(manifest),
             "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
             "folder": out,
             **_adapter_row(manifest.get(schema.MADE_WITH) or {}),
         },
     )
+
+
+def _short_row(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row about what short vectors keep, if the folder has any."""
+    if schema.SHORT not in manifest:
+        return {}
+    found = manifest[schema.SHORT]
+    if not found["recall@10"]:
+        return {"recall@10": "not measured: no part has enough new items"}
+    recall = ", ".join(f"{view} {value:.3f}" for view, value in found["recall@10"].items())
+    return {"recall@10": f"{recall} of the full vectors' neighbours, among {found['among']}"}
 
 
 def _adapter_row(made_with: Mapping[str, Any]) -> dict[str, str]:

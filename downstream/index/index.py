@@ -485,7 +485,9 @@ def _read_index(path: Path) -> Any:
 
 def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
     """Read one item's unit vector: first the ids of each shard, then the vectors of one row group."""
-    for shard in schema.read_manifest(embeddings)["shards"]:
+    manifest, stored = schema.read_manifest(embeddings), schema.stored_columns(column)
+    dtype = manifest["dtype"]
+    for shard in manifest["shards"]:
         path = embeddings / shard["file"]
         try:
             if not path.is_file():
@@ -494,10 +496,12 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
                 for group in range(file.num_row_groups):
                     row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
                     if row >= 0:
-                        found = file.read_row_group(group, list(schema.stored_columns(column)))
-                        parts = [found[name][row].values for name in schema.stored_columns(column)]
-                        vector = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
-                        vector = vector.astype(np.float32)
+                        found = file.read_row_group(group, schema.read_columns(stored, dtype))
+                        (batch,) = found.slice(row, 1).combine_chunks().to_batches()
+                        parts = [
+                            schema.vectors_of(batch, name, schema.dim_of(manifest, name), dtype) for name in stored
+                        ]
+                        vector = np.concatenate([vectors[0] for vectors, _ in parts])
                         return np.asarray(vector / np.linalg.norm(vector), np.float32)
         except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: the index names a column that is not there
             raise ArtifactError(

@@ -21,6 +21,7 @@ from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards, read_inputs
 from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, open_earlier_rows, plan_work, require_same_start
+from vlm2rec.embedder.export.short import Kept, short_settings
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.embedder.options import ImagePolicy, ImagesBy, Storage
 from vlm2rec.embedder.progress import SILENT, Reporter
@@ -40,6 +41,7 @@ def export(
     image_timeout: float = 60.0,
     distribution: Distribution = ALONE,
     reporter: Reporter = SILENT,
+    dim: int | None = None,
 ) -> dict[str, Any] | None:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -56,11 +58,12 @@ def export(
         image_timeout: Seconds after which reading an image is given up.
         distribution: Who makes the shards. For other processes and Ray, `load_encoder` must be picklable.
         reporter: Receives progress and messages.
+        dim: Store the first `dim` numbers of each vector, one long; None stores vectors as they are.
 
     Returns:
         The manifest; None for one of several workers while other workers still have shards to make.
     """
-    plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
+    plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter, dim)
     with writing(out, distribution.share) as hold:
         found = shards.begin(out, plan, reuse.revises, distribution.share, reuse.retry_failed)
         finished = found.finished
@@ -101,11 +104,12 @@ def plan_export(
     images_by: ImagesBy,
     reuse: Reuse,
     reporter: Reporter = SILENT,
+    dim: int | None = None,
 ) -> Plan:
     """Return the plan that `export` makes from the same arguments.
 
     Raises:
-        ConfigError: the image policy needs a text vector, which these settings do not make.
+        ConfigError: the image policy needs a text vector, which these settings do not make; or as `short_settings`.
         DataError: these settings read images, and the dataset has none or their folder is not there.
         ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
@@ -130,7 +134,7 @@ def plan_export(
         images_by,
         modalities,
     )
-    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
+    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error, **short_settings(settings, dim)}
     if schema.TEXT in modalities:
         columns = columns_read(dataset, settings)
         choices |= columns
@@ -195,9 +199,9 @@ def _publish_here(
                 for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _encoded_shards(make, work, reporter):
+            for number, *made in _encoded_shards(make, work, reporter):
                 wait_for_writer()
-                in_writing = number, writer.submit(job.publish, number, table, seconds)
+                in_writing = number, writer.submit(job.publish, number, *made)
         finally:
             wait_for_writer()
     total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited
@@ -208,15 +212,15 @@ def _publish_here(
 
 def _encoded_shards(
     make: ShardMaker, work: Mapping[int, np.ndarray], reporter: Reporter
-) -> Iterator[tuple[int, pa.Table, float]]:
-    """Yield each shard's number, its table, and the seconds spent on it."""
+) -> Iterator[tuple[int, pa.Table, float, Kept | None]]:
+    """Yield each shard's number, its table, the seconds spent on it, and the neighbours that short vectors keep."""
     total = sum(int((reuse_rows < 0).sum()) for reuse_rows in work.values())
     with reporter.progress("encoding items", total) as advance:
         for count, (number, reuse_rows) in enumerate(work.items(), 1):
             start = time.perf_counter()
-            table = make.shard(number, reuse_rows, advance)
+            table, kept = make.shard(number, reuse_rows, advance)
             seconds = time.perf_counter() - start
-            yield number, table, seconds
+            yield number, table, seconds, kept
             if not reporter.draws_bars:  # a log file gets one line for each shard
                 encoded = int((reuse_rows < 0).sum())
                 reused = f" and {len(reuse_rows) - encoded} reused" if encoded < len(reuse_rows) else ""

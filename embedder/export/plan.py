@@ -109,7 +109,8 @@ def plan_shards(
         )
     settings, made_with = dict(settings), dict(settings.get(schema.MADE_WITH, {}))
     settings.pop(schema.MADE_WITH, None)
-    full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
+    version = schema.version_for(settings["storage"])
+    full = {"schema_version": version, **settings, **(inputs.settings if inputs else {})}
     bounds = [0]
     for rows in begun if sum(begun) <= len(ids) else ():
         bounds.append(bounds[-1] + rows)

@@ -29,15 +29,14 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder.contract import provenance, publish, schema, storage
+from vlm2rec.embedder.contract import precision, provenance, publish, schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.contract.storage import Location, StorePath, readable
 from vlm2rec.embedder.export.lock import (
@@ -51,6 +50,7 @@ from vlm2rec.embedder.export.lock import (
 )
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
 from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
+from vlm2rec.embedder.export.short import Kept, in_all, is_short
 
 _LOOKS = 3  # at the manifest and the state file, before the folder counts as one without both
 _ATTEMPTS = 3  # a busy network disk may fail once
@@ -72,6 +72,12 @@ class Shard:
     sha256: str
     counts: dict[str, int]  # rows of each status
     seconds: float  # spent on encoding it
+    kept: Kept | None = None  # of short vectors: the neighbours that they keep; not known of a shard without a record
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The record as JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "kept" or value is not None}
 
 
 def rows_of_shards(folder: Location) -> list[int]:
@@ -315,15 +321,17 @@ def shards_of(plan: Plan, share: Share | None) -> range:
     return range(len(plan)) if share is None else range(share.worker, len(plan), share.workers)
 
 
-def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
-    """Write one shard, whole or not at all, and return its record.
+def publish_shard(
+    folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float, kept: Kept | None = None
+) -> Shard:
+    """Write one shard, whole or not at all, and return its record; `kept` is what was measured of short vectors.
 
     Raises:
         ArtifactError: the disk is full or fails; nothing was published.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return _commit(folder, plan, number, table, seconds)
+            return _commit(folder, plan, number, table, seconds, kept)
         except OSError as error:
             if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
                 raise _disk_error(folder, error) from None
@@ -366,7 +374,7 @@ def finish(
         ordered = [shards[n] for n in range(len(plan))]
         _require_all_there(folder, ordered)
         manifest = {
-            "schema_version": schema.SCHEMA_VERSION,
+            "schema_version": schema.version_for(plan.settings["storage"]),
             "dim": plan.settings["dim"],
             **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
             "dtype": plan.settings["storage"],
@@ -374,7 +382,7 @@ def finish(
             "num_items": len(plan.item_ids),
             "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
             "shard_size": plan.shard_size,
-            "shards": [asdict(shard) for shard in ordered],
+            "shards": [shard.entry for shard in ordered],
             "settings": plan.settings,
             "fingerprint": plan.fingerprint,
             schema.MADE_WITH: plan.made_with,
@@ -383,6 +391,8 @@ def finish(
             "data": str(data.resolve()) if data else None,
             "seconds": round(sum(shard.seconds for shard in ordered), 3),
         }
+        if is_short(plan.settings):
+            manifest[schema.SHORT] = in_all((shard.kept for shard in ordered), plan.settings, plan.shard_size)
         schema.write_json(folder / schema.MANIFEST_FILE, manifest)
         _tidy(folder, plan)
         return manifest
@@ -406,18 +416,20 @@ def _require_all_there(folder: Location, shards: Iterable[Shard]) -> None:
 def require_space(folder: Location, plan: Plan, items: int) -> None:
     """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
     dims = schema.dims_of(plan.settings)
-    width = np.dtype(plan.settings["storage"]).itemsize * sum(dims[view] for view in plan.settings["views"])
+    width = sum(precision.bytes_of(plan.settings["storage"], dims[view]) for view in plan.settings["views"])
     free = storage.free_bytes(folder)
     # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
     if free is not None and free < items * width / 4:
         raise ArtifactError(
             f"{folder} has {free / 2**20:.0f} MiB free and {items} items need about {items * width / 2**20:.0f} MiB",
             "room for the vectors",
-            "free some space or choose another --out; --storage float16 halves the size",
+            "free some space or choose another --out; --precision int8 or --dim needs less",
         )
 
 
-def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+def _commit(
+    folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float, kept: Kept | None = None
+) -> Shard:
     path = folder / schema.shard_name(number)
     with publish.draft(path) as draft:
         with draft.open("wb") as file:
@@ -425,7 +437,9 @@ def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
             publish.flush(file)
         if not pq.read_table(draft, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
-        shard = _describe(draft, path.name, table[schema.STATUS], seconds)
+        if kept is None and (earlier := _records(folder, plan, [number])):  # of the same part, with a few other rows
+            kept = earlier[number][0].kept
+        shard = replace(_describe(draft, path.name, table[schema.STATUS], seconds), kept=kept)
         _record_path(folder, number).unlink(missing_ok=True)  # that of the replaced shard
         publish.put_in_place(draft, path, shard.sha256)
     _write_record(folder, number, shard, plan.identity)
@@ -493,7 +507,7 @@ def _discard(folder: Location, number: int) -> None:
 
 def _state(plan: Plan) -> dict[str, Any]:
     return {
-        "schema_version": schema.SCHEMA_VERSION,
+        "schema_version": schema.version_for(plan.settings["storage"]),
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
@@ -503,7 +517,7 @@ def _state(plan: Plan) -> dict[str, Any]:
 
 
 def _write_record(folder: Location, number: int, shard: Shard, identity: str) -> None:
-    schema.write_json(_record_path(folder, number), asdict(shard) | {_PLAN: identity})
+    schema.write_json(_record_path(folder, number), shard.entry | {_PLAN: identity})
 
 
 def record_name(number: int) -> str:
@@ -556,10 +570,10 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
 def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
     """Raise `ArtifactError` naming every setting that differs from those of the export in the folder."""
     version = known.get("schema_version")
-    if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
+    if not isinstance(version, int) or version > schema.EMBEDDING_VERSION:
         raise ArtifactError(
             f"{folder} has embedding schema version {version!r}",
-            f"a version up to {schema.SCHEMA_VERSION}",
+            f"a version up to {schema.EMBEDDING_VERSION}",
             "continue with the vlm2rec version that began it, or choose a new --out folder",
         )
     changed = differences(
