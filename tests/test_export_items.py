@@ -287,8 +287,8 @@ def test_fault_16_another_version_of_the_tool_goes_on_where_the_schema_is_the_sa
     again = export(data, out, encoder.fingerprint, lambda: encoder, shard_size=8)
     assert first["versions"]["vlm2rec"] == "0.0.1" != again["versions"]["vlm2rec"]
     assert first["fingerprint"] == again["fingerprint"] and verify(out) == []
-    (out / schema.MANIFEST_FILE).write_text(json.dumps({**again, "schema_version": schema.EMBEDDING_VERSION + 1}))
-    with pytest.raises(ArtifactError, match="schema version 3"):
+    (out / schema.MANIFEST_FILE).write_text(json.dumps({**again, "schema_version": schema.SCHEMA_VERSION + 1}))
+    with pytest.raises(ArtifactError, match="schema version 2"):
         export(data, out, encoder.fingerprint, never, shard_size=8)
 
 

@@ -281,16 +281,18 @@ def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
     """
     path = _manifest_of(folder)
     manifest = read_json(path, f"a finished embeddings folder, whose {MANIFEST_FILE} is written last", _EXPORT_AGAIN)
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > EMBEDDING_VERSION:
-        raise ArtifactError(
-            f"{folder} has embedding schema version {version!r}",
-            f"a version up to {EMBEDDING_VERSION}",
-            "install a newer vlm2rec, or export again with this one",
-        )
+    require_version(folder, manifest, manifest.get("dtype"), "install a newer vlm2rec, or export again with this one")
     if check and (problems := manifest_problems(manifest)):
         raise ArtifactError(f"{path} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN)
     return manifest
+
+
+def require_version(folder: Location, known: Mapping[str, Any], dtype: object, fix: str) -> None:
+    """Raise `ArtifactError` unless this program knows the version of an embeddings folder of this number format."""
+    version, newest = known.get("schema_version"), version_for(str(dtype))
+    if not isinstance(version, int) or version > newest:
+        found = f"{folder} has embedding schema version {version!r}"
+        raise ArtifactError(found, f"a version up to {newest}", fix)
 
 
 def _manifest_of(folder: Location) -> Location:

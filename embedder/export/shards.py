@@ -569,13 +569,8 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
 
 def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
     """Raise `ArtifactError` naming every setting that differs from those of the export in the folder."""
-    version = known.get("schema_version")
-    if not isinstance(version, int) or version > schema.EMBEDDING_VERSION:
-        raise ArtifactError(
-            f"{folder} has embedding schema version {version!r}",
-            f"a version up to {schema.EMBEDDING_VERSION}",
-            "continue with the vlm2rec version that began it, or choose a new --out folder",
-        )
+    fix = "continue with the vlm2rec version that began it, or choose a new --out folder"
+    schema.require_version(folder, known, known.get("settings", {}).get("storage"), fix)
     changed = differences(
         {"shard_size": known.get("shard_size"), **known.get("settings", {})},
         {"shard_size": plan.shard_size, **plan.settings},
