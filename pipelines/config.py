@@ -251,6 +251,12 @@ class FinetuneConfig:
     penalty: bool = setting("Weigh the negatives by w_pen (Eq. 9); off is WPCL without penalty.", True)
     wpcl: bool = setting("Add WPCL (Eq. 10); off leaves λ·CRTR alone.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
+    matryoshka: tuple[int, ...] = setting(
+        "Train the first 64, 128 and 256 numbers of a vector (64,128,256) as well as all of them, for short vectors"
+        " (export-items --dim): the mean of the loss over these lengths. VLM2Rec and SLIM. Default: whole vectors"
+        " alone.",
+        (),
+    )
     views: ViewChoice = setting(
         "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
         " LLMEmb, LLM2Rec and SLIM: text.",

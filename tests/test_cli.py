@@ -47,7 +47,13 @@ COMMANDS = {
     "report": config.ReportConfig,
     "doctor": None,
 }
-POSITIONAL = {("shorten", "embeddings"), ("verify", "embeddings"), ("failures", "embeddings"), ("convert", "embeddings"), ("report", "study")}
+POSITIONAL = {
+    ("shorten", "embeddings"),
+    ("verify", "embeddings"),
+    ("failures", "embeddings"),
+    ("convert", "embeddings"),
+    ("report", "study"),
+}
 WITH_CONFIG = {name: cls for name, cls in COMMANDS.items() if cls is not None}
 # what commands work with; none of it may be loaded to print a help text
 HEAVY = {
