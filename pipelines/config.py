@@ -686,13 +686,35 @@ class SearchConfig:
     """Settings of `vlm2rec search`."""
 
     index: Path = setting("Index folder.")
-    item: str = setting("Id of the item whose neighbours to print.")
-    k: Positive = setting("Number of neighbours.", 10)
-    embeddings: Place | None = setting(
-        "Embeddings folder that the index was built from, for the exact vector of --item. Default: the folder on this"
-        " machine that the index names; an address is opened only if it is given here.",
+    item: str | None = setting("Id of the item whose neighbours to print.", None)
+    text: str | None = setting(
+        "Words to search for, encoded as an item's title; with --image, as an item of both. This loads the encoder of"
+        " the export.",
         None,
     )
+    image: Path | None = setting("Picture to search for, encoded as an item's image.", None)
+    history: tuple[str, ...] = setting(
+        "Ids of items, oldest first: the mean of their vectors; with --backbone, the encoder's vector of the history.",
+        (),
+    )
+    against: View | None = setting(
+        "View of the items to compare with. Default: the index's; others are read from the embeddings folder, exactly.",
+        None,
+    )
+    k: Positive = setting("Number of neighbours.", 10)
+    embeddings: Place | None = setting(
+        "Embeddings folder that the index was built from, for exact vectors and other views. Default: the folder on"
+        " this machine that the index names; an address is opened only if it is given here.",
+        None,
+    )
+    backbone: str | None = setting("Where the backbone of the export is now. Default: where it was then.", None)
+    adapter: Path | None = setting("Where its adapter is now. Default: where it was then.", None)
+    revision: str | None = setting("Revision of a hub backbone. Default: that of the export.", None)
+    encoder: Path | None = setting("Where a frozen --encoder is now. Default: where it was then.", None)
+    html: Path | None = setting("HTML file to write: a page of the items' pictures, which needs no other file.", None)
+    data: Place | None = setting("Dataset folder, for histories and pictures. Default: that of the export.", None)
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    device: DeviceName = setting("Where to run the encoder.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

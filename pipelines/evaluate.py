@@ -20,6 +20,7 @@ from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
+from vlm2rec.pipelines.same_encoder import require_same_encoder
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -175,7 +176,9 @@ def _encode_histories(
         token_budget=config.token_budget,
         **(settings if config.adapter is None or is_foreign(config.adapter) else {}),
     )
-    _require_same_encoder(encoder.fingerprint, full_settings(exported), config)
+    require_same_encoder(
+        encoder.fingerprint, full_settings(exported), config.embeddings, config.backbone, config.revision
+    )
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
@@ -184,25 +187,6 @@ def _encode_histories(
     for name, reason in list(items.unreadable.items())[:1]:
         log.print(f"{len(items.unreadable)} unreadable images were replaced by white ones; item {name}: {reason}")
     return shorten_views({view: vectors[view] for view in manifest["views"]}, exported)
-
-
-def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
-    from vlm2rec.embedder.backbones.model_files import hash_like
-
-    for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU
-        if name == "dtype" or name not in exported or exported[name] == value:
-            continue
-        # a table of an earlier version has another kind of hash
-        if name == "backbone_hash" and exported[name] == hash_like(
-            exported[name], str(config.backbone), config.revision
-        ):
-            continue
-        raise ArtifactError(
-            f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",
-            "the same backbone and adapter for users and items",
-            "give the --backbone and --adapter of the export, or export again",
-        )
 
 
 def print_metrics(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,16 @@ class Source:
         """Return the arguments of `fingerprint` and `load`; settings that are None or auto keep their defaults."""
         names = {*self.takes, "dtype", "device"} - {"vision_cache"}  # the cache is opened after the encoder is loaded
         return {name: value for name in names if (value := getattr(config, name)) not in (None, "auto")}
+
+    def again(self, config: ExportConfig) -> dict[str, Any]:
+        """Return the settings that load the same encoder another time, as JSON; a local folder by its full path."""
+        given = {name: value for name, value in self.given(config).items() if name not in ("dtype", "device")}
+        return {name: _full_path(value) for name, value in given.items()}
+
+
+def _full_path(value: Any) -> Any:
+    local = isinstance(value, Path) or (isinstance(value, str) and "/" in value and Path(value).is_dir())
+    return str(Path(value).expanduser().resolve()) if local else value
 
 
 _BACKBONE = ("backbone", "revision", "prompt_mode", "max_pixels", "max_title_tokens")
@@ -154,6 +165,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         distribution=distribution,
         reporter=TERMINAL,
         dim=config.dim,
+        encoder=source.again(config),
     )
     if manifest is None:
         return None

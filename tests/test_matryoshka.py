@@ -12,6 +12,7 @@ from test_finetune import settings
 
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.checksums import sealed
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.training.losses import InfoNCEObjective, Matryoshka, Views, VLM2RecObjective
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
@@ -117,7 +118,7 @@ def test_an_adapter_from_before_the_setting_goes_on_being_the_same(
     file = same.out / schema.ADAPTER_FILE
     saved = json.loads(file.read_text())
     assert "matryoshka" not in saved["training"]["loss_settings"] and saved["config"].pop("matryoshka") == []
-    file.write_text(json.dumps(saved))
+    schema.write_json(file, sealed(saved))
     assert finetune.run(same) is None and lora.fingerprint(same.out) == before
 
 

@@ -73,6 +73,8 @@ STATE_FILE = "_export.json"  # the settings of an unfinished export
 _FORMER_NAMES = {MANIFEST_FILE: "manifest.json", STATE_FILE: "export.json"}  # see `files_of`
 MADE_WITH = "made_with"  # in a manifest: names and origin of backbone and adapter, which decide no vector
 
+ENCODER = "encoder"  # in a manifest: the settings of export-items that load the encoder again; they decide no vector
+
 STATUS_OK = "ok"  # every requested view is there
 STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit
 STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says to go on: fused == text

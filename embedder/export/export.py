@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def export(
     distribution: Distribution = ALONE,
     reporter: Reporter = SILENT,
     dim: int | None = None,
+    encoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -59,11 +61,13 @@ def export(
         distribution: Who makes the shards. For other processes and Ray, `load_encoder` must be picklable.
         reporter: Receives progress and messages.
         dim: Store the first `dim` numbers of each vector, one long; None stores vectors as they are.
+        encoder: How the encoder is loaded again, as JSON, for the manifest: a search encodes its query with it.
 
     Returns:
         The manifest; None for one of several workers while other workers still have shards to make.
     """
     plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter, dim)
+    plan = replace(plan, encoder=encoder or {})
     with writing(out, distribution.share) as hold:
         found = shards.begin(out, plan, reuse.revises, distribution.share, reuse.retry_failed)
         finished = found.finished

@@ -386,6 +386,7 @@ def finish(
             "settings": plan.settings,
             "fingerprint": plan.fingerprint,
             schema.MADE_WITH: plan.made_with,
+            **({schema.ENCODER: plan.encoder} if plan.encoder else {}),
             "created": provenance.created(),
             "versions": provenance.library_versions(*_LIBRARIES),
             "data": str(data.resolve()) if data else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -107,7 +107,9 @@ def _plan(full: Location, manifest: dict[str, Any], settings: dict[str, Any]) ->
     rows = row_counts(manifest)
     size = manifest.get("shard_size") or max(rows, default=1)
     inputs = _Recorded(ids, None, None, None, "mtime", hashes=tuple(hashes))
-    return plan_shards(ids, size, settings | {schema.MADE_WITH: manifest.get(schema.MADE_WITH) or {}}, inputs, rows)
+    about = {schema.MADE_WITH: manifest.get(schema.MADE_WITH) or {}}
+    plan = plan_shards(ids, size, settings | about, inputs, rows)
+    return replace(plan, encoder=manifest.get(schema.ENCODER) or {})
 
 
 def _write(full: Location, manifest: dict[str, Any], out: Location, plan: Plan, number: int) -> shards.Shard:
