@@ -20,7 +20,8 @@ from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 from vlm2rec.pipelines.console import PlainConsole, log, progress, summary
 from vlm2rec.pipelines.queries import described, found_by
-from vlm2rec.pipelines.reporting.search_page import write_page
+from vlm2rec.pipelines.search_html import check_html, write_page
+from vlm2rec.pipelines.verify import of_catalogue
 
 
 def run(config: BuildIndexConfig) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def _print_estimate(plan: IndexPlan) -> None:
 
 def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
     rows: dict[str, object] = {"index": f"{config.out}  {meta['factory']}, {_size(meta['bytes'])}"}
-    rows["items"] = f"{meta['rows']:,} with a {meta['column']} vector, {meta['left_out']:,} left out"
+    some = of_catalogue(meta["export"])
+    rows["items"] = f"{meta['rows']:,}{some} with a {meta['column']} vector, {meta['left_out']:,} left out"
     if meta["recall@10"] is not None:
         effort = "".join(f", {name} {value}" for name, value in meta["effort"].items())
         rows["recall@10"] = f"{meta['recall@10']:.4f} against exact search of {meta['recall_sample']:,} items{effort}"
@@ -92,6 +94,8 @@ def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
 
 def search(config: SearchConfig) -> list[Neighbour]:
     """Print the items nearest to an item, words, a picture or a history: a table, or tab-separated lines elsewhere."""
+    if config.html is not None:
+        check_html(config.html)
     index = ItemIndex.open(config.index)
     if config.embeddings is not None:
         index.require_fresh(config.embeddings)

@@ -404,6 +404,11 @@ class ExportConfig:
     item_text: str | None = setting(
         "Columns of the catalogue that are an item's text, as for finetune. Default: the adapter's, else title.", None
     )
+    items: str | None = setting(
+        "Only these items: ids with commas between, or a file of them (.txt with one a line, .json, .npy, or .parquet"
+        " with the column item_id). Default: all items of the dataset.",
+        None,
+    )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
     token_budget: Count = setting(
         "Tokens in one packed row; with --encoder or --strategy question, padded tokens in a batch. 0: automatic.",

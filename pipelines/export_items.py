@@ -36,9 +36,10 @@ from vlm2rec.embedder.export.export import export, plan_export
 from vlm2rec.embedder.export.reuse import Reuse, open_earlier_rows, plan_work
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.vector_files import ID_FILES, read_ids
 from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
-from vlm2rec.pipelines.verify import warn_of_collapse
+from vlm2rec.pipelines.verify import of_catalogue, warn_of_collapse
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
     if config.dry_run:
         return _dry_run(config, fingerprint, reuse, distribution)
-    dataset = Dataset(config.data, config.images)
+    dataset = _dataset(config)
     manifest = export(
         dataset,
         config.out,
@@ -175,6 +176,25 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     return manifest
 
 
+def _dataset(config: ExportConfig) -> Dataset:
+    """Return the dataset, with the items of --items alone.
+
+    Raises:
+        ConfigError: --items names no item.
+        DataError: it names one that the dataset lacks, or its file cannot be read.
+    """
+    dataset = Dataset(config.data, config.images)
+    if config.items is None:
+        return dataset
+    if "," not in config.items and Path(config.items).suffix in ID_FILES:
+        wanted = read_ids(Path(config.items), schema.ITEM_ID, "--items")
+    else:
+        wanted = [each for item in config.items.split(",") if (each := item.strip())]
+    if not wanted:
+        raise ConfigError(f"--items {config.items} names no item", "ids of the dataset", "give some, or leave it out")
+    return dataset.restricted_to(wanted)
+
+
 def _load(config: ExportConfig, dataset: Dataset | None = None) -> Encoder:
     """Load the encoder; if a dataset is given, with its vision cache."""
     source = source_of(config)
@@ -189,7 +209,7 @@ def _dry_run(
     config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
 ) -> dict[str, Any]:
     """Print what the export would do and what it would take, measured on a few items, whose vectors are not kept."""
-    dataset, out = Dataset(config.data, config.images), config.out
+    dataset, out = _dataset(config), config.out
     plan = plan_export(
         dataset,
         out,
@@ -224,7 +244,7 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     console.summary(
         "embeddings",
         {
-            "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
+            "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
             "vectors": f"{shapes}: {manifest['dtype']}",
             **_short_row(manifest),

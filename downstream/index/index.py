@@ -43,7 +43,7 @@ IDS_FILE = "ids.parquet"
 INDEX_SCHEMA_VERSION = 1
 ROW = "row"  # int64, in ids.parquet
 # of the manifest of the export: how to encode a query
-OF_THE_EXPORT = ("views", "dim", "dims", "settings", schema.MADE_WITH, schema.ENCODER)
+OF_THE_EXPORT = ("views", "dim", "dims", "settings", schema.MADE_WITH, schema.ENCODER, schema.CATALOGUE)
 
 _BUILD_AGAIN = "run `vlm2rec build-index` again"
 _REORDERED = 8  # candidates per neighbour that Refine compares again

@@ -75,6 +75,7 @@ MADE_WITH = "made_with"  # in a manifest: names and origin of backbone and adapt
 
 ENCODER = "encoder"  # in a manifest: the settings of export-items that load the encoder again; they decide no vector
 
+CATALOGUE = "catalogue"  # in a manifest: number of items in the dataset, of which the export may hold some alone
 STATUS_OK = "ok"  # every requested view is there
 STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit
 STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says to go on: fused == text

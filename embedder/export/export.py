@@ -67,7 +67,8 @@ def export(
         The manifest; None for one of several workers while other workers still have shards to make.
     """
     plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter, dim)
-    plan = replace(plan, encoder=encoder or {})
+    some = dataset.catalogue_size if dataset.catalogue_size > len(plan.item_ids) else None
+    plan = replace(plan, encoder=encoder or {}, catalogue=some)
     with writing(out, distribution.share) as hold:
         found = shards.begin(out, plan, reuse.revises, distribution.share, reuse.retry_failed)
         finished = found.finished

@@ -38,6 +38,7 @@ class Plan:
     inputs: Inputs | None = None
     made_with: Mapping[str, Any] = field(default_factory=dict)  # names and origin of the model, which decide no vector
     dataset_version: Sequence[int] = ()  # of the files that the inputs were read from: `Dataset.items_version`
+    catalogue: int | None = None  # items in the dataset, if the export holds some of them alone
     encoder: Mapping[str, Any] = field(default_factory=dict)  # how to load it again: paths, which decide no vector
 
     def __getstate__(self) -> dict[str, Any]:

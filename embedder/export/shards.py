@@ -387,6 +387,7 @@ def finish(
             "fingerprint": plan.fingerprint,
             schema.MADE_WITH: plan.made_with,
             **({schema.ENCODER: plan.encoder} if plan.encoder else {}),
+            **({} if plan.catalogue is None else {schema.CATALOGUE: plan.catalogue}),
             "created": provenance.created(),
             "versions": provenance.library_versions(*_LIBRARIES),
             "data": str(data.resolve()) if data else None,

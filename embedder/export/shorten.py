@@ -109,7 +109,7 @@ def _plan(full: Location, manifest: dict[str, Any], settings: dict[str, Any]) ->
     inputs = _Recorded(ids, None, None, None, "mtime", hashes=tuple(hashes))
     about = {schema.MADE_WITH: manifest.get(schema.MADE_WITH) or {}}
     plan = plan_shards(ids, size, settings | about, inputs, rows)
-    return replace(plan, encoder=manifest.get(schema.ENCODER) or {})
+    return replace(plan, encoder=manifest.get(schema.ENCODER) or {}, catalogue=manifest.get(schema.CATALOGUE))
 
 
 def _write(full: Location, manifest: dict[str, Any], out: Location, plan: Plan, number: int) -> shards.Shard:
