@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html.parser
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataErr
 from vlm2rec.embedder.contract.storage import sha256_file
 from vlm2rec.embedder.export.shorten import shorten
 from vlm2rec.pipelines import build_index as command
-from vlm2rec.pipelines import export_items, queries
+from vlm2rec.pipelines import cli, export_items, queries
 from vlm2rec.pipelines.config import ExportConfig, SearchConfig
 
 Tiny = Callable[[str], Path]
@@ -314,3 +316,36 @@ def test_a_page_without_a_dataset_says_so(world: Path, drawn_dataset: Path, data
             search(world, item=dataset.item_ids[0], html=wrong)
     with pytest.raises(ArtifactError):
         search(world, item=dataset.item_ids[0], html=tmp_path / "page.html", data=tmp_path)
+
+
+# --- the documents ------------------------------------------------------------------------------------------------
+DOCS = (Path(__file__).parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_docs_run(
+    world: Path, drawn_dataset: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "embeddings", tmp_path / "embeddings")
+    shutil.copytree(drawn_dataset, tmp_path / "data")
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    assert len(commands) == 10
+    for words in commands:
+        arguments = [word.replace("BACKBONE", str(world / "backbone")) for word in words]
+        if words[1] in ("search", "finetune", "export-items"):
+            arguments += ["--device", "cpu"]
+        if words[1] == "finetune":
+            arguments += ["--max-steps", "1", "--max-pixels", "3136", "--images", str(dataset.image_root)]
+        if words[1] == "export-items":
+            arguments += ["--images", str(dataset.image_root)]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, arguments
+    assert (tmp_path / "found.html").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/search.md", "exec"), names)
+    assert names["vectors"].shape == (len(dataset.item_ids), 32)
