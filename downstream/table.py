@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import precision, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location, location, readable
 
@@ -238,7 +238,7 @@ def _read_shard(
     """Stream one shard as `read_batches` does."""
     id_column = schema.id_column(schema.table_of(manifest))
     shard, stored = manifest["shards"][number], schema.stored_columns(column)
-    dims = {name: schema.dim_of(manifest, name) for name in stored}
+    dims, dtype = {name: schema.dim_of(manifest, name) for name in stored}, manifest["dtype"]
     path = folder / shard["file"]
     try:
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -249,22 +249,25 @@ def _read_shard(
             )
         with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             for name, dim in dims.items():
-                _require_vectors(file.schema_arrow, id_column, name, dim, path)
-            for batch in file.iter_batches(batch_size, columns=[id_column, *stored]):
-                vectors, present = _end_to_end([_to_numpy(batch[name], dim) for name, dim in dims.items()])
+                _require_vectors(file.schema_arrow, id_column, name, dim, dtype, path)
+            columns = [id_column, *schema.read_columns(stored, dtype)]
+            for batch in file.iter_batches(batch_size, columns=columns):
+                vectors, present = _end_to_end([schema.vectors_of(batch, *each, dtype) for each in dims.items()])
                 yield batch[id_column].to_pylist(), vectors, present
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
 
 
-def _require_vectors(found: pa.Schema, id_column: str, column: str, dim: int, path: Location) -> None:
+def _require_vectors(found: pa.Schema, id_column: str, column: str, dim: int, dtype: str, path: Location) -> None:
     """Raise `ArtifactError` unless the shard has ids and vectors of the manifest's length in `column`."""
-    schema.require_columns(found.names, [id_column, column], str(path), _EXPORT_AGAIN)
-    kind = found.field(column).type
-    if not pa.types.is_fixed_size_list(kind) or kind.list_size != dim:
+    wanted = [id_column, *schema.read_columns([column], dtype)]
+    schema.require_columns(found.names, wanted, str(path), _EXPORT_AGAIN)
+    kind, planned = found.field(column).type, precision.stored_type(dtype, dim)
+    fits = pa.types.is_fixed_size_list(kind) and kind.list_size == planned.list_size
+    if not fits or (dtype not in precision.FLOATS and kind.value_type != planned.value_type):
         raise ArtifactError(
             f"column {column!r} of {path} is {kind}",
-            f"vectors of length {dim}, as the manifest says",
+            f"vectors of length {dim} ({dtype}), as the manifest says",
             _EXPORT_AGAIN,
         )
 
@@ -276,14 +279,4 @@ def _end_to_end(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
     present = np.logical_and.reduce([has for _, has in parts])
     vectors = np.concatenate([part for part, _ in parts], axis=1)
     vectors[~present] = np.nan
-    return vectors, present
-
-
-def _to_numpy(column: pa.FixedSizeListArray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    # not `.flatten()`, which would drop null rows and shift every id after them
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    flat = column.values.slice(column.offset * dim, len(column) * dim)
-    vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(len(column), dim)
-    if not present.all():
-        vectors = np.where(present[:, None], vectors, np.nan).astype(np.float32)
     return vectors, present

@@ -72,7 +72,8 @@ def with_former_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- the export -----------------------------------------------------------------------------------------------
-Storage = Literal["float32", "float16"]
+Storage = Literal["float32", "float16", "int8", "binary"]
+FloatStorage = Literal["float32", "float16"]
 ImagePolicy = Literal["fail", "null", "text_only"]
 ImagesBy = Literal["mtime", "bytes"]
 EngineName = Literal["local", "ray"]

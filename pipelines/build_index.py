@@ -19,6 +19,9 @@ from vlm2rec.embedder.contract.printable import cell, one_line
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 from vlm2rec.pipelines.console import PlainConsole, log, progress, summary
+from vlm2rec.pipelines.queries import described, found_by
+from vlm2rec.pipelines.search_html import check_html, write_page
+from vlm2rec.pipelines.verify import of_catalogue
 
 
 def run(config: BuildIndexConfig) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def _print_estimate(plan: IndexPlan) -> None:
 
 def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
     rows: dict[str, object] = {"index": f"{config.out}  {meta['factory']}, {_size(meta['bytes'])}"}
-    rows["items"] = f"{meta['rows']:,} with a {meta['column']} vector, {meta['left_out']:,} left out"
+    some = of_catalogue(meta["export"])
+    rows["items"] = f"{meta['rows']:,}{some} with a {meta['column']} vector, {meta['left_out']:,} left out"
     if meta["recall@10"] is not None:
         effort = "".join(f", {name} {value}" for name, value in meta["effort"].items())
         rows["recall@10"] = f"{meta['recall@10']:.4f} against exact search of {meta['recall_sample']:,} items{effort}"
@@ -89,20 +93,25 @@ def _print_result(config: BuildIndexConfig, meta: dict[str, Any]) -> None:
 
 
 def search(config: SearchConfig) -> list[Neighbour]:
-    """Print an item's neighbours on stdout: a table on a terminal, tab-separated lines elsewhere."""
+    """Print the items nearest to an item, words, a picture or a history: a table, or tab-separated lines elsewhere."""
+    if config.html is not None:
+        check_html(config.html)
     index = ItemIndex.open(config.index)
     if config.embeddings is not None:
         index.require_fresh(config.embeddings)
         index.embeddings = config.embeddings
-    found = index.neighbours(config.item, config.k)
+    found = found_by(index, config)
     _print_notes(index, config, len(found))
+    if config.html is not None:
+        write_page(index, config, found)
+        _say(f"page: {config.html}")
     header = ("rank", schema.ITEM_ID, "cosine", schema.TITLE)
     if not sys.stdout.isatty():
         print("\t".join(header))
         for rank, each in enumerate(found, 1):
             print("\t".join((str(rank), cell(each.item_id), f"{each.cosine:.4f}", cell(each.title))))
         return found
-    table = Table(title=f"Nearest to {one_line(config.item)}", title_justify="left", box=None)
+    table = Table(title=f"Nearest to {one_line(described(config))}", title_justify="left", box=None)
     for name, justify in zip(header, ("right", "left", "right", "left"), strict=True):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for rank, each in enumerate(found, 1):

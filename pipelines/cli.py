@@ -106,8 +106,9 @@ def command(
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
             choices = item.metadata["choices"]
             metavar = f"<{'|'.join(choices)}>" if choices else None
+            also = [f"--{item.metadata['also']}"] if item.metadata["also"] else []
             group = groups[item.name] or None
-            option = typer.Option(name, help=text, show_default=False, metavar=metavar, rich_help_panel=group)
+            option = typer.Option(name, *also, help=text, show_default=False, metavar=metavar, rich_help_panel=group)
         parameters.append(
             inspect.Parameter(
                 item.name,
@@ -246,6 +247,12 @@ def import_adapter(config: settings.ImportAdapterConfig) -> None:
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
     module_of("import_vectors").run(config)
+
+
+@command(settings.ShortenConfig, panel=VECTORS, positional="embeddings")
+def shorten(config: settings.ShortenConfig) -> None:
+    """Write an export again with shorter vectors (--dim) or smaller numbers (--precision); nothing is encoded."""
+    module_of("shorten").run(config)
 
 
 @command(settings.VerifyConfig, panel=VECTORS, positional="embeddings")

@@ -28,6 +28,7 @@ from vlm2rec.embedder.options import (
     EncoderKind,
     EncoderPooling,
     EngineName,
+    FloatStorage,
     FusionMode,
     FusionNorm,
     ImagePolicy,
@@ -101,13 +102,16 @@ RANKING = "Ranking"
 RUNS = "What to run"
 
 
-def setting(text: str, default: Any = MISSING, choices: Collection[str] = (), group: str | None = None) -> Any:
+def setting(
+    text: str, default: Any = MISSING, choices: Collection[str] = (), group: str | None = None, also: str = ""
+) -> Any:
     """Declare one setting with its help text; without a default it is required.
 
     `choices` are the rows of a table that others may extend; the command that reads the table checks the setting.
-    `group` begins a group of the help text: the settings below belong to it, until the next one begins.
+    `group` begins a group of the help text: the settings below belong to it, until the next one begins. `also` is a
+    second name of the setting, for flag and key alike.
     """
-    return field(default=default, metadata={"help": text, "choices": tuple(choices), "group": group})
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "group": group, "also": also})
 
 
 def groups_of(cls: Any) -> dict[str, str]:
@@ -292,6 +296,12 @@ class FinetuneConfig:
     penalty: bool = setting("Weigh the negatives by w_pen (Eq. 9); off is WPCL without penalty.", True)
     wpcl: bool = setting("Add WPCL (Eq. 10); off leaves λ·CRTR alone.", True)
     crtr: bool = setting("Add CRTR (Eq. 13).", True)
+    matryoshka: tuple[int, ...] = setting(
+        "Train the first 64, 128 and 256 numbers of a vector (64,128,256) as well as all of them, for short vectors"
+        " (export-items --dim): the mean of the loss over these lengths. VLM2Rec and SLIM. Default: whole vectors"
+        " alone.",
+        (),
+    )
     views: ViewChoice = setting(
         "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
         " LLMEmb, LLM2Rec and SLIM: text.",
@@ -478,13 +488,30 @@ class ExportConfig:
         None,
         group=DATA,
     )
+    items: str | None = setting(
+        "Only these items: ids with commas between, or a file of them (.txt with one a line, .json, .npy, or .parquet"
+        " with the column item_id). Default: all items of the dataset.",
+        None,
+        group=DATA,
+    )
     shard_size: Positive = setting("Items in one Parquet file.", 4096, group=TABLE)
     token_budget: Count = setting(
         "Tokens in one packed row; with --encoder or --strategy question, padded tokens in a batch. 0: automatic.",
         0,
         group=MACHINE,
     )
-    storage: Storage = setting("Number format of the vectors on disk.", "float32", group=TABLE)
+    dim: Positive | None = setting(
+        "Keep only the first numbers of each vector, this many, and make it one long again; best after finetune"
+        " --matryoshka. Default: the whole vector.",
+        None,
+        group=TABLE,
+    )
+    storage: Storage = setting(
+        "Number format of the vectors on disk: float32, float16, int8 (with a scale for each vector) or binary (one bit"
+        " a number). The manifest says how many neighbours --dim, int8 and binary keep.",
+        "float32",
+        also="precision",
+    )
     on_image_error: ImagePolicy = setting(
         "fail: stop; null: a row without vectors, with the reason; text_only: only a text vector.",
         "null",
@@ -573,7 +600,7 @@ class ExportUsersConfig(HistoryColumns):
         "How many of a user's latest items count. Default: as many as in --data, else 10.", None
     )
     shard_size: Positive = setting("Users in one Parquet file.", 4096, group=TABLE)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    storage: FloatStorage = setting("Number format of the vectors on disk.", "float32")
     token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0, group=MACHINE)
     dtype: DtypeName = setting("As for export-items.", "auto")
     vision_cache: str = setting(
@@ -629,7 +656,7 @@ class ExportRecommenderConfig:
         "Embeddings folder that it was trained from. Default: the one that the run names.", None
     )
     shard_size: Positive = setting("Items in one Parquet file.", 4096)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    storage: FloatStorage = setting("Number format of the vectors on disk.", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -681,8 +708,20 @@ class ImportVectorsConfig:
     fusion_norm: FusionNorm = setting("How to make fused if the file has text and image only; as for finetune.", "raw")
     pca: Positive | None = setting("Reduce to this many principal components.", None)
     shard_size: Positive = setting("Items in one Parquet file.", 4096, group=TABLE)
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    storage: FloatStorage = setting(
+        "Number format of the vectors on disk; `vlm2rec shorten` makes smaller ones.", "float32", also="precision"
+    )
     max_failures: Fraction = setting("Exit code 6 if a larger share of the items has no vector.", 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenConfig:
+    """Settings of `vlm2rec shorten`."""
+
+    embeddings: Place = setting("Finished embeddings folder with full vectors.")
+    out: Place = setting("Embeddings folder to write.")
+    dim: Positive | None = setting("Numbers to keep of each vector, as for export-items. Default: all.", None)
+    precision: Storage = setting("float32, float16, int8 or binary, as for export-items.", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -855,13 +894,39 @@ class SearchConfig:
     """Settings of `vlm2rec search`."""
 
     index: Path = setting("Index folder.")
-    item: str = setting("Id of the item whose neighbours to print.")
-    k: Positive = setting("Number of neighbours.", 10)
-    embeddings: Place | None = setting(
-        "Embeddings folder that the index was built from, for the exact vector of --item. Default: the folder on this"
-        " machine that the index names; an address is opened only if it is given here.",
+    item: str | None = setting("Id of the item whose neighbours to print.", None)
+    text: str | None = setting(
+        "Words to search for, encoded as an item's title; with --image, as an item of both. This loads the encoder of"
+        " the export.",
         None,
     )
+    image: Path | None = setting("Picture to search for, encoded as an item's image.", None)
+    history: tuple[str, ...] = setting(
+        "Ids of items, oldest first: the mean of their vectors; with --backbone, the encoder's vector of the history.",
+        (),
+    )
+    against: View | None = setting(
+        "View of the items to compare with. Default: the index's; others are read from the embeddings folder, exactly.",
+        None,
+    )
+    k: Positive = setting("Number of neighbours.", 10)
+    embeddings: Place | None = setting(
+        "Embeddings folder that the index was built from, for exact vectors and other views. Default: the folder on"
+        " this machine that the index names; an address is opened only if it is given here.",
+        None,
+    )
+    html: Path | None = setting("HTML file to write: a page of the items' pictures, which needs no other file.", None)
+    backbone: str | None = setting(
+        "Where the backbone of the export is now. Default: where it was then.", None, group=MODEL
+    )
+    adapter: Path | None = setting("Where its adapter is now. Default: where it was then.", None)
+    revision: str | None = setting("Revision of a hub backbone. Default: that of the export.", None)
+    encoder: Path | None = setting("Where a frozen --encoder is now. Default: where it was then.", None)
+    data: Place | None = setting(
+        "Dataset folder, for histories and pictures. Default: that of the export.", None, group=DATA
+    )
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    device: DeviceName = setting("Where to run the encoder.", "auto", group=MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)

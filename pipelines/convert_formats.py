@@ -191,7 +191,9 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
         ) from error
     licence = backbone_licence(config.backbone)
     adapter = config.adapter.resolve().name if config.adapter else None
-    write_sentence_transformer(encoder, folder, model_readme(encoder, files.described["backbone"], adapter, licence))
+    short = exported["dim"] if schema.FULL_DIM in exported else None
+    card = model_readme(encoder, files.described["backbone"], adapter, licence, short)
+    write_sentence_transformer(encoder, folder, card)
     return []
 
 

@@ -130,6 +130,7 @@ def _encode_histories(
 ) -> Views:
     """Return the sequence encoder's user vectors; it must be the encoder that made the table."""
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
+    from vlm2rec.embedder.export.short import shorten_views
 
     encoder = history_encoder(config, dataset, manifest)
     items = ItemFeatures(dataset, encoder)
@@ -137,7 +138,7 @@ def _encode_histories(
     with progress("encode histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)
     say_of_unreadable(items.unreadable)
-    return {view: vectors[view] for view in manifest["views"]}
+    return shorten_views({view: vectors[view] for view in manifest["views"]}, manifest["settings"])
 
 
 def print_metrics(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,10 @@ from vlm2rec.embedder.export.export import export, plan_export
 from vlm2rec.embedder.export.reuse import Reuse, open_earlier_rows, plan_work
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.pipelines import console
+from vlm2rec.pipelines.catalogue.vector_files import ID_FILES, read_ids
 from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
-from vlm2rec.pipelines.verify import warn_of_collapse
+from vlm2rec.pipelines.verify import of_catalogue, warn_of_collapse
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Source:
         """Return the arguments of `fingerprint` and `load`; settings that are None or auto keep their defaults."""
         names = {*self.takes, "dtype", "device"} - {"vision_cache"}  # the cache is opened after the encoder is loaded
         return {name: value for name in names if (value := getattr(config, name)) not in (None, "auto")}
+
+    def again(self, config: ExportConfig) -> dict[str, Any]:
+        """Return the settings that load the same encoder another time, as JSON; a local folder by its full path."""
+        given = {name: value for name, value in self.given(config).items() if name not in ("dtype", "device")}
+        return {name: _full_path(value) for name, value in given.items()}
+
+
+def _full_path(value: Any) -> Any:
+    local = isinstance(value, Path) or (isinstance(value, str) and "/" in value and Path(value).is_dir())
+    return str(Path(value).expanduser().resolve()) if local else value
 
 
 _BACKBONE = ("backbone", "revision", "prompt_mode", "max_pixels", "max_title_tokens")
@@ -139,7 +151,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     reuse = Reuse(config.extend, config.retry_failed, config.changed_since)
     if config.dry_run:
         return _dry_run(config, fingerprint, reuse, distribution)
-    dataset = Dataset(config.data, config.images)
+    dataset = _dataset(config)
     manifest = export(
         dataset,
         config.out,
@@ -153,6 +165,8 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         image_timeout=config.image_timeout,
         distribution=distribution,
         reporter=TERMINAL,
+        dim=config.dim,
+        encoder=source.again(config),
     )
     if manifest is None:
         return None
@@ -160,6 +174,25 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     warn_of_collapse(effective_ranks(config.out))
     check_failures(manifest, config.out, config.max_failures)
     return manifest
+
+
+def _dataset(config: ExportConfig) -> Dataset:
+    """Return the dataset, with the items of --items alone.
+
+    Raises:
+        ConfigError: --items names no item.
+        DataError: it names one that the dataset lacks, or its file cannot be read.
+    """
+    dataset = Dataset(config.data, config.images)
+    if config.items is None:
+        return dataset
+    if "," not in config.items and Path(config.items).suffix in ID_FILES:
+        wanted = read_ids(Path(config.items), schema.ITEM_ID, "--items")
+    else:
+        wanted = [each for item in config.items.split(",") if (each := item.strip())]
+    if not wanted:
+        raise ConfigError(f"--items {config.items} names no item", "ids of the dataset", "give some, or leave it out")
+    return dataset.restricted_to(wanted)
 
 
 def _load(config: ExportConfig, dataset: Dataset | None = None) -> Encoder:
@@ -176,7 +209,7 @@ def _dry_run(
     config: ExportConfig, fingerprint: Mapping[str, Any], reuse: Reuse, distribution: Distribution
 ) -> dict[str, Any]:
     """Print what the export would do and what it would take, measured on a few items, whose vectors are not kept."""
-    dataset, out = Dataset(config.data, config.images), config.out
+    dataset, out = _dataset(config), config.out
     plan = plan_export(
         dataset,
         out,
@@ -187,6 +220,7 @@ def _dry_run(
         config.images_by,
         reuse,
         TERMINAL,
+        config.dim,
     )
     found = shards.recorded(out, plan, reuse.revises, reuse.retry_failed)
     earlier = open_earlier_rows(out, plan, found, reuse)
@@ -210,14 +244,26 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     console.summary(
         "embeddings",
         {
-            "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards{rate}",
+            "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
             "vectors": f"{shapes}: {manifest['dtype']}",
+            **_short_row(manifest),
             "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
             "folder": out,
             **_adapter_row(manifest.get(schema.MADE_WITH) or {}),
         },
     )
+
+
+def _short_row(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row about what short vectors keep, if the folder has any."""
+    if schema.SHORT not in manifest:
+        return {}
+    found = manifest[schema.SHORT]
+    if not found["recall@10"]:
+        return {"recall@10": "not measured: no part has enough new items"}
+    recall = ", ".join(f"{view} {value:.3f}" for view, value in found["recall@10"].items())
+    return {"recall@10": f"{recall} of the full vectors' neighbours, among {found['among']}"}
 
 
 def _adapter_row(made_with: Mapping[str, Any]) -> dict[str, str]:

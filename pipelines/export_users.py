@@ -23,6 +23,7 @@ from vlm2rec.embedder.export.export import fill_folder
 from vlm2rec.embedder.export.lock import Hold
 from vlm2rec.embedder.export.plan import fingerprint, without_inputs
 from vlm2rec.embedder.export.reuse import EarlierRows
+from vlm2rec.embedder.export.short import short_settings, shorten_views
 from vlm2rec.embedder.export.users import UserHistories, UserJob, Views, plan_users
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue.histories import GivenHistories, digest_of, read_histories
@@ -63,6 +64,7 @@ def run(config: ExportUsersConfig) -> dict[str, Any]:
         if schema.IMAGE in schema.modalities_of(manifest["views"]):
             dataset.require_images()
         item_ids, settings = dataset.item_ids, {"source": "histories", **encoder_fingerprint(config, manifest)}
+        settings |= short_settings(settings, manifest["dim"] if schema.FULL_DIM in manifest["settings"] else None)
         load: Any = functools.partial(SequenceVectors, config, dataset, manifest)
     else:
         item_ids = table_ids(config.embeddings)
@@ -141,6 +143,7 @@ class SequenceVectors:
         from vlm2rec.embedder.encoders.item_features import ItemFeatures
 
         self._encoder = history_encoder(config, dataset, manifest)
+        self._exported = manifest["settings"]
         self._items = ItemFeatures(dataset, self._encoder)
         self._told = 0
 
@@ -154,7 +157,7 @@ class SequenceVectors:
         if self._items.unreadable and not self._told:
             self._told = len(self._items.unreadable)
             say_of_unreadable(self._items.unreadable)
-        return found
+        return shorten_views(found, self._exported)
 
 
 def _summarise(config: ExportUsersConfig, manifest: Mapping[str, Any], given: GivenHistories) -> None:

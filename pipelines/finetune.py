@@ -256,7 +256,7 @@ def _training_settings(config: FinetuneConfig) -> TrainingSettings:
 
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
     """Return the settings that decide what is learned, and the number of processes, in their JSON form."""
-    decisive = {schema.stored_name(name): value for name, value in asdict(config).items() if name not in _FREE}
+    decisive = {schema.stored_name(name): _plain(value) for name, value in asdict(config).items() if name not in _FREE}
     files = model_files.locate(config.backbone, config.revision)
     return {
         **decisive,
@@ -265,6 +265,11 @@ def _identity(config: FinetuneConfig) -> dict[str, Any]:
         "backbone_hash": model_files.backbone_hash(files),
         "processor_hash": model_files.processor_hash(files),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting in its JSON form, as far as it can be compared."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _users_a_step(config: FinetuneConfig) -> int:
@@ -293,7 +298,7 @@ def _is_finished(config: FinetuneConfig) -> bool:
 
 def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     # a run from before a setting existed did what is now the setting's default
-    defaults = {schema.stored_name(field.name): field.default for field in fields(config)}
+    defaults = {schema.stored_name(field.name): _plain(field.default) for field in fields(config)}
     defaults |= {"processes": 1}
     # the same files are the same backbone, wherever they lie; a run of an earlier version recorded the name alone
     names, hashes = ("backbone", "revision"), ("backbone_hash", "processor_hash")
@@ -395,7 +400,9 @@ def _provenance(
             "method": config.method,
             "loss": METHODS[config.method].title(config),
             "loss_settings": {
-                schema.stored_name(name): getattr(config, name) for name in METHODS[config.method].own if name != "loss"
+                schema.stored_name(name): _plain(value)
+                for name in METHODS[config.method].own
+                if name != "loss" and (value := getattr(config, name)) != ()
             },
             "seed": config.seed,
             "steps": training.steps,

@@ -12,6 +12,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.options import HISTORY_STYLES
 from vlm2rec.pipelines.config import EvaluateConfig, ExportUsersConfig
 from vlm2rec.pipelines.console import TERMINAL, log
+from vlm2rec.pipelines.same_encoder import require_same_encoder
 
 if TYPE_CHECKING:
     from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -59,7 +60,7 @@ def encoder_fingerprint(config: EncoderChoice, manifest: Mapping[str, Any]) -> d
     found = fingerprint_of(
         config.backbone, config.adapter, revision=config.revision, dtype=config.dtype, device=config.device, **given
     )
-    _require_same_encoder(found, manifest["settings"], config)
+    _require(found, manifest, config)
     return found
 
 
@@ -103,7 +104,7 @@ def history_encoder(config: EncoderChoice, dataset: Dataset, manifest: Mapping[s
         token_budget=config.token_budget,
         **settings,
     )
-    _require_same_encoder(encoder.fingerprint, manifest["settings"], config)
+    _require(encoder.fingerprint, manifest, config)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     return encoder
 
@@ -114,20 +115,9 @@ def say_of_unreadable(unreadable: Mapping[str, str]) -> None:
         log.print(f"{len(unreadable)} unreadable images were replaced by white ones; item {name}: {reason}")
 
 
-def _require_same_encoder(encoder: dict[str, Any], exported: Mapping[str, Any], config: EncoderChoice) -> None:
-    from vlm2rec.embedder.backbones.model_files import hash_like
+def _require(found: Mapping[str, Any], manifest: Mapping[str, Any], config: EncoderChoice) -> None:
+    from vlm2rec.embedder.export.short import full_settings
 
-    for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU
-        if name == "dtype" or name not in exported or exported[name] == value:
-            continue
-        # a table of an earlier version has another kind of hash
-        if name == "backbone_hash" and exported[name] == hash_like(
-            exported[name], str(config.backbone), config.revision
-        ):
-            continue
-        raise ArtifactError(
-            f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",
-            "the same backbone and adapter for users and items",
-            "give the --backbone and --adapter of the export, or export again",
-        )
+    require_same_encoder(
+        found, full_settings(manifest["settings"]), config.embeddings, config.backbone, config.revision
+    )

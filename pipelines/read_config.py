@@ -33,14 +33,19 @@ def read_config(
         ConfigError: unknown or missing key, or a value of the wrong type or out of bounds.
     """
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    also = {f.metadata["also"]: f.name for f in dataclasses.fields(cls) if f.metadata.get("also")}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
+
+    def named(given: dict[str, Any]) -> dict[str, Any]:
+        return {also.get(key, key): value for key, value in given.items()}
+
     if file is not None:
-        values.update(_known_only(read_yaml(file), known, str(file)))
+        values.update(_known_only(named(read_yaml(file)), known, str(file)))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
-        values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
+        values.update(_known_only(named({key.strip().replace("-", "_"): _parse(value)}), known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
     if cls in (FinetuneConfig, ImportAdapterConfig):  # an export asks its adapter first
         values = {**defaults_of_style(values.get("prompt_style")), **values}

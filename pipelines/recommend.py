@@ -216,7 +216,7 @@ class RankMaker:
     def close(self) -> None:
         """Nothing was opened."""
 
-    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> tuple[pa.Table, None]:
         """Return the table of a shard; all of its rows are made."""
         users, settings = self.plan.rows(number), self.plan.settings
         search, reasons = self._ranker.prepare(number, users, self.histories)
@@ -239,7 +239,7 @@ class RankMaker:
             advance(len(block))
         items = self._item_ids.take(pa.array(np.concatenate(rows)))
         errors = [reasons.get(place) for place in range(len(users))]
-        return ranked_table(self.plan, users, items, counts, np.concatenate(scores), errors)
+        return ranked_table(self.plan, users, items, counts, np.concatenate(scores), errors), None
 
 
 @dataclass(frozen=True)

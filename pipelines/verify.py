@@ -55,13 +55,18 @@ def run(config: VerifyConfig) -> None:
     console.summary(
         f"{folder}: no problem",
         {
-            table: f"{manifest['num_items']:,} in {len(manifest['shards'])} shards",
+            table: f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards",
             **counts,
             "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
             **{f"effective rank, {view}": f"{rank:.1f}" for view, rank in ranks.items()},
         },
     )
     warn_of_collapse(ranks)
+
+
+def of_catalogue(manifest: Mapping[str, Any]) -> str:
+    """Return of how many items an export holds some, if it does not hold all."""
+    return f" of the catalogue's {manifest[schema.CATALOGUE]:,}" if schema.CATALOGUE in manifest else ""
 
 
 def warn_of_collapse(ranks: Mapping[str, float]) -> None:

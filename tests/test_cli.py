@@ -35,6 +35,7 @@ COMMANDS = {
     "export-users": config.ExportUsersConfig,
     "import-adapter": config.ImportAdapterConfig,
     "import-vectors": config.ImportVectorsConfig,
+    "shorten": config.ShortenConfig,
     "verify": config.VerifyConfig,
     "failures": config.FailuresConfig,
     "evaluate": config.EvaluateConfig,
@@ -50,7 +51,13 @@ COMMANDS = {
     "report": config.ReportConfig,
     "doctor": None,
 }
-POSITIONAL = {("verify", "embeddings"), ("failures", "embeddings"), ("convert", "embeddings"), ("report", "study")}
+POSITIONAL = {
+    ("shorten", "embeddings"),
+    ("verify", "embeddings"),
+    ("failures", "embeddings"),
+    ("convert", "embeddings"),
+    ("report", "study"),
+}
 WITH_CONFIG = {name: cls for name, cls in COMMANDS.items() if cls is not None}
 # what commands work with; none of it may be loaded to print a help text
 HEAVY = {

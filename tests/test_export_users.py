@@ -26,13 +26,15 @@ from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
 from vlm2rec.embedder.export.lock import LOCK_FILE
 from vlm2rec.embedder.export.verify import verify
-from vlm2rec.pipelines import build_index, export_items, export_users
+from vlm2rec.pipelines import build_index, export_items, export_users, recommend, shorten
 from vlm2rec.pipelines import verify as verify_command
 from vlm2rec.pipelines.config import (
     BuildIndexConfig,
     ExportConfig,
     ExportUsersConfig,
     FailuresConfig,
+    RecommendConfig,
+    ShortenConfig,
     VerifyConfig,
 )
 
@@ -273,3 +275,42 @@ def test_an_encoder_that_did_not_make_the_items_is_refused(
     with pytest.raises(ArtifactError, match="whose vectors come from another source"):
         export_users.run(replace(encoded, embeddings=tmp_path / "imported", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+# --- short vectors ------------------------------------------------------------------------------------------------
+def test_users_of_short_items_are_as_short_and_are_ranked_with_them(config: ExportUsersConfig, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    shorten.run(ShortenConfig(embeddings=config.embeddings, out=short, dim=8, precision="int8"))
+    manifest = export_users.run(replace(config, embeddings=short))
+    assert (manifest["dim"], manifest["dtype"]) == (8, "float32") and schema.SHORT not in manifest
+    assert verify(config.out) == []
+    kept = RecommendConfig(users=config.out, embeddings=short, out=tmp_path / "ranked", k=3, keep_seen=True)
+    ranked = recommend.run(kept)
+    assert ranked["num_users"] == len(HISTORIES) and schema.SHORT not in ranked
+    with pytest.raises(ArtifactError):
+        recommend.run(replace(kept, embeddings=config.embeddings, out=tmp_path / "other"))
+
+
+def test_users_of_the_encoder_of_short_items_are_shortened(
+    tiny: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
+) -> None:
+    common = {"data": drawn_dataset, "backbone": str(tiny("qwen2_5_vl")), "device": "cpu", "dtype": "float32"}
+    common["vision_cache"] = "off"
+    full, short = (
+        export_items.run(ExportConfig(out=tmp_path / name, **common, **more))  # type: ignore[arg-type]
+        for name, more in (("full", {}), ("short", {"dim": 16}))
+    )
+    assert full is not None and short is not None
+    dataset = Dataset(drawn_dataset)
+    history = {"somebody": dataset.item_ids[:3]}
+    given = write_histories(tmp_path / "histories.jsonl", history)
+    vectors = {}
+    for name in ("full", "short"):
+        wanted = {"histories": given, "embeddings": tmp_path / name, "out": tmp_path / f"users-{name}", **common}
+        export_users.run(ExportUsersConfig(**wanted))  # type: ignore[arg-type]
+        (row,) = rows_of(tmp_path / f"users-{name}")
+        vectors[name] = np.array(row["fused"])
+    expected = vectors["full"][:16]
+    assert len(vectors["short"]) == 16
+    cosine = vectors["short"] @ expected / np.linalg.norm(vectors["short"]) / np.linalg.norm(expected)
+    assert cosine > 0.9999

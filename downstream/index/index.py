@@ -17,7 +17,7 @@ import bisect
 import difflib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.downstream.index.plan import KINDS, IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
-from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, Watch, unit_batches
+from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, Watch, nearest_of, unit_batches
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
@@ -41,6 +41,8 @@ FAISS_FILE = "items.faiss"
 IDS_FILE = "ids.parquet"
 INDEX_SCHEMA_VERSION = 1
 ROW = "row"  # int64, in ids.parquet
+# of the manifest of the export: how to encode a query
+OF_THE_EXPORT = ("views", "dim", "dims", "settings", schema.MADE_WITH, schema.ENCODER, schema.CATALOGUE)
 
 _BUILD_AGAIN = "run `vlm2rec build-index` again"
 _REORDERED = 8  # candidates per neighbour that Refine compares again
@@ -117,6 +119,7 @@ def build_index(
             "titles": int(pc.sum(pc.not_equal(titles, "")).as_py() or 0),
             "titles_from": titles_from,
             "embeddings": str(embeddings.resolve()),
+            "export": {name: manifest[name] for name in OF_THE_EXPORT if name in manifest},
             "fingerprint": manifest["fingerprint"],
             "shards_sha256": schema.shards_sha256(manifest),
             "seed": seed,
@@ -330,6 +333,33 @@ class ItemIndex:
             )
         ]
 
+    def nearest(self, vector: np.ndarray, k: int, without: Collection[str] = ()) -> list[Neighbour]:
+        """Return the k items nearest to a vector (d,) of any length, nearest first, without some items."""
+        found, values = self.search(vector[None], min(len(self), k + len(without)))
+        keep = found[0] >= 0
+        nearest = self.ids.take(pa.array(found[0][keep]))
+        names, titles = (nearest[name].to_pylist() for name in (schema.ITEM_ID, schema.TITLE))
+        every = zip(names, values[0][keep], titles, strict=True)
+        return [Neighbour(name, float(cosine), title) for name, cosine, title in every if name not in without][:k]
+
+    def nearest_exact(self, column: str, vector: np.ndarray, k: int, without: Collection[str] = ()) -> list[Neighbour]:
+        """Return the k items whose vectors of another column are nearest; one pass over the embeddings folder.
+
+        Raises:
+            ArtifactError: the folder is not there, or not the one that the index was built from.
+        """
+        if self.embeddings is None or self.stale() is not None:
+            raise ArtifactError(
+                f"the index {self.folder} holds {self.meta['column']} vectors alone, and {self.stale()}",
+                f"the embeddings folder it was built from, to read its {column} vectors",
+                "give it with --embeddings, or leave --against out",
+            )
+        found = nearest_of(unit_batches(self.embeddings, column), vector, k, without)
+        names = pa.array([name for name, _ in found], pa.string())
+        rows = pc.index_in(names, value_set=self.ids[schema.ITEM_ID].cast(pa.string()))
+        titles = pc.fill_null(pc.take(self.ids[schema.TITLE], rows), "").to_pylist()
+        return [Neighbour(name, cosine, title) for (name, cosine), title in zip(found, titles, strict=True)]
+
     def row_of(self, item_id: str) -> int:
         """Return the index row of an item; raise `DataError` naming the most similar ids if there is none."""
         row = pc.index(self.ids[schema.ITEM_ID], item_id).as_py()
@@ -480,7 +510,9 @@ def _read_index(path: Path) -> Any:
 
 def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray | None:
     """Read one item's unit vector: first the ids of each shard, then the vectors of one row group."""
-    for shard in schema.read_manifest(embeddings)["shards"]:
+    manifest, stored = schema.read_manifest(embeddings), schema.stored_columns(column)
+    dtype = manifest["dtype"]
+    for shard in manifest["shards"]:
         path = embeddings / shard["file"]
         try:
             if not path.is_file():
@@ -489,10 +521,12 @@ def _read_vector(embeddings: Location, column: str, item_id: str) -> np.ndarray 
                 for group in range(file.num_row_groups):
                     row = pc.index(file.read_row_group(group, [schema.ITEM_ID])[schema.ITEM_ID], item_id).as_py()
                     if row >= 0:
-                        found = file.read_row_group(group, list(schema.stored_columns(column)))
-                        parts = [found[name][row].values for name in schema.stored_columns(column)]
-                        vector = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
-                        vector = vector.astype(np.float32)
+                        found = file.read_row_group(group, schema.read_columns(stored, dtype))
+                        (batch,) = found.slice(row, 1).combine_chunks().to_batches()
+                        parts = [
+                            schema.vectors_of(batch, name, schema.dim_of(manifest, name), dtype) for name in stored
+                        ]
+                        vector = np.concatenate([vectors[0] for vectors, _ in parts])
                         return np.asarray(vector / np.linalg.norm(vector), np.float32)
         except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: the index names a column that is not there
             raise ArtifactError(

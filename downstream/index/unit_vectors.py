@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,23 @@ def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
         kept = [name for name, good in zip(ids, keep, strict=True) if good]
         yield UnitBatch(first, kept, unit, int((~present).sum()), int((present & ~keep).sum()), ids, keep)
         first += len(kept)
+
+
+def nearest_of(
+    batches: Iterable[UnitBatch], vector: np.ndarray, k: int, without: Collection[str] = ()
+) -> list[tuple[str, float]]:
+    """Return the k items of a stream whose vectors have the largest cosine with a vector (d,), and these cosines.
+
+    Nearest first; of equal ones, the first in the stream. Items in `without` do not count.
+    """
+    query = vector / (np.linalg.norm(vector) or 1)
+    best: list[tuple[float, int, str]] = []
+    for batch in batches:
+        scores = batch.vectors @ query
+        chosen = np.argsort(-scores, kind="stable")[: k + len(without)]
+        here = [(-float(scores[row]), batch.first + int(row), batch.item_ids[row]) for row in chosen]
+        best = sorted([*best, *(each for each in here if each[2] not in without)])[:k]
+    return [(item_id, -cosine) for cosine, _, item_id in best]
 
 
 class Reservoir:

@@ -54,12 +54,20 @@ class Dataset:
         path: the dataset folder.
         images: where the images are now. Default: where `dataset.json` says.
         cold_items: whether items without an interaction are among the items.
+        only: ids of the items to keep, in any order; None keeps all. Users and candidates stay those of all items.
     """
 
-    def __init__(self, path: Location | str, images: Location | str | None = None, cold_items: bool = True) -> None:
+    def __init__(
+        self,
+        path: Location | str,
+        images: Location | str | None = None,
+        cold_items: bool = True,
+        only: Sequence[str] | None = None,
+    ) -> None:
         self.path = location(path)
         self._images = None if images is None else location(images).resolve()
         self._cold_items = cold_items
+        self._only = None if only is None else tuple(only)
         # an object store has no folders: reading dataset.json shows whether this is one
         if isinstance(self.path, Path) and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is not a folder", "a dataset folder", "run `vlm2rec prepare --out` first")
@@ -74,16 +82,40 @@ class Dataset:
                 "install a newer vlm2rec, or prepare again with this one",
             )
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Location, Location | None, bool]]:
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Location, Location | None, bool, tuple[str, ...] | None]]:
         """Pickle the arguments only: the data in memory may be large, so another process reads the folder itself."""
-        return Dataset, (self.path, self._images, self._cold_items)
+        return Dataset, (self.path, self._images, self._cold_items, self._only)
 
     def warm(self) -> Dataset:
         """Return the dataset with the items that have an interaction: what is trained on and ranked.
 
         `prepare` keeps cold items, so that they get vectors. A folder without any is its own answer.
         """
-        return Dataset(self.path, self._images, cold_items=False) if self.meta.get("cold_items") else self
+        return Dataset(self.path, self._images, False, self._only) if self.meta.get("cold_items") else self
+
+    def restricted_to(self, item_ids: Sequence[str]) -> Dataset:
+        """Return the dataset with some of its items alone, in the order of `items.parquet`.
+
+        Raises:
+            DataError: an id is not in the dataset.
+        """
+        known = {*self.item_ids}
+        if unknown := [item_id for item_id in dict.fromkeys(item_ids) if item_id not in known]:
+            raise DataError(
+                f"{len(unknown):,} of {len({*item_ids}):,} wanted items are not in {self.path}, such as"
+                f" {', '.join(map(repr, unknown[:3]))}",
+                f"ids such as {', '.join(map(repr, self.item_ids[:3]))}",
+                "correct them, or prepare the dataset with these items",
+            )
+        return Dataset(self.path, self._images, self._cold_items, item_ids)
+
+    @cached_property
+    def catalogue_size(self) -> int:
+        """Number of items in `items.parquet`, whichever of them this dataset is restricted to."""
+        if self._only is None:
+            return len(self.item_ids)
+        with readable(self.path / schema.ITEMS_FILE) as source:
+            return int(pq.read_metadata(source).num_rows)
 
     def _setting(self, key: str) -> Any:
         if key not in self.meta:
@@ -178,6 +210,9 @@ class Dataset:
             _PREPARE_AGAIN,
         )
         self._require_text(schema.ITEMS_FILE, table, [schema.ITEM_ID, schema.TITLE, schema.IMAGE_PATH])
+        if self._only is not None:
+            ids = table[schema.ITEM_ID].cast(pa.string())
+            table = table.filter(pc.is_in(ids, value_set=pa.array(self._only, pa.string())))
         return table if self._cold_items else table.filter(self._is_warm(table[schema.ITEM_ID]))
 
     def _is_warm(self, item_ids: pa.ChunkedArray) -> pa.ChunkedArray:

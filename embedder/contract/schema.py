@@ -15,14 +15,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm2rec.embedder.contract import precision
 from vlm2rec.embedder.contract.errors import ArtifactError, did_you_mean
 from vlm2rec.embedder.contract.publish import write_whole
 from vlm2rec.embedder.contract.storage import Location, readable
 
 SCHEMA_VERSION = 1
+EMBEDDING_VERSION = 2  # the newest of an embeddings folder that can be read: 2 has vectors of int8 or binary
 _STORED_AS = {"prompt_style": "wording"}
 
 
@@ -62,6 +65,8 @@ CONCAT = "concat"  # no column of a shard: text and image end to end, made on re
 COLUMNS = (*VIEWS, CONCAT)
 STATUS = "status"
 ERROR = "error"
+FULL_DIM = "full_dim"  # in a manifest's settings: length of the encoder's vectors, of which `dim` numbers were kept
+SHORT = "short"  # in a manifest: how many neighbours of the full vectors the stored ones keep
 INPUT = "input"  # string: hash of the title and the image that the row was made from; null for vectors from elsewhere
 # whoever opens the folder as one Parquet table skips names that begin with an underscore or a dot
 MANIFEST_FILE = "_manifest.json"
@@ -69,6 +74,9 @@ STATE_FILE = "_export.json"  # the settings of an unfinished export
 _FORMER_NAMES = {MANIFEST_FILE: "manifest.json", STATE_FILE: "export.json"}  # see `files_of`
 MADE_WITH = "made_with"  # in a manifest: names and origin of backbone and adapter, which decide no vector
 
+ENCODER = "encoder"  # in a manifest: the settings of export-items that load the encoder again; they decide no vector
+
+CATALOGUE = "catalogue"  # in a manifest: number of items in the dataset, of which the export may hold some alone
 STATUS_OK = "ok"  # every requested view is there
 STATUS_TRUNCATED = "truncated"  # every view is there; the title was cut to the token limit
 STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says to go on: fused == text
@@ -119,20 +127,30 @@ def embedding_schema(
 ) -> pa.Schema:
     """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view.
 
-    `dim` is one length for all views, or the length of each view (`dims_of`).
+    `dim` is one length for all views, or the length of each view (`dims_of`). Scales of int8 have columns of their own.
     """
-    element = pa.field("element", _VECTOR_TYPES[dtype], nullable=False)
     dims = dict.fromkeys(VIEWS, dim) if isinstance(dim, int) else dim
     return pa.schema(
         [
             pa.field(id_column(table), pa.string(), nullable=False),
-            *(pa.field(view, pa.list_(element, dims[view])) for view in VIEWS),
+            *(pa.field(view, precision.stored_type(dtype, dims[view])) for view in VIEWS),
+            *(pa.field(scale_of(view), pa.float32()) for view in VIEWS if precision.has_scale(dtype)),
             pa.field(STATUS, pa.string(), nullable=False),
             pa.field(ERROR, pa.string()),
             pa.field(INPUT, pa.string()),
         ],
         metadata=metadata,
     )
+
+
+def scale_of(view: str) -> str:
+    """Return the column with the scales of a view's vectors."""
+    return f"{view}_scale"
+
+
+def version_for(dtype: object) -> int:
+    """Return the version of an embeddings folder with vectors of this number format."""
+    return SCHEMA_VERSION if dtype is None or dtype in precision.FLOATS else EMBEDDING_VERSION
 
 
 def dims_of(described: Mapping[str, Any]) -> dict[str, int]:
@@ -155,6 +173,17 @@ def stored_columns(column: str) -> tuple[str, ...]:
     return MODALITIES if column == CONCAT else (column,)
 
 
+def read_columns(columns: Sequence[str], dtype: str) -> list[str]:
+    """Return the columns of a shard that hold these views: their vectors, and their scales if the format has any."""
+    return [*columns, *(scale_of(view) for view in columns if precision.has_scale(dtype))]
+
+
+def vectors_of(batch: pa.RecordBatch, view: str, dim: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a view's vectors of some rows of a shard, (n, dim) float32, NaN where there is none, and the mask (n,)."""
+    scales = batch[scale_of(view)] if precision.has_scale(dtype) else None
+    return precision.floats_of(batch[view], scales, dtype, dim)
+
+
 def columns_of(manifest: Mapping[str, Any]) -> list[str]:
     """Return the columns that can be read from a table: its views and, if it has both modalities, `CONCAT`."""
     views = [view for view in VIEWS if view in manifest.get("views", VIEWS)]
@@ -171,7 +200,6 @@ def modalities_of(views: Sequence[str]) -> tuple[str, ...]:
 
 
 _REACH = "check the path, its permissions and, for an object store, address and credentials"
-_VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 def shard_name(number: int) -> str:
@@ -281,13 +309,7 @@ def read_manifest(folder: Location, *, check: bool = True, table: str | None = I
     """
     path = _manifest_of(folder)
     manifest = read_json(path, f"a finished embeddings folder, whose {MANIFEST_FILE} is written last", _EXPORT_AGAIN)
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{folder} has embedding schema version {version!r}",
-            f"a version up to {SCHEMA_VERSION}",
-            "install a newer vlm2rec, or export again with this one",
-        )
+    require_version(folder, manifest, manifest.get("dtype"), "install a newer vlm2rec, or export again with this one")
     if table not in (None, table_of(manifest)):
         raise ArtifactError(
             f"{folder} is a folder of {table_of(manifest)}",
@@ -300,6 +322,14 @@ def read_manifest(folder: Location, *, check: bool = True, table: str | None = I
 
 
 _WRITERS = {ITEMS_TABLE: "export-items", USERS_TABLE: "export-users", RECOMMENDATIONS_TABLE: "recommend"}
+
+
+def require_version(folder: Location, known: Mapping[str, Any], dtype: object, fix: str) -> None:
+    """Raise `ArtifactError` unless this program knows the version of an embeddings folder of this number format."""
+    version, newest = known.get("schema_version"), version_for(dtype)
+    if not isinstance(version, int) or version > newest:
+        found = f"{folder} has embedding schema version {version!r}"
+        raise ArtifactError(found, f"a version up to {newest}", fix)
 
 
 def _manifest_of(folder: Location) -> Location:
@@ -348,8 +378,8 @@ def _vector_problems(manifest: Mapping[str, Any]) -> list[str]:
         problems.append(f"dims are {dims!r}, not a length for each view")
     elif not all(0 < dim <= _LONGEST for dim in (manifest["dim"], *dims.values())):
         problems.append(f"dim is {manifest['dim']} and dims are {dims}, not from 1 to {_LONGEST:,}")
-    if manifest["dtype"] not in _VECTOR_TYPES:
-        problems.append(f"dtype is {manifest['dtype']!r}, not {' or '.join(_VECTOR_TYPES)}")
+    if manifest["dtype"] not in precision.PRECISIONS:
+        problems.append(f"dtype is {manifest['dtype']!r}, not one of {', '.join(precision.PRECISIONS)}")
     if not all(view in VIEWS for view in manifest["views"]):
         problems.append(f"views are {manifest['views']}, not of {', '.join(VIEWS)}")
     return problems

@@ -34,6 +34,16 @@ def item_texts(dataset: Dataset, settings: Mapping[str, Any]) -> Sequence[str]:
     return [own or title for own, title in zip(_own_texts(dataset, settings), titles, strict=True)]
 
 
+def text_of_words(words: str, settings: Mapping[str, Any]) -> str:
+    """Return the text of an item whose title is these words, and of which nothing else is known."""
+    if "strategy" in settings:
+        return product_text(words, "")
+    chosen = str(settings.get("item_text", schema.TITLE))
+    if reads_attributes(settings) or chosen == schema.ALL_COLUMNS or "," in chosen:
+        return listed_attributes({schema.TITLE: words})
+    return words
+
+
 def without_text(dataset: Dataset, settings: Mapping[str, Any]) -> int:
     """Return how many items have nothing in the columns of `--item-text`, and so have their title in the prompt."""
     return sum(not text for text in _own_texts(dataset, settings)) if _names_columns(settings) else 0

@@ -76,8 +76,13 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
     schema.write_text(out / "README.md", card)
 
 
-def model_readme(encoder: ItemEncoder, backbone: str, adapter: str | None, licence: str) -> str:
-    """Return the README of the folder: where the model comes from, and how to call it."""
+def model_readme(
+    encoder: ItemEncoder, backbone: str, adapter: str | None, licence: str, short: int | None = None
+) -> str:
+    """Return the README of the folder: where the model comes from, and how to call it.
+
+    `short` is how many numbers of each vector the export kept, if it did not keep all.
+    """
     fingerprint_of = encoder.settings
     if fingerprint_of.fusion == "internal":
         ask = 'model.encode({"text": title, "image": image})  # the item'
@@ -87,6 +92,14 @@ def model_readme(encoder: ItemEncoder, backbone: str, adapter: str | None, licen
         if len(encoder.modalities) == 2:
             unit = " of both at length 1" if fingerprint_of.fusion_norm == "normalised" else ""
             ask += f"\n# their sum{unit} is the fused vector"
+    kept = (
+        ""
+        if short is None
+        else f"""
+The export kept the first {short} numbers of a vector, one long. To get the same, give the model `truncate_dim={short}`
+and `encode` the argument `normalize_embeddings=True`.
+"""
+    )
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -105,7 +118,7 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("THIS_FOLDER")
 {ask}
 ```
-
+{kept}
 The chat template holds the prompts (mode `{fingerprint_of.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
 {fingerprint_of.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
 {fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen, InternVL and SmolVLM models need torchvision

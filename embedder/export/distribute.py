@@ -30,6 +30,7 @@ from vlm2rec.embedder.export.lock import Hold, Share
 from vlm2rec.embedder.export.plan import Plan
 from vlm2rec.embedder.export.processes import end_with_parent, environment, keep_freed_memory, shared_cores
 from vlm2rec.embedder.export.reuse import EarlierRows
+from vlm2rec.embedder.export.short import Kept
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker, load_same
 from vlm2rec.embedder.options import EngineName
 from vlm2rec.embedder.progress import Reporter
@@ -97,7 +98,9 @@ ALONE = Distribution()
 class Maker(Protocol):
     """Makes the tables of shards, one after the other, in one process."""
 
-    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+    def shard(
+        self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]
+    ) -> tuple[pa.Table, Kept | None]:
         """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to make."""
 
     def close(self) -> None:
@@ -116,7 +119,7 @@ class Job:
         """Return what makes the shards; call it in the process that makes them."""
         raise NotImplementedError
 
-    def publish(self, number: int, table: pa.Table, seconds: float) -> shards.Shard:
+    def publish(self, number: int, table: pa.Table, seconds: float, kept: Kept | None = None) -> shards.Shard:
         """Publish a shard, if the folder is still that of this export; return its record.
 
         Raises:
@@ -124,7 +127,7 @@ class Job:
         """
         self.hold.require()
         shards.require_same_plan(self.out, self.plan)
-        return shards.publish_shard(self.out, self.plan, number, table, seconds)
+        return shards.publish_shard(self.out, self.plan, number, table, seconds, kept)
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,8 @@ class Engine(Protocol):
 
 def _make(maker: Maker, job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     started = time.perf_counter()
-    table = maker.shard(number, reuse_rows, lambda count: None)
-    return job.publish(number, table, time.perf_counter() - started)
+    table, kept = maker.shard(number, reuse_rows, lambda count: None)
+    return job.publish(number, table, time.perf_counter() - started, kept)
 
 
 # --- processes of this machine ------------------------------------------------------------------------------

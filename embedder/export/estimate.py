@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import precision, schema
 from vlm2rec.embedder.contract.storage import Location, free_bytes
 from vlm2rec.embedder.export.plan import Plan
 
@@ -43,8 +42,9 @@ def estimate(
         that were encoded), seconds (for what is left), memory_bytes (the process's peak, and what two shards will
         take), gpu_bytes (the peak so far, None off CUDA).
     """
-    numbers = sum(schema.dims_of(plan.settings)[view] for view in plan.settings["views"])  # for each item
-    width = np.dtype(plan.settings["storage"]).itemsize * numbers
+    dims = [schema.dims_of(plan.settings)[view] for view in plan.settings["views"]]
+    numbers = sum(max(dim, plan.settings.get(schema.FULL_DIM, 0)) for dim in dims)  # for each item, in memory
+    width = sum(precision.bytes_of(plan.settings["storage"], dim) for dim in dims)  # and on disk
     found = {
         "items": len(plan.item_ids),
         "items_left": len(rows),

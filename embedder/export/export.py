@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from vlm2rec.embedder.export.reuse import (
     plan_work,
     require_same_start,
 )
+from vlm2rec.embedder.export.short import Kept, short_settings
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.embedder.options import ImagePolicy, ImagesBy, Storage
 from vlm2rec.embedder.progress import SILENT, Reporter
@@ -47,6 +49,8 @@ def export(
     image_timeout: float = 60.0,
     distribution: Distribution = ALONE,
     reporter: Reporter = SILENT,
+    dim: int | None = None,
+    encoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Encode every item that is not in `out` yet, publish shard by shard, and write the manifest last.
 
@@ -63,11 +67,15 @@ def export(
         image_timeout: Seconds after which reading an image is given up.
         distribution: Who makes the shards. For other processes and Ray, `load_encoder` must be picklable.
         reporter: Receives progress and messages.
+        dim: Store the first `dim` numbers of each vector, one long; None stores vectors as they are.
+        encoder: How the encoder is loaded again, as JSON, for the manifest: a search encodes its query with it.
 
     Returns:
         The manifest; None for one of several workers while other workers still have shards to make.
     """
-    plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
+    plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter, dim)
+    some = dataset.catalogue_size if dataset.catalogue_size > len(plan.item_ids) else None
+    plan = replace(plan, encoder=encoder or {}, catalogue=some)
 
     def job(earlier: EarlierRows | None, hold: Hold) -> ItemJob:
         return ItemJob(out, plan, hold, dataset, load_encoder, settings, earlier, image_timeout)
@@ -147,11 +155,12 @@ def plan_export(
     images_by: ImagesBy,
     reuse: Reuse,
     reporter: Reporter = SILENT,
+    dim: int | None = None,
 ) -> Plan:
     """Return the plan that `export` makes from the same arguments.
 
     Raises:
-        ConfigError: the image policy needs a text vector, which these settings do not make.
+        ConfigError: the image policy needs a text vector, which these settings do not make; or as `short_settings`.
         DataError: these settings read images, and the dataset has none or their folder is not there.
         ArtifactError: `out` holds other items, and `reuse` does not allow that.
     """
@@ -176,7 +185,7 @@ def plan_export(
         images_by,
         modalities,
     )
-    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error}
+    choices: dict[str, Any] = {"storage": storage, "on_image_error": on_image_error, **short_settings(settings, dim)}
     if schema.TEXT in modalities:
         columns = columns_read(dataset, settings)
         choices |= columns
@@ -246,9 +255,9 @@ def _publish_here(
                 for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _made_shards(make, work, reporter, work_name):
+            for number, *made in _made_shards(make, work, reporter, work_name):
                 wait_for_writer()
-                in_writing = number, writer.submit(job.publish, number, table, seconds)
+                in_writing = number, writer.submit(job.publish, number, *made)
         finally:
             wait_for_writer()
     total = max(time.perf_counter() - begun, 1e-9)
@@ -261,16 +270,16 @@ def _publish_here(
 
 def _made_shards(
     make: Maker, work: Mapping[int, np.ndarray], reporter: Reporter, work_name: str
-) -> Iterator[tuple[int, pa.Table, float]]:
-    """Yield each shard's number, its table, and the seconds spent on it."""
+) -> Iterator[tuple[int, pa.Table, float, Kept | None]]:
+    """Yield each shard's number, its table, the seconds spent on it, and the neighbours that short vectors keep."""
     total = sum(int((reuse_rows < 0).sum()) for reuse_rows in work.values())
     rows = work_name.split()[-1]
     with reporter.progress(work_name, total) as advance:
         for count, (number, reuse_rows) in enumerate(work.items(), 1):
             start = time.perf_counter()
-            table = make.shard(number, reuse_rows, advance)
+            table, kept = make.shard(number, reuse_rows, advance)
             seconds = time.perf_counter() - start
-            yield number, table, seconds
+            yield number, table, seconds, kept
             if not reporter.draws_bars:  # a log file gets one line for each shard
                 encoded = int((reuse_rows < 0).sum())
                 reused = f" and {len(reuse_rows) - encoded} reused" if encoded < len(reuse_rows) else ""

@@ -40,6 +40,8 @@ class Plan:
     made_with: Mapping[str, Any] = field(default_factory=dict)  # names and origin of the model, which decide no vector
     dataset_version: Sequence[int] = ()  # of the files that the inputs were read from: `Dataset.items_version`
     layout: Layout = ITEM_VECTORS
+    catalogue: int | None = None  # items in the dataset, if the export holds some of them alone
+    encoder: Mapping[str, Any] = field(default_factory=dict)  # how to load it again: paths, which decide no vector
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Arrow schema out: pickling loses that the elements of its lists are never null."""
@@ -118,7 +120,8 @@ def plan_shards(
         )
     settings, made_with = dict(settings), dict(settings.get(schema.MADE_WITH, {}))
     settings.pop(schema.MADE_WITH, None)
-    full = {"schema_version": schema.SCHEMA_VERSION, **settings, **(inputs.settings if inputs else {})}
+    version = schema.version_for(settings.get("storage"))
+    full = {"schema_version": version, **settings, **(inputs.settings if inputs else {})}
     bounds = [0]
     for rows in begun if sum(begun) <= len(ids) else ():
         bounds.append(bounds[-1] + rows)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import precision, schema
 from vlm2rec.embedder.contract.storage import Location, readable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class VectorLayout:
     def row_bytes(self, settings: Mapping[str, Any]) -> int:
         """See `Layout`."""
         dims = schema.dims_of(settings)
-        return int(np.dtype(settings["storage"]).itemsize) * sum(dims[view] for view in settings["views"])
+        return sum(precision.bytes_of(settings["storage"], dims[view]) for view in settings["views"])
 
     def described(self, plan: Plan) -> dict[str, Any]:
         """See `Layout`."""
@@ -111,24 +111,38 @@ def shard_table(
         error: The reason, or None, for each row.
     """
     ids = [plan.item_ids[row] for row in rows]
-    columns = [pa.array(ids, pa.string())]
+    columns, scales = [pa.array(ids, pa.string())], []
+    dtype = plan.settings["storage"]
     for view in schema.VIEWS:
         kind = plan.schema.field(view).type
-        columns.append(_vector_array(vectors[view], kind) if view in vectors else pa.nulls(len(ids), kind))
+        if view in vectors:
+            stored, of_view = _stored_arrays(vectors[view], kind, dtype)
+        else:
+            stored, of_view = pa.nulls(len(ids), kind), pa.nulls(len(ids), pa.float32())
+        columns.append(stored)
+        scales.append(of_view)
+    columns += scales if precision.has_scale(dtype) else []
     columns += [pa.array(list(values), pa.string()) for values in (status, error, plan.made_from(rows))]
     return pa.Table.from_arrays(columns, schema=plan.schema)
 
 
-def _vector_array(vectors: np.ndarray, kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
+def _stored_arrays(
+    vectors: np.ndarray, kind: pa.FixedSizeListType, dtype: str
+) -> tuple[pa.FixedSizeListArray, pa.Array | None]:
+    """Return the column of a view and, if the number format has them, that of its scales."""
     absent = np.isnan(vectors).all(1)
-    stored = np.where(absent[:, None], 0, vectors).astype(kind.value_type.to_pandas_dtype())
-    if not np.isfinite(stored).all():
+    stored = precision.to_stored(np.where(absent[:, None], np.float32(0), vectors), dtype)
+    if not np.isfinite(stored.values).all() or not np.isfinite(vectors[~absent]).all():
         raise ValueError("a vector holds NaN or infinity")
-    return pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), type=kind, mask=pa.array(absent))
+    mask = pa.array(absent)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(stored.values.ravel()), type=kind, mask=mask)
+    return column, None if stored.scales is None else pa.array(stored.scales, mask=absent)
 
 
 def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_ROWS) -> None:
     """Write a shard's table to a path or an open file, in the encoding of all shards."""
+    kinds = {view: table.schema.field(view).type.value_type for view in schema.VIEWS}
+    leaves = {f"{view}.list.element": pa.types.is_floating(kind) for view, kind in kinds.items()}
     pq.write_table(
         table,
         file,
@@ -136,9 +150,10 @@ def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_RO
         compression="zstd",
         compression_level=1,
         # neighbouring floats have similar exponents and different mantissas: split into byte streams they compress. The
-        # encoding has to be named for the leaf below the list, and a dictionary would override it
-        use_dictionary=[schema.STATUS],
-        column_encoding={f"{view}.list.element": "BYTE_STREAM_SPLIT" for view in schema.VIEWS},
+        # encoding has to be named for the leaf below the list, and a dictionary would override it. Parquet would keep
+        # a code of int8 or binary in four bytes; by a dictionary it takes one
+        use_dictionary=[schema.STATUS, *(leaf for leaf, is_float in leaves.items() if not is_float)],
+        column_encoding={leaf: "BYTE_STREAM_SPLIT" for leaf, is_float in leaves.items() if is_float},
         write_page_checksum=True,
     )
 
@@ -178,20 +193,14 @@ def _row_problems(batch: pa.RecordBatch, ids: pa.Array, status: np.ndarray, view
     report(~np.isin(status, schema.STATUSES), "have an unknown status")
     failed, text_only = status == schema.STATUS_FAILED, status == schema.STATUS_TEXT_ONLY
     for view in schema.VIEWS:
-        values, present = vectors_of(batch[view])
+        values, present = precision.raw_of(batch[view])
         report(present & ~np.isfinite(values).all(1), f"hold NaN or infinity in {view}")
+        if schema.scale_of(view) in batch.schema.names:
+            scales = batch[schema.scale_of(view)].to_numpy(zero_copy_only=False).astype(np.float32)
+            report(present & ~(np.isfinite(scales) & (scales >= 0)), f"have no usable scale of {view}")
         expected = ~failed & ~(text_only & (view == schema.IMAGE)) if view in views else np.zeros(len(status), bool)
         report(expected & ~present, f"have no vector in {view}, though their status promises one")
         report(present & ~expected, f"have a vector in {view}, though their status or the manifest excludes it")
     has_reason = batch[schema.ERROR].is_valid().to_numpy(zero_copy_only=False)
     report(failed & ~has_reason, "failed without a reason")
     return problems
-
-
-def vectors_of(column: pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (n, d) values, anything where null, and the (n,) mask of rows that have a vector."""
-    dim = column.type.list_size
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    # not `.flatten()`: it leaves null rows out and shifts every row after them
-    values = column.values.slice(column.offset * dim, len(column) * dim).to_numpy(zero_copy_only=False)
-    return values.reshape(len(column), dim), present

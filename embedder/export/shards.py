@@ -29,7 +29,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -49,6 +49,8 @@ from vlm2rec.embedder.export.lock import (
     turn,
 )
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
+from vlm2rec.embedder.export.shard_file import ITEM_VECTORS
+from vlm2rec.embedder.export.short import Kept, in_all, is_short
 
 _LOOKS = 3  # at the manifest and the state file, before the folder counts as one without both
 _ATTEMPTS = 3  # a busy network disk may fail once
@@ -70,6 +72,12 @@ class Shard:
     sha256: str
     counts: dict[str, int]  # rows of each status
     seconds: float  # spent on encoding it
+    kept: Kept | None = None  # of short vectors: the neighbours that they keep; not known of a shard without a record
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The record as JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "kept" or value is not None}
 
 
 def rows_of_shards(folder: Location) -> list[int]:
@@ -313,15 +321,17 @@ def shards_of(plan: Plan, share: Share | None) -> range:
     return range(len(plan)) if share is None else range(share.worker, len(plan), share.workers)
 
 
-def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
-    """Write one shard, whole or not at all, and return its record.
+def publish_shard(
+    folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float, kept: Kept | None = None
+) -> Shard:
+    """Write one shard, whole or not at all, and return its record; `kept` is what was measured of short vectors.
 
     Raises:
         ArtifactError: the disk is full or fails; nothing was published.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return _commit(folder, plan, number, table, seconds)
+            return _commit(folder, plan, number, table, seconds, kept)
         except OSError as error:
             if error.errno in _HOPELESS or attempt == _ATTEMPTS - 1:
                 raise _disk_error(folder, error) from None
@@ -370,20 +380,24 @@ def finish(
         ordered = [shards[n] for n in range(len(plan))]
         _require_all_there(folder, ordered)
         manifest = {
-            "schema_version": schema.SCHEMA_VERSION,
+            "schema_version": schema.version_for(plan.settings.get("storage")),
             **plan.layout.described(plan),
             "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
             "shard_size": plan.shard_size,
-            "shards": [asdict(shard) for shard in ordered],
+            "shards": [shard.entry for shard in ordered],
             "settings": plan.settings,
             "fingerprint": plan.fingerprint,
             schema.MADE_WITH: plan.made_with,
+            **({schema.ENCODER: plan.encoder} if plan.encoder else {}),
+            **({} if plan.catalogue is None else {schema.CATALOGUE: plan.catalogue}),
             "created": provenance.created(),
             "versions": provenance.library_versions(*_LIBRARIES),
             "data": str(data.resolve()) if data else None,
             "seconds": round(sum(shard.seconds for shard in ordered), 3),
             **(about or {}),
         }
+        if plan.layout == ITEM_VECTORS and is_short(plan.settings):
+            manifest[schema.SHORT] = in_all((shard.kept for shard in ordered), plan.settings, plan.shard_size)
         schema.write_json(folder / schema.MANIFEST_FILE, manifest)
         _tidy(folder, plan)
         return manifest
@@ -413,11 +427,13 @@ def require_space(folder: Location, plan: Plan, items: int) -> None:
         raise ArtifactError(
             f"{folder} has {free / 2**20:.0f} MiB free and {items} items need about {items * width / 2**20:.0f} MiB",
             "room for the vectors",
-            "free some space or choose another --out; --storage float16 halves the size",
+            "free some space or choose another --out; --precision int8 or --dim needs less",
         )
 
 
-def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float) -> Shard:
+def _commit(
+    folder: Location, plan: Plan, number: int, table: pa.Table, seconds: float, kept: Kept | None = None
+) -> Shard:
     path = folder / schema.shard_name(number)
     with publish.draft(path) as draft:
         with draft.open("wb") as file:
@@ -425,7 +441,9 @@ def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
             publish.flush(file)
         if not pq.read_table(draft, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
-        shard = _describe(draft, path.name, plan.layout.statuses(table), seconds)
+        if kept is None and (earlier := _records(folder, plan, [number])):  # of the same part, with a few other rows
+            kept = earlier[number][0].kept
+        shard = replace(_describe(draft, path.name, plan.layout.statuses(table), seconds), kept=kept)
         _record_path(folder, number).unlink(missing_ok=True)  # that of the replaced shard
         publish.put_in_place(draft, path, shard.sha256)
     _write_record(folder, number, shard, plan.identity)
@@ -484,7 +502,7 @@ def _discard(folder: Location, number: int) -> None:
 
 def _state(plan: Plan) -> dict[str, Any]:
     return {
-        "schema_version": schema.SCHEMA_VERSION,
+        "schema_version": schema.version_for(plan.settings.get("storage")),
         "shard_size": plan.shard_size,
         "settings": plan.settings,
         "fingerprint": plan.fingerprint,
@@ -494,7 +512,7 @@ def _state(plan: Plan) -> dict[str, Any]:
 
 
 def _write_record(folder: Location, number: int, shard: Shard, identity: str) -> None:
-    schema.write_json(_record_path(folder, number), asdict(shard) | {_PLAN: identity})
+    schema.write_json(_record_path(folder, number), shard.entry | {_PLAN: identity})
 
 
 def record_name(number: int) -> str:
@@ -546,13 +564,8 @@ def _manifest_shards(manifest: Mapping[str, Any]) -> dict[int, Shard]:
 
 def _refuse_changed(folder: Location, known: Mapping[str, Any], plan: Plan, revise: bool) -> None:
     """Raise `ArtifactError` naming every setting that differs from those of the export in the folder."""
-    version = known.get("schema_version")
-    if not isinstance(version, int) or version > schema.SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{folder} has embedding schema version {version!r}",
-            f"a version up to {schema.SCHEMA_VERSION}",
-            "continue with the vlm2rec version that began it, or choose a new --out folder",
-        )
+    fix = "continue with the vlm2rec version that began it, or choose a new --out folder"
+    schema.require_version(folder, known, known.get("settings", {}).get("storage"), fix)
     changed = differences(
         {"shard_size": known.get("shard_size"), **known.get("settings", {})},
         {"shard_size": plan.shard_size, **plan.settings},

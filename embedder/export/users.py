@@ -68,7 +68,7 @@ class UserMaker:
     def close(self) -> None:
         """Nothing was opened."""
 
-    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> tuple[pa.Table, None]:
         """Return the table of a shard; all of its rows are made."""
         users = self.plan.rows(number)
         views, dims = self.plan.settings["views"], schema.dims_of(self.plan.settings)
@@ -83,7 +83,7 @@ class UserMaker:
         advance(len(users) - len(given))
         reasons = {place: self.histories.reasons.get(user) for place, user in enumerate(users)}
         status, error = judge(vectors, reasons, self.plan.settings["storage"])
-        return shard_file.shard_table(self.plan, users, vectors, status, error)
+        return shard_file.shard_table(self.plan, users, vectors, status, error), None
 
 
 def judge(

@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from vlm2rec.embedder.backbones.image_readers import Readers, Reading
 from vlm2rec.embedder.backbones.images import ImageError, open_image
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import precision, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, ModelError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder, Picture
 from vlm2rec.embedder.encoders.item_text import item_texts
-from vlm2rec.embedder.export import shard_file
+from vlm2rec.embedder.export import shard_file, short
 from vlm2rec.embedder.export.plan import Inputs, Plan
 from vlm2rec.embedder.export.reuse import EarlierRows
 from vlm2rec.embedder.options import ImagePolicy, Storage
@@ -79,25 +79,36 @@ class ShardMaker:
         """Stop the image readers."""
         self.readers.close()
 
-    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
-        """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to encode.
+    def shard(
+        self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]
+    ) -> tuple[pa.Table, short.Kept | None]:
+        """Return the table of a shard and, if all its rows are new, the neighbours that short vectors keep.
+
+        `reuse_rows` holds positions of earlier rows, -1 for rows to encode.
 
         Raises:
             DataError: the dataset is no longer the one that was planned, or an image has changed since.
         """
         self._require_same_dataset()
         rows = np.array(self.plan.rows(number))
-        new = self.encoded([int(row) for row in rows[reuse_rows < 0]], advance) if (reuse_rows < 0).any() else None
+        new, kept = None, None
+        if (reuse_rows < 0).any():
+            new, kept = self._encoded([int(row) for row in rows[reuse_rows < 0]], advance)
         if self.earlier is None or (reuse_rows < 0).all():
             assert new is not None
-            return new
+            return new, kept
         # no cast: it refuses a null list whose elements may not be null, as in a view that is not exported
         known = self.earlier.take(reuse_rows[reuse_rows >= 0]).replace_schema_metadata(self.plan.schema.metadata)
         both = known if new is None else pa.concat_tables([new, known])
-        return both.take(np.argsort(np.concatenate([np.flatnonzero(reuse_rows < 0), np.flatnonzero(reuse_rows >= 0)])))
+        # some rows alone tell little: the record of the part keeps what was measured when it was made
+        order = np.concatenate([np.flatnonzero(reuse_rows < 0), np.flatnonzero(reuse_rows >= 0)])
+        return both.take(np.argsort(order)), None
 
     def encoded(self, rows: Sequence[int], advance: Callable[[int], None] = lambda count: None) -> pa.Table:
         """Encode some items, and return their table."""
+        return self._encoded(rows, advance)[0]
+
+    def _encoded(self, rows: Sequence[int], advance: Callable[[int], None]) -> tuple[pa.Table, short.Kept | None]:
         policy, storage = self.plan.settings["on_image_error"], self.plan.settings["storage"]
         encoder, inputs = self._encoder(), self.plan.inputs
         assert inputs is not None
@@ -108,13 +119,16 @@ class ShardMaker:
             titles = [inputs.titles[row] if inputs.titles is not None else "" for row in piece]
             parts.append(encode_rows(encoder, titles, images, policy, storage))
             advance(len(piece))
-        return shard_file.shard_table(
+        settings = self.plan.settings
+        full = {view: np.concatenate([part.vectors[view] for part in parts]) for view in settings["views"]}
+        table = shard_file.shard_table(
             self.plan,
             rows,
-            {view: np.concatenate([part.vectors[view] for part in parts]) for view in self.plan.settings["views"]},
+            short.shorten_views(full, settings),
             [status for part in parts for status in part.status],
             [error for part in parts for error in part.error],
         )
+        return table, short.measure(full, settings) if short.is_short(settings) else None
 
     def _require_same_dataset(self) -> None:
         """Hold the dataset against the plan. Its files are read again only if one of them was written since."""
@@ -296,7 +310,7 @@ def encode_rows(
         promised = [view for view in views if row not in bad or view != schema.IMAGE]
         if broken := [view for view in promised if not np.isfinite(vectors[view][row]).all()]:
             return f"the model gives NaN or infinity ({', '.join(broken)})"
-        if any(np.abs(vectors[view][row]).max() > np.finfo(storage).max for view in promised):
+        if any(np.abs(vectors[view][row]).max() > precision.largest(storage) for view in promised):
             return f"a value is too large for {storage}; export with --storage float32"
         return ""
 

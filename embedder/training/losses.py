@@ -5,7 +5,8 @@ The negatives N_u of row i are the batch's targets j with item_ids[j] != item_id
 other users have it, is left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
 
-At the end of the module are both losses in the form that training calls: `InfoNCEObjective` and `VLM2RecObjective`.
+At the end of the module are both losses in the form that training calls, `InfoNCEObjective` and `VLM2RecObjective`,
+and `Matryoshka`, which takes either of them over prefixes of the vectors too.
 
 Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
 τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
@@ -13,8 +14,9 @@ Arithmetic is float32 for half-precision input, under autocast too, and float64 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -320,6 +322,39 @@ class VLM2RecObjective(VLM2RecLoss):
             "alpha": self.alpha,
             "beta": self.beta,
         }
+
+
+class Matryoshka(nn.Module):
+    """The mean of a loss over the first numbers of all vectors, in several lengths, and over whole vectors.
+
+    The loss compares vectors by cosine, so a prefix counts as if it were one long. The curves hold what the loss tells
+    of whole vectors, and its value for each shorter length.
+
+    Args:
+        loss: called as `loss(users, items, targets)`.
+        lengths: how many of the first numbers, in rising order; whole vectors come on top.
+    """
+
+    def __init__(self, loss: nn.Module, lengths: Sequence[int]) -> None:
+        super().__init__()
+        rising = all(before < after for before, after in itertools.pairwise(lengths))
+        require(
+            len(lengths) > 0 and lengths[0] > 0 and rising,
+            f"lengths {list(lengths)}",
+            "numbers above 0 in rising order",
+        )
+        self.loss, self.lengths = loss, tuple(lengths)
+
+    def forward(self, users: Views, items: Views, targets: Tensor) -> tuple[Tensor, Log]:
+        """Return the mean loss, and what to log of it; arguments as for the loss."""
+        totals, told = [], Log()
+        for length in self.lengths:
+            short = [{view: vectors[:, :length] for view, vectors in side.items()} for side in (users, items)]
+            total, _ = self.loss(*short, targets)
+            totals.append(total)
+            told[f"loss_{length}"] = total
+        total, log = self.loss(users, items, targets)
+        return torch.stack([*totals, total]).mean(), log | told
 
 
 def _margins_to_log(by_view: Mapping[str, Tensor]) -> Log:

@@ -176,7 +176,43 @@ def _history_model(settings: Settings, encoder: ItemEncoder, wrapped: nn.Module,
     from vlm2rec.embedder.training.vlm2rec import HistoryModel
 
     loss = loss_of(settings.loss).make(settings)
+    if settings.matryoshka:
+        loss = _matryoshka(settings, loss, encoder.dim)
     return HistoryModel(encoder, wrapped, items, loss, settings.tau_wpcl, settings.chunk_users, settings.negatives)
+
+
+def _matryoshka(settings: Settings, loss: nn.Module, dim: int) -> nn.Module:
+    """Return the loss over prefixes of the vectors, of length `dim`, as well."""
+    from vlm2rec.embedder.training.losses import Matryoshka
+
+    if (longest := settings.matryoshka[-1]) >= dim:
+        raise ConfigError(
+            f"--matryoshka {_listed(settings.matryoshka)}, but the backbone's vectors have {dim} numbers",
+            f"numbers below {dim}; whole vectors are trained in any case",
+            f"leave {longest} out",
+        )
+    return Matryoshka(loss, settings.matryoshka)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _check_matryoshka(settings: Settings) -> None:
+    lengths = settings.matryoshka
+    if list(lengths) != sorted({*lengths}) or any(length < 1 for length in lengths):
+        raise ConfigError(
+            f"--matryoshka {_listed(lengths)}",
+            "numbers above 0, each once, in rising order, such as 64,128,256",
+            "correct it",
+        )
+    if lengths and settings.loss == "vlm2rec" and settings.fusion_norm == "normalised":
+        raise ConfigError(
+            f"--matryoshka {_listed(lengths)} with --fusion-norm normalised and --loss vlm2rec: the first numbers of a"
+            " sum of unit vectors are not the sum of the first numbers, each made one long, which this loss would take",
+            "--fusion-norm raw, or --loss sft",
+            "change one of them",
+        )
 
 
 def _loss_title(settings: Settings) -> str:
@@ -192,6 +228,7 @@ def _check_histories(settings: Settings) -> None:
             "change one of the two",
         )
     loss_of(settings.loss).check(settings)
+    _check_matryoshka(settings)
 
 
 def _history_advice(settings: Settings, behind: bool) -> Sequence[str]:
@@ -395,7 +432,7 @@ METHODS: dict[str, Recipe] = {
         title=_loss_title,
         own=(
             *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
-            *("crtr", "reduction", "negatives", "samples", "users"),
+            *("crtr", "reduction", "negatives", "samples", "users", "matryoshka"),
         ),
         check=_check_histories,
         advice=_history_advice,
@@ -476,7 +513,7 @@ METHODS: dict[str, Recipe] = {
         samples=_history_samples,
         model=_history_model,
         title=lambda settings: f"slim, sft on {settings.item_text}",
-        own=("loss", "tau_wpcl", "negatives", "samples", "users"),
+        own=("loss", "tau_wpcl", "negatives", "samples", "users", "matryoshka"),
         defaults={"loss": "sft", "views": "text", "item_text": "rationale", "max_title_tokens": 128},
         check=_check_rationales,
         advice=_history_advice,

@@ -323,8 +323,13 @@ def read_npy(path: Path, item_ids: Sequence[str], view: str, ids_from: str) -> V
     return VectorFile(list(item_ids), {view: values}, {view: np.ones(len(values), bool)}, {view: path.name})
 
 
-def read_ids(path: Path, id_column: str) -> list[str]:
+ID_FILES = (".npy", ".txt", ".json", ".parquet")
+
+
+def read_ids(path: Path, id_column: str, flag: str = "--ids") -> list[str]:
     """Read ids in order: .npy of strings or whole numbers, .txt with one per line, .json, or a column in Parquet.
+
+    `flag` names the file in messages.
 
     Raises:
         DataError: no such file, ids that are null or occur twice.
@@ -360,7 +365,7 @@ def read_ids(path: Path, id_column: str) -> list[str]:
         except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(
-        f"--ids {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
+        f"{flag} {path} ends in {path.suffix!r}", ".npy, .txt, .json or .parquet", "save the ids as one of these"
     )
 
 
