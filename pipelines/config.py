@@ -369,6 +369,20 @@ class FinetuneConfig:
         "local",
         group=TRAINING,
     )
+    negatives_file: Path | None = setting(
+        "Hard negatives beside those of the batch: Parquet, CSV or JSON lines of item_id (the target) or user_id, and"
+        " negative_id (one a row) or negatives (a list). VLM2Rec and SLIM.",
+        None,
+    )
+    mine_from: Place | None = setting(
+        "Embeddings folder of an earlier export, from which hard negatives are mined: items near the target.", None
+    )
+    margin: Fraction = setting(
+        "With --mine-from: an item is left out, as it may be a positive, if the user's history is nearer to it than"
+        " this share of its cosine with the target.",
+        0.95,
+    )
+    hard_negatives: Positive = setting("Hard negatives of a user in a step, at most.", 4)
     chunk_users: Count = setting(
         "Users encoded at a time (GradCache), which limits memory; the negatives stay those of the batch. 0: all.",
         0,

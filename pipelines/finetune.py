@@ -39,9 +39,10 @@ from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS, GO_ON, RUN_FILE
 from vlm2rec.embedder.training.model_card import model_card
-from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.recipes import HARD_NEGATIVES, METHODS, check_settings
 from vlm2rec.embedder.training.tracking import Tracking, parse_trackers
 from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
+from vlm2rec.pipelines import finetune_negatives
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_candidates, warning
@@ -96,6 +97,7 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
         )
     samples = recipe.samples(config, dataset)
+    finetune_negatives.add_hard_negatives(config, dataset, samples)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
     wrapped = recipe.adapter(config, encoder.backbone)
@@ -260,6 +262,7 @@ def _identity(config: FinetuneConfig) -> dict[str, Any]:
     files = model_files.locate(config.backbone, config.revision)
     return {
         **decisive,
+        **finetune_negatives.identity(config),
         "data": str(config.data.resolve()),
         "processes": distributed.count(),
         "backbone_hash": model_files.backbone_hash(files),
@@ -402,8 +405,9 @@ def _provenance(
             "loss_settings": {
                 schema.stored_name(name): _plain(value)
                 for name in METHODS[config.method].own
-                if name != "loss" and (value := getattr(config, name)) != ()
-            },
+                if name not in ("loss", *HARD_NEGATIVES) and (value := getattr(config, name)) != ()
+            }
+            | finetune_negatives.described(config),
             "seed": config.seed,
             "steps": training.steps,
             "best_step": training.best["step"],

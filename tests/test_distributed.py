@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import safetensors.torch
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones.devices import pick_device
+from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.training import vlm2rec
@@ -60,9 +62,13 @@ def common(tiny: Tiny, drawn_dataset: Path) -> dict[str, Any]:
 def runs(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Trainings by name. 27 users are batches of 8, 8, 8 and 3; with 25, the last one leaves a process empty-handed."""
     out = tmp_path_factory.mktemp("together")
+    dataset, hard = Dataset(common["data"]), tmp_path_factory.mktemp("hard") / "negatives.parquet"
+    lists = [dataset.item_ids[user % 7 : user % 7 + user % 9] for user in range(len(dataset.user_ids))]
+    pl.DataFrame({"user_id": dataset.user_ids, "negatives": lists}).write_parquet(hard)
     more: dict[str, dict[str, Any]] = {
         "global": {"negatives": "global", "users": 27, "max_steps": 7, "gradient_steps": 1},
         "local": {"negatives": "local", "users": 27, "max_steps": 5, "gradient_steps": 2},
+        "hard": {"negatives": "global", "users": 25, "max_steps": 5, "negatives_file": str(hard), "hard_negatives": 3},
         "empty": {"negatives": "global", "loss": "sft", "users": 25, "max_steps": 5},
         "synchronised": {"negatives": "global", "users": 27, "max_steps": 4, "chunk_users": 1},
         "whole": {"max_steps": 12, "lora_dropout": 0.2, "learning_rate": 1e-3},
@@ -116,6 +122,13 @@ def test_a_process_without_users_in_the_last_batch_changes_nothing(
     found: list[dict[str, Any]], runs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     assert_alike(saved(runs["empty"]), alone(runs["empty"], tmp_path / "one"))
+
+
+def test_hard_negatives_of_all_processes_give_the_curves_of_one_process(
+    found: list[dict[str, Any]], runs: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    assert_alike(saved(runs["hard"]), alone(runs["hard"], tmp_path / "one"))
+    assert 0 < saved(runs["hard"])["train"][0]["hard_negatives"] <= 3
 
 
 def test_local_negatives_give_the_curves_of_one_process_that_averages_the_shares_losses(

@@ -23,13 +23,17 @@ from torch import Tensor
 
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.training.losses import info_nce
+from vlm2rec.embedder.training.losses import HardNegatives, info_nce
 
 TOTAL = "total"
 
 
 def modality_losses(
-    users: Mapping[str, Tensor], items: Mapping[str, Tensor], targets: Tensor, tau: float
+    users: Mapping[str, Tensor],
+    items: Mapping[str, Tensor],
+    targets: Tensor,
+    tau: float,
+    hard: HardNegatives | None = None,
 ) -> dict[str, Tensor]:
     """Return InfoNCE of the text vectors alone and of the image vectors alone, scalars by view.
 
@@ -38,8 +42,9 @@ def modality_losses(
         items: those of their target items.
         targets: ids of the target items, (B,); equal ids are never each other's negatives.
         tau: temperature.
+        hard: more negatives.
     """
-    return {view: info_nce(users[view], items[view], targets, tau) for view in schema.MODALITIES}
+    return {view: info_nce(users[view], items[view], targets, tau, hard, view) for view in schema.MODALITIES}
 
 
 def gradient_alignment(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:

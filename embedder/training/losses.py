@@ -5,6 +5,10 @@ The negatives N_u of row i are the batch's targets j with item_ids[j] != item_id
 other users have it, is left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
 the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
 
+Hard negatives join N_u, each that of its own row alone, and every equation reads this larger set: the margins (so w),
+the sum of WPCL, which w multiplies, and the candidates of CRTR. One that is a target of the batch is in N_u already,
+or is the row's own target, and does not count again. Without hard negatives every number is as it was.
+
 At the end of the module are both losses in the form that training calls, `InfoNCEObjective` and `VLM2RecObjective`,
 and `Matryoshka`, which takes either of them over prefixes of the vectors too.
 
@@ -38,6 +42,20 @@ class LossParts(NamedTuple):
     weight: Tensor  # (B,) w of Eq. 9; 1 when the penalty is off
     margin_text: Tensor  # (B,) M_T of Eq. 6
     margin_image: Tensor  # (B,) M_V
+
+
+class HardNegatives(NamedTuple):
+    """Up to K more negatives of each of B users, which are nobody else's.
+
+    `vectors` are by view, (B, K, d) each; `ids` are integers, (B, K), -1 where a user has fewer than K.
+    """
+
+    vectors: Mapping[str, Tensor]
+    ids: Tensor
+
+    def counted(self, item_ids: Tensor) -> Tensor:
+        """Return which of them are in N_u beside the batch's own, (B, K) bool: items that are no target of it."""
+        return (self.ids >= 0) & ~torch.isin(self.ids, item_ids)
 
 
 class VLM2RecLoss(nn.Module):
@@ -116,7 +134,13 @@ class VLM2RecLoss(nn.Module):
         return _positive(self.raw_beta).detach()
 
     def forward(
-        self, user_text: Tensor, user_image: Tensor, item_text: Tensor, item_image: Tensor, item_ids: Tensor
+        self,
+        user_text: Tensor,
+        user_image: Tensor,
+        item_text: Tensor,
+        item_image: Tensor,
+        item_ids: Tensor,
+        hard: HardNegatives | None = None,
     ) -> LossParts:
         """Return the loss of one batch and its parts.
 
@@ -126,22 +150,27 @@ class VLM2RecLoss(nn.Module):
             item_text: e^T, their target items' text vectors, (B, d).
             item_image: e^V, (B, d).
             item_ids: integer ids of the target items, (B,); equal ids are never each other's negatives.
+            hard: more negatives, with `text` and `image` vectors.
 
         Raises:
             ValueError: the shapes do not fit together.
         """
         check_batch(item_ids, user_text, user_image, item_text, item_image)
         with torch.autocast(user_text.device.type, enabled=False):
-            others = other_items(item_ids)  # (B, B)
-            text = cosines(user_text, item_text)  # (B, B)
-            image = cosines(user_image, item_image)  # (B, B)
+            hard_text, hard_image = (None, None) if hard is None else (hard.vectors[view] for view in schema.MODALITIES)
+            others = negatives_of(item_ids, hard)  # (B, B + K)
+            text = similarities(user_text, item_text, hard_text)  # (B, B + K)
+            image = similarities(user_image, item_image, hard_image)  # (B, B + K)
             margin_text, margin_image = margins(text, others), margins(image, others)
             weight = self._weight(margin_text, margin_image)
             wpcl = crtr = text.new_zeros(())
             if self.use_wpcl:
                 users = fuse(user_text, user_image, self.fusion_norm)
                 items = fuse(item_text, item_image, self.fusion_norm)
-                wpcl = contrastive(cosines(users, items), others, self.tau_wpcl, weight).mean()
+                more = None
+                if hard_text is not None and hard_image is not None:
+                    more = fuse(hard_text, hard_image, self.fusion_norm)
+                wpcl = contrastive(similarities(users, items, more), others, self.tau_wpcl, weight).mean()
             if self.use_crtr:
                 crtr = topology_divergence(text, image, others, self.tau_crtr).mean()
             lam = self.lam / len(item_ids) if self.reduction == "paper" else self.lam
@@ -162,7 +191,14 @@ class VLM2RecLoss(nn.Module):
         )
 
 
-def info_nce(user: Tensor, item: Tensor, item_ids: Tensor, tau: float = 0.1) -> Tensor:
+def info_nce(
+    user: Tensor,
+    item: Tensor,
+    item_ids: Tensor,
+    tau: float = 0.1,
+    hard: HardNegatives | None = None,
+    view: str = schema.FUSED,
+) -> Tensor:
     """Return the InfoNCE loss of the SFT baseline (Eq. 3), a scalar: the mean over the batch's rows.
 
     Args:
@@ -170,21 +206,46 @@ def info_nce(user: Tensor, item: Tensor, item_ids: Tensor, tau: float = 0.1) -> 
         item: fused vectors of their target items, (B, d).
         item_ids: integer ids of the target items, (B,); equal ids are never each other's negatives.
         tau: temperature τ.
+        hard: more negatives.
+        view: which of their vectors to take.
     """
     require(tau > 0 and math.isfinite(tau), f"tau is {tau}", "a finite number above 0")
     check_batch(item_ids, user, item)
     with torch.autocast(user.device.type, enabled=False):
-        return contrastive(cosines(user, item), other_items(item_ids), tau).mean()
+        similarity = similarities(user, item, None if hard is None else hard.vectors[view])
+        return contrastive(similarity, negatives_of(item_ids, hard), tau).mean()
 
 
-def effective_negatives(item_ids: Tensor) -> Tensor:
-    """Return |N_u|, the number of in-batch negatives of each row, (B,) int64."""
-    return other_items(item_ids).sum(dim=1)
+def effective_negatives(item_ids: Tensor, hard: HardNegatives | None = None) -> Tensor:
+    """Return |N_u|, the number of negatives of each row, (B,) int64."""
+    return negatives_of(item_ids, hard).sum(dim=1)
 
 
 def other_items(item_ids: Tensor) -> Tensor:
     """Return which columns are negatives of which row, (B, B) bool: the columns of other items."""
     return item_ids[:, None] != item_ids[None, :]
+
+
+def negatives_of(item_ids: Tensor, hard: HardNegatives | None = None) -> Tensor:
+    """Return which columns are negatives of which row, (B, B + K) bool: other targets, then the row's hard negatives.
+
+    Raises:
+        ValueError: the hard negatives are of another number of rows.
+    """
+    others = other_items(item_ids)
+    if hard is None:
+        return others
+    if hard.ids.dim() != 2 or len(hard.ids) != len(item_ids):
+        raise ValueError(f"hard negatives are {tuple(hard.ids.shape)}; expected ({len(item_ids)}, K)")
+    return torch.cat([others, hard.counted(item_ids)], dim=1)
+
+
+def similarities(users: Tensor, items: Tensor, hard: Tensor | None = None) -> Tensor:
+    """Return `cosines`, then those of each row with its own hard negatives (B, K, d): (B, B + K)."""
+    found = cosines(users, items)
+    if hard is None:
+        return found
+    return torch.cat([found, (unit(hard) @ unit(users)[:, :, None]).squeeze(2)], dim=1)
 
 
 def cosines(users: Tensor, items: Tensor) -> Tensor:
@@ -196,8 +257,8 @@ def margins(similarity: Tensor, others: Tensor) -> Tensor:
     """Return the discriminative margin M_u (Eq. 6): positive minus mean negative similarity, (B,); 0 without negatives.
 
     Args:
-        similarity: s(z_i, e_j) in one modality, (B, B).
-        others: which columns are negatives, (B, B) bool.
+        similarity: s(z_i, e_j) in one modality, (B, B) or, with hard negatives, (B, B + K).
+        others: which columns are negatives, bool of the same shape.
     """
     count = others.sum(dim=1)
     negative = similarity.where(others, 0.0).sum(dim=1) / count.clamp_min(1)
@@ -221,8 +282,8 @@ def contrastive(similarity: Tensor, others: Tensor, tau: float | Tensor, weight:
     """Return -log(e^{s+/τ} / (e^{s+/τ} + w·Σ e^{s-/τ})) per row (Eq. 10; Eq. 3 without a weight), (B,).
 
     Args:
-        similarity: s(z_i, e_j) of the fused vectors, positives on the diagonal, (B, B).
-        others: which columns are negatives, (B, B) bool.
+        similarity: s(z_i, e_j) of the fused vectors, positives on the diagonal, (B, B) or (B, B + K).
+        others: which columns are negatives, bool of the same shape.
         tau: temperature.
         weight: w of each row, (B,), above 0.
     """
@@ -231,7 +292,7 @@ def contrastive(similarity: Tensor, others: Tensor, tau: float | Tensor, weight:
     behind = logits - logits.diagonal()[:, None]  # (B, B)
     if weight is not None:
         behind = behind + weight.log()[:, None]
-    positive = torch.eye(len(others), dtype=torch.bool, device=others.device)
+    positive = torch.eye(*others.shape, dtype=torch.bool, device=others.device)
     behind = behind.masked_fill(~others, -math.inf).masked_fill(positive, 0.0)
     return behind.logsumexp(dim=1)
 
@@ -239,15 +300,15 @@ def contrastive(similarity: Tensor, others: Tensor, tau: float | Tensor, weight:
 def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float) -> Tensor:
     """Return ½·(KL(P_T‖P_V) + KL(P_V‖P_T)) per row (Eqs. 11-13), (B,).
 
-    Row i's candidates are its own target and the targets of other items.
+    Row i's candidates are its own target and its negatives.
 
     Args:
-        text: s(z_i^T, e_j^T), (B, B).
-        image: s(z_i^V, e_j^V), (B, B).
-        others: which columns are negatives, (B, B) bool.
+        text: s(z_i^T, e_j^T), (B, B) or, with hard negatives, (B, B + K).
+        image: s(z_i^V, e_j^V), of the same shape.
+        others: which columns are negatives, bool of the same shape.
         tau: temperature τ_CRTR.
     """
-    left_out = ~others & ~torch.eye(len(others), dtype=torch.bool, device=others.device)
+    left_out = ~others & ~torch.eye(*others.shape, dtype=torch.bool, device=others.device)
     # logarithms throughout: at τ_CRTR = 0.001 most probabilities underflow. An excluded candidate has probability 0 on
     # both sides; its log becomes the same finite number after the softmax, as ∞ - ∞ would be NaN.
     log_text = (text / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
@@ -289,29 +350,35 @@ class InfoNCEObjective(nn.Module):
         super().__init__()
         self.tau = tau
 
-    def forward(self, users: Views, items: Views, targets: Tensor) -> tuple[Tensor, Log]:
+    def forward(
+        self, users: Views, items: Views, targets: Tensor, hard: HardNegatives | None = None
+    ) -> tuple[Tensor, Log]:
         """Return the loss of users and their target items, and the margins of each view for the curves.
 
         Args:
             users: vectors by view, (B, d) each.
             items: those of their target items.
             targets: integer ids of the target items, (B,).
+            hard: more negatives, with the same views.
         """
-        total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau)
-        others = other_items(targets)
-        own = [view for view in schema.MODALITIES if view in users]
-        return total, _margins_to_log({view: margins(cosines(users[view], items[view]), others) for view in own})
+        total = info_nce(users[schema.FUSED], items[schema.FUSED], targets, self.tau, hard)
+        others = negatives_of(targets, hard)
+        found = {}
+        for view in (view for view in schema.MODALITIES if view in users):
+            more = None if hard is None else hard.vectors[view]
+            found[view] = margins(similarities(users[view], items[view], more), others)
+        return total, _margins_to_log(found)
 
 
 class VLM2RecObjective(VLM2RecLoss):
     """`VLM2RecLoss` of vectors by view. It is a subclass, so that checkpoints keep the names of α and β."""
 
     def forward(  # type: ignore[override]
-        self, users: Views, items: Views, targets: Tensor
+        self, users: Views, items: Views, targets: Tensor, hard: HardNegatives | None = None
     ) -> tuple[Tensor, Log]:
         """Return the loss of users and their target items, and its parts for the curves; arguments as for InfoNCE."""
         sides = (users[schema.TEXT], users[schema.IMAGE], items[schema.TEXT], items[schema.IMAGE])
-        parts = super().forward(*sides, targets)
+        parts = super().forward(*sides, targets, hard)
         return parts.total, {
             "wpcl": parts.wpcl,
             "crtr": parts.crtr,
@@ -331,7 +398,7 @@ class Matryoshka(nn.Module):
     of whole vectors, and its value for each shorter length.
 
     Args:
-        loss: called as `loss(users, items, targets)`.
+        loss: called as `loss(users, items, targets, hard)`.
         lengths: how many of the first numbers, in rising order; whole vectors come on top.
     """
 
@@ -345,15 +412,20 @@ class Matryoshka(nn.Module):
         )
         self.loss, self.lengths = loss, tuple(lengths)
 
-    def forward(self, users: Views, items: Views, targets: Tensor) -> tuple[Tensor, Log]:
+    def forward(
+        self, users: Views, items: Views, targets: Tensor, hard: HardNegatives | None = None
+    ) -> tuple[Tensor, Log]:
         """Return the mean loss, and what to log of it; arguments as for the loss."""
         totals, told = [], Log()
         for length in self.lengths:
             short = [{view: vectors[:, :length] for view, vectors in side.items()} for side in (users, items)]
-            total, _ = self.loss(*short, targets)
+            short_hard = hard
+            if hard is not None:
+                short_hard = HardNegatives({view: each[..., :length] for view, each in hard.vectors.items()}, hard.ids)
+            total, _ = self.loss(*short, targets, short_hard)
             totals.append(total)
             told[f"loss_{length}"] = total
-        total, log = self.loss(users, items, targets)
+        total, log = self.loss(users, items, targets, hard)
         return torch.stack([*totals, total]).mean(), log | told
 
 

@@ -215,6 +215,25 @@ def _check_matryoshka(settings: Settings) -> None:
         )
 
 
+HARD_NEGATIVES = ("negatives_file", "mine_from", "margin", "hard_negatives")
+"""The settings of hard negatives, which only a training that has some records."""
+
+
+def _check_hard_negatives(settings: Settings) -> None:
+    if settings.negatives_file is not None and settings.mine_from is not None:
+        raise ConfigError("--negatives-file with --mine-from", "hard negatives from one of the two", "leave one out")
+    defaults = {field.name: field.default for field in fields(settings)}
+    needed = {"margin": ["mine_from"], "hard_negatives": ["negatives_file", "mine_from"]}
+    for name, sources in needed.items():
+        if getattr(settings, name) != defaults[name] and all(getattr(settings, source) is None for source in sources):
+            flag, *theirs = ("--" + each.replace("_", "-") for each in (name, *sources))
+            raise ConfigError(
+                f"{flag} {getattr(settings, name)} without {' or '.join(theirs)}, so that nothing reads it",
+                f"{flag} together with {' or '.join(theirs)}",
+                f"leave {flag} out, or give hard negatives",
+            )
+
+
 def _loss_title(settings: Settings) -> str:
     return str(settings.loss)
 
@@ -229,6 +248,7 @@ def _check_histories(settings: Settings) -> None:
         )
     loss_of(settings.loss).check(settings)
     _check_matryoshka(settings)
+    _check_hard_negatives(settings)
 
 
 def _history_advice(settings: Settings, behind: bool) -> Sequence[str]:
@@ -433,6 +453,7 @@ METHODS: dict[str, Recipe] = {
         own=(
             *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
             *("crtr", "reduction", "negatives", "samples", "users", "matryoshka"),
+            *HARD_NEGATIVES,
         ),
         check=_check_histories,
         advice=_history_advice,
@@ -513,7 +534,7 @@ METHODS: dict[str, Recipe] = {
         samples=_history_samples,
         model=_history_model,
         title=lambda settings: f"slim, sft on {settings.item_text}",
-        own=("loss", "tau_wpcl", "negatives", "samples", "users", "matryoshka"),
+        own=("loss", "tau_wpcl", "negatives", "samples", "users", "matryoshka", *HARD_NEGATIVES),
         defaults={"loss": "sft", "views": "text", "item_text": "rationale", "max_title_tokens": 128},
         check=_check_rationales,
         advice=_history_advice,

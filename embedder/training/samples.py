@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.options import SamplesMode
+
+_NOTHING = np.empty(0, np.int32)
 
 
 class Sample(NamedTuple):
@@ -17,6 +19,28 @@ class Sample(NamedTuple):
     user: int
     history: np.ndarray  # (h,), oldest first, h >= 1
     target: int
+    negatives: np.ndarray = _NOTHING  # (K,) hard negatives, -1 where there are fewer than K
+
+
+class HardSource(Protocol):
+    """Tells which items are hard negatives of a user whose next item is `target`."""
+
+    @property
+    def most(self) -> int:
+        """How many a user has in a step at most, K."""
+
+    def of(self, user: int, history: np.ndarray, target: int, own: np.ndarray) -> np.ndarray:
+        """Return item rows, without the target and the items of `own`.
+
+        Args:
+            user: row of `sequences.parquet`.
+            history: (h,) item rows before the target.
+            target: item row.
+            own: (n,) all training items of the user.
+
+        Returns:
+            (m,) distinct rows. If the source has an order, best first and m <= K; else all, of which K are drawn.
+        """
 
 
 class Samples:
@@ -45,6 +69,7 @@ class Samples:
         self._sequences, self._max_history = sequences, max_history
         self._mode: SamplesMode = mode
         self._seed, self._epoch = seed, 0
+        self.hard: HardSource | None = None  # where hard negatives come from
         usable = np.array([user for user, items in enumerate(sequences) if len(items) >= 2], np.int64)
         self.skipped = len(sequences) - len(usable)
         if len(usable) == 0:
@@ -72,7 +97,27 @@ class Samples:
         items = self._sequences[user]
         if position < 0:
             position = int(np.random.default_rng([self._seed, 2, self._epoch, user]).integers(1, len(items)))
-        return Sample(user, items[max(0, position - self._max_history) : position], int(items[position]))
+        history, target = items[max(0, position - self._max_history) : position], int(items[position])
+        return Sample(user, history, target, self._negatives(user, history, target, position))
+
+    def _negatives(self, user: int, history: np.ndarray, target: int, position: int) -> np.ndarray:
+        if self.hard is None:
+            return _NOTHING
+        found = self.hard.of(user, history, target, self._sequences[user])
+        if len(found) > self.hard.most:
+            generator = np.random.default_rng([self._seed, 6, self._epoch, user, position])
+            found = generator.choice(found, self.hard.most, replace=False)
+        padded = np.full(self.hard.most, -1, np.int32)
+        padded[: len(found)] = found
+        return padded
+
+    def targets(self) -> np.ndarray:
+        """Return the items that are targets in some epoch, (T,) distinct rows in rising order."""
+        moments: Sequence[np.ndarray] = [
+            self._sequences[user][1:] if position < 0 else self._sequences[user][position : position + 1]
+            for user, position in self._moments
+        ]
+        return np.unique(np.concatenate(moments))
 
     def summary(self) -> dict[str, str]:
         """Return the row of a run's summary that names the training data."""

@@ -94,20 +94,28 @@ def _short_hash(item_id: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def read_histories(path: Path, item_ids: Sequence[str], columns: HistoryColumns) -> GivenHistories:
+def columns_in(path: Path, names: ColumnNames | None = None) -> list[str]:
+    """Return the columns of a file of a kind that `read_histories` reads."""
+    kind, names = kind_of(path), names or ColumnNames()
+    with files.polars_errors(path, kind):
+        return files.columns_of(path, kind, names) if kind in ("Parquet", "CSV") else files.first_keys(path, kind)
+
+
+def read_histories(path: Path, item_ids: Sequence[str], columns: HistoryColumns, thing: str = "user") -> GivenHistories:
     """Read the histories of a file.
 
     Args:
         path: the file, or a folder of parts.
         item_ids: the catalogue; histories are rows of it.
         columns: the names of the columns.
+        thing: what has a list of items, for messages; the user of a history.
 
     Raises:
         DataError: no such file or column, a broken row, values that are no ids or times, no user, a user in two rows
             of lists, most unknown ids only spelled otherwise, or no item of any history in the catalogue.
     """
     with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
-        found, empty = _open(path, columns, Path(scratch))
+        found, empty = _open(path, columns, Path(scratch), thing)
         csv = Path(scratch) / "left_out.csv"
         with Rejects(csv) as rejects:
             catalogue = pl.DataFrame({ITEM_ID: pl.Series(item_ids, dtype=pl.String)})
@@ -174,7 +182,7 @@ def _why_nothing(found: Interactions, users: pl.Series, catalogue: pl.Series, pl
 
 
 # --- the two forms ----------------------------------------------------------------------------------------------
-def _open(path: Path, columns: HistoryColumns, scratch: Path) -> tuple[Interactions, pl.Series]:
+def _open(path: Path, columns: HistoryColumns, scratch: Path, thing: str) -> tuple[Interactions, pl.Series]:
     """Return the interactions of a file of either form, and the users whose list is empty."""
     names = ColumnNames(
         item_id=columns.item_id_column,
@@ -183,8 +191,7 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path) -> tuple[Interacti
     )
     kind = kind_of(path)
     lists = columns.history_column or HISTORY
-    with files.polars_errors(path, kind):
-        found = files.columns_of(path, kind, names) if kind in ("Parquet", "CSV") else files.first_keys(path, kind)
+    found = columns_in(path, names)
     long = names.item_id in found or any(name in found for name in amazon.ID_COLUMNS)
     if long and columns.history_column is None:
         return files.scan_interactions(path, names, scratch=scratch), pl.Series(USER_ID, [], pl.String)
@@ -195,11 +202,11 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path) -> tuple[Interacti
             "name your column with --item-id-column, or with --history-column",
         )
     require_columns(path, found, {columns.user_id_column: "--user-id-column", lists: "--history-column"})
-    return _lists(path, kind, found, names, lists, scratch)
+    return _lists(path, kind, found, names, lists, scratch, thing)
 
 
 def _lists(
-    path: Path, kind: Kind, found: list[str], names: ColumnNames, column: str, scratch: Path
+    path: Path, kind: Kind, found: list[str], names: ColumnNames, column: str, scratch: Path, thing: str
 ) -> tuple[Interactions, pl.Series]:
     """Return the interactions of a file with one row a user, whose number in the list is the time."""
     with files.polars_errors(path, kind):
@@ -235,7 +242,7 @@ def _lists(
         user = ids_of(source, names.user_id, types[names.user_id], path, USER_ID).alias(USER_ID)
         length = pl.col(column).list.len().fill_null(0).cast(pl.Int64)
         users = source.select(ROW, user, length.alias("length")).collect(engine="streaming")
-        _refuse_twice(users, path)
+        _refuse_twice(users, path, thing)
         exploded = source.filter(length > 0).with_columns(pl.int_ranges(length).alias(TIME)).explode(column, TIME)
         item = ids_of(exploded, column, types[column].inner, path, ITEM_ID)  # type: ignore[attr-defined]
         frame = exploded.select(ROW, user, item.alias(ITEM_ID), TIME)
@@ -243,24 +250,24 @@ def _lists(
     if users[USER_ID].null_count() == users.height:
         raise DataError(
             f"none of the {users.height:,} rows of {path} has a value in {names.user_id!r}",
-            "a user in each row",
+            f"{'an' if thing == 'item' else 'a'} {thing} in each row",
             "name the right column with --user-id-column",
         )
     empty = users.filter((pl.col("length") == 0) & pl.col(USER_ID).is_not_null())[USER_ID]
-    return Interactions(frame, f"{kind}, one row a user", int(users["length"].sum()), path, False), empty
+    return Interactions(frame, f"{kind}, one row a {thing}", int(users["length"].sum()), path, False), empty
 
 
-def _refuse_twice(users: pl.DataFrame, path: Path) -> None:
+def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
     known = users.filter(pl.col(USER_ID).is_not_null())
     twice = known.filter(pl.col(USER_ID).is_duplicated())
     if twice.height:
         first = twice[USER_ID][0]
         rows = twice.filter(pl.col(USER_ID) == first)[ROW].head(2)
         raise DataError(
-            f"user {first!r} has the rows {rows[0] + 1:,} and {rows[1] + 1:,} of {path};"
-            f" {twice[USER_ID].n_unique():,} users have more than one",
-            "one row a user, with the whole list",
-            "join the lists, or write a long table of user, item and time",
+            f"{thing} {first!r} has the rows {rows[0] + 1:,} and {rows[1] + 1:,} of {path};"
+            f" {twice[USER_ID].n_unique():,} {thing}s have more than one",
+            f"one row a {thing}, with the whole list",
+            "join the lists, or write a long table",
         )
 
 
