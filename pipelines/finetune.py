@@ -83,6 +83,8 @@ def run(config: FinetuneConfig) -> Training | None:
 
 def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
     recipe = METHODS[config.method]
+    samples = recipe.samples(config, dataset)  # before the backbone: what is wrong with them is known at once
+    finetune_negatives.add_hard_negatives(config, dataset, samples)
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -96,8 +98,6 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
         log.print(
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
         )
-    samples = recipe.samples(config, dataset)
-    finetune_negatives.add_hard_negatives(config, dataset, samples)
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
     wrapped = recipe.adapter(config, encoder.backbone)
@@ -174,6 +174,7 @@ def _check(config: FinetuneConfig) -> None:
     parse_trackers(config.report_to)
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
+    finetune_negatives.identity(config)  # a file that is not there is refused before anything is read
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
         raise ConfigError(
             f"--gradient-steps with --fusion {config.fusion} and --views {config.views}: it compares the gradients of"

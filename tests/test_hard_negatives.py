@@ -169,7 +169,7 @@ def test_prefixes_and_single_modalities_have_them_too() -> None:
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     users, items, targets, _ = world([4, 1], [[8], [7]])
-    with pytest.raises(ValueError, match=r"hard negatives are \(3, 1\); expected \(2, K\)"):
+    with pytest.raises(ValueError, match=r"hard negatives are \(3, 1, 5\) .*expected \(2, K, d\)"):
         InfoNCEObjective()(users, items, targets, HardNegatives(drawn(0, 3, 1, 5), torch.tensor([[8], [7], [6]])))
 
 
@@ -259,9 +259,9 @@ def test_files_of_every_form_say_the_same(
 def test_more_than_a_step_takes_are_drawn_anew_in_each_epoch(drawn_dataset: Path, tmp_path: Path) -> None:
     dataset = Dataset(drawn_dataset)
     file = tmp_path / "negatives.parquet"
-    pl.DataFrame(
-        {"user_id": dataset.user_ids, "negatives": [dataset.item_ids] * len(dataset.user_ids)}
-    ).write_parquet(file)
+    pl.DataFrame({"user_id": dataset.user_ids, "negatives": [dataset.item_ids] * len(dataset.user_ids)}).write_parquet(
+        file
+    )
 
     def epochs() -> list[list[int]]:
         _, samples = given(drawn_dataset, file, most=3, mode="random", seed=5)
@@ -374,7 +374,7 @@ def test_other_methods_refuse_them_by_name(method: str) -> None:
 
 def test_a_missing_file_and_a_missing_export_are_named(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    with pytest.raises(DataError, match="--negatives-file .*gone.parquet cannot be read"):
+    with pytest.raises(DataError, match=r"--negatives-file .*gone.parquet cannot be read"):
         finetune.run(settings(tiny, drawn_dataset, out, max_steps=1, negatives_file=tmp_path / "gone.parquet"))
     with pytest.raises(ArtifactError, match="gone"):
         finetune.run(settings(tiny, drawn_dataset, out, max_steps=1, mine_from=tmp_path / "gone"))
@@ -398,8 +398,12 @@ def test_a_run_records_its_negatives_and_goes_on_with_the_same_only(
     assert "mine_from" in (same.out / "README.md").read_text()
     moved = (tmp_path / "emb").rename(tmp_path / "moved")
     assert finetune.run(dataclasses.replace(same, mine_from=moved)) is None
-    for other in ({"mine_from": tmp_path / "later"}, {"mine_from": moved, "hard_negatives": 2}, {"mine_from": None}):
-        with pytest.raises(ConfigError, match="begun with (mine_from|hard_negatives|margin) ="):
+    for other in (
+        {"mine_from": tmp_path / "later"},
+        {"mine_from": moved, "hard_negatives": 2},
+        {"mine_from": None, "margin": 0.95},
+    ):
+        with pytest.raises(ConfigError, match=r"begun with (mine_from|hard_negatives|margin) ="):
             finetune.run(dataclasses.replace(same, **{"margin": 1.0, **other}))  # type: ignore[arg-type]
 
 

@@ -155,7 +155,7 @@ class VLM2RecLoss(nn.Module):
         Raises:
             ValueError: the shapes do not fit together.
         """
-        check_batch(item_ids, user_text, user_image, item_text, item_image)
+        check_batch(item_ids, user_text, user_image, item_text, item_image, hard=hard)
         with torch.autocast(user_text.device.type, enabled=False):
             hard_text, hard_image = (None, None) if hard is None else (hard.vectors[view] for view in schema.MODALITIES)
             others = negatives_of(item_ids, hard)  # (B, B + K)
@@ -210,7 +210,7 @@ def info_nce(
         view: which of their vectors to take.
     """
     require(tau > 0 and math.isfinite(tau), f"tau is {tau}", "a finite number above 0")
-    check_batch(item_ids, user, item)
+    check_batch(item_ids, user, item, hard=hard)
     with torch.autocast(user.device.type, enabled=False):
         similarity = similarities(user, item, None if hard is None else hard.vectors[view])
         return contrastive(similarity, negatives_of(item_ids, hard), tau).mean()
@@ -227,17 +227,9 @@ def other_items(item_ids: Tensor) -> Tensor:
 
 
 def negatives_of(item_ids: Tensor, hard: HardNegatives | None = None) -> Tensor:
-    """Return which columns are negatives of which row, (B, B + K) bool: other targets, then the row's hard negatives.
-
-    Raises:
-        ValueError: the hard negatives are of another number of rows.
-    """
+    """Return which columns are negatives of which row, (B, B + K) bool: other targets, then the row's hard ones."""
     others = other_items(item_ids)
-    if hard is None:
-        return others
-    if hard.ids.dim() != 2 or len(hard.ids) != len(item_ids):
-        raise ValueError(f"hard negatives are {tuple(hard.ids.shape)}; expected ({len(item_ids)}, K)")
-    return torch.cat([others, hard.counted(item_ids)], dim=1)
+    return others if hard is None else torch.cat([others, hard.counted(item_ids)], dim=1)
 
 
 def similarities(users: Tensor, items: Tensor, hard: Tensor | None = None) -> Tensor:
@@ -455,9 +447,17 @@ def require(condition: bool, found: str, expected: str) -> None:
         raise ConfigError(found, expected, "correct the loss settings")
 
 
-def check_batch(item_ids: Tensor, *vectors: Tensor) -> None:
-    """Raise `ValueError` unless the ids are (B,) and all vectors (B, d), B > 0."""
+def check_batch(item_ids: Tensor, *vectors: Tensor, hard: HardNegatives | None = None) -> None:
+    """Raise `ValueError` unless the ids are (B,) and all vectors (B, d), B > 0; hard negatives (B, K) and (B, K, d)."""
     shapes = [tuple(v.shape) for v in vectors]
     batch = item_ids.shape[0] if item_ids.dim() == 1 else None
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][0] != batch or batch == 0:
         raise ValueError(f"vectors are {shapes} and item_ids {tuple(item_ids.shape)}; expected (B, d) and (B,), B > 0")
+    if hard is None:
+        return
+    for found in hard.vectors.values():
+        if found.shape[:2] != hard.ids.shape or len(found) != batch or found.dim() != 3:
+            raise ValueError(
+                f"hard negatives are {tuple(found.shape)} with ids {tuple(hard.ids.shape)}; expected ({batch}, K, d)"
+                f" and ({batch}, K)"
+            )
