@@ -271,17 +271,19 @@ def _write_interactions(dataset: Dataset, file: Path, repeats: Repeats) -> tuple
     times: `timestamp` is the position in the sequence. MMRec reads neither it nor the rating.
     """
     train = dataset.trained_sequences()  # MMRec needs every user in training
-    valid, test = dataset.histories("valid").targets, dataset.histories("test").targets
+    held_out = {VALID: dataset.targets("valid"), TEST: dataset.targets("test")}
     is_touched = np.zeros(len(dataset.item_ids), bool)
-    is_touched[np.concatenate([*train, valid, test])] = True
+    is_touched[np.concatenate([*train, *(rows for rows, _ in held_out.values())])] = True
     number = np.cumsum(is_touched) - 1
     masked: list[Repeat] = []
     written: set[int] = set()
     with file.open("w", encoding="utf-8") as lines:
         lines.write("\t".join(_COLUMNS) + "\n")
         for user, sequence in enumerate(train):
-            items = [*sequence, valid[user], test[user]]
-            labels = [TRAIN] * len(sequence) + [VALID, TEST]
+            items, labels = [*sequence], [TRAIN] * len(sequence)
+            for label, (rows, offsets) in held_out.items():
+                targets = rows[offsets[user] : offsets[user + 1]]
+                items, labels = [*items, *targets], labels + [label] * len(targets)
             seen = set(sequence.tolist())
             for position, (item, label) in enumerate(zip(items, labels, strict=True)):
                 if label != TRAIN and int(item) in seen:

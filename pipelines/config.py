@@ -141,6 +141,11 @@ class PrepareConfig:
     min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
+    split: Literal["leave-one-out", "temporal"] = setting(
+        "leave-one-out: each user's last item is tested, the last but one validates. temporal: 80/10/10 of each user's"
+        " interactions in time, several items each, as the VLM2Vec feature study has it.",
+        "leave-one-out",
+    )
     candidates: Positive = setting(
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100
     )

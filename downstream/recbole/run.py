@@ -454,15 +454,14 @@ def user_scores(
     Args:
         model: a trained RecBole model, in eval mode.
         config: its RecBole Config.
-        folder: dataset folder; a history is a user's training sequence and validation item, cut to RecBole's length.
+        folder: dataset folder; a history is a user's training and validation items, cut to RecBole's length.
         numbers: RecBole's number of each item, (I,).
         max_scores: scores held in memory at a time.
     """
     from recbole.data.interaction import Interaction
 
     longest = int(config["MAX_ITEM_LIST_LENGTH"])
-    valid = folder.histories("valid").targets
-    lists, lengths = _padded(folder.train_sequences(), valid, numbers, longest)
+    lists, lengths = _padded(folder.known_sequences("test"), numbers, longest)
     columns = torch.from_numpy(numbers).to(config["device"])
     at_once = max(1, max_scores // len(numbers))
     for start in range(0, len(lengths), at_once):
@@ -478,14 +477,12 @@ def user_scores(
             yield part, scores[:, columns].float().cpu().numpy()
 
 
-def _padded(
-    train: Sequence[np.ndarray], valid: np.ndarray, numbers: np.ndarray, longest: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _padded(known: Sequence[np.ndarray], numbers: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Return histories in RecBole's form, (U, longest) right-padded with 0, and their lengths (U,)."""
-    lists = np.zeros((len(train), longest), np.int64)
-    lengths = np.empty(len(train), np.int64)
-    for user, (sequence, item) in enumerate(zip(train, valid, strict=True)):
-        recent = numbers[np.append(sequence[-longest:], item)[-longest:]]
+    lists = np.zeros((len(known), longest), np.int64)
+    lengths = np.empty(len(known), np.int64)
+    for user, sequence in enumerate(known):
+        recent = numbers[sequence[-longest:]]
         lists[user, : len(recent)] = recent
         lengths[user] = len(recent)
     return lists, lengths
