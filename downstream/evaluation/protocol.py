@@ -76,7 +76,9 @@ class RankingTask:
         self.tail = metrics.tail_users(item_frequency(dataset, tail_over), self.targets)  # (U,) bool
         self.cold = dataset.train_frequency()[self.targets] == 0  # (U,) bool: nothing was learned about the target's id
         self.seen, self.offsets = metrics.seen_items(dataset.known_sequences(split))
-        self.sets = TargetSets(self, *dataset.targets(split)) if dataset.has_several_targets else None
+        self.sets = (
+            TargetSets(*dataset.targets(split), self.seen, self.offsets) if dataset.has_several_targets else None
+        )
 
     def about_targets(self) -> dict[str, int]:
         """Return the key of metrics.json that tells how many targets there are, if users have several."""
@@ -89,20 +91,21 @@ class TargetSets:
     Each counts once, however often the user has it, and none is left out of the ranking, though it may occur earlier.
 
     Args:
-        task: of the same users.
         rows: the targets, with repeats.
         offsets: user u has `rows[offsets[u]:offsets[u + 1]]`, (U + 1,).
+        seen: what the ranking leaves out unless it is a target.
+        starts: the offsets of that.
     """
 
-    def __init__(self, task: RankingTask, rows: np.ndarray, offsets: np.ndarray) -> None:
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, seen: np.ndarray, starts: np.ndarray) -> None:
         user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        seen_by = np.repeat(np.arange(len(offsets) - 1), np.diff(task.offsets))
-        width = max(rows.max(initial=0), task.seen.max(initial=0)) + 1
+        seen_by = np.repeat(np.arange(len(offsets) - 1), np.diff(starts))
+        width = max(rows.max(initial=0), seen.max(initial=0)) + 1
         pairs = np.unique(user * width + rows)
         self.users, self.rows = np.divmod(pairs, width)  # (T,) each
         self.offsets = np.searchsorted(self.users, np.arange(len(offsets)))
-        others = ~np.isin(seen_by * width + task.seen, pairs)
-        self._seen = task.seen[others]
+        others = ~np.isin(seen_by * width + seen, pairs)
+        self._seen = seen[others]
         self._starts = np.searchsorted(seen_by[others], np.arange(len(offsets)))
 
     def seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
