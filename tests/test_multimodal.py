@@ -21,6 +21,7 @@ from torch import Tensor
 from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation import metrics
 from vlm2rec.downstream.multimodal import graphs, losses
+from vlm2rec.downstream.multimodal import model as multimodal_model
 from vlm2rec.downstream.multimodal.data import Interactions, read_features
 from vlm2rec.downstream.multimodal.freedom import FREEDOM, item_matrix, kept_edges
 from vlm2rec.downstream.multimodal.lattice import LATTICE
@@ -185,13 +186,15 @@ def test_bpr_and_in_batch_info_nce_are_their_formulas() -> None:
     assert losses.bpr(huge, -huge, huge).isfinite() and losses.bpr(huge, huge, -huge) == 0
 
 
+@pytest.mark.parametrize("mode", ["adapter", "init"])
 @pytest.mark.parametrize("views", [("text", "image"), ("image",)])
-def test_vbpr_has_its_loss(views: tuple[str, ...], by_hand: Interactions) -> None:
-    settings, features = settings_of("VBPR", features=views, regularisation=0.3), drawn(views)
+def test_vbpr_has_its_loss(views: tuple[str, ...], mode: str, by_hand: Interactions) -> None:
+    settings, features = settings_of("VBPR", features=views, regularisation=0.3, mode=mode), drawn(views)
     model = built(VBPR, settings, by_hand, features)
 
     def reference(of: dict[str, Tensor]) -> Tensor:
-        joined = torch.cat([features[view] for view in views], 1).double()
+        raw = {view: of[f"features.{view}"] if mode == "init" else features[view].double() for view in views}
+        joined = torch.cat([raw[view] for view in views], 1)
         items = torch.cat([of["items"], joined @ of["linear.weight"].T + of["linear.bias"]], 1)
         users, liked, others = of["users"][USERS], items[LIKED], items[OTHERS]
         norms = sum((each**2).sum() ** 0.5 for each in (users, liked, others))
@@ -396,6 +399,11 @@ def test_a_user_with_every_item_of_training_gets_the_others_as_negatives(tmp_pat
     full = Interactions(Dataset(write_dataset(tmp_path / "two", [[*"abcde", "a", "b"]], list("abcde"), candidates=0)))
     with pytest.raises(DataError, match="has all 5 items"):
         full.negatives(np.zeros(1, np.int64), np.random.default_rng(0))
+
+
+def test_the_distinct_rows_of_a_batch_are_found_once() -> None:
+    found, (one, two) = multimodal_model.distinct(9, torch.tensor([4, 1, 4]), torch.tensor([8, 1]))
+    assert found.tolist() == [1, 4, 8] and one.tolist() == [1, 0, 1] and two.tolist() == [2, 0]
 
 
 def test_each_epoch_has_every_interaction_once(by_hand: Interactions) -> None:

@@ -58,7 +58,7 @@ class FREEDOM(Model):
         """See `Model`."""
         all_users, all_items = self._propagate(self._graph)
         of_users = all_users.index_select(0, users)
-        rows, places = distinct(positives, negatives)
+        rows, places = distinct(self.item_count, positives, negatives)
         total = bpr(of_users, all_items.index_select(0, positives), all_items.index_select(0, negatives))
         if self.settings.regularisation:
             for view in self.features.views:

@@ -91,13 +91,19 @@ class Features(nn.Module):
         return torch.cat([layer(block) for block in self[view].split(ROWS)])
 
 
-def distinct(*rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the different rows among some (B,), (R,), and where each of those stands among them.
+def distinct(count: int, *rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the different rows among some (B,) of `count`, (R,), and where each of those stands among them.
 
-    A batch names an item many times, and its long vector is projected once.
+    A batch names an item many times, and its long vector is projected once. Marks in a list of all rows take a fraction
+    of the time of sorting the batch.
     """
-    found, places = torch.unique(torch.cat(rows), return_inverse=True)
-    return found, places.split([len(each) for each in rows])
+    every = torch.cat(rows)
+    named = torch.zeros(count, dtype=torch.bool, device=every.device)
+    named[every] = True
+    found = named.nonzero()[:, 0]
+    places = torch.empty(count, dtype=torch.long, device=every.device)
+    places[found] = torch.arange(len(found), device=every.device)
+    return found, places[every].split([len(each) for each in rows])
 
 
 def table(rows: int, width: int) -> nn.Parameter:

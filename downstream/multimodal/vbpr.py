@@ -35,7 +35,7 @@ class VBPR(Model):
 
     def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """See `Model`."""
-        rows, places = distinct(positives, negatives)
+        rows, places = distinct(self.item_count, positives, negatives)
         items, of_users = self._items(rows), self.users.index_select(0, users)
         liked, others = (items.index_select(0, each) for each in places)
         lengths = sum(torch.linalg.vector_norm(each) for each in (of_users, liked, others))
