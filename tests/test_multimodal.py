@@ -535,6 +535,18 @@ def test_items_without_a_vector_are_an_error_or_filled(data: Path, tmp_path: Pat
     np.testing.assert_allclose(lengths, np.linalg.norm(known, axis=1).mean(), rtol=1e-5)
 
 
+def test_vectors_of_length_one_are_a_choice(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    settings = settings_of("VBPR", embeddings=embeddings)
+    raw, _ = read_features(settings, ITEMS)
+    unit, _ = read_features(dataclasses.replace(settings, normalize=True), ITEMS)
+    for view in ("text", "image"):
+        torch.testing.assert_close(unit[view], torch.nn.functional.normalize(raw[view], dim=1))
+    found = train_recommender.run(config("VBPR", data, embeddings, tmp_path / "a", normalize=True))
+    other = train_recommender.run(config("VBPR", data, embeddings, tmp_path / "b"))
+    assert found["curve"][0]["loss"] != other["curve"][0]["loss"]
+    refused(ConfigError, "--normalize with SASRec", config("SASRec", data, embeddings, tmp_path / "c", normalize=True))
+
+
 def test_with_init_the_vectors_are_trained_and_kept(data: Path, embeddings: Path, tmp_path: Path) -> None:
     found = train_recommender.run(config("FREEDOM", data, embeddings, tmp_path / "out", mode="init"))
     state = recommender.load_weights(tmp_path / "out" / "checkpoint.safetensors", "cpu")
