@@ -266,9 +266,15 @@ def run_all(args: argparse.Namespace, folder: Path) -> None:
                 run = {"system": system, "model": model, "seed": seed}
                 run |= {"recall": None, "seconds": None} if found is None else {"recall": found[0], "seconds": found[1]}
                 with (folder / RUNS).open("a") as lines:
-                    lines.write(json.dumps(run) + "\n")
+                    lines.write("\n" * cut_off(folder) + json.dumps(run) + "\n")
                 said = "not installed: left out" if found is None else f"R@20 {found[0]:.4f}, {found[1]:.2f} s an epoch"
                 print(f"{model} of {system}, seed {seed}: {said}", file=sys.stderr, flush=True)
+
+
+def cut_off(folder: Path) -> bool:
+    """Tell whether the last line is not whole, because its writer was killed."""
+    text = (folder / RUNS).read_text() if (folder / RUNS).exists() else ""
+    return bool(text) and not text.endswith("\n")
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
