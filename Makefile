@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo study test test-faults test-nightly lint types bench clean
+.PHONY: install demo study test test-faults test-nightly lint types bench docs clean
 
 install: .venv/installed
 
@@ -52,6 +52,11 @@ types: install
 
 bench: install
 	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# The pages in docs/ as a site that opens without a server.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open build/site/index.html"
 
 clean:
 	rm -rf build runs .mypy_cache .ruff_cache

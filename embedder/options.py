@@ -14,8 +14,18 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 # --- from an item to a vector ---------------------------------------------------------------------------------
 PromptMode = Literal["raw", "chat"]
-PromptStyle = Literal["vlm2rec", "sda", "notellm2", "notellm2-basic", "llm2rec"]
-"""Whose prompts: VLM2Rec's; those of SDA, NoteLLM-2 and LLM2Rec (the title alone) are for single items only."""
+PromptStyle = Literal["vlm2rec", "qwen3-vl-embedding", "sda", "notellm2", "notellm2-basic", "llm2rec"]
+"""Whose prompts: VLM2Rec's, or those that Qwen3-VL-Embedding was trained with, both for histories and single items;
+those of SDA, NoteLLM-2 and LLM2Rec (the title alone) are for single items only."""
+HISTORY_STYLES: Final[tuple[PromptStyle, ...]] = ("vlm2rec", "qwen3-vl-embedding")
+"""Those with a prompt for a sequence of items."""
+
+
+def defaults_of_style(prompt_style: Any) -> dict[str, Any]:
+    """Return the settings that a prompt style brings along unless others are given; none for an unknown style."""
+    return {"prompt_mode": "chat"} if prompt_style == "qwen3-vl-embedding" else {}
+
+
 Attention = Literal["causal", "bidirectional"]
 """Whether a token sees only those before it, or all of its prompt (LLM2Rec)."""
 LateFusion = Literal["off", "gate"]
@@ -46,6 +56,8 @@ Negatives = Literal["local", "global"]
 Schedule = Literal["constant", "linear", "cosine"]
 ValidCandidates = Literal["own", "stored"]
 """What validation items are ranked among: items drawn for validation alone, or the first set stored for the test."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TRACKERS: Final[tuple[TrackerName, ...]] = get_args(TrackerName)
 Reduction = Literal["paper", "mean"]
 """How VLM2Rec's two losses are balanced in a batch: as the paper's equations, or both as means."""
 

@@ -1,25 +1,36 @@
 """The prompts of section 2.2.1, as the paper prints them, and those of other methods for single items.
 No model code.
 
-A prompt is a tuple of parts: text, or `IMAGE_HERE` in place of an image. It becomes a string in one of two modes:
-`raw` joins the parts, so that the last token of the prompt is the last token of the last item; `chat` puts them into
-the family's chat template and opens the assistant's turn, so that the answer would follow the last token.
+A prompt is a tuple of parts: text, `IMAGE_HERE` in place of an image, or a `SystemMessage` at its start. It becomes a
+string in one of two modes: `raw` joins the parts, so that the last token of the prompt is the last token of the last
+item; `chat` puts them into the family's chat template and opens the assistant's turn, so that the answer would follow
+the last token.
 """
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vlm2rec.embedder import chat_template
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.options import PromptMode, PromptStyle, Strategy
 
 Prompt = tuple[str | None, ...]
 
 IMAGE_HERE: Final = None
+
+
+class SystemMessage(str):
+    """The first part of a prompt that has one: what the system's turn of the chat says."""
+
+
 READ_HERE: Final = "\0"
 """A part after whose previous token the state is read, too; no title holds this character."""
+QWEN3_VL_EMBEDDING_INSTRUCTION = "Represent the user's input."
+_NOTHING = "NULL"  # what Qwen3-VL-Embedding is given where there is nothing
 TEXT_INSTRUCTION = "Describe this item text sequence in one word, "
 IMAGE_INSTRUCTION = "Describe this item image sequence in one word, "
 ITEM_INSTRUCTION = "Describe this item sequence in one word, "
@@ -36,17 +47,31 @@ CONSTANT_STARTS: Final = (
 """The constant starts of the prompts, one for each kind."""
 
 
-def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec") -> Prompt:
+def text_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec", instruction: str = "") -> Prompt:
     """Return P_T: `Describe this item text sequence in one word, 0) <title>, 1) <title>`, oldest item first.
 
-    In the style of SDA, for a single item: `The product has the following attributes: <text>`; in that of LLM2Rec the
-    title alone, a blank if there is none.
+    In the style of Qwen3-VL-Embedding the instruction is the system's message, a single item is its title alone, and
+    a sequence is `0) <title>, 1) <title>`. In the style of SDA, for a single item: `The product has the following
+    attributes: <text>`; in that of LLM2Rec the title alone, a blank if there is none.
     """
     if prompt_style == "llm2rec":
         return (titles[_single_item(len(titles))] or " ",)
     if prompt_style == "sda":
         return (SDA_TEXT_INSTRUCTION + titles[_single_item(len(titles))],)
-    return (TEXT_INSTRUCTION + ", ".join(f"{i}) {title}" for i, title in enumerate(titles)),)
+    if prompt_style == "qwen3-vl-embedding":
+        said = titles[0] if len(titles) == 1 else _numbered(titles)
+        return (_system(instruction), said or _NOTHING)
+    return (TEXT_INSTRUCTION + _numbered(titles),)
+
+
+def _numbered(titles: Sequence[str]) -> str:
+    return ", ".join(f"{i}) {title}" for i, title in enumerate(titles))
+
+
+def _system(instruction: str) -> SystemMessage:
+    """Return an instruction as Qwen3-VL-Embedding has it: with a punctuation mark at its end."""
+    text = instruction.strip() or QWEN3_VL_EMBEDDING_INSTRUCTION
+    return SystemMessage(text if unicodedata.category(text[-1]).startswith("P") else f"{text}.")
 
 
 def attributes_text(title: str, category: str, brand: str) -> str:
@@ -70,20 +95,31 @@ def listed_attributes(attributes: Mapping[str, str]) -> str:
 _VALUE = 100  # characters
 
 
-def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec") -> Prompt:
+def image_prompt(count: int, prompt_style: PromptStyle = "vlm2rec", instruction: str = "") -> Prompt:
     """Return P_V for `count` images: `Describe this item image sequence in one word, 0) <image>, 1) <image>`.
 
-    In the style of SDA: `The product has the image: <image>`, in the order that its paper prints; in the chat messages
-    of its code the image comes first.
+    In the style of Qwen3-VL-Embedding, after the system's message: `<image>` for a single item, else
+    `0) <image>, 1) <image>`. In the style of SDA: `The product has the image: <image>`, in the order that its paper
+    prints; in the chat messages of its code the image comes first.
     """
     if prompt_style == "sda":
         _single_item(count)
         return (SDA_IMAGE_INSTRUCTION, IMAGE_HERE)
+    if prompt_style == "qwen3-vl-embedding":
+        return (_system(instruction), *([IMAGE_HERE] if count == 1 else _with_images("", [""] * count)))
     return _with_images(IMAGE_INSTRUCTION, [""] * count)
 
 
-def item_prompt(titles: Sequence[str]) -> Prompt:
-    """Return the interleaved prompt of internal fusion: `..., 0) <title> <image>, 1) <title> <image>`."""
+def item_prompt(titles: Sequence[str], prompt_style: PromptStyle = "vlm2rec", instruction: str = "") -> Prompt:
+    """Return the interleaved prompt of internal fusion: `..., 0) <title> <image>, 1) <title> <image>`.
+
+    In the style of Qwen3-VL-Embedding, after the system's message: `<image><title>` for a single item, as its own code
+    orders the two, else as above.
+    """
+    if prompt_style == "qwen3-vl-embedding":
+        if len(titles) == 1:
+            return (_system(instruction), IMAGE_HERE, *(title for title in titles if title))
+        return (_system(instruction), *_with_images("", [f"{title} " for title in titles]))
     return _with_images(ITEM_INSTRUCTION, [f"{title} " for title in titles])
 
 
@@ -112,17 +148,33 @@ def _with_images(instruction: str, before_image: Sequence[str]) -> Prompt:
 
 
 def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
-    """Return the prompt as one string with one image token of the family for each image."""
+    """Return the prompt as one string with one image token of the family for each image.
+
+    Raises:
+        ConfigError: a prompt with a system's message in raw mode, which has no turns.
+        ModelError: as `chat_template.apply`.
+    """
+    if prompt and isinstance(prompt[0], SystemMessage):
+        if mode == "raw":
+            raise ConfigError("a prompt with a system's message, in raw mode", "--prompt-mode chat", "give it")
+        return _in_turns([("system", prompt[:1]), ("user", prompt[1:])], processor)
     if mode == "raw":
         return "".join(processor.family.placeholder if part is IMAGE_HERE else part for part in prompt)
-    content: str | list[dict[str, str]]
-    content = [{"type": "image"} if part is IMAGE_HERE else {"type": "text", "text": part} for part in prompt]
-    if processor.family.text_only:  # text models take one string
-        content = "".join(part["text"] for part in content)
+    return _in_turns([("user", prompt)], processor)
+
+
+def _in_turns(turns: Sequence[tuple[str, Prompt]], processor: Any) -> str:
+    messages = []
+    for role, prompt in turns:
+        content: str | list[dict[str, str]]
+        content = [{"type": "image"} if part is IMAGE_HERE else {"type": "text", "text": part} for part in prompt]
+        if processor.family.text_only:  # text models take one string
+            content = "".join(part["text"] for part in content)
+        messages.append({"role": role, "content": content})
     template = processor.chat_template
     template = template.get("default", "") if isinstance(template, dict) else template
     tokens = processor.tokenizer.special_tokens_map
-    return chat_template.apply(template, [{"role": "user", "content": content}], tokens)
+    return chat_template.apply(template, messages, tokens)
 
 
 def prompt_hash(
@@ -130,10 +182,12 @@ def prompt_hash(
     chat_template: str | None,
     prompt_style: PromptStyle = "vlm2rec",
     item_text: str = "title",
+    instruction: str = "",
 ) -> str:
     """Return a short hash of everything that decides the text of a prompt, for fingerprints."""
     instructions = {
         "vlm2rec": [TEXT_INSTRUCTION, IMAGE_INSTRUCTION, ITEM_INSTRUCTION],
+        "qwen3-vl-embedding": [str(_system(instruction))],
         "sda": [SDA_TEXT_INSTRUCTION, SDA_IMAGE_INSTRUCTION],
         "llm2rec": ["{}"],
         "notellm2": [repr(note_prompt("", "notellm2"))],

@@ -17,6 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -34,12 +35,17 @@ from vlm2rec.pipelines.commands import module_of
 app = typer.Typer(
     name="vlm2rec",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Item embeddings for recommenders from a vision-language model fine-tuned on user histories.",
     epilog="Exit codes: 0 done, 1 a bug, 2 a setting, 3 input data, 4 backbone or adapter, 5 a damaged or unfit"
     " folder, 6 too many failed items, 7 a missing library, 130/143 interrupted.",
 )
+
+# the groups of the commands on the first help page
+TRY = "Try it"
+VECTORS = "From a catalogue to vectors"
+USE = "Use the vectors"
+STUDY = "Compare methods"
 
 RENAMED = {
     "encode-frozen": "export-items --encoder FOLDER",
@@ -72,7 +78,7 @@ def _default_text(value: Any) -> str | None:
 
 
 def command(
-    cls: type, positional: str | None = None, own_config_key: bool = False
+    cls: type, positional: str | None = None, own_config_key: bool = False, panel: str = USE
 ) -> Callable[[Callable[[Any], Any]], Any]:
     """Register a function of one config as a command whose flags are the config's fields.
 
@@ -80,8 +86,10 @@ def command(
         cls: The config dataclass.
         positional: Field that takes its value without a flag.
         own_config_key: `--config` is a field of the dataclass (a RecBole YAML), not a file of our settings.
+        panel: The group of the command on the first help page.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
+    groups = settings.groups_of(cls)
     parameters = []
     for item in dataclasses.fields(cls):
         kind: Any = _flag_type(hints[item.name])
@@ -98,7 +106,8 @@ def command(
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
             choices = item.metadata["choices"]
             metavar = f"<{'|'.join(choices)}>" if choices else None
-            option = typer.Option(name, help=text, show_default=False, metavar=metavar)
+            group = groups[item.name] or None
+            option = typer.Option(name, help=text, show_default=False, metavar=metavar, rich_help_panel=group)
         parameters.append(
             inspect.Parameter(
                 item.name,
@@ -139,7 +148,7 @@ def command(
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = stage.__doc__
-        app.command(name=stage.__name__.replace("_", "-"))(run)
+        app.command(name=stage.__name__.replace("_", "-"), rich_help_panel=panel)(run)
         return run
 
     return register
@@ -170,25 +179,40 @@ def _reader_gone() -> bool:
     return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
-@command(settings.DemoConfig)
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlm2rec {version('vlm2rec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@command(settings.DemoConfig, panel=TRY)
 def demo(config: settings.DemoConfig) -> None:
     """Run every stage on a drawn catalogue: four methods, both tasks, and one HTML page."""
     module_of("demo").run(config)
 
 
-@command(settings.PrepareConfig)
+@command(settings.PrepareConfig, panel=VECTORS)
 def prepare(config: settings.PrepareConfig) -> None:
     """Turn items, interactions and images into a dataset folder."""
     module_of("prepare").run(config)
 
 
-@command(settings.MakeBackboneConfig)
+@command(settings.MakeBackboneConfig, panel=TRY)
 def make_backbone(config: settings.MakeBackboneConfig) -> None:
     """Build and briefly train a small local Qwen2.5-VL, for trying things out."""
     module_of("make_backbone").run(config)
 
 
-@command(settings.FinetuneConfig)
+@command(settings.FinetuneConfig, panel=VECTORS)
 def finetune(config: settings.FinetuneConfig) -> None:
     """Fine-tune an adapter on user histories (VLM2Rec or plain SFT), or on items (SDA).
 
@@ -197,7 +221,7 @@ def finetune(config: settings.FinetuneConfig) -> None:
     module_of("finetune").run(config)
 
 
-@command(settings.ExportConfig)
+@command(settings.ExportConfig, panel=VECTORS)
 def export_items(config: settings.ExportConfig) -> None:
     """Encode every item once: fused, text and image vectors in Parquet.
 
@@ -206,40 +230,34 @@ def export_items(config: settings.ExportConfig) -> None:
     module_of("export_items").run(config)
 
 
-@command(settings.ImportAdapterConfig)
+@command(settings.ImportAdapterConfig, panel=VECTORS)
 def import_adapter(config: settings.ImportAdapterConfig) -> None:
     """Make a LoRA adapter of another program (PEFT, VLM2Vec, LLaMA-Factory) one of ours: prompts, canary, origin."""
     module_of("import_adapter").run(config)
 
 
-@command(settings.ImportVectorsConfig)
+@command(settings.ImportVectorsConfig, panel=VECTORS)
 def import_vectors(config: settings.ImportVectorsConfig) -> None:
     """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
     module_of("import_vectors").run(config)
 
 
-@command(settings.VerifyConfig, positional="embeddings")
+@command(settings.VerifyConfig, panel=VECTORS, positional="embeddings")
 def verify(config: settings.VerifyConfig) -> None:
     """Check an embeddings folder against its manifest."""
     module_of("verify").run(config)
 
 
-@command(settings.FailuresConfig, positional="embeddings")
+@command(settings.FailuresConfig, panel=VECTORS, positional="embeddings")
 def failures(config: settings.FailuresConfig) -> None:
     """List the items that failed, and why, as CSV on stdout."""
     module_of("verify").failures(config)
 
 
-@command(settings.EvaluateConfig)
+@command(settings.EvaluateConfig, panel=VECTORS)
 def evaluate(config: settings.EvaluateConfig) -> None:
     """Task 1: rank items by similarity to the user's vector."""
     module_of("evaluate").run(config)
-
-
-@command(settings.ProbeImagesConfig)
-def probe_images(config: settings.ProbeImagesConfig) -> None:
-    """Tell whether a linear classifier reads a column of the items from the image tokens."""
-    module_of("probe_images").run(config)
 
 
 @command(settings.TrainRecommenderConfig, own_config_key=True)
@@ -272,19 +290,25 @@ def convert(config: settings.ConvertConfig) -> None:
     module_of("convert").run(config)
 
 
-@command(settings.StudyConfig, own_config_key=True)
+@command(settings.ProbeImagesConfig, panel=STUDY)
+def probe_images(config: settings.ProbeImagesConfig) -> None:
+    """Tell whether a linear classifier reads a column of the items from the image tokens."""
+    module_of("probe_images").run(config)
+
+
+@command(settings.StudyConfig, panel=STUDY, own_config_key=True)
 def study(config: settings.StudyConfig) -> None:
     """Run many methods with several seeds, and draw the tables and figures of the paper from the results."""
     module_of("study").run(config)
 
 
-@command(settings.ReportConfig, positional="study")
+@command(settings.ReportConfig, panel=STUDY, positional="study")
 def report(config: settings.ReportConfig) -> None:
     """Draw the page of a study or a demo again, only from its Parquet files."""
     module_of("report").run(config)
 
 
-@app.command()
+@app.command(rich_help_panel=TRY)
 def doctor() -> None:
     """Check Python, libraries, device and disk, and export a few generated items."""
     with _own_endings():
@@ -305,7 +329,7 @@ def main() -> None:
         print(f"vlm2rec: {old} is now `{RENAMED[old]}`", file=sys.stderr)
         raise SystemExit(2)
     try:
-        app(standalone_mode=True)
+        app(prog_name=app.info.name)
     except Vlm2RecError as error:
         _end(error)
     except Exception as error:

@@ -10,7 +10,7 @@ and bounds, is loaded when a command runs.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -80,12 +80,44 @@ Share = Annotated[float, Ge(0), Lt(1)]
 _BACKBONE = "Hub id or local folder of a vision-language model; with --views text, a causal text model works too."
 
 
-def setting(text: str, default: Any = MISSING, choices: Collection[str] = ()) -> Any:
+# the groups of the settings in a help text
+FIRST = ""  # the settings that one needs first: they stand on top, without a group
+DATA = "Data"
+COLUMNS = "Columns of the files"
+KEPT = "What is kept"
+MODEL = "Model and prompts"
+LOSS = "Loss"
+METHODS_OWN = "Loss of the other methods"
+TRAINING = "Training"
+WATCHING = "Watching"
+MACHINE = "Machine and memory"
+TABLE = "Embeddings folder"
+FAILURES = "Failures"
+GOING_ON = "Going on with an export"
+WORKERS = "Several workers"
+START = "Starting from vectors"
+RECOMMENDER = "Recommender"
+RANKING = "Ranking"
+RUNS = "What to run"
+
+
+def setting(text: str, default: Any = MISSING, choices: Collection[str] = (), group: str | None = None) -> Any:
     """Declare one setting with its help text; without a default it is required.
 
     `choices` are the rows of a table that others may extend; the command that reads the table checks the setting.
+    `group` begins a group of the help text: the settings below belong to it, until the next one begins.
     """
-    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "group": group})
+
+
+def groups_of(cls: Any) -> dict[str, str]:
+    """Return the group of every setting of a config class."""
+    found, group = {}, FIRST
+    for each in fields(cls):
+        begun = each.metadata["group"]
+        group = group if begun is None else begun
+        found[each.name] = group
+    return found
 
 
 def _own(name: str) -> str:
@@ -118,20 +150,25 @@ class PrepareConfig:
         None,
     )
     image_column: str | None = setting(
-        "Column of the items with the images' paths, relative to --images. Default: image_path, if there is one.", None
+        "Column of the items with the images' paths, relative to --images. Default: image_path, if there is one.",
+        None,
+        group=COLUMNS,
     )
     require: tuple[Literal["image", "title"], ...] = setting(
-        "What an item needs to be kept: image, title, or both. Default: both; without --images, title.", ()
+        "What an item needs to be kept: image, title, or both. Default: both; without --images, title.", (), group=KEPT
     )
     cold_items: Literal["keep", "drop"] = setting(
         "Items without an interaction after filtering. keep: they get vectors, and are neither trained on nor ranked.",
         "keep",
     )
-    name: str | None = setting("Dataset name; Toys, Beauty, Clothing and Sports are compared with the paper.", None)
+    name: str | None = setting(
+        "Dataset name; Toys, Beauty, Clothing and Sports are compared with the paper.", None, group=FIRST
+    )
     core: Positive = setting(
         "k of the iterative k-core of the interactions; 1 keeps all users with three interactions, and so takes a"
         " published 5-core file as it is.",
         5,
+        group=KEPT,
     )
     min_user: Count = setting(
         "Drop users with fewer interactions, before the k-core, together with --min-item: counted once and not again"
@@ -140,7 +177,7 @@ class PrepareConfig:
     )
     min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
-    max_history: Positive = setting("How many of a user's latest items a model may see.", 10)
+    max_history: Positive = setting("How many of a user's latest items a model may see.", 10, group=RANKING)
     split: Literal["leave-one-out", "temporal"] = setting(
         "leave-one-out: each user's last item is tested, the last but one validates. temporal: 80/10/10 of each user's"
         " interactions in time, several items each, as the VLM2Vec feature study has it.",
@@ -150,7 +187,7 @@ class PrepareConfig:
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100
     )
     candidate_seeds: tuple[int, ...] = setting("Seeds of the stored candidate sets.", (0, 1, 2, 3, 4))
-    item_id_column: str = setting("Item id column in both files.", "item_id")
+    item_id_column: str = setting("Item id column in both files.", "item_id", group=COLUMNS)
     items_id_column: str | None = setting("Id column of the items. Default: --item-id-column.", None)
     interactions_item_column: str | None = setting("Item column of the interactions. Default: --item-id-column.", None)
     title_column: str = setting("Title column.", "title")
@@ -168,7 +205,7 @@ class MakeBackboneConfig:
     items: Path = setting("Items with titles and, if they have one, a caption column: Parquet, CSV or JSON lines.")
     images: Path = setting("Folder of images, as for `prepare`.")
     out: Path = setting("Model folder to write.")
-    image_column: str | None = setting("Column with the images' paths, as for `prepare`.", None)
+    image_column: str | None = setting("Column with the images' paths, as for `prepare`.", None, group=COLUMNS)
     caption_column: str | None = setting(
         "Column with words that describe the item. Default: the first existing one of caption, description, genres,"
         " category, categories, else the title.",
@@ -176,11 +213,13 @@ class MakeBackboneConfig:
     )
     item_id_column: str = setting("Item id column.", "item_id")
     title_column: str = setting("Title column.", "title")
-    hidden_size: Positive = setting("Width of the language model.", 128)
+    hidden_size: Positive = setting("Width of the language model.", 128, group=MODEL)
     layers: Positive = setting("Layers of the language model.", 4)
     vocabulary: Positive = setting("Size of the byte-level BPE vocabulary.", 4000)
     max_pixels: Positive = setting("Largest image area, in pixels, that the model's processor keeps.", 84 * 84)
-    minutes: PositiveFloat = setting("Training stops after this many minutes, or after --max-steps.", 2.5)
+    minutes: PositiveFloat = setting(
+        "Training stops after this many minutes, or after --max-steps.", 2.5, group=TRAINING
+    )
     max_steps: Count = setting("Training stops after this many steps; 0 leaves random weights.", 1000)
     batch_size: Positive = setting("Items in a training step; a step with titles only has four times as many.", 16)
     learning_rate: PositiveFloat = setting("AdamW learning rate.", 1e-3)
@@ -197,14 +236,17 @@ class FinetuneConfig:
     data: Place = setting("Dataset folder.")
     backbone: str = setting(_BACKBONE)
     out: Path = setting("Adapter folder to write.")
-    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
-    revision: str | None = setting("Revision of a hub backbone.", None)
-    method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS)
+    images: Place | None = setting(
+        "Folder of the dataset's images, if it is no longer where `prepare` found it.", None, group=DATA
+    )
+    revision: str | None = setting("Revision of a hub backbone.", None, group=MODEL)
+    method: str = setting(f"Method, by its training data: {_rows(METHODS)}.", "vlm2rec", METHODS, group=FIRST)
     loss: str = setting(f"Loss of --method vlm2rec: {_rows(LOSSES)}. SLIM: sft.", "vlm2rec", LOSSES)
     cmsa: Alignment = setting(
         "SDA's alignment loss. paper: its equations; reference: its public code; off: InfoNCE without the soft target;"
         " reference-off: InfoNCE as in its public code.",
         "paper",
+        group=METHODS_OWN,
     )
     tau_cmsa: PositiveFloat | None = setting(
         "Temperature of SDA's alignment. Default: 0.02; with --cmsa reference and reference-off, 3 is the start of a"
@@ -238,8 +280,9 @@ class FinetuneConfig:
     attention: Attention = setting(
         "causal: a token sees those before it; bidirectional: all tokens of its prompt. LLM2Rec: bidirectional.",
         "causal",
+        group=MODEL,
     )
-    tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1)
+    tau_wpcl: PositiveFloat = setting("Temperature of WPCL, and of InfoNCE with --loss sft.", 0.1, group=LOSS)
     tau_crtr: PositiveFloat = setting("Temperature of CRTR.", 0.1)
     lam: NonNegative = setting("Weight of CRTR (λ).", 0.1)
     reduction: Reduction = setting(
@@ -258,10 +301,12 @@ class FinetuneConfig:
         "both, text or image. With text or image (--loss sft only), fused equals that view; the other is not read."
         " LLMEmb, LLM2Rec and SLIM: text.",
         "both",
+        group=FIRST,
     )
     fusion: FusionMode = setting(
         "external: two prompts whose vectors are summed; internal: one interleaved prompt. NoteLLM-2: internal.",
         "external",
+        group=MODEL,
     )
     fusion_norm: FusionNorm = setting("raw: the sum, as in the paper; normalised: the sum of unit vectors.", "raw")
     prompt_mode: PromptMode = setting(
@@ -278,23 +323,31 @@ class FinetuneConfig:
         "last",
     )
     prompt_style: PromptStyle = setting(
-        "Whose prompts: vlm2rec's, or those for single items alone: sda's, notellm2's, notellm2-basic, which has no"
+        "Whose prompts: vlm2rec's; qwen3-vl-embedding's, in whose format that model was trained (chat, --instruction as"
+        " the system's turn); or those for single items alone: sda's, notellm2's, notellm2-basic, which has no"
         " visual vector, or llm2rec, the title alone. SDA and LLMEmb: sda; the others their own.",
         "vlm2rec",
+    )
+    instruction: str = setting(
+        "What --prompt-style qwen3-vl-embedding asks in every prompt. Default: Represent the user's input.", ""
     )
     item_text: str = setting(
         "Columns of the catalogue that are an item's text. One takes the title's place; several with commas between, or"
         " all, make a list (title is ..., brand is ...); attributes: SDA's list of title, category and brand. SDA:"
         " attributes; LLMEmb: all; SLIM: rationale.",
         "title",
+        group=DATA,
     )
-    lora_rank: Positive = setting("LoRA rank; with experts, the rank of all together. SDA, LLMEmb and LLM2Rec: 8.", 16)
+    lora_rank: Positive = setting(
+        "LoRA rank; with experts, the rank of all together. SDA, LLMEmb and LLM2Rec: 8.", 16, group=MODEL
+    )
     lora_alpha: PositiveFloat = setting("LoRA α. LLM2Rec: 16.", 32.0)
     lora_dropout: Fraction = setting("LoRA dropout. SDA and LLMEmb: 0.1.", 0.2)
-    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA, LLMEmb and LLM2Rec: 2e-4.", 1e-5)
+    learning_rate: PositiveFloat = setting("AdamW learning rate. SDA, LLMEmb and LLM2Rec: 2e-4.", 1e-5, group=FIRST)
     loss_learning_rate: PositiveFloat | None = setting(
         "AdamW learning rate of what the loss learns itself (α and β; SDA's temperature). Default: --learning-rate.",
         None,
+        group=TRAINING,
     )
     weight_decay: NonNegative = setting("AdamW weight decay; α and β have none.", 0.01)
     max_grad_norm: NonNegative = setting("Longest gradient of a step; a longer one is shortened to it. 0: never.", 1.0)
@@ -304,36 +357,49 @@ class FinetuneConfig:
         "Users in a batch on one device; a step of N processes has N times as many. SDA, LLMEmb and LLM2Rec: 32;"
         " NoteLLM-2: 16 pairs of items.",
         8,
+        group=FIRST,
     )
     negatives: Negatives = setting(
         "Negatives of several processes. local: the targets of a process's own batch; global: those of all batches.",
         "local",
+        group=TRAINING,
     )
     chunk_users: Count = setting(
-        "Users encoded at a time (GradCache), which limits memory; the negatives stay those of the batch. 0: all.", 0
+        "Users encoded at a time (GradCache), which limits memory; the negatives stay those of the batch. 0: all.",
+        0,
+        group=MACHINE,
     )
-    epochs: PositiveFloat = setting("Epochs.", 3.0)
-    max_steps: Count = setting("Stop after this many steps; 0 trains all epochs. SDA's paper uses at most 4000.", 0)
+    epochs: PositiveFloat = setting("Epochs.", 3.0, group=FIRST)
+    max_steps: Count = setting(
+        "Stop after this many steps; 0 trains all epochs. SDA's paper uses at most 4000.", 0, group=TRAINING
+    )
     samples: SamplesMode = setting(
         "Samples (prefix → next item) of a user. last: the last one; random: a random one; all: every one."
         " LLM2Rec: random.",
         "last",
+        group=DATA,
     )
     users: Count = setting("Train on this many users, drawn at random (few-shot); 0 takes all.", 0)
-    valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512)
+    valid_users: Count = setting("Users drawn for the validation after each epoch; 0 takes all.", 512, group=WATCHING)
     valid_candidates: ValidCandidates = setting(
         "What validation and probe rank the second to last item among. own: items drawn for validation alone, so that"
         " nothing of the test is read; stored: the first set of the dataset folder, which the test has too.",
         "own",
     )
-    gradient_checkpointing: bool = setting("Recompute the language model's activations to save memory.", True)
-    dtype: DtypeName = setting("auto: bfloat16 on a GPU that has it, float32 elsewhere.", "auto")
+    gradient_checkpointing: bool = setting(
+        "Recompute the language model's activations to save memory.", True, group=MACHINE
+    )
+    dtype: DtypeName = setting(
+        "auto: bfloat16 where the device multiplies it natively, on a CPU for models of at least 512 numbers a token;"
+        " else float32.",
+        "auto",
+    )
     vision_cache: str = setting(
         "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
         "auto",
     )
-    device: DeviceName = setting("Where to run.", "auto")
-    checkpoint_steps: Positive = setting("Steps between checkpoints.", 100)
+    device: DeviceName = setting("Where to run.", "auto", group=FIRST)
+    checkpoint_steps: Positive = setting("Steps between checkpoints.", 100, group=WATCHING)
     log_steps: Positive = setting("Steps between points of the training curves.", 10)
     probe_users: Count = setting("Validation users on whom training is checked for collapse; 0: no check.", 32)
     probe_steps: Count = setting("Steps between two such checks; 0: a twentieth of the run, at least 10.", 0)
@@ -341,7 +407,14 @@ class FinetuneConfig:
         "Steps between comparisons of the gradients of loss, text and image, on one batch without dropout. 0: never.",
         0,
     )
-    resume: bool = setting("Continue from the last checkpoint in --out; off starts from the beginning.", True)
+    report_to: str = setting(
+        "Trackers that receive the curves: tensorboard, wandb, mlflow, trackio, with commas between; none: no tracker.",
+        "none",
+    )
+    log_dir: Path | None = setting("Folder for the trackers' files. Default: --out with -logs behind its name.", None)
+    resume: bool = setting(
+        "Continue from the last checkpoint in --out; off starts from the beginning.", True, group=TRAINING
+    )
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
 
 
@@ -362,22 +435,27 @@ class ExportConfig:
         None,
     )
     out: Place = setting("Embeddings folder to write.")
-    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    images: Place | None = setting(
+        "Folder of the dataset's images, if it is no longer where `prepare` found it.", None, group=DATA
+    )
     adapter: Path | None = setting(
         "Adapter folder of `finetune`, or a LoRA or DoRA folder in PEFT's format that another program made; without it,"
         " the plain backbone.",
         None,
+        group=FIRST,
     )
-    revision: str | None = setting("Revision of a hub backbone.", None)
+    revision: str | None = setting("Revision of a hub backbone.", None, group=MODEL)
     encoder_kind: EncoderKind = setting(
         "Kind of --encoder. sentence: titles only; clip: titles and images in one space; image: images only; auto: what"
         " the folder holds.",
         "auto",
     )
     views: ViewChoice | None = setting(
-        "both, text or image; with text or image, fused equals that view. Default: the adapter's, else both.", None
+        "both, text or image; with text or image, fused equals that view. Default: the adapter's, else both.",
+        None,
+        group=FIRST,
     )
-    fusion: FusionMode | None = setting("Default: the adapter's, else external.", None)
+    fusion: FusionMode | None = setting("Default: the adapter's, else external.", None, group=MODEL)
     fusion_norm: FusionNorm | None = setting("Default: the adapter's, else raw.", None)
     prompt_mode: QuestionMode | None = setting(
         "raw or chat. Default and auto: the adapter's, else raw; with --strategy question, chat if the model has a"
@@ -395,7 +473,9 @@ class ExportConfig:
         None,
     )
     instruction: str | None = setting(
-        "The question of --strategy question about every item. Default: it asks for six attributes in JSON.", None
+        "The question of --strategy question about every item; by default it asks for six attributes in JSON. With"
+        " --prompt-style qwen3-vl-embedding as for finetune. Default: the adapter's.",
+        None,
     )
     pooling: EncoderPooling | None = setting(
         "last or mean, as for finetune; for a text encoder also cls. Default and auto: the adapter's, else last; for a"
@@ -406,39 +486,46 @@ class ExportConfig:
     attention: Attention | None = setting("causal or bidirectional. Default: the adapter's, else causal.", None)
     late_fusion: LateFusion | None = setting("off or gate. Default: the adapter's, else off.", None)
     item_text: str | None = setting(
-        "Columns of the catalogue that are an item's text, as for finetune. Default: the adapter's, else title.", None
+        "Columns of the catalogue that are an item's text, as for finetune. Default: the adapter's, else title.",
+        None,
+        group=DATA,
     )
-    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    shard_size: Positive = setting("Items in one Parquet file.", 4096, group=TABLE)
     token_budget: Count = setting(
         "Tokens in one packed row; with --encoder or --strategy question, padded tokens in a batch. 0: automatic.",
         0,
+        group=MACHINE,
     )
-    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    storage: Storage = setting("Number format of the vectors on disk.", "float32", group=TABLE)
     on_image_error: ImagePolicy = setting(
-        "fail: stop; null: a row without vectors, with the reason; text_only: only a text vector.", "null"
+        "fail: stop; null: a row without vectors, with the reason; text_only: only a text vector.",
+        "null",
+        group=FAILURES,
     )
     images_by: ImagesBy = setting(
         "How to recognise changed images when an export continues. mtime: size and time; bytes: content of every file.",
         "mtime",
     )
     extend: bool = setting(
-        "Items were appended to the dataset: keep the finished vectors and encode the new items.", False
+        "Items were appended to the dataset: keep the finished vectors and encode the new items.", False, group=GOING_ON
     )
     retry_failed: bool = setting("Encode again the items that failed or have changed since; keep the rest.", False)
     changed_since: Place | None = setting(
         "Finished embeddings folder whose vectors are reused for items with the same title and image.", None
     )
-    image_timeout: PositiveFloat = setting("Seconds after which reading an image is given up.", 60.0)
+    image_timeout: PositiveFloat = setting("Seconds after which reading an image is given up.", 60.0, group=FAILURES)
     max_failures: Fraction = setting("Exit code 6 if a larger share of the items fails.", 0.01)
     dtype: DtypeName = setting(
-        "auto: bfloat16 where the device multiplies it natively; float32 elsewhere and with --encoder.", "auto"
+        "auto: bfloat16 where the device multiplies it natively; float32 elsewhere and with --encoder.",
+        "auto",
+        group=MACHINE,
     )
     vision_cache: str = setting(
         "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
         "auto",
     )
-    device: DeviceName = setting("Where to run.", "auto")
-    num_workers: Positive = setting("Processes, or Ray tasks, that make shards at the same time.", 1)
+    device: DeviceName = setting("Where to run.", "auto", group=FIRST)
+    num_workers: Positive = setting("Processes, or Ray tasks, that make shards at the same time.", 1, group=WORKERS)
     worker: Count | None = setting(
         "Number of this worker, from 0 to --num-workers - 1. It makes only its own shards; a Slurm array or a"
         " Kubernetes job starts the others.",
@@ -447,7 +534,9 @@ class ExportConfig:
     gpus: Count = setting("This many processes on this machine, each with its own GPU.", 0)
     engine: EngineName = setting("local: processes on this machine; ray: tasks of a Ray cluster.", "local")
     dry_run: bool = setting(
-        "Encode a few items, print what time and space the whole export would take, and write nothing.", False
+        "Encode a few items, print what time and space the whole export would take, and write nothing.",
+        False,
+        group=FIRST,
     )
 
 
@@ -459,17 +548,18 @@ class ImportAdapterConfig:
     backbone: str = setting("Hub id or local folder of the model that it was trained on.")
     out: Path = setting("Adapter folder to write.")
     revision: str | None = setting("Revision of a hub backbone.", None)
-    views: ViewChoice = setting("both, text or image.", "both")
+    views: ViewChoice = setting("both, text or image.", "both", group=MODEL)
     fusion: FusionMode = setting("As for finetune.", "external")
     fusion_norm: FusionNorm = setting("As for finetune.", "raw")
     prompt_mode: PromptMode = setting("raw or chat, as the adapter was trained.", "raw")
     prompt_style: PromptStyle = setting("Whose prompts, as for finetune.", "vlm2rec")
+    instruction: str = setting("As for finetune.", "")
     item_text: str = setting("Columns of the catalogue that are an item's text, as for finetune.", "title")
     pooling: Pooling = setting("last or mean, as the adapter was trained.", "last")
     attention: Attention = setting("causal or bidirectional, as the adapter was trained.", "causal")
     max_pixels: Positive = setting("Largest image area in pixels.", 224 * 224)
     max_title_tokens: Positive = setting("Longer titles are cut.", 64)
-    dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto")
+    dtype: DtypeName = setting("Number format for the canary vectors, as for export-items.", "auto", group=MACHINE)
     device: DeviceName = setting("Where to run.", "auto")
 
 
@@ -498,7 +588,7 @@ class ImportVectorsConfig:
     view: View = setting("The view that a single column or an .npy holds.", "fused")
     fusion_norm: FusionNorm = setting("How to make fused if the file has text and image only; as for finetune.", "raw")
     pca: Positive | None = setting("Reduce to this many principal components.", None)
-    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    shard_size: Positive = setting("Items in one Parquet file.", 4096, group=TABLE)
     storage: Storage = setting("Number format of the vectors on disk.", "float32")
     max_failures: Fraction = setting("Exit code 6 if a larger share of the items has no vector.", 0.01)
 
@@ -525,16 +615,19 @@ class EvaluateConfig:
     data: Place = setting("Dataset folder.")
     embeddings: Place = setting("Embeddings folder.")
     out: Path = setting("Folder to write: metrics.json, users.parquet.")
-    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    images: Place | None = setting(
+        "Folder of the dataset's images, if it is no longer where `prepare` found it.", None, group=DATA
+    )
     users_from: Literal["auto", "sequence", "mean"] = setting(
         "User vectors. sequence: the encoder's vector of the history; mean: the mean of the history's item vectors;"
         " auto: sequence if --backbone is given and there is a prompt for histories, else mean.",
         "auto",
+        group=FIRST,
     )
     backbone: str | None = setting("Backbone for --users-from sequence.", None)
     adapter: Path | None = setting("Adapter for --users-from sequence.", None)
-    revision: str | None = setting("Revision of a hub backbone.", None)
-    split: Split = setting("Which held-out item to rank.", "test")
+    revision: str | None = setting("Revision of a hub backbone.", None, group=MODEL)
+    split: Split = setting("Which held-out item to rank.", "test", group=RANKING)
     seeds: tuple[int, ...] = setting("Candidate seeds; empty: all stored ones.", ())
     tail_over: TailOver = setting(
         "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
@@ -544,7 +637,7 @@ class EvaluateConfig:
     missing: Literal["error", "zero"] = setting(
         "Items without a vector. error: stop; zero: give them cosine 0 and report their number.", "error"
     )
-    token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0)
+    token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0, group=MACHINE)
     dtype: DtypeName = setting("As for export-items.", "auto")
     vision_cache: str = setting(
         "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
@@ -589,7 +682,9 @@ class TrainRecommenderConfig:
         "fused",
     )
     features: tuple[View, ...] = setting(
-        "VBPR, FREEDOM, LATTICE, SLMRec: text,image, or one view. Default: text,image; VBPR takes what there is.", ()
+        "VBPR, FREEDOM, LATTICE, SLMRec: text,image, or one view. Default: text,image; VBPR takes what there is.",
+        (),
+        group=START,
     )
     normalize: bool = setting(
         "VBPR, FREEDOM, LATTICE, SLMRec: vectors of length 1, as VLM2Vec makes them. The others scale theirs anyway.",
@@ -619,9 +714,9 @@ class TrainRecommenderConfig:
     missing: Literal["error", "mean", "random"] = setting(
         "Items without a vector. error: stop; mean, random: fill them and report their number.", "error"
     )
-    config: Path | None = setting("A RecBole YAML; its keys override our defaults.", None)
+    config: Path | None = setting("A RecBole YAML; its keys override our defaults.", None, group=FIRST)
     max_epochs: Positive = setting(f"Largest number of epochs{_own('max_epochs')}.", 200)
-    eval_step: Positive = setting("Epochs between two validations.", 5)
+    eval_step: Positive = setting("Epochs between two validations.", 5, group=TRAINING)
     patience: Positive = setting("Stop after this many epochs without improvement.", 20)
     batch_size: Positive = setting(f"Targets in a batch{_own('batch_size')}.", 256)
     positions: Positions = setting(
@@ -631,7 +726,7 @@ class TrainRecommenderConfig:
     )
     learning_rate: PositiveFloat = setting("Learning rate of AdamW; of Adam for VBPR and those after it.", 1e-3)
     weight_decay: NonNegative = setting(f"Weight decay{_own('weight_decay')}.", 1e-4)
-    hidden_size: Positive = setting(f"Width d of the recommender{_own('hidden_size')}.", 128)
+    hidden_size: Positive = setting(f"Width d of the recommender{_own('hidden_size')}.", 128, group=RECOMMENDER)
     dropout: Fraction = setting("SASRec, GRU4Rec, BERT4Rec: dropout.", 0.3)
     graph_layers: Positive = setting(f"Steps of graph convolution over users and items{_own('graph_layers')}.", 2)
     neighbours: Positive = setting("FREEDOM, LATTICE: nearest items in the item graph, the item itself included.", 10)
@@ -644,14 +739,14 @@ class TrainRecommenderConfig:
     temperature: PositiveFloat = setting("SLMRec: temperature of the loss.", 0.2)
     ssl_weight: NonNegative = setting("SLMRec: weight of its task of alignment.", 0.1)
     ssl_temperature: PositiveFloat = setting("SLMRec: temperature of its task of alignment.", 0.2)
-    seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", ())
+    seeds: tuple[int, ...] = setting("Candidate seeds to report; empty: all stored ones.", (), group=RANKING)
     tail_over: TailOver = setting(
         "Items of the long tail have fewer than 4 interactions. train: in the training sequences; all: held-out ones"
         " count too, as in SDA's code.",
         "train",
     )
-    seed: Count = setting("Seed of weights and order.", 0)
-    device: DeviceName = setting("Where to run.", "auto")
+    seed: Count = setting("Seed of weights and order.", 0, group=TRAINING)
+    device: DeviceName = setting("Where to run.", "auto", group=FIRST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -770,7 +865,7 @@ class StudyConfig:
     config: Path | None = setting(
         "YAML of the study: analyses, methods, settings. Default: the study of the paper.", None
     )
-    methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", ())
+    methods: tuple[str, ...] = setting("Run only these methods of the YAML; empty: all.", (), group=RUNS)
     analyses: tuple[str, ...] = setting("Run only these analyses; empty: those of the YAML.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis; empty: those of the YAML.", ())
     select: Literal["none", "valid"] = setting(
@@ -779,7 +874,9 @@ class StudyConfig:
         "none",
     )
     demo: bool = setting(
-        "Draw a catalogue in OUT/laboratory and, without --backbone, train a small backbone for it; use them.", False
+        "Draw a catalogue in OUT/laboratory and, without --backbone, train a small backbone for it; use them.",
+        False,
+        group=FIRST,
     )
     laboratory: Literal["brands", "looks"] = setting(
         "What --demo draws. brands: pictures are the strong view, and the brand often tells the colour; looks: titles"

@@ -19,6 +19,7 @@ from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.options import HISTORY_STYLES
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 
@@ -124,7 +125,7 @@ def check_out(out: Path) -> None:
 
 
 def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
-    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") != "vlm2rec"
+    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") not in HISTORY_STYLES
     if config.users_from == "auto":
         return "mean" if config.backbone is None or single_items else "sequence"
     if config.users_from == "sequence" and single_items:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from vlm2rec.embedder.adapters.lora import (
     save_adapter,
 )
 from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import pick_device
+from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -31,21 +32,24 @@ from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.encoders.item_text import columns_read, without_text
-from vlm2rec.embedder.encoders.settings import EncoderSettings
+from vlm2rec.embedder.encoders.settings import EncoderSettings, text_config
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS, GO_ON, RUN_FILE
 from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.tracking import Tracking, parse_trackers
 from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_candidates, warning
 
+_WIDE = 512
+_TRAINED_IN = "trained_in"  # key of run.json: the number format
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
-    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images"),
+    *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images", "report_to", "log_dir"),
     *("probe_users", "probe_steps", "gradient_steps"),
 )
 
@@ -106,12 +110,23 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
             make_probe(config, dataset, encoder),
             lambda noticed: log.print(warning(noticed, config), style="yellow", markup=False, soft_wrap=True),
             TERMINAL,
+            _tracking(config),
         )
     unreadable = {name: reason for part in distributed.from_all(items.unreadable) for name, reason in part.items()}
     if distributed.is_main():
         _save(config, dataset, samples, encoder, wrapped, training, licence)
         _summarise(config, samples, unreadable, training)
     return training
+
+
+def _tracking(config: FinetuneConfig) -> Tracking | None:
+    """Return where the curves are sent to; None if nowhere."""
+    names = parse_trackers(config.report_to)
+    return Tracking(names, _log_dir(config), config.out.name, _identity(config)) if names else None
+
+
+def _log_dir(config: FinetuneConfig) -> Path:
+    return config.log_dir or config.out.with_name(f"{config.out.name}-logs")
 
 
 def _save(
@@ -141,6 +156,7 @@ def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
+    parse_trackers(config.report_to)
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.gradient_steps and (config.fusion == "internal" or config.views != "both"):
@@ -192,9 +208,18 @@ def _run_of(config: FinetuneConfig) -> dict[str, Any] | None:
 
 
 def _training_dtype(config: FinetuneConfig) -> DtypeName:
-    # on a CPU a backward pass in bf16 is hardly faster and rounds every LoRA step
+    """Return the number format of a training; a run that goes on keeps its own.
+
+    On a CPU `auto` leaves models narrower than `_WIDE` in float32: their products are too small to gain from bfloat16.
+    """
+    if config.dtype != "auto":
+        return config.dtype
     on_cpu = pick_device(config.device).type == "cpu"
-    return "float32" if config.dtype == "auto" and on_cpu else config.dtype
+    if config.resume and (begun := _run_of(config)) is not None:
+        known = begun.get(_TRAINED_IN)  # of earlier versions, which trained in float32 on a CPU, no run has it
+        return known if known in ("float32", "bfloat16") else "float32" if on_cpu else "auto"
+    width = text_config(model_files.locate(config.backbone, config.revision).folder).hidden_size
+    return "float32" if on_cpu and width < _WIDE else "auto"
 
 
 def _training_settings(config: FinetuneConfig) -> TrainingSettings:
@@ -290,7 +315,9 @@ def _begin(config: FinetuneConfig) -> None:
 def _remember_run(config: FinetuneConfig, publishing: bool) -> None:
     folder = config.out / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
+    trained_in = str(pick_dtype(_training_dtype(config), pick_device(config.device))).removeprefix("torch.")
     run = _identity(config) | {"users_a_step": _users_a_step(config), _PUBLISHING: publishing}
+    run[_TRAINED_IN] = trained_in
     schema.write_json(folder / RUN_FILE, run)
 
 
@@ -408,4 +435,6 @@ def _summarise(
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         rows["unreadable images"] = f"{len(unreadable)}, replaced by white ones; item {name}: {reason}"
+    if names := parse_trackers(config.report_to):
+        rows["tracked by"] = f"{', '.join(names)}; files in {_log_dir(config)}"
     summary("Fine-tuning done", rows)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from vlm2rec.downstream.multimodal.recipes import defaults_of
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.options import defaults_of_style
 from vlm2rec.embedder.training.recipes import loss_of, recipe_of
-from vlm2rec.pipelines.config import Config, FinetuneConfig, TrainRecommenderConfig
+from vlm2rec.pipelines.config import Config, FinetuneConfig, ImportAdapterConfig, TrainRecommenderConfig
 
 RENAMED = {"wording": "prompt_style"}
 """Settings that had another name before."""
@@ -41,6 +42,8 @@ def read_config(
             raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
         values.update(_known_only({key.strip().replace("-", "_"): _parse(value)}, known, "--set"))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
+    if cls in (FinetuneConfig, ImportAdapterConfig):  # an export asks its adapter first
+        values = {**defaults_of_style(values.get("prompt_style")), **values}
     if cls is FinetuneConfig:
         values = {**recipe_of(str(values.get("method", FinetuneConfig.method))).defaults, **values}
         loss_of(str(values.get("loss", FinetuneConfig.loss)))

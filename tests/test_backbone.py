@@ -1,7 +1,8 @@
-"""The backbone: five families through one path, equal to the stock model, whatever the neighbours in a batch."""
+"""The backbone: all families through one path, equal to the stock model, whatever the neighbours in a batch."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
@@ -18,7 +21,6 @@ from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import PromptMode
 
 Tiny = Callable[[str], Path]
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
 MODES: tuple[PromptMode, ...] = ("raw", "chat")
 TITLES = ["Red mug", "Oak lamp, 40 cm", "x", "The Old Clock (1987)", "Bag"] * 2
 
@@ -74,7 +76,10 @@ def test_fault_43_vectors_equal_the_stock_models_last_hidden_state(
         ours = backbone.encode([encoded for encoded, _, _ in mixed])
     for (encoded, prompt, images), vector in zip(mixed, ours, strict=True):
         text = prompts.render(prompt, mode, backbone.processor)
-        inputs = backbone.processor(text=[text], images=images or None, return_tensors="pt")
+        # a template that writes the begin-of-sequence token itself, as Gemma's
+        begun = bool(backbone.tokenizer.bos_token) and text.startswith(backbone.tokenizer.bos_token)
+        given = {"images": images or None, "add_special_tokens": not begun, "return_tensors": "pt"}
+        inputs = backbone.processor(text=[text], **given)
         with torch.no_grad():
             expected = stock(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
         assert inputs["input_ids"][0].tolist() == encoded.ids
@@ -93,6 +98,25 @@ def test_images_normalised_on_the_device_are_those_of_the_image_processor(
     assert {backbone.patch(image).values.dtype for image in images} == {torch.uint8}
     for mine, its in zip(backbone.encode_images(images), usual, strict=True):
         torch.testing.assert_close(mine.tokens, its.tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_a_backbone_without_its_language_model_head_loads_as_it_is_published(tiny: Tiny, tmp_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny("idefics3"), dtype=torch.float32)
+    shutil.copytree(tiny("idefics3"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    whole, headless = (Backbone.load(str(folder), device="cpu") for folder in (tiny("idefics3"), tmp_path / "model"))
+    prompt = whole.tokenize(prompts.text_prompt(TITLES[:2]))
+    assert torch.equal(whole.encode([prompt]), headless.encode([prompt]))
+    assert whole.has_head and not headless.has_head and model.lm_head is not None
+
+
+def test_a_model_whose_layers_carry_a_state_sees_from_left_to_right_only(tiny: Tiny) -> None:
+    assert Backbone.load(str(tiny("gemma3")), device="cpu").packs
+    assert not Backbone.load(str(tiny("qwen3_5")), device="cpu").packs
+    with pytest.raises(ConfigError, match="qwen3_5, whose layers carry a state"):
+        Backbone.load(str(tiny("qwen3_5")), device="cpu", attention="bidirectional")
 
 
 def test_mrope_positions_are_used_where_the_family_has_them(tiny: Tiny) -> None:

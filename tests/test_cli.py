@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,51 @@ def test_help_of_every_command_shows_its_flags(name: str, vlm2rec: Run, monkeypa
         positional = (name, field.name) in POSITIONAL
         flag = field.name if positional else "--" + field.name.replace("_", "-")
         assert flag.lower() in out.lower()
+
+
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_long_help_is_in_groups_with_what_one_needs_first_on_top(name: str) -> None:
+    groups = config.groups_of(WITH_CONFIG[name])
+    required = {f.name for f in dataclasses.fields(WITH_CONFIG[name]) if f.default is dataclasses.MISSING}
+    assert {groups[one] for one in required} <= {config.FIRST}
+    most = 12 if len(groups) > 30 else 15
+    assert sum(group == config.FIRST for group in groups.values()) <= most
+    command: Any = typer.main.get_command(cli.app)
+    for parameter in command.commands[name].params:
+        assert getattr(parameter, "rich_help_panel", None) == (groups.get(parameter.name, "") or None), parameter.name
+
+
+def test_a_group_holds_the_settings_below_the_one_that_begins_it() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Some:
+        a: int = config.setting("A.", 0)
+        b: int = config.setting("B.", 0, group="Loss")
+        c: int = config.setting("C.", 0)
+        d: int = config.setting("D.", 0, group=config.FIRST)
+
+    assert config.groups_of(Some) == {"a": "", "b": "Loss", "c": "Loss", "d": ""}
+
+
+def test_the_commands_stand_in_groups_on_the_first_help_page(vlm2rec: Run) -> None:
+    _, out, _ = vlm2rec("--help")
+    titles = [line.split("─ ")[1].split(" ─")[0] for line in out.splitlines() if line.startswith("╭")]
+    assert titles == ["Options", cli.TRY, cli.VECTORS, cli.USE, cli.STUDY]
+
+
+def test_version_is_that_of_the_package(vlm2rec: Run) -> None:
+    assert vlm2rec("--version") == (0, f"vlm2rec {metadata.version('vlm2rec')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("vlm2rec fine", "finetune"), ("vlm2rec finetune --reduction m", "mean")]
+)
+def test_the_shell_completes_commands_and_values(
+    typed: str, completed: str, vlm2rec: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_VLM2REC_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert vlm2rec()[:2] == (0, f"{completed}\n")
 
 
 @pytest.mark.parametrize("flag", [(), ("--run",)])

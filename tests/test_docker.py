@@ -35,10 +35,12 @@ def header_commands(file: Path) -> list[str]:
     return [line for line in joined([line.removeprefix("#") for line in header]) if line.startswith("docker ")]
 
 
-def readme_commands() -> list[str]:
-    """Return the docker commands in the fenced blocks of the README's Docker section."""
-    section = re.search(r"^## Docker\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert section, "README.md has no section '## Docker'"
+def documented_commands() -> list[str]:
+    """Return the docker commands in the fenced blocks of the Docker section of docs/containers.md."""
+    section = re.search(
+        r"^## Docker\n(.*?)(?=^## |\Z)", (ROOT / "docs/containers.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert section, "docs/containers.md has no section '## Docker'"
     fenced = re.findall(r"```\w*\n(.*?)```", section[1], re.DOTALL)
     return [line for block in fenced for line in joined(block.splitlines()) if line.startswith("docker ")]
 
@@ -169,5 +171,5 @@ def test_the_commands_after_the_image_name_are_commands_of_vlm2rec(dockerfile: P
         assert {field.name for field in dataclasses.fields(read)} >= set(given)
 
 
-def test_the_readme_shows_the_commands_of_the_dockerfiles() -> None:
-    assert readme_commands() == [command for file in FILES for command in header_commands(file)]
+def test_the_docs_show_the_commands_of_the_dockerfiles() -> None:
+    assert documented_commands() == [command for file in FILES for command in header_commands(file)]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
@@ -42,7 +43,7 @@ def test_fused_is_the_sum_of_text_and_image(encoder: ItemEncoder) -> None:
     assert not items.truncated.any()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fault_41_no_neighbour_and_no_budget_changes_a_bit_of_a_vector(tiny: Tiny, family: str) -> None:
     encoder = ItemEncoder.load(str(tiny(family)), dtype="float32", device="cpu")
     images = drawn_images(5)

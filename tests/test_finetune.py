@@ -194,6 +194,36 @@ def test_sft_trains_infonce_and_internal_fusion_goes_with_it_only(
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "x", fusion="internal"))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "idefics3", "qwen3_5", "smolvlm"])
+def test_families_that_pack_in_their_own_way_train_like_the_others(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, family: str
+) -> None:
+    wanted = settings(tiny, drawn_dataset, tmp_path / "adapter", backbone=str(tiny(family)), max_steps=2, probe_users=0)
+    result = finetune.run(dataclasses.replace(wanted, gradient_checkpointing=True))
+    assert result is not None and result.steps == 2
+    learned = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in learned.items() if ".lora_B." in name)
+    ItemEncoder.load(str(tiny(family)), tmp_path / "adapter", device="cpu", dtype="float32")  # checks the canary
+
+
+def test_auto_trains_a_wide_model_in_the_processors_own_format_and_a_run_keeps_its_own(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny("qwen2_5_vl"), tmp_path / "wide")
+    config = json.loads((tmp_path / "wide/config.json").read_text())
+    config["text_config"] |= {"hidden_size": 512}
+    (tmp_path / "wide/config.json").write_text(json.dumps(config))
+    narrow = settings(tiny, drawn_dataset, tmp_path / "adapter", max_steps=4, checkpoint_steps=1)
+    wide = dataclasses.replace(narrow, backbone=str(tmp_path / "wide"))
+    assert [finetune._training_dtype(each) for each in (narrow, wide)] == ["float32", "auto"]
+    assert finetune._training_dtype(dataclasses.replace(narrow, dtype="bfloat16")) == "bfloat16"
+    for recorded, expected in (({"trained_in": "bfloat16"}, "bfloat16"), ({}, "float32")):
+        (tmp_path / "adapter/checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "adapter/checkpoints/run.json").write_text(json.dumps({"users_a_step": 8, **recorded}))
+        assert finetune._training_dtype(wide) == expected  # earlier versions trained in float32, and recorded nothing
+        assert finetune._training_dtype(dataclasses.replace(wide, resume=False)) == "auto"
+
+
 def test_training_lowers_the_loss(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     config = settings(tiny, drawn_dataset, tmp_path / "a", loss="sft", max_steps=40, learning_rate=5e-3)
     result = finetune.run(dataclasses.replace(config, lora_dropout=0.0))

@@ -87,8 +87,10 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in archive.read(f"{info}/METADATA").decode()
 
 
-def test_the_wheel_runs_without_the_sources(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+def test_the_wheel_is_installed_and_runs_without_the_sources(wheel: Path, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(tmp_path)]
+    installed = subprocess.run([*install, str(wheel)], capture_output=True, text=True, check=False)
+    assert installed.returncode == 0 and (tmp_path / "bin" / "vlm2rec").is_file(), installed.stderr
     code = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]; sys.argv = ['vlm2rec', '--help'];"
         "from vlm2rec.pipelines import cli; print(cli.__file__); cli.main()"

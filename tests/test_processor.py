@@ -1,4 +1,4 @@
-"""Processors of the five families: built without torchvision, exact in their token counts, safe against titles."""
+"""Processors of the families: built without torchvision, exact in their token counts, safe against titles."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from PIL import Image
 from tiny_models import FAMILIES
 from tokenizers import Tokenizer, models
 
+from vlm2rec.embedder.backbones import families
 from vlm2rec.embedder.backbones.families import FAMILIES as FAMILY_TABLE
 from vlm2rec.embedder.backbones.families import family_of, image_tokens, load_processor, neutralise
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError, ModelError
 
 Tiny = Callable[[str], Path]
 QWEN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -34,6 +35,11 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def prompt(processor: object, images: int) -> str:
     return "Describe " + ", ".join(f"{i}) {processor.family.placeholder}" for i in range(images))  # type: ignore[attr-defined]
+
+
+def image_id(processor: object) -> int:
+    """The id of a token of an image; Gemma's images begin with another one."""
+    return getattr(processor, "inner_image_token_id", processor.image_token_id)  # type: ignore[attr-defined]
 
 
 def test_the_table_of_families_is_the_list_of_tiny_models() -> None:
@@ -55,7 +61,7 @@ def test_image_tokens_counts_what_the_processor_makes(tiny: Tiny, family: str) -
     processor = load_processor(tiny(family))
     for width, height in SIZES:
         ids = processor(images=[noise(width, height)], text=[prompt(processor, 1)])["input_ids"][0]
-        assert ids.count(processor.image_token_id) == image_tokens(processor, width, height), (width, height)
+        assert ids.count(image_id(processor)) == image_tokens(processor, width, height), (width, height)
 
 
 def test_image_tokens_of_known_sizes(tiny: Tiny) -> None:
@@ -73,7 +79,7 @@ def test_the_model_takes_what_the_processor_makes(tiny: Tiny, family: str) -> No
     processor = load_processor(tiny(family))
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny(family)).eval()
     batch = processor(
-        images=[noise(60, 90), noise(90, 60), noise(50, 50)],
+        images=[[noise(60, 90)], [noise(90, 60), noise(50, 50)]],
         text=[prompt(processor, 1), prompt(processor, 2)],
         padding=True,
         padding_side="right",
@@ -84,7 +90,8 @@ def test_the_model_takes_what_the_processor_makes(tiny: Tiny, family: str) -> No
         hidden = model.model(**batch).last_hidden_state
     assert hidden.shape == (2, batch["input_ids"].shape[1], 64)
     assert torch.isfinite(hidden).all()
-    assert (batch["mm_token_type_ids"] == 1).sum() >= (batch["input_ids"] == processor.image_token_id).sum() > 0
+    types = batch["token_type_ids" if family == "gemma3" else "mm_token_type_ids"]
+    assert (types == 1).sum() >= (batch["input_ids"] == image_id(processor)).sum() > 0
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -121,7 +128,8 @@ def test_a_budget_below_one_token_is_refused(tiny: Tiny) -> None:
 def test_the_placeholder_is_what_the_chat_template_puts_for_an_image(tiny: Tiny, family: str) -> None:
     processor = load_processor(tiny(family))
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+    applied = {"chat_template": processor.chat_template, "add_generation_prompt": True, "tokenize": False}
+    text = processor.tokenizer.apply_chat_template([turn], **applied)
     assert processor.family.placeholder in text
     assert "What is it?" in text
 
@@ -133,6 +141,13 @@ def test_a_processor_travels_to_a_data_worker(tiny: Tiny, family: str) -> None:
     call = {"images": [noise(130, 170)], "text": [prompt(processor, 1)], "return_tensors": "pt"}
     for name, value in processor(**call).items():
         assert torch.equal(value, copy(**call)[name]), name
+
+
+def test_a_family_whose_processor_needs_a_library_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"smolvlm model needs num2words.*install 'vlm2rec\[smolvlm\]'"):
+        load_processor(tiny("smolvlm"))
+    load_processor(tiny("idefics3"))
 
 
 # --- titles -------------------------------------------------------------------------------------------------

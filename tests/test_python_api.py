@@ -1,4 +1,4 @@
-"""The Python API is as small as the command line: the README's examples run as they stand there."""
+"""The Python API is as small as the command line: the examples of README and docs run as they stand there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from drawn_lora import draw_lora
 from embedding_folder import write_embeddings
@@ -19,25 +20,48 @@ from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "from-python.md"
 ENCODE, SEARCH = range(2)
 
 
-def examples() -> list[str]:
-    """The Python of the README's section `From Python`."""
-    (section,) = re.findall(r"^## From Python$(.*?)^## ", README.read_text(encoding="utf-8"), re.M | re.S)
-    return re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of a page that name a language."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-def run(number: int) -> dict[str, Any]:
+def run(code: str, page: Path = PAGE) -> dict[str, Any]:
     """Run an example and return the names it leaves."""
     names: dict[str, Any] = {}
-    exec(compile(examples()[number], str(README), "exec"), names)
+    exec(compile(code, str(page), "exec"), names)
     return names
 
 
-def test_the_readme_has_two_examples_of_ten_lines_or_so() -> None:
-    lengths = [len([line for line in text.splitlines() if line]) for text in examples()]
+def test_the_examples_have_ten_lines_or_so() -> None:
+    lengths = [len([line for line in text.splitlines() if line]) for text in blocks(PAGE, "python")]
     assert len(lengths) == 2 and max(lengths) <= 10
+    (example,) = blocks(README, "python")
+    assert len([line for line in example.splitlines() if line]) <= 10
+
+
+def test_the_example_of_readme_prints_what_stands_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In folders as `make demo` leaves them, of the printed products alone, with the order of their cosines."""
+    (printed,) = blocks(README, "text")
+    lines = {line.split(": ")[0]: line.split(": ")[1].split(", ") for line in printed.splitlines()}
+    titles = list(dict.fromkeys(title for line in lines.values() for title in line))
+    ids = ["P0302", *(f"P{number:04}" for number in range(1, len(titles)))]
+    angles = {view: [line.index(title) if title in line else 9 for title in titles] for view, line in lines.items()}
+    vectors = {view: np.stack([np.cos(np.array(a) / 9), np.sin(np.array(a) / 9)], 1) for view, a in angles.items()}
+    demo = tmp_path / "runs" / "demo"
+    write_embeddings(
+        demo / "vlm2rec/seed-0/embeddings", ids, vectors["fused"], text=vectors["text"], image=vectors["image"]
+    )
+    (demo / "laboratory" / "data").mkdir(parents=True)
+    pl.DataFrame({"item_id": ids, "title": titles}).write_parquet(demo / "laboratory" / "data" / "items.parquet")
+    monkeypatch.chdir(tmp_path)
+    run(blocks(README, "python")[0], README)
+    assert capsys.readouterr().out == printed
 
 
 def test_the_example_that_encodes_gives_the_vectors_of_the_adapter(
@@ -54,7 +78,7 @@ def test_the_example_that_encodes_gives_the_vectors_of_the_adapter(
     chair.save(tmp_path / "chair.jpg")
 
     monkeypatch.chdir(tmp_path)
-    items = run(ENCODE)["items"]
+    items = run(blocks(PAGE, "python")[ENCODE])["items"]
     trained = encoder.encode_items(["Red wooden chair", "Small blue lamp"], [Image.open("chair.jpg"), None])
     untrained = ItemEncoder.load("backbone").encode_items(["Small blue lamp"], [None])
     assert capsys.readouterr().out.startswith("(2, 64) [nan ")
@@ -71,7 +95,7 @@ def test_the_example_that_searches_finds_what_the_history_points_to(
     vectors[9] = 5 * (vectors[42] + vectors[7])
     write_embeddings(tmp_path / "embeddings", [str(number) for number in range(50)], vectors)
     monkeypatch.chdir(tmp_path)
-    best = run(SEARCH)["best"]
+    best = run(blocks(PAGE, "python")[SEARCH])["best"]
     assert best[0] == "9" and len(best) == 10 and "3" not in best
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -45,13 +46,18 @@ def pictures() -> list[Image.Image]:
 def opened(folder: Path, max_pixels: int = 224 * 224) -> SentenceTransformer:
     """Open a folder as its user would.
 
-    transformers loads the video part of four families with torchvision alone. Where that is not installed, the
+    transformers loads the video part of six families with torchvision alone. Where that is not installed, the
     processor is put together from the same folder without it.
     """
     class_name = json.loads((folder / "config.json").read_text())["model_type"]
     handed: AbstractContextManager[Any] = nullcontext()
-    if class_name in {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"} and not is_torchvision_available():
-        own = load_processor(folder, None, max_pixels)
+    if (
+        class_name in {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm"}
+        and not is_torchvision_available()
+    ):
+        own: Any = load_processor(folder, None, max_pixels)
+        if class_name == "smolvlm":  # its chat asks the video part for these, whatever the chat is about
+            own.video_processor = SimpleNamespace(num_frames=1, fps=1)
         handed = patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: own)
     with handed:
         return SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)

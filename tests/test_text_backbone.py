@@ -71,6 +71,25 @@ def test_vectors_equal_the_stock_models_last_hidden_state(tiny: Tiny, family: st
         assert (stock - ours).abs().max() <= 1e-4
 
 
+def test_a_window_of_keys_is_that_of_the_stock_model(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("mistral"), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"sliding_window": 9}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    backbone, whole = (Backbone.load(str(folder), device="cpu") for folder in (tmp_path / "model", tiny("mistral")))
+    encoded = [backbone.tokenize(prompts.text_prompt(titles)) for titles in HISTORIES]
+    backbone.share_prefixes()
+    with torch.no_grad():
+        shared = backbone.encode(encoded)
+        backbone.share_prefixes(False)
+        plain = backbone.encode(encoded)
+        for row, prompt in enumerate(encoded):
+            stock = model(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            assert (stock - plain[row]).abs().max() <= 1e-5
+        assert (whole.encode(encoded) - plain).abs().max() > 1e-3, "the window is shorter than a prompt"
+    assert (shared - plain).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_begins_once_whoever_writes_the_begin_token(tiny: Tiny, mode: PromptMode) -> None:
     backbone = Backbone.load(str(tiny("llama")), prompt_mode=mode, device="cpu")

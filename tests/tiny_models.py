@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "gemma3", "idefics3", "smolvlm", "qwen3_5")
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 
 LINES = [
@@ -29,6 +29,11 @@ QWEN_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 INTERNVL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+
+SMOL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>"),
+    *("<fake_token_around_image>", "<image>", "<global-img>"),
+)
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -45,6 +50,16 @@ QWEN_TEXT_TEMPLATE = (
 LLAMA_TEXT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}"
 )
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -59,13 +74,20 @@ def tiny_model(family: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if family in TEXT_FAMILIES:
         return _tiny_text_model(family, folder)
-    ids = {"llava": _llama_tokenizer, "internvl": _internvl_tokenizer}.get(family, _qwen_tokenizer)(folder)
+    tokenizers = {"llava": _llama_tokenizer, "internvl": _internvl_tokenizer}
+    tokenizers["gemma3"] = _gemma_tokenizer
+    tokenizers |= dict.fromkeys(("idefics3", "smolvlm"), _smol_tokenizer)
+    ids = tokenizers.get(family, _qwen_tokenizer)(folder)
     config, image_processor = {
         "qwen2_5_vl": _qwen2_5_vl,
         "qwen2_vl": _qwen2_vl,
         "qwen3_vl": _qwen3_vl,
+        "qwen3_5": _qwen3_5,
         "internvl": _internvl,
         "llava": _llava,
+        "gemma3": _gemma3,
+        "idefics3": _idefics3,
+        "smolvlm": _smolvlm,
     }[family](ids, folder)
     _write(folder / "preprocessor_config.json", image_processor)
     with torch.random.fork_rng():
@@ -130,6 +152,26 @@ def _internvl_tokenizer(folder: Path) -> dict[str, int]:
     }
     template = QWEN_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n")
     return _byte_level_bpe(folder, INTERNVL_TOKENS, {"extra_special_tokens": names, "chat_template": template})
+
+
+def _smol_tokenizer(folder: Path) -> dict[str, int]:
+    ids = _byte_level_bpe(folder, SMOL_TOKENS, {"chat_template": SMOL_TEMPLATE})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    tokens |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}
+    _write(folder / "tokenizer_config.json", settings | tokens)
+    return ids
+
+
+def _gemma_tokenizer(folder: Path) -> dict[str, int]:
+    special = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    ids = _byte_level_bpe(folder, (*special, *names.values()), {"chat_template": GEMMA_TEMPLATE})
+    _begin_with(folder, "<bos>", ids)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "extra_special_tokens": names}
+    _write(folder / "tokenizer_config.json", settings | tokens)
+    return ids
 
 
 def _llama_tokenizer(folder: Path) -> dict[str, int]:
@@ -274,6 +316,32 @@ def _qwen3_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     )
 
 
+def _qwen3_5(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """One layer carries a state along the row, the other attends; in the published models three of four carry one."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "initializer_range": 0.1,
+    }
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    text = _text(ids, head_dim=32, layer_types=["linear_attention", "full_attention"], **linear)
+    text |= {"linear_num_value_heads": 4, "rope_parameters": _mrope([2, 1, 1]) | {"partial_rotary_factor": 0.25}}
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **_qwen_ids(ids)
+    )
+    return config, _qwen_images(
+        "Qwen3VLProcessor",
+        image_processor_type="Qwen2VLImageProcessorFast",
+        size={"shortest_edge": 65536, "longest_edge": 16777216},
+        patch_size=16,
+        **_HALF,
+    )
+
+
 def _internvl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """448 pixels and 256 tokens an image in the published models; 56 pixels and 4 tokens here."""
     vision = {
@@ -340,3 +408,69 @@ def _llava(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
         "do_center_crop": True,
         **_CLIP,
     }
+
+
+def _gemma3(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """896 pixels, 256 tokens an image and windows of 1,024 keys in the published models; 56, 4 and 12 here."""
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    text = _text(ids, head_dim=16, query_pre_attn_scalar=16, sliding_window=12, max_position_embeddings=4096)
+    text |= {"bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
+    config = transformers.Gemma3Config(
+        text_config=text | {"layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+        initializer_range=0.1,
+    )
+    _write(folder / "processor_config.json", {"image_seq_length": 4, "processor_class": "Gemma3Processor"})
+    return config, {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "processor_class": "Gemma3Processor",
+        "size": {"height": 56, "width": 56},
+        **_HALF,
+    }
+
+
+def _idefics3(ids: dict[str, int], folder: Path, name: str = "Idefics3") -> tuple[Any, dict[str, Any]]:
+    """512 pixels and 64 tokens an image in the published SmolVLM; 56 pixels and 4 tokens here."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "initializer_range": 0.1,
+    }
+    text = _text(ids, model_type="llama", bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"])
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text | {"max_position_embeddings": 4096, "pad_token_id": ids["<|im_end|>"]},
+        vision_config=vision,
+        image_token_id=ids["<image>"],
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    _write(folder / "processor_config.json", {"image_seq_len": 4, "processor_class": f"{name}Processor"})
+    return config, {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
+        "do_image_splitting": True,
+        "size": {"longest_edge": 112},
+        "max_image_size": {"longest_edge": 56},
+        **_HALF,
+    }
+
+
+def _smolvlm(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    return _idefics3(ids, folder, "SmolVLM")

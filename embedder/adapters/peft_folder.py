@@ -51,8 +51,12 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "qwen2_vl": ("model.language_model.", "model.", "language_model.", ""),
     "qwen2_5_vl": ("model.language_model.", "model.", "language_model.", ""),
     "qwen3_vl": ("model.language_model.", "language_model."),
+    "qwen3_5": ("model.language_model.", "language_model."),
+    "gemma3": ("model.language_model.", "language_model.model.", "language_model."),
     "internvl": ("model.language_model.", "language_model.model.", "language_model."),
     "llava": ("model.language_model.", "language_model.model.", "language_model."),
+    "idefics3": ("model.text_model.",),
+    "smolvlm": ("model.text_model.",),
 }
 """What stands before `layers.0` in a family's names of layers: today, before transformers 4.52, without the head."""
 _TEXT_SPELLINGS = ("model.", "")  # of causal text models, with and without the head

@@ -9,6 +9,7 @@ A causal text model takes the same path, with text prompts only.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -27,11 +28,15 @@ from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_lin
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import Attention, DeviceName, DtypeName, Pooling, PromptMode
-from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, render
+from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, SystemMessage, render
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
 # so a list of bare names would adapt them silently. Text models have their layers right below `model`.
-ADAPTED_LAYERS = r"(model|.*\blanguage_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+ADAPTED_LAYERS = (
+    r"(model|.*\b(language|text)_model)\.layers\.\d+\."
+    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"
+)
+_ATTENDING = {"full_attention", "sliding_attention"}  # layers in which a token sees others by attention alone
 _FIRST_LETTERS = ("a", "Z", "7", "(", "é", "日")  # what a title may begin with
 
 
@@ -95,7 +100,15 @@ class Backbone:
         self.attention: Attention = attention
         self.has_head = True  # its weights hold a language-model head
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self._starts: dict[str, tuple[int, ...]] = {}
+        self.packs = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _ATTENDING
+        if attention == "bidirectional" and not self.packs:
+            raise ConfigError(
+                f"--attention bidirectional with a {model.config.model_type}, whose layers carry a state from left to"
+                " right",
+                "--attention causal",
+                "choose another backbone, or leave --attention out",
+            )
+        self._starts: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] | None = None
         packing.prepare(model, self.language_model)
 
@@ -146,8 +159,8 @@ class Backbone:
                 "safetensors weights that fit its config.json",
                 "download the model folder again",
             ) from error
-        # text models are often published without the head, which only LLM2Rec's training uses
-        missing = sorted(key for key in info["missing_keys"] if not (text_only and key.startswith("lm_head.")))
+        # embedding and text models are often published without the head, which only LLM2Rec's training uses
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("lm_head."))
         if missing:
             raise ModelError(
                 f"{source!r} lacks {len(missing)} weights, among them {missing[0]}",
@@ -167,7 +180,8 @@ class Backbone:
     @property
     def language_model(self) -> Any:
         """The layers that LoRA adapts: the body without the vision tower; for a text model the body itself."""
-        return getattr(self.body, "language_model", self.body)
+        names = ("language_model", "text_model")  # the Idefics family has the second
+        return next((getattr(self.body, name) for name in names if hasattr(self.body, name)), self.body)
 
     def adapted_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the language model that adapters change, by their names in `model`.
@@ -201,7 +215,7 @@ class Backbone:
     @property
     def image_token_id(self) -> int:
         """Id of the token that stands for one merged image token."""
-        return int(self.processor.image_token_id)
+        return int(getattr(self.processor, "inner_image_token_id", self.processor.image_token_id))
 
     def prepare_title(self, title: str) -> tuple[str, bool]:
         """Return the title made safe for a prompt, and whether it was cut to `max_title_tokens`.
@@ -229,7 +243,7 @@ class Backbone:
                 raise ValueError(f"the prompt has room for {len(rest)} images, {len(images)} were given")
             start = getattr(self.processor, "start_image_token", "")  # InternVL's processor marks the ends of an image
             end = getattr(self.processor, "end_image_token", "")
-            token = self.processor.image_token
+            token = getattr(self.processor, "inner_image_token", self.processor.image_token)
             text = first + "".join(
                 f"{start}{token * len(image.tokens)}{end}{part}" for image, part in zip(images, rest, strict=True)
             )
@@ -256,18 +270,21 @@ class Backbone:
 
     def _shared(self, prompt: Prompt, ids: list[int]) -> int:
         """Return how many leading tokens are the same in every prompt of this kind."""
-        first = prompt[0] or ""
-        if first in CONSTANT_STARTS:  # constant up to the first image; an empty title leaves no text after the start
+        system = [part for part in prompt[:1] if isinstance(part, SystemMessage)]
+        first = (prompt[len(system) :] or ("",))[0] or ""
+        constant: tuple[str, ...] = ("",) if system else CONSTANT_STARTS  # with one, all up to the user's turn
+        if first in constant:  # constant up to the first image; an empty title leaves no text after the start
             image = getattr(self.processor, "image_token_id", None)
             return ids.index(image) if image in ids else 0
-        start = next((start for start in CONSTANT_STARTS if first.startswith(start)), None)
+        start = next((start for start in constant if first.startswith(start)), None)
         if start is None:
             return 0
-        if start not in self._starts:
+        key = (*system, start)
+        if key not in self._starts:
             # a token may join the end of the start with what follows, so the common start of several titles is taken
-            texts = (render((start + title,), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
-            self._starts[start] = common_start([self._ids(text) for text in texts])
-        known = self._starts[start]
+            texts = (render((*system, start + title), self.prompt_mode, self.processor) for title in _FIRST_LETTERS)
+            self._starts[key] = common_start([self._ids(text) for text in texts])
+        known = self._starts[key]
         return len(known) if tuple(ids[: len(known)]) == known and len(known) < len(ids) else 0
 
     def patch(self, image: Image.Image) -> Patches:
@@ -350,7 +367,8 @@ class Backbone:
         row, but no prompt changes another's vector. Gradients flow to the language model's trainable weights if there
         are any and grad mode is on.
         """
-        if self._prefixes is None or torch.is_grad_enabled() or self.attention == "bidirectional":
+        shares = self._prefixes is not None and self.packs and self.attention == "causal"
+        if not shares or torch.is_grad_enabled():
             return self._encode_packed(prompts, None)
         by_start: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -461,17 +479,45 @@ class Backbone:
                     f"the prompts have room for {int(is_image.sum())} image tokens, {len(tokens)} were given"
                 )
             embedded = embedded.masked_scatter(is_image.unsqueeze(-1), tokens)
+            if self.processor.family.blocks:
+                numbers = torch.arange(len(images)).repeat_interleave(torch.tensor([len(i.tokens) for i in images]))
+                blocks = torch.full_like(row[0], -1).masked_scatter(is_image[0], numbers.to(row))
+                layout = dataclasses.replace(layout, blocks=blocks, _made={})
             if images[0].deepstack:
                 arguments["visual_pos_masks"] = is_image
                 arguments["deepstack_visual_embeds"] = [
                     torch.cat(layer).to(embedded) for layer in zip(*(image.deepstack for image in images), strict=True)
                 ]
+        if not self.packs:
+            return self._states_one_by_one(layout, embedded, **arguments)
         with packing.packed(layout) as keywords:
             output = self.language_model(
                 inputs_embeds=embedded, use_cache=False, return_dict=True, **arguments, **keywords
             )
         states: Tensor = output.last_hidden_state[0]
         return states
+
+    def _states_one_by_one(self, layout: Layout, embedded: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the language model over each prompt of a row, where a layer would carry a state into the next prompt.
+
+        On a GPU adjacent prompts of equal length share one call; on a CPU none do, so that no prompt changes a bit of
+        another's vector. Arguments and result as of `_states`.
+        """
+        runs = layout.runs if self.device.type == "cuda" else [(1, length) for length in layout.lengths]
+        found, start = [], 0
+        for count, length in runs:
+            own = slice(start, start + count * length)
+            positions = position_ids[..., own].squeeze(-2).unflatten(-1, (count, length))  # (3, n, T) or (n, T)
+            output = self.language_model(
+                inputs_embeds=embedded[0, own].unflatten(0, (count, length)),
+                position_ids=positions,
+                use_cache=False,
+                return_dict=True,
+            )
+            states: Tensor = output.last_hidden_state
+            found.append(states.flatten(0, 1) if layout.every_state else states[:, -1])
+            start += count * length
+        return torch.cat(found)
 
     def _prefix(self, start: tuple[int, ...]) -> Prefix:
         assert self._prefixes is not None

@@ -2,7 +2,7 @@
 
 Images always go through the PIL backend. torchvision's own resize differs in the third decimal, so a table exported
 on a machine with torchvision would differ slightly from one exported without it. Its CPU release is also often missing
-or broken. transformers' AutoProcessor requires torchvision for the video part of four families. vlm2rec needs no
+or broken. transformers' AutoProcessor requires torchvision for the video part of six families. vlm2rec needs no
 video, so it assembles the family's own processor without that part.
 Causal text models have only a tokenizer; `TextProcessor` lets them take the same path.
 """
@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from vlm2rec.embedder.backbones.model_files import (
     read_json,
     require_hub_id,
 )
-from vlm2rec.embedder.contract.errors import ConfigError, ModelError, did_you_mean
+from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -45,6 +46,8 @@ class Family:
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
     note: str = ""  # shown to the user when the family is loaded
     text_only: bool = False  # a causal text model: no images, no processor
+    blocks: bool = False  # the tokens of an image see those of the same image that come later
+    needs: str = ""  # a library that the family's processor imports, with an extra of the same name as the family
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -64,6 +67,17 @@ FAMILIES: Mapping[str, Family] = {
             area_budget=False,
             note="LLaVA-1.5 spends 576 tokens on an image: more than seven images overflow its 4,096 positions",
         ),
+        Family(
+            "qwen3_5",
+            "Qwen3VLProcessor",
+            _QWEN_IMAGE,
+            area_budget=True,
+            note="most layers of Qwen3.5 carry a state along a row, so that each prompt runs by itself, unpacked",
+        ),
+        Family("gemma3", "Gemma3Processor", "<start_of_image>", area_budget=False, blocks=True),
+        # SmolVLM is published under both types, and SmolVLM2 as smolvlm
+        Family("idefics3", "Idefics3Processor", "<image>", area_budget=False),
+        Family("smolvlm", "SmolVLMProcessor", "<image>", area_budget=False, needs="num2words"),
     )
 }
 
@@ -108,12 +122,19 @@ def load_processor(
     Raises:
         ModelError: no such model, an unknown family, or a tokenizer or image processor that does not belong to it.
         ConfigError: `max_pixels` is smaller than one token of the model.
+        MissingDependencyError: a library that this family's processor imports is not installed.
     """
     import transformers
 
     files = _located(source, revision)
     family = family_of(files)
     _require_files(files.folder, family)
+    if family.needs and not find_spec(family.needs):
+        raise MissingDependencyError(
+            f"the processor of a {family.model_type} model needs {family.needs}, which is not installed",
+            family.needs,
+            f"pip install 'vlm2rec[{family.model_type}]'",
+        )
     source, where = str(files.folder), {"trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
@@ -124,6 +145,8 @@ def load_processor(
         settings, _ = family_class.get_processor_dict(source)
         settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
         _set_image_size(image_processor, family, max_pixels)
+        if "video_processor" in inspect.signature(family_class.__init__).parameters:
+            settings["video_processor"] = None
         processor = _without_video(family)(image_processor=image_processor, tokenizer=tokenizer, **settings)
     except UNLOADABLE as error:
         raise ModelError(
@@ -131,6 +154,15 @@ def load_processor(
             f"{MODEL_FOLDER} of a {family.model_type} model",
             "download the whole model folder again, with all its .json files",
         ) from error
+    if hasattr(processor, "fake_image_token"):  # what the Idefics family's processor writes around an image
+        whole = getattr(processor, "global_image_token", None) or processor.global_image_tag
+        processor.start_image_token = processor.fake_image_token + whole
+        processor.end_image_token = processor.fake_image_token
+    if hasattr(processor, "boi_token"):  # Gemma: an image begins with another token than it has inside
+        processor.start_image_token = f"\n\n{processor.boi_token}"
+        processor.end_image_token = f"{tokenizer.eoi_token}\n\n"
+        processor.inner_image_token = tokenizer.image_token
+        processor.inner_image_token_id = tokenizer.image_token_id
     _check(processor, source)
     return processor
 
@@ -237,6 +269,9 @@ def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> No
         if hasattr(image_processor, "crop_to_patches"):
             image_processor.crop_to_patches = False
             image_processor.max_patches = 1
+        # Idefics would cut it into tiles of 64 tokens beside the whole
+        if hasattr(image_processor, "do_image_splitting"):
+            image_processor.do_image_splitting = False
         return
     smallest = (image_processor.patch_size * image_processor.merge_size) ** 2
     if max_pixels < smallest:
@@ -328,8 +363,9 @@ def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
     images = processor.image_processor
     if processor.family.area_budget:
         return int(images.get_number_of_image_patches(height, width, {})) // int(images.merge_size) ** 2
-    if hasattr(processor, "image_seq_length"):
-        return int(processor.image_seq_length)
+    for name in ("image_seq_length", "image_seq_len"):
+        if hasattr(processor, name):
+            return int(getattr(processor, name))
     crop = images.crop_size
     tokens = (crop["height"] // processor.patch_size) * (crop["width"] // processor.patch_size)
     tokens += processor.num_additional_image_tokens

@@ -57,6 +57,7 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bidirectional: bool = False  # a token sees those after it, too; without a prefix, whose states would depend on them
     every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
+    blocks: Tensor | None = None  # (T,) the image of each token of the row, -1 for others; an image sees itself whole
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -104,6 +105,28 @@ class Layout:
                 diagonal=length if self.bidirectional else self.prefix
             ),
         )
+
+    def needs_masks(self, window: int | None) -> bool:
+        """Tell whether a prompt sees other keys than all those before: within an image, or in a window of keys."""
+        return self.blocks is not None or (window is not None and self.prefix + max(self.lengths) > window)
+
+    def mask_of(self, start: int, length: int, window: int | None) -> Tensor:
+        """Return which keys the tokens of the prompt at `start` of the row see, (length, prefix + length) bool.
+
+        Those before and, in an image, its later ones; of these the last `window` ones.
+        """
+
+        def make() -> Tensor:
+            seen = self.mask(length).clone()
+            if self.blocks is not None:
+                own = F.pad(self.blocks[start : start + length], (self.prefix, 0), value=-1)
+                seen |= (own[None] == own[self.prefix :, None]) & (own >= 0)
+            if window is not None:
+                places = torch.arange(self.prefix + length, device=seen.device)
+                seen &= places[None] > places[self.prefix :, None] - window
+            return seen
+
+        return self._once(("own", start, window), make)
 
     def _once(self, key: Any, make: Any) -> Tensor:
         # every layer needs the same tensor
@@ -169,6 +192,8 @@ def _attend(
     layout: Layout | None = rest.pop(LAYOUT, None)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+    if layout.needs_masks(rest.get("sliding_window")):
+        return _attend_masked(query, key, value, layout, **rest), None
     if not rest.get("dropout") and _kernel_works(query.device, query.dtype, query.shape[-1]):
         return _attend_by_kernel(query, key, value, layout, rest.get("scaling")), None
     return _attend_by_runs(query, key, value, layout, **rest), None
@@ -201,6 +226,27 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
             part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
+    return _joined(parts)[None]
+
+
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rest: Any) -> Tensor:
+    """Attend prompt by prompt, each with its own mask."""
+    parts = []
+    start, prefix = 0, layout.prefix
+    for length in layout.lengths:
+        own = slice(prefix + start, prefix + start + length)
+        keys, values = (
+            _heads(torch.cat([states[:, :, :prefix], states[:, :, own]], dim=2), query) for states in (key, value)
+        )
+        asked = query[:, :, start : start + length]
+        mask = layout.mask_of(start, length, rest.get("sliding_window"))
+        if _slow_backward(query):
+            part = _attend_openly(asked, keys, values, mask, rest.get("scaling"))
+        else:
+            settings = {"dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
+            part = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, **settings)
+        parts.append(part.transpose(1, 2).flatten(0, 1))  # (length, heads, width)
+        start += length
     return _joined(parts)[None]
 
 

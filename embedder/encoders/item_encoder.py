@@ -280,10 +280,10 @@ class ItemEncoder:
                 fused = fused.index_copy(0, rows, self.late_fusion(seen, fused[rows]))
             return {schema.FUSED: fused, schema.TEXT: absent, schema.IMAGE: absent.clone()}
         with_text, with_image = (view in self.modalities for view in schema.MODALITIES)
-        style = self.settings.prompt_style
-        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], style)) for row in range(count) if with_text}
+        asked = self.settings.prompt_style, self.settings.instruction
+        texts = {row: backbone.tokenize(prompts.text_prompt(titles[row], *asked)) for row in range(count) if with_text}
         pictures = {
-            row: backbone.tokenize(prompts.image_prompt(len(images[row]), style), images[row])
+            row: backbone.tokenize(prompts.image_prompt(len(images[row]), *asked), images[row])
             for row in range(count)
             if with_image and images[row]
         }
@@ -312,15 +312,17 @@ class ItemEncoder:
 
     def tokenize_title(self, title: str) -> list[int]:
         """Return the token ids of a single item's text prompt; `title` is prepared."""
-        return self.backbone.tokenize(prompts.text_prompt([title], self.settings.prompt_style)).ids
+        asked = self.settings.prompt_style, self.settings.instruction
+        return self.backbone.tokenize(prompts.text_prompt([title], *asked)).ids
 
     def _tokenize_together(self, titles: Sequence[str], images: Sequence[ImageFeatures]) -> EncodedPrompt:
         """Return the prompt that holds titles and images of a sequence, or of NoteLLM-2's single item."""
-        style = self.settings.prompt_style
-        if style == "vlm2rec":
-            return self.backbone.tokenize(prompts.item_prompt(titles), images)
+        settings = self.settings
+        if settings.reads_histories:
+            prompt = prompts.item_prompt(titles, settings.prompt_style, settings.instruction)
+            return self.backbone.tokenize(prompt, images)
         (title,) = titles
-        return self.backbone.tokenize(prompts.note_prompt(title, style), images)
+        return self.backbone.tokenize(prompts.note_prompt(title, settings.prompt_style), images)
 
     def _fuse(self, text: Tensor, image: Tensor) -> Tensor:
         """Return the fused vectors: the sum, or the only view."""

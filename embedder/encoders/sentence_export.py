@@ -29,8 +29,9 @@ _MODULES = (
     ("0", "", "sentence_transformers.models.Transformer"),
     ("1", "1_Pooling", "sentence_transformers.models.Pooling"),
 )
-# settings that LLaVA's and InternVL's processors keep outside their parts
+# settings that some processors keep outside their parts
 _PROCESSOR_SETTINGS = (
+    "image_seq_len",
     "image_seq_length",
     "image_token",
     "num_additional_image_tokens",
@@ -107,7 +108,7 @@ model = SentenceTransformer("THIS_FOLDER")
 
 The chat template holds the prompts (mode `{fingerprint_of.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
 {fingerprint_of.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
-{fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen and InternVL models need torchvision
+{fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen, InternVL and SmolVLM models need torchvision
 (`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from Pillow's, which
 vlm2rec takes.
 """

@@ -17,6 +17,7 @@ from vlm2rec.embedder.backbones.families import checked_files, load_processor, r
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
 from vlm2rec.embedder.options import (
+    HISTORY_STYLES,
     Attention,
     DeviceName,
     DtypeName,
@@ -27,12 +28,13 @@ from vlm2rec.embedder.options import (
     PromptMode,
     PromptStyle,
     ViewChoice,
+    defaults_of_style,
 )
 
 _LARGEST = 2**31  # of a number in an adapter's settings
 _LONGEST = 1000  # characters of a list of columns
 # settings that came later: with the default, they are left out of a fingerprint, so that earlier exports can continue
-_LATER = ("prompt_style", "attention", "late_fusion", "item_text")
+_LATER = ("prompt_style", "attention", "late_fusion", "item_text", "instruction")
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class EncoderSettings:
     max_title_tokens: int = 64
     views: ViewChoice = "both"  # with one modality, its vector is the fused vector, and the other one is not read
     pooling: Pooling = "last"
-    prompt_style: PromptStyle = "vlm2rec"  # VLM2Rec's prompts, for sequences, or SDA's, for single items
+    prompt_style: PromptStyle = "vlm2rec"  # whose prompts; see `options.HISTORY_STYLES`
     attention: Attention = "causal"  # bidirectional: a token sees those after it, too
     late_fusion: LateFusion = "off"  # NoteLLM-2's gate, whose weights are part of an adapter
     item_text: str = schema.TITLE  # columns of the catalogue in the prompts, with commas between; see `item_texts`
+    instruction: str = ""  # what the system's turn says, in the style of Qwen3-VL-Embedding; empty: its default
 
     def __post_init__(self) -> None:
         if not all(name.strip() for name in self.item_text.split(",")) or len(self.item_text) > _LONGEST:
@@ -63,6 +66,19 @@ class EncoderSettings:
                 f"--item-text {self.item_text} with --views image, which reads no text",
                 "--views text or both",
                 "leave --item-text out",
+            )
+        if self.prompt_style == "qwen3-vl-embedding" and (self.prompt_mode, self.pooling) != ("chat", "last"):
+            raise ConfigError(
+                f"--prompt-style qwen3-vl-embedding with --prompt-mode {self.prompt_mode} and --pooling {self.pooling}:"
+                " it asks in the turns of a chat, and reads the last token",
+                "--prompt-mode chat and --pooling last",
+                "leave the two out",
+            )
+        if self.instruction and (self.prompt_style != "qwen3-vl-embedding" or len(self.instruction) > _LONGEST):
+            raise ConfigError(
+                f"--instruction of {len(self.instruction)} characters with --prompt-style {self.prompt_style}",
+                f"at most {_LONGEST} characters, with --prompt-style qwen3-vl-embedding or --strategy question",
+                "leave --instruction out, or choose one of these",
             )
         notes = self.prompt_style in ("notellm2", "notellm2-basic")
         if notes and (self.fusion != "internal" or self.pooling != "last"):
@@ -107,7 +123,7 @@ class EncoderSettings:
     @property
     def reads_histories(self) -> bool:
         """Whether there is a prompt for a sequence of items; if not, a user is the mean of the history's items."""
-        return self.prompt_style == "vlm2rec"
+        return self.prompt_style in HISTORY_STYLES
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -174,7 +190,8 @@ class EncoderSettings:
                     f"{trained!r}",
                     f"leave {flag} out",
                 )
-        return cls(**(asdict(base) | chosen))
+        of_style = {} if adapter is not None else defaults_of_style(chosen.get("prompt_style"))
+        return cls(**(asdict(base) | of_style | chosen))
 
 
 class GivenSettings(TypedDict, total=False):
@@ -191,6 +208,7 @@ class GivenSettings(TypedDict, total=False):
     attention: Attention | None
     late_fusion: LateFusion | None
     item_text: str | None
+    instruction: str | None
 
 
 def fingerprint_of(
@@ -230,9 +248,13 @@ def fingerprint_of(
         "model_type": model_type,
         **({"adapter": None} if adapter is None else lora.fingerprint(adapter)),
         "prompt_hash": prompts.prompt_hash(
-            settings.prompt_mode, processor.chat_template, settings.prompt_style, settings.item_text
+            settings.prompt_mode,
+            processor.chat_template,
+            settings.prompt_style,
+            settings.item_text,
+            settings.instruction,
         ),
-        "dim": int(_text_config(files.folder).hidden_size),
+        "dim": int(text_config(files.folder).hidden_size),
         "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         **decisive,
         "views": list(settings.columns),  # the columns, not the setting's one word, because readers need columns
@@ -240,7 +262,8 @@ def fingerprint_of(
     }
 
 
-def _text_config(folder: Path) -> Any:
+def text_config(folder: Path) -> Any:
+    """Return the config of the language model in a model folder."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except model_files.UNLOADABLE as error:

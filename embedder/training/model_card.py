@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.options import HISTORY_STYLES
 from vlm2rec.embedder.prompts import IMAGE_HERE, READ_HERE, Prompt
 
 _TASK = "feature-extraction"
@@ -107,7 +108,7 @@ def _hashes(data: dict[str, Any]) -> str:
 def _asked(encoder: dict[str, Any]) -> str:
     numbered = (
         "items numbered from 0"
-        if encoder.get(schema.stored_name("prompt_style"), "vlm2rec") == "vlm2rec"
+        if encoder.get(schema.stored_name("prompt_style"), "vlm2rec") in HISTORY_STYLES
         else "of single items"
     )
     pooled = "the mean of all tokens' states" if encoder.get("pooling") == "mean" else "the last token's state"
@@ -145,17 +146,20 @@ def _front_matter(settings: dict[str, Any], metrics: Sequence[tuple[str, float]]
 
 def _prompts(encoder: dict[str, Any]) -> dict[str, Prompt]:
     style = encoder.get(schema.stored_name("prompt_style"), "vlm2rec")
-    items = 2 if style == "vlm2rec" else 1
+    items = 2 if style in HISTORY_STYLES else 1
+    asked = style, str(encoder.get("instruction", ""))
     text = str(encoder.get("item_text", schema.TITLE))
     placeholder = "ATTRIBUTES" if text == schema.ALL_COLUMNS or "," in text else text.upper()
     if text == "attributes":  # SDA's
         placeholder = prompts.attributes_text("TITLE", "CATEGORY", "BRAND")
     if encoder["fusion"] == "internal":
-        together = prompts.item_prompt([placeholder] * 2) if items > 1 else prompts.note_prompt(placeholder, style)
+        together = (
+            prompts.item_prompt([placeholder] * 2, *asked) if items > 1 else prompts.note_prompt(placeholder, style)
+        )
         return {"title and image": together}
     both = {
-        schema.TEXT: prompts.text_prompt([placeholder] * items, style),
-        schema.IMAGE: prompts.image_prompt(items, style),
+        schema.TEXT: prompts.text_prompt([placeholder] * items, *asked),
+        schema.IMAGE: prompts.image_prompt(items, *asked),
     }
     return {view: prompt for view, prompt in both.items() if encoder["views"] in (view, "both")}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
-from vlm2rec.embedder.options import SDA_PROBED
+from vlm2rec.embedder.options import HISTORY_STYLES, SDA_PROBED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,11 +184,11 @@ def _loss_title(settings: Settings) -> str:
 
 
 def _check_histories(settings: Settings) -> None:
-    if settings.prompt_style != "vlm2rec":
+    if settings.prompt_style not in HISTORY_STYLES:
         raise ConfigError(
             f"--prompt-style {settings.prompt_style} with --method {settings.method}, which trains on sequences: these"
             " prompts are for single items",
-            "--prompt-style vlm2rec, or --method sda",
+            f"--prompt-style {' or '.join(HISTORY_STYLES)}, or --method sda",
             "change one of the two",
         )
     loss_of(settings.loss).check(settings)

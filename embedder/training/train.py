@@ -11,7 +11,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -45,11 +45,14 @@ from vlm2rec.embedder.progress import SILENT, Reporter
 from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS
 from vlm2rec.embedder.training.monitor import Collapse, Probe, by_step, collapses, starved
+from vlm2rec.embedder.training.tracking import Trackers, Tracking
 
 # the key of a probe's row, and those of a row about gradients, for the number of users that it was measured on; the
 # second is of earlier versions, which compared gradients on the batch of the step, with dropout
 _PROBE = "probe_users"
 _GRADIENTS = {schema.FIXED_BATCH, "batch_users"}
+# what a row of the log is about, by a key that it has
+_KINDS = (("N@20", "valid"), (_PROBE, "probe"), *((key, "gradients") for key in sorted(_GRADIENTS)), ("loss", "train"))
 _Input = TypeVar("_Input")
 _TRAIN_BUDGET = 1 << 20  # padded tokens: a training batch is encoded in one piece, as its graph needs the memory anyway
 
@@ -216,6 +219,7 @@ def train(
     probe: Probe | None = None,
     on_collapse: OnCollapse = lambda noticed: None,
     reporter: Reporter = SILENT,
+    tracking: Tracking | None = None,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
 
@@ -241,6 +245,7 @@ def train(
         probe: measured before the first step, every `probe.interval(...)` steps and after the last one.
         on_collapse: called with the views that collapse, at the probe that shows it.
         reporter: receives which checkpoints are damaged.
+        tracking: trackers that receive every point of the curves.
 
     Raises:
         ModelError: the loss is not finite (the message names the step and the samples), or a checkpoint does not fit.
@@ -286,6 +291,9 @@ def train(
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     watch = _Watch(model, samples, steps_an_epoch, validate, on_step, probe, on_collapse)
     gradients = _Gradients(model, samples, settings) if settings.gradient_steps else None
+    trackers = ExitStack()
+    if tracking is not None and distributed.is_main():
+        watch.track(lambda step: trackers.enter_context(tracking.started(step)))
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -299,8 +307,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if distributed.rank():  # the trainer gave all the same seed: users at the same position would share their dropout
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
-    if checkpoint is None or not trainer.take_end(checkpoint, total):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with trackers:
+        if checkpoint is None or not trainer.take_end(checkpoint, total):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if settings.gradient_checkpointing:
         _checkpointing(backbone.language_model, "disable")
     return replace(watch.finish(trainer.state), gradient_batch=gradients.described if gradients else "")
@@ -542,6 +551,20 @@ class _Watch(TrainerCallback):
         self._validate, self._on_step = validate, on_step
         self._probe, self._on_collapse = probe, on_collapse
         self._latest: dict[str, float] = {}
+        self._begin_tracking: Callable[[int], Trackers] | None = None
+        self._trackers: Trackers | None = None
+        self._sent = 0  # rows of the log that the trackers have
+
+    def track(self, begin: Callable[[int], Trackers]) -> None:
+        """Send every row of the log to the trackers that `begin` returns for the step of the start."""
+        self._begin_tracking = begin
+
+    def _send(self, state: TrainerState) -> None:
+        for row in state.log_history[self._sent :] if self._trackers else ():
+            kind = next((kind for key, kind in _KINDS if key in row), None)
+            if kind and self._trackers:
+                self._trackers.log(kind, row)
+        self._sent = len(state.log_history)
 
     def validate(self, state: TrainerState, keep: bool = True) -> None:
         """Rank the validation items and, if this is the best so far, keep the weights."""
@@ -580,6 +603,10 @@ class _Watch(TrainerCallback):
 
         A run that was killed between a checkpoint at the end of an epoch and the validation makes up for it here.
         """
+        # what was measured at the step of a checkpoint may have come after it
+        self._sent = sum(row["step"] < state.global_step for row in state.log_history)
+        if self._begin_tracking:
+            self._trackers = self._begin_tracking(state.global_step)
         if state.global_step == 0:
             self.validate(state, keep=False)
         elif self._ends_epoch(state) and not any(
@@ -588,6 +615,7 @@ class _Watch(TrainerCallback):
             self.validate(state)
         if self._probe and not self._probes(state):
             self.probe(state)
+        self._send(state)
 
     def _ends_epoch(self, state: TrainerState) -> bool:
         return state.global_step % self._steps_an_epoch == 0 or state.global_step >= state.max_steps
@@ -599,6 +627,7 @@ class _Watch(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Validate; also at the end of an epoch that `max_steps` cut short."""
         self.validate(state)
+        self._send(state)
 
     def on_log(
         self,
@@ -612,6 +641,7 @@ class _Watch(TrainerCallback):
         self._latest |= logs or {}
         if noticed := [found for found in starved(_training_rows(state)) if found.step == state.global_step]:
             self._on_collapse(noticed)
+        self._send(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the step; the last step is always a point of the curves, whatever `log_steps` is."""
@@ -620,6 +650,7 @@ class _Watch(TrainerCallback):
         last = state.global_step == state.max_steps
         if self._probe and (last or state.global_step % self._probe.interval(state.max_steps) == 0):
             self.probe(state)
+            self._send(state)
 
     def finish(self, state: TrainerState) -> Training:
         """Put the best weights back and return the curves."""
