@@ -323,8 +323,9 @@ def test_every_source_is_documented_by_a_method_or_a_test() -> None:
 def test_image_encoders_stand_alone_or_beside_a_text_encoder(tmp_path: Path) -> None:
     alone = {"name": "resnet", "source": "image-encoder", "folder": "resnet", "analyses": ["main"]}
     pair = {"name": "both", "source": "sentence-transformers", "folder": "bert", "image_encoder": "resnet"}
-    steps = laid_out(study(tmp_path, more_methods=[alone, pair | {"analyses": ["main"]}]))
-    found = {step.folder.parts[-3]: step.settings for step in steps if step.command == "export-items"}
+    laid = laid_out(study(tmp_path, more_methods=[alone, pair | {"analyses": ["main"]}]))
+    steps = [(run.method.name, step) for run in laid.values() for step in run.steps]
+    found = {name: step.config for name, step in steps if step.command == "export-items"}
     assert (found["resnet"].encoder, found["resnet"].encoder_kind) == (Path("resnet"), "image")
     assert (found["both"].encoder, found["both"].image_encoder) == (Path("bert"), Path("resnet"))
 
