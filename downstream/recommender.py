@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.contract.storage import Location, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,10 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.pth"  # a pickle of earlier versions: never opened
 RECORD_FILE = "recommender.json"
 WRITER = "vlm2rec train-recommender"
+# of recommender.json; a run of an earlier version has none of them
+DATA, EMBEDDINGS = "data", "embeddings"  # folders
+VECTORS = "vectors"  # the hash of the shards of that embeddings folder
+CHECKPOINT_SHA256 = "checkpoint_sha256"  # of metrics.json
 
 
 # --- the course of training -----------------------------------------------------------------------------------
@@ -131,19 +136,31 @@ def check_out(out: Path) -> None:
     publish.require_ours(out, "an earlier run of train-recommender", ours=ours)
 
 
-def write_record(out: Path, settings: Mapping[str, Any]) -> None:
-    """Write recommender.json: who wrote the folder, when, and with which settings."""
-    record = {"written_by": WRITER, "created": provenance.created(), "settings": settings}
+def write_record(
+    out: Path, settings: Mapping[str, Any], data: Location | None = None, embeddings: Location | None = None
+) -> None:
+    """Write recommender.json: who wrote the folder, when, with which settings, and from which data and vectors."""
+    vectors = None if embeddings is None else schema.shards_sha256(schema.read_manifest(embeddings))
+    record = {
+        "written_by": WRITER,
+        "created": provenance.created(),
+        "settings": settings,
+        DATA: None if data is None else str(data.resolve()),
+        EMBEDDINGS: None if embeddings is None else str(embeddings.resolve()),
+        VECTORS: vectors,
+    }
     schema.write_text(out / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_metrics(out: Path, metrics: Mapping[str, Any], users: Sequence[pa.Table]) -> None:
-    """Write users.parquet, if there are tables for it, and metrics.json."""
+def write_metrics(out: Path, metrics: Mapping[str, Any], users: Sequence[pa.Table]) -> dict[str, Any]:
+    """Write users.parquet, if there are tables for it, and metrics.json; return what the latter holds."""
     with publish.plain_disk_errors(out):
         if users:
             with publish.whole_file(out / schema.USERS_FILE) as file:
                 pq.write_table(pa.concat_tables(users), file)
-        schema.write_json(out / schema.METRICS_FILE, metrics)
+        written = {**metrics, CHECKPOINT_SHA256: sha256_file(out / CHECKPOINT_FILE)}
+        schema.write_json(out / schema.METRICS_FILE, written)
+        return written
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

@@ -185,17 +185,37 @@ def _nothing_in(folder: Location, column: str) -> ArtifactError:
 
 
 def read_batches(
-    folder: Location, column: str, batch_size: int = 16_384
+    folder: Location, column: str, batch_size: int = 16_384, table: str = schema.ITEMS_TABLE
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Stream (item_ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
+    """Stream (ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
 
     Memory holds one batch, whatever the catalogue's size. Each shard's size is compared with the manifest, and
-    Parquet's page checksums are checked; `vlm2rec verify` also compares SHA-256.
+    Parquet's page checksums are checked; `vlm2rec verify` also compares SHA-256. The rows have to be those of `table`,
+    items or users.
     """
     _require_view(column)
-    manifest = schema.read_manifest(folder)
+    manifest = schema.read_manifest(folder, table=table)
     for number in range(len(manifest["shards"])):
         yield from _read_shard(folder, manifest, number, column, batch_size)
+
+
+def read_part(
+    folder: Location, number: int, column: str, table: str = schema.ITEMS_TABLE
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return one shard as `read_batches` streams it."""
+    _require_view(column)
+    manifest = schema.read_manifest(folder, table=table)
+    rows = max(1, int(manifest["shards"][number]["rows"]))
+    parts = list(_read_shard(folder, manifest, number, column, rows))
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.empty((0, schema.dim_of(manifest, column)), np.float32)
+    ids = [row_id for part_ids, _, _ in parts for row_id in part_ids]
+    return (
+        ids,
+        np.concatenate([empty, *(p[1] for p in parts)]),
+        np.concatenate([np.empty(0, bool), *(p[2] for p in parts)]),
+    )
 
 
 def _every_shard(manifest: Mapping[str, Any], column: str, read: Callable[[int], _Read]) -> list[_Read]:
@@ -216,6 +236,7 @@ def _read_shard(
     folder: Location, manifest: Mapping[str, Any], number: int, column: str, batch_size: int
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream one shard as `read_batches` does."""
+    id_column = schema.id_column(schema.table_of(manifest))
     shard, stored = manifest["shards"][number], schema.stored_columns(column)
     dims = {name: schema.dim_of(manifest, name) for name in stored}
     path = folder / shard["file"]
@@ -228,17 +249,17 @@ def _read_shard(
             )
         with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             for name, dim in dims.items():
-                _require_vectors(file.schema_arrow, name, dim, path)
-            for batch in file.iter_batches(batch_size, columns=[schema.ITEM_ID, *stored]):
+                _require_vectors(file.schema_arrow, id_column, name, dim, path)
+            for batch in file.iter_batches(batch_size, columns=[id_column, *stored]):
                 vectors, present = _end_to_end([_to_numpy(batch[name], dim) for name, dim in dims.items()])
-                yield batch[schema.ITEM_ID].to_pylist(), vectors, present
+                yield batch[id_column].to_pylist(), vectors, present
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({error})", "the shard as exported", _EXPORT_AGAIN) from None
 
 
-def _require_vectors(found: pa.Schema, column: str, dim: int, path: Location) -> None:
-    """Raise `ArtifactError` unless the shard has `item_id` and vectors of the manifest's length in `column`."""
-    schema.require_columns(found.names, [schema.ITEM_ID, column], str(path), _EXPORT_AGAIN)
+def _require_vectors(found: pa.Schema, id_column: str, column: str, dim: int, path: Location) -> None:
+    """Raise `ArtifactError` unless the shard has ids and vectors of the manifest's length in `column`."""
+    schema.require_columns(found.names, [id_column, column], str(path), _EXPORT_AGAIN)
     kind = found.field(column).type
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != dim:
         raise ArtifactError(

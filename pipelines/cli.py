@@ -230,6 +230,12 @@ def export_items(config: settings.ExportConfig) -> None:
     module_of("export_items").run(config)
 
 
+@command(settings.ExportUsersConfig, panel=VECTORS)
+def export_users(config: settings.ExportUsersConfig) -> None:
+    """Make a vector of every user's history, of users and items that were never trained on, too."""
+    module_of("export_users").run(config)
+
+
 @command(settings.ImportAdapterConfig, panel=VECTORS)
 def import_adapter(config: settings.ImportAdapterConfig) -> None:
     """Make a LoRA adapter of another program (PEFT, VLM2Vec, LLaMA-Factory) one of ours: prompts, canary, origin."""
@@ -264,6 +270,18 @@ def evaluate(config: settings.EvaluateConfig) -> None:
 def train_recommender(config: settings.TrainRecommenderConfig) -> None:
     """Task 2: train SASRec, GRU4Rec or BERT4Rec (RecBole), VBPR, FREEDOM, LATTICE or SLMRec, from embeddings or ids."""
     module_of("train_recommender").run(config)
+
+
+@command(settings.RecommendConfig)
+def recommend(config: settings.RecommendConfig) -> None:
+    """Write the first k items of every user: by vectors, by an index, or by a trained recommender."""
+    module_of("recommend").run(config)
+
+
+@command(settings.ExportRecommenderConfig)
+def export_recommender(config: settings.ExportRecommenderConfig) -> None:
+    """Write the item table of a trained recommender as an embeddings folder."""
+    module_of("export_recommender").run(config)
 
 
 @command(settings.BuildIndexConfig)

@@ -541,6 +541,110 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HistoryColumns:
+    """How a file of histories is read; the commands that read one share these settings."""
+
+    user_id_column: str = setting("User id column of --histories.", "user_id", group=COLUMNS)
+    item_id_column: str = setting("Item id column of a long table.", "item_id")
+    time_column: str = setting("Time column of a long table; equal times keep the file's order.", "timestamp")
+    history_column: str | None = setting(
+        "Column of lists of item ids, oldest first, of a file with one row a user. Default: history, if the file has no"
+        " item id column.",
+        None,
+    )
+    order: Literal["time", "file"] = setting(
+        "What orders a long table: the times, or, without a time column, the order in the file.", "time"
+    )
+
+
+_HISTORIES = (
+    "Histories of any users: Parquet, CSV or JSON lines, a long table (user, item, time) or one row a user with a list."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportUsersConfig(HistoryColumns):
+    """Settings of `vlm2rec export-users`."""
+
+    histories: Path = setting(_HISTORIES, group=FIRST)
+    embeddings: Place = setting(
+        "Embeddings folder of the items: the users' vectors are comparable with it, or are means of its vectors."
+    )
+    out: Place = setting("Folder of users to write.")
+    data: Place | None = setting("Dataset folder, whose titles and images --backbone reads.", None)
+    images: Place | None = setting("Folder of the dataset's images, if it is no longer where `prepare` found it.", None)
+    users_from: Literal["auto", "sequence", "mean"] = setting(
+        "As for evaluate. sequence: the encoder's vector of the history; mean: the mean of the history's item vectors;"
+        " auto: sequence if --backbone is given and there is a prompt for histories, else mean.",
+        "auto",
+    )
+    backbone: str | None = setting("Backbone of the export, for --users-from sequence.", None)
+    adapter: Path | None = setting("Adapter of the export, for --users-from sequence.", None)
+    revision: str | None = setting("Revision of a hub backbone.", None)
+    max_history: Positive | None = setting(
+        "How many of a user's latest items count. Default: as many as in --data, else 10.", None
+    )
+    shard_size: Positive = setting("Users in one Parquet file.", 4096, group=TABLE)
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+    token_budget: Count = setting("Tokens in one packed row; 0: automatic.", 0, group=MACHINE)
+    dtype: DtypeName = setting("As for export-items.", "auto")
+    vision_cache: str = setting(
+        "Where to keep the vision tower's tokens: auto (in the dataset folder, if there is space), off, or a folder.",
+        "auto",
+    )
+    device: DeviceName = setting("Where to run.", "auto")
+    num_workers: Positive = setting("Processes that make shards at the same time.", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendConfig(HistoryColumns):
+    """Settings of `vlm2rec recommend`."""
+
+    histories: Path | None = setting(
+        _HISTORIES + " Their items are left out of the recommendations.", None, group=FIRST
+    )
+    users: Place | None = setting(
+        "Folder of users that export-users made of the same --histories. Without it, a user is the mean of the"
+        " history's item vectors.",
+        None,
+    )
+    embeddings: Place | None = setting("Embeddings folder of the items to recommend; the search is exact.", None)
+    index: Path | None = setting("Index folder to search instead; with --embeddings, that of its vectors.", None)
+    recommender: Path | None = setting(
+        "Folder of a finished run of train-recommender (SASRec, GRU4Rec, BERT4Rec) that ranks instead.", None
+    )
+    data: Place | None = setting(
+        "With --recommender: dataset folder that it was trained on. Default: the one that the run names.", None
+    )
+    out: Place = setting("Folder of recommendations to write.")
+    k: Positive = setting("Items for each user.", 10)
+    column: View = setting("View to compare users and items by.", "fused")
+    keep_seen: bool = setting("Recommend items of the history, too.", False)
+    max_history: Positive | None = setting(
+        "How many of a user's latest items make the vector; all count as seen. Default: 10. With --recommender, the"
+        " length it was trained with.",
+        None,
+    )
+    shard_size: Positive = setting("Users in one Parquet file.", 8192, group=MACHINE)
+    device: DeviceName = setting("With --recommender: where to run.", "auto")
+    num_workers: Positive = setting("Processes that make shards at the same time.", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecommenderConfig:
+    """Settings of `vlm2rec export-recommender`."""
+
+    recommender: Path = setting("Folder of a finished run of train-recommender (SASRec, GRU4Rec, BERT4Rec).")
+    out: Place = setting("Embeddings folder to write.")
+    data: Place | None = setting("Dataset folder that it was trained on. Default: the one that the run names.", None)
+    embeddings: Place | None = setting(
+        "Embeddings folder that it was trained from. Default: the one that the run names.", None
+    )
+    shard_size: Positive = setting("Items in one Parquet file.", 4096)
+    storage: Storage = setting("Number format of the vectors on disk.", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportAdapterConfig:
     """Settings of `vlm2rec import-adapter`; those from --views on are recorded, and every later use takes them."""
 

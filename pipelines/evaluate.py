@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from vlm2rec.downstream.evaluation.protocol import SAME_VIEW, RankingTask, Views
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
-from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
-from vlm2rec.embedder.options import HISTORY_STYLES
+from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.pipelines.config import EvaluateConfig
-from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
+from vlm2rec.pipelines.console import log, progress, summary
+from vlm2rec.pipelines.history_encoder import history_encoder, say_of_unreadable, user_source
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     publish.require_writable(config.out)
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
-    source = _user_source(config, manifest)
+    source = user_source(config, manifest)
     if source == "sequence":
         raw_users = _encode_histories(config, dataset, histories, manifest)
     else:
@@ -124,25 +123,6 @@ def check_out(out: Path) -> None:
     publish.require_ours(out, "an earlier evaluation", ours=ours)
 
 
-def _user_source(config: EvaluateConfig, manifest: dict[str, Any]) -> str:
-    single_items = manifest["settings"].get(schema.stored_name("prompt_style"), "vlm2rec") not in HISTORY_STYLES
-    if config.users_from == "auto":
-        return "mean" if config.backbone is None or single_items else "sequence"
-    if config.users_from == "sequence" and single_items:
-        raise ConfigError(
-            f"--users-from sequence with {config.embeddings}, whose prompts are for single items",
-            "--users-from mean",
-            "leave --users-from out",
-        )
-    if config.users_from == "sequence" and config.backbone is None:
-        raise ConfigError(
-            "--users-from sequence without --backbone",
-            "the backbone of the export",
-            "give --backbone and its --adapter",
-        )
-    return config.users_from
-
-
 def _item_vectors(config: EvaluateConfig, dataset: Dataset, manifest: dict[str, Any]) -> tuple[Views, int]:
     """Return each view in the order of `items.parquet`, and the number of items without a vector."""
     views, missing = {}, 0
@@ -161,60 +141,15 @@ def _encode_histories(
     config: EvaluateConfig, dataset: Dataset, histories: Histories, manifest: dict[str, Any]
 ) -> Views:
     """Return the sequence encoder's user vectors; it must be the encoder that made the table."""
-    from vlm2rec.embedder.adapters.lora import is_foreign
-    from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
-    from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
     from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows
-    from vlm2rec.embedder.encoders.settings import EncoderSettings
 
-    exported = manifest["settings"]
-    if "source" in exported:  # imported vectors, those of a frozen encoder, or of prompts about one item
-        raise ArtifactError(
-            f"--backbone with {config.embeddings}, whose vectors come from another source ({exported['source']})",
-            "a table of export-items without --strategy, whose encoder reads whole histories too",
-            "leave --backbone out: a user is then the mean of the history's items",
-        )
-    if schema.IMAGE in schema.modalities_of(manifest["views"]):
-        dataset.require_images()
-    settings = asdict(EncoderSettings.of_export(exported))
-    assert config.backbone is not None
-    encoder = ItemEncoder.load(
-        config.backbone,
-        config.adapter,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        token_budget=config.token_budget,
-        **(settings if config.adapter is None or is_foreign(config.adapter) else {}),
-    )
-    _require_same_encoder(encoder.fingerprint, exported, config)
-    use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
+    encoder = history_encoder(config, dataset, manifest)
     items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
     with progress("encode histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)
-    for name, reason in list(items.unreadable.items())[:1]:
-        log.print(f"{len(items.unreadable)} unreadable images were replaced by white ones; item {name}: {reason}")
+    say_of_unreadable(items.unreadable)
     return {view: vectors[view] for view in manifest["views"]}
-
-
-def _require_same_encoder(encoder: dict[str, Any], exported: dict[str, Any], config: EvaluateConfig) -> None:
-    from vlm2rec.embedder.backbones.model_files import hash_like
-
-    for name, value in encoder.items():
-        # a table exported in bf16 on a GPU may be evaluated in float32 on a CPU
-        if name == "dtype" or name not in exported or exported[name] == value:
-            continue
-        # a table of an earlier version has another kind of hash
-        if name == "backbone_hash" and exported[name] == hash_like(
-            exported[name], str(config.backbone), config.revision
-        ):
-            continue
-        raise ArtifactError(
-            f"{config.embeddings} was exported with {name} = {exported[name]!r}, this encoder has {value!r}",
-            "the same backbone and adapter for users and items",
-            "give the --backbone and --adapter of the export, or export again",
-        )
 
 
 def print_metrics(result: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ from vlm2rec.embedder.adapters.lora import (
     Canary,
     backbone_licence,
     canary_items,
+    cosine,
     kind_of,
+    merge_in_place,
     own_files,
     read_adapter,
     save_adapter,
@@ -46,6 +48,7 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_ca
 
 _WIDE = 512
 _TRAINED_IN = "trained_in"  # key of run.json: the number format
+_MERGED_COSINE = 0.99
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
@@ -139,7 +142,17 @@ def _save(
     licence: str,
 ) -> None:
     titles, images = canary_items()
-    canary = Canary(titles, images, encoder.encode_items(titles, images).fused)
+    fused = encoder.encode_items(titles, images).fused
+    if merge_in_place(wrapped):
+        encoder.backbone.forget_prefixes()
+        beside, fused = fused, encoder.encode_items(titles, images).fused
+        if (worst := float(cosine(beside, fused).min())) < _MERGED_COSINE:
+            log.print(
+                f"Merged into the weights, as an export has it, the adapter gives other vectors than it did in training"
+                f" (cosine {worst:.3f} on generated items): --dtype float32 rounds less",
+                style="yellow",
+            )
+    canary = Canary(titles, images, fused, str(encoder.backbone.model.dtype).removeprefix("torch."))
     settings = _provenance(config, dataset, samples, encoder, wrapped, training, licence)
     best = [(name, training.best[name]) for name in ("N@20", "H@20", "N@10", "H@10")]
     card = model_card(settings, best)

@@ -44,7 +44,7 @@ def run(config: ImportAdapterConfig) -> dict[str, Any]:
         },
     )
     titles, images = lora.canary_items()
-    canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused)
+    canary = lora.Canary(titles, images, encoder.encode_items(titles, images).fused, encoder.provenance["dtype"])
     with publish.whole_folder(config.out) as folder, publish.plain_disk_errors(config.out):
         settings = _provenance(config, encoder)
         lora.save_imported(config.adapter, folder, settings, canary, _card(settings))

@@ -108,7 +108,7 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
         "item_ids": fingerprint({"item_ids": dataset.item_ids}),
     }
     plan = plan_shards(dataset.item_ids, config.shard_size, settings)
-    manifest = _write(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
+    manifest = write_vectors(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
     if source.left_out:
         names = ", ".join(map(repr, source.left_out))
         console.log.print(f"{config.file.name}: {names} numbers the rows and is no dimension", markup=False)
@@ -250,9 +250,10 @@ def reduce_views(views: Views, usable: np.ndarray, count: int) -> tuple[Views, d
     return reduced, {"components": count, "from_dim": dim, "explained": explained}
 
 
-def _write(
+def write_vectors(
     out: Location, plan: Plan, views: Views, outcomes: Outcomes, dataset: Dataset, seconds: float
 ) -> dict[str, Any]:
+    """Write the embeddings folder of a plan from vectors in memory, which took `seconds`; return its manifest."""
     with writing(out) as hold:
         finished = shards.begin(out, plan).finished
         unfinished = [number for number in range(len(plan)) if number not in finished]

@@ -1,4 +1,4 @@
-"""`vlm2rec verify`: checks an embeddings folder against its manifest."""
+"""`vlm2rec verify` and `vlm2rec failures`: check a folder of items, users or recommendations, and list what failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm2rec.downstream.evaluation.geometry import effective_ranks
@@ -25,7 +26,7 @@ SHOWN = 5
 
 
 def run(config: VerifyConfig) -> None:
-    """Check every file of an embeddings folder; vectors that hardly differ from each other only cause a warning.
+    """Check every file of a folder; vectors that hardly differ from each other only cause a warning.
 
     Raises:
         ArtifactError: the folder is unfinished, or something in it is wrong.
@@ -44,13 +45,18 @@ def run(config: VerifyConfig) -> None:
             "run the command that wrote it (for example `vlm2rec export-items`) again: it writes damaged shards"
             " again; remove files that do not belong there",
         )
-    manifest = schema.read_manifest(folder)
+    manifest = schema.read_manifest(folder, table=None)
+    table, counts = schema.table_of(manifest), {s: f"{n:,}" for s, n in manifest["counts"].items() if n}
+    if table == schema.RECOMMENDATIONS_TABLE:
+        users = f"{manifest['num_users']:,} in {len(manifest['shards'])} shards"
+        console.summary(f"{folder}: no problem", {"users": users, **counts, "k": manifest["k"]})
+        return
     ranks = effective_ranks(folder)
     console.summary(
         f"{folder}: no problem",
         {
-            "items": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards",
-            **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
+            table: f"{manifest['num_items']:,} in {len(manifest['shards'])} shards",
+            **counts,
             "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
             **{f"effective rank, {view}": f"{rank:.1f}" for view, rank in ranks.items()},
         },
@@ -70,47 +76,59 @@ def warn_of_collapse(ranks: Mapping[str, float]) -> None:
             )
 
 
-COLUMNS = (schema.ITEM_ID, schema.STATUS, schema.ERROR, schema.TITLE, schema.IMAGE_PATH)
+_ABOUT = (schema.STATUS, schema.ERROR)
+COLUMNS = (schema.ITEM_ID, *_ABOUT, schema.TITLE, schema.IMAGE_PATH)
 _WITH_REASON = (schema.STATUS_FAILED, schema.STATUS_TEXT_ONLY)
 
 
 def failures(config: FailuresConfig) -> None:
     """Print the failed items as CSV on stdout, with title and image to repair, and the reasons on stderr.
 
+    Of users and recommendations, it prints the users that have none.
+
     Raises:
         ArtifactError: the folder is unfinished, or a shard is missing.
     """
-    manifest = schema.read_manifest(config.embeddings)
-    inputs = _inputs(config, manifest)
+    manifest = schema.read_manifest(config.embeddings, table=None)
+    of_items = schema.table_of(manifest) == schema.ITEMS_TABLE
+    inputs = _inputs(config, manifest) if of_items else {}
     writer = csv.writer(sys.stdout)
-    writer.writerow(COLUMNS)
+    writer.writerow(COLUMNS if of_items else (schema.USER_ID, *_ABOUT))
     reasons: Counter[str] = Counter()
-    for item_id, status, error in _failures(config.embeddings, manifest):
-        writer.writerow(map(cell, (item_id, status, error, *inputs.get(item_id, ("", "")))))
+    for row_id, status, error in _failures(config.embeddings, manifest):
+        more = inputs.get(row_id, ("", "")) if of_items else ()
+        writer.writerow(map(cell, (row_id, status, error, *more)))
         reasons[(error or "").partition(":")[0]] += 1
     sys.stdout.flush()
+    things = "items" if of_items else "users"
     if not reasons:
-        console.log.print(f"{config.embeddings}: no item failed")
+        console.log.print(f"{config.embeddings}: no {things[:-1]} failed")
         return
     console.summary(
-        f"{reasons.total():,} of {manifest['num_items']:,} items",
+        f"{reasons.total():,} of {sum(shard['rows'] for shard in manifest['shards']):,} {things}",
         {f"{count:,}": reason for reason, count in reasons.most_common(20)},
     )
-    console.log.print(
-        "repair these images or titles in place, then run the command that wrote the folder again with --retry-failed"
-    )
+    if of_items:
+        console.log.print(
+            "repair these images or titles in place, then run the command that wrote the folder again with"
+            " --retry-failed"
+        )
 
 
 def _failures(folder: Location, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    kind = schema.table_of(manifest)
+    id_column, ranked = schema.id_column(kind), kind == schema.RECOMMENDATIONS_TABLE
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file():
             raise ArtifactError(f"{path} is missing", "the shards that the manifest names", "run `vlm2rec verify`")
         if shard.get("counts") and not any(shard["counts"].get(status) for status in _WITH_REASON):
             continue
-        table = schema.read_table(
-            path, [schema.ITEM_ID, schema.STATUS, schema.ERROR], fix=f"run `vlm2rec verify {folder}`"
-        )
+        names = [id_column, schema.ERROR] if ranked else [id_column, *_ABOUT]
+        table = schema.read_table(path, names, fix=f"run `vlm2rec verify {folder}`")
+        if ranked:
+            table = table.filter(table[schema.ERROR].is_valid())
+            table = table.add_column(1, schema.STATUS, pa.array([schema.STATUS_FAILED] * len(table), pa.string()))
         table = table.filter(pc.is_in(table[schema.STATUS], value_set=pc.cast(list(_WITH_REASON), "string")))
         yield from zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
     "export-items": config.ExportConfig,
+    "export-users": config.ExportUsersConfig,
     "import-adapter": config.ImportAdapterConfig,
     "import-vectors": config.ImportVectorsConfig,
     "verify": config.VerifyConfig,
@@ -39,6 +40,8 @@ COMMANDS = {
     "evaluate": config.EvaluateConfig,
     "probe-images": config.ProbeImagesConfig,
     "train-recommender": config.TrainRecommenderConfig,
+    "recommend": config.RecommendConfig,
+    "export-recommender": config.ExportRecommenderConfig,
     "build-index": config.BuildIndexConfig,
     "semantic-ids": config.SemanticIdsConfig,
     "search": config.SearchConfig,
@@ -225,6 +228,8 @@ def required_values(cls: type) -> dict[str, Any]:
         "to": "npy",
         "encoder": "clip",
         "adapter": "lora",
+        "histories": "h.parquet",
+        "recommender": "run",
     }
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
 

@@ -340,9 +340,9 @@ def test_chat_needs_a_template_and_auto_does_without(tmp_path: Path) -> None:
         ({"encoder": "E", "instruction": "What?"}, "--instruction What\\? with --encoder.*leave --instruction out"),
         (
             {"backbone": "B", "instruction": "What?"},
-            "--instruction What\\? with --backbone.*or give --strategy question",
+            "--instruction of 5 characters with --prompt-style vlm2rec.*or --strategy question",
         ),
-        ({"backbone": "B", "strategy": "dual", "instruction": "What?"}, "--instruction What\\? with --strategy"),
+        ({"backbone": "B", "strategy": "dual", "instruction": "What?"}, "--instruction of 5 characters"),
         ({"backbone": "B", "encoder_kind": "clip"}, "--encoder-kind clip with --backbone.*or give --encoder"),
         ({"backbone": "B", "pooling": "cls"}, "--pooling cls with --backbone"),
         ({"backbone": "B", "strategy": "question", "adapter": "A"}, "--strategy question with --adapter A"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,50 @@ def test_an_adapter_works_with_its_backbone_under_another_name(tiny: Tiny, adapt
     known = load(tiny, adapter)
     assert np.array_equal(*(encoder.encode_items(["x"], [None]).text for encoder in (found, known)))
     assert {**found.fingerprint, "made_with": 0} == {**known.fingerprint, "made_with": 0}
+
+
+# --- half precision -------------------------------------------------------------------------------------------
+
+
+def test_a_canary_of_the_merged_model_is_what_an_export_in_half_precision_gives(tiny: Tiny, tmp_path: Path) -> None:
+    encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cpu")
+    wrapped = lora.add_lora(encoder.backbone, rank=4, alpha=8, dropout=0.0, seed=0)
+    draw_lora(wrapped, "lora_B", 0.5, seed=0)  # an update as large as the weights
+    titles, images = lora.canary_items()
+    beside = encoder.encode_items(titles, images).fused
+    assert lora.merge_in_place(wrapped)
+    merged = encoder.encode_items(titles, images).fused
+    canary = lora.Canary(titles, images, merged, "bfloat16")
+    settings = {"encoder": encoder.settings.stored()}
+    lora.save_adapter(wrapped, tmp_path / "adapter", settings, canary, {"train": [], "valid": []}, "card")
+    again = ItemEncoder.load(str(tiny("qwen2_5_vl")), tmp_path / "adapter", dtype="bfloat16", device="cpu")
+    found = again.encode_items(titles, images).fused  # it keeps the prompts' common start, which rounds once more
+    assert lora.cosine(found, merged).min() > max(0.9997, lora.cosine(beside, merged).min())
+    assert lora.read_canary(tmp_path / "adapter").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("angle", "saved", "now", "accepted"),
+    [
+        (0.03, "float32", "float32", True),
+        (0.1, "float32", "float32", False),
+        (0.1, "", "float32", False),
+        (0.1, "", "bfloat16", True),
+        (0.1, "bfloat16", "float32", True),
+        (0.1, "float32", "bfloat16", True),
+        (0.2, "bfloat16", "bfloat16", False),
+    ],
+)
+def test_how_near_a_canary_has_to_be_depends_on_both_number_formats(
+    angle: float, saved: str, now: str, accepted: bool
+) -> None:
+    stored = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]], np.float32)
+    canary = lora.Canary(["a", "b"], [], stored, saved)
+    before = np.array([[0.5, 0.5], [0.5, 0.5]], np.float32)
+    with nullcontext() if accepted else pytest.raises(ModelError, match="gives other vectors than when it was saved"):
+        lora.check_canary(canary, before, stored @ turn, Path("adapter"), now)
+    if accepted and angle > 0.05:  # an adapter that hardly does anything has to be found out as well
+        closer = np.array([[1.0, angle / 2], [-angle / 2, 1.0]], np.float32)
+        with pytest.raises(ModelError, match="gives other vectors"):
+            lora.check_canary(canary, stored @ closer, stored @ turn, Path("adapter"), now)

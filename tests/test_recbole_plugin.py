@@ -64,7 +64,7 @@ def build(settings: dict[str, Any], data: Dataset | None, out: Path) -> Built:
     from recbole.utils import get_model, init_seed
 
     with compat.cured(out):
-        config = run._recbole_config([settings], settings, data, out, "cpu")
+        config = run.recbole_config_of([settings], settings, data, out, "cpu")
         init_seed(config["seed"], config["reproducibility"])
         dataset = run._dataset(config, data)
         train_data, _, _ = data_preparation(config, dataset)

@@ -344,7 +344,7 @@ with writing(out):
         file.write(b"PAR1 half a shard")
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    shards.write_parquet = half
+    shard_file.write_parquet = half
     publish_all(out, plan, iter([1]))
 """
     killed = child(code, tmp_path / "out")
@@ -593,7 +593,7 @@ def test_fault_07_a_disk_that_keeps_failing_is_an_error_and_nothing_is_committed
 def test_a_shard_that_does_not_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
     write = shard_file.write_parquet
-    monkeypatch.setattr(shards, "write_parquet", lambda table, file: write(table_of(plan, 1), file))
+    monkeypatch.setattr(shard_file, "write_parquet", lambda table, file: write(table_of(plan, 1), file))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(ArtifactError, match="does not read back"):
         shards.publish_shard(tmp_path, plan, 0, table_of(plan, 0), 1.0)

@@ -153,11 +153,11 @@ def test_a_dataset_folder_gives_recbole_the_rows_of_an_atomic_file(
 
     settings = STOCK | {"model": "SASRec", "data_path": str(stock[0])}
     with compat.cured(tmp_path):
-        theirs = create_dataset(run._recbole_config([settings], settings, None, tmp_path, "cpu"))
+        theirs = create_dataset(run.recbole_config_of([settings], settings, None, tmp_path, "cpu"))
         parts = theirs.build()
         folder = Dataset(data)
         asked = settings | {"eval_args": {"mode": "full"}}
-        ours = run._dataset(run._recbole_config([asked], asked, folder, tmp_path, "cpu"), folder)
+        ours = run._dataset(run.recbole_config_of([asked], asked, folder, tmp_path, "cpu"), folder)
         own_parts = ours.build()
     assert list(ours.field2id_token["item_id"]) == list(theirs.field2id_token["item_id"])
     for their, own in zip(parts, own_parts, strict=True):
@@ -170,7 +170,7 @@ def rows_of_parts(folder: Dataset, out: Path) -> list[list[tuple[str, list[str],
     """Return (user, history, target) of RecBole's train, valid and test rows, in item ids."""
     with compat.cured(out):
         settings = {"model": "SASRec", "MAX_ITEM_LIST_LENGTH": folder.max_history, "eval_args": {"mode": "full"}}
-        dataset = run._dataset(run._recbole_config([settings], settings, folder, out, "cpu"), folder)
+        dataset = run._dataset(run.recbole_config_of([settings], settings, folder, out, "cpu"), folder)
         parts = dataset.build()
     users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
     return [
@@ -520,7 +520,7 @@ def effective(config: TrainRecommenderConfig, out: Path) -> Any:
     layers += [config.config] if config.config else []
     layers.append(train_recommender.chosen_settings(config, model, theirs))
     with compat.cured(out):
-        return run._recbole_config(layers, run._merged(layers), folder, out, "cpu")
+        return run.recbole_config_of(layers, run._merged(layers), folder, out, "cpu")
 
 
 COMMON = {

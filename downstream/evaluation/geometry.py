@@ -158,7 +158,7 @@ def effective_rank(vectors: np.ndarray) -> float:
 
 
 def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
-    """Return, per view of a finished embeddings folder, the effective rank of its first `sample` vectors.
+    """Return, per view of a finished folder of items or users, the effective rank of its first `sample` vectors.
 
     Views with fewer than 16 vectors are left out.
 
@@ -166,16 +166,17 @@ def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
         ArtifactError: no manifest, or a shard is damaged.
     """
     ranks = {}
-    for view in schema.read_manifest(folder)["views"]:
-        vectors = _first_vectors(folder, view, sample)
+    manifest = schema.read_manifest(folder, table=None)
+    for view in manifest["views"]:
+        vectors = _first_vectors(folder, view, sample, schema.table_of(manifest))
         if len(vectors) >= 16:
             ranks[view] = effective_rank(vectors)
     return ranks
 
 
-def _first_vectors(folder: Location, view: str, count: int) -> np.ndarray:
+def _first_vectors(folder: Location, view: str, count: int, table: str) -> np.ndarray:
     blocks: list[np.ndarray] = []
-    for _, vectors, present in read_batches(folder, view, count):
+    for _, vectors, present in read_batches(folder, view, count, table):
         blocks.append(vectors[present])
         if sum(map(len, blocks)) >= count:
             break

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import difflib
-import hashlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +118,7 @@ def build_index(
             "titles_from": titles_from,
             "embeddings": str(embeddings.resolve()),
             "fingerprint": manifest["fingerprint"],
-            "shards_sha256": _shards_sha256(manifest),
+            "shards_sha256": schema.shards_sha256(manifest),
             "seed": seed,
             "created": provenance.created(),
             "vlm2rec_version": provenance.version_of("vlm2rec"),
@@ -199,10 +198,6 @@ def find_titles(
                     f"{dataset.path} has ids or titles that are no text ({error})", "a dataset folder", "prepare again"
                 ) from None
     return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
-
-
-def _shards_sha256(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
 
 
 # --- publishing -----------------------------------------------------------------------------------------------
@@ -392,7 +387,7 @@ class ItemIndex:
             return f"{folder} is not a finished embeddings folder any more"
         if manifest["fingerprint"] != self.meta["fingerprint"]:
             return f"{folder} was exported with other settings than those indexed"
-        if _shards_sha256(manifest) != self.meta["shards_sha256"]:
+        if schema.shards_sha256(manifest) != self.meta["shards_sha256"]:
             return f"{folder} holds other vectors than those indexed"
         return None
 

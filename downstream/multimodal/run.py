@@ -64,7 +64,7 @@ def run(
     features, filled = read_features(settings, folder.item_ids)
     recommender.begin(out)
     with publish.full_disk_errors(out):
-        recommender.write_record(out, dataclasses.asdict(settings))
+        recommender.write_record(out, dataclasses.asdict(settings), data.path, settings.embeddings)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             features = {view: vectors.to(place) for view, vectors in features.items()}
@@ -74,8 +74,7 @@ def run(
         model.eval()
         ours, users = rank_scorer(folder, candidate_seeds, user_scores(model), tail_over)
         figures = _describe(model, settings, folder, filled, log) | ours
-    recommender.write_metrics(out, figures, users)
-    return Outcome(figures, model, settings, out)
+    return Outcome(recommender.write_metrics(out, figures, users), model, settings, out)
 
 
 def user_scores(model: Model, max_scores: int = _MAX_SCORES) -> Iterator[tuple[slice, np.ndarray]]:

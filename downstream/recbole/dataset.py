@@ -51,10 +51,8 @@ class FolderDataset(SequentialDataset):
         self.inter_feat: Any = pd.DataFrame({field: values for (field, _), values in columns.items()})
         self.user_feat = None
         self.item_feat = None
-        unseen = np.setdiff1d(np.arange(len(item_ids)), rows)
-        if len(unseen):
-            # items without interactions are candidates too; RecBole numbers them after the others
-            every = np.concatenate([pd.unique(rows), unseen])
+        every = items_in_order(rows, len(item_ids))
+        if len(every) > len(pd.unique(rows)):  # items without interactions are candidates too
             self.item_feat = pd.DataFrame({self.iid_field: item_ids[every]})
             self.field2source[self.iid_field] = FeatureSource.ITEM_ID
 
@@ -128,6 +126,17 @@ class FolderDataset(SequentialDataset):
             parts[1].append(index[-2])
             parts[2].append(index[-1])
         return parts
+
+
+def items_in_order(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the item rows in the order of RecBole's numbers: as they first occur in `rows`, then those that do not."""
+    return np.concatenate([pd.unique(rows), np.setdiff1d(np.arange(count), rows)])
+
+
+def item_tokens_of(folder: Dataset) -> list[str]:
+    """Return the ids of RecBole's items 1, 2, ... for a dataset folder, without RecBole's dataset."""
+    every = items_in_order(np.concatenate(whole_sequences(folder)), len(folder.item_ids))
+    return [folder.item_ids[row] for row in every]
 
 
 def whole_sequences(folder: Dataset) -> list[np.ndarray]:

@@ -111,9 +111,11 @@ def run(
     _refuse_own_table(settings, out)
     recommender.begin(out)
     with publish.full_disk_errors(out), compat.cured(out):
-        recommender.write_record(out, settings)
-        recbole_config = _recbole_config(layers, settings, folder, out, device)
-        if plugin.read_flag(settings):
+        start = plugin.read_flag(settings)
+        vectors = None if start is None else start.folder
+        recommender.write_record(out, settings, None if given is None else given.path, vectors)
+        recbole_config = recbole_config_of(layers, settings, folder, out, device)
+        if start is not None:
             plugin.install()
         trained = _train(recbole_config, folder, out, watcher or NoWatcher())
         users: list[pa.Table] = []
@@ -121,8 +123,7 @@ def run(
         if folder is not None:
             ours, users = evaluate(trained.model, recbole_config, folder, trained.tokens, candidate_seeds, tail_over)
             metrics |= ours
-    recommender.write_metrics(out, metrics, users)
-    return Outcome(metrics, trained.model, recbole_config, out)
+    return Outcome(recommender.write_metrics(out, metrics, users), trained.model, recbole_config, out)
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -195,9 +196,10 @@ def ignored_settings(settings: Mapping[str, Any]) -> list[str]:
     return [key for key, value in _DATA_SETTINGS.items() if key in settings and settings[key] != value]
 
 
-def _recbole_config(
+def recbole_config_of(
     layers: Sequence[Settings], settings: Mapping[str, Any], folder: Dataset | None, out: Path, device: str
 ) -> Any:
+    """Return RecBole's Config of settings; `settings` are the layers merged. Call it inside `compat.cured`."""
     from recbole.config import Config
 
     forced: dict[str, Any] = {"checkpoint_dir": str(out), "show_progress": False, **_NO_PICKLES}
@@ -458,31 +460,44 @@ def user_scores(
         numbers: RecBole's number of each item, (I,).
         max_scores: scores held in memory at a time.
     """
-    from recbole.data.interaction import Interaction
-
     longest = int(config["MAX_ITEM_LIST_LENGTH"])
-    lists, lengths = _padded(folder.known_sequences("test"), numbers, longest)
+    seen = [known[-longest:] for known in folder.known_sequences("test")]
     columns = torch.from_numpy(numbers).to(config["device"])
     at_once = max(1, max_scores // len(numbers))
-    for start in range(0, len(lengths), at_once):
-        part = slice(start, min(start + at_once, len(lengths)))
-        rows = Interaction(
-            {
-                config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]: torch.from_numpy(lists[part]),
-                config["ITEM_LIST_LENGTH_FIELD"]: torch.from_numpy(lengths[part]),
-            }
-        )
-        with torch.no_grad():
-            scores = model.full_sort_predict(rows.to(config["device"])).view(part.stop - part.start, -1)
-            yield part, scores[:, columns].float().cpu().numpy()
+    for start in range(0, len(seen), at_once):
+        part = slice(start, min(start + at_once, len(seen)))
+        scores = history_scores(model, config, [numbers[rows] for rows in seen[part]])
+        yield part, scores[:, columns].float().cpu().numpy()
 
 
-def _padded(known: Sequence[np.ndarray], numbers: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+def history_scores(model: Any, config: Any, histories: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return the scores of all of RecBole's items after some histories, (n, rows of the table), on the model's device.
+
+    Args:
+        model: a trained RecBole model, in eval mode.
+        config: its RecBole Config.
+        histories: RecBole's numbers of n histories, oldest first, none empty; cut to the length that the model reads.
+    """
+    from recbole.data.interaction import Interaction
+
+    lists, lengths = _padded(histories, int(config["MAX_ITEM_LIST_LENGTH"]))
+    rows = Interaction(
+        {
+            config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]: torch.from_numpy(lists),
+            config["ITEM_LIST_LENGTH_FIELD"]: torch.from_numpy(lengths),
+        }
+    )
+    with torch.no_grad():
+        scores: torch.Tensor = model.full_sort_predict(rows.to(config["device"])).view(len(histories), -1)
+    return scores
+
+
+def _padded(histories: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Return histories in RecBole's form, (U, longest) right-padded with 0, and their lengths (U,)."""
-    lists = np.zeros((len(known), longest), np.int64)
-    lengths = np.empty(len(known), np.int64)
-    for user, sequence in enumerate(known):
-        recent = numbers[sequence[-longest:]]
+    lists = np.zeros((len(histories), longest), np.int64)
+    lengths = np.empty(len(histories), np.int64)
+    for user, history in enumerate(histories):
+        recent = history[-longest:]
         lists[user, : len(recent)] = recent
         lengths[user] = len(recent)
     return lists, lengths

@@ -9,6 +9,7 @@ Each is defined here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,15 @@ STATUS_TEXT_ONLY = "text_only"  # the image was unreadable and the policy says t
 STATUS_FAILED = "failed"  # no vectors; `error` says why
 STATUSES = (STATUS_OK, STATUS_TRUNCATED, STATUS_TEXT_ONLY, STATUS_FAILED)
 
+# --- users and recommendations ------------------------------------------------------------------------------
+TABLE = "table"  # in the settings of a manifest: what the rows are; without it, items
+ITEMS_TABLE = "items"
+USERS_TABLE = "users"  # a vector of each user, in the columns of an embeddings folder; `user_id` in place of `item_id`
+RECOMMENDATIONS_TABLE = "recommendations"  # the first k items of each user
+RANK = "rank"  # int32, from 1; null for a user without recommendations
+SCORE = "score"  # float32
+LEFT_OUT_FILE = "_left_out.csv"  # of users and recommendations: the rows of the histories that were left out, and why
+
 
 # --- what other folders hold ------------------------------------------------------------------------------------
 INDEX_FILE = "index.json"  # of an index folder, written last
@@ -94,8 +104,22 @@ MULTIMODAL = ("VBPR", "FREEDOM", "LATTICE", "SLMRec")  # models of users and ite
 RECOMMENDERS = (*SEQUENTIAL, *MULTIMODAL)
 
 
+def table_of(described: Mapping[str, Any]) -> str:
+    """Return what the rows of a folder are, from its manifest: items, users or recommendations."""
+    settings = described.get("settings")
+    return str(settings.get(TABLE, ITEMS_TABLE)) if isinstance(settings, Mapping) else ITEMS_TABLE
+
+
+def id_column(table: str) -> str:
+    """Return the column of the ids."""
+    return ITEM_ID if table == ITEMS_TABLE else USER_ID
+
+
 def embedding_schema(
-    dim: int | Mapping[str, int], dtype: str = "float32", metadata: dict[str, str] | None = None
+    dim: int | Mapping[str, int],
+    dtype: str = "float32",
+    metadata: dict[str, str] | None = None,
+    table: str = ITEMS_TABLE,
 ) -> pa.Schema:
     """Return the Arrow schema of one embedding shard: `fixed_size_list<dtype>[dim]` for each view.
 
@@ -105,7 +129,7 @@ def embedding_schema(
     dims = dict.fromkeys(VIEWS, dim) if isinstance(dim, int) else dim
     return pa.schema(
         [
-            pa.field(ITEM_ID, pa.string(), nullable=False),
+            pa.field(id_column(table), pa.string(), nullable=False),
             *(pa.field(view, pa.list_(element, dims[view])) for view in VIEWS),
             pa.field(STATUS, pa.string(), nullable=False),
             pa.field(ERROR, pa.string()),
@@ -247,16 +271,17 @@ def _is_copy(one: Location, other: Location) -> bool:
         return not one.exists()
 
 
-def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
-    """Read the manifest of a finished embeddings folder.
+def read_manifest(folder: Location, *, check: bool = True, table: str | None = ITEMS_TABLE) -> dict[str, Any]:
+    """Read the manifest of a finished embeddings folder, or of a folder of users or recommendations.
 
     Args:
-        folder: the embeddings folder.
+        folder: the folder.
         check: refuse a manifest that `manifest_problems` finds fault with. Without it, only the version is checked.
+        table: what the rows have to be; None takes any.
 
     Raises:
-        ArtifactError: the folder has no manifest (the export is not complete), the manifest is damaged, or it was
-            written by a newer schema.
+        ArtifactError: the folder has no manifest (the export is not complete), the manifest is damaged, it was
+            written by a newer schema, or the rows are something else.
     """
     path = _manifest_of(folder)
     manifest = read_json(path, f"a finished embeddings folder, whose {MANIFEST_FILE} is written last", _EXPORT_AGAIN)
@@ -267,9 +292,18 @@ def read_manifest(folder: Location, *, check: bool = True) -> dict[str, Any]:
             f"a version up to {SCHEMA_VERSION}",
             "install a newer vlm2rec, or export again with this one",
         )
+    if table not in (None, table_of(manifest)):
+        raise ArtifactError(
+            f"{folder} is a folder of {table_of(manifest)}",
+            f"a folder of {table}, as {_WRITERS[str(table)]} writes",
+            "",
+        )
     if check and (problems := manifest_problems(manifest)):
         raise ArtifactError(f"{path} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN)
     return manifest
+
+
+_WRITERS = {ITEMS_TABLE: "export-items", USERS_TABLE: "export-users", RECOMMENDATIONS_TABLE: "recommend"}
 
 
 def _manifest_of(folder: Location) -> Location:
@@ -282,23 +316,37 @@ def _manifest_of(folder: Location) -> Location:
         raise ArtifactError(found, "an embeddings folder", _REACH) from None
 
 
+def shards_sha256(manifest: Mapping[str, Any]) -> str:
+    """Return one hash of all shards of a finished folder: another one says that some row differs."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+
+
 _MANIFEST_KEYS = {
     "dim": int, "dtype": str, "views": list, "num_items": int, "counts": dict, "shards": list, "settings": dict
 }  # fmt: skip
 # more is damage, and would ask for all memory: numbers in a vector, rows for each byte of a shard
 _LONGEST, _ROWS_A_BYTE = 2**20, 8
+_RANKED_KEYS = {"k": int, "num_users": int, "counts": dict, "shards": list, "settings": dict}
 _SHARD_KEYS = {"rows": int, "bytes": int, "sha256": str}
 
 
 def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a manifest: keys that are missing or of another type, files outside the folder."""
+    ranked = table_of(manifest) == RECOMMENDATIONS_TABLE
     problems = [
         f"{key} is missing or no {kind.__name__}"
-        for key, kind in _MANIFEST_KEYS.items()
+        for key, kind in (_RANKED_KEYS if ranked else _MANIFEST_KEYS).items()
         if type(manifest.get(key)) is not kind
     ]
     if problems:
         return problems
+    if not isinstance(manifest.get("fingerprint"), str):
+        problems.append("fingerprint is missing or no str")
+    return problems + ([] if ranked else _vector_problems(manifest)) + _shard_problems(manifest["shards"])
+
+
+def _vector_problems(manifest: Mapping[str, Any]) -> list[str]:
+    problems = []
     dims = manifest.get("dims", {})
     if not isinstance(dims, dict) or not all(type(dims.get(view, 0)) is int for view in VIEWS):
         problems.append(f"dims are {dims!r}, not a length for each view")
@@ -308,9 +356,12 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
         problems.append(f"dtype is {manifest['dtype']!r}, not {' or '.join(_VECTOR_TYPES)}")
     if not all(view in VIEWS for view in manifest["views"]):
         problems.append(f"views are {manifest['views']}, not of {', '.join(VIEWS)}")
-    if not isinstance(manifest.get("fingerprint"), str):
-        problems.append("fingerprint is missing or no str")
-    for number, entry in enumerate(manifest["shards"]):
+    return problems
+
+
+def _shard_problems(shards: Sequence[Any]) -> list[str]:
+    problems = []
+    for number, entry in enumerate(shards):
         # a file name must not lead out of the folder
         if not isinstance(entry, dict) or entry.get("file") != shard_name(number):
             problems.append(f"shard {number} is not recorded as {shard_name(number)}")

@@ -136,7 +136,7 @@ class ItemEncoder:
         if canary is None:
             lora.require_effect(before, after, adapter)
         else:
-            lora.check_canary(canary, before, after, adapter)
+            lora.check_canary(canary, before, after, adapter, self.provenance["dtype"])
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -94,24 +94,27 @@ ALONE = Distribution()
 """One process makes all shards."""
 
 
+class Maker(Protocol):
+    """Makes the tables of shards, one after the other, in one process."""
+
+    def shard(self, number: int, reuse_rows: np.ndarray, advance: Callable[[int], None]) -> pa.Table:
+        """Return the table of a shard; `reuse_rows` holds positions of earlier rows, -1 for rows to make."""
+
+    def close(self) -> None:
+        """Free what was opened."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """Everything another process needs to make shards of an export; it can be pickled."""
+    """Everything another process needs to make shards of a plan; it can be pickled."""
 
-    dataset: Dataset
     out: Location
     plan: Plan
-    load_encoder: Callable[[], Encoder]
-    settings: Mapping[str, Any]
-    earlier: EarlierRows | None
-    image_timeout: float
     hold: Hold
 
-    def maker(self) -> ShardMaker:
+    def maker(self) -> Maker:
         """Return what makes the shards; call it in the process that makes them."""
-        keep_freed_memory()
-        load = functools.partial(load_same, self.load_encoder, self.settings)
-        return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
+        raise NotImplementedError
 
     def publish(self, number: int, table: pa.Table, seconds: float) -> shards.Shard:
         """Publish a shard, if the folder is still that of this export; return its record.
@@ -124,6 +127,23 @@ class Job:
         return shards.publish_shard(self.out, self.plan, number, table, seconds)
 
 
+@dataclass(frozen=True)
+class ItemJob(Job):
+    """The job of an export of items."""
+
+    dataset: Dataset
+    load_encoder: Callable[[], Encoder]
+    settings: Mapping[str, Any]
+    earlier: EarlierRows | None
+    image_timeout: float
+
+    def maker(self) -> ShardMaker:
+        """See `Job`."""
+        keep_freed_memory()
+        load = functools.partial(load_same, self.load_encoder, self.settings)
+        return ShardMaker(self.dataset, self.plan, load, self.earlier, self.image_timeout)
+
+
 class Engine(Protocol):
     """Makes and publishes shards in other processes."""
 
@@ -131,7 +151,7 @@ class Engine(Protocol):
         """Yield the number and the record of each shard once it is published."""
 
 
-def _make(maker: ShardMaker, job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
+def _make(maker: Maker, job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:
     started = time.perf_counter()
     table = maker.shard(number, reuse_rows, lambda count: None)
     return job.publish(number, table, time.perf_counter() - started)
@@ -325,7 +345,7 @@ class RayTasks:
                 ray.cancel(left, force=True)
 
 
-_makers: dict[str, ShardMaker] = {}
+_makers: dict[str, Maker] = {}
 
 
 def _make_on_a_node(job: Job, number: int, reuse_rows: np.ndarray) -> shards.Shard:

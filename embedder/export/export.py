@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.item_text import columns_read, item_texts, without_text
 from vlm2rec.embedder.export import shards
-from vlm2rec.embedder.export.distribute import ALONE, Distribution, Job, Work
-from vlm2rec.embedder.export.lock import writing
+from vlm2rec.embedder.export.distribute import ALONE, Distribution, ItemJob, Job, Maker, Work
+from vlm2rec.embedder.export.lock import Hold, writing
 from vlm2rec.embedder.export.plan import Plan, plan_shards, read_inputs
-from vlm2rec.embedder.export.reuse import REUSE_NOTHING, Reuse, open_earlier_rows, plan_work, require_same_start
+from vlm2rec.embedder.export.reuse import (
+    REUSE_NOTHING,
+    EarlierRows,
+    Reuse,
+    open_earlier_rows,
+    plan_work,
+    require_same_start,
+)
 from vlm2rec.embedder.export.worker import Encoder, ShardMaker
 from vlm2rec.embedder.options import ImagePolicy, ImagesBy, Storage
 from vlm2rec.embedder.progress import SILENT, Reporter
@@ -61,17 +68,56 @@ def export(
         The manifest; None for one of several workers while other workers still have shards to make.
     """
     plan = plan_export(dataset, out, settings, shard_size, storage, on_image_error, images_by, reuse, reporter)
+
+    def job(earlier: EarlierRows | None, hold: Hold) -> ItemJob:
+        return ItemJob(out, plan, hold, dataset, load_encoder, settings, earlier, image_timeout)
+
+    return fill_folder(plan, out, job, data=dataset.path, reuse=reuse, distribution=distribution, reporter=reporter)
+
+
+def fill_folder(
+    plan: Plan,
+    out: Location,
+    make_job: Callable[[EarlierRows | None, Hold], Job],
+    *,
+    data: Location | None = None,
+    reuse: Reuse = REUSE_NOTHING,
+    distribution: Distribution = ALONE,
+    reporter: Reporter = SILENT,
+    work_name: str = "encoding items",
+    about: Mapping[str, Any] | None = None,
+    left_out: bytes | None = None,
+) -> dict[str, Any] | None:
+    """Make the shards of a plan that are not in `out` yet, publish each, and write the manifest last.
+
+    Args:
+        plan: what the folder will hold.
+        out: the folder, new or of an earlier run of the same plan.
+        make_job: returns what makes the shards, given the earlier rows and the lock of the folder.
+        data: the dataset folder, to be named in the manifest.
+        reuse: which earlier rows are kept.
+        distribution: who makes the shards.
+        reporter: receives progress and messages.
+        work_name: what the work is called, a verb and the rows: `encoding items`.
+        about: further keys of the manifest.
+        left_out: content of `LEFT_OUT_FILE`, if there is to be one.
+
+    Returns:
+        The manifest; None for one of several workers while other workers still have shards to make.
+    """
     with writing(out, distribution.share) as hold:
         found = shards.begin(out, plan, reuse.revises, distribution.share, reuse.retry_failed)
+        if left_out is not None and not (out / schema.MANIFEST_FILE).exists():
+            publish.write_whole(out / schema.LEFT_OUT_FILE, left_out)
         finished = found.finished
         earlier = open_earlier_rows(out, plan, found, reuse)
         work = plan_work(plan, shards.shards_of(plan, distribution.share), found, earlier)
         finished |= shards.confirm(out, plan, {n: shard for n, shard in found.earlier.items() if n not in work})
         if work:
             shards.require_space(out, plan, sum(len(plan.rows(number)) for number in work))
-            job = Job(dataset, out, plan, load_encoder, settings, earlier, image_timeout, hold)
+            job = make_job(earlier, hold)
             try:
-                _publish_all(job, work, finished, distribution, reporter)
+                _publish_all(job, work, finished, distribution, reporter, work_name)
             except (KeyboardInterrupt, SystemExit):
                 reporter.say(
                     f"stopped: {len(finished)} of {len(plan)} shards are finished and kept; run the same command again"
@@ -81,7 +127,7 @@ def export(
         elif (out / schema.MANIFEST_FILE).exists():
             reporter.say(f"{out} is already complete")
         hold.require()
-        manifest = shards.finish(out, plan, finished, dataset.path, distribution.share)
+        manifest = shards.finish(out, plan, finished, data, distribution.share, about)
         if manifest is None:
             missing = len(plan) - len(shards.recorded_shards(out, plan))
             reporter.say(
@@ -158,26 +204,31 @@ def _tell_items_without_images(dataset: Dataset, policy: ImagePolicy, reporter: 
 
 
 def _publish_all(
-    job: Job, work: Work, finished: dict[int, shards.Shard], distribution: Distribution, reporter: Reporter
+    job: Job,
+    work: Work,
+    finished: dict[int, shards.Shard],
+    distribution: Distribution,
+    reporter: Reporter,
+    work_name: str,
 ) -> None:
     """Make and publish all shards; `finished` receives each published shard, even if a later one fails."""
     engine = distribution.engine_to_use
     if engine is None:
         with closing(job.maker()) as make:
-            _publish_here(make, job, work, finished, reporter)
+            _publish_here(make, job, work, finished, reporter, work_name)
         return
-    begun = time.perf_counter()
-    with reporter.progress("encoding items", sum(map(len, work.values()))) as advance:
+    begun, rows = time.perf_counter(), work_name.split()[-1]
+    with reporter.progress(work_name, sum(map(len, work.values()))) as advance:
         for count, (number, shard) in enumerate(engine.make(job, work, reporter), 1):
             finished[number] = shard
             advance(shard.rows)
             if not reporter.draws_bars:
                 rate = shard.rows * count / (time.perf_counter() - begun)
-                reporter.say(f"shard {count} of {len(work)}: {shard.rows} items, about {rate:.1f} items/s in all")
+                reporter.say(f"shard {count} of {len(work)}: {shard.rows} {rows}, about {rate:.1f} {rows}/s in all")
 
 
 def _publish_here(
-    make: ShardMaker, job: Job, work: Work, finished: dict[int, shards.Shard], reporter: Reporter
+    make: Maker, job: Job, work: Work, finished: dict[int, shards.Shard], reporter: Reporter, work_name: str
 ) -> None:
     """Encode each shard while a thread writes the previous one.
 
@@ -195,23 +246,26 @@ def _publish_here(
                 for_disk += time.perf_counter() - started
 
         try:
-            for number, table, seconds in _encoded_shards(make, work, reporter):
+            for number, table, seconds in _made_shards(make, work, reporter, work_name):
                 wait_for_writer()
                 in_writing = number, writer.submit(job.publish, number, table, seconds)
         finally:
             wait_for_writer()
-    total, for_images = max(time.perf_counter() - begun, 1e-9), make.readers.waited
-    reporter.say(
-        f"the model waited {for_images / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
-    )
+    total = max(time.perf_counter() - begun, 1e-9)
+    if isinstance(make, ShardMaker):
+        for_images = make.readers.waited
+        reporter.say(
+            f"the model waited {for_images / total:.0%} of the time for images and {for_disk / total:.0%} for the disk"
+        )
 
 
-def _encoded_shards(
-    make: ShardMaker, work: Mapping[int, np.ndarray], reporter: Reporter
+def _made_shards(
+    make: Maker, work: Mapping[int, np.ndarray], reporter: Reporter, work_name: str
 ) -> Iterator[tuple[int, pa.Table, float]]:
     """Yield each shard's number, its table, and the seconds spent on it."""
     total = sum(int((reuse_rows < 0).sum()) for reuse_rows in work.values())
-    with reporter.progress("encoding items", total) as advance:
+    rows = work_name.split()[-1]
+    with reporter.progress(work_name, total) as advance:
         for count, (number, reuse_rows) in enumerate(work.items(), 1):
             start = time.perf_counter()
             table = make.shard(number, reuse_rows, advance)
@@ -220,4 +274,6 @@ def _encoded_shards(
             if not reporter.draws_bars:  # a log file gets one line for each shard
                 encoded = int((reuse_rows < 0).sum())
                 reused = f" and {len(reuse_rows) - encoded} reused" if encoded < len(reuse_rows) else ""
-                reporter.say(f"shard {count} of {len(work)}: {encoded} items{reused}, {encoded / seconds:.1f} items/s")
+                reporter.say(
+                    f"shard {count} of {len(work)}: {encoded} {rows}{reused}, {encoded / seconds:.1f} {rows}/s"
+                )

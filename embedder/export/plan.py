@@ -19,6 +19,7 @@ from vlm2rec.embedder.backbones.model_files import is_older_kind
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError
 from vlm2rec.embedder.contract.storage import Location, Stat
+from vlm2rec.embedder.export.shard_file import ITEM_VECTORS, Layout
 from vlm2rec.embedder.options import ImagesBy
 
 INPUT_SETTINGS = ("items", "item_ids", "titles", "images", "images_by")
@@ -38,6 +39,7 @@ class Plan:
     inputs: Inputs | None = None
     made_with: Mapping[str, Any] = field(default_factory=dict)  # names and origin of the model, which decide no vector
     dataset_version: Sequence[int] = ()  # of the files that the inputs were read from: `Dataset.items_version`
+    layout: Layout = ITEM_VECTORS
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Arrow schema out: pickling loses that the elements of its lists are never null."""
@@ -49,6 +51,11 @@ class Plan:
     def rows(self, number: int) -> range:
         """Return the positions in `item_ids` of shard `number`."""
         return range(self.bounds[number], self.bounds[number + 1])
+
+    def keys(self, number: int) -> tuple[list[str], list[str | None]]:
+        """Return the ids of a shard, and its column `input`."""
+        rows = self.rows(number)
+        return self.item_ids[rows.start : rows.stop], self.made_from(rows)
 
     def made_from(self, rows: Iterable[int]) -> list[str | None]:
         """Return the column `input` at some positions: a hash of what each row is made from."""
@@ -70,7 +77,7 @@ class Plan:
         settings = without_inputs(self.settings)
         texts = {f"vlm2rec.{key}": _text(value) for key, value in flatten(settings).items()}
         texts["vlm2rec.fingerprint"] = fingerprint(settings)
-        return schema.embedding_schema(schema.dims_of(self.settings), self.settings["storage"], texts)
+        return self.layout.arrow_schema(self.settings, texts)
 
 
 def plan_shards(
@@ -80,6 +87,7 @@ def plan_shards(
     inputs: Inputs | None = None,
     begun: Sequence[int] = (),
     dataset_version: Sequence[int] = (),
+    layout: Layout = ITEM_VECTORS,
 ) -> Plan:
     """Return the plan of an export.
 
@@ -92,6 +100,7 @@ def plan_shards(
         begun: row counts of the shards that an earlier export into this folder planned (`shards.rows_of_shards`). If
             items were appended, the last of those shards stays as short as it is.
         dataset_version: `Dataset.items_version` of the dataset that the inputs come from.
+        layout: how the rows lie in the shards; those of users have user ids in place of item ids.
 
     Raises:
         DataError: an id is null, not a string, or occurs twice.
@@ -115,7 +124,9 @@ def plan_shards(
         bounds.append(bounds[-1] + rows)
     while bounds[-1] < len(ids):
         bounds.append(min(bounds[-1] + shard_size, len(ids)))
-    return Plan(ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs, made_with, dataset_version)
+    return Plan(
+        ids, shard_size, json.loads(_canonical(full)), tuple(bounds), inputs, made_with, dataset_version, layout
+    )
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +12,86 @@ import pyarrow.parquet as pq
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.storage import Location, readable
-from vlm2rec.embedder.export.plan import Plan
+
+if TYPE_CHECKING:
+    from vlm2rec.embedder.export.plan import Plan
 
 ROW_GROUP_ROWS = 8192
 _READ_ROWS = 2048
+
+
+class Layout(Protocol):
+    """How the rows of a plan lie in the table of a shard, and what the manifest says of them."""
+
+    def arrow_schema(self, settings: Mapping[str, Any], metadata: dict[str, str]) -> pa.Schema:
+        """Return the Arrow schema of every shard."""
+
+    def row_bytes(self, settings: Mapping[str, Any]) -> int:
+        """Return how long a row is, uncompressed."""
+
+    def described(self, plan: Plan) -> dict[str, Any]:
+        """Return the keys of the manifest that tell what the folder holds."""
+
+    def write(self, table: pa.Table, file: Any) -> None:
+        """Write a shard's table to an open file."""
+
+    def statuses(self, table: pa.Table) -> pa.ChunkedArray:
+        """Return the status of each row of the plan."""
+
+    def read(self, path: Location, views: Sequence[str]) -> ShardContent:
+        """Read a shard batch by batch, and return ids, statuses and inputs of the plan's rows, and problems."""
+
+    def read_keys(self, path: Location) -> tuple[list[str], list[str | None]]:
+        """Return ids and inputs of the plan's rows."""
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """Each row is an item, or a user, with its vectors."""
+
+    table: str = schema.ITEMS_TABLE
+
+    def arrow_schema(self, settings: Mapping[str, Any], metadata: dict[str, str]) -> pa.Schema:
+        """See `Layout`."""
+        return schema.embedding_schema(schema.dims_of(settings), settings["storage"], metadata, self.table)
+
+    def row_bytes(self, settings: Mapping[str, Any]) -> int:
+        """See `Layout`."""
+        dims = schema.dims_of(settings)
+        return int(np.dtype(settings["storage"]).itemsize) * sum(dims[view] for view in settings["views"])
+
+    def described(self, plan: Plan) -> dict[str, Any]:
+        """See `Layout`."""
+        return {
+            "dim": plan.settings["dim"],
+            **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
+            "dtype": plan.settings["storage"],
+            "views": plan.settings["views"],
+            "num_items": len(plan.item_ids),
+        }
+
+    def write(self, table: pa.Table, file: Any) -> None:
+        """See `Layout`."""
+        write_parquet(table, file)
+
+    def statuses(self, table: pa.Table) -> pa.ChunkedArray:
+        """See `Layout`."""
+        return table[schema.STATUS]
+
+    def read(self, path: Location, views: Sequence[str]) -> ShardContent:
+        """See `Layout`."""
+        return read_rows(path, views, self.table)
+
+    def read_keys(self, path: Location) -> tuple[list[str], list[str | None]]:
+        """See `Layout`."""
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            names = [schema.id_column(self.table), schema.INPUT]
+            columns = file.read(names)
+        ids, inputs = (columns[name].to_pylist() for name in names)
+        return ids, inputs
+
+
+ITEM_VECTORS = VectorLayout()
 
 
 def shard_table(
@@ -77,21 +153,21 @@ class ShardContent:
     problems: list[str]
 
 
-def read_rows(path: Location, views: Sequence[str]) -> ShardContent:
+def read_rows(path: Location, views: Sequence[str], table: str = schema.ITEMS_TABLE) -> ShardContent:
     """Read one shard batch by batch: ids, statuses, and what is wrong with its rows."""
+    id_column = schema.id_column(table)
     content = ShardContent([], [], [], [])
     with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
         for batch in file.iter_batches(_READ_ROWS):
             status = batch[schema.STATUS].to_pylist()
-            content.ids.extend(batch[schema.ITEM_ID].to_pylist())
+            content.ids.extend(batch[id_column].to_pylist())
             content.status.extend(status)
             content.inputs.extend(batch[schema.INPUT].to_pylist())
-            content.problems.extend(_row_problems(batch, np.array(status, object), views))
+            content.problems.extend(_row_problems(batch, batch[id_column], np.array(status, object), views))
     return content
 
 
-def _row_problems(batch: pa.RecordBatch, status: np.ndarray, views: Sequence[str]) -> list[str]:
-    ids = batch[schema.ITEM_ID]
+def _row_problems(batch: pa.RecordBatch, ids: pa.Array, status: np.ndarray, views: Sequence[str]) -> list[str]:
     problems = []
 
     def report(rows: np.ndarray, what: str) -> None:

@@ -32,7 +32,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -50,7 +49,6 @@ from vlm2rec.embedder.export.lock import (
     turn,
 )
 from vlm2rec.embedder.export.plan import INPUT_SETTINGS, Plan, flatten, identity_of, refuse_older_hashes, row_counts
-from vlm2rec.embedder.export.shard_file import read_rows, write_parquet
 
 _LOOKS = 3  # at the manifest and the state file, before the folder counts as one without both
 _ATTEMPTS = 3  # a busy network disk may fail once
@@ -97,7 +95,7 @@ def _known(folder: Location) -> dict[str, Any] | None:
             for name, path in schema.files_of(folder).items():  # the manifest first
                 try:
                     if name == schema.MANIFEST_FILE:
-                        return schema.read_manifest(folder)
+                        return schema.read_manifest(folder, table=None)
                     return schema.read_json(path, "the settings of an unfinished export", "choose another --out")
                 except ArtifactError:
                     if path.exists():
@@ -333,7 +331,12 @@ def publish_shard(folder: Location, plan: Plan, number: int, table: pa.Table, se
 
 
 def finish(
-    folder: Location, plan: Plan, shards: Mapping[int, Shard], data: Location | None = None, share: Share | None = None
+    folder: Location,
+    plan: Plan,
+    shards: Mapping[int, Shard],
+    data: Location | None = None,
+    share: Share | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Write the manifest, the last file of an export, and return it.
 
@@ -344,6 +347,7 @@ def finish(
         data: the dataset folder, to be named in the manifest.
         share: of one of several workers. One at a time comes here, and the one that finds every shard recorded writes
             the manifest.
+        about: further keys of the manifest.
 
     Returns:
         The manifest, of this worker or of another; None if other workers still have shards to make.
@@ -355,7 +359,7 @@ def finish(
         require_same_plan(folder, plan)
         if (folder / schema.MANIFEST_FILE).exists():  # another worker wrote it, and may have died before it tidied up
             _tidy(folder, plan)
-            return schema.read_manifest(folder)
+            return schema.read_manifest(folder, table=None)
         if share is not None:
             shards = recorded_shards(folder, plan)
         missing = [schema.shard_name(n) for n in range(len(plan)) if n not in shards]
@@ -367,11 +371,7 @@ def finish(
         _require_all_there(folder, ordered)
         manifest = {
             "schema_version": schema.SCHEMA_VERSION,
-            "dim": plan.settings["dim"],
-            **({"dims": plan.settings["dims"]} if "dims" in plan.settings else {}),
-            "dtype": plan.settings["storage"],
-            "views": plan.settings["views"],
-            "num_items": len(plan.item_ids),
+            **plan.layout.described(plan),
             "counts": {status: sum(shard.counts.get(status, 0) for shard in ordered) for status in schema.STATUSES},
             "shard_size": plan.shard_size,
             "shards": [asdict(shard) for shard in ordered],
@@ -382,6 +382,7 @@ def finish(
             "versions": provenance.library_versions(*_LIBRARIES),
             "data": str(data.resolve()) if data else None,
             "seconds": round(sum(shard.seconds for shard in ordered), 3),
+            **(about or {}),
         }
         schema.write_json(folder / schema.MANIFEST_FILE, manifest)
         _tidy(folder, plan)
@@ -405,8 +406,7 @@ def _require_all_there(folder: Location, shards: Iterable[Shard]) -> None:
 
 def require_space(folder: Location, plan: Plan, items: int) -> None:
     """Raise `ArtifactError` if `items` more rows cannot fit on the disk, however well they compress."""
-    dims = schema.dims_of(plan.settings)
-    width = np.dtype(plan.settings["storage"]).itemsize * sum(dims[view] for view in plan.settings["views"])
+    width = plan.layout.row_bytes(plan.settings)
     free = storage.free_bytes(folder)
     # vectors computed in bfloat16 compress to about a third of their size, never to a quarter
     if free is not None and free < items * width / 4:
@@ -421,11 +421,11 @@ def _commit(folder: Location, plan: Plan, number: int, table: pa.Table, seconds:
     path = folder / schema.shard_name(number)
     with publish.draft(path) as draft:
         with draft.open("wb") as file:
-            write_parquet(table, file)
+            plan.layout.write(table, file)
             publish.flush(file)
         if not pq.read_table(draft, page_checksum_verification=True).equals(table):
             raise OSError(errno.EIO, "the shard does not read back as it was written")
-        shard = _describe(draft, path.name, table[schema.STATUS], seconds)
+        shard = _describe(draft, path.name, plan.layout.statuses(table), seconds)
         _record_path(folder, number).unlink(missing_ok=True)  # that of the replaced shard
         publish.put_in_place(draft, path, shard.sha256)
     _write_record(folder, number, shard, plan.identity)
@@ -448,10 +448,10 @@ def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Sh
         try:
             with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
                 as_planned = file.schema_arrow.equals(plan.schema, check_metadata=True)
-            content = read_rows(path, plan.settings["views"]) if as_planned else None
+            content = plan.layout.read(path, plan.settings.get("views", ())) if as_planned else None
         except (pa.ArrowException, OSError):
             content = None
-        if content is None or (content.ids, content.inputs) != _wanted(plan, number) or content.problems:
+        if content is None or (content.ids, content.inputs) != plan.keys(number) or content.problems:
             logger.warning("%s is not a shard of this export: it is written again", path)
             path.unlink()
             continue
@@ -461,23 +461,14 @@ def _adopt(folder: Location, plan: Plan, numbers: Iterable[int]) -> dict[int, Sh
 
 def _holds(folder: Location, plan: Plan, number: int) -> bool:
     """Tell whether a shard, which is as it was recorded, holds the rows that a plan puts there."""
+    path = folder / schema.shard_name(number)
     try:
-        with (
-            readable(folder / schema.shard_name(number)) as source,
-            pq.ParquetFile(source, page_checksum_verification=True) as file,
-        ):
+        with readable(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(plan.schema, check_metadata=True):
                 return False
-            columns = file.read([schema.ITEM_ID, schema.INPUT])
+        return plan.layout.read_keys(path) == plan.keys(number)
     except (pa.ArrowException, OSError):
         return False
-    ids, inputs = (columns[name].to_pylist() for name in (schema.ITEM_ID, schema.INPUT))
-    return (ids, inputs) == _wanted(plan, number)
-
-
-def _wanted(plan: Plan, number: int) -> tuple[list[str], list[str | None]]:
-    rows = plan.rows(number)
-    return [plan.item_ids[row] for row in rows], plan.made_from(rows)
 
 
 def _is_sound(folder: Location, number: int, shard: Shard) -> bool:

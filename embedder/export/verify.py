@@ -14,7 +14,8 @@ from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.storage import Location, readable
 from vlm2rec.embedder.export.lock import is_lock
 from vlm2rec.embedder.export.plan import duplicates, fingerprint, without_inputs
-from vlm2rec.embedder.export.shard_file import ShardContent, read_rows
+from vlm2rec.embedder.export.ranked_file import RankedLayout
+from vlm2rec.embedder.export.shard_file import Layout, ShardContent, VectorLayout
 from vlm2rec.embedder.export.shards import is_temporary
 
 _READERS = 4
@@ -32,7 +33,7 @@ class Problem:
 
 
 def verify(folder: Location) -> list[Problem]:
-    """Compare a finished embeddings folder with its manifest and return what is wrong with it.
+    """Compare a finished folder of items, users or recommendations with its manifest; return what is wrong with it.
 
     Finds missing, truncated, changed and foreign files, duplicate ids, wrong counts, NaN and infinity, wrong
     dimensions, and statuses that do not fit the vectors. Memory holds one batch of rows and all ids.
@@ -40,7 +41,7 @@ def verify(folder: Location) -> list[Problem]:
     Raises:
         ArtifactError: there is no manifest that this version can read.
     """
-    manifest = schema.read_manifest(folder, check=False)
+    manifest = schema.read_manifest(folder, check=False, table=None)
     file = schema.file_of(folder, schema.MANIFEST_FILE).name
     problems = [Problem(file, what) for what in manifest_problems(manifest)]
     if problems:
@@ -59,6 +60,8 @@ def verify(folder: Location) -> list[Problem]:
     if not any(problem.file.endswith(".parquet") for problem in problems):  # else the sums are wrong anyway
         problems += [Problem(file, what) for what in _sum_problems(manifest, status)]
     known = {file, *(schema.shard_name(n) for n in range(len(manifest["shards"])))}
+    if schema.table_of(manifest) != schema.ITEMS_TABLE:
+        known.add(schema.LEFT_OUT_FILE)
     for name in sorted(path.name for path in folder.iterdir()):
         if name not in known and not is_lock(name) and (not name.startswith(".") or is_temporary(name)):
             problems.append(Problem(name, "is not part of this export"))
@@ -98,7 +101,7 @@ def _verify_shard(
     if broken := _file_problem(path, entry, manifest):
         return [broken], None
     try:
-        content = read_rows(path, manifest["views"])
+        content = layout_of(manifest).read(path, manifest.get("views", ()))
     except (pa.ArrowException, OSError) as error:
         return [f"cannot be read as Parquet ({error})"], None
     if len(content.ids) != entry["rows"]:
@@ -120,9 +123,10 @@ def _file_problem(path: Location, entry: Mapping[str, Any], manifest: Mapping[st
             found = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         return f"cannot be read as Parquet ({error})"
-    dims = schema.dims_of(manifest)
-    if not found.equals(schema.embedding_schema(dims, manifest["dtype"])):
-        shown = dims if "dims" in manifest else f"[{manifest['dim']}]"
+    if not found.equals(layout_of(manifest).arrow_schema({"storage": manifest.get("dtype"), **manifest}, {})):
+        if schema.table_of(manifest) == schema.RECOMMENDATIONS_TABLE:
+            return "has other columns than recommendations"
+        shown = schema.dims_of(manifest) if "dims" in manifest else f"[{manifest['dim']}]"
         return f"has other columns or another dimension than {manifest['dtype']}{shown}"
     stamp = (found.metadata or {}).get(b"vlm2rec.fingerprint")
     if stamp is not None and stamp.decode() != fingerprint(without_inputs(manifest["settings"])):
@@ -130,10 +134,17 @@ def _file_problem(path: Location, entry: Mapping[str, Any], manifest: Mapping[st
     return None
 
 
+def layout_of(manifest: Mapping[str, Any]) -> Layout:
+    """Return how the rows of a folder lie in its shards."""
+    table = schema.table_of(manifest)
+    return RankedLayout() if table == schema.RECOMMENDATIONS_TABLE else VectorLayout(table)
+
+
 def _sum_problems(manifest: Mapping[str, Any], status: Sequence[str]) -> list[str]:
     problems = []
-    if len(status) != manifest["num_items"]:
-        problems.append(f"num_items is {manifest['num_items']}, the shards hold {len(status)} rows")
+    key = "num_users" if schema.table_of(manifest) == schema.RECOMMENDATIONS_TABLE else "num_items"
+    if len(status) != manifest[key]:
+        problems.append(f"{key} is {manifest[key]}, the shards hold {len(status)} rows")
     for name in sorted({*schema.STATUSES, *manifest["counts"]}):
         found, stated = status.count(name), manifest["counts"].get(name, 0)
         if found != stated:

@@ -131,16 +131,16 @@ def _names_nul(name: str, dtype: pl.DataType) -> bool:
 
 
 def _items_from_table(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
-    with _polars_errors(path, kind):
-        columns = _columns(path, kind, names)
+    with polars_errors(path, kind):
+        columns = columns_of(path, kind, names)
         item, label = _item_column(columns, names, kind)
         require_columns(path, columns, {item: "--item-id-column", names.title: "--title-column"})
         with tempfile.TemporaryDirectory(prefix="vlm2rec-") as scratch:
-            source, records = _scan(path, kind, names, columns, Path(scratch))
+            source, records = scan_table(path, kind, names, columns, Path(scratch))
             frame = source.collect()
-        _require_all(path, records, frame.height)
+        require_all(path, records, frame.height)
         if kind == "Parquet":
-            refuse_bomb(path, sum(map(_text_bytes, frame.get_columns())), "holds text of")
+            refuse_bomb(path, sum(map(text_bytes, frame.get_columns())), "holds text of")
         ids = ids_of(frame.lazy().with_row_index(ROW), item, frame.schema[item], path, ITEM_ID)
         id_column = frame.lazy().select(ids.alias(ITEM_ID)).collect()[ITEM_ID]
         title = frame[names.title]
@@ -167,7 +167,7 @@ def free_name(wanted: str, columns: Collection[str]) -> str:
 
 
 def _items_from_records(path: Path, kind: Kind, names: ColumnNames) -> tuple[pl.DataFrame, str]:
-    columns = _first_keys(path, kind)
+    columns = first_keys(path, kind)
     item, label = _item_column(columns, names, kind)
     schema: dict[str, Any]
     if "Amazon" in label:
@@ -212,7 +212,7 @@ def _amazon_column(columns: list[str], names: ColumnNames) -> str | None:
     return next((column for column in amazon.ID_COLUMNS if column in columns), None)
 
 
-def _first_keys(path: Path, kind: Kind) -> list[str]:
+def first_keys(path: Path, kind: Kind) -> list[str]:
     """Return the keys of a file's first records."""
     keys = list(dict.fromkeys(key for _, record in islice(read_records(path, kind), _FIRST_RECORDS) for key in record))
     if not keys:
@@ -261,17 +261,17 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
     """
     names = names or ColumnNames()
     kind = kind_of(path)
-    with _polars_errors(path, kind):
-        columns = _columns(path, kind, names) if kind in ("Parquet", "CSV") else _first_keys(path, kind)
+    with polars_errors(path, kind):
+        columns = columns_of(path, kind, names) if kind in ("Parquet", "CSV") else first_keys(path, kind)
     user, item, time, label = _interaction_columns(columns, names, kind)
     flags = {user: "--user-id-column", item: "--interactions-item-column, or with --item-id-column for both files"}
     if time is not None:
         flags[time] = "--time-column, or give --order file if the rows of each user stand in their order"
     require_columns(path, columns, flags)
     needed = [column for column in (user, item, time) if column is not None]
-    with _polars_errors(path, kind):
+    with polars_errors(path, kind):
         if kind in ("Parquet", "CSV"):
-            source, records = _scan(path, kind, names, columns, scratch)
+            source, records = scan_table(path, kind, names, columns, scratch)
         else:
             source, records = pl.scan_parquet(_condensed(path, kind, needed, scratch)), None
         source = source.select(needed)
@@ -291,7 +291,7 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
             times.number.alias(TIME),
         )
         rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
-    _require_all(path, records, rows)
+    require_all(path, records, rows)
     return Interactions(frame, label, rows, path, times.has_unit)
 
 
@@ -369,7 +369,7 @@ def _block_frame(path: Path, kind: Kind, columns: list[str], number: int, lines:
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def _columns(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
+def columns_of(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
     """Return the columns of a Parquet or CSV file, or of all parts in a folder."""
     found: dict[Path, dict[str, Any]] = {}
     for part in parts_of(path):
@@ -382,7 +382,7 @@ def _columns(path: Path, kind: Kind, names: ColumnNames) -> list[str]:
     return list(next(iter(found.values())))
 
 
-def _scan(
+def scan_table(
     path: Path, kind: Kind, names: ColumnNames, columns: list[str], scratch: Path
 ) -> tuple[pl.LazyFrame, int | None]:
     """Return the rows of all parts, and how many a parser of record has counted; None if it was not asked."""
@@ -397,7 +397,8 @@ def _scan(
     return pl.concat([table.scan().select(columns) for table in tables]), sum(table.records for table in tables)
 
 
-def _require_all(path: Path, records: int | None, rows: int) -> None:
+def require_all(path: Path, records: int | None, rows: int) -> None:
+    """Raise `DataError` unless as many rows were read as `scan_table` has counted records; None counts none."""
     if records not in (None, rows):
         raise DataError(
             f"{path} has {records:,} records, of which {rows:,} were read",
@@ -406,7 +407,7 @@ def _require_all(path: Path, records: int | None, rows: int) -> None:
         )
 
 
-def _text_bytes(values: pl.Series) -> int:
+def text_bytes(values: pl.Series) -> int:
     """Return how long all texts of a column are together; Parquet stores one that occurs often only once."""
     dtype = values.dtype
     if isinstance(dtype, pl.String):
@@ -416,9 +417,9 @@ def _text_bytes(values: pl.Series) -> int:
     if isinstance(dtype, pl.Binary):
         return int(values.bin.size().cast(pl.Int64).sum())
     if isinstance(dtype, (pl.List, pl.Array)):
-        return _text_bytes(values.explode())
+        return text_bytes(values.explode())
     if isinstance(dtype, pl.Struct):
-        return sum(map(_text_bytes, values.struct.unnest().get_columns()))
+        return sum(map(text_bytes, values.struct.unnest().get_columns()))
     return 0
 
 
@@ -426,7 +427,7 @@ def _text_bytes(values: pl.Series) -> int:
 
 
 @contextmanager
-def _polars_errors(path: Path, kind: Kind) -> Iterator[None]:
+def polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     """Turn an error of Polars about a file into one that names the row."""
     try:
         yield

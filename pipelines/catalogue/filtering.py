@@ -58,6 +58,19 @@ def read_log(
         DataError: nothing is left, a good part of the ids is spelled otherwise than in the catalogue, or the times
             have more than one unit.
     """
+    user_ids, log, steps, unknown = known_interactions(found, catalogue, rejects)
+    if not len(log):
+        raise _no_known_item(unknown, [*steps[:-1], Count(_KNOWN, 0, catalogue.height, 0)], catalogue)
+    return user_ids, log, steps
+
+
+def known_interactions(
+    found: files.Interactions, catalogue: pl.DataFrame, rejects: Rejects
+) -> tuple[pl.Series, Log, list[Count], pl.DataFrame]:
+    """Do what `read_log` does, and return the ids that the catalogue lacks, too; perhaps nothing is left.
+
+    Of an unknown id, `rows` says how often it occurs, and `row` where first.
+    """
     user_ids = found.frame.select(schema.USER_ID).unique().collect(engine="streaming")[schema.USER_ID]
     user_ids = user_ids.drop_nulls().sort()
     numbers = without_words_among_numbers(user_ids)
@@ -85,9 +98,7 @@ def read_log(
         table = _complete(table, counts, catalogue.height, steps)
     if unknown.height:
         _report_unknown(unknown, found, counts[UNKNOWN])
-    if table.is_empty():
-        raise _no_known_item(unknown, [*steps, Count(_KNOWN, 0, catalogue.height, 0)], catalogue)
-    if found.has_unit:
+    if found.has_unit and not table.is_empty():
         for warning in check_unit(table[files.TIME].to_numpy(), table[ROW].to_numpy(), found.path):
             console.TERMINAL.say(warning, warning=True)
     user, time = table["user"].to_numpy(), table[files.TIME].to_numpy()
@@ -95,7 +106,7 @@ def read_log(
     log = Log(user[order], table[ITEM].to_numpy()[order], time[order], table[ROW].to_numpy()[order])
     steps.append(Count(_KNOWN, _distinct(log.user), catalogue.height, len(log)))
     _warn_of_words(user_ids, log)
-    return user_ids, log, steps
+    return user_ids, log, steps, unknown
 
 
 _KNOWN = "interactions of known items"

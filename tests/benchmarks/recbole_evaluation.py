@@ -60,7 +60,7 @@ def built(settings: dict[str, Any], data: Dataset, out: Path) -> Iterator[tuple[
     from recbole.utils import get_model
 
     with compat.cured(out):
-        config = run._recbole_config([settings], settings, data, out, "cpu")
+        config = run.recbole_config_of([settings], settings, data, out, "cpu")
         plugin.install()
         dataset = run._dataset(config, data)
         loaders = data_preparation(config, dataset)
