@@ -53,6 +53,8 @@ SDA_PROBED: Final = ("q_proj", "k_proj")
 """Projections of the last layer where SDA's gradients of text and image are compared (its section 3.3.3)."""
 SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
+Quantize = Literal["none", "nf4"]
+"""Number format of the language model's matrices while an adapter is trained."""
 Schedule = Literal["constant", "linear", "cosine"]
 ValidCandidates = Literal["own", "stored"]
 """What validation items are ranked among: items drawn for validation alone, or the first set stored for the test."""

@@ -38,6 +38,7 @@ from vlm2rec.embedder.options import (
     Pooling,
     PromptMode,
     PromptStyle,
+    Quantize,
     QuestionMode,
     Reduction,
     SamplesMode,
@@ -412,6 +413,11 @@ class FinetuneConfig:
     )
     gradient_checkpointing: bool = setting(
         "Recompute the language model's activations to save memory.", True, group=MACHINE
+    )
+    quantize: Quantize = setting(
+        "nf4: the language model's matrices in four bits while training (QLoRA, by bitsandbytes), which saves memory;"
+        " an export uses the unquantised backbone. VLM2Rec and SLIM.",
+        "none",
     )
     dtype: DtypeName = setting(
         "auto: bfloat16 where the device multiplies it natively, on a CPU for models of at least 512 numbers a token;"

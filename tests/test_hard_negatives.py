@@ -34,7 +34,7 @@ from vlm2rec.embedder.training.losses import (
     VLM2RecObjective,
     effective_negatives,
 )
-from vlm2rec.embedder.training.recipes import METHODS, check_settings
+from vlm2rec.embedder.training.recipes import LOSSES, METHODS, LossRecipe, check_settings
 from vlm2rec.embedder.training.samples import Samples
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune
@@ -369,6 +369,13 @@ def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any],
 def test_other_methods_refuse_them_by_name(method: str) -> None:
     values = {"data": "d", "backbone": "b", "out": "o", "method": method, "mine_from": "emb"}
     with pytest.raises(ConfigError, match=f"--mine-from with --method {method}"):
+        check_settings(read_config(FinetuneConfig, None, (), values))
+
+
+def test_a_loss_that_takes_none_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "own", LossRecipe("one more", lambda settings: InfoNCEObjective()))
+    values = {"data": "d", "backbone": "b", "out": "o", "loss": "own", "mine_from": "emb"}
+    with pytest.raises(ConfigError, match="--mine-from with --loss own, which takes no hard negatives"):
         check_settings(read_config(FinetuneConfig, None, (), values))
 
 

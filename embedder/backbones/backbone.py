@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
-from vlm2rec.embedder.backbones import modality, packing
+from vlm2rec.embedder.backbones import modality, packing, quantized
 from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet
 from vlm2rec.embedder.backbones.families import checked_files, image_tokens, load_processor, neutralise
 from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
-from vlm2rec.embedder.options import Attention, DeviceName, DtypeName, Pooling, PromptMode
+from vlm2rec.embedder.options import Attention, DeviceName, DtypeName, Pooling, PromptMode, Quantize
 from vlm2rec.embedder.prompts import CONSTANT_STARTS, READ_HERE, Prompt, SystemMessage, render
 
 # The language model's projections in every family; vision towers have gate_proj, up_proj and down_proj too,
@@ -125,8 +125,11 @@ class Backbone:
         attention: Attention = "causal",
         dtype: DtypeName | torch.dtype = "float32",
         device: DeviceName | torch.device = "auto",
+        quantize: Quantize = "none",
     ) -> Backbone:
         """Load a backbone from a hub id or a local folder, in evaluation mode and without gradients.
+
+        With `quantize`, the language model's matrices are in four bits (`quantized.require` says where that works).
 
         Raises:
             ModelError: no such model, unknown family, or weights that do not fit the config.
@@ -167,7 +170,10 @@ class Backbone:
                 "a complete model",
                 "download the model folder again",
             )
-        model.requires_grad_(False).eval().to(target_device)
+        model.requires_grad_(False).eval()
+        if quantize == "nf4":
+            quantized.quantize(_language_model(model.model), number)
+        model.to(target_device)
         backbone = cls(model, processor, prompt_mode, max_title_tokens, pooling, attention)
         backbone.has_head = not any(key.startswith("lm_head.") for key in info["missing_keys"])
         return backbone
@@ -180,8 +186,7 @@ class Backbone:
     @property
     def language_model(self) -> Any:
         """The layers that LoRA adapts: the body without the vision tower; for a text model the body itself."""
-        names = ("language_model", "text_model")  # the Idefics family has the second
-        return next((getattr(self.body, name) for name in names if hasattr(self.body, name)), self.body)
+        return _language_model(self.body)
 
     def adapted_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the language model that adapters change, by their names in `model`.
@@ -571,3 +576,8 @@ def pick_token_budget(backbone: Backbone) -> int:
     # memory between two layers: gate, up and their product, then queries, keys, values, residuals and their copies
     per_token = backbone.model.dtype.itemsize * (4 * text.intermediate_size + 12 * text.hidden_size)
     return max(1024, min(16_384, int(0.3 * free) // per_token))
+
+
+def _language_model(body: Any) -> Any:
+    names = ("language_model", "text_model")  # the Idefics family has the second
+    return next((getattr(body, name) for name in names if hasattr(body, name)), body)

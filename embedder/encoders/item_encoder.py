@@ -34,6 +34,7 @@ from vlm2rec.embedder.encoders.settings import EncoderSettings, GivenSettings, f
 from vlm2rec.embedder.options import (
     DeviceName,
     DtypeName,
+    Quantize,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class ItemEncoder:
         dtype: DtypeName = "auto",
         device: DeviceName = "auto",
         token_budget: int = 0,
+        quantize: Quantize = "none",
         **given: Unpack[GivenSettings],
     ) -> ItemEncoder:
         """Load a backbone, merge the adapter into it if one is given, and check the adapter's canary vectors.
@@ -95,6 +97,7 @@ class ItemEncoder:
             dtype: number format; auto is bfloat16 where the device multiplies it natively, else float32.
             device: where to run; auto is a GPU if there is one.
             token_budget: tokens in one packed row; 0 chooses a number that suits the device.
+            quantize: nf4 has the language model's matrices in four bits, for training; without an adapter only.
             given: fields of `EncoderSettings`. The adapter decides those left out or None; without one, the defaults.
 
         Raises:
@@ -113,12 +116,14 @@ class ItemEncoder:
             attention=settings.attention,
             dtype=dtype,
             device=device,
+            quantize=quantize,
         )
         model.share_prefixes()
         encoder = cls(model, settings, provenance, token_budget)
         # the commit: a branch may have moved when another process loads the same
         choices = {**given, "revision": files.commit, "dtype": dtype, "device": device, "token_budget": token_budget}
-        encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
+        if quantize == "none":  # another process has no use for one in training
+            encoder._loaded_with = (str(backbone), adapter, tuple(choices.items()))
         if adapter is not None:
             encoder._merge(adapter)
         return encoder

@@ -390,7 +390,7 @@ class Matryoshka(nn.Module):
     of whole vectors, and its value for each shorter length.
 
     Args:
-        loss: called as `loss(users, items, targets, hard)`.
+        loss: called as `loss(users, items, targets)`, and with `HardNegatives` if there are some.
         lengths: how many of the first numbers, in rising order; whole vectors come on top.
     """
 
@@ -411,13 +411,14 @@ class Matryoshka(nn.Module):
         totals, told = [], Log()
         for length in self.lengths:
             short = [{view: vectors[:, :length] for view, vectors in side.items()} for side in (users, items)]
-            short_hard = hard
+            more = []
             if hard is not None:
-                short_hard = HardNegatives({view: each[..., :length] for view, each in hard.vectors.items()}, hard.ids)
-            total, _ = self.loss(*short, targets, short_hard)
+                cut = {view: vectors[..., :length] for view, vectors in hard.vectors.items()}
+                more = [HardNegatives(cut, hard.ids)]
+            total, _ = self.loss(*short, targets, *more)
             totals.append(total)
             told[f"loss_{length}"] = total
-        total, log = self.loss(users, items, targets, hard)
+        total, log = self.loss(users, items, targets, *([] if hard is None else [hard]))
         return torch.stack([*totals, total]).mean(), log | told
 
 

@@ -63,12 +63,14 @@ class LossRecipe:
         make: returns the loss, which is called as `loss(users, items, targets)` (`HistoryModel`).
         check: raises `ConfigError` if settings contradict the loss.
         advice: returns what to try against collapse.
+        hard_negatives: whether it takes hard negatives as a fourth argument.
     """
 
     help: str
     make: Callable[[Settings], nn.Module]
     check: Callable[[Settings], None] = _nothing_to_check
     advice: Advice = _no_advice
+    hard_negatives: bool = False
 
 
 def _info_nce(settings: Settings) -> nn.Module:
@@ -125,8 +127,8 @@ def _vlm2rec_loss_advice(settings: Settings, behind: bool) -> Sequence[str]:
 
 
 LOSSES: dict[str, LossRecipe] = {
-    "vlm2rec": LossRecipe("WPCL + CRTR", _vlm2rec_loss, _check_vlm2rec_loss, _vlm2rec_loss_advice),
-    "sft": LossRecipe("InfoNCE", _info_nce, advice=_info_nce_advice),
+    "vlm2rec": LossRecipe("WPCL + CRTR", _vlm2rec_loss, _check_vlm2rec_loss, _vlm2rec_loss_advice, True),
+    "sft": LossRecipe("InfoNCE", _info_nce, advice=_info_nce_advice, hard_negatives=True),
 }
 """The losses of histories, by `--loss`."""
 
@@ -222,6 +224,13 @@ HARD_NEGATIVES = ("negatives_file", "mine_from", "margin", "hard_negatives")
 def _check_hard_negatives(settings: Settings) -> None:
     if settings.negatives_file is not None and settings.mine_from is not None:
         raise ConfigError("--negatives-file with --mine-from", "hard negatives from one of the two", "leave one out")
+    given = [name for name in ("negatives_file", "mine_from") if getattr(settings, name) is not None]
+    if given and not loss_of(settings.loss).hard_negatives:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} with --loss {settings.loss}, which takes no hard negatives",
+            f"--loss {' or '.join(name for name, row in LOSSES.items() if row.hard_negatives)}",
+            "change one of the two",
+        )
     defaults = {field.name: field.default for field in fields(settings)}
     needed = {"margin": ["mine_from"], "hard_negatives": ["negatives_file", "mine_from"]}
     for name, sources in needed.items():
@@ -454,6 +463,7 @@ METHODS: dict[str, Recipe] = {
             *("loss", "tau_wpcl", "tau_crtr", "lam", "alpha", "beta", "learnable", "stop_gradient", "penalty", "wpcl"),
             *("crtr", "reduction", "negatives", "samples", "users", "matryoshka"),
             *HARD_NEGATIVES,
+            "quantize",
         ),
         check=_check_histories,
         advice=_history_advice,
@@ -534,7 +544,7 @@ METHODS: dict[str, Recipe] = {
         samples=_history_samples,
         model=_history_model,
         title=lambda settings: f"slim, sft on {settings.item_text}",
-        own=("loss", "tau_wpcl", "negatives", "samples", "users", "matryoshka", *HARD_NEGATIVES),
+        own=("loss", "tau_wpcl", "negatives", "samples", "users", "matryoshka", *HARD_NEGATIVES, "quantize"),
         defaults={"loss": "sft", "views": "text", "item_text": "rationale", "max_title_tokens": 128},
         check=_check_rationales,
         advice=_history_advice,

@@ -30,9 +30,9 @@ class HistoryModel(Model):
         encoder: its backbone has LoRA layers.
         wrapped: the PEFT wrapper of the same backbone.
         items: titles and image features.
-        loss: called as `loss(users, items, targets, hard)`, the first two by view (`losses.Views`), the targets (B,)
-            item rows, `hard` the hard negatives or None; returns the loss, a scalar, and scalars for the curves
-            (`losses.Log`).
+        loss: called as `loss(users, items, targets)`, the first two by view (`losses.Views`), the targets (B,) item
+            rows; with `losses.HardNegatives` as a fourth argument if the samples have some. Returns the loss, a scalar,
+            and scalars for the curves (`losses.Log`).
         tau: temperature at which `gradients` contrasts each modality alone, whatever the loss is.
         chunk_users: encode this many users, or items, at a time (GradCache); 0 encodes the batch in one piece.
         negatives: with several processes, which targets are a user's negatives. `local`: those of the user's own
@@ -156,7 +156,7 @@ class HistoryModel(Model):
         if self.has_both_modalities:
             log["norm_ratio_user"] = norm_ratio(users[schema.TEXT], users[schema.IMAGE]).mean()
             log["norm_ratio_item"] = norm_ratio(items[schema.TEXT], items[schema.IMAGE]).mean()
-        total, parts = self.loss(users, items, targets, hard)
+        total, parts = self.loss(users, items, targets, *([] if hard is None else [hard]))
         return total, log | parts
 
 
