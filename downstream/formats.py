@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.options import Missing
-from vlm2rec.downstream.table import read_batches
+from vlm2rec.downstream.table import read_batches, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, MissingDependencyError
 from vlm2rec.embedder.contract.storage import Location

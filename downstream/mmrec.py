@@ -29,10 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, no_vectors, read_ids, read_reasons
 from vlm2rec.downstream.options import Repeats
-from vlm2rec.downstream.table import read_in_order
+from vlm2rec.downstream.table import read_in_order, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.downstream.evaluation.geometry import Distances, dispersion, distances_from_rows
-from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
+from vlm2rec.downstream.evaluation.metrics import TAIL
 from vlm2rec.downstream.evaluation.protocol import SAME_VIEW, RankingTask, Views, mean_of_history, rank_vectors
-from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.downstream.table import EmbeddingTable, unit_rows
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError

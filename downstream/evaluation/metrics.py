@@ -165,12 +165,6 @@ def group_means(metrics: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
 
 
 # --- scores and counts --------------------------------------------------------------------------------------
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Return `vectors` (..., d) at length 1 in their own dtype, so that dot products are cosines; zeros stay zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
-
-
 def candidate_scores(
     users: np.ndarray, items: np.ndarray, positives: np.ndarray, negatives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +175,7 @@ def candidate_scores(
     collapsed table.
 
     Args:
-        users: user vectors, (U, d); for cosines, apply `unit_rows` to users and items.
+        users: user vectors, (U, d); for cosines, apply `table.unit_rows` to users and items.
         items: item vectors, (I, d).
         positives: row in `items` of each user's held-out item, (U,).
         negatives: rows of the other candidates, (U, N).

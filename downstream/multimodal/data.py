@@ -9,9 +9,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
 from vlm2rec.downstream.multimodal.settings import Settings
-from vlm2rec.downstream.table import read_items
+from vlm2rec.downstream.table import read_items, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError
