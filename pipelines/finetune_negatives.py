@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm2rec.downstream.serving.top_items import ExactSearch, top_items, unit_rows
+from vlm2rec.downstream.serving.top_items import ExactSearch, top_items, with_direction
 from vlm2rec.downstream.table import read_items
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.checksums import checksums
@@ -196,7 +196,7 @@ def _mine(folder: Location, dataset: Dataset, samples: Samples, margin: float, m
             " negatives, and as targets have none",
             warning=True,
         )
-    units, there = unit_rows(vectors)
+    units, there = with_direction(vectors)
     lengths = np.where(there, np.linalg.norm(vectors, axis=1), 0).astype(np.float32)
     del vectors
     targets = samples.targets()
