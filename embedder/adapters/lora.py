@@ -197,13 +197,18 @@ def save_imported(plain: Path, folder: Path, settings: dict[str, Any], canary: C
         _finish(folder, (CONFIG_FILE, WEIGHTS_FILE), {"kind": "peft", **settings}, canary, card)
 
 
+_MODEL_DTYPE = "model_dtype"  # of the canary: a tensor without numbers, in the number format of the model
+
+
 def _finish(folder: Path, written: Sequence[str], settings: dict[str, Any], canary: Canary, card: str) -> None:
     """Write canary and card into an adapter folder, and `vlm2rec.json` last; the files of these names are there."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in canary.images]))
     vectors = {"images": pixels, "fused": torch.from_numpy(canary.fused)}
     with publish.whole_file(folder / CANARY_FILE) as file:
-        about = {"titles": json.dumps(canary.titles), "dtype": canary.dtype}
-        safetensors.torch.save_file(vectors, file, metadata=about)
+        # one key alone: safetensors writes several in any order, and the same training shall give the same bytes
+        if canary.dtype:
+            vectors[_MODEL_DTYPE] = torch.empty(0, dtype=getattr(torch, canary.dtype))
+        safetensors.torch.save_file(vectors, file, metadata={"titles": json.dumps(canary.titles)})
     schema.write_text(folder / CARD_FILE, card)  # instead of PEFT's empty template
     files = checksums(folder, (*written, CANARY_FILE, CARD_FILE))
     schema.write_json(folder / schema.ADAPTER_FILE, sealed({**settings, "files": files}))
@@ -333,7 +338,9 @@ def read_canary(folder: Path) -> Canary:
         tensors = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
-        titles, dtype = json.loads(about["titles"]), about.get("dtype", "")
+        titles, dtype = json.loads(about["titles"]), about.get("dtype", "")  # earlier versions wrote it there
+        if _MODEL_DTYPE in tensors:
+            dtype = str(tensors[_MODEL_DTYPE].dtype).removeprefix("torch.")
         pixels, fused = tensors["images"].numpy(), tensors["fused"].numpy()
         images = [Image.fromarray(picture) for picture in pixels]
         whole = all(isinstance(title, str) for title in titles) and len(titles) == len(images) == len(fused) > 0
