@@ -201,6 +201,18 @@ def demo(config: settings.DemoConfig) -> None:
     module_of("demo").run(config)
 
 
+@command(settings.InitConfig, panel=VECTORS)
+def init(config: settings.InitConfig) -> None:
+    """Write vlm2rec.yaml, with comments: the settings of the whole line, for `vlm2rec run`."""
+    module_of("init").run(config)
+
+
+@command(settings.RunConfig, panel=VECTORS, own_config_key=True)
+def run(config: settings.RunConfig) -> None:
+    """Run the stages of vlm2rec.yaml one after the other; what is done is skipped, so the same command goes on."""
+    module_of("run").run(config)
+
+
 @command(settings.PrepareConfig, panel=VECTORS)
 def prepare(config: settings.PrepareConfig) -> None:
     """Turn items, interactions and images into a dataset folder."""

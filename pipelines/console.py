@@ -108,13 +108,14 @@ def _lines(description: str, total: int | None) -> Iterator[Advance]:
 def _line(description: str, total: int | None, done: int, seconds: float) -> str:
     """Return how far the work is, such as `encoding items: 512 of 4,096, 17.1/s, 0:00:30, about 0:03:30 left`."""
     of = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-    parts = [of, f"{done / seconds:.1f}/s" if done else "", _clock(seconds)]
+    parts = [of, f"{done / seconds:.1f}/s" if done else "", clock(seconds)]
     if total and done:
-        parts.append(f"about {_clock(seconds / done * max(0, total - done))} left")
+        parts.append(f"about {clock(seconds / done * max(0, total - done))} left")
     return f"{description.strip()}: {', '.join(part for part in parts if part)}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds: `3725` → `1:02:05`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 

@@ -28,6 +28,8 @@ from vlm2rec.pipelines import cli, config, read_config
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "demo": config.DemoConfig,
+    "init": config.InitConfig,
+    "run": config.RunConfig,
     "prepare": config.PrepareConfig,
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
