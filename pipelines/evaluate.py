@@ -155,7 +155,7 @@ def print_metrics(result: dict[str, Any]) -> None:
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
         if tail := result["tail"]["candidates"][pair]:
             table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
-    log.print(table)
+    log.result(table)
 
 
 def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:

@@ -128,7 +128,8 @@ def _run_stage(stage: Stage, record: Record, again: bool) -> None:
     record.begin(stage, now)
     started = time.perf_counter()
     try:
-        returned = module_of(stage.name).run(stage.config)
+        with console.inner_command():
+            returned = module_of(stage.name).run(stage.config)
     except Vlm2RecError as error:
         stage.state = f"{_FAILED}, exit code {error.exit_code}"
         raise
