@@ -94,13 +94,14 @@ SHOWN: list[tuple[str, Any, Any]] = [
 """What every command shows; `console.told_by` says what these mean."""
 
 
-def _tell(name: str, config: Any, stage: Callable[[], Any], quiet: bool, as_json: bool) -> None:
+def _tell(name: str, read: Callable[[], Any], stage: Callable[[Any], Any], quiet: bool, as_json: bool) -> None:
     """Run a command; what it says is shown as its flags want it, and a line at the end says what comes next."""
     from vlm2rec.pipelines.console import told_by
     from vlm2rec.pipelines.what_now import what_now
 
     with told_by(name, quiet=quiet, as_json=as_json) as end:
-        returned = stage()
+        config = read()
+        returned = stage(config)
         sys.stdout.flush()
         end(returned, what_now(name, config, returned))
 
@@ -178,8 +179,7 @@ def command(
                 if isinstance(item.default, tuple) and flags.get(item.name) is not None:
                     flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
             with _own_endings():
-                config: Any = read_config.read_config(cls, file, overrides, flags)
-                _tell(name, config, lambda: stage(config), quiet, as_json)
+                _tell(name, lambda: read_config.read_config(cls, file, overrides, flags), stage, quiet, as_json)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = stage.__doc__
@@ -386,7 +386,7 @@ def doctor(
 ) -> None:
     """Check Python, libraries, device and disk, and export a few generated items."""
     with _own_endings():
-        _tell("doctor", None, lambda: module_of("doctor").run(), quiet, as_json)
+        _tell("doctor", lambda: None, lambda _: module_of("doctor").run(), quiet, as_json)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

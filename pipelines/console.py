@@ -174,6 +174,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        sys.stdout.flush()  # what a library kept for the stdout that it knows
         os.dup2(kept, descriptor)
         os.close(kept)
 

@@ -73,6 +73,10 @@ def _after_recommender(config: Any, returned: Any) -> str | None:
     return _call("build-index", embeddings=config.embeddings, out="index")
 
 
+def _after_study(config: Any, returned: Any) -> str:
+    return "the same command without --plan-only" if config.plan_only else f"open {config.out / 'report.html'}"
+
+
 _NEXT: dict[str, Next] = {
     "doctor": lambda config, returned: _call("demo"),
     "demo": lambda config, returned: _call("search", index=config.out / "index", item="P0302"),
@@ -97,6 +101,13 @@ _NEXT: dict[str, Next] = {
     "search": lambda config, returned: (
         None if config.html else _call("search", index=config.index, item=config.item or "ITEM", html="page.html")
     ),
-    "convert": lambda config, returned: None,
+    "semantic-ids": lambda config, returned: _call(
+        "semantic-ids", embeddings="EMBEDDINGS_WITH_NEW_ITEMS", like=config.out, out="OUT"
+    ),
+    "probe-images": lambda config, returned: _call(
+        "finetune", data=config.data, backbone=config.backbone, out="adapter"
+    ),
+    "study": _after_study,
+    "report": lambda config, returned: f"open {returned}" if returned else None,
 }
-"""The next command of each. Those without one end with a page or a table that is meant for reading."""
+"""The next command of each. `failures` says what to do in words of its own, and `convert` ends in another program."""
