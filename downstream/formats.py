@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlm2rec.downstream.options import Missing
-from vlm2rec.downstream.table import read_batches
+from vlm2rec.downstream.table import read_batches, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError, MissingDependencyError
 from vlm2rec.embedder.contract.storage import Location
@@ -60,6 +60,7 @@ class Selection:
     kept: np.ndarray  # (N,) bool, in the folder's order
     means: dict[str, np.ndarray]  # view → (d,) float32, the mean of the existing vectors
     gaps: list[Gap]
+    normalize: bool = False  # vectors of length 1
 
     def __len__(self) -> int:
         return int(self.kept.sum())
@@ -75,11 +76,12 @@ class Selection:
             views = {}
             for column, (_, vectors, present) in zip(self.columns, parts, strict=True):
                 whole = vectors if present.all() else np.where(present[:, None], vectors, self.means[column])
-                views[column] = whole if kept.all() else whole[kept]
+                chosen = whole if kept.all() else whole[kept]
+                views[column] = unit_rows(chosen) if self.normalize else chosen
             yield [item_id for item_id, keep in zip(ids, kept, strict=True) if keep], views
 
 
-def select(folder: Location, columns: Sequence[str], missing: Missing) -> Selection:
+def select(folder: Location, columns: Sequence[str], missing: Missing, normalize: bool = False) -> Selection:
     """Read an embeddings folder once and choose the items to write.
 
     Args:
@@ -87,6 +89,7 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
         columns: which views.
         missing: what to do with an item that lacks one of them: `skip` leaves it out of all views, `mean` gives it the
             mean of the view's vectors, `error` raises.
+        normalize: whether every vector, a mean one too, is written with length 1; one of zeros stays.
 
     Raises:
         ArtifactError: as `read_batches`, or no vector at all in a view.
@@ -127,7 +130,7 @@ def select(folder: Location, columns: Sequence[str], missing: Missing) -> Select
         )
     manifest = schema.read_manifest(folder)
     dims = {column: schema.dim_of(manifest, column) for column in columns}
-    return Selection(folder, tuple(columns), dims, kept, means, gaps)
+    return Selection(folder, tuple(columns), dims, kept, means, gaps, normalize)
 
 
 def no_vectors(folder: Location, column: str) -> ArtifactError:

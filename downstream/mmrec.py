@@ -31,7 +31,7 @@ import numpy as np
 
 from vlm2rec.downstream.formats import LEFT_OUT, MEAN_VECTOR, Gap, no_vectors, read_ids, read_reasons
 from vlm2rec.downstream.options import Repeats
-from vlm2rec.downstream.table import read_in_order
+from vlm2rec.downstream.table import read_in_order, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError
@@ -65,7 +65,13 @@ class Written:
 
 
 def write_mmrec(
-    embeddings: Location, dataset: Dataset, out: Path, name: str, columns: Sequence[str], repeats: Repeats = "keep"
+    embeddings: Location,
+    dataset: Dataset,
+    out: Path,
+    name: str,
+    columns: Sequence[str],
+    repeats: Repeats = "keep",
+    normalize: bool = False,
 ) -> Written:
     """Write an MMRec dataset into the folder `out`.
 
@@ -76,6 +82,7 @@ def write_mmrec(
         name: the dataset's name in MMRec.
         columns: `text`, `image`, or both; or `fused` alone.
         repeats: whether targets that MMRec masks stay in the `.inter` file.
+        normalize: whether every vector, a mean one too, has length 1.
 
     Raises:
         ArtifactError: a view has no vectors, or a user has no training item.
@@ -85,14 +92,20 @@ def write_mmrec(
     item_ids = [dataset.item_ids[row] for row in touched]
     _write_ids(out / ITEM_NUMBERS, ("asin", "itemID"), item_ids)
     _write_ids(out / USER_NUMBERS, ("user_id", "userID"), dataset.user_ids)
-    gaps = _write_views(embeddings, out, name, columns, item_ids)
+    gaps = _write_views(embeddings, out, name, columns, item_ids, normalize)
     untouched_reason = "it has no interactions: MMRec counts items by their interactions"
     gaps += [Gap(dataset.item_ids[row], "", untouched_reason, LEFT_OUT) for row in untouched]
     return Written(gaps, masked)
 
 
 def write_like(
-    embeddings: Location, published: Path, out: Path, name: str, columns: Sequence[str], repeats: Repeats = "keep"
+    embeddings: Location,
+    published: Path,
+    out: Path,
+    name: str,
+    columns: Sequence[str],
+    repeats: Repeats = "keep",
+    normalize: bool = False,
 ) -> Written:
     """Write vectors in the order of a published split into the folder `out`, beside copies of the split's own files.
 
@@ -103,6 +116,7 @@ def write_like(
         name: the dataset's name in MMRec.
         columns: `text`, `image`, or both; or `fused` alone.
         repeats: whether targets that MMRec masks stay in the `.inter` file.
+        normalize: whether every vector, a mean one too, has length 1.
 
     Raises:
         DataError: the split's numbers are not those of its items, 0 to n − 1 once each; most of its items are not in
@@ -125,7 +139,7 @@ def write_like(
     for file in (ITEM_NUMBERS, USER_NUMBERS):
         if (published / file).is_file():
             shutil.copyfile(published / file, out / file)
-    gaps = _write_views(embeddings, out, name, columns, item_ids)
+    gaps = _write_views(embeddings, out, name, columns, item_ids, normalize)
     gaps += [
         Gap(item, "", f"{ITEM_NUMBERS} of the split has no such item", LEFT_OUT)
         for item in exported
@@ -134,13 +148,15 @@ def write_like(
     return Written(gaps, masked)
 
 
-def _write_views(embeddings: Location, out: Path, name: str, columns: Sequence[str], item_ids: list[str]) -> list[Gap]:
+def _write_views(
+    embeddings: Location, out: Path, name: str, columns: Sequence[str], item_ids: list[str], normalize: bool
+) -> list[Gap]:
     """Write a matrix for each view and the YAML file; return the items without a vector of their own."""
     (out / f"{name}.yaml").write_text(_yaml(name, columns), encoding="utf-8")
     reasons = read_reasons(embeddings)
     gaps = []
     for column in columns:
-        found = _write_features(embeddings, column, item_ids, out / _FILES[column])
+        found = _write_features(embeddings, column, item_ids, out / _FILES[column], normalize)
         for row in np.flatnonzero(~found):
             reason = reasons.get(item_ids[row], f"no {column} vector, or one of zeros")
             gaps.append(Gap(item_ids[row], column, reason, MEAN_VECTOR))
@@ -271,17 +287,19 @@ def _write_interactions(dataset: Dataset, file: Path, repeats: Repeats) -> tuple
     times: `timestamp` is the position in the sequence. MMRec reads neither it nor the rating.
     """
     train = dataset.trained_sequences()  # MMRec needs every user in training
-    valid, test = dataset.histories("valid").targets, dataset.histories("test").targets
+    held_out = {VALID: dataset.targets("valid"), TEST: dataset.targets("test")}
     is_touched = np.zeros(len(dataset.item_ids), bool)
-    is_touched[np.concatenate([*train, valid, test])] = True
+    is_touched[np.concatenate([*train, *(rows for rows, _ in held_out.values())])] = True
     number = np.cumsum(is_touched) - 1
     masked: list[Repeat] = []
     written: set[int] = set()
     with file.open("w", encoding="utf-8") as lines:
         lines.write("\t".join(_COLUMNS) + "\n")
         for user, sequence in enumerate(train):
-            items = [*sequence, valid[user], test[user]]
-            labels = [TRAIN] * len(sequence) + [VALID, TEST]
+            items, labels = [*sequence], [TRAIN] * len(sequence)
+            for label, (rows, offsets) in held_out.items():
+                targets = rows[offsets[user] : offsets[user + 1]]
+                items, labels = [*items, *targets], labels + [label] * len(targets)
             seen = set(sequence.tolist())
             for position, (item, label) in enumerate(zip(items, labels, strict=True)):
                 if label != TRAIN and int(item) in seen:
@@ -294,7 +312,7 @@ def _write_interactions(dataset: Dataset, file: Path, repeats: Repeats) -> tuple
     return np.flatnonzero(is_touched), np.flatnonzero(~is_touched), masked
 
 
-def _write_features(embeddings: Location, column: str, item_ids: list[str], file: Path) -> np.ndarray:
+def _write_features(embeddings: Location, column: str, item_ids: list[str], file: Path, normalize: bool) -> np.ndarray:
     """Write one matrix, with the mean vector in missing rows; return which items have a vector, (I,) bool."""
     shape = (len(item_ids), schema.dims_of(schema.read_manifest(embeddings))[column])
     vectors: np.ndarray = np.lib.format.open_memmap(file, "w+", np.float32, shape)
@@ -319,6 +337,8 @@ def _write_features(embeddings: Location, column: str, item_ids: list[str], file
     for start in range(0, len(item_ids), _ROWS):
         rows = vectors[start : start + _ROWS]
         rows[~found[start : start + _ROWS]] = mean
+        if normalize:
+            rows[:] = unit_rows(rows)
     vectors.flush()  # type: ignore[attr-defined]
     return found
 

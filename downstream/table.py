@@ -184,6 +184,12 @@ def _nothing_in(folder: Location, column: str) -> ArtifactError:
     )
 
 
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return `vectors` (..., d) at length 1 in their own dtype, so that dot products are cosines; zeros stay zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
+
+
 def read_batches(
     folder: Location, column: str, batch_size: int = 16_384, table: str = schema.ITEMS_TABLE
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:

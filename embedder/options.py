@@ -41,8 +41,8 @@ StrategyChoice = Literal[Strategy, "question"]
 """One of the study's prompts, or a question about title and image together."""
 QuestionMode = Literal["auto", PromptMode]
 """`auto`: chat if the model has a chat template."""
-EncoderKind = Literal["auto", "sentence", "clip"]
-"""Of a frozen encoder: titles alone, or titles and images in one space; `auto`: what its folder holds."""
+EncoderKind = Literal["auto", "sentence", "clip", "image"]
+"""Of a frozen encoder: titles alone, titles and images in one space, or images alone; `auto`: what its folder holds."""
 EncoderPooling = Literal["auto", "mean", "cls", "last"]
 """Of a frozen text encoder; `auto`: what its folder says, else the mean."""
 

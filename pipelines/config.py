@@ -209,6 +209,11 @@ class PrepareConfig:
     min_item: Count = setting("The same for items; both are counted in the same log.", 0)
     truncate: Count = setting("Keep only each user's latest interactions, this many, before the k-core. 0: all.", 0)
     max_history: Positive = setting("How many of a user's latest items a model may see.", 10, group=RANKING)
+    split: Literal["leave-one-out", "temporal"] = setting(
+        "leave-one-out: each user's last item is tested, the last but one validates. temporal: 80/10/10 of each user's"
+        " interactions in time, several items each, as the VLM2Vec feature study has it.",
+        "leave-one-out",
+    )
     candidates: Positive = setting(
         "Candidates drawn per user and seed, from the items without an interaction of the user.", 100
     )
@@ -457,7 +462,13 @@ class ExportConfig:
     data: Place = setting("Dataset folder.")
     backbone: str | None = setting(_BACKBONE + " Give this or --encoder.", None)
     encoder: Path | None = setting(
-        "Folder of a frozen encoder instead of --backbone: sentence-transformers or other text encoder, CLIP, SigLIP.",
+        "Folder of a frozen encoder instead of --backbone: sentence-transformers or other text encoder, CLIP, SigLIP,"
+        " ResNet, EfficientNet.",
+        None,
+    )
+    image_encoder: Path | None = setting(
+        "Folder of a ResNet or EfficientNet for the images, beside a text encoder as --encoder: fused is then text and"
+        " image end to end.",
         None,
     )
     out: Place = setting("Embeddings folder to write.")
@@ -472,7 +483,8 @@ class ExportConfig:
     )
     revision: str | None = setting("Revision of a hub backbone.", None, group=MODEL)
     encoder_kind: EncoderKind = setting(
-        "Kind of --encoder. sentence: titles only; clip: titles and images in one space; auto: what the folder holds.",
+        "Kind of --encoder. sentence: titles only; clip: titles and images in one space; image: images only; auto: what"
+        " the folder holds.",
         "auto",
     )
     views: ViewChoice | None = setting(
@@ -844,6 +856,10 @@ class TrainRecommenderConfig:
         (),
         group=START,
     )
+    normalize: bool = setting(
+        "VBPR, FREEDOM, LATTICE, SLMRec: vectors of length 1, as VLM2Vec makes them. The others scale theirs anyway.",
+        False,
+    )
     mode: StartMode = setting(
         "adapter: frozen vectors with trained layers (--adapter); table: a trained item table that starts from them;"
         " fuse: frozen vectors with trained layers, and a trained row for every id; init: trained vectors with trained"
@@ -992,6 +1008,7 @@ class ConvertConfig:
         " lists those left out or filled. auto: mean for mmrec, cornac and recbole, skip for the others.",
         "auto",
     )
+    normalize: bool = setting("Write vectors of length 1, as VLM2Vec makes them; the embeddings folder stays.", False)
     data: Place | None = setting("Dataset folder, for mmrec. Default: that of the export.", None)
     name: str | None = setting("Name of the dataset, for mmrec and recbole. Default: the name of --out.", None)
     like: Path | None = setting(

@@ -75,7 +75,7 @@ def _refuse_unused_flags(config: ConvertConfig) -> None:
     """Raise `ConfigError` for a setting that this format does not use."""
     for flag in dict.fromkeys(flag for form in FORMATS.values() for flag in form.flags):
         forms = [name for name, form in FORMATS.items() if flag in form.flags]
-        if getattr(config, flag) not in (None, (), "auto") and config.to not in forms:
+        if getattr(config, flag) not in (None, (), "auto", False) and config.to not in forms:
             raise ConfigError(f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", "leave it out")
 
 
@@ -134,6 +134,7 @@ def _record(
         "columns": columns,
         "dims": {column: schema.dim_of(manifest, column) for column in columns},
         "missing": missing,
+        **({"normalize": True} if config.normalize else {}),
         **({"like": str(config.like.resolve())} if config.like else {}),
         **({"repeats": config.repeats} if config.repeats else {}),
         "left_out": len({gap.item_id for gap in gaps if gap.outcome == LEFT_OUT}),

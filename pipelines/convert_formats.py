@@ -47,7 +47,7 @@ class Format:
     missing: tuple[Missing, ...]
     write: Write
     reads: str
-    flags: tuple[str, ...] = ("columns", "missing")
+    flags: tuple[str, ...] = ("columns", "missing", "normalize")
     notes: Callable[[Path], dict[str, str]] = lambda folder: {}
     caches: str = ""
 
@@ -77,7 +77,7 @@ def _rows(writer: str) -> Write:
     def write(config: Settings, folder: Path, columns: list[str], missing: Missing) -> list[Gap]:
         from vlm2rec.downstream import formats
 
-        selection: Selection = formats.select(config.embeddings, columns, missing)
+        selection: Selection = formats.select(config.embeddings, columns, missing, config.normalize)
         getattr(formats, writer)(selection, folder)
         return selection.gaps
 
@@ -88,7 +88,7 @@ def _recbole(config: Settings, folder: Path, columns: list[str], missing: Missin
     from vlm2rec.downstream import formats
 
     name = dataset_name(config)
-    selection = formats.select(config.embeddings, columns, missing)
+    selection = formats.select(config.embeddings, columns, missing, config.normalize)
     return selection.gaps + formats.write_recbole(selection, folder, name)
 
 
@@ -97,12 +97,13 @@ def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing)
 
     name = dataset_name(config)
     repeats: Repeats = config.repeats or "keep"
+    how = (columns, repeats, config.normalize)
     if config.like is None:
-        written = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, name, columns, repeats)
+        written = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, name, *how)
     elif config.data is not None:
         raise ConfigError("--like with --data", "one of them: a published split, or a dataset folder", "leave one out")
     else:
-        written = mmrec.write_like(config.embeddings, config.like, folder, name, columns, repeats)
+        written = mmrec.write_like(config.embeddings, config.like, folder, name, *how)
     if missing == "error":
         formats.refuse([gap for gap in written.gaps if gap.outcome == formats.MEAN_VECTOR])
     if written.repeats:
@@ -218,7 +219,7 @@ FORMATS = {
         " names in src/configs/model/FREEDOM.yaml, up to 1000 epochs each: for one run, shorten each list to one value."
         " SLMRec needs text_feat.npy and image_feat.npy. When the vectors change, remove data/{name}/*_adj_*.pt: MMRec"
         " keeps its item graphs there and would use the old ones",
-        ("columns", "missing", "data", "name", "like", "repeats"),
+        ("columns", "missing", "normalize", "data", "name", "like", "repeats"),
         _mmrec_notes,
         "*_adj_*.pt",
     ),
@@ -237,7 +238,7 @@ FORMATS = {
         ("mean", "skip", "error"),
         _recbole,
         "RecBole: move {name}.itememb beside {name}.inter and add the lines of recbole.yaml",
-        ("columns", "missing", "name"),
+        ("columns", "missing", "normalize", "name"),
     ),
     "npy": Format(
         "a matrix for each view, and ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlm2rec.downstream.evaluation.geometry import Distances, dispersion, distances_from_rows
-from vlm2rec.downstream.evaluation.metrics import TAIL, unit_rows
+from vlm2rec.downstream.evaluation.metrics import TAIL
 from vlm2rec.downstream.evaluation.protocol import SAME_VIEW, RankingTask, Views, mean_of_history, rank_vectors
-from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.downstream.table import EmbeddingTable, unit_rows
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError
@@ -59,6 +60,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         **{
             key: {pair: found[key] for pair, found in means.items()} for key in ("candidates", "candidates_std", "full")
         },
+        **_over_all_targets(task, means),
         "tail": {
             "below": TAIL,
             **({} if config.tail_over == "train" else {"over": config.tail_over}),
@@ -75,8 +77,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     by_candidates = [table for of_pair in tables.values() for table in of_pair[:-1]]
     by_catalogue = [of_pair[-1] for of_pair in tables.values()]
     rows = pa.concat_tables([*by_candidates, *by_catalogue], promote_options="default")
-    keys = [name for name in rows.column_names if name not in (*schema.METRICS, *schema.DISTANCES)]
-    users_table = rows.select([*keys, *schema.METRICS, *schema.DISTANCES]).replace_schema_metadata({_STAMP: _WRITER})
+    of_sets = [name for name in rows.column_names if name.startswith(schema.RETRIEVAL)]
+    keys = [name for name in rows.column_names if name not in (*schema.METRICS, *schema.DISTANCES, *of_sets)]
+    users_table = rows.select([*keys, *schema.METRICS, *schema.DISTANCES, *of_sets]).replace_schema_metadata(
+        {_STAMP: _WRITER}
+    )
     with publish.plain_disk_errors(config.out):
         publish.discard(config.out / schema.METRICS_FILE)  # it is written last: never the old one beside new users
         with publish.whole_file(config.out / schema.USERS_FILE) as file:
@@ -85,6 +90,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     print_metrics(result)
     _summarise(config, result)
     return result
+
+
+def _over_all_targets(task: RankingTask, means: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of metrics.json about all of a user's targets, if there are several."""
+    if task.sets is None:
+        return {}
+    return {schema.RETRIEVAL: {pair: found[schema.RETRIEVAL] for pair, found in means.items()}} | task.about_targets()
 
 
 def _with_distances(rows: pa.Table, found: Distances) -> pa.Table:
@@ -144,7 +156,8 @@ def _encode_histories(
 def print_metrics(result: dict[str, Any]) -> None:
     """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue.
 
-    If some users' targets are items of the long tail, their metrics among the candidates follow.
+    If some users' targets are items of the long tail, their metrics among the candidates follow. If users have several
+    targets, the table is about the first of them, and lines about all of them follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "ranked among", *schema.METRICS):
@@ -156,6 +169,9 @@ def print_metrics(result: dict[str, Any]) -> None:
         if tail := result["tail"]["candidates"][pair]:
             table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
     log.result(table)
+    for pair, found in result.get(schema.RETRIEVAL, {}).items():
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+        log.result(f"{pair}, all {result['targets']:,} targets among all items: {figures}", markup=False)
 
 
 def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:

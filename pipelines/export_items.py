@@ -76,7 +76,7 @@ SOURCES = (
     Source(
         "--encoder",
         lambda config: config.encoder is not None,
-        ("encoder", "encoder_kind", "pooling", "fusion_norm"),
+        ("encoder", "encoder_kind", "image_encoder", "pooling", "fusion_norm"),
         frozen_fingerprint,
         load_frozen,
     ),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
+from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics
+from vlm2rec.downstream.table import unit_rows
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.adapters.lora import (
     FILES,

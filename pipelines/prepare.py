@@ -88,7 +88,7 @@ def run(config: PrepareConfig) -> Dataset:
 
         write_items(catalogue, work / schema.ITEMS_FILE)
         # training and ranking know the items with interactions only
-        write_sequences(sequences, user_ids, touched, work / schema.SEQUENCES_FILE)
+        write_sequences(sequences, user_ids, touched, work / schema.SEQUENCES_FILE, config.split)
         write_candidates(sequences, user_ids, touched, config, work / schema.NEGATIVES_FILE)
         sources = {"items": items.format, "interactions": found.format}
         meta = _describe(config, steps, catalogue, rows, sources, work)
@@ -186,6 +186,7 @@ def _describe(
         if catalogue[schema.IMAGE_PATH].null_count() == catalogue.height
         else _image_root(config, out),
         "max_history": config.max_history,
+        **({} if config.split == schema.LEAVE_ONE_OUT else {schema.SPLIT: config.split}),
         "negatives": {"count": config.candidates, "seeds": sorted(config.candidate_seeds)},
         "counts": [asdict(step) for step in steps],
         "rows": dict(rows),
@@ -200,12 +201,19 @@ def _describe(
             "ids": "text without white space at its ends; null, NaN and blank text are none",
             "duplicates": "rows equal in user, item and time count once" if by_time else "every row counts",
             "order": "by time; equal times keep the file's order" if by_time else "the file's order",
-            "split": "leave-one-out: the last item is test, the last but one valid, the rest train",
+            "split": _SPLITS[config.split],
             "negatives": "uniform without replacement from the items the user never touched",
         },
         "sources": dict(sources),
         "sha256": {file: storage.sha256_file(work / file) for file in schema.DATASET_TABLES},
     }
+
+
+_SPLITS = {
+    schema.LEAVE_ONE_OUT: "leave-one-out: the last item is test, the last but one valid, the rest train",
+    schema.TEMPORAL: "temporal: of a user's n items in order the last n // 5 are held out, at least two; the first half"
+    " of these, rounded down, is valid, the others are test",
+}
 
 
 def _name(config: PrepareConfig) -> str:
@@ -252,6 +260,8 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         f"average length {meta['average_length']:.1f}, sparsity {meta['sparsity']:.2%},"
         f" {meta['negatives']['count']} candidates per user for seeds {', '.join(map(str, meta['negatives']['seeds']))}"
     )
+    if meta.get(schema.SPLIT) == schema.TEMPORAL:
+        console.log.print("split 80/10/10 in each user's order: several items to validate and to test")
     left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
     if any(left_out.values()):
         told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from vlm2rec.downstream.index.index import ItemIndex
 from vlm2rec.downstream.serving.mean_vectors import mean_vectors
-from vlm2rec.downstream.serving.top_items import ExactSearch, IndexSearch, Search, top_items, unit_rows
+from vlm2rec.downstream.serving.top_items import ExactSearch, IndexSearch, Search, top_items, with_direction
 from vlm2rec.downstream.table import EmbeddingTable, read_part
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -378,7 +378,7 @@ class _VectorRanker:
             self._rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
         else:
             assert self._table is not None
-            items, good = unit_rows(np.where(self._table.present[:, None], self._table.vectors, 0))
+            items, good = with_direction(np.where(self._table.present[:, None], self._table.vectors, 0))
             self._rows = np.flatnonzero(good)
             self._items = items if good.all() else items[good]
 
@@ -387,7 +387,7 @@ class _VectorRanker:
         reasons = {place: histories.reasons[user] for place, user in enumerate(users) if user in histories.reasons}
         mean = self._source.users is None
         vectors = self._means(users, histories, reasons) if mean else self._given(number, reasons)
-        unit, good = unit_rows(vectors)
+        unit, good = with_direction(vectors)
         for place in np.flatnonzero(~good):
             reasons.setdefault(int(place), "the vector has no direction: it is zero, or not finite")
         if self._index is not None:

@@ -282,7 +282,8 @@ def _summarise(outcome: Outcome) -> None:
             )
         rows["popularity, full"] = _figures(metrics["popularity"]["full"])
     if metrics["candidates"] is not None:
-        rows["full ranking, at 20"] = _figures(metrics["retrieval"])
+        over = f", all {metrics['targets']:,} targets" if "targets" in metrics else ""
+        rows[f"full ranking, at 20{over}"] = _figures(metrics["retrieval"])
     if metrics["recbole"] is not None:
         rows["RecBole's own"] = _figures(metrics["recbole"])
     if (outcome.folder / OLD_CHECKPOINT_FILE).exists():

@@ -28,8 +28,12 @@ def write_dataset(
     candidates: int = 8,
     seeds: Sequence[int] = (0, 1),
     name: str = "by hand",
+    held_out: Sequence[tuple[int, int]] = (),
 ) -> Path:
-    """Write a dataset folder as `prepare` does, without pictures; `sequences` hold whole histories, oldest first."""
+    """Write a dataset folder as `prepare` does, without pictures; `sequences` hold whole histories, oldest first.
+
+    With `held_out`, each user's numbers of items to validate and to test, the split is temporal.
+    """
     folder.mkdir(parents=True)
     users = list(user_ids) if user_ids is not None else [f"u{number}" for number in range(len(sequences))]
     pq.write_table(
@@ -42,17 +46,19 @@ def write_dataset(
         ),
         folder / schema.ITEMS_FILE,
     )
-    pq.write_table(
-        pa.table(
-            {
-                schema.USER_ID: pa.array(users, pa.string()),
-                schema.TRAIN: pa.array([list(s[:-2]) for s in sequences], pa.list_(pa.string())),
-                schema.VALID: pa.array([s[-2] for s in sequences], pa.string()),
-                schema.TEST: pa.array([s[-1] for s in sequences], pa.string()),
-            }
-        ),
-        folder / schema.SEQUENCES_FILE,
-    )
+    split: dict[str, pa.Array] = {schema.USER_ID: pa.array(users, pa.string())}
+    if held_out:
+        cut = [
+            (list(s[: -v - t]), list(s[-v - t : -t]), list(s[-t:]))
+            for s, (v, t) in zip(sequences, held_out, strict=True)
+        ]
+        for part, lists in zip((schema.TRAIN, schema.VALID, schema.TEST), zip(*cut, strict=True), strict=True):
+            split[part] = pa.array(list(lists), pa.list_(pa.string()))
+    else:
+        split[schema.TRAIN] = pa.array([list(s[:-2]) for s in sequences], pa.list_(pa.string()))
+        split[schema.VALID] = pa.array([s[-2] for s in sequences], pa.string())
+        split[schema.TEST] = pa.array([s[-1] for s in sequences], pa.string())
+    pq.write_table(pa.table(split), folder / schema.SEQUENCES_FILE)
     drawn = []
     for seed in seeds:
         generator = np.random.default_rng(seed)
@@ -80,6 +86,7 @@ def write_dataset(
             "users": len(users),
             "items": len(item_ids),
             "schema_version": schema.SCHEMA_VERSION,
+            **({schema.SPLIT: schema.TEMPORAL} if held_out else {}),
         },
     )
     return folder

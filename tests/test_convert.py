@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 import yaml
 from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_atomic, write_dataset
@@ -389,6 +390,30 @@ def test_mmrec_takes_the_dataset_of_the_export_or_the_one_it_is_given(whole: Pat
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("to", ["npy", "mmrec", "safetensors", "cornac"])
+def test_vectors_of_length_one_are_a_choice_of_every_format(to: str, holed: Path, data: Path, tmp_path: Path) -> None:
+    more = {"data": data} if to == "mmrec" else {}
+    raw = run(holed, to, tmp_path / "raw", missing="mean", **more)
+    unit = run(holed, to, tmp_path / "unit", missing="mean", normalize=True, **more)
+    assert unit["normalize"] is True and "normalize" not in raw
+
+    def matrices(folder: Path) -> dict[str, np.ndarray]:
+        if to == "safetensors":
+            return safetensors.numpy.load_file(folder / "vectors.safetensors")
+        return {path.name: np.load(path) for path in folder.glob("*.npy")}
+
+    found, expected = matrices(tmp_path / "unit"), matrices(tmp_path / "raw")
+    assert found.keys() == expected.keys() and found
+    for name, vectors in expected.items():
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.testing.assert_allclose(found[name], vectors / np.where(lengths > 0, lengths, 1), rtol=1e-5)
+
+
+def test_a_model_has_no_vectors_to_normalize(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--normalize with --to sentence-transformers"):
+        run(whole, "sentence-transformers", tmp_path / "out", normalize=True)
+
+
 def test_a_second_conversion_takes_the_place_of_the_first(whole: Path, holed: Path, tmp_path: Path) -> None:
     run(holed, "npy", tmp_path / "out")
     record = run(whole, "npy", tmp_path / "out", columns=("text",))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_encoders import CLIP_DIM, WIDTH, sentence_folder, tiny_clip
+from tiny_encoders import CLIP_DIM, WIDTH, sentence_folder, tiny_clip, tiny_resnet
 from tiny_models import tiny_model
 
 from vlm2rec.downstream.table import EmbeddingTable
@@ -87,6 +87,37 @@ def test_clip_with_default_flags_fills_three_views_of_every_item(
         "model_type": "clip",
         "dtype": "float32",
     }
+
+
+def test_a_text_and_an_image_encoder_make_a_table_of_two_lengths_that_readers_take(
+    drawn_dataset: Path, sentence: Path, tmp_path: Path, vlm2rec: Callable[..., None]
+) -> None:
+    resnet = tiny_resnet(tmp_path / "resnet")
+    given = ("--data", drawn_dataset, "--encoder", sentence, "--image-encoder", resnet, "--out", tmp_path / "out")
+    vlm2rec("export-items", *given)
+    manifest = read_manifest(tmp_path / "out")
+    assert verify(tmp_path / "out") == [] and manifest["counts"]["failed"] == 0
+    assert manifest["dims"] == {"fused": WIDTH + 40, "text": WIDTH, "image": 40}
+    assert manifest["made_with"] == {"encoder": sentence.name, "image_encoder": "resnet"}
+    vlm2rec("export-items", *given)  # goes on with it: nothing to do
+    assert read_manifest(tmp_path / "out")["shards"] == manifest["shards"]
+    vlm2rec("evaluate", "--data", drawn_dataset, "--embeddings", tmp_path / "out", "--out", tmp_path / "evaluation")
+    found = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert set(found["full"]) == {"f2f", "t2t", "v2v"}
+    vlm2rec(
+        *("train-recommender", "--data", drawn_dataset, "--embeddings", tmp_path / "out", "--model", "FREEDOM"),
+        *("--max-epochs", "1", "--eval-step", "1", "--normalize", "--out", tmp_path / "freedom", "--device", "cpu"),
+    )
+    assert json.loads((tmp_path / "freedom" / "metrics.json").read_text())["start"] == "text+image"
+    vlm2rec("export-items", "--data", drawn_dataset, "--encoder", resnet, "--out", tmp_path / "images")
+    alone = read_manifest(tmp_path / "images")
+    assert (alone["views"], alone["dim"], alone["counts"]["failed"]) == (["fused", "image"], 40, 0)
+    both = EmbeddingTable.open(tmp_path / "out", "image"), EmbeddingTable.open(tmp_path / "images", "fused")
+    np.testing.assert_allclose(both[0].vectors, both[1].vectors, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="text_only"):
+        export_items.run(
+            ExportConfig(data=drawn_dataset, encoder=resnet, out=tmp_path / "no", on_image_error="text_only")
+        )
 
 
 def test_a_text_encoder_with_default_flags_never_opens_an_image(

@@ -15,7 +15,18 @@ import torch
 import transformers
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from tiny_encoders import CLIP_DIM, MEAN, WIDTH, sentence_folder, tiny_bert, tiny_clip, tiny_siglip, tiny_siglip2
+from tiny_encoders import (
+    CLIP_DIM,
+    MEAN,
+    WIDTH,
+    sentence_folder,
+    tiny_bert,
+    tiny_clip,
+    tiny_efficientnet,
+    tiny_resnet,
+    tiny_siglip,
+    tiny_siglip2,
+)
 from torch import Tensor
 
 from vlm2rec.embedder.backbones.images import ImageError
@@ -23,6 +34,7 @@ from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
 from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
 
 TITLES = ["red chair", "A small Blue lamp of 1987", "x", "soft woollen hat, green"]
+IMAGE_ENCODERS = {"resnet": (tiny_resnet, 40), "efficientnet": (tiny_efficientnet, 128)}
 CLIPS: dict[str, Callable[[Path], Path]] = {"clip": tiny_clip, "siglip": tiny_siglip, "siglip2": tiny_siglip2}
 
 
@@ -57,6 +69,98 @@ def text_of(folder: Path, titles: list[str], **settings: Any) -> np.ndarray:
 def images(count: int) -> list[Image.Image]:
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (40 + 9 * i, 64, 3), dtype=np.uint8)) for i in range(count)]
+
+
+# --- image encoders ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=IMAGE_ENCODERS)
+def image_encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    build, dim = IMAGE_ENCODERS[request.param]
+    return build(tmp_path_factory.mktemp(request.param)), dim
+
+
+def pooled(folder: Path, image: Image.Image) -> np.ndarray:
+    """Return the vector of one image alone, (d,), from transformers itself."""
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(processor(images=[image], return_tensors="pt")["pixel_values"]).pooler_output.flatten().numpy()
+
+
+def test_an_image_encoder_gives_what_the_model_pools(image_encoder: tuple[Path, int]) -> None:
+    folder, dim = image_encoder
+    settings = frozen_fingerprint(folder)
+    assert (settings["source"], settings["dim"], settings["views"]) == ("image", dim, ["fused", "image"])
+    assert settings["max_pixels"] == 32**2 and json.loads(json.dumps(settings)) == settings
+    encoder = load_frozen(folder, device="cpu")
+    assert encoder.fingerprint == settings
+    pictures = images(3)
+    found = encoder.encode_items(["a", "b", "c", "d"], [pictures[0], None, *pictures[1:]])
+    for row, picture in ((0, pictures[0]), (2, pictures[1]), (3, pictures[2])):
+        np.testing.assert_allclose(found.image[row], pooled(folder, picture), rtol=1e-4, atol=1e-5)
+    assert np.isnan(found.image[1]).all() and np.isnan(found.text).all() and not found.truncated.any()
+    np.testing.assert_array_equal(found.fused, found.image)
+    assert len(np.unique(found.image[[0, 2, 3]], axis=0)) == 3
+
+
+def test_the_head_of_a_classifier_is_left_out(tmp_path: Path) -> None:
+    folder = tiny_resnet(tmp_path)
+    expected = load_frozen(folder, device="cpu").encode_items(["a"], images(1)).image
+    model = transformers.ResNetForImageClassification.from_pretrained(folder)
+    model.resnet.load_state_dict(transformers.ResNetModel.from_pretrained(folder).state_dict())
+    model.save_pretrained(folder)
+    found = load_frozen(folder, device="cpu").encode_items(["a"], images(1)).image
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("norm", ["raw", "normalised"])
+def test_beside_a_text_encoder_every_view_has_its_own_length(
+    norm: Any, image_encoder: tuple[Path, int], sentence: Path
+) -> None:
+    folder, dim = image_encoder
+    encoder = load_frozen(sentence, image_encoder=folder, fusion_norm=norm, device="cpu")
+    settings = frozen_fingerprint(sentence, image_encoder=folder, fusion_norm=norm)
+    assert encoder.fingerprint == settings and json.loads(json.dumps(settings)) == settings
+    assert settings["dims"] == {"fused": WIDTH + dim, "text": WIDTH, "image": dim}
+    found = encoder.encode_items(TITLES[:2], [images(1)[0], None])
+    np.testing.assert_allclose(found.text, text_of(sentence, TITLES[:2]))
+    np.testing.assert_allclose(found.image[0], pooled(folder, images(1)[0]), rtol=1e-4, atol=1e-5)
+    assert np.isnan(found.image[1]).all() and np.isnan(found.fused[1]).all()
+    lengths = np.linalg.norm(found.text[0]), np.linalg.norm(found.image[0])
+    scale = (1.0, 1.0) if norm == "raw" else lengths
+    expected = np.concatenate([found.text[0] / scale[0], found.image[0] / scale[1]])
+    np.testing.assert_allclose(found.fused[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "settings", "message"),
+    [
+        ("resnet", None, {"encoder_kind": "sentence"}, r"type 'resnet' as sentence.*leave --encoder-kind out"),
+        ("resnet", None, {"pooling": "mean"}, r"--pooling with an image encoder"),
+        ("bert", None, {"encoder_kind": "image"}, r"type 'bert' as image.*one of resnet, efficientnet"),
+        ("resnet", "resnet", {}, r"--image-encoder .* \(image\) beside --encoder .* \(image\)"),
+        ("clip", "resnet", {}, r"beside --encoder .* \(clip\)"),
+        ("bert", "clip", {}, r"--image-encoder .* \(clip\) beside"),
+    ],
+)
+def test_settings_that_do_not_fit_an_image_encoder_are_refused(
+    first: str, second: str | None, settings: dict[str, Any], message: str, bert: Path, tmp_path: Path
+) -> None:
+    folders = {"bert": bert, "resnet": tiny_resnet(tmp_path / "resnet"), "clip": tiny_clip(tmp_path / "clip")}
+    other = {} if second is None else {"image_encoder": folders[second]}
+    with pytest.raises(ConfigError, match=message):
+        frozen_fingerprint(folders[first], **other, **settings)  # type: ignore[arg-type]
+
+
+def test_a_damaged_image_encoder_is_a_model_error(tmp_path: Path) -> None:
+    folder = tiny_resnet(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_sizes": "many"}))
+    with pytest.raises(ModelError, match="hidden_sizes = 'many'"):
+        frozen_fingerprint(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="image processor"):
+        frozen_fingerprint(folder)
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ ORDER = {
     ),
     "downstream": (
         *("options", "principal_components", "table", "formats", "mmrec"),
-        *("evaluation", "recommender", "recbole", "multimodal", "index", "semantic_ids", "serving"),
+        *("evaluation", "recommender", "recbole", "rectools", "multimodal", "index", "semantic_ids", "serving"),
     ),
     "pipelines": (
         *("convert_formats", "config", "read_config", "console", "commands"),

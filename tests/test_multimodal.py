@@ -21,6 +21,7 @@ from torch import Tensor
 from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation import metrics
 from vlm2rec.downstream.multimodal import graphs, losses
+from vlm2rec.downstream.multimodal import model as multimodal_model
 from vlm2rec.downstream.multimodal.data import Interactions, read_features
 from vlm2rec.downstream.multimodal.freedom import FREEDOM, item_matrix, kept_edges
 from vlm2rec.downstream.multimodal.lattice import LATTICE
@@ -185,13 +186,15 @@ def test_bpr_and_in_batch_info_nce_are_their_formulas() -> None:
     assert losses.bpr(huge, -huge, huge).isfinite() and losses.bpr(huge, huge, -huge) == 0
 
 
+@pytest.mark.parametrize("mode", ["adapter", "init"])
 @pytest.mark.parametrize("views", [("text", "image"), ("image",)])
-def test_vbpr_has_its_loss(views: tuple[str, ...], by_hand: Interactions) -> None:
-    settings, features = settings_of("VBPR", features=views, regularisation=0.3), drawn(views)
+def test_vbpr_has_its_loss(views: tuple[str, ...], mode: str, by_hand: Interactions) -> None:
+    settings, features = settings_of("VBPR", features=views, regularisation=0.3, mode=mode), drawn(views)
     model = built(VBPR, settings, by_hand, features)
 
     def reference(of: dict[str, Tensor]) -> Tensor:
-        joined = torch.cat([features[view] for view in views], 1).double()
+        raw = {view: of[f"features.{view}"] if mode == "init" else features[view].double() for view in views}
+        joined = torch.cat([raw[view] for view in views], 1)
         items = torch.cat([of["items"], joined @ of["linear.weight"].T + of["linear.bias"]], 1)
         users, liked, others = of["users"][USERS], items[LIKED], items[OTHERS]
         norms = sum((each**2).sum() ** 0.5 for each in (users, liked, others))
@@ -398,6 +401,11 @@ def test_a_user_with_every_item_of_training_gets_the_others_as_negatives(tmp_pat
         full.negatives(np.zeros(1, np.int64), np.random.default_rng(0))
 
 
+def test_the_distinct_rows_of_a_batch_are_found_once() -> None:
+    found, (one, two) = multimodal_model.distinct(9, torch.tensor([4, 1, 4]), torch.tensor([8, 1]))
+    assert found.tolist() == [1, 4, 8] and one.tolist() == [1, 0, 1] and two.tolist() == [2, 0]
+
+
 def test_each_epoch_has_every_interaction_once(by_hand: Interactions) -> None:
     batches = list(by_hand.batches(4, np.random.default_rng(0)))
     assert [len(users) for users, _, _ in batches] == [4, 4, 1]
@@ -525,6 +533,18 @@ def test_items_without_a_vector_are_an_error_or_filled(data: Path, tmp_path: Pat
     drawn_vectors, _ = read_features(dataclasses.replace(settings, missing="random"), ITEMS)
     lengths = drawn_vectors["image"][3:5].norm(dim=1).numpy()
     np.testing.assert_allclose(lengths, np.linalg.norm(known, axis=1).mean(), rtol=1e-5)
+
+
+def test_vectors_of_length_one_are_a_choice(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    settings = settings_of("VBPR", embeddings=embeddings)
+    raw, _ = read_features(settings, ITEMS)
+    unit, _ = read_features(dataclasses.replace(settings, normalize=True), ITEMS)
+    for view in ("text", "image"):
+        torch.testing.assert_close(unit[view], torch.nn.functional.normalize(raw[view], dim=1))
+    found = train_recommender.run(config("VBPR", data, embeddings, tmp_path / "a", normalize=True))
+    other = train_recommender.run(config("VBPR", data, embeddings, tmp_path / "b"))
+    assert found["curve"][0]["loss"] != other["curve"][0]["loss"]
+    refused(ConfigError, "--normalize with SASRec", config("SASRec", data, embeddings, tmp_path / "c", normalize=True))
 
 
 def test_with_init_the_vectors_are_trained_and_kept(data: Path, embeddings: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from user_world import ITEMS, draw_histories, parts, rows_of, write_histories, write_items
 
 from vlm2rec.downstream.index.index import build_index
-from vlm2rec.downstream.serving.top_items import ExactSearch, top_items, unit_rows
+from vlm2rec.downstream.serving.top_items import ExactSearch, top_items, with_direction
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, Vlm2RecError
@@ -368,8 +368,8 @@ def test_the_command_line_returns_the_codes(config: RecommendConfig) -> None:
 def test_any_histories_get_what_a_sort_gives(data: st.DataObject) -> None:
     items, users = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 6))
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
-    vectors, _ = unit_rows(random.integers(-2, 3, (items, 3)).astype(np.float32) + np.float32(0.25))  # with ties
-    queries, _ = unit_rows(random.integers(-2, 3, (users, 3)).astype(np.float32) + np.float32(0.5))
+    vectors, _ = with_direction(random.integers(-2, 3, (items, 3)).astype(np.float32) + np.float32(0.25))  # with ties
+    queries, _ = with_direction(random.integers(-2, 3, (users, 3)).astype(np.float32) + np.float32(0.5))
     histories = [random.integers(0, items, data.draw(st.integers(0, 40))) for _ in range(users)]
     k, keep_seen = data.draw(st.integers(1, items)), data.draw(st.booleans())
     found = top_items(ExactSearch(queries, vectors, np.arange(items)), histories, k, items, keep_seen=keep_seen)
@@ -385,6 +385,6 @@ def test_any_histories_get_what_a_sort_gives(data: st.DataObject) -> None:
 
 
 def test_vectors_without_a_direction_are_told_apart() -> None:
-    unit, good = unit_rows(np.array([[3, 4], [0, 0], [np.nan, 1], [np.inf, 1]], np.float32))
+    unit, good = with_direction(np.array([[3, 4], [0, 0], [np.nan, 1], [np.inf, 1]], np.float32))
     assert good.tolist() == [True, False, False, False]
     np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0], [0, 0], [0, 0]])

@@ -14,7 +14,7 @@ import pytest
 from markupsafe import Markup
 from study_tables import HOSTILE, SINCE, changed, without, write_study
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
+from vlm2rec.downstream.table import unit_rows
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.pipelines.config import ReportConfig
 from vlm2rec.pipelines.experiments.neighbours import Views, disagreeing, nearest, spread_out

@@ -15,8 +15,7 @@ import pytest
 import torch
 from item_training import Tiny, curves, cut_off, require_same, settings_of
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
-from vlm2rec.downstream.table import EmbeddingTable
+from vlm2rec.downstream.table import EmbeddingTable, unit_rows
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.adapters import lora, moda
 from vlm2rec.embedder.contract import schema

@@ -316,7 +316,18 @@ def test_vectors_that_know_only_one_catalogue_cannot_go_elsewhere(tmp_path: Path
 
 
 def test_every_source_is_documented_by_a_method_or_a_test() -> None:
-    assert set(SOURCES) == {"id", "backbone", "finetune", "vectors", "sentence-transformers", "clip", "prompt"}
+    ours = {"id", "backbone", "finetune", "vectors", "prompt"}
+    assert set(SOURCES) == ours | {"sentence-transformers", "clip", "image-encoder"}
+
+
+def test_image_encoders_stand_alone_or_beside_a_text_encoder(tmp_path: Path) -> None:
+    alone = {"name": "resnet", "source": "image-encoder", "folder": "resnet", "analyses": ["main"]}
+    pair = {"name": "both", "source": "sentence-transformers", "folder": "bert", "image_encoder": "resnet"}
+    laid = laid_out(study(tmp_path, more_methods=[alone, pair | {"analyses": ["main"]}]))
+    steps = [(run.method.name, step) for run in laid.values() for step in run.steps]
+    found = {name: step.config for name, step in steps if step.command == "export-items"}
+    assert (found["resnet"].encoder, found["resnet"].encoder_kind) == (Path("resnet"), "image")
+    assert (found["both"].encoder, found["both"].image_encoder) == (Path("bert"), Path("resnet"))
 
 
 def test_a_row_of_sda_is_a_method_of_finetune_and_takes_what_is_common_without_what_it_does_not_have() -> None:

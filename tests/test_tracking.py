@@ -118,6 +118,24 @@ def test_a_wrong_tracker_is_named_before_anything_is_done(
     assert parse_trackers("none") == () and not (tmp_path / "adapter").exists()
 
 
+def test_a_tracker_that_fails_does_not_end_the_training(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = tracking.TensorBoardTracker.log
+
+    def log(self: Any, values: dict[str, Any], step: int | None = None) -> None:
+        if "train/loss" in values and step == 3:
+            raise ConnectionError("the service is away")
+        usual(self, values, step=step)
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "log", log)
+    training = finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", report_to="tensorboard"))
+    assert training is not None and training.steps == 6
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("tensorboard fails and gets no more points of the curves: the service is away") == 1
+    assert [step for step, _ in scalars(tmp_path / "adapter-logs" / "adapter")["train/loss"]] == [1, 2]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
     with (

@@ -104,6 +104,22 @@ def tiny_siglip2(folder: Path) -> Path:
     return _save(folder, transformers.Siglip2Model, config)
 
 
+def tiny_resnet(folder: Path) -> Path:
+    """Write a ResNet whose pooled vector has 40 numbers."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 40], depths=[1, 1, 1, 1])
+    _image_processor(folder, "ConvNextImageProcessor", size={"shortest_edge": 28}, crop_pct=0.875)
+    return _save(folder, transformers.ResNetModel, config)
+
+
+def tiny_efficientnet(folder: Path) -> Path:
+    """Write an EfficientNet whose pooled vector has 128 numbers."""
+    config = transformers.EfficientNetConfig(
+        image_size=32, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, initializer_range=0.5
+    )
+    _image_processor(folder, "EfficientNetImageProcessor", size={"height": 32, "width": 32})
+    return _save(folder, transformers.EfficientNetModel, config)
+
+
 def _tower() -> dict[str, Any]:
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
     return {"hidden_size": WIDTH, "intermediate_size": 64, **layers}

@@ -99,6 +99,26 @@ def retrieval_metrics(means: Mapping[str, float]) -> dict[str, float]:
     return {"R@20": means["H@20"], "N@20": means["N@20"], "P@20": means["H@20"] / 20}
 
 
+def set_metrics(higher: np.ndarray, ties: np.ndarray, offsets: np.ndarray, k: int = 20) -> dict[str, np.ndarray]:
+    """Return recall, NDCG and precision among the first k for users with several targets, (U,) float64 each.
+
+    With n targets of a user, of which the first k hold m: recall m / n, precision m / k, and NDCG the sum of
+    1/log2(r + 1) over the ranks r of these m, over that sum for the ranks 1 ... min(n, k): MMRec's formulas. A target
+    competes with the user's other targets, and ties count in expectation.
+
+    Args:
+        higher: for each target, other items with a strictly higher score, (T,) integers, the other targets too.
+        ties: for each target, other items with the same score, (T,) integers.
+        offsets: user u's targets are those from offsets[u] to offsets[u + 1], at least one, (U + 1,).
+        k: cut-off.
+    """
+    of_targets = expected_metrics(higher, ties, (k,))
+    hits, gain = (np.add.reduceat(of_targets[f"{name}@{k}"], offsets[:-1]) for name in "HN")
+    count = np.diff(offsets)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, k + 2)))[np.minimum(count, k) - 1]
+    return {f"R@{k}": hits / count, f"N@{k}": gain / ideal, f"P@{k}": hits / k}
+
+
 def mean_over_users(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the mean of each per-user metric; raise `DataError` when there is no user."""
     return {name: _mean(values) for name, values in metrics.items()}
@@ -145,12 +165,6 @@ def group_means(metrics: Mapping[str, np.ndarray], users: np.ndarray) -> dict[st
 
 
 # --- scores and counts --------------------------------------------------------------------------------------
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Return `vectors` (..., d) at length 1 in their own dtype, so that dot products are cosines; zeros stay zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
-
-
 def candidate_scores(
     users: np.ndarray, items: np.ndarray, positives: np.ndarray, negatives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +175,7 @@ def candidate_scores(
     collapsed table.
 
     Args:
-        users: user vectors, (U, d); for cosines, apply `unit_rows` to users and items.
+        users: user vectors, (U, d); for cosines, apply `table.unit_rows` to users and items.
         items: item vectors, (I, d).
         positives: row in `items` of each user's held-out item, (U,).
         negatives: rows of the other candidates, (U, N).
@@ -259,6 +273,14 @@ def seen_items(sequences: Sequence[np.ndarray], *later: np.ndarray) -> tuple[np.
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
     rows = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
     return rows, offsets
+
+
+def repeated_lists(rows: np.ndarray, offsets: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lists of some users, who may occur several times, (rows, offsets (len(users) + 1,))."""
+    lengths = np.diff(offsets)[users]
+    ends = np.cumsum(lengths)
+    inside = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    return rows[np.repeat(offsets[users], lengths) + inside], np.concatenate([[0], ends]).astype(np.int64)
 
 
 def distinct_rows(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
 """The evaluation protocol of both tasks: which items are ranked for each user, and which metrics are reported.
 
 Every user's held-out item is ranked twice: among the stored candidates of each seed, which are the same for every
-model, and in the whole catalogue without the user's earlier items. Task 1 passes vectors (`rank_vectors`), Task 2 the
-scores of a recommender, block by block (`Rankings.add`). This module counts, averages and makes the tables.
+model, and in the whole catalogue without the user's earlier items. Of several held-out items (the temporal split) that
+is the first, the one that came next; recall, NDCG and precision then count all of them in the catalogue. Task 1 passes
+vectors (`rank_vectors`), Task 2 the scores of a recommender, block by block (`Rankings.add`). This module counts,
+averages and makes the tables.
 """
 
 from __future__ import annotations
@@ -73,8 +75,53 @@ class RankingTask:
         self.tail_over = tail_over
         self.tail = metrics.tail_users(item_frequency(dataset, tail_over), self.targets)  # (U,) bool
         self.cold = dataset.train_frequency()[self.targets] == 0  # (U,) bool: nothing was learned about the target's id
-        later = [] if split == "valid" else [dataset.histories("valid").targets]
-        self.seen, self.offsets = metrics.seen_items(dataset.train_sequences(), *later)
+        self.seen, self.offsets = metrics.seen_items(dataset.known_sequences(split))
+        self.sets = (
+            TargetSets(*dataset.targets(split), self.seen, self.offsets) if dataset.has_several_targets else None
+        )
+
+    def about_targets(self) -> dict[str, int]:
+        """Return the key of metrics.json that tells how many targets there are, if users have several."""
+        return {} if self.sets is None else {"targets": len(self.sets.rows)}
+
+
+class TargetSets:
+    """All targets of every user, for a split with several of them.
+
+    Each counts once, however often the user has it, and none is left out of the ranking, though it may occur earlier.
+
+    Args:
+        rows: the targets, with repeats.
+        offsets: user u has `rows[offsets[u]:offsets[u + 1]]`, (U + 1,).
+        seen: what the ranking leaves out unless it is a target.
+        starts: the offsets of that.
+    """
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, seen: np.ndarray, starts: np.ndarray) -> None:
+        user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        seen_by = np.repeat(np.arange(len(offsets) - 1), np.diff(starts))
+        width = max(rows.max(initial=0), seen.max(initial=0)) + 1
+        pairs = np.unique(user * width + rows)
+        self.users, self.rows = np.divmod(pairs, width)  # (T,) each
+        self.offsets = np.searchsorted(self.users, np.arange(len(offsets)))
+        others = ~np.isin(seen_by * width + seen, pairs)
+        self._seen = seen[others]
+        self._starts = np.searchsorted(seen_by[others], np.arange(len(offsets)))
+
+    def seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the ranking leaves out for some users, who may occur several times, as (rows, offsets)."""
+        return metrics.repeated_lists(self._seen, self._starts, users)
+
+    def counts(self, part: slice, scores: np.ndarray) -> metrics.Counts:
+        """Count the rivals of the targets of some users, by their scores of every item, (users, I)."""
+        of_part = slice(self.offsets[part.start], self.offsets[part.stop])
+        users, rows = self.users[of_part], self.rows[of_part]
+        found = []
+        for start in range(0, len(rows), len(scores)):  # as many rows at a time as there are
+            block = slice(start, start + len(scores))
+            rivals = scores[users[block] - part.start]
+            found.append(metrics.counts_among_all(rivals, rows[block], *self.seen(users[block])))
+        return metrics.Counts(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
 
 class Rankings:
@@ -83,6 +130,7 @@ class Rankings:
     def __init__(self, task: RankingTask, average: Average = _EXACT) -> None:
         self.task, self._average = task, average
         self._blocks: dict[int | None, list[PerUser]] = {seed: [] for seed in (*task.seeds, None)}
+        self._sets: list[PerUser] = []
 
     def add(self, part: slice, scores: np.ndarray) -> None:
         """Rank some users by their scores of every item, (users, I); column i is row i of `items.parquet`."""
@@ -95,6 +143,9 @@ class Rankings:
         seen = task.seen[offsets[0] : offsets[-1]]
         counts = metrics.counts_among_all(scores, targets, seen, offsets - offsets[0])
         self._blocks[None].append(metrics.expected_metrics(*counts))
+        if task.sets is not None:
+            ends = task.sets.offsets[part.start : part.stop + 1]
+            self._sets.append(metrics.set_metrics(*task.sets.counts(part, scores), ends - ends[0]))
 
     def add_vectors(self, users: np.ndarray, items: np.ndarray) -> None:
         """Rank all users by the dot products of their vectors, (U, d), with the items', (I, d)."""
@@ -104,14 +155,24 @@ class Rankings:
             self._blocks[seed].append(metrics.user_metrics(*scores))
         counts = metrics.full_ranking_counts(users, items, task.targets, task.seen, task.offsets)
         self._blocks[None].append(metrics.expected_metrics(*counts))
+        if (sets := task.sets) is not None:
+            counts = metrics.full_ranking_counts(users[sets.users], items, sets.rows, *sets.seen(sets.users))
+            self._sets.append(metrics.set_metrics(*counts, sets.offsets))
 
     def users(self, seed: int | None) -> PerUser:
         """Return the metrics of every user among the candidates of a seed, or in the catalogue (None)."""
         blocks = self._blocks[seed]
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
+    def retrieval(self) -> PerUser:
+        """Return recall, NDCG and precision at 20 of every user over all targets; empty if there is one each."""
+        return {name: np.concatenate([block[name] for block in self._sets]) for name in (self._sets or [{}])[0]}
+
     def means(self) -> dict[str, Any]:
-        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, `tail`, `cold`."""
+        """Return `candidates` and `candidates_std` (over seeds, n - 1 in the denominator), `full`, `tail`, `cold`.
+
+        With several targets of a user also `retrieval`, which counts them all.
+        """
         of_seed = [metrics.mean_over_users(self.users(seed)) for seed in self.task.seeds]
         values = {name: [means[name] for means in of_seed] for name in of_seed[0]}
         mean, spread = self._average
@@ -122,6 +183,8 @@ class Rankings:
             "tail": self._tail(),
             "cold": self._group(self.task.cold),
         }
+        if self.task.sets is not None:
+            found[schema.RETRIEVAL] = metrics.mean_over_users(self.retrieval())
         for among in ("candidates", "full"):
             # no ranking can break the bound: that would be a bug
             assert metrics.bound_check(found[among]), f"{among} breaks the N@20 - N@10 bound: {found[among]}"
@@ -153,7 +216,10 @@ class Rankings:
             schema.SEED: pa.array([seed] * count, pa.int32()),
             "view": pa.array([view] * count, pa.string()),
         }
-        return pa.table(columns | {name: pa.array(values, pa.float64()) for name, values in self.users(seed).items()})
+        found: dict[str, Any] = {**self.users(seed)}
+        for name, values in self.retrieval().items():
+            found[f"{schema.RETRIEVAL}_{name}"] = values if seed is None else [None] * count
+        return pa.table(columns | {name: pa.array(values, pa.float64()) for name, values in found.items()})
 
 
 def rank_scorer(
@@ -182,8 +248,9 @@ def rank_scorer(
         rankings.add(part, scores)
         popular.add(part, np.broadcast_to(frequency, scores.shape))
     means = rankings.means()
-    retrieval = metrics.retrieval_metrics(means["full"])
-    return means | {"retrieval": retrieval, "seeds": task.seeds, "popularity": popular.means()}, rankings.tables()
+    retrieval = means.pop(schema.RETRIEVAL, None) or metrics.retrieval_metrics(means["full"])
+    ours = means | {schema.RETRIEVAL: retrieval, "seeds": task.seeds, "popularity": popular.means()}
+    return ours | task.about_targets(), rankings.tables()
 
 
 def rank_vectors(task: RankingTask, users: Views, items: Views) -> dict[str, Rankings]:

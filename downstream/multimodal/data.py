@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm2rec.downstream.multimodal.settings import Settings
-from vlm2rec.downstream.table import read_items
+from vlm2rec.downstream.table import read_items, unit_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import DataError
@@ -98,6 +98,7 @@ def read_features(settings: Settings, item_ids: list[str]) -> tuple[dict[str, Te
     """Return the vectors of each chosen view, (I, d) float32, and how many vectors were filled.
 
     `--missing mean` fills with the mean of the view's vectors, `random` with a random direction of their mean length.
+    With `--normalize`, every vector then gets length 1; one of zeros stays.
 
     Raises:
         ArtifactError: as `read_items`.
@@ -116,5 +117,7 @@ def read_features(settings: Settings, item_ids: list[str]) -> tuple[dict[str, Te
             length = np.linalg.norm(vectors, axis=1).sum() / found.sum()
             vectors[~found] = drawn * (length / np.maximum(np.linalg.norm(drawn, axis=1, keepdims=True), 1e-12))
         filled |= ~found
+        if settings.normalize:
+            vectors = unit_rows(vectors)
         features[view] = torch.from_numpy(vectors)
     return features, int(filled.sum())

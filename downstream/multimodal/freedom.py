@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vlm2rec.downstream.multimodal.data import Interactions
 from vlm2rec.downstream.multimodal.graphs import Graph, both_ways, light_gcn, nearest, neighbour_matrix, symmetric
 from vlm2rec.downstream.multimodal.losses import bpr
-from vlm2rec.downstream.multimodal.model import Features, Model, distinct, table
+from vlm2rec.downstream.multimodal.model import Model, distinct
 from vlm2rec.downstream.multimodal.settings import Settings
 from vlm2rec.embedder.contract import schema
 
@@ -40,11 +40,10 @@ class FREEDOM(Model):
         self, settings: Settings, interactions: Interactions, features: Mapping[str, Tensor], device: torch.device
     ) -> None:
         super().__init__(settings, interactions, features, device)
-        width = settings.hidden_size
-        self.users, self.items = table(self.user_count, width), table(self.item_count, width)
         self.item_graph = Graph(item_matrix(features, settings.neighbours, settings.image_weight), device)
-        self.features = Features(features, settings.mode == "init")
-        self.linear = nn.ModuleDict({view: nn.Linear(self.features.dim(view), width) for view in features})
+        self.linear = nn.ModuleDict(
+            {view: nn.Linear(self.features.dim(view), settings.hidden_size) for view in features}
+        )
         self._pairs = interactions.matrix().tocoo()
         self.whole_graph = Graph(normalised(self._pairs), device)
         self._graph = self.whole_graph
@@ -59,7 +58,7 @@ class FREEDOM(Model):
         """See `Model`."""
         all_users, all_items = self._propagate(self._graph)
         of_users = all_users.index_select(0, users)
-        rows, places = distinct(positives, negatives)
+        rows, places = distinct(self.item_count, positives, negatives)
         total = bpr(of_users, all_items.index_select(0, positives), all_items.index_select(0, negatives))
         if self.settings.regularisation:
             for view in self.features.views:

@@ -32,7 +32,7 @@ from vlm2rec.downstream.multimodal.graphs import (
     with_itself,
 )
 from vlm2rec.downstream.multimodal.losses import bpr
-from vlm2rec.downstream.multimodal.model import Features, Model, table
+from vlm2rec.downstream.multimodal.model import Model
 from vlm2rec.downstream.multimodal.settings import Settings
 
 _RAW = 0.9  # share of the raw graph
@@ -56,10 +56,9 @@ class LATTICE(Model):
         self, settings: Settings, interactions: Interactions, features: Mapping[str, Tensor], device: torch.device
     ) -> None:
         super().__init__(settings, interactions, features, device)
-        width = settings.hidden_size
-        self.users, self.items = table(self.user_count, width), table(self.item_count, width)
-        self.features = Features(features, settings.mode == "init")
-        self.linear = nn.ModuleDict({view: nn.Linear(self.features.dim(view), width) for view in features})
+        self.linear = nn.ModuleDict(
+            {view: nn.Linear(self.features.dim(view), settings.hidden_size) for view in features}
+        )
         self.view_weights = nn.Parameter(torch.full((len(features),), 0.5))
         self._raw = {view: _raw_graph(vectors, settings.neighbours, device) for view, vectors in features.items()}
         self._graph = Graph(with_itself(both_ways(interactions.matrix())), device)

@@ -17,21 +17,34 @@ ROWS = 8192  # items projected at a time
 class Model(nn.Module):
     """A recommender whose score is the dot product of a user's and an item's vector.
 
+    It has a trained row for every user, `users` (U, user_width), one for every item, `items` (I, width), and the items'
+    vectors, `features`.
+
     Args:
         settings: of the run.
         interactions: what it trains on.
         features: the items' vectors by view, (I, d) float32 each.
         device: where it computes.
+        user_width: length of a user's row. Default: the settings' width, which is that of an item's.
     """
 
     rate_decay = 1.0  # factor of the learning rate after each epoch
 
     def __init__(
-        self, settings: Settings, interactions: Interactions, features: Mapping[str, Tensor], device: torch.device
+        self,
+        settings: Settings,
+        interactions: Interactions,
+        features: Mapping[str, Tensor],
+        device: torch.device,
+        user_width: int | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.device = settings, device
         self.user_count, self.item_count = interactions.user_count, interactions.item_count
+        # in this order, and before anything of a model's own: a seed's random numbers depend on it
+        self.users = table(self.user_count, user_width or settings.hidden_size)
+        self.items = table(self.item_count, settings.hidden_size)
+        self.features = Features(features, settings.mode == "init")
 
     def begin_epoch(self, generator: np.random.Generator) -> None:
         """Prepare what holds for one epoch."""
@@ -78,13 +91,19 @@ class Features(nn.Module):
         return torch.cat([layer(block) for block in self[view].split(ROWS)])
 
 
-def distinct(*rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the different rows among some (B,), (R,), and where each of those stands among them.
+def distinct(count: int, *rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the different rows among some (B,) of `count`, (R,), and where each of those stands among them.
 
-    A batch names an item many times, and its long vector is projected once.
+    A batch names an item many times, and its long vector is projected once. Marks in a list of all rows take a fraction
+    of the time of sorting the batch.
     """
-    found, places = torch.unique(torch.cat(rows), return_inverse=True)
-    return found, places.split([len(each) for each in rows])
+    every = torch.cat(rows)
+    named = torch.zeros(count, dtype=torch.bool, device=every.device)
+    named[every] = True
+    found = named.nonzero()[:, 0]
+    places = torch.empty(count, dtype=torch.long, device=every.device)
+    places[found] = torch.arange(len(found), device=every.device)
+    return found, places[every].split([len(each) for each in rows])
 
 
 def table(rows: int, width: int) -> nn.Parameter:

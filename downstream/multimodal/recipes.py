@@ -92,7 +92,7 @@ def is_read(model: Any, setting: str) -> bool:
     """Tell whether a recommender reads a setting of `train-recommender`."""
     if setting in SEQUENTIAL_ONLY:
         return model not in MODELS
-    if setting == "features":
+    if setting in ("features", "normalize"):
         return model in MODELS
     return setting not in OWN or setting in (MODELS[model].own if model in MODELS else ())
 

@@ -154,12 +154,12 @@ def _epoch(
 
 
 def _valid_score(model: Model, task: RankingTask) -> float:
-    """Return NDCG@20 of the validation items in the whole catalogue."""
+    """Return NDCG@20 of the validation items in the whole catalogue; of several of a user, over all of them."""
     model.eval()
     rankings = Rankings(task)
     for part, scores in user_scores(model):
         rankings.add(part, scores)
-    return metrics.mean_over_users(rankings.users(None))["N@20"]
+    return metrics.mean_over_users(rankings.retrieval() or rankings.users(None))["N@20"]
 
 
 def _describe(model: Model, settings: Settings, folder: Dataset, filled: int, log: TrainingLog) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Settings:
     features: tuple[str, ...]  # views, see `choose_features`
     mode: StartMode
     missing: Literal["error", "mean", "random"]
+    normalize: bool
     hidden_size: int
     max_epochs: int
     eval_step: int

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vlm2rec.downstream.multimodal.data import Interactions
 from vlm2rec.downstream.multimodal.graphs import Graph, both_ways, light_gcn, symmetric
 from vlm2rec.downstream.multimodal.losses import in_batch_info_nce
-from vlm2rec.downstream.multimodal.model import Features, Model, table
+from vlm2rec.downstream.multimodal.model import Model
 from vlm2rec.downstream.multimodal.settings import Settings
 from vlm2rec.embedder.contract import schema
 
@@ -34,11 +34,9 @@ class SLMRec(Model):
     def __init__(
         self, settings: Settings, interactions: Interactions, features: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        super().__init__(settings, interactions, features, device)
-        width = settings.hidden_size
-        self.users, self.items = table(self.user_count, width), table(self.item_count, width)
         unit = {view: F.normalize(features[view], dim=1) for view in (_IMAGE, _TEXT)}
-        self.features = Features(unit, settings.mode == "init")
+        super().__init__(settings, interactions, unit, device)
+        width = settings.hidden_size
         self.linear = nn.ModuleDict({view: _layer(self.features.dim(view), width) for view in unit})
         self.fuse_users, self.fuse_items = _layer(3 * width, width), _layer(3 * width, width)
         self.id_to_image, self.image_to_id = _layer(width, width), _layer(width, width)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vlm2rec.downstream.multimodal.data import Interactions
 from vlm2rec.downstream.multimodal.losses import bpr
-from vlm2rec.downstream.multimodal.model import ROWS, Features, Model, distinct, table
+from vlm2rec.downstream.multimodal.model import ROWS, Model, distinct
 from vlm2rec.downstream.multimodal.settings import Settings
 
 
@@ -27,17 +27,15 @@ class VBPR(Model):
     def __init__(
         self, settings: Settings, interactions: Interactions, features: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        super().__init__(settings, interactions, features, device)
         width = settings.hidden_size
-        self.users, self.items = table(self.user_count, 2 * width), table(self.item_count, width)
-        self.features = Features(features, settings.mode == "init")
+        super().__init__(settings, interactions, features, device, 2 * width)
         self.linear = nn.Linear(sum(self.features.dim(view) for view in features), width)
         nn.init.xavier_normal_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """See `Model`."""
-        rows, places = distinct(positives, negatives)
+        rows, places = distinct(self.item_count, positives, negatives)
         items, of_users = self._items(rows), self.users.index_select(0, users)
         liked, others = (items.index_select(0, each) for each in places)
         lengths = sum(torch.linalg.vector_norm(each) for each in (of_users, liked, others))

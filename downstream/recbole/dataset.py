@@ -26,6 +26,9 @@ class FolderDataset(SequentialDataset):
 
     The order of rows is that of an atomic file written user by user in time order, so ids, batches and metrics are
     the same as with RecBole's own dataset from such a file.
+
+    Of several validation items of a user (the temporal split) the first is RecBole's, and of several test items, too;
+    the other validation items are part of the history before it.
     """
 
     def __init__(self, config: Any, folder: Dataset) -> None:
@@ -67,9 +70,13 @@ class FolderDataset(SequentialDataset):
         items = self.inter_feat[self.iid_field].numpy()
         opens = np.flatnonzero(np.diff(users, prepend=-1))  # the row where each user's sequence begins
         begin = np.repeat(opens, np.diff(np.append(opens, len(users))))
-        targets = np.flatnonzero(np.arange(len(users)) != begin)
+        ends = np.append(opens[1:], len(users))
+        trained = np.array([len(sequence) for sequence in self.folder.train_sequences()])
+        place = np.arange(len(users)) - begin
+        first, last = (np.repeat(each, ends - opens) for each in (trained, ends - opens - 1))
+        targets = np.flatnonzero((place > 0) & ((place <= first) | (place == last)))
         if windows.is_set(self.config.final_config_dict):
-            self.inter_feat = self._windows(items, opens)
+            self.inter_feat = self._windows(items, opens, trained)
         else:
             self.inter_feat = self._prefixes(items, begin[targets], targets)
 
@@ -84,15 +91,15 @@ class FolderDataset(SequentialDataset):
         rows.update(self._lists(lists, lengths))
         return rows
 
-    def _windows(self, items: np.ndarray, opens: np.ndarray) -> Interaction:
-        """Return rows that learn all positions of the training items (`windows`), and each user's last two prefixes.
+    def _windows(self, items: np.ndarray, opens: np.ndarray, trained: np.ndarray) -> Interaction:
+        """Return rows that learn all positions of the training items (`windows`), and the two prefixes held out.
 
-        `opens` are the positions in `items` where the sequences begin.
+        `opens` are the positions in `items` where the sequences begin, and `trained` their numbers of training items.
         """
         ends = np.append(opens[1:], len(items))
-        held = np.stack([ends - 2, ends - 1], axis=1).ravel()
+        held = np.stack([opens + trained, ends - 1], axis=1).ravel()
         held_out = self._prefixes(items, np.repeat(opens, 2), held)
-        found = windows.windows(opens, ends - opens - 2, self.max_item_list_len)
+        found = windows.windows(opens, trained, self.max_item_list_len)
         read, learned = windows.lists(items, found, self.max_item_list_len)
         rows = self.inter_feat[found.start + found.length]  # the last target of each
         rows.update(self._lists(read, found.length))
@@ -133,9 +140,10 @@ def item_tokens_of(folder: Dataset) -> list[str]:
 
 
 def whole_sequences(folder: Dataset) -> list[np.ndarray]:
-    """Return each user's train, valid and test items as item rows, oldest first."""
-    valid, test = folder.histories("valid").targets, folder.histories("test").targets
-    return [np.append(sequence, [v, t]) for sequence, v, t in zip(folder.trained_sequences(), valid, test, strict=True)]
+    """Return each user's train and valid items and the first test item as item rows, oldest first."""
+    folder.trained_sequences()  # refuses a user without any
+    test = folder.histories("test").targets
+    return [np.append(known, item) for known, item in zip(folder.known_sequences("test"), test, strict=True)]
 
 
 def recbole_ids(tokens: list[str], item_ids: list[str]) -> np.ndarray:

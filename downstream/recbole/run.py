@@ -456,15 +456,12 @@ def user_scores(
     Args:
         model: a trained RecBole model, in eval mode.
         config: its RecBole Config.
-        folder: dataset folder; a history is a user's training sequence and validation item, cut to RecBole's length.
+        folder: dataset folder; a history is a user's training and validation items, cut to RecBole's length.
         numbers: RecBole's number of each item, (I,).
         max_scores: scores held in memory at a time.
     """
     longest = int(config["MAX_ITEM_LIST_LENGTH"])
-    valid = folder.histories("valid").targets
-    seen = [
-        np.append(sequence[-longest:], item) for sequence, item in zip(folder.train_sequences(), valid, strict=True)
-    ]
+    seen = [known[-longest:] for known in folder.known_sequences("test")]
     columns = torch.from_numpy(numbers).to(config["device"])
     at_once = max(1, max_scores // len(numbers))
     for start in range(0, len(seen), at_once):

@@ -62,7 +62,7 @@ class IndexSearch:
         return np.where(found >= 0, self.rows[found], -1), scores
 
 
-def unit_rows(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_direction(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (n, d) float32 vectors at length 1, and which of them have a direction, (n,) bool."""
     with np.errstate(invalid="ignore"):
         lengths = np.linalg.norm(vectors, axis=1)

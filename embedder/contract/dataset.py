@@ -26,7 +26,7 @@ _LOOKED_FOR = 1000  # images, before the folder counts as that of another catalo
 
 @dataclass(frozen=True)
 class Histories:
-    """Users of one split: each user's history, and the item that came next.
+    """Users of one split: each user's history, and the item that came next; of several targets, the first.
 
     `items` are rows of `items.parquet`; user u's history is `rows[offsets[u]:offsets[u + 1]]`, oldest first.
     """
@@ -45,7 +45,7 @@ class Histories:
 
 
 class Dataset:
-    """A prepared dataset: items, leave-one-out sequences, stored candidates.
+    """A prepared dataset: items, split sequences, stored candidates.
 
     Items are addressed by their row (int32) inside the program and by `item_id` in every file. A row is that of
     `items.parquet`; of `warm()`, it is the position among the items with an interaction.
@@ -217,9 +217,9 @@ class Dataset:
 
     def _is_warm(self, item_ids: pa.ChunkedArray) -> pa.ChunkedArray:
         """Return which items have an interaction."""
-        train = self.sequences[schema.TRAIN]
-        held_out = (self.sequences[schema.VALID], self.sequences[schema.TEST])
-        seen = [pc.unique(column.cast(pa.string())) for column in (pc.list_flatten(train), *held_out)]
+        columns = [self.sequences[name] for name in (schema.TRAIN, schema.VALID, schema.TEST)]
+        flat = [pc.list_flatten(column) if _holds_lists(column) else column for column in columns]
+        seen = [pc.unique(column.cast(pa.string())) for column in flat]
         return pc.is_in(item_ids.cast(pa.string()), value_set=pc.unique(pa.concat_arrays(seen)))
 
     @cached_property
@@ -245,9 +245,32 @@ class Dataset:
         table = schema.read_table(self.path / schema.SEQUENCES_FILE, fix=_PREPARE_AGAIN)
         wanted = [schema.USER_ID, schema.TRAIN, schema.VALID, schema.TEST]
         schema.require_columns(table.column_names, wanted, schema.SEQUENCES_FILE, _PREPARE_AGAIN)
-        columns = [schema.USER_ID, schema.VALID, schema.TEST]
-        self._require_text(schema.SEQUENCES_FILE, table, columns, lists=[schema.TRAIN])
+        held_out = [schema.VALID, schema.TEST]
+        lists = [schema.TRAIN, *(held_out if self.has_several_targets else [])]
+        columns = [schema.USER_ID, *(() if self.has_several_targets else held_out)]
+        self._require_text(schema.SEQUENCES_FILE, table, columns, lists=lists)
+        for name in lists[1:]:
+            empty = table.filter(pc.equal(pc.coalesce(pc.list_value_length(table[name]), 0), 0))[schema.USER_ID]
+            if len(empty):
+                raise ArtifactError(
+                    f"{self.path / schema.SEQUENCES_FILE} has {len(empty)} users without a {name} item, such as"
+                    f" {', '.join(map(repr, empty[:3].to_pylist()))}",
+                    "one or more for every user",
+                    _PREPARE_AGAIN,
+                )
         return table
+
+    @property
+    def has_several_targets(self) -> bool:
+        """Whether users have several items to validate and to test (the temporal split), or one each."""
+        split = self.meta.get(schema.SPLIT, schema.LEAVE_ONE_OUT)
+        if split not in (schema.LEAVE_ONE_OUT, schema.TEMPORAL):
+            raise ArtifactError(
+                f"{self.path / schema.DATASET_FILE} has the split {split!r}",
+                f"{schema.LEAVE_ONE_OUT} or {schema.TEMPORAL}",
+                "install a newer vlm2rec, or prepare again with this one",
+            )
+        return bool(split == schema.TEMPORAL)
 
     def _require_text(self, file: str, table: pa.Table, columns: list[str], lists: Sequence[str] = ()) -> None:
         """Raise `ArtifactError` unless these columns hold text, or lists of it, and all text of the table is UTF-8."""
@@ -371,7 +394,14 @@ class Dataset:
     @cached_property
     def _train(self) -> tuple[np.ndarray, np.ndarray]:
         """All training sequences as (rows, offsets)."""
-        lists = self.sequences[schema.TRAIN].combine_chunks()
+        return self._lists(schema.TRAIN)
+
+    def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a column of `sequences` as (rows, offsets); where it holds one item each, these are the lists."""
+        if not _holds_lists(self.sequences[column]):
+            rows = self.rows_of(self.sequences[column])
+            return rows, np.arange(len(rows) + 1)
+        lists = self.sequences[column].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
         rows = self.rows_of(lists.values)
         return rows[offsets[0] : offsets[-1]], offsets - offsets[0]
@@ -394,19 +424,28 @@ class Dataset:
             )
         return train
 
-    def histories(self, split: Split) -> Histories:
-        """Return, for every user, the last `max_history` items before the target of `split`, and the target.
+    def targets(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Return all items that are held out in `split`, as (rows, offsets (U + 1,)), each user's oldest first."""
+        return self._lists(split)
 
-        The history of `test` includes the validation item: it came before.
+    def known_sequences(self, split: Split) -> list[np.ndarray]:
+        """Return each user's items before the targets of `split`, as item rows, oldest first.
+
+        Those of `test` include the validation items: they came before.
         """
-        valid = self.rows_of(self.sequences[schema.VALID])
-        seen = [np.append(s, v) for s, v in zip(self.train_sequences(), valid, strict=True)]
-        histories = [s[:-1] if split == "valid" else s for s in seen]
-        cut = [h[-self.max_history :] for h in histories]
+        train = self.train_sequences()
+        if split == "valid":
+            return train
+        rows, offsets = self.targets("valid")
+        return [np.append(s, rows[a:b]) for s, (a, b) in zip(train, itertools.pairwise(offsets), strict=True)]
+
+    def histories(self, split: Split) -> Histories:
+        """Return, for every user, the last `max_history` items before the targets of `split`, and the first target."""
+        cut = [known[-self.max_history :] for known in self.known_sequences(split)]
         offsets = np.concatenate([[0], np.cumsum([len(h) for h in cut])]).astype(np.int64)
         rows = np.concatenate(cut).astype(np.int32) if cut else np.empty(0, np.int32)
-        targets = valid if split == "valid" else self.rows_of(self.sequences[schema.TEST])
-        return Histories(self.user_ids, rows, offsets, targets)
+        targets, starts = self.targets(split)
+        return Histories(self.user_ids, rows, offsets, targets[starts[:-1]])
 
     def train_frequency(self) -> np.ndarray:
         """Return how often each item occurs in the training sequences, (I,) int64."""
@@ -414,7 +453,7 @@ class Dataset:
 
     def frequency(self) -> np.ndarray:
         """Return how often each item occurs in all sequences, with the validation and the test items, (I,) int64."""
-        held_out = [self.rows_of(self.sequences[split]) for split in (schema.VALID, schema.TEST)]
+        held_out = [self.targets("valid")[0], self.targets("test")[0]]
         return self.train_frequency() + np.bincount(np.concatenate(held_out), minlength=len(self.item_ids))
 
     @property
@@ -478,6 +517,10 @@ class Dataset:
         if not pa.types.is_dictionary(ids.type):
             return self.rows_of(ids)
         return self.rows_of(ids.dictionary)[ids.indices.to_numpy(zero_copy_only=False)]
+
+
+def _holds_lists(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -42,9 +42,9 @@ CATEGORY_COLUMNS = ("category", "categories", "genres")  # of a catalogue, kept 
 BRAND_COLUMNS = ("brand", "store")  # the same, for the maker's name
 ALL_COLUMNS = "all"  # in a list of columns: all columns of the catalogue with text
 USER_ID = "user_id"  # string, unique in sequences.parquet
-TRAIN = "train"  # list<string>: item ids in time order, without the last two
-VALID = "valid"  # string: the second to last item
-TEST = "test"  # string: the last item
+TRAIN = "train"  # list<string>: item ids in time order, without those held out
+VALID = "valid"  # string: the second to last item; list<string> with the temporal split
+TEST = "test"  # string: the last item; list<string> with the temporal split
 SEED = "seed"  # int32, in negatives.parquet
 NEGATIVES = "negatives"  # list<string>: items the user never touched, in no order
 
@@ -53,6 +53,9 @@ SEQUENCES_FILE = "sequences.parquet"
 NEGATIVES_FILE = "negatives.parquet"
 DATASET_FILE = "dataset.json"
 DATASET_TABLES = (ITEMS_FILE, SEQUENCES_FILE, NEGATIVES_FILE)  # dataset.json has the SHA-256 of each
+SPLIT = "split"  # in dataset.json, if it is another than leave-one-out
+LEAVE_ONE_OUT = "leave-one-out"  # one item to validate and one to test
+TEMPORAL = "temporal"  # the last fifth of a user's interactions: several items each
 REJECTS_FILE = "rejects.csv"  # every row of the inputs that `prepare` left out, and why; no reader needs it
 
 # --- embeddings folder --------------------------------------------------------------------------------------
@@ -103,6 +106,7 @@ USERS_FILE = "users.parquet"  # of a folder of metrics: those of each user
 PROBE_FILE = "probe.json"  # of a folder of `probe-images`
 DISTANCES = ("A_pos", "A_neg")  # columns of it in Task 1: the squared distances whose means are those of Eq. 5
 METRICS = ("H@10", "H@20", "N@10", "N@20")  # hit rate and NDCG among the first 10 and 20
+RETRIEVAL = "retrieval"  # recall, NDCG and precision among the first 20 of the catalogue, over all targets of a user
 SEQUENTIAL = ("SASRec", "GRU4Rec", "BERT4Rec")  # RecBole's models that start from item ids or item vectors
 MULTIMODAL = ("VBPR", "FREEDOM", "LATTICE", "SLMRec")  # models of users and items that need item vectors
 RECOMMENDERS = (*SEQUENTIAL, *MULTIMODAL)

@@ -1,4 +1,5 @@
-"""Small pretrained encoders, used as they are: sentence-transformers folders, other text encoders, CLIP, SigLIP.
+"""Small pretrained encoders, used as they are: sentence-transformers folders, other text encoders, CLIP, SigLIP, and
+the image encoders of `frozen_images`.
 
 The model runs in transformers; the modules after it, in a sentence-transformers folder, are that package's own. The
 package never loads the folder as a whole, because it would leave missing weights random. No code of a model folder is
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from vlm2rec.embedder.backbones import model_files
 from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet
@@ -27,6 +28,16 @@ from vlm2rec.embedder.backbones.families import neutralise, read_model_config
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError, ModelError
+from vlm2rec.embedder.encoders.frozen_images import (
+    IMAGE,
+    IMAGE_TYPES,
+    IMAGES_AT_ONCE,
+    ImageEncoder,
+    PairEncoder,
+    image_settings,
+    load_image_processor,
+    pair_settings,
+)
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.options import DeviceName, DtypeName, EncoderKind, EncoderPooling, FusionNorm
 
@@ -37,14 +48,13 @@ CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
     "siglip": "max_length",
     "siglip2": "max_length",
 }
-IMAGES_AT_ONCE = 32
 DENSE_FILES = ("config.json", "model.safetensors")
 _LONGEST_TITLE = 512  # tokens, if the tokenizer has no limit
 _POSITIONS_FROM_TWO = ("RobertaModel", "XLMRobertaModel", "CamembertModel", "MPNetModel")  # 0 and 1 are for padding
 
 
 # --- kinds --------------------------------------------------------------------------------------------------------
-def resolve_kind(folder: Path, kind: EncoderKind) -> tuple[Literal["sentence", "clip"], Path]:
+def resolve_kind(folder: Path, kind: EncoderKind) -> tuple[Literal["sentence", "clip", "image"], Path]:
     """Return the kind of encoder in a folder, and the folder of its transformers model.
 
     Raises:
@@ -52,12 +62,17 @@ def resolve_kind(folder: Path, kind: EncoderKind) -> tuple[Literal["sentence", "
         ConfigError: `kind` does not fit the folder.
     """
     if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder", "a folder with config.json and weights", "check --encoder")
+        raise ModelError(f"{folder} is not a folder", "a folder with config.json and weights", "check its path")
     inner = folder
     if (folder / "modules.json").is_file():  # sentence-transformers keeps CLIP in a sub-folder
         listed = listed_modules(folder)
         inner = listed[0][1] if listed else folder
     model_type = str(read_model_config(inner).get("model_type"))
+    if kind == "image" or model_type in IMAGE_TYPES:
+        if model_type in IMAGE_TYPES and kind in ("auto", "image"):
+            return "image", inner
+        expected = f"one of {', '.join(IMAGE_TYPES)}" if kind == "image" else "a text encoder, CLIP or SigLIP"
+        raise ConfigError(f"an encoder folder of type {model_type!r} as {kind}", expected, "leave --encoder-kind out")
     if kind == "clip" and model_type not in CLIP_PADDING:
         raise ConfigError(
             f"--encoder-kind clip with a folder of type {model_type!r}",
@@ -79,6 +94,7 @@ def frozen_fingerprint(
     *,
     pooling: EncoderPooling = "auto",
     fusion_norm: FusionNorm = "raw",
+    image_encoder: Path | None = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> dict[str, Any]:
@@ -87,6 +103,10 @@ def frozen_fingerprint(
     Raises:
         ModelError, ConfigError, MissingDependencyError: as `load_frozen`, as far as it can know without the weights.
     """
+    if image_encoder is not None:
+        _require_pair(encoder, encoder_kind, image_encoder)
+        text = frozen_fingerprint(encoder, pooling=pooling, dtype=dtype, device=device)
+        return pair_settings(text, frozen_fingerprint(image_encoder, dtype=dtype, device=device), fusion_norm)
     found, inner = resolve_kind(encoder, encoder_kind)
     config = read_model_config(inner)
     common = {
@@ -95,9 +115,12 @@ def frozen_fingerprint(
         "dtype": str(_pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         schema.MADE_WITH: {"encoder": encoder.resolve().name},
     }
+    if found != "sentence" and pooling != "auto":
+        which = "a CLIP or SigLIP folder" if found == "clip" else "an image encoder"
+        raise ConfigError(f"--pooling with {which}", "none: the model pools", "leave it out")
+    if found == IMAGE:
+        return common | image_settings(inner, config) | _hashes(inner)
     if found == "clip":
-        if pooling != "auto":
-            raise ConfigError("--pooling with a CLIP or SigLIP folder", "none: the model pools", "leave it out")
         return common | _clip_settings(inner, config, fusion_norm) | _hashes(inner)
     if importlib.util.find_spec("sentence_transformers") is None:
         raise _extra_missing()
@@ -114,6 +137,17 @@ def frozen_fingerprint(
         "prompt": modules.prompt,
         **_hashes(inner),
     }
+
+
+def _require_pair(encoder: Path, encoder_kind: EncoderKind, image_encoder: Path) -> None:
+    """Raise `ConfigError` unless the two folders are a text encoder and an image encoder."""
+    kinds = resolve_kind(encoder, encoder_kind)[0], resolve_kind(image_encoder, "auto")[0]
+    if kinds != ("sentence", IMAGE):
+        raise ConfigError(
+            f"--image-encoder {image_encoder} ({kinds[1]}) beside --encoder {encoder} ({kinds[0]})",
+            f"an image encoder ({', '.join(IMAGE_TYPES)}) beside a text encoder",
+            "give two such folders, or one of them as --encoder",
+        )
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -185,17 +219,20 @@ def load_frozen(
     *,
     pooling: EncoderPooling = "auto",
     fusion_norm: FusionNorm = "raw",
+    image_encoder: Path | None = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     token_budget: int = 4096,
-) -> SentenceEncoder | ClipEncoder:
+) -> SentenceEncoder | ClipEncoder | ImageEncoder | PairEncoder:
     """Load a frozen encoder from a local folder, in evaluation mode.
 
     Args:
-        encoder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP or SigLIP.
+        encoder: sentence-transformers folder, or a transformers folder of a text encoder, CLIP, SigLIP, ResNet or
+            EfficientNet.
         encoder_kind: the kind of encoder; `auto` finds out.
         pooling: for a text encoder; `auto` is what its modules say, else mean.
-        fusion_norm: for CLIP and SigLIP: how text and image vectors are fused.
+        fusion_norm: for CLIP, SigLIP and two encoders: how text and image vectors are fused.
+        image_encoder: folder of an image encoder beside a text encoder: text and image are then vectors of their own.
         dtype: number format of the model; `auto` is float32.
         device: where to run.
         token_budget: padded tokens in one batch of titles.
@@ -206,21 +243,47 @@ def load_frozen(
         MissingDependencyError: a text encoder without sentence-transformers.
     """
     settings = frozen_fingerprint(
-        encoder, encoder_kind, pooling=pooling, fusion_norm=fusion_norm, dtype=dtype, device=device
+        encoder,
+        encoder_kind,
+        pooling=pooling,
+        fusion_norm=fusion_norm,
+        image_encoder=image_encoder,
+        dtype=dtype,
+        device=device,
     )
+    if image_encoder is not None:
+        text = load_frozen(encoder, pooling=pooling, dtype=dtype, device=device, token_budget=token_budget)
+        return PairEncoder(text, load_frozen(image_encoder, dtype=dtype, device=device), settings)
     target_device = pick_device(device)
-    model, tokenizer = _load_model(
-        resolve_kind(encoder, encoder_kind)[1], _pick_dtype(dtype, target_device), target_device
-    )
+    inner = resolve_kind(encoder, encoder_kind)[1]
+    model = _load_model(inner, _pick_dtype(dtype, target_device), target_device)
+    if settings["source"] == IMAGE:
+        return ImageEncoder(model, settings)
+    tokenizer = _load_tokenizer(inner)
     if settings["source"] == "clip":
         return ClipEncoder(model, tokenizer, settings, token_budget)
     return SentenceEncoder(model, tokenizer, read_sentence_modules(encoder, pooling), settings, token_budget)
 
 
-def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except model_files.UNLOADABLE as error:
+        raise _unloadable(folder, error) from error
+
+
+def _unloadable(folder: Path, error: Exception) -> ModelError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"the encoder {folder} cannot be loaded ({text})",
+        "config.json, tokenizer.json and safetensors weights that fit one another",
+        "download the folder again; pickled weights are never opened",
+    )
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model_files.checked_weights(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with quiet():
             model, info = AutoModel.from_pretrained(
                 folder,
@@ -231,12 +294,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple
                 output_loading_info=True,
             )
     except model_files.UNLOADABLE as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"the encoder {folder} cannot be loaded ({text})",
-            "config.json, tokenizer.json and safetensors weights that fit one another",
-            "download the folder again; pickled weights are never opened",
-        ) from error
+        raise _unloadable(folder, error) from error
     # the pooler on BERT's first token is not used, and many text encoders have none
     missing = sorted(
         name for name in info["missing_keys"] if "pooler" not in name or hasattr(model, "get_text_features")
@@ -245,7 +303,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple
         raise ModelError(
             f"{folder} lacks {len(missing)} weights, among them {missing[0]}", "a complete model", "download it again"
         )
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    return model.requires_grad_(False).eval().to(device)
 
 
 # --- encoders -----------------------------------------------------------------------------------------------------
@@ -322,18 +380,7 @@ class ClipEncoder:
         self.model, self.token_budget = model, token_budget
         self._fingerprint = settings
         self.titles = _Titles(tokenizer, settings["max_tokens"], prompt="", lower_case=False)
-        self.image_processor = self._image_processor(model.config.name_or_path)
-
-    @staticmethod
-    def _image_processor(folder: str) -> Any:
-        try:
-            return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"the image processor of {folder} cannot be loaded ({str(error).splitlines()[0]})",
-                "preprocessor_config.json",
-                "download the folder again",
-            ) from error
+        self.image_processor = load_image_processor(model.config.name_or_path)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

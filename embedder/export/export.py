@@ -167,7 +167,7 @@ def plan_export(
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
         raise ConfigError(
             "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
-            " --views image and the strategies with images have none",
+            " --views image, the strategies with images and image encoders have none",
             "fail or null with these settings",
             "choose one of the two, or external fusion of both views",
         )

@@ -6,10 +6,11 @@ The trackers are accelerate's, so that a tracker's own environment variables app
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from accelerate.tracking import (
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError, did_you_mean
 from vlm2rec.embedder.options import TRACKERS, TrackerName
+from vlm2rec.embedder.progress import SILENT, Reporter
 
 PROJECT = "vlm2rec"
 RUNS_FILE = "runs.json"
@@ -75,14 +77,18 @@ class Tracking:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def started(self, step: int) -> Iterator[Trackers]:
+    def started(self, step: int, reporter: Reporter = SILENT) -> Iterator[Trackers]:
         """Yield the trackers of a training that begins after `step`, and end their runs.
+
+        Args:
+            step: 0 for a training from the start.
+            reporter: is told of a tracker that fails.
 
         Raises:
             ArtifactError: the folder cannot be written.
         """
         runs = self._runs() if step else {}
-        trackers = Trackers([])
+        trackers = Trackers([], reporter)
         try:
             if self.names:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,13 +105,13 @@ class Tracking:
         try:
             yield trackers
         finally:
-            for tracker in trackers.all:
-                tracker.finish()
+            trackers.finish()
 
     def _runs(self) -> dict[str, str]:
         try:
-            return dict(json.loads((self.folder / RUNS_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            known = json.loads((self.folder / RUNS_FILE).read_text(encoding="utf-8"))
+            return {name: run for name, run in known.items() if isinstance(run, str)}
+        except (OSError, ValueError, AttributeError):
             return {}  # each tracker begins a new run
 
     def _start(self, name: TrackerName, step: int, runs: dict[str, str]) -> GeneralTracker:
@@ -142,9 +148,10 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Trackers:
-    """Trackers whose runs have begun."""
+    """Trackers whose runs have begun. One that fails is given up, and the training goes on."""
 
     all: list[GeneralTracker]
+    reporter: Reporter = SILENT
 
     def log(self, kind: str, row: Mapping[str, Any]) -> None:
         """Send the numbers of a row, as `<kind>/<name>` at its `step`."""
@@ -153,5 +160,18 @@ class Trackers:
             for name, value in row.items()
             if name not in ("step", "epoch") and isinstance(value, int | float) and math.isfinite(value)
         }
-        for tracker in self.all if numbers else ():
-            tracker.log(numbers, step=int(row["step"]))
+        for tracker in list(self.all) if numbers else ():
+            self._try(tracker, functools.partial(tracker.log, numbers, step=int(row["step"])))
+
+    def finish(self) -> None:
+        """End the runs."""
+        for tracker in list(self.all):
+            self._try(tracker, tracker.finish)
+
+    def _try(self, tracker: GeneralTracker, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # of a service, a network or a disk
+            self.all.remove(tracker)
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.reporter.say(f"{tracker.name} fails and gets no more points of the curves: {told}")

@@ -293,7 +293,7 @@ def train(
     gradients = _Gradients(model, samples, settings) if settings.gradient_steps else None
     trackers = ExitStack()
     if tracking is not None and distributed.is_main():
-        watch.track(lambda step: trackers.enter_context(tracking.started(step)))
+        watch.track(lambda step: trackers.enter_context(tracking.started(step, reporter)))
     trainer = _Trainer(
         model=model,
         args=arguments,

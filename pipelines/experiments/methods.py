@@ -520,6 +520,7 @@ SOURCES: dict[str, Source] = {
     "vectors": Source(_embed_by("import-vectors", settings.ImportVectorsConfig, {}), embeds_new_items=False),
     "sentence-transformers": Source(_frozen("sentence")),
     "clip": Source(_frozen("clip")),
+    "image-encoder": Source(_frozen("image")),
     "prompt": Source(_embed_by("export-items", settings.ExportConfig, _QUESTION_SETTINGS, needs_backbone=True)),
 }
 

@@ -16,8 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm2rec.downstream.evaluation.metrics import unit_rows
-from vlm2rec.downstream.table import read_batches
+from vlm2rec.downstream.table import read_batches, unit_rows
 from vlm2rec.embedder.backbones.images import ImageError, open_image
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset

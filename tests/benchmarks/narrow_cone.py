@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm2rec.downstream.evaluation.geometry import geometry
-from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics, unit_rows
+from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics
+from vlm2rec.downstream.table import unit_rows
 from vlm2rec.embedder.training.losses import InfoNCEObjective, Views, VLM2RecObjective
 
 BATCH = 8
