@@ -141,10 +141,13 @@ def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, 
 class InitConfig:
     """Settings of `vlm2rec init`."""
 
-    items: Path = setting("Items, as for prepare.", Path("items.parquet"))
-    interactions: Path = setting("Interactions, as for prepare.", Path("interactions.parquet"))
+    items: Path | None = setting("Items, as for prepare. Default: items.parquet, to be filled in.", None)
+    interactions: Path | None = setting(
+        "Interactions, as for prepare. Default: interactions.parquet, to be filled in.", None
+    )
     images: Path | None = setting(
-        "Folder of images, as for prepare. Default: images; with --items alone, the file is for titles only.", None
+        "Folder of images, as for prepare. With --items or --interactions, but without it, the line is for titles.",
+        None,
     )
     backbone: str = setting(_BACKBONE, "Qwen/Qwen3-VL-Embedding-2B")
     out: Path = setting("File to write; one that is there already stays.", Path("vlm2rec.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,21 @@ def run(config: InitConfig) -> Path:
     """
     if config.out.exists():
         raise ConfigError(f"{config.out} exists", "a new file", "choose another --out, or remove it")
-    given = {
-        name: value
-        for name in ("items", "interactions", "images")
-        if (value := getattr(config, name)) != InitConfig.__dataclass_fields__[name].default
-    }
+    given = {name: path for name in ("items", "interactions", "images") if (path := getattr(config, name)) is not None}
     for name, path in given.items():
         if not path.exists():
             raise ConfigError(f"--{name} {path} does not exist", "files that are there", "check the path")
-    images = config.images if given else Path("images")
+    files = {"items": Path("items.parquet"), "interactions": Path("interactions.parquet")} | given
+    if not given:
+        files["images"] = Path("images")
     with publish.plain_disk_errors(config.out):
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        publish.write_whole(config.out, _text(config, images).encode("utf-8"))
+        publish.write_whole(config.out, _text(config, files).encode("utf-8"))
     read_stages(config.out)  # what was written can be read
-    missing = [f"{name} ({getattr(config, name)})" for name in ("items", "interactions") if name not in given]
     rows: dict[str, object] = {"file": config.out, "stages": ", ".join(STAGES)}
-    if missing:
-        rows["to fill in"] = ", ".join([*missing, *(["images (images)"] if not given else [])])
-    if images is None:
+    if missing := [f"{name} ({path})" for name, path in files.items() if not path.exists()]:
+        rows["to fill in"] = ", ".join(missing)
+    if "images" not in files:
         rows["views"] = "text alone, as there is no --images"
     console.summary("init", rows)
     return config.out
@@ -57,18 +55,13 @@ class _Reference(str):
     """A value that stands elsewhere in the file."""
 
 
-def _values(config: InitConfig, images: Path | None) -> dict[str, dict[str, Any]]:
+def _values(config: InitConfig, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Return the settings of each stage that have a value; the other ones that one needs first are comments."""
     data, backbone, adapter, embeddings = map(_Reference, ("data", "backbone", "adapter", "embeddings"))
-    text_only = {"views": "text"} if images is None else {}
+    text_only = {} if "images" in files else {"views": "text"}
     style = {"prompt_style": "qwen3-vl-embedding"} if "qwen3-vl-embedding" in config.backbone.lower() else {}
     return {
-        "prepare": {
-            "items": str(config.items),
-            "interactions": str(config.interactions),
-            "out": "data",
-            **({} if images is None else {"images": str(images)}),
-        },
+        "prepare": {**{name: str(path) for name, path in files.items()}, "out": "data"},
         "finetune": {
             **{"data": data, "backbone": config.backbone, "out": "adapter"},
             **({"loss": "sft"} if text_only else {}),
@@ -93,9 +86,9 @@ _ANCHORS = {
 """The values that other stages repeat, and the names they have for that."""
 
 
-def _text(config: InitConfig, images: Path | None) -> str:
+def _text(config: InitConfig, files: Mapping[str, Path]) -> str:
     lines = _comment(_HEAD, "")
-    for stage, values in _values(config, images).items():
+    for stage, values in _values(config, files).items():
         cls = STAGES[stage][0]
         lines += ["", f"{stage}:"]
         groups = groups_of(cls)

@@ -63,7 +63,14 @@ class Stage:
 
     def is_complete(self) -> bool:
         """Tell whether the file that the stage writes last is there."""
-        return schema.file_of(self.out, STAGES[self.name][1]).is_file()
+        return self._last_file().is_file()
+
+    def mark(self) -> str:
+        """Return a digest of the file that the stage writes last; it tells whether someone else has written since."""
+        return hashlib.sha256(self._last_file().read_bytes()).hexdigest()
+
+    def _last_file(self) -> Location:
+        return schema.file_of(self.out, STAGES[self.name][1])
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -88,8 +95,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 if stage.name not in asked:
                     stage.state, stage.seconds = _LEFT, record.seconds(stage)
                     continue
-                console.headline(f"{number}/{len(stages)}  {stage.name}", str(stage.out))
-                _run_stage(stage, record, again=bool(config.from_stage or config.only))
+                _run_stage(stage, record, f"{number}/{len(stages)}", again=bool(config.from_stage or config.only))
         finally:
             _summarise(config, stages)
     return {
@@ -99,15 +105,16 @@ def run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _run_stage(stage: Stage, record: Record, again: bool) -> None:
+def _run_stage(stage: Stage, record: Record, number: str, again: bool) -> None:
     now = record.compared(stage)
     before = record.of(stage)
     same_settings = before is not None and _same(before["settings"], now["settings"], stage.config)
     same_inputs = before is not None and before["read"] == now["read"]
-    if stage.is_complete() and before is not None and before["finished"] and same_settings:
+    same_output = before is not None and stage.is_complete() and before.get("wrote") == stage.mark()
+    if before is not None and before["finished"] and same_settings and same_output:
         if same_inputs and not again:
             stage.state, stage.seconds = _SKIPPED, before["seconds"]
-            console.log.print(f"done before: {stage.out}", soft_wrap=True)
+            console.log.print(f"{number}  {stage.name}  {stage.out} was done before", soft_wrap=True)
             return
         if stage.name == "finetune" and not same_inputs:
             stage.state, stage.seconds = _KEPT, before["seconds"]
@@ -125,6 +132,7 @@ def _run_stage(stage: Stage, record: Record, again: bool) -> None:
             "the same data and backbone, to go on with it",
             f"give finetune another out, or remove {stage.out}",
         )
+    console.headline(f"{number}  {stage.name}", str(stage.out))
     record.begin(stage, now)
     started = time.perf_counter()
     try:
@@ -260,7 +268,7 @@ class Record:
 
     def end(self, stage: Stage) -> None:
         """Record that a stage is done."""
-        self._stages[stage.name] |= {"finished": created(), "seconds": stage.seconds}
+        self._stages[stage.name] |= {"finished": created(), "seconds": stage.seconds, "wrote": stage.mark()}
         self._write()
 
     def _write(self) -> None:

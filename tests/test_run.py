@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import yaml
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
-from vlm2rec.pipelines import cli, config, evaluate, export_items, finetune, init, prepare, run
+from vlm2rec.pipelines import build_index, cli, config, evaluate, export_items, finetune, init, prepare, run
 from vlm2rec.pipelines.config import InitConfig, RunConfig
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
@@ -87,7 +87,7 @@ def test_the_file_has_every_setting_that_one_needs_first_with_its_help_text(tmp_
         first = [name for name, group in config.groups_of(cls).items() if group == config.FIRST]
         keys = re.findall(r"^  (?:# )?(\w+):(?: |$)", sections[stage], re.M)
         assert set(first) <= set(keys), stage
-        for field in fields(cls):
+        for field in dataclasses.fields(cls):
             if field.name in first:
                 assert " ".join(field.metadata["help"].split()) in words
 
@@ -122,6 +122,16 @@ def test_any_path_comes_back_as_it_was_given(name: str, tmp_path: Path, monkeypa
     init.run(InitConfig(items=Path(name), interactions=Path(name), backbone=name, out=Path("v.yaml")))
     read = {stage.name: stage.config for stage in run.read_stages(Path("v.yaml"))}
     assert read["prepare"].items == Path(name) and read["evaluate"].backbone == name
+
+
+def test_the_summary_names_only_what_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("items.parquet").touch()
+    init.run(InitConfig())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "to fill in interactions (interactions.parquet), images (images)" in said
 
 
 def test_init_writes_over_nothing_and_names_no_file_that_is_not_there(tmp_path: Path) -> None:
@@ -209,6 +219,14 @@ def test_changed_settings_and_inputs_are_noticed(line: tuple[Path, RunConfig]) -
     (folder / "other" / "items.parquet").replace(folder / "items.parquet")
     with pytest.raises(ArtifactError, match="embeddings"):  # of other items: the export refuses in its own words
         run.run(config)
+
+
+def test_an_output_that_the_command_itself_has_replaced_is_made_again(line: tuple[Path, RunConfig]) -> None:
+    folder, config = line
+    stage = next(each for each in run.read_stages(config.config) if each.name == "build-index")
+    build_index.run(dataclasses.replace(stage.config, kind="flat", sample=3))
+    assert states(run.run(config)) == ["was done"] * 5 + ["done"]
+    assert schema.read_json(folder / "index" / schema.INDEX_FILE, "", "")["recall_sample"] == 10
 
 
 def test_an_adapter_of_earlier_data_is_kept_and_told(
