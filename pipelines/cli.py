@@ -77,6 +77,35 @@ def _default_text(value: Any) -> str | None:
     return str(value)
 
 
+SHOWN: list[tuple[str, Any, Any]] = [
+    (
+        "quiet",
+        bool,
+        typer.Option("--quiet", help="Print only errors and the final summary.", show_default=False),
+    ),
+    (
+        "as_json",
+        bool,
+        typer.Option(
+            "--json", help="Print the summary as one JSON object on stdout, all else on stderr.", show_default=False
+        ),
+    ),
+]
+"""What every command shows; `console.told_by` says what these mean."""
+
+
+def _tell(name: str, read: Callable[[], Any], stage: Callable[[Any], Any], quiet: bool, as_json: bool) -> None:
+    """Run a command; what it says is shown as its flags want it, and a line at the end says what comes next."""
+    from vlm2rec.pipelines.console import told_by
+    from vlm2rec.pipelines.what_now import what_now
+
+    with told_by(name, quiet=quiet, as_json=as_json) as end:
+        config = read()
+        returned = stage(config)
+        sys.stdout.flush()
+        end(returned, what_now(name, config, returned))
+
+
 def command(
     cls: type, positional: str | None = None, own_config_key: bool = False, panel: str = USE
 ) -> Callable[[Callable[[Any], Any]], Any]:
@@ -118,11 +147,12 @@ def command(
             )
         )
     extra: list[tuple[str, Any, Any]] = [
+        *SHOWN,
         (
             "overrides",
             list[str] | None,
             typer.Option("--set", help="key=value; may be given several times.", show_default=False),
-        )
+        ),
     ]
     if not own_config_key:
         extra.append(
@@ -133,23 +163,27 @@ def command(
             )
         )
     for name, hint, option in extra:
+        unset = False if hint is bool else None
         parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint, option])
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=unset, annotation=Annotated[hint, option])
         )
 
     def register(stage: Callable[[Any], Any]) -> Callable[..., None]:
+        name = stage.__name__.replace("_", "-")
+
         def run(**flags: Any) -> None:
+            quiet, as_json = flags.pop("quiet"), flags.pop("as_json")
             file = flags.pop("config_file", None)
             overrides = flags.pop("overrides", None) or ()
             for item in dataclasses.fields(cls):
                 if isinstance(item.default, tuple) and flags.get(item.name) is not None:
                     flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
             with _own_endings():
-                stage(read_config.read_config(cls, file, overrides, flags))
+                _tell(name, lambda: read_config.read_config(cls, file, overrides, flags), stage, quiet, as_json)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__doc__ = stage.__doc__
-        app.command(name=stage.__name__.replace("_", "-"), rich_help_panel=panel)(run)
+        app.command(name=name, rich_help_panel=panel)(run)
         return run
 
     return register
@@ -196,148 +230,163 @@ def _program(
 
 
 @command(settings.DemoConfig, panel=TRY)
-def demo(config: settings.DemoConfig) -> None:
+def demo(config: settings.DemoConfig) -> Any:
     """Run every stage on a drawn catalogue: four methods, both tasks, and one HTML page."""
-    module_of("demo").run(config)
+    return module_of("demo").run(config)
+
+
+@command(settings.InitConfig, panel=VECTORS)
+def init(config: settings.InitConfig) -> Any:
+    """Write vlm2rec.yaml, with comments: the settings of the whole line, for `vlm2rec run`."""
+    return module_of("init").run(config)
+
+
+@command(settings.RunConfig, panel=VECTORS, own_config_key=True)
+def run(config: settings.RunConfig) -> Any:
+    """Run the stages of vlm2rec.yaml one after the other; what is done is skipped, so the same command goes on."""
+    return module_of("run").run(config)
 
 
 @command(settings.PrepareConfig, panel=VECTORS)
-def prepare(config: settings.PrepareConfig) -> None:
+def prepare(config: settings.PrepareConfig) -> Any:
     """Turn items, interactions and images into a dataset folder."""
-    module_of("prepare").run(config)
+    return module_of("prepare").run(config)
 
 
 @command(settings.MakeBackboneConfig, panel=TRY)
-def make_backbone(config: settings.MakeBackboneConfig) -> None:
+def make_backbone(config: settings.MakeBackboneConfig) -> Any:
     """Build and briefly train a small local Qwen2.5-VL, for trying things out."""
-    module_of("make_backbone").run(config)
+    return module_of("make_backbone").run(config)
 
 
 @command(settings.FinetuneConfig, panel=VECTORS)
-def finetune(config: settings.FinetuneConfig) -> None:
+def finetune(config: settings.FinetuneConfig) -> Any:
     """Fine-tune an adapter on user histories (VLM2Rec or plain SFT), or on items (SDA).
 
     On N GPUs: torchrun --no-python --nproc-per-node N vlm2rec finetune ...
     """
-    module_of("finetune").run(config)
+    return module_of("finetune").run(config)
 
 
 @command(settings.ExportConfig, panel=VECTORS)
-def export_items(config: settings.ExportConfig) -> None:
+def export_items(config: settings.ExportConfig) -> Any:
     """Encode every item once: fused, text and image vectors in Parquet.
 
     The encoder is a fine-tuned or plain backbone, a backbone with other prompts (--strategy), or a frozen --encoder.
     """
-    module_of("export_items").run(config)
+    return module_of("export_items").run(config)
 
 
 @command(settings.ExportUsersConfig, panel=VECTORS)
-def export_users(config: settings.ExportUsersConfig) -> None:
+def export_users(config: settings.ExportUsersConfig) -> Any:
     """Make a vector of every user's history, of users and items that were never trained on, too."""
-    module_of("export_users").run(config)
+    return module_of("export_users").run(config)
 
 
 @command(settings.ImportAdapterConfig, panel=VECTORS)
-def import_adapter(config: settings.ImportAdapterConfig) -> None:
+def import_adapter(config: settings.ImportAdapterConfig) -> Any:
     """Make a LoRA adapter of another program (PEFT, VLM2Vec, LLaMA-Factory) one of ours: prompts, canary, origin."""
-    module_of("import_adapter").run(config)
+    return module_of("import_adapter").run(config)
 
 
 @command(settings.ImportVectorsConfig, panel=VECTORS)
-def import_vectors(config: settings.ImportVectorsConfig) -> None:
+def import_vectors(config: settings.ImportVectorsConfig) -> Any:
     """Turn your own vectors (Parquet, CSV, npy) into an embeddings folder."""
-    module_of("import_vectors").run(config)
+    return module_of("import_vectors").run(config)
 
 
 @command(settings.ShortenConfig, panel=VECTORS, positional="embeddings")
-def shorten(config: settings.ShortenConfig) -> None:
+def shorten(config: settings.ShortenConfig) -> Any:
     """Write an export again with shorter vectors (--dim) or smaller numbers (--precision); nothing is encoded."""
-    module_of("shorten").run(config)
+    return module_of("shorten").run(config)
 
 
 @command(settings.VerifyConfig, panel=VECTORS, positional="embeddings")
-def verify(config: settings.VerifyConfig) -> None:
+def verify(config: settings.VerifyConfig) -> Any:
     """Check an embeddings folder against its manifest."""
-    module_of("verify").run(config)
+    return module_of("verify").run(config)
 
 
 @command(settings.FailuresConfig, panel=VECTORS, positional="embeddings")
-def failures(config: settings.FailuresConfig) -> None:
+def failures(config: settings.FailuresConfig) -> Any:
     """List the items that failed, and why, as CSV on stdout."""
-    module_of("verify").failures(config)
+    return module_of("verify").failures(config)
 
 
 @command(settings.EvaluateConfig, panel=VECTORS)
-def evaluate(config: settings.EvaluateConfig) -> None:
+def evaluate(config: settings.EvaluateConfig) -> Any:
     """Task 1: rank items by similarity to the user's vector."""
-    module_of("evaluate").run(config)
+    return module_of("evaluate").run(config)
 
 
 @command(settings.TrainRecommenderConfig, own_config_key=True)
-def train_recommender(config: settings.TrainRecommenderConfig) -> None:
+def train_recommender(config: settings.TrainRecommenderConfig) -> Any:
     """Task 2: train SASRec, GRU4Rec or BERT4Rec (RecBole), VBPR, FREEDOM, LATTICE or SLMRec, from embeddings or ids."""
-    module_of("train_recommender").run(config)
+    return module_of("train_recommender").run(config)
 
 
 @command(settings.RecommendConfig)
-def recommend(config: settings.RecommendConfig) -> None:
+def recommend(config: settings.RecommendConfig) -> Any:
     """Write the first k items of every user: by vectors, by an index, or by a trained recommender."""
-    module_of("recommend").run(config)
+    return module_of("recommend").run(config)
 
 
 @command(settings.ExportRecommenderConfig)
-def export_recommender(config: settings.ExportRecommenderConfig) -> None:
+def export_recommender(config: settings.ExportRecommenderConfig) -> Any:
     """Write the item table of a trained recommender as an embeddings folder."""
-    module_of("export_recommender").run(config)
+    return module_of("export_recommender").run(config)
 
 
 @command(settings.BuildIndexConfig)
-def build_index(config: settings.BuildIndexConfig) -> None:
+def build_index(config: settings.BuildIndexConfig) -> Any:
     """Build a FAISS index over one view and measure its recall."""
-    module_of("build_index").run(config)
+    return module_of("build_index").run(config)
 
 
 @command(settings.SearchConfig)
-def search(config: settings.SearchConfig) -> None:
+def search(config: settings.SearchConfig) -> Any:
     """Print the nearest neighbours of an item."""
-    module_of("build_index").search(config)
+    return module_of("build_index").search(config)
 
 
 @command(settings.SemanticIdsConfig)
-def semantic_ids(config: settings.SemanticIdsConfig) -> None:
+def semantic_ids(config: settings.SemanticIdsConfig) -> Any:
     """Code every item as a few small numbers, which generative recommenders such as TIGER predict."""
-    module_of("semantic_ids").run(config)
+    return module_of("semantic_ids").run(config)
 
 
 @command(settings.ConvertConfig, positional="embeddings")
-def convert(config: settings.ConvertConfig) -> None:
+def convert(config: settings.ConvertConfig) -> Any:
     """Write vectors (or the model) for another tool: MMRec, cornac, RecBole, npy, Lance, sentence-transformers."""
-    module_of("convert").run(config)
+    return module_of("convert").run(config)
 
 
 @command(settings.ProbeImagesConfig, panel=STUDY)
-def probe_images(config: settings.ProbeImagesConfig) -> None:
+def probe_images(config: settings.ProbeImagesConfig) -> Any:
     """Tell whether a linear classifier reads a column of the items from the image tokens."""
-    module_of("probe_images").run(config)
+    return module_of("probe_images").run(config)
 
 
 @command(settings.StudyConfig, panel=STUDY, own_config_key=True)
-def study(config: settings.StudyConfig) -> None:
+def study(config: settings.StudyConfig) -> Any:
     """Run many methods with several seeds, and draw the tables and figures of the paper from the results."""
-    module_of("study").run(config)
+    return module_of("study").run(config)
 
 
 @command(settings.ReportConfig, panel=STUDY, positional="study")
-def report(config: settings.ReportConfig) -> None:
+def report(config: settings.ReportConfig) -> Any:
     """Draw the page of a study or a demo again, only from its Parquet files."""
-    module_of("report").run(config)
+    return module_of("report").run(config)
 
 
 @app.command(rich_help_panel=TRY)
-def doctor() -> None:
+def doctor(
+    quiet: Annotated[bool, SHOWN[0][2]] = False,
+    as_json: Annotated[bool, SHOWN[1][2]] = False,
+) -> None:
     """Check Python, libraries, device and disk, and export a few generated items."""
     with _own_endings():
-        module_of("doctor").run()
+        _tell("doctor", lambda: None, lambda _: module_of("doctor").run(), quiet, as_json)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -139,6 +139,36 @@ def _rows(table: Mapping[str, Recipe] | Mapping[str, LossRecipe] | Mapping[str, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Settings of `vlm2rec init`."""
+
+    items: Path | None = setting("Items, as for prepare. Default: items.parquet, to be filled in.", None)
+    interactions: Path | None = setting(
+        "Interactions, as for prepare. Default: interactions.parquet, to be filled in.", None
+    )
+    images: Path | None = setting(
+        "Folder of images, as for prepare. With --items or --interactions, but without it, the line is for titles.",
+        None,
+    )
+    backbone: str = setting(_BACKBONE, "Qwen/Qwen3-VL-Embedding-2B")
+    out: Path = setting("File to write; one that is there already stays.", Path("vlm2rec.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of `vlm2rec run`; those of its stages are in the file that `vlm2rec init` writes."""
+
+    config: Path = setting("YAML file of the stages, as `vlm2rec init` writes it.", Path("vlm2rec.yaml"))
+    from_stage: str | None = setting(
+        "Begin with this stage, and do it and those after it again; those before it are left as they are. finetune and"
+        " export-items keep what is complete.",
+        None,
+        also="from",
+    )
+    only: str | None = setting("Do this stage alone, again if it is done.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Settings of `vlm2rec prepare`."""
 

@@ -14,7 +14,7 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.export.lock import writing
 from vlm2rec.pipelines import build_index, study, verify
 from vlm2rec.pipelines.config import BuildIndexConfig, DemoConfig, SearchConfig, StudyConfig, VerifyConfig
-from vlm2rec.pipelines.console import headline, log
+from vlm2rec.pipelines.console import headline, inner_command, log
 from vlm2rec.pipelines.experiments import results
 from vlm2rec.pipelines.experiments.methods import DEMO_FILE, Json
 from vlm2rec.pipelines.experiments.schedule import Schedule, clock, plan_schedule, run_steps, settle_changes
@@ -55,7 +55,7 @@ def run(config: DemoConfig) -> Path:
             study.remember(schedule, study_config, WRITTEN_BY, demo=settings, **_run_closing_stages(schedule))
         page = study.draw_report(schedule)
     results.print_tables(config.out)
-    log.print(f"Finished in {clock(time.perf_counter() - begun)}. Open {page.resolve()}", soft_wrap=True, markup=False)
+    log.result(f"Finished in {clock(time.perf_counter() - begun)}. Open {page.resolve()}", soft_wrap=True, markup=False)
     if failures:
         raise failures[0].error
     return page
@@ -76,7 +76,8 @@ def _run_closing_stages(schedule: Schedule) -> Json:
     for name, what, call in _closing_stages(schedule):
         headline(name, what)
         started = time.perf_counter()
-        call()
+        with inner_command():
+            call()
         done.append({"stage": name, "what": what, "seconds": round(time.perf_counter() - started, 2)})
     return {
         "after": done,

@@ -168,10 +168,10 @@ def print_metrics(result: dict[str, Any]) -> None:
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
         if tail := result["tail"]["candidates"][pair]:
             table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
-    log.print(table)
+    log.result(table)
     for pair, found in result.get(schema.RETRIEVAL, {}).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-        log.print(f"{pair}, all {result['targets']:,} targets among all items: {figures}", markup=False)
+        log.result(f"{pair}, all {result['targets']:,} targets among all items: {figures}", markup=False)
 
 
 def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:

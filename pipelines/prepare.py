@@ -247,7 +247,8 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         table.add_section()
         label = f"the paper's {paper_name(meta['name'])}"
         table.add_row(label, *(f"{meta['paper'][key]:,}" for key in ("users", "items", "interactions")), style="dim")
-    console.log.print(table)
+    counts = {name: meta[name] for name in ("users", "items", "interactions")}
+    console.summary(str(meta["name"]), {**counts, "folder": out}, table)
     if meta["paper"] and meta.get("variants"):
         near = meta["variants"][nearest(meta["variants"], meta["paper"])]
         console.log.print(

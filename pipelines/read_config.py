@@ -26,8 +26,12 @@ def read_config(
     file: Path | None = None,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    *,
+    section: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Merge defaults, a YAML file, `key=value` overrides and flags into one checked config.
+
+    `section` is a part of a file with settings of several commands: where it stands, and what it holds.
 
     Raises:
         ConfigError: unknown or missing key, or a value of the wrong type or out of bounds.
@@ -41,6 +45,9 @@ def read_config(
 
     if file is not None:
         values.update(_known_only(named(read_yaml(file)), known, str(file)))
+    if section is not None:
+        where, given = section
+        values.update(_known_only(named(dict(given)), known, where))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -58,7 +65,8 @@ def read_config(
         if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             flag = f"--{f.name.replace('_', '-')}"
             text = f.metadata.get("help", f.name)
-            raise ConfigError(f"{flag} is missing", text.rstrip("."), f"give {flag}, or put it in --config")
+            fix = f"give {flag}, or put it in --config" if section is None else f"write `{f.name}: ...` there"
+            raise ConfigError(f"{flag} is missing", text.rstrip("."), fix)
     config = _validate(cls, values)
     for key, value in values.items():
         if isinstance(value, str) and "://" in value and isinstance(getattr(config, key), Path):

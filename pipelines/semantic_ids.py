@@ -40,7 +40,7 @@ def _print_result(config: SemanticIdsConfig, record: dict[str, Any]) -> None:
         used = f"{level['used']} of {record['codebook']}"
         told = f"{level['explained']:.1%}"
         table.add_row(str(number), used, f"{level['even']:.2f}", told, same, f"{level['chance']:.2%}")
-    log.print(table)
+    log.result(table)
     rows: dict[str, object] = {
         "items": f"{record['items']:,} with codes, {record['left_out']:,} without a {record['column']} vector",
         "codes": f"{record['levels']} of {record['codebook']}, and a last one of {record['last']}",

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -24,10 +25,13 @@ from sources import parsed
 from vlm2rec.embedder.contract import errors
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import cli, config, read_config
+from vlm2rec.pipelines.what_now import what_now
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "demo": config.DemoConfig,
+    "init": config.InitConfig,
+    "run": config.RunConfig,
     "prepare": config.PrepareConfig,
     "make-backbone": config.MakeBackboneConfig,
     "finetune": config.FinetuneConfig,
@@ -327,6 +331,61 @@ def test_a_setting_with_one_wrong_letter_is_answered_with_a_setting_of_that_comm
         read_config.read_config(cls, None, [f"{wrong}=1"], required_values(cls))
     assert f"unknown setting {wrong!r} in --set (did you mean '" in str(caught.value)
     assert any(f"did you mean {name!r}" in str(caught.value) for name in known)
+
+
+# --- what a command shows ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_next_command_exists_with_its_flags_and_names_real_paths(name: str) -> None:
+    cls = COMMANDS[name]
+    more = {"data": "data", "embeddings": "emb"} if name == "train-recommender" else {}
+    given = None if cls is None else read_config.read_config(cls, None, (), required_values(cls) | more)
+    stages = [{"stage": "build-index", "state": "done", "out": "idx"}]
+    returned: Any = {"stages": stages} if name == "run" else Path("page.html") if name == "report" else {}
+    told = what_now(name, given, returned)
+    if name in ("failures", "convert"):
+        assert told is None
+        return
+    assert told is not None
+    if told.startswith("open "):
+        return
+    program, following, *words = shlex.split(told)
+    command: Any = typer.main.get_command(cli.app).commands[following]  # type: ignore[attr-defined]
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    assert program == "vlm2rec" and {word for word in words if word.startswith("--")} <= flags
+    paths = [str(getattr(given, field)) for field in ("out", "data", "embeddings", "index") if hasattr(given, field)]
+    if name not in ("doctor", "init", "run", "make-backbone", "import-adapter"):
+        assert any(path in told for path in paths)
+
+
+def test_a_path_with_spaces_is_quoted_in_the_next_command() -> None:
+    given = config.BuildIndexConfig(embeddings=Path("e"), out=Path("my index; rm"))
+    assert what_now("build-index", given, {}) == "vlm2rec search --index 'my index; rm' --item ITEM"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_quiet_and_answer_in_json(
+    name: str, vlm2rec: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = types.SimpleNamespace(**dict.fromkeys(("run", "search", "failures"), lambda *config: {"rows": 3}))
+    monkeypatch.setattr(cli, "module_of", lambda module: stage)
+    cls = COMMANDS[name]
+    values = {} if cls is None else required_values(cls)
+    given: list[str] = []
+    for key, value in values.items():
+        given += [value] if (name, key) in POSITIONAL else [f"--{key.replace('_', '-')}", value]
+    code, out, err = vlm2rec(name, *given, "--quiet", "--json")
+    told = json.loads(out)
+    assert (code, err, told["command"], told["ok"], told["result"]) == (0, "", name, True, {"rows": 3})
+    assert vlm2rec(name, *given, "--quiet") == (0, "", "")
+
+
+def test_an_error_in_json_has_the_code_of_the_process(vlm2rec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_that_raises(monkeypatch, errors.ArtifactError("damaged", "whole", "again"))
+    code, out, err = vlm2rec(*SEARCH, "--json", "--quiet")
+    assert (code, json.loads(out)["exit_code"]) == (5, 5)
+    assert err == "vlm2rec: damaged. Expected: whole. To fix it: again.\n"
+    code, out, err = vlm2rec("search", "--json")  # settings are read before the command begins
+    assert (code, json.loads(out)["error"]["found"]) == (2, "--index is missing")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_a_ready_machine_passes_and_every_required_library_has_a_line(
     assert {name: found.get(name) for name in names} == dict.fromkeys(names, "ok")
     assert {"Python", "torchvision", "device", "threads", "RecBole", "disk here", "tiny export"} <= set(found)
     assert "fail" not in found.values()
-    assert finished.stderr == ""
+    assert finished.stderr == "Next: vlm2rec demo\n"
     assert re.search(r"tiny export +ok +20 items in \d+\.\d s, (bfloat16|float32), verified", finished.stdout)
 
 

@@ -690,7 +690,7 @@ def print_tables(out: Path) -> None:
     columns = results.select("task", "model").unique().sort("task", "model", descending=[False, True]).rows()
     candidates = facts(out)["candidates"] + 1
     floor = random_floor(COMPARED, candidates)
-    log.print(
+    log.result(
         f"{COMPARED} among {candidates} candidates, mean ± std over seeds (a random order: {floor:.3f})", soft_wrap=True
     )
     table = Table(box=None)
@@ -702,7 +702,7 @@ def print_tables(out: Path) -> None:
         cells = [_cell(mine, task, model, fixed and task == 1) for task, model in columns]
         if any(cells):
             table.add_row(name, *cells)
-    log.print(table)
+    log.result(table)
 
 
 def random_floor(metric: str, candidates: int) -> float:

@@ -15,6 +15,7 @@ from typing import Protocol
 from vlm2rec.embedder.contract.errors import ArtifactError, Vlm2RecError
 from vlm2rec.embedder.export.processes import end_with_parent, shared_cores
 from vlm2rec.pipelines.commands import module_of
+from vlm2rec.pipelines.console import inner_command
 from vlm2rec.pipelines.experiments.ledger import LOG_FILE
 from vlm2rec.pipelines.experiments.methods import Run, Step
 
@@ -44,6 +45,7 @@ def perform(log: Path | None, step: Step) -> Outcome:
                 file = stack.enter_context(log.open("a", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stderr(file))
                 file.write(f"--- {step.name}: vlm2rec {step.command}\n")
+            stack.enter_context(inner_command())
             module_of(step.command).run(step.config)
     except Vlm2RecError as error:
         return error

@@ -178,7 +178,7 @@ def print_verdicts(page: Path) -> None:
             continue
         sums_up = claim["key"] == claim["family"]
         table.add_row(Text(claim["verdict"], "bold" * sums_up), Text(f"{claim['text']}: {claim['found']}"))
-    log.print(table)
+    log.result(table)
 
 
 # what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
