@@ -19,7 +19,7 @@ from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_at
 
 from vlm2rec.downstream import formats
 from vlm2rec.downstream.recbole import compat
-from vlm2rec.downstream.recbole.run import _recbole_config
+from vlm2rec.downstream.recbole.run import recbole_config_of
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, Vlm2RecError
 from vlm2rec.embedder.export.verify import verify
@@ -195,7 +195,7 @@ def test_recbole_preloads_the_vector_of_each_of_its_items(holed: Path, tmp_path:
     settings = yaml.safe_load((tmp_path / "out" / "recbole.yaml").read_text())
     settings |= {"data_path": str(tmp_path / "dataset"), "dataset": "mine", "model": "SASRec"}
     with compat.cured(tmp_path):
-        config = _recbole_config([settings], settings, None, tmp_path, "cpu")
+        config = recbole_config_of([settings], settings, None, tmp_path, "cpu")
         dataset = create_dataset(config)
     matrix = dataset.get_preload_weight("vector_of")
     tokens = dataset.field2id_token["item_id"]

@@ -18,7 +18,7 @@ from vlm2rec.embedder.contract.schema import read_manifest
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-HUB_ID = "Qwen/Qwen2.5-VL-3B-Instruct"
+HUB_ID = "Qwen/Qwen3-VL-Embedding-2B"
 ITEM = "42"
 
 
