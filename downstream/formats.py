@@ -162,12 +162,16 @@ def read_reasons(folder: Location) -> dict[str, str]:
     return reasons
 
 
-def read_ids(folder: Location) -> list[str]:
-    """Return the ids of all items of an embeddings folder, in its order; vectors are not read."""
-    shards = schema.read_manifest(folder)["shards"]
+def read_ids(folder: Location, of: str = schema.ITEMS_TABLE) -> list[str]:
+    """Return the ids of all items of an embeddings folder, or of all users of one, in its order, without the vectors.
+
+    Raises:
+        ArtifactError: no finished folder of items, or of what `of` says; a shard is damaged.
+    """
+    shards, column = schema.read_manifest(folder, table=of)["shards"], schema.id_column(of)
     fix = f"run `vlm2rec verify {folder}`"
-    tables = (schema.read_table(folder / shard["file"], [schema.ITEM_ID], fix=fix) for shard in shards)
-    return [item_id for table in tables for item_id in table[schema.ITEM_ID].to_pylist()]
+    tables = (schema.read_table(folder / shard["file"], [column], fix=fix) for shard in shards)
+    return [name for table in tables for name in table[column].to_pylist()]
 
 
 def write_npy(selection: Selection, out: Path) -> None:

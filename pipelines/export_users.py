@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm2rec.downstream.formats import read_ids
 from vlm2rec.downstream.serving.mean_vectors import mean_vectors
 from vlm2rec.downstream.table import EmbeddingTable
 from vlm2rec.embedder.contract import schema
@@ -67,7 +68,7 @@ def run(config: ExportUsersConfig) -> dict[str, Any]:
         settings |= short_settings(settings, manifest["dim"] if schema.FULL_DIM in manifest["settings"] else None)
         load: Any = functools.partial(SequenceVectors, config, dataset, manifest)
     else:
-        item_ids = table_ids(config.embeddings)
+        item_ids = read_ids(config.embeddings)
         settings = {"source": "mean of items", "embeddings_sha256": schema.shards_sha256(manifest)}
         settings |= {key: manifest[key] for key in ("dim", "dims", "views") if key in manifest}
         load = functools.partial(MeanVectors, config.embeddings, tuple(manifest["views"]))
@@ -100,15 +101,6 @@ def run(config: ExportUsersConfig) -> dict[str, Any]:
     assert found is not None  # nobody else makes shards
     _summarise(config, found, given)
     return found
-
-
-def table_ids(embeddings: Location) -> list[str]:
-    """Return the ids of all items of an embeddings folder, in order, those without a vector among them."""
-    ids: list[str] = []
-    for shard in schema.read_manifest(embeddings)["shards"]:
-        fix = f"`vlm2rec verify {embeddings}` tells what is damaged"
-        ids += schema.read_table(embeddings / shard["file"], [schema.ITEM_ID], fix=fix)[schema.ITEM_ID].to_pylist()
-    return ids
 
 
 def settings_of(given: GivenHistories, item_ids: Sequence[str]) -> dict[str, Any]:

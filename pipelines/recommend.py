@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm2rec.downstream.formats import read_ids
 from vlm2rec.downstream.index.index import ItemIndex
 from vlm2rec.downstream.serving.mean_vectors import mean_vectors
 from vlm2rec.downstream.serving.top_items import ExactSearch, IndexSearch, Search, top_items, with_direction
@@ -37,7 +38,7 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue.histories import GivenHistories, digest_of, read_histories
 from vlm2rec.pipelines.config import RecommendConfig
 from vlm2rec.pipelines.console import TERMINAL
-from vlm2rec.pipelines.export_users import MAX_HISTORY, SPACE, USER_IDS, history_rows, space_of, table_ids
+from vlm2rec.pipelines.export_users import MAX_HISTORY, SPACE, USER_IDS, history_rows, space_of
 
 if TYPE_CHECKING:
     from vlm2rec.downstream.serving.trained import Run
@@ -164,7 +165,7 @@ def _plan(config: RecommendConfig, source: Source, given: GivenHistories | None)
         manifest = schema.read_manifest(config.users, table=schema.USERS_TABLE)
         bounds = rows_of_shards(config.users)
         if given is None:
-            user_ids = _user_ids(config.users, manifest)
+            user_ids = read_ids(config.users, schema.USERS_TABLE)
         else:
             user_ids = given.user_ids
             if digest_of(user_ids) != manifest["settings"].get(USER_IDS):
@@ -175,14 +176,6 @@ def _plan(config: RecommendConfig, source: Source, given: GivenHistories | None)
                     "give that file, or run export-users with this one into a new folder",
                 )
     return plan_shards(user_ids, config.shard_size, settings, begun=bounds, layout=RankedLayout())
-
-
-def _user_ids(folder: Location, manifest: Mapping[str, Any]) -> list[str]:
-    ids: list[str] = []
-    for shard in manifest["shards"]:
-        table = schema.read_table(folder / shard["file"], [schema.USER_ID], fix=f"run `vlm2rec verify {folder}`")
-        ids += table[schema.USER_ID].to_pylist()
-    return ids
 
 
 def _histories(given: GivenHistories | None, users: int) -> UserHistories:
@@ -320,7 +313,7 @@ def _vectors(config: RecommendConfig) -> VectorSource:
                 "change --column",
             )
         settings["embeddings_sha256"] = schema.shards_sha256(manifest)
-        item_ids = table_ids(embeddings)
+        item_ids = read_ids(embeddings)
         lacking = [schema.STATUS_FAILED, *([schema.STATUS_TEXT_ONLY] if config.column == schema.IMAGE else [])]
         total = len(item_ids) - sum(int(manifest["counts"].get(status, 0)) for status in lacking)
     if index is not None:

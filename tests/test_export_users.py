@@ -178,18 +178,10 @@ def test_a_users_vector_does_not_depend_on_the_other_users(encoded: ExportUsersC
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from test_export_users import *
-from vlm2rec.embedder.export import distribute
-left = int(sys.argv[4])
-publish = distribute.shards.publish_shard
-def dying(*arguments):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return publish(*arguments)
-distribute.shards.publish_shard = dying
+from user_world import die_after
+die_after(int(sys.argv[4]))
 export_users.run(ExportUsersConfig(histories=Path(sys.argv[1]), embeddings=Path(sys.argv[2]), out=Path(sys.argv[3]),
     shard_size=7, max_history=5))
 """

@@ -189,18 +189,10 @@ def test_an_index_that_misses_items_gives_fewer_and_says_so(
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from test_recommend import *
-from vlm2rec.embedder.export import distribute
-left = int(sys.argv[4])
-publish = distribute.shards.publish_shard
-def dying(*arguments):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return publish(*arguments)
-distribute.shards.publish_shard = dying
+from user_world import die_after
+die_after(int(sys.argv[4]))
 recommend.run(RecommendConfig(histories=Path(sys.argv[1]), embeddings=Path(sys.argv[2]), out=Path(sys.argv[3]), k=4,
     max_history=5, shard_size=8))
 """

@@ -290,56 +290,43 @@ def _qwen2_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     )
 
 
+_QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "initializer_range": 0.1,
+}
+_QWEN3_IMAGES = _qwen_images(
+    "Qwen3VLProcessor",
+    image_processor_type="Qwen2VLImageProcessorFast",
+    size={"shortest_edge": 65536, "longest_edge": 16777216},
+    patch_size=16,
+    **_HALF,
+)
+
+
 def _qwen3_vl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-        "initializer_range": 0.1,
-    }
     config = transformers.Qwen3VLConfig(
         text_config=_text(ids, head_dim=16, rope_parameters=_mrope([4, 2, 2]) | {"mrope_interleaved": True}),
-        vision_config=vision,
+        vision_config=_QWEN3_VISION | {"deepstack_visual_indexes": [0]},
         tie_word_embeddings=True,
         **_qwen_ids(ids),
     )
-    return config, _qwen_images(
-        "Qwen3VLProcessor",
-        image_processor_type="Qwen2VLImageProcessorFast",
-        size={"shortest_edge": 65536, "longest_edge": 16777216},
-        patch_size=16,
-        **_HALF,
-    )
+    return config, _QWEN3_IMAGES
 
 
 def _qwen3_5(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """One layer carries a state along the row, the other attends; in the published models three of four carry one."""
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "num_position_embeddings": 16,
-        "initializer_range": 0.1,
-    }
     linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
     text = _text(ids, head_dim=32, layer_types=["linear_attention", "full_attention"], **linear)
     text |= {"linear_num_value_heads": 4, "rope_parameters": _mrope([2, 1, 1]) | {"partial_rotary_factor": 0.25}}
     config = transformers.Qwen3_5Config(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **_qwen_ids(ids)
+        text_config=text, vision_config=dict(_QWEN3_VISION), tie_word_embeddings=True, **_qwen_ids(ids)
     )
-    return config, _qwen_images(
-        "Qwen3VLProcessor",
-        image_processor_type="Qwen2VLImageProcessorFast",
-        size={"shortest_edge": 65536, "longest_edge": 16777216},
-        patch_size=16,
-        **_HALF,
-    )
+    return config, _QWEN3_IMAGES
 
 
 def _internvl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:

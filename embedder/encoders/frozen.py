@@ -31,9 +31,9 @@ from vlm2rec.embedder.contract.errors import ConfigError, MissingDependencyError
 from vlm2rec.embedder.encoders.frozen_images import (
     IMAGE,
     IMAGE_TYPES,
-    IMAGES_AT_ONCE,
     ImageEncoder,
     PairEncoder,
+    fill_in,
     image_settings,
     load_image_processor,
     pair_settings,
@@ -391,13 +391,7 @@ class ClipEncoder:
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return text, image and fused vectors of n items; without an image, fused is the text vector alone."""
         text, truncated = self._encode_titles(titles)
-        image = torch.full_like(text, torch.nan)
-        seen = [row for row, picture in enumerate(images) if isinstance(picture, Image.Image)]
-        pictures = [picture for picture in images if isinstance(picture, Image.Image)]
-        for start in range(0, len(seen), IMAGES_AT_ONCE):
-            image[seen[start : start + IMAGES_AT_ONCE]] = self._encode_pictures(
-                pictures[start : start + IMAGES_AT_ONCE]
-            )
+        image = fill_in(torch.full_like(text, torch.nan), images, self._encode_pictures)
         with_image = ~image.isnan().any(dim=1, keepdim=True)
         fused = torch.where(with_image, fuse(text, image, self._fingerprint["fusion_norm"]), text)
         return EncodedItems(to_numpy(fused), to_numpy(text), to_numpy(image), truncated)

@@ -7,7 +7,7 @@ both end to end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -103,6 +103,22 @@ def load_image_processor(folder: str | Path) -> Any:
         ) from error
 
 
+def fill_in(image: Tensor, images: Sequence[Picture], encode: Callable[[Sequence[Image.Image]], Tensor]) -> Tensor:
+    """Write the vectors of the images that are there into their rows of `image`, (n, d), and return it.
+
+    Args:
+        image: the rows of the others stay as they are.
+        images: n images, or why there is none.
+        encode: returns (m, d) for m images; it gets `IMAGES_AT_ONCE` at a time.
+    """
+    seen = {row: picture for row, picture in enumerate(images) if isinstance(picture, Image.Image)}
+    rows, pictures = list(seen), list(seen.values())
+    for start in range(0, len(rows), IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
+        image[rows[part]] = encode(pictures[part])
+    return image
+
+
 class ImageEncoder:
     """Encodes images with a model that pools its last layer; the fused vector is the image vector."""
 
@@ -119,13 +135,8 @@ class ImageEncoder:
     @torch.no_grad()
     def encode_items(self, titles: Sequence[str], images: Sequence[Picture]) -> EncodedItems:
         """Return the vectors of n images, NaN where there is none; titles are ignored, and the text vectors are NaN."""
-        image = torch.full((len(titles), self._fingerprint["dim"]), torch.nan)
-        seen = [row for row, picture in enumerate(images) if isinstance(picture, Image.Image)]
-        pictures = [picture for picture in images if isinstance(picture, Image.Image)]
-        for start in range(0, len(seen), IMAGES_AT_ONCE):
-            part = slice(start, start + IMAGES_AT_ONCE)
-            image[seen[part]] = self._encode(pictures[part])
-        found = to_numpy(image)
+        absent = torch.full((len(titles), self._fingerprint["dim"]), torch.nan)
+        found = to_numpy(fill_in(absent, images, self._encode))
         return EncodedItems(found, np.full_like(found, np.nan), found, np.zeros(len(titles), bool))
 
     def _encode(self, pictures: Sequence[Image.Image]) -> Tensor:
