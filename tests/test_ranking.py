@@ -19,9 +19,9 @@ from vlm2rec.downstream.evaluation.metrics import (
     paired_bootstrap,
     rank_metrics,
     seen_items,
-    unit_rows,
     user_metrics,
 )
+from vlm2rec.downstream.table import unit_rows
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
 
 
