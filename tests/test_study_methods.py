@@ -304,6 +304,13 @@ def test_a_mistake_in_the_file_is_named_before_anything_runs(tmp_path: Path, key
         laid_out(study(tmp_path, **keys))
 
 
+def test_a_picked_method_of_no_chosen_analysis_is_refused(tmp_path: Path) -> None:
+    study = read_study(StudyConfig(out=tmp_path, analyses=("main",)))
+    study.check_taking_part(study.picked(("VLM2Rec", "ID")))
+    with pytest.raises(ConfigError, match=r"'VLM2Rec by means'.* \(main\).*: arms.*--analyses"):
+        study.check_taking_part(study.picked(("VLM2Rec", "VLM2Rec by means")))
+
+
 def test_a_method_that_does_not_exist_cannot_be_picked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'VLM2Rec'"):
         read_study(StudyConfig(out=tmp_path)).picked(("VLM2rek",))
