@@ -24,12 +24,6 @@ ERRORS = {
     name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, errors.Vlm2RecError)
 }
 MESSAGES = {"print", "say", "result", "rule", "progress", "headline", "summary", "warn", "setting", "Reject", "Failure"}
-LONGEST_SENTENCE = 45  # words; more has to be read twice
-
-RIDDLES = re.compile(
-    r"\b(simply|just|obviously|please|etc|utilize|leverage|basically|in order to|e\.g|i\.e|aforementioned|henceforth)\b",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
