@@ -156,7 +156,9 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     """
     if prompt and isinstance(prompt[0], SystemMessage):
         if mode == "raw":
-            raise ConfigError("a prompt with a system's message, in raw mode", "--prompt-mode chat", "give it")
+            raise ConfigError(
+                "a prompt with a system message and --prompt-mode raw", "--prompt-mode chat", "give --prompt-mode chat"
+            )
         return _in_turns([("system", prompt[:1]), ("user", prompt[1:])], processor)
     if mode == "raw":
         return "".join(processor.family.placeholder if part is IMAGE_HERE else part for part in prompt)

@@ -93,7 +93,7 @@ def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[st
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
     if config.to == "mmrec" and schema.CONCAT in chosen:
         raise ConfigError(
-            f"--columns {','.join(chosen)} with mmrec, whose models put text and image together themselves",
+            f"--columns {','.join(chosen)} with mmrec, whose models combine text and image themselves",
             "text, image, or both",
             "leave concat out",
         )
@@ -113,7 +113,7 @@ def _missing(config: ConvertConfig, form: Format) -> Missing:
         raise ConfigError(
             f"--missing {config.missing} with {config.to}, which needs a row for every item",
             " or ".join(form.missing),
-            "choose one of these",
+            "choose another --missing",
         )
     return config.missing
 

@@ -106,16 +106,24 @@ def source_of(config: ExportConfig) -> Source:
     """
     if config.backbone is None and config.encoder is None:
         raise ConfigError(
-            "neither --backbone nor --encoder is given", "a model that encodes the items", "give one of the two"
+            "neither --backbone nor --encoder is given",
+            "a model that encodes the items",
+            "give --backbone or --encoder",
         )
     source = next(source for source in SOURCES if source.applies(config))
     for field in dataclasses.fields(config):
         if getattr(config, field.name) not in (field.default, "auto", "off"):
             _require_own(source, field.name, getattr(config, field.name))
     if source.name != "--encoder" and config.pooling == "cls":
-        raise ConfigError("--pooling cls with --backbone", "last or mean", "choose one of them, or leave it out")
+        raise ConfigError(
+            "--pooling cls with --backbone", "last or mean", "choose last or mean, or leave --pooling out"
+        )
     if config.late_fusion == "gate" and config.adapter is None:
-        raise ConfigError("--late-fusion gate without --adapter", "an adapter that holds the gate", "leave it out")
+        raise ConfigError(
+            "--late-fusion gate without --adapter",
+            "an adapter that holds the gate",
+            "leave --late-fusion out, or give the adapter",
+        )
     return source
 
 
@@ -191,7 +199,9 @@ def _dataset(config: ExportConfig) -> Dataset:
     else:
         wanted = [each for item in config.items.split(",") if (each := item.strip())]
     if not wanted:
-        raise ConfigError(f"--items {config.items} names no item", "ids of the dataset", "give some, or leave it out")
+        raise ConfigError(
+            f"--items {config.items} names no item", "ids of the dataset", "give item ids, or leave --items out"
+        )
     return dataset.restricted_to(wanted)
 
 

@@ -386,8 +386,8 @@ def _validation(
     positives = histories.targets[users]
     if negatives.shape[1] < dataset.candidate_count:
         log.print(
-            f"Validation ranks among {negatives.shape[1]} candidates instead of {dataset.candidate_count}:"
-            " a user has touched all other items."
+            f"Validation ranks among {negatives.shape[1]} candidates instead of {dataset.candidate_count}: a"
+            " user has interacted with all other items."
         )
     rows, index = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
     index = index.reshape(len(users), -1)

@@ -141,7 +141,7 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
         raise ConfigError(
             "both --ids and --in-item-order" if config.ids else "an .npy without ids",
             "--ids FILE, or --in-item-order if row i is item i of items.parquet",
-            "give one of the two",
+            "give --ids or --in-item-order",
         )
     if config.ids is None:
         where = f"{config.data / schema.ITEMS_FILE}"

@@ -283,7 +283,7 @@ def _working_folder(config: PrepareConfig) -> Iterator[Path]:
         lock = (out / WORKING_FOLDER / "lock").open("w")
     except OSError as error:
         raise ConfigError(
-            f"--out {out} cannot be written ({error.strerror})", "a folder that may be written", "choose another"
+            f"--out {out} cannot be written ({error.strerror})", "a folder that may be written", "choose another --out"
         ) from None
     with lock:
         _take_lock(lock, out)
@@ -320,7 +320,9 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     out = config.out
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
-            raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
+            raise ConfigError(
+                f"--out {out} would overwrite the input {source.name}", "another folder", "choose another --out"
+            )
     target = out.resolve()
     root = target if config.images is None else config.images.resolve()
     images = root.relative_to(target).parts[0] if root.is_relative_to(target) and root != target else None

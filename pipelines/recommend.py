@@ -134,16 +134,16 @@ def _require_choice(config: RecommendConfig) -> None:
     elif config.embeddings is None and config.index is None:
         raise ConfigError(
             "none of --embeddings, --index and --recommender is given",
-            "what to rank the items by",
+            "one of them, to rank the items by",
             "give the embeddings folder of the items, an index of it, or a trained recommender",
         )
     if config.histories is None and (config.recommender is not None or config.users is None):
-        raise ConfigError("neither --histories nor --users is given", "for whom to rank", "give --histories FILE")
+        raise ConfigError("neither --histories nor --users is given", "the users to rank for", "give --histories FILE")
     if config.histories is None and not config.keep_seen:
         raise ConfigError(
-            "--users without --histories: what the users have seen is not known",
+            "--users without --histories: it is not known which items the users have seen",
             "the file that export-users read, or --keep-seen",
-            "give one of the two",
+            "give --histories, or --keep-seen to recommend seen items too",
         )
 
 
@@ -337,7 +337,11 @@ def _require_same_space(config: RecommendConfig, manifest: Mapping[str, Any] | N
     """Raise `ArtifactError` unless the users' vectors can be compared with the items'."""
     assert config.users is not None
     if config.max_history is not None:
-        raise ConfigError("--max-history with --users", "vectors that are made already", "leave it out")
+        raise ConfigError(
+            "--max-history with --users",
+            "no --max-history: the vectors of --users are already made",
+            "leave --max-history out",
+        )
     users = schema.read_manifest(config.users, table=schema.USERS_TABLE)
     if config.column not in users["views"]:
         raise ConfigError(

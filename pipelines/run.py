@@ -216,7 +216,7 @@ def _require_known(name: str, where: str, known: Mapping[str, Any] | list[str]) 
 def _asked(config: RunConfig, names: list[str]) -> list[str]:
     """Return the stages that the flags ask for."""
     if config.from_stage is not None and config.only is not None:
-        raise ConfigError("--from and --only together", "one of the two", "leave one out")
+        raise ConfigError("--from and --only together", "one of the two", "leave --from or --only out")
     for flag, name in (("--from", config.from_stage), ("--only", config.only)):
         if name is not None:
             _require_known(name, f"with {flag}", STAGES)

@@ -333,8 +333,8 @@ def test_too_few_vectors_for_the_factory_is_a_setting_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("IDMap,Flat", "gives the vectors ids of its own.*--kind Flat"),
-        ("IDMap2,HNSW32", "gives the vectors ids of its own.*--kind HNSW32"),
+        ("IDMap,Flat", "stores ids beside the vectors.*--kind Flat"),
+        ("IDMap2,HNSW32", "stores ids beside the vectors.*--kind HNSW32"),
         ("NSG32,Flat", "cannot add 30 vectors to 'NSG32,Flat'"),
         ("ZnLattice2x4_4", "cannot read back the index 'ZnLattice2x4_4' that it wrote"),
     ],

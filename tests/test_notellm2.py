@@ -262,7 +262,7 @@ def test_the_export_has_fused_vectors_after_the_gate(
     )
     assert result["users_from"] == "mean"
     to: dict[str, Any] = {"to": "sentence-transformers", "backbone": backbone, "adapter": trained}
-    with pytest.raises(ModelError, match="prompts or the pooling of another method"):
+    with pytest.raises(ModelError, match="another method's prompts or pooling"):
         convert.run(ConvertConfig(embeddings=tmp_path / "e", out=tmp_path / "s", **to))
 
 

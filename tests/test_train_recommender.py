@@ -802,7 +802,7 @@ def older_run(run_folder: Path, to: Path) -> Path:
     ("case", "code", "message"),
     [
         ("vectors", 2, r"a run of SASRec from fused vectors. Expected: a finished run .* from item ids"),
-        ("width", 2, r"item vectors have 16 numbers, and those of this run have 8.*--hidden-size 16"),
+        ("width", 2, r"item vectors have 16 dimensions, and this run has --hidden-size 8.*--hidden-size 16"),
         ("own out", 2, r"--align-with and --out are both"),
         ("no vectors", 2, r"item_embedding_align_with without item_embedding_init"),
         ("unfinished", 5, r"metrics.json does not exist"),

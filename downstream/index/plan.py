@@ -65,8 +65,8 @@ def empty_index(factory: str, dim: int) -> Any:
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise ConfigError(
-            f"--kind {factory} gives the vectors ids of its own",
-            "a kind without IDMap: the item ids stand in a file of their own",
+            f"--kind {factory} stores ids beside the vectors",
+            "a kind without IDMap: vlm2rec keeps the item ids in a file of its own",
             f"give --kind {re.sub('IDMap2?,', '', factory)}",
         )
     return index

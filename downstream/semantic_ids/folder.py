@@ -56,7 +56,7 @@ class SemanticIds:
         """
         record = schema.read_json(folder / RECORD_FILE, _WHAT, _AGAIN)
         if record.get("schema_version") != 1 or not isinstance(record.get("files"), dict):
-            raise ArtifactError(f"{folder / RECORD_FILE} is of another version", _WHAT, _AGAIN)
+            raise ArtifactError(f"another version of vlm2rec wrote {folder / RECORD_FILE}", _WHAT, _AGAIN)
         for name in (IDS_FILE, CODEBOOK_FILE):
             path = folder / name
             if not path.is_file() or sha256_file(path) != record["files"].get(name):
@@ -176,7 +176,11 @@ def _require_fit(earlier: SemanticIds, dim: int, column: str, balanced: bool, li
             "choose another --like, or none",
         )
     if balanced:
-        raise ConfigError("--balanced with --like", "one of the two: items of an earlier folder keep their codes", "")
+        raise ConfigError(
+            "--balanced with --like",
+            "one of the two: with --like, the items of the earlier folder keep their codes",
+            "",
+        )
 
 
 def _codes(book: Codebook, embeddings: Location, column: str, count: int, balanced: bool, watch: Watch) -> np.ndarray:

@@ -87,7 +87,11 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
     inside = {id(parameter) for parameter in backbone.language_model.parameters()}
     stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
     if stray:
-        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "its layers only")
+        raise ModelError(
+            f"LoRA would also adapt a layer outside the language model: {stray[0]}",
+            "LoRA in the layers of the language model only",
+            "choose a backbone of a supported family",
+        )
     return wrapped
 
 
@@ -315,7 +319,7 @@ def require_promptless(adapter: Path | None, prompts: str) -> None:
         raise ConfigError(
             f"{prompts} with --adapter {adapter}, which says itself how to prompt",
             "the backbone alone, or a PEFT folder that another program made",
-            "leave --adapter out, or --strategy; of an imported adapter, give the folder that it was imported from",
+            "leave --adapter out, or --strategy; if the adapter was imported, give the folder that import-adapter read",
         )
 
 

@@ -117,7 +117,9 @@ def frozen_fingerprint(
     }
     if found != "sentence" and pooling != "auto":
         which = "a CLIP or SigLIP folder" if found == "clip" else "an image encoder"
-        raise ConfigError(f"--pooling with {which}", "none: the model pools", "leave it out")
+        raise ConfigError(
+            f"--pooling with {which}", "no --pooling: this model pools its tokens itself", "leave --pooling out"
+        )
     if found == IMAGE:
         return common | image_settings(inner, config) | _hashes(inner)
     if found == "clip":

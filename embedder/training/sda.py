@@ -34,7 +34,11 @@ class ItemSamples(Sequence[int]):
 
     def __init__(self, count: int) -> None:
         if count < 2:
-            raise DataError(f"a catalogue of {count} items", "two or more, to compare with each other")
+            raise DataError(
+                f"the catalogue has {count} items",
+                "two or more, to compare with each other",
+                "prepare a larger catalogue",
+            )
         self._count = count
 
     def __len__(self) -> int:

@@ -240,7 +240,7 @@ def _refuse_duplicates(frame: pl.DataFrame, path: Path) -> None:
             f"item id {one!r} occurs in rows {places[0] + 1:,} and {places[1] + 1:,} of {path};"
             f" {rows[ITEM_ID].n_unique():,} ids occur more than once",
             "every item id once; white space at an id's ends does not count",
-            "remove the duplicates; keep the row with the right title and picture",
+            "remove the duplicates; keep the row with the right title and image",
         )
 
 

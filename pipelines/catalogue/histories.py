@@ -149,7 +149,9 @@ def _places(ids: pl.Series, among: pl.Series) -> np.ndarray:
 
 def _nothing_known(found: Interactions, unknown: pl.DataFrame, item_ids: Sequence[str]) -> DataError:
     if not found.rows:
-        return DataError(f"{found.path} holds {EMPTY.partition(' is ')[2]} histories only", "items in them", "check it")
+        return DataError(
+            f"{found.path} holds {EMPTY.partition(' is ')[2]} histories only", "items in them", "check the file"
+        )
     given = f", such as {', '.join(map(repr, unknown[ITEM_ID].head(3)))}" if unknown.height else ""
     return DataError(
         f"none of the {found.rows:,} interactions of {found.path} is of an item of the catalogue{given}",

@@ -158,7 +158,7 @@ def draw_validation_candidates(
         count = min([count, *left])
     if not count:
         raise DataError(
-            f"a user has touched every one of the {len(known):,} items of training and validation",
+            f"a user has interacted with every one of the {len(known):,} items of training and validation",
             "items to rank the validation item among",
             "add items or users, or leave this user out",
         )

@@ -484,7 +484,9 @@ def _float32(values: np.ndarray) -> np.ndarray:
 def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"the ids in {where} are {kind}", "strings or whole numbers", "convert them first")
+        raise DataError(
+            f"the ids in {where} are {kind}", "strings or whole numbers", "convert the ids to strings or whole numbers"
+        )
     if values.null_count:
         raise DataError(f"{values.null_count} ids in {where} are null", "an id for every row", "remove these rows")
     try:

@@ -218,7 +218,11 @@ def _merge(layers: Iterable[Json], where: str) -> Json:
         for key, value in layer.items():
             if key not in known:
                 near = did_you_mean(key, known)
-                raise ConfigError(f"unknown key {key!r} in {where}{near}", f"one of {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"unknown key {key!r} in {where}{near}",
+                    f"one of {', '.join(sorted(known))}",
+                    "correct or remove it in the YAML",
+                )
             before = merged.get(key)
             merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
@@ -244,7 +248,11 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown setting {key!r} for {where}{did_you_mean(key, known)}", f"{', '.join(known)}")
+            raise ConfigError(
+                f"unknown setting {key!r} for {where}{did_you_mean(key, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it in the YAML",
+            )
     return read_config.read_config(cls, flags=values)
 
 
@@ -283,7 +291,9 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
         return method.backbone
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
-        raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
+        raise ConfigError(
+            f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune", "correct the YAML"
+        )
     kind = training_method(study, method)
     own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
@@ -331,6 +341,7 @@ def _check(study: Study, where: str) -> None:
             raise ConfigError(
                 f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
+                "correct the YAML",
             )
     for method in study.methods:
         if unknown := [model for model in method.models if model not in schema.RECOMMENDERS]:
@@ -358,7 +369,11 @@ def _check(study: Study, where: str) -> None:
             )
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
-            raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")
+            raise ConfigError(
+                f"method {method.name!r} has source {method.source!r}{near}",
+                f"one of {list(SOURCES)}",
+                "correct the YAML",
+            )
         if method.slug in slugs or not method.slug:
             raise ConfigError(
                 f"methods {slugs.get(method.slug)!r} and {method.name!r} share the folder {method.slug!r}",
@@ -375,7 +390,7 @@ def _check_tuning(study: Study, method: Method, where: str) -> None:
         raise ConfigError(
             f"method {method.name!r} in {where} has a search, and its source {method.source!r} trains nothing",
             "`search` and `tuned_like` for methods that train",
-            "remove it",
+            "remove `search` or `tuned_like` from the method",
         )
     if method.tuned_like is None:
         return
@@ -589,7 +604,11 @@ def _of_model(values: Json, model: str) -> Json:
     common = {key: value for key, value in values.items() if key not in schema.RECOMMENDERS}
     own = values.get(model, {})
     if not isinstance(own, dict):
-        raise ConfigError(f"{model}: {own!r} among the settings of recommenders", "a mapping of settings")
+        raise ConfigError(
+            f"{model}: {own!r} among the settings of recommenders",
+            "a mapping of settings",
+            "write `key: value` lines below the model's name",
+        )
     return {**common, **own}
 
 
