@@ -52,7 +52,7 @@ def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents
     rows, dim = vectors.shape
     if count > min(rows - 1, dim):
         raise ConfigError(
-            f"{count} principal components of {rows} vectors of length {dim}",
+            f"{count} principal components of {rows} vectors of {dim} dimensions",
             f"at most {max(0, min(rows - 1, dim))}: centred vectors have no more directions",
             "ask for fewer components",
         )

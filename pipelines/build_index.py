@@ -63,7 +63,7 @@ def _say(text: str, *, warning: bool = False) -> None:
 
 def _print_estimate(plan: IndexPlan) -> None:
     _say(
-        f"{plan.factory} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
+        f"{plan.factory} for {plan.rows:,} vectors of {plan.dim} dimensions: about {_size(plan.bytes)} on disk,"
         f" {_size(plan.memory)} of memory and {_duration(plan.seconds)}"
     )
     free = _free_memory()

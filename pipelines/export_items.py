@@ -240,7 +240,7 @@ def _dry_run(
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
         estimated = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
     licence = {} if config.backbone is None else {"licence": backbone_licence(config.backbone)}
-    console.summary("dry run: nothing was written", describe(estimated) | licence)
+    console.summary("Dry run: nothing was written", describe(estimated) | licence)
     return estimated
 
 
@@ -252,7 +252,7 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     dims = schema.dims_of(manifest)
     shapes = ", ".join(f"{view}[{dims[view]}]" for view in manifest["views"])
     console.summary(
-        "embeddings",
+        "Embeddings",
         {
             "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},

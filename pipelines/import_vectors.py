@@ -288,7 +288,7 @@ def _say_of_extra_ids(config: ImportVectorsConfig, dataset: Dataset, source: Vec
     console.TERMINAL.say(
         f"{len(extra):,} ids of {config.file} are not in the dataset and were left out, such as"
         f" {examples(unknown.select(ROW, schema.ITEM_ID).head(3).rows())}"
-        + (f". Of these, {alike.height:,} may be known: {'; '.join(told)}" if told else ""),
+        + (f". Of these, {alike.height:,} may be known items in another spelling: {'; '.join(told)}" if told else ""),
         warning=bool(told),
     )
 
@@ -299,7 +299,8 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
     if settings["pca"]:
         kept = ", ".join(f"{view} {share:.1%}" for view, share in settings["pca"]["explained"].items())
         console.log.print(
-            f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep of the variance: {kept}"
+            f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep this share of the"
+            f" variance: {kept}"
         )
     for view, vectors in views.items():
         if empty := int((vectors == 0).all(1).sum()):

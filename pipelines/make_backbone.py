@@ -179,7 +179,7 @@ def _summarise(
         if score is not None:
             rows[f"held-out {name}"] = _in_words(score)
     rows["model"] = config.out
-    console.summary("make-backbone", rows)
+    console.summary("Small backbone", rows)
 
 
 def _in_words(score: Score) -> str:

@@ -261,7 +261,7 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         f" {meta['negatives']['count']} candidates per user for seeds {', '.join(map(str, meta['negatives']['seeds']))}"
     )
     if meta.get(schema.SPLIT) == schema.TEMPORAL:
-        console.log.print("split 80/10/10 in each user's order: several items to validate and to test")
+        console.log.print("split 80/10/10 in each user's order: several items for validation and for test")
     left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
     if any(left_out.values()):
         told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]
@@ -283,7 +283,7 @@ def _working_folder(config: PrepareConfig) -> Iterator[Path]:
         lock = (out / WORKING_FOLDER / "lock").open("w")
     except OSError as error:
         raise ConfigError(
-            f"--out {out} cannot be written ({error.strerror})", "a folder that may be written", "choose another --out"
+            f"--out {out} cannot be written ({error.strerror})", "a writable folder", "choose another --out"
         ) from None
     with lock:
         _take_lock(lock, out)

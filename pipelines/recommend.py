@@ -298,7 +298,7 @@ def _vectors(config: RecommendConfig) -> VectorSource:
     elif embeddings is None:
         assert index is not None
         raise ArtifactError(
-            f"the vectors of {config.index} are needed, for the means of histories, and {index.stale()}",
+            f"--histories needs the vectors that {config.index} was built from, and {index.stale()}",
             "the embeddings folder that the index was built from",
             "name it with --embeddings, or give vectors of the users with --users",
         )
@@ -492,7 +492,7 @@ def _summarise(
         rows["no recommendation"] = f"{failed:,} users; `vlm2rec failures {config.out}` lists them"
     if fewer := counts[schema.STATUS_OK] - _full(config.out, manifest):
         rows[f"fewer than {config.k}"] = f"{fewer:,} users, for whom no more items were found"
-    console.summary("recommendations", rows)
+    console.summary("Recommendations", rows)
 
 
 def _full(folder: Location, manifest: Mapping[str, Any]) -> int:

@@ -129,7 +129,7 @@ def _run_stage(stage: Stage, record: Record, number: str, again: bool) -> None:
     if before is not None and begun_otherwise and stage.name == "finetune" and (stage.out / "checkpoints").exists():
         raise ConfigError(
             f"the training in {stage.out} was begun, and {', '.join(_changed(before, now))} has changed since",
-            "the same data and backbone, to go on with it",
+            "the same data and backbone, to continue it",
             f"give finetune another out, or remove {stage.out}",
         )
     console.headline(f"{number}  {stage.name}", str(stage.out))
@@ -239,7 +239,11 @@ class Record:
             fix = "remove it; finished stages then run again"
             found = schema.read_json(self.path, "the record of an earlier run", fix)
             if found.get("written_by") != WRITER:
-                raise ConfigError(f"{self.path} is not of `vlm2rec run`", "a free name", "move it away")
+                raise ConfigError(
+                    f"{self.path} exists, and `vlm2rec run` has not written it",
+                    "no file of that name, or one of `vlm2rec run`",
+                    f"move or rename {self.path.name}",
+                )
             self._stages = found["stages"]
 
     def of(self, stage: Stage) -> dict[str, Any] | None:

@@ -202,5 +202,5 @@ def test_a_damaged_parquet_and_a_column_of_numbers_are_refused(tmp_path: Path) -
 
 def test_ids_that_only_differ_in_their_spelling_are_refused(tmp_path: Path) -> None:
     rows = [{"user_id": "u", "history": ["A", "B", "c"]}]
-    with pytest.raises(DataError, match="only spell their id otherwise"):
+    with pytest.raises(DataError, match="differ from a known id only in spelling"):
         read(as_jsonl(tmp_path / "h.jsonl", rows))

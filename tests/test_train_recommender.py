@@ -666,7 +666,7 @@ def test_a_recbole_dataset_that_is_not_there_is_refused_and_not_downloaded(tmp_p
 
 def test_a_yaml_without_data_of_any_kind_is_refused(tmp_path: Path) -> None:
     file = write_yaml(tmp_path / "r.yaml", {"model": "SASRec"})
-    with pytest.raises(ConfigError, match="no data is named"):
+    with pytest.raises(ConfigError, match="neither --data nor a dataset in the YAML is given"):
         train_recommender.run(TrainRecommenderConfig(config=file, out=tmp_path / "out"))
 
 

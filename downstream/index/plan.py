@@ -58,8 +58,8 @@ def empty_index(factory: str, dim: int) -> Any:
         index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ConfigError(
-            f"FAISS cannot make an index {factory!r} for vectors of length {dim}{did_you_mean(factory, KINDS)}"
-            f" ({faiss_reason(error)})",
+            f"FAISS cannot make an index {factory!r} for vectors of {dim}"
+            f" dimensions{did_you_mean(factory, KINDS)} ({faiss_reason(error)})",
             f"{', '.join(KINDS)}, or a FAISS factory string such as 'HNSW32' or 'IVF1024,SQ8'",
             "correct --kind",
         ) from None

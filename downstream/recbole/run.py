@@ -159,7 +159,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
-            "no data is named",
+            "neither --data nor a dataset in the YAML is given",
             "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
             "give --data, or add these lines to the YAML",
         )

@@ -170,8 +170,8 @@ def build(
 def _require_fit(earlier: SemanticIds, dim: int, column: str, balanced: bool, like: Path | None) -> None:
     if earlier.codebook.dim != dim or earlier.record.get("column") != column:
         raise ConfigError(
-            f"--like {like} codes {earlier.record.get('column')} vectors of length {earlier.codebook.dim}, these are"
-            f" {column} vectors of length {dim}",
+            f"--like {like} was built from {earlier.record.get('column')} vectors of {earlier.codebook.dim}"
+            f" dimensions, and these are {column} vectors of {dim} dimensions",
             "vectors of the same encoder and view",
             "choose another --like, or none",
         )

@@ -562,8 +562,11 @@ def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: 
     """
     require_effect(before, after, folder)
     if after.shape != canary.fused.shape:
-        found = f"vectors of length {after.shape[1]}, the adapter {folder} was saved with {canary.fused.shape[1]}"
-        raise ModelError(found, "the same length", "give the backbone named in its vlm2rec.json")
+        found = (
+            f"vectors of {after.shape[1]} dimensions, but the adapter {folder} was saved with vectors of"
+            f" {canary.fused.shape[1]}"
+        )
+        raise ModelError(found, "vectors of the same dimensions", "give the backbone named in its vlm2rec.json")
     near = cosine(after, canary.fused)
     worst = float(near.min())
     exact = dtype == "float32" and canary.dtype in ("", "float32")

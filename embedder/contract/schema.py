@@ -273,7 +273,7 @@ def files_of(folder: Location) -> dict[str, Location]:
         if not _is_copy(path, folder / name):
             raise ArtifactError(
                 f"{folder} holds {path.name}, which an earlier version of vlm2rec wrote, beside"
-                f" {' and '.join(present)}, and they tell different things",
+                f" {' and '.join(present)}, and the two disagree",
                 "the files of one export",
                 f"delete the one that does not belong to these parts (a manifest lists the SHA-256 of each); then"
                 f" `vlm2rec verify {folder}` tells whether the other one does",

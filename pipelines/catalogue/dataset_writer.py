@@ -103,8 +103,8 @@ def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int
     least, short = int(left.min()), int((left < count).sum())
     if short:
         raise DataError(
-            f"{short:,} of {len(sequences):,} users have touched so many of the {num_items:,} items that fewer"
-            f" than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
+            f"{short:,} of {len(sequences):,} users have interacted with so many of the {num_items:,} items that"
+            f" fewer than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
             f"for every user, at least {count} items without an interaction of the user",
             f"give --candidates {least} or less" if least else "add items: this user has interacted with every one",
         )
