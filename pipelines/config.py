@@ -89,13 +89,13 @@ COLUMNS = "Columns of the files"
 KEPT = "What is kept"
 MODEL = "Model and prompts"
 LOSS = "Loss"
-METHODS_OWN = "Loss of the other methods"
+METHODS_OWN = "Losses of the other methods"
 TRAINING = "Training"
 WATCHING = "Watching"
 MACHINE = "Machine and memory"
 TABLE = "Embeddings folder"
 FAILURES = "Failures"
-GOING_ON = "Going on with an export"
+GOING_ON = "Continuing an export"
 WORKERS = "Several workers"
 START = "Starting from vectors"
 RECOMMENDER = "Recommender"
@@ -839,8 +839,9 @@ class ImportVectorsConfig:
 
     data: Place = setting("Dataset folder.")
     file: Path = setting(
-        "Vectors: Parquet or JSON lines with ids and lists of numbers, CSV or TSV with ids and one column for each"
-        " dimension (or one column of lists), RecBole's .itememb, or an .npy matrix of shape (items, d)."
+        "File of vectors. Parquet or JSON lines: ids and lists of numbers; CSV or TSV: ids and one column for"
+        " each dimension, or one column of lists; also RecBole's .itememb, or an .npy matrix of shape (items,"
+        " d)."
     )
     out: Place = setting("Embeddings folder to write.")
     ids: Path | None = setting(
@@ -992,9 +993,9 @@ class TrainRecommenderConfig:
         False,
     )
     mode: StartMode = setting(
-        "How to use the vectors. adapter: frozen vectors with trained layers (--adapter); table: an item table"
-        " that starts from the vectors and is trained; fuse: as adapter, with a trained row for every id; init:"
-        " trained vectors with trained layers. VBPR, FREEDOM, LATTICE, SLMRec: adapter or init.",
+        "How to use the vectors. adapter: frozen vectors, trained layers (--adapter); table: a trained item"
+        " table that starts from the vectors; fuse: as adapter, plus a trained row for every id; init: trained"
+        " vectors, trained layers. VBPR, FREEDOM, LATTICE, SLMRec: adapter or init.",
         "adapter",
     )
     fuse: Fuse = setting(

@@ -228,7 +228,7 @@ FORMATS = {
         "*_adj_*.pt",
     ),
     "cornac": Format(
-        "a matrix and the ids of its rows, for ImageModality",
+        "a matrix and the ids of its rows, for cornac's ImageModality",
         _fused,
         1,
         ("mean", "error"),
@@ -253,7 +253,7 @@ FORMATS = {
         "np.load('{out}/fused.npy'), json.load(open('{out}/item_ids.json'))",
     ),
     "safetensors": Format(
-        "the same in one file",
+        "all views and the ids in one file",
         list,
         3,
         _SKIP_FIRST,
@@ -269,7 +269,7 @@ FORMATS = {
         "lance.dataset('{out}/items.lance')",
     ),
     "sentence-transformers": Format(
-        "the merged model as a folder that it opens",
+        "the merged model, as a folder that SentenceTransformer opens",
         list,
         3,
         ("skip",),

@@ -157,8 +157,8 @@ def _read(path: Path, dataset: Dataset, most: int) -> GivenNegatives:
     if len(keys) != 1 or len(forms) != 1:
         raise DataError(
             f"--negatives-file {path} has the columns {', '.join(map(repr, found[:20]))}",
-            f"{schema.ITEM_ID} (the target) or {schema.USER_ID}, one of the two, and {NEGATIVE_ID} (one negative a row)"
-            f" or {schema.NEGATIVES} (a list), one of the two",
+            f"{schema.ITEM_ID} (the target) or {schema.USER_ID}, one of the two, and {NEGATIVE_ID} (one negative"
+            f" per row) or {schema.NEGATIVES} (a list), one of the two",
             "rename the columns, or remove those of the other kind",
         )
     key, form = keys[0], forms[0]

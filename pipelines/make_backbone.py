@@ -172,10 +172,10 @@ def _summarise(
     pictured = sum(item.picture is not None for item in items)
     rows: dict[str, object] = {
         "parameters": f"{parameters / 1e6:.1f} M",
-        "learnt from": f"{len(items):,} items, {pictured:,} with a picture; {vocabulary:,} words of column {column!r}",
+        "learnt from": f"{len(items):,} items, {pictured:,} with an image; {vocabulary:,} words of column {column!r}",
         "training": f"{training.steps:,} steps, {training.seconds:.0f} s",
     }
-    for name, score in (("titles", training.text), ("pictures", training.image)):
+    for name, score in (("titles", training.text), ("images", training.image)):
         if score is not None:
             rows[f"held-out {name}"] = _in_words(score)
     rows["model"] = config.out

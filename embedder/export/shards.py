@@ -306,7 +306,9 @@ def require_same_plan(folder: Location, plan: Plan) -> None:
     if known is None or identity_of(known) != plan.identity:
         raise ArtifactError(
             f"{folder} is no longer what this export began: "
-            + ("its files are gone" if known is None else "another worker goes on with other items, titles or images"),
+            + (
+                "its files are gone" if known is None else "another worker continues with other items, titles or images"
+            ),
             "the same dataset and the same --extend and --retry-failed for all workers",
             "end the workers that still have an earlier dataset, then run the same command again for every worker",
         )
@@ -414,7 +416,7 @@ def _require_all_there(folder: Location, shards: Iterable[Shard]) -> None:
         raise ArtifactError(
             f"{folder} does not hold {', '.join(wrong[:3])} as recorded: it was changed during the export",
             "one export at a time in a folder, and nobody else who writes there",
-            "run the same command again: it makes these shards anew",
+            "run the same command again: it writes these shards again",
         )
 
 

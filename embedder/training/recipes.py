@@ -463,7 +463,7 @@ def _check_rationales(settings: Settings) -> None:
 
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
-        help="users' histories, by --loss",
+        help="users' histories (VLM2Rec, SFT), by --loss",
         samples=_history_samples,
         model=_history_model,
         title=_loss_title,
@@ -479,7 +479,7 @@ METHODS: dict[str, Recipe] = {
         distributed=True,
     ),
     "sda": Recipe(
-        help="text and image of items, by --cmsa",
+        help="text and image of each item (SDA), by --cmsa",
         samples=_item_samples,
         model=_item_model,
         title=_alignment_title,
@@ -495,7 +495,7 @@ METHODS: dict[str, Recipe] = {
         probed=SDA_PROBED,
     ),
     "llmemb": Recipe(
-        help="two texts of an item, with attributes dropped (LLMEmb)",
+        help="two texts of the same item, each with attributes dropped (LLMEmb)",
         samples=_attribute_samples,
         model=_attribute_model,
         title=lambda settings: f"llmemb, scft, {settings.drop_ratio:g} dropped",
@@ -516,7 +516,7 @@ METHODS: dict[str, Recipe] = {
         shown=("own_text_first", "tau"),
     ),
     "notellm2": Recipe(
-        help="pairs of items that users had one after the other (NoteLLM-2)",
+        help="pairs of items that users took soon after one another (NoteLLM-2)",
         samples=_pair_samples,
         model=_pair_model,
         title=_pair_title,
@@ -527,7 +527,7 @@ METHODS: dict[str, Recipe] = {
         shown=("loss_image", "loss_fused", "tau"),
     ),
     "llm2rec": Recipe(
-        help="the next title, then masked titles, then titles by dropout (LLM2Rec)",
+        help="titles, in three phases: next title, masked tokens, SimCSE (LLM2Rec)",
         samples=_title_samples,
         model=_title_model,
         title=_phase_title,
@@ -548,7 +548,7 @@ METHODS: dict[str, Recipe] = {
         shown=("phase",),
     ),
     "slim": Recipe(
-        help="users' histories of items told by a column of rationales (SLIM+)",
+        help="users' histories, with a column of rationales as the items' text (SLIM+)",
         samples=_history_samples,
         model=_history_model,
         title=lambda settings: f"slim, sft on {settings.item_text}",

@@ -569,8 +569,8 @@ class _Copy:
             fix = "give the first column a name in the header, which row names (as R writes them) have not"
         return DataError(
             f"{found}{more}; {header}",
-            f"as many fields as columns in every line, separated by {self._form.separator!r}; a field with a separator,"
-            ' a quote or a line break stands in quotes, and a quote in it is doubled ("")',
+            f"in every line, as many fields as columns, separated by {self._form.separator!r}; a field with a"
+            ' separator, a quote or a line break stands in quotes, and a quote in it is doubled ("")',
             fix,
         )
 

@@ -200,7 +200,7 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path, thing: str) -> tup
     if lists not in found and columns.history_column is None:
         raise DataError(
             f"{path} has neither a column {names.item_id!r} nor {lists!r}; its columns are {', '.join(found[:20])}",
-            "a long table (user, item and time), or one row a user with a list of items",
+            "a long table (user, item and time), or one row per user with a list of items",
             "name your column with --item-id-column, or with --history-column",
         )
     require_columns(path, found, {columns.user_id_column: "--user-id-column", lists: "--history-column"})

@@ -108,8 +108,8 @@ def _refuse_row_numbers(table: pa.Table, path: Path) -> None:
                 f"column {name!r} of {path} holds a whole number of its own in every row, {values[0]} to {values[-1]},"
                 " as row numbers do",
                 "dimensions of the vectors in all columns but the ids",
-                "leave it out of the file, or call it index if it numbers the rows; if it is a dimension, write it"
-                " with a decimal point or save a Parquet file with one column of lists",
+                "if it numbers the rows, leave it out of the file or call it index; if it is a dimension, write"
+                " its values with a decimal point, or save a Parquet file with one column of lists",
             )
 
 

@@ -52,7 +52,7 @@ _NOT_SEARCHED = {
     *("valid_users", "valid_candidates", "users"),
 }
 _WHAT = "the choice of a study's settings"
-_CHOOSE_AGAIN = "remove it and run the study again: it is written anew from the finished trials"
+_CHOOSE_AGAIN = "remove it and run the study again: it is written again from the finished trials"
 
 
 @dataclass(frozen=True)
