@@ -445,9 +445,9 @@ class FinetuneConfig:
         group=TRAINING,
     )
     negatives_file: Path | None = setting(
-        "File of hard negatives, in addition to those of the batch: Parquet, CSV or JSON lines with item_id"
-        " (the target) or user_id, and negative_id (one per row) or negatives (a list). For --method vlm2rec"
-        " and slim.",
+        "File of hard negatives, in addition to those of the batch: Parquet, CSV or JSON lines. Its columns:"
+        " item_id (the target) or user_id, and negative_id (one per row) or negatives (a list). For --method"
+        " vlm2rec and slim.",
         None,
     )
     mine_from: Place | None = setting(
@@ -455,8 +455,8 @@ class FinetuneConfig:
         None,
     )
     margin: Fraction = setting(
-        "With --mine-from: an item whose cosine with the user's history is larger than this share, 0 to 1, of the"
-        " target's cosine may be a positive, so it is no negative.",
+        "With --mine-from: share, 0 to 1, of the target's cosine with the user's history. An item whose cosine"
+        " is larger may be a positive, so it is not used.",
         0.95,
     )
     hard_negatives: Positive = setting("Largest number of hard negatives per user in a step.", 4)

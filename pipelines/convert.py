@@ -76,7 +76,9 @@ def _refuse_unused_flags(config: ConvertConfig) -> None:
     for flag in dict.fromkeys(flag for form in FORMATS.values() for flag in form.flags):
         forms = [name for name, form in FORMATS.items() if flag in form.flags]
         if getattr(config, flag) not in (None, (), "auto", False) and config.to not in forms:
-            raise ConfigError(f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", "leave it out")
+            raise ConfigError(
+                f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", f"leave --{flag} out"
+            )
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:

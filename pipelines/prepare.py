@@ -311,7 +311,9 @@ def _take_lock(lock: IO[str], out: Path) -> None:
 
 def _disk_error(out: Path, error: OSError) -> Vlm2RecError:
     return DataError(
-        f"reading the inputs or writing {out} failed: {error}", "", "free some space or check the permissions"
+        f"reading the inputs or writing {out} failed: {error}",
+        "a readable and writable disk",
+        "free some space, or check the permissions",
     )
 
 

@@ -232,7 +232,7 @@ def test_repaired_items_join_a_short_folder_and_the_measure_stays(tmp_path: Path
 
 
 def test_a_dim_that_does_not_fit_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--dim 65, but the encoder's vectors have {DIM} numbers"):
+    with pytest.raises(ConfigError, match=f"--dim 65, but the encoder's vectors have {DIM} dimensions"):
         make(data, tmp_path / "out", dim=65)
     both = {**WideEncoder().fingerprint, "dims": {"fused": 2 * DIM}}
     with pytest.raises(ConfigError, match="concatenated"):

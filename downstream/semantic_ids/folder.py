@@ -179,7 +179,7 @@ def _require_fit(earlier: SemanticIds, dim: int, column: str, balanced: bool, li
         raise ConfigError(
             "--balanced with --like",
             "one of the two: with --like, the items of the earlier folder keep their codes",
-            "",
+            "leave --balanced or --like out",
         )
 
 

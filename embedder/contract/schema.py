@@ -318,7 +318,7 @@ def read_manifest(folder: Location, *, check: bool = True, table: str | None = I
         raise ArtifactError(
             f"{folder} is a folder of {table_of(manifest)}",
             f"a folder of {table}, as {_WRITERS[str(table)]} writes",
-            "",
+            f"give the folder that {_WRITERS[str(table)]} wrote",
         )
     if check and (problems := manifest_problems(manifest)):
         raise ArtifactError(f"{path} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN)

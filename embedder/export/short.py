@@ -40,7 +40,7 @@ def short_settings(settings: Mapping[str, Any], dim: int | None) -> dict[str, An
         )
     if dim > settings["dim"]:
         raise ConfigError(
-            f"--dim {dim}, but the encoder's vectors have {settings['dim']} numbers",
+            f"--dim {dim}, but the encoder's vectors have {settings['dim']} dimensions",
             f"a number from 1 to {settings['dim']}",
             "choose a smaller --dim",
         )

@@ -350,7 +350,7 @@ def _check_attributes(settings: Settings) -> None:
             "--drop-ratio 0 with --lora-dropout 0: the two texts of an item would differ only in the order of"
             " their attributes",
             "one of the two above 0",
-            "change one of the two",
+            "raise --drop-ratio or --lora-dropout",
         )
 
 

@@ -434,7 +434,9 @@ def polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         if "No space left" in str(error):
             raise DataError(
-                f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
+                f"the disk is full: no space to unpack {path}",
+                "enough space for the whole file",
+                "free some space on the disk of --out",
             ) from None
         if kind == "CSV":
             _explain_csv(path)

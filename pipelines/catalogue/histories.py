@@ -1,4 +1,4 @@
-"""Histories of users as they come: a long table, or one row a user with a list. Users may be new, items must be known.
+"""Histories of users as they come: a long table, or one row per user with a list. Users may be new, not so items.
 
     user_id  item_id  timestamp         user_id  history
     alice    42       1700000000        alice    ["7", "42", "9"]
@@ -210,7 +210,7 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path, thing: str) -> tup
 def _lists(
     path: Path, kind: Kind, found: list[str], names: ColumnNames, column: str, scratch: Path, thing: str
 ) -> tuple[Interactions, pl.Series]:
-    """Return the interactions of a file with one row a user, whose number in the list is the time."""
+    """Return the interactions of a file with one row per user, whose number in the list is the time."""
     with files.polars_errors(path, kind):
         if kind in ("Parquet", "CSV"):
             table, records = files.scan_table(path, kind, names, found, scratch)
@@ -256,7 +256,7 @@ def _lists(
             "name the right column with --user-id-column",
         )
     empty = users.filter((pl.col("length") == 0) & pl.col(USER_ID).is_not_null())[USER_ID]
-    return Interactions(frame, f"{kind}, one row a {thing}", int(users["length"].sum()), path, False), empty
+    return Interactions(frame, f"{kind}, one row per {thing}", int(users["length"].sum()), path, False), empty
 
 
 def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
@@ -268,7 +268,7 @@ def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
         raise DataError(
             f"{thing} {first!r} has the rows {rows[0] + 1:,} and {rows[1] + 1:,} of {path};"
             f" {twice[USER_ID].n_unique():,} {thing}s have more than one",
-            f"one row a {thing}, with the whole list",
+            f"one row per {thing}, with the whole list",
             "join the lists, or write a long table",
         )
 

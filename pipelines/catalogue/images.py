@@ -91,7 +91,7 @@ def _path_column(items: pl.DataFrame, column: str | None) -> str | None:
 
 
 _HOW_TO_GET_IMAGES = (
-    "vlm2rec downloads nothing: download the images with img2dataset (pip install img2dataset), then name each"
+    "vlm2rec downloads nothing: download the images with img2dataset (pip install img2dataset); then name each"
     f" file <item_id>.<{'|'.join(IMAGE_SUFFIXES)}>, or give the files' paths, relative to --images, in an"
     f" {IMAGE_PATH} column of the items"
 )

@@ -260,7 +260,9 @@ def _text_table(path: Path, as_text: Sequence[str], *, guess: bool = False) -> p
                 _CONVERT,
             ) from None
     if table.num_rows != form.records:
-        raise DataError(f"{path} has {form.records:,} lines, of which {table.num_rows:,} were read", "", _CONVERT)
+        raise DataError(
+            f"{path} has {form.records:,} lines, of which {table.num_rows:,} were read", "every line once", _CONVERT
+        )
     return table
 
 
@@ -348,7 +350,7 @@ def read_ids(path: Path, id_column: str, flag: str = "--ids") -> list[str]:
         try:
             listed = pa.array(values.tolist())
         except (ValueError, SystemError) as error:  # numbers that are no characters, or half of one
-            raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
+            raise DataError(f"the ids in {path} are not text ({error})", "strings or whole numbers", _CONVERT) from None
         return _as_ids(listed, str(path))
     if path.suffix == ".txt":
         _require_file(path)
@@ -492,7 +494,7 @@ def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
     try:
         ids = [str(value) for value in values.to_pylist()]
     except UnicodeDecodeError as error:  # Arrow does not check text as it reads it
-        raise DataError(f"the ids in {where} are no text ({error})", "text in UTF-8", "write the file again") from None
+        raise DataError(f"the ids in {where} are not text ({error})", "text in UTF-8", "write the file again") from None
     twice = duplicates(ids)
     if twice:
         raise DataError(
