@@ -121,8 +121,8 @@ def search(config: SearchConfig) -> list[Neighbour]:
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
-    # an index may be used without its embeddings folder, so only an existing folder that differs is reported; a folder
-    # in an object store is not checked, because every search would wait for the store
+    # An index may be used without its embeddings folder, so a missing folder is no warning; one that differs is.
+    # A folder in an object store is not checked, because every search would wait for the store.
     reason = index.stale() if isinstance(index.embeddings, Path) and index.embeddings.exists() else None
     if reason:
         _say(f"the index is stale: {reason}; run `vlm2rec build-index` again", warning=True)

@@ -1,7 +1,7 @@
-"""What `vlm2rec search` looks for, as a vector: an item, words, a picture, or a history.
+"""What `vlm2rec search` looks for, as a vector: an item, words, an image, or a history.
 
-Words and pictures are encoded by the encoder of the export, as the text and the image of an item are: the manifest, and
-the index after it, say where the encoder was and which settings it had. An encoder found elsewhere has to be the same.
+The encoder of the export encodes words and images as it encodes an item's text and image. The manifest says where the
+encoder was and which settings it had, and the index repeats it. An encoder found elsewhere has to be the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`vlm2rec run`: the whole line, stage by stage, from one YAML file. What is done is skipped.
 
-Each command knows by itself whether its output is complete, and goes on or refuses in its own words. Beside the YAML,
-a record holds what no output folder tells: the settings of `prepare`, `evaluate` and `build-index`, the state of the
-files that a stage read, and the time it took. A stage is skipped if its output is there and its record is the same.
+Each command knows by itself whether its output is complete, and goes on or refuses in its own words. A record beside
+the YAML holds what the output folders do not say: the settings of `prepare`, `evaluate` and `build-index`, the state
+of the files that a stage read, and the time it took. A stage is skipped if its output is there and its record is the
+same.
 """
 
 from __future__ import annotations

@@ -544,7 +544,7 @@ def test_an_index_of_two_builds_is_refused(rows: int, file: str, tmp_path: Path)
         write_embeddings(tmp_path / f"emb-{name}", ids, clustered(len(ids), 8, len(name)))
         build_index(tmp_path / f"emb-{name}", tmp_path / name)
     shutil.copy(tmp_path / "other" / file, tmp_path / "one" / file)
-    with pytest.raises(ArtifactError, match=r"of another build.*run `vlm2rec build-index` again"):
+    with pytest.raises(ArtifactError, match=r"another build wrote it.*run `vlm2rec build-index` again"):
         ItemIndex.open(tmp_path / "one")
 
 

@@ -41,8 +41,8 @@ from vlm2rec.embedder.encoders.frozen_images import (
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.options import DeviceName, DtypeName, EncoderKind, EncoderPooling, FusionNorm
 
-# padding of titles: CLIP's are padded to the longest of the batch; SigLIP was trained on titles padded to full length,
-# and attends to the padding
+# padding of titles: to the longest of the batch for CLIP. SigLIP attends to the padding, and was trained on titles
+# padded to full length.
 CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
     "clip": "longest",
     "siglip": "max_length",

@@ -10,9 +10,9 @@ What lies in the folder, in the order it is written:
 Whoever opens the folder as one Parquet table skips what begins with an underscore or a dot. An earlier version wrote
 the same names without the underscore. `schema.files_of` tells which a folder has; `begin` renames them.
 
-A record names the plan that its shard belongs to. Where the input has changed since (`--extend`, `--retry-failed`),
-_export.json names the new plan at once, and each shard is recorded for it only after its rows have been held against
-it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
+A record names the plan that its shard belongs to. If the input has changed since (`--extend`, `--retry-failed`),
+_export.json names the new plan at once. Each shard is recorded for the new plan only after its rows have been compared
+with it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
 
 A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
 not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. After a

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: all that is needed to go on as if it had never stopped, with checksums over all of it.
+"""Checkpoints of a training: all that is needed to continue as if it had never stopped, with checksums over all of it.
 
     run.json                        settings of the run (`pipelines.finetune`)
     checkpoint-<step>/

@@ -1,8 +1,9 @@
 """CSV files as people have them: which lines are records, and what stands in their fields.
 
 A file is surveyed first, block by block. If its quotes are those of RFC 4180 and every record has as many fields as the
-header, it is read as it is. Every other file is copied line by line into that form, with one reading for every record,
-or refused with the lines that have none: no line is left out, and none is swallowed by a quote that stays open.
+header, it is read as it is. Every other file is copied line by line into that form, if each record can be read in one
+way only. If not, the file is refused, and the error names the lines. No line is left out, and no open quote swallows
+the lines after it.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def print_verdicts(page: Path) -> None:
     log.result(table)
 
 
-# what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
+# how our figures and pages begin: the mark of today, and what earlier versions wrote before there was a mark
 _FIGURE_MARKS = (figures.OURS.encode(), b"Matplotlib v")
 _PAGE_MARKS = (b'<meta name="generator" content="vlm2rec">', b"--vlm2rec: #d1500b")
 
