@@ -119,7 +119,7 @@ def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     picked = schedule.study.picked(config.methods)
     if config.methods:
         schedule.study.check_taking_part(picked)
-    names = {method.name for method in picked}
+    names = {name for method in picked for name in (method.name, method.vectors_of)}
     return schedule, [each for each in schedule.runs if each.method.name in names]
 
 

@@ -34,14 +34,15 @@ def test_a_step_that_fails_leaves_out_only_what_needs_it(
     methods = [
         {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
         {"name": "VLM2Rec", "source": "backbone"},
+        {"name": "VLM2Rec with ids", "vectors_of": "VLM2Rec", "recommender": {"mode": "fuse"}},
     ]
     plan = {"main": {"seeds": [0], "tasks": [1, 2], "models": ["SASRec"]}}
     config = settings(tiny, drawn_dataset, tmp_path, methods=methods, grids=[], analyses=["main"], plan=plan)
     with pytest.raises((DataError, ConfigError), match=r"absent\.parquet"):
         study.run(config)
     results = pl.read_parquet(config.out / "results.parquet")
-    assert set(results["method"]) == {"VLM2Rec"}
-    assert set(results["task"]) == {1, 2}
+    tasks = {(row["method"], row["task"]) for row in results.iter_rows(named=True)}
+    assert tasks == {("VLM2Rec", 1), ("VLM2Rec", 2), ("VLM2Rec with ids", 2)}
     assert (config.out / "report.html").is_file()
     printed = capsys.readouterr().err
     assert "failed" in printed

@@ -133,7 +133,11 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
         chosen = selection.chosen(config.out, searches)
         study = _with_looks(read_study(config, len(data.user_ids), more, chosen), data)
         waiting = {search.method.name for search in searches} - chosen.keys()
-        undecided = frozenset(m.name for m in study.methods if selection.source_of_settings(study, m).name in waiting)
+        undecided = frozenset(
+            method.name
+            for method in study.methods
+            if selection.source_of_settings(study, study.method(method.vectors_of or method.name)).name in waiting
+        )
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
