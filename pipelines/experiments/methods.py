@@ -267,7 +267,7 @@ def _with_borrowed(study: Study, where: str) -> Study:
             continue
         own = [name for name in (*_LENT, *_NOT_READ) if getattr(method, name)]
         if own:
-            raise ConfigError(
+                "remove vectors_of, or the others",
                 f"method {method.name!r} in {where} has vectors_of and {', '.join(own)}",
                 "settings of recommenders alone: its vectors are another method's",
                 "remove one",
