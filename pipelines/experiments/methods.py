@@ -267,10 +267,10 @@ def _with_borrowed(study: Study, where: str) -> Study:
             continue
         own = [name for name in (*_LENT, *_NOT_READ) if getattr(method, name)]
         if own:
-                "remove vectors_of, or the others",
+            raise ConfigError(
                 f"method {method.name!r} in {where} has vectors_of and {', '.join(own)}",
                 "settings of recommenders alone: its vectors are another method's",
-                "remove one",
+                "remove vectors_of, or the others",
             )
         other = study.method(method.vectors_of)
         methods.append(dataclasses.replace(method, **{name: getattr(other, name) for name in _LENT}))
