@@ -111,7 +111,7 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     manifest = write_vectors(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
     if source.left_out:
         names = ", ".join(map(repr, source.left_out))
-        console.log.print(f"{config.file.name}: {names} numbers the rows and is no dimension", markup=False)
+        console.log.print(f"{config.file.name}: {names} numbers the rows, so it is not a dimension", markup=False)
     _say_of_extra_ids(config, dataset, source, rows)
     _report(config, manifest, views)
     repair = "give --file a vector of each and import into a new --out"

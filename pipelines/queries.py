@@ -43,7 +43,7 @@ def found_by(index: ItemIndex, config: SearchConfig) -> list[Neighbour]:
     about = about_export(index)
     if against not in schema.columns_of(about):
         raise ConfigError(
-            f"--against {against}, but the export has no such vectors",
+            f"--against {against}, but the export has no {against} vectors",
             f"one of {', '.join(name for name in schema.columns_of(about) if name in schema.VIEWS)}",
             "change --against",
         )
@@ -284,7 +284,7 @@ def _recorded(about: Mapping[str, Any], config: SearchConfig, where: object) -> 
         )
     if config.backbone is None:
         raise ConfigError(
-            f"{where} is of an earlier version, which did not record where the encoder was",
+            f"{where} was written by an earlier vlm2rec, which did not record where the encoder was",
             "the backbone of the export, and its adapter if it had one",
             "give --backbone and --adapter",
         )

@@ -449,7 +449,9 @@ def _recommender(config: RecommendConfig) -> RecommenderSource:
     assert config.recommender is not None
     found = read_run(config.recommender, config.data, config.embeddings)
     if found.unproven:
-        TERMINAL.say(f"{found.folder} is of an earlier version and does not record {found.unproven}", warning=True)
+        TERMINAL.say(
+            f"{found.folder} was written by an earlier vlm2rec and does not record {found.unproven}", warning=True
+        )
     settings = {"source": "recommender", "model": found.model, "checkpoint_sha256": found.checkpoint_sha256}
     if found.embeddings is not None:
         settings["embeddings_sha256"] = schema.shards_sha256(schema.read_manifest(found.embeddings))

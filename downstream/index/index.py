@@ -308,7 +308,7 @@ class ItemIndex:
             raise DataError(
                 f"the query vectors have shape {queries.shape}",
                 f"(Q, {self.index.d})",
-                "embed the queries with the model and view of this index",
+                "encode the queries with the model and view of this index",
             )
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         distances, rows = self.index.search(queries / np.where(lengths > 0, lengths, 1), min(k, len(self)))

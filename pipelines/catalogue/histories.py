@@ -154,7 +154,7 @@ def _nothing_known(found: Interactions, unknown: pl.DataFrame, item_ids: Sequenc
         )
     given = f", such as {', '.join(map(repr, unknown[ITEM_ID].head(3)))}" if unknown.height else ""
     return DataError(
-        f"none of the {found.rows:,} interactions of {found.path} is of an item of the catalogue{given}",
+        f"none of the {found.rows:,} interactions of {found.path} names an item of the catalogue{given}",
         f"ids such as {', '.join(map(repr, item_ids[:3]))}",
         "use the catalogue of these histories, or name the right columns with --item-id-column or --history-column",
     )

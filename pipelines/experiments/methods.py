@@ -438,7 +438,7 @@ def _check_tuning(study: Study, method: Method, where: str) -> None:
     if SOURCES[other.source].train is None or other.tuned_like or other.of or method.search or kinds[0] != kinds[1]:
         raise ConfigError(
             f"method {method.name!r} in {where} is tuned_like {other.name!r}",
-            "a method with trials of its own, trained by the same --method of finetune, and no `search` beside it",
+            "a method with trials of its own and the same --method of finetune, and no `search` beside it",
             "correct the YAML",
         )
 
