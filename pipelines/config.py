@@ -433,7 +433,7 @@ class FinetuneConfig:
     warmup: Fraction = setting("Share of the steps, 0 to 1, in which the learning rate rises from 0.", 0.0)
     schedule: Schedule = setting("Learning rate after the warm-up.", "constant")
     batch_size: Positive = setting(
-        "Users (items with --method sda, llmemb and llm2rec) in a batch on one device; a step of N processes"
+        "Samples in a batch on one device: users, or with --method sda and llmemb items. A step of N processes"
         " has N times as many. Default with --method sda, llmemb and llm2rec: 32; notellm2: 16 pairs of items.",
         8,
         group=FIRST,
