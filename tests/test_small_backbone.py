@@ -186,7 +186,7 @@ def test_unreadable_pictures_are_counted_and_their_titles_still_learnt(
     make_backbone.run(quick(catalogue, tmp_path / "model", images=images))
     told = " ".join(capsys.readouterr().err.split())
     assert "4 images cannot be read" in told
-    assert "300 items, 296 with a picture" in told
+    assert "300 items, 296 with an image" in told
 
 
 def test_a_catalogue_whose_pictures_are_all_broken_is_an_error(catalogue: Path, tmp_path: Path) -> None:
