@@ -133,8 +133,8 @@ model = SentenceTransformer("THIS_FOLDER")
 The chat template holds the prompts (mode `{fingerprint_of.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
 {fingerprint_of.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
 {fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen, InternVL, SmolVLM and Gemma 4 models need
-torchvision (`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from Pillow's, which
-vlm2rec takes.
+torchvision (`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from
+Pillow's, which vlm2rec takes.
 """
 
 
