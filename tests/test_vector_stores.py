@@ -1,4 +1,4 @@
-"""The recipes for vector stores, run as the docs print them: every id stays, and neighbours are those of exact search."""
+"""The recipes for vector stores, run as the docs print them: every id stays, neighbours are those of exact search."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_qdrant(embeddings: Path) -> None:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[str]:
-    """A schema of its own in the Postgres that VLM2REC_TEST_POSTGRES names, a connection string with a user of rights."""
+    """A schema of its own in the Postgres that VLM2REC_TEST_POSTGRES names, as a connection string."""
     psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
     server = os.environ.get("VLM2REC_TEST_POSTGRES")
     if not server:
