@@ -115,6 +115,8 @@ def test_a_wrong_tracker_is_named_before_anything_is_done(
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"--report-to wandb needs wandb.*pip install wandb"):
         parse_trackers("wandb, mlflow")
+    with pytest.raises(ConfigError, match="--log-dir without --report-to"):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", log_dir=tmp_path / "logs"))
     assert parse_trackers("none") == () and not (tmp_path / "adapter").exists()
 
 
