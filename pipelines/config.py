@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from vlm2rec.downstream.multimodal.recipes import MODELS as MULTIMODAL
-from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartMode, TailOver
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, Softmax, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -917,6 +917,13 @@ class TrainRecommenderConfig:
         " sequence at once, several times as fast.",
         "last",
     )
+    softmax: Softmax = setting(
+        "full: the loss counts all items; sampled: SASRec and GRU4Rec score some that are drawn for each step, with the"
+        " logQ correction. For catalogues of 10⁵ items and more.",
+        "full",
+        group=TRAINING,
+    )
+    samples: Positive = setting("With --softmax sampled: items that are drawn for a step.", 4096, group=TRAINING)
     learning_rate: PositiveFloat = setting("Learning rate of AdamW; of Adam for VBPR and those after it.", 1e-3)
     weight_decay: NonNegative = setting(f"Weight decay{_own('weight_decay')}.", 1e-4)
     hidden_size: Positive = setting(f"Width d of the recommender{_own('hidden_size')}.", 128, group=RECOMMENDER)
