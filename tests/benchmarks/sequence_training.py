@@ -4,18 +4,18 @@
         [--seeds 0,1,2,3,4] [--length 10] [--epochs 60] [--samples 256] [--systems prefixes,all,sampled,rectools]
         [--rectools FOLDER]
 
-DATA is a folder of `vlm2rec prepare`. All systems get the same sequences, width, layers, dropout, rates and histories of
-`--length` items, and batches of about as many targets. The epoch with the best NDCG@20 on the validation items counts;
-training ends after `--patience` epochs without gain. The test items are ranked by one protocol. With --embeddings all
-start from its vectors behind a Linear, in place of item ids.
+DATA is a folder of `vlm2rec prepare`. All systems get the same sequences, width, layers, dropout, rates and histories
+of `--length` items, and batches of about as many targets. The epoch with the best NDCG@20 on the validation items
+counts; training ends after `--patience` epochs without gain. The test items are ranked by one protocol. With
+--embeddings all start from its vectors behind a Linear, in place of item ids.
 
-RecTools (0.19) has to be importable; --rectools names a folder of `pip install --target FOLDER rectools[torch]`, which is
-searched last. Without it its row is left out, and the table says so. Its SASRec reads the last `--length` + 1 items of
-a user in an epoch, ours every item; so it gets as many more epochs as it takes to learn equally many targets. Its layers
-are those of the paper's authors, RecBole's those of BERT.
+RecTools (0.19) has to be importable; --rectools names a folder of `pip install --target FOLDER rectools[torch]`, which
+is searched last. Without it its row is left out, and the table says so. Its SASRec reads the last `--length` + 1 items
+of a user in an epoch, ours every item; so it gets as many more epochs as it takes to learn equally many targets. Its
+layers are those of the paper's authors, RecBole's those of BERT.
 
-Seconds are CPU time of training, without validation. Every finished run is a line of FOLDER/runs.jsonl; the same command
-goes on where it was stopped, and with more seeds adds them. FOLDER/table.md is the table.
+Seconds are CPU time of training, without validation. Every finished run is a line of FOLDER/runs.jsonl; the same
+command goes on where it was stopped, and with more seeds adds them. FOLDER/table.md is the table.
 """
 
 from __future__ import annotations
