@@ -959,6 +959,12 @@ class BuildIndexConfig:
     kind: str = setting("auto, flat, hnsw, ivf, or a FAISS factory string.", "auto")
     data: Place | None = setting("Dataset folder for titles in search results. Default: that of the export.", None)
     sample: Positive = setting("Number of queries to measure recall@10.", 1000)
+    engine: EngineName = setting(
+        "local: this process adds the vectors; ray: tasks of a Ray cluster, each to a part, which are merged. Not for"
+        " HNSW.",
+        "local",
+    )
+    num_workers: Positive = setting("With --engine ray: tasks at the same time.", 1)
     seed: Count = setting("Seed of the sample and of k-means.", 0)
 
 
