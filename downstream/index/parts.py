@@ -117,7 +117,8 @@ def merge(index: Any, part: Any) -> None:
         ConfigError: FAISS cannot merge this kind.
     """
     # other names: what FAISS casts does not keep its object alive
-    whole, more = faiss.downcast_index(index), faiss.downcast_index(part)
+    whole: Any = faiss.downcast_index(index)
+    more: Any = faiss.downcast_index(part)
     if isinstance(whole, faiss.IndexRefine):
         merge(whole.base_index, more.base_index)
         merge(whole.refine_index, more.refine_index)
