@@ -1,9 +1,9 @@
 """An index built in parts by the tasks of a Ray cluster, and merged.
 
-The index is trained on a sample first. Each task gets it empty, adds the vectors of some shards, and gives it back; parts
-are merged in the order of the shards, so a search finds what it finds in an index that one process built. Nodes must be
-able to read the embeddings folder. The cluster is the one that `ray.init` finds (`RAY_ADDRESS`), or a new one on this
-machine.
+The index is trained on a sample first. Each task gets it empty, adds the vectors of some shards, and gives it back;
+parts are merged in the order of the shards, so a search finds what it finds in an index that one process built. Nodes
+must be able to read the embeddings folder. The cluster is the one that `ray.init` finds (`RAY_ADDRESS`), or a new one
+on this machine.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ of a model's; items have titles and no images (`--views text`). What is real: se
 `prepare` with its filters (5-core) and one candidate seed, shards with read-back and hashes, `verify`, an IVF index
 with product-quantised codes trained on a sample, and ten items for each of 10,000 users by that index.
 
-The slope is that of log(seconds) over log(items) between two sizes: 1 is linear. Memory is the largest resident set, and
-the bytes that each further item takes.
+The slope is that of log(seconds) over log(items) between two sizes: 1 is linear. Memory is the largest resident set,
+and the bytes that each further item takes.
 """
 
 from __future__ import annotations
