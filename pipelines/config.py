@@ -1037,8 +1037,8 @@ class TrainRecommenderConfig:
         "last",
     )
     softmax: Softmax = setting(
-        "Items in the loss. full: all; sampled: for SASRec and GRU4Rec, some that are drawn for each step, with the logQ"
-        " correction. Choose it for catalogues of 10⁵ items and more.",
+        "Items in the loss. full: all; sampled: for SASRec and GRU4Rec, some that are drawn for each step, with the"
+        " logQ correction. Choose it for catalogues of 10⁵ items and more.",
         "full",
         group=TRAINING,
     )
@@ -1087,8 +1087,8 @@ class BuildIndexConfig:
     data: Place | None = setting("Dataset folder for titles in search results. Default: that of the export.", None)
     sample: Positive = setting("Number of items to measure recall@10 with.", 1000)
     engine: EngineName = setting(
-        "Where vectors are added. local: in this process; ray: in tasks of a Ray cluster, each of which fills a part. Not"
-        " for HNSW.",
+        "Where vectors are added. local: in this process; ray: in tasks of a Ray cluster, each of which fills a part."
+        " Not for HNSW.",
         "local",
     )
     num_workers: Positive = setting("With --engine ray: number of tasks at the same time.", 1)
