@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny_models import tiny_model
 
-from vlm2rec.pipelines import prepare
-from vlm2rec.pipelines.config import PrepareConfig
-from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+# Fixtures import what they build with: the process that only deals tests out to others needs no torch.
 
 _drawn = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("default", _drawn, max_examples=40, derandomize=True)
@@ -24,6 +21,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny("qwen2_5_vl")` is the folder of a tiny random model of that family, built once per session."""
+    from tiny_models import tiny_model
 
     @cache
     def build(family: str) -> Path:
@@ -35,6 +33,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset folder prepared from a small drawn catalogue: 40 products, 30 users, 20 candidates, two seeds."""
+    from vlm2rec.pipelines import prepare
+    from vlm2rec.pipelines.config import PrepareConfig
+    from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+
     folder = tmp_path_factory.mktemp("drawn")
     draw_catalogue(folder / "catalogue", products=40, users=30, seed=0)
     prepare.run(
