@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder / "data"
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    """Leave the figures of a study's page blank: to draw them takes longer than a tiny training."""
+    from study_world import blank_figures
+
+    with blank_figures():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_finish() -> Iterator[None]:
+    """Keep the modules and the tests out of every garbage collection: a million objects that stay until the end."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Keep what a file of tests has imported and left to the next out of it too."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -119,6 +119,7 @@ def test_a_file_of_a_step_that_was_damaged_is_named_and_made_again(
         study.run(settings(tiny, drawn_dataset, folder, **keys))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_changed_setting_is_refused_and_redone_on_request(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_other_data_under_the_same_path_are_refused(
         study.run(settings(tiny, tmp_path / "data", folder, **keys))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +171,8 @@ def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
         study.run(settings(tiny, drawn_dataset, folder, flags, **keys))
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path, jobs: int
 ) -> None:
@@ -309,6 +312,7 @@ def test_curves_and_cost_are_there(finished: Path) -> None:
 # --- cross-domain -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_target_domain_is_not_there_while_a_method_trains(
     tiny: Tiny,
     drawn_dataset: Path,
@@ -375,6 +379,7 @@ def test_shared_items_may_be_dropped_or_counted_if_a_user_is_left(drawn_dataset:
         schedule.require_other_domain(home, home, "count", "drop")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("rule", ["drop", "count"])
 def test_users_whose_next_item_is_shared_are_left_out_or_measured_and_counted(
     rule: str, finished: Path, drawn_dataset: Path, other_domain: Path, tiny: Tiny, tmp_path: Path
@@ -485,6 +490,7 @@ def test_a_misprint_of_the_paper_is_marked() -> None:
     assert not breaks and cells[3].text == ".4121"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_titles_from_the_catalogue_are_escaped(finished: Path, tmp_path: Path) -> None:
     for path in finished.glob("*.parquet"):
         shutil.copy(path, tmp_path)
