@@ -80,6 +80,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Give everything back, or libraries report at exit what they take for leaks."""
+    gc.unfreeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what became of the damaged files of each format: see test_fuzz.py."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
-from children import child, python_path, waited
+from children import Forked, child, python_path, waited
 
 from vlm2rec.embedder.contract import process, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -186,7 +186,7 @@ from vlm2rec.pipelines.export_items import export
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
        distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
 """
-    started = [child(code, data.path, tmp_path / "out", worker) for worker in range(3)]
+    started = [Forked(code, data.path, tmp_path / "out", worker) for worker in range(3)]
     told = [worker.communicate() for worker in started]
     assert [worker.returncode for worker in started] == [0] * 3, told
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from children import child
+from children import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -200,7 +200,7 @@ recommend.run(RecommendConfig(histories=Path(sys.argv[1]), embeddings=Path(sys.a
 
 @pytest.mark.parametrize("shards", [0, 3])
 def test_killed_and_run_again_it_writes_the_same_bytes(config: RecommendConfig, shards: int, tmp_path: Path) -> None:
-    killed = child(KILLED, config.histories, config.embeddings, config.out, shards)
+    killed = Forked(KILLED, config.histories, config.embeddings, config.out, shards)
     errors = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, errors
     left = {path.name for path in config.out.iterdir()}

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import polars as pl
 import pytest
 import scipy.stats
 import yaml
+from children import COMMAND, Forked
 from study_world import Tiny, marks, settings
 
 from vlm2rec.downstream.evaluation.metrics import bound_check
@@ -178,15 +176,13 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
 ) -> None:
     keys = {"analyses": ["main"], "plan": {"main": {"seeds": [1], "tasks": [1, 2], "models": ["SASRec"]}}}
     config = settings(tiny, drawn_dataset, tmp_path, {"methods": ("SFT",), "jobs": jobs}, **keys)
-    command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "study"]
-    for name in ("out", "data", "backbone", "config", "device"):
-        command += [f"--{name}", str(getattr(config, name))]
-    with subprocess.Popen([*command, "--methods", "SFT", "--jobs", str(jobs)], stderr=subprocess.DEVNULL) as process:
-        steps = config.out / "sft" / "seed-1" / "steps.json"
-        while process.poll() is None and not (steps.is_file() and "embeddings" in json.loads(steps.read_text())):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    flags = [f"--{name}={getattr(config, name)}" for name in ("out", "data", "backbone", "config", "device")]
+    process = Forked(COMMAND, "study", *flags, "--methods", "SFT", "--jobs", jobs)
+    steps = config.out / "sft" / "seed-1" / "steps.json"
+    while process.returncode is None and not (steps.is_file() and "embeddings" in json.loads(steps.read_text())):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     killed = json.loads(steps.read_text())
     assert killed["adapter"]["finished"] and "recommender-SASRec" not in killed
     assert not _others_with_open_files_in(config.out)
