@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def child(code: str | Path, *arguments: object, **environment: str) -> subproces
         text=True,
         env={**os.environ, "PYTHONPATH": python_path(), **environment},
     )
+
+
+def forked(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Return a process out of `CHILDREN` that calls a function, with the environment of today; it is not started."""
+    return CHILDREN.Process(target=_called, args=(dict(os.environ), function, *arguments))
+
+
+def _called(environment: dict[str, str], function: Callable[..., None], *arguments: object) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
 
 
 class Forked:

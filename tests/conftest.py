@@ -63,6 +63,16 @@ def undrawn() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the workers of an export come out of a process that has the libraries, which take seconds to import."""
+    from children import CHILDREN
+
+    from vlm2rec.embedder.export import distribute
+
+    monkeypatch.setattr(distribute, "PROCESSES", CHILDREN)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_finish() -> Iterator[None]:
     """Keep the modules and the tests out of every garbage collection: a million objects that stay until the end."""

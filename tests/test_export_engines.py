@@ -82,6 +82,7 @@ def test_fault_17_any_number_of_workers_makes_the_same_folder(
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_17_what_one_worker_has_begun_several_go_on_with(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_fault_17_what_one_worker_has_begun_several_go_on_with(
     assert parts(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +106,7 @@ def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
     )
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_rerun_completes(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -116,11 +119,13 @@ def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_r
     assert parts(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_a_worker_complains_of_is_what_the_command_complains_of(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="this model refuses"):
         make(data, tmp_path / "out", Refusing, distribution=Distribution(num_workers=2))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_take_over_earlier_rows(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
     reuse = Reuse(changed_since=tmp_path / "whole")
     make(data, tmp_path / "out", Refusing, reuse=reuse, distribution=Distribution(num_workers=2))
@@ -325,6 +330,7 @@ DIVISIONS = {
 }
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize(
     ("change", "told"),

@@ -166,6 +166,7 @@ def test_the_encoder_of_sequences_gives_the_vectors_of_task_1(encoded: ExportUse
     assert found["stranger"]["fused"] is None and "nowhere" in found["stranger"]["error"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_users_vector_does_not_depend_on_the_other_users(encoded: ExportUsersConfig, tmp_path: Path) -> None:
     whole = export_users.run(replace(encoded, out=tmp_path / "whole"))
     given = [json.loads(line) for line in encoded.histories.read_text().splitlines()]

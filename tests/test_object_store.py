@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, retitle, rows_of, write_dataset
-from children import CHILDREN, COMMAND, Forked, command
+from children import CHILDREN, COMMAND, Forked, command, forked
 from embedding_folder import write_embeddings
 from object_store import BUCKET, content, download, names, s3_server, upload
 
@@ -132,7 +132,7 @@ def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
     left_behind = []
     for moment in range(100):
         out = store / str(moment)
-        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed = forked(_export_and_die, data.path, str(out), moment)
         killed.start()
         killed.join()
         if killed.exitcode == 0:
@@ -175,7 +175,7 @@ def test_killed_while_it_gives_today_s_names_the_same_command_goes_on(
     assert not any(path.name.startswith("_") for path in files.iterdir())
     for moment in range(100):
         out = upload(files, store / str(moment))
-        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed = forked(_export_and_die, data.path, str(out), moment)
         killed.start()
         killed.join()
         left = names(out)
@@ -272,7 +272,7 @@ def _hold(out: str, pipe: Connection) -> None:
 def holder(store: StorePath) -> Iterator[Any]:
     """Another process that holds the folder."""
     mine, its = CHILDREN.Pipe()
-    process = CHILDREN.Process(target=_hold, args=(str(store), its))
+    process = forked(_hold, str(store), its)
     process.start()
     assert mine.recv() == "held"
     yield process

@@ -229,6 +229,7 @@ def test_a_shard_without_a_record_is_adopted_and_a_damaged_one_made_again(config
     assert changed == {part.name}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_write_what_one_process_writes(config: RecommendConfig, tmp_path: Path) -> None:
     recommend.run(config)
     recommend.run(replace(config, num_workers=2, out=tmp_path / "two"))
