@@ -546,7 +546,13 @@ CONTAINERS = (
 
 
 @pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
-@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the machine's /proc"])
+@pytest.mark.parametrize(
+    "mount",
+    [
+        pytest.param(["--mount-proc"], id="own /proc"),
+        pytest.param([], id="the machine's /proc", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_that_are_all_process_1_make_one_folder(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
 ) -> None:
