@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 # Fixtures import what they build with: the process that only deals tests out to others needs no torch.
 
 _drawn = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("default", _drawn, max_examples=40, derandomize=True)
+settings.register_profile("default", _drawn, max_examples=25, derandomize=True)
 settings.register_profile("nightly", _drawn, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -351,7 +351,10 @@ def _dying(moment: int, run: Callable[[], Any]) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kind", ["unfinished", "complete", "untidy", "retry", "extend"])
+@pytest.mark.parametrize(
+    "kind",
+    ["unfinished", "retry", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("complete", "untidy", "extend"))],
+)
 def test_killed_at_any_step_the_folder_is_whole_or_unfinished_and_goes_on(
     data: Dataset, whole: Path, tmp_path: Path, kind: str
 ) -> None:
