@@ -71,6 +71,7 @@ class Forked:
             args=(code, [*map(str, arguments)], str(cwd or Path.cwd()), {**os.environ, **environment}),
             kwargs={"stdout": writer, "stderr": self._errors.name},
         )
+        self._said: tuple[str, str] | None = None
         self._process.start()
         atexit.register(self._process.kill)  # else a failed test would be waited for
         writer.close()
@@ -94,17 +95,18 @@ class Forked:
 
     def wait(self) -> int:
         """Wait for its end and return the exit code."""
-        self._process.join()
+        self.communicate()
         assert self.returncode is not None
         return self.returncode
 
     def communicate(self) -> tuple[str, str]:
         """Wait for its end and return what it wrote to stdout and stderr."""
-        out = self.stdout.read()
-        self.stdout.close()
-        self.wait()
-        with self._errors as errors:
-            return out, errors.read()
+        if self._said is None:
+            with self.stdout, self._errors:
+                out = self.stdout.read()
+                self._process.join()
+                self._said = out, self._errors.read()
+        return self._said
 
 
 def _run(

@@ -545,35 +545,55 @@ CONTAINERS = (
 )
 
 
-@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
-@pytest.mark.parametrize(
-    "mount",
-    [
-        pytest.param(["--mount-proc"], id="own /proc"),
-        pytest.param([], id="the machine's /proc", marks=pytest.mark.slow),
-    ],
-)
-def test_workers_that_are_all_process_1_make_one_folder(
-    data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
-) -> None:
-    code = """
-import os, sys, time
-from pathlib import Path
-from chairs import ShadeEncoder
-from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.export.distribute import Distribution
-from vlm2rec.pipelines.export_items import export
+PROCESS_1 = """
 assert os.getpid() == 1
 fsync = os.fsync
 os.fsync = lambda descriptor: (fsync(descriptor), time.sleep(0.05))
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
        distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
 """
-    run = ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", code, str(data.path), str(tmp_path / "out")]
+IMPORTS = """
+import ctypes, os, sys, time
+from pathlib import Path
+from chairs import ShadeEncoder
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.distribute import Distribution
+from vlm2rec.pipelines.export_items import export
+"""
+# the next child is process 1 of what looks like a machine of its own
+IN_A_CONTAINER = """
+assert ctypes.CDLL(None).unshare(0x20000000) == 0
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
+def test_workers_that_are_all_process_1_make_one_folder(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
+    code = IMPORTS + IN_A_CONTAINER + PROCESS_1
+    started = [Forked(code, data.path, tmp_path / "out", worker) for worker in range(3)]
+    told = [worker.communicate() for worker in started]
+    assert [worker.returncode for worker in started] == [0] * 3, told
+    assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
+@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the machine's /proc"])
+def test_interpreters_that_are_all_process_1_make_one_folder(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
+) -> None:
+    run = ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", IMPORTS + PROCESS_1]
     environment = os.environ | {"PYTHONPATH": python_path()}
     pipe = subprocess.PIPE
     started = [
-        subprocess.Popen([*run, str(worker)], stdout=pipe, stderr=pipe, text=True, env=environment)
+        subprocess.Popen(
+            [*run, str(data.path), str(tmp_path / "out"), str(worker)],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=environment,
+        )
         for worker in range(3)
     ]
     told = [worker.communicate() for worker in started]
