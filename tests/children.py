@@ -7,13 +7,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 TESTS = Path(__file__).parent
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -64,19 +64,20 @@ class Forked:
     """
 
     def __init__(self, code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> None:
-        reader, writer = CHILDREN.Pipe(duplex=False)
-        self._errors = tempfile.NamedTemporaryFile("r", prefix="stderr-", encoding="utf-8")  # noqa: SIM115
+        self.stdout, stdout = _pipe()
+        self._stderr, stderr = _pipe()
+        self._said: tuple[str, str] | None = None
         self._process = CHILDREN.Process(
             target=_run,
-            args=(code, [*map(str, arguments)], str(cwd or Path.cwd()), {**os.environ, **environment}),
-            kwargs={"stdout": writer, "stderr": self._errors.name},
+            args=(code, [*map(str, arguments)], str(cwd or Path.cwd()), {**os.environ, **environment}, stdout, stderr),
         )
-        self._said: tuple[str, str] | None = None
         self._process.start()
         atexit.register(self._process.kill)  # else a failed test would be waited for
-        writer.close()
-        self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8")
-        reader.close()
+        stdout.close()
+        stderr.close()
+        self._errors: list[str] = []
+        self._reader = threading.Thread(target=lambda: self._errors.append(self._stderr.read()), daemon=True)
+        self._reader.start()  # a full pipe would stop it
 
     @property
     def pid(self) -> int:
@@ -102,19 +103,27 @@ class Forked:
     def communicate(self) -> tuple[str, str]:
         """Wait for its end and return what it wrote to stdout and stderr."""
         if self._said is None:
-            with self.stdout, self._errors:
+            with self.stdout, self._stderr:
                 out = self.stdout.read()
+                self._reader.join()
                 self._process.join()
-                self._said = out, self._errors.read()
+            self._said = out, "".join(self._errors)
         return self._said
 
 
+def _pipe() -> tuple[TextIO, Connection]:
+    """Return the two ends of a pipe; the one to write to can be given to a process."""
+    reader, writer = CHILDREN.Pipe(duplex=False)
+    with reader:
+        return os.fdopen(os.dup(reader.fileno()), encoding="utf-8"), writer
+
+
 def _run(
-    code: str, arguments: list[str], folder: str, environment: dict[str, str], stdout: Connection, stderr: str
+    code: str, arguments: list[str], folder: str, environment: dict[str, str], stdout: Connection, stderr: Connection
 ) -> None:
-    os.dup2(stdout.fileno(), 1)
-    with open(stderr, "ab") as errors:  # noqa: PTH123
-        os.dup2(errors.fileno(), 2)
+    for number, pipe in ((1, stdout), (2, stderr)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
     # those of the server know its files, not these
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
