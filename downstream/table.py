@@ -162,9 +162,7 @@ def read_items(
     where = f"{folder}, column {column},"
     found = read_in_order(folder, column, item_ids, vectors)
     if not found.any():
-        raise ArtifactError(
-            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
-        )
+        raise ArtifactError(f"{where} has none of the dataset's items", "vectors of these items", "export this dataset")
     if all_needed and not found.all():
         lacking = [item_ids[i] for i in np.flatnonzero(~found)[:5]]
         raise ArtifactError(
@@ -277,7 +275,7 @@ def _require_vectors(found: pa.Schema, id_column: str, column: str, dim: int, dt
     if not fits or (dtype not in precision.FLOATS and kind.value_type != planned.value_type):
         raise ArtifactError(
             f"column {column!r} of {path} is {kind}",
-            f"vectors of length {dim} ({dtype}), as the manifest says",
+            f"vectors of {dim} dimensions ({dtype}), as the manifest says",
             _EXPORT_AGAIN,
         )
 

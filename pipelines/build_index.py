@@ -63,7 +63,7 @@ def _say(text: str, *, warning: bool = False) -> None:
 
 def _print_estimate(plan: IndexPlan) -> None:
     _say(
-        f"{plan.factory} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
+        f"{plan.factory} for {plan.rows:,} vectors of {plan.dim} dimensions: about {_size(plan.bytes)} on disk,"
         f" {_size(plan.memory)} of memory and {_duration(plan.seconds)}"
     )
     free = _free_memory()
@@ -121,8 +121,8 @@ def search(config: SearchConfig) -> list[Neighbour]:
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
-    # an index may be used without its embeddings folder, so only an existing folder that differs is reported; a folder
-    # in an object store is not checked, because every search would wait for the store
+    # An index may be used without its embeddings folder, so a missing folder is no warning; one that differs is.
+    # A folder in an object store is not checked, because every search would wait for the store.
     reason = index.stale() if isinstance(index.embeddings, Path) and index.embeddings.exists() else None
     if reason:
         _say(f"the index is stale: {reason}; run `vlm2rec build-index` again", warning=True)

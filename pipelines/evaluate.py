@@ -151,7 +151,7 @@ def _encode_histories(
     encoder = history_encoder(config, dataset, manifest)
     items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
-    with progress("encode histories", len(sequences)) as advance:
+    with progress("encoding histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)
     say_of_unreadable(items.unreadable)
     return shorten_views({view: vectors[view] for view in manifest["views"]}, manifest["settings"])

@@ -72,11 +72,11 @@ class _Pictures:
         except (ArtifactError, DataError) as error:
             if config.data is not None and isinstance(error, ArtifactError):
                 raise
-            self.reason = f"without pictures: {error.found}"
+            self.reason = f"without images: {error.found}"
 
     def of(self, item_id: str, cosine: float = 0.0) -> Picture:
         """Return an item's entry in the page."""
         title = str(self._index.ids[schema.TITLE][self._index.row_of(item_id)].as_py())
         path = self._paths.get(item_id)
-        source, reason = thumbnail(self._root, path) if path and self._root is not None else ("", "no picture")
+        source, reason = thumbnail(self._root, path) if path and self._root is not None else ("", "no image")
         return Picture(item_id, title, source, reason, cosine)

@@ -54,7 +54,9 @@ def run(config: StudyConfig) -> Path:
     require_own_folder(config.out, WRITTEN_BY)
     if config.demo and config.data is not None:
         raise ConfigError(
-            f"--demo with --data {config.data}", "--demo, which draws its own dataset, or --data", "leave one out"
+            f"--demo with --data {config.data}",
+            "--demo, which draws its own dataset, or --data",
+            "leave --demo or --data out",
         )
     if not config.demo:
         _require_inputs(config)

@@ -106,7 +106,7 @@ def test_concat_is_a_column_of_every_format_but_mmrec(whole: Path, holed: Path, 
     assert np.load(tmp_path / "cornac" / "features.npy").shape[1] == 2 * DIM
     run(whole, "npy", tmp_path / "all")
     assert not (tmp_path / "all" / "concat.npy").exists(), "a default has what is stored"
-    with pytest.raises(ConfigError, match="concat with mmrec, whose models put text and image together themselves"):
+    with pytest.raises(ConfigError, match="concat with mmrec, whose models combine text and image themselves"):
         run(whole, "mmrec", tmp_path / "mmrec", columns=("concat",), data=data)
 
 

@@ -421,4 +421,4 @@ def test_a_dry_run_writes_nothing(
     items = len(Dataset(drawn_dataset).item_ids)
     numbers = 3 * CLIP_DIM if source == "encoder" else 64
     assert found is not None and (found["items_left"], found["bytes_left"]) == (items, items * numbers * 4)
-    assert list(tmp_path.iterdir()) == [] and "dry run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [] and "Dry run" in capsys.readouterr().err

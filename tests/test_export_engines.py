@@ -468,7 +468,7 @@ def test_a_worker_whose_folder_goes_on_with_other_items_ends_and_writes_nothing_
                 (data.path / "items.parquet").write_bytes(earlier)
             return super().encode_items(titles, images)
 
-    with pytest.raises(ArtifactError, match="is no longer what this export began: another worker goes on with other"):
+    with pytest.raises(ArtifactError, match="is no longer what this export began: another worker continues with other"):
         make(data, out, Overtaken, distribution=first)
     assert sorted(parts(out)) == [f"part-0000{number}.parquet" for number in (1, 3, 5)]
 

@@ -160,7 +160,7 @@ def test_nothing_is_lost_and_cuts_keep_the_last(lists: dict[str, list[str]]) -> 
         ('user_id,history\nu,"[""a""]"\nu,"[""b""]"\n', "user 'u' has the rows 1 and 2"),
         ("user_id,history\nu,a b c\n", "row 1 of .* has 'a b c' as 'history'.*JSON"),
         ('user_id,history\nu,"[[""a""]]"\n', "where an id belongs"),
-        ('user_id,history\nu,"[""x"", ""y""]"\n', "none of the 2 interactions .* is of an item of the catalogue"),
+        ('user_id,history\nu,"[""x"", ""y""]"\n', "none of the 2 interactions .* names an item of the catalogue"),
         ("user_id,item_id,timestamp\nu,x,1\n", "none of the 1 interactions .*such as 'x'"),
         ("user_id,history\nu,[]\nv,\n", "empty histories only"),
         ('user_id,history\n,"[""a""]"\n', "none of the 1 rows of .* has a value in 'user_id'"),
@@ -204,5 +204,5 @@ def test_a_damaged_parquet_and_a_column_of_numbers_are_refused(tmp_path: Path) -
 
 def test_ids_that_only_differ_in_their_spelling_are_refused(tmp_path: Path) -> None:
     rows = [{"user_id": "u", "history": ["A", "B", "c"]}]
-    with pytest.raises(DataError, match="only spell their id otherwise"):
+    with pytest.raises(DataError, match="differ from a known id only in spelling"):
         read(as_jsonl(tmp_path / "h.jsonl", rows))

@@ -333,8 +333,8 @@ def test_too_few_vectors_for_the_factory_is_a_setting_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("IDMap,Flat", "gives the vectors ids of its own.*--kind Flat"),
-        ("IDMap2,HNSW32", "gives the vectors ids of its own.*--kind HNSW32"),
+        ("IDMap,Flat", "stores ids beside the vectors.*--kind Flat"),
+        ("IDMap2,HNSW32", "stores ids beside the vectors.*--kind HNSW32"),
         ("NSG32,Flat", "cannot add 30 vectors to 'NSG32,Flat'"),
         ("ZnLattice2x4_4", "cannot read back the index 'ZnLattice2x4_4' that it wrote"),
     ],
@@ -544,7 +544,7 @@ def test_an_index_of_two_builds_is_refused(rows: int, file: str, tmp_path: Path)
         write_embeddings(tmp_path / f"emb-{name}", ids, clustered(len(ids), 8, len(name)))
         build_index(tmp_path / f"emb-{name}", tmp_path / name)
     shutil.copy(tmp_path / "other" / file, tmp_path / "one" / file)
-    with pytest.raises(ArtifactError, match=r"of another build.*run `vlm2rec build-index` again"):
+    with pytest.raises(ArtifactError, match=r"another build wrote it.*run `vlm2rec build-index` again"):
         ItemIndex.open(tmp_path / "one")
 
 

@@ -95,7 +95,7 @@ def test_a_layer_is_not_called_without_a_modality() -> None:
 
 
 def test_a_rank_that_experts_cannot_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--lora-rank 8 is shared by --experts 3"):
+    with pytest.raises(ConfigError, match=r"--lora-rank 8 cannot be divided among --experts 3"):
         ModaSettings(experts=3, rank=8, alpha=32.0, dropout=0.0)
 
 

@@ -559,7 +559,7 @@ def test_the_command_with_a_real_model_goes_from_store_to_store(
     export_items.run(ExportConfig(data=drawn_dataset, out=tmp_path / "emb", vision_cache="off", **given))
     flags = {"data": str(store / "data"), "out": str(store / "emb"), "shard_size": 16}
     export_items.run(read_config(ExportConfig, flags={**given, **flags}))
-    assert "vision cache: none" in capfd.readouterr().err
+    assert "vision cache: off" in capfd.readouterr().err
     here, there = EmbeddingTable.open(tmp_path / "emb"), EmbeddingTable.open(str(store / "emb"))
     assert here.item_ids == there.item_ids
     np.testing.assert_array_equal(here.vectors, there.vectors)

@@ -877,7 +877,7 @@ BROKEN = {
         items=ITEMS + b"07,title\n",
         interactions=LOG + b"u,7,1\n",
     ),
-    "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
+    "no pictures": Broken(3, ("no item of the catalogue has an image", "a.jpg", "img2dataset"), remove_images=True),
     "no titles": Broken(
         3,
         ("step 'items with a title' leaves nothing of 4 users, 6 items and 15 interactions",),

@@ -343,7 +343,7 @@ def test_an_index_whose_vectors_are_gone_serves_users_but_no_means(config: Recom
     config.embeddings.rename(tmp_path / "away")  # type: ignore[union-attr]
     alone = replace(config, embeddings=None, index=tmp_path / "index")
     error = refused(alone)
-    assert isinstance(error, ArtifactError) and "for the means of histories" in str(error)
+    assert isinstance(error, ArtifactError) and "--histories needs the vectors" in str(error)
     recommend.run(replace(alone, users=tmp_path / "users", max_history=None))
     assert_same(told(config.out), wanted)  # type: ignore[arg-type]
 

@@ -164,7 +164,7 @@ def test_pictures_are_inline_and_each_is_stored_once(text: str) -> None:
 def test_an_item_without_a_readable_picture_is_shown_as_such(study: Path, tmp_path: Path) -> None:
     pictures, query = table_of(study, "pictures"), table_of(study, "neighbours")["query"][0]
     gone = pl.when(pl.col("item_id") != query).then("picture").alias("picture")
-    assert "no picture" in printed(changed(study, tmp_path, pictures=pictures.with_columns(gone)))
+    assert "no image" in printed(changed(study, tmp_path, pictures=pictures.with_columns(gone)))
     unreadable = pictures.filter(pl.col("item_id") == "P0059")  # the last of the catalogue, whose file is not there
     assert unreadable["picture"].to_list() == [None]
 

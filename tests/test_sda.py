@@ -261,7 +261,7 @@ def test_sentence_transformers_cannot_hold_it_and_says_so(
     config = ConvertConfig(
         embeddings=exported, to="sentence-transformers", out=tmp_path / "st", backbone=backbone, adapter=trained
     )
-    with pytest.raises(ModelError, match="prompts or the pooling of another method"):
+    with pytest.raises(ModelError, match="another method's prompts or pooling"):
         convert.run(config)
 
 
@@ -385,12 +385,12 @@ def test_settings_of_the_other_method_are_refused(
 
 
 def test_a_rank_that_experts_cannot_share_is_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--lora-rank 8 is shared by --experts 3"):
+    with pytest.raises(ConfigError, match=r"--lora-rank 8 cannot be divided among --experts 3"):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "a", experts=3))
 
 
 def test_a_single_item_is_refused() -> None:
-    with pytest.raises(DataError, match="a catalogue of 1 items"):
+    with pytest.raises(DataError, match="the catalogue has 1 items"):
         ItemSamples(1)
 
 

@@ -252,7 +252,7 @@ def test_vectors_of_titles_alone_have_no_pictures_to_compare(
     for more in ({}, {"text": "mug"}):
         with pytest.raises(ConfigError, match="made of text alone"):
             search(world, index=tmp_path / "index", image=tmp_path / "black.png", **more)
-    with pytest.raises(ConfigError, match="--against image, but the export has no such vectors"):
+    with pytest.raises(ConfigError, match="--against image, but the export has no image vectors"):
         search(world, index=tmp_path / "index", text="mug", against="image")
     assert search(world, index=tmp_path / "index", text=dataset.titles[0])[0].title == dataset.titles[0]
 

@@ -66,7 +66,7 @@ def test_a_user_with_few_untouched_items_has_fewer_candidates_and_one_with_none_
     targets = np.array([3, 4])
     assert draw_validation_candidates(train, targets, np.arange(2), 3).shape == (2, 1)
     assert draw_validation_candidates(train, targets, np.array([1]), 3).shape == (1, 3)
-    with pytest.raises(DataError, match="touched every one of the 2 items"):
+    with pytest.raises(DataError, match="interacted with every one of the 2 items"):
         draw_validation_candidates([np.array([0])], np.array([1]), np.arange(1), 3)
 
 

@@ -86,7 +86,7 @@ def test_titles_and_images_get_the_encoders_vectors(family: str, mode: str, tiny
 
 def test_llava_onevision_is_exported_for_titles_only(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
-    with pytest.raises(ModelError, match=r"a picture that stands alone.*--views text"):
+    with pytest.raises(ModelError, match=r"an image that stands alone.*--views text"):
         write_sentence_transformer(load(tiny("llava_onevision")), tmp_path / "both", "card")
     encoder = load(tiny("llava_onevision"), views="text")
     model = exported(encoder, tmp_path / "model")

@@ -213,8 +213,8 @@ def test_unreadable_pictures_are_counted_and_their_titles_still_learnt(
         (images / path.name).write_bytes(b"no picture" if number < 4 else path.read_bytes())
     make_backbone.run(quick(catalogue, tmp_path / "model", images=images))
     told = " ".join(capsys.readouterr().err.split())
-    assert "4 pictures cannot be read" in told
-    assert "100 items, 96 with a picture" in told
+    assert "4 images cannot be read" in told
+    assert "100 items, 96 with an image" in told
 
 
 def test_a_catalogue_whose_pictures_are_all_broken_is_an_error(catalogue: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_catalogue_whose_pictures_are_all_broken_is_an_error(catalogue: Path, 
     images.mkdir()
     for path in (catalogue / "images").iterdir():
         (images / path.name).write_bytes(b"no picture")
-    with pytest.raises(DataError, match="picture that can be read"):
+    with pytest.raises(DataError, match="image that can be read"):
         make_backbone.run(quick(catalogue, tmp_path / "model", images=images))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 

@@ -137,7 +137,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(
     training = finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", report_to="tensorboard"))
     assert training is not None and training.steps == 6
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("tensorboard fails and gets no more points of the curves: the service is away") == 1
+    assert told.count("tensorboard failed, and receives no more of the training curves: the service is away") == 1
     assert [step for step, _ in scalars(tmp_path / "adapter-logs" / "adapter")["train/loss"]] == [1, 2]
 
 

@@ -198,7 +198,7 @@ def find_titles(
                 raise
             if data:
                 raise ArtifactError(
-                    f"{dataset.path} has ids or titles that are no text ({error})", "a dataset folder", "prepare again"
+                    f"{dataset.path} has ids or titles that are not text ({error})", "a dataset folder", "prepare again"
                 ) from None
     return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
 
@@ -308,7 +308,7 @@ class ItemIndex:
             raise DataError(
                 f"the query vectors have shape {queries.shape}",
                 f"(Q, {self.index.d})",
-                "embed the queries with the model and view of this index",
+                "encode the queries with the model and view of this index",
             )
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         distances, rows = self.index.search(queries / np.where(lengths > 0, lengths, 1), min(k, len(self)))
@@ -484,7 +484,7 @@ def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:
     for name in (FAISS_FILE, IDS_FILE):
         path, recorded = folder / name, meta.get("files", {}).get(name)
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing or no file", "the index as built", _BUILD_AGAIN)
+            raise ArtifactError(f"{path} is missing or is not a file", "the index as built", _BUILD_AGAIN)
         if recorded is None:
             continue
         try:
@@ -493,7 +493,7 @@ def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{path} cannot be read ({error})", "the index as built", _BUILD_AGAIN) from None
         if not same:
             raise ArtifactError(
-                f"{path} is damaged or of another build: size or SHA-256 is not that of {schema.INDEX_FILE}",
+                f"{path} is damaged, or another build wrote it: its size or SHA-256 is not that in {schema.INDEX_FILE}",
                 "the files of one build, whole",
                 f"copy all of the folder again, or {_BUILD_AGAIN}",
             )

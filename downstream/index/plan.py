@@ -58,15 +58,15 @@ def empty_index(factory: str, dim: int) -> Any:
         index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ConfigError(
-            f"FAISS cannot make an index {factory!r} for vectors of length {dim}{did_you_mean(factory, KINDS)}"
-            f" ({faiss_reason(error)})",
+            f"FAISS cannot make an index {factory!r} for vectors of {dim}"
+            f" dimensions{did_you_mean(factory, KINDS)} ({faiss_reason(error)})",
             f"{', '.join(KINDS)}, or a FAISS factory string such as 'HNSW32' or 'IVF1024,SQ8'",
             "correct --kind",
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise ConfigError(
-            f"--kind {factory} gives the vectors ids of its own",
-            "a kind without IDMap: the item ids stand in a file of their own",
+            f"--kind {factory} stores ids beside the vectors",
+            "a kind without IDMap: vlm2rec keeps the item ids in a file of its own",
             f"give --kind {re.sub('IDMap2?,', '', factory)}",
         )
     return index

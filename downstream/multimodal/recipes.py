@@ -129,7 +129,7 @@ def choose_features(model: str, wanted: Sequence[str], embeddings: Location) -> 
         )
     if len(wanted) == 1 and recipe.views == "both":
         raise ConfigError(
-            f"--features {wanted[0]} with {model}", "two views: it aligns text and image", "leave out --features"
+            f"--features {wanted[0]} with {model}", f"text and image: {model} aligns the two", "leave out --features"
         )
     if not wanted and recipe.views == "any":
         return tuple(view for view in both if view in held) or tuple(held[:1])

@@ -152,17 +152,16 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
         raise ConfigError(
             "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), known)}",
             f"one of {', '.join(known)}",
-            "give --model, or a `model:` line in the YAML, which is RecBole's and so for"
-            f" {', '.join(schema.SEQUENTIAL)} only",
+            f"give --model; for {', '.join(schema.SEQUENTIAL)}, a `model:` line in the YAML works too",
         )
     plugin.read_flag(settings)
     windows.read_positions(settings, has_folder=folder is not None)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
-            "no data is named",
+            "neither --data nor a dataset in the YAML is given",
             "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
-            "add one of them",
+            "give --data, or add these lines to the YAML",
         )
     eval_args = _eval_args(settings)
     if folder is not None and not eval_args.items() <= ({"mode": eval_args.get("mode")} | _SPLIT).items():
@@ -177,7 +176,8 @@ def _refuse_own_table(settings: Mapping[str, Any], out: Path) -> None:
     start = plugin.read_flag(settings)
     if start is not None and start.alignment is not None and start.alignment.run.resolve() == out.resolve():
         raise ConfigError(
-            f"--align-with and --out are both {out}, which would be emptied before its table is read",
+            f"--align-with and --out are both {out}: the run would empty this folder before it reads the item"
+            " table in it",
             "two folders",
             "choose another --out",
         )

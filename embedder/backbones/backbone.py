@@ -1,11 +1,10 @@
 """A vision-language or text model as an encoder: one vector for each prompt. All families take the same path.
 
 The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
-packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state or
-the mean of all.
-The vision tower is frozen everywhere in vlm2rec, so each image is encoded once and its tokens serve every prompt.
-A causal text model takes the same path, with text prompts only. A model whose layers carry a state along the row
-(Qwen3.5) runs its prompts one by one.
+packed one after the other (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final
+state or the mean of all. The vision tower is frozen everywhere in vlm2rec, so each image is encoded once and its
+tokens serve every prompt. A causal text model takes the same path, with text prompts only. A model whose layers carry
+a state along the row (Qwen3.5) runs its prompts one by one.
 """
 
 from __future__ import annotations

@@ -294,8 +294,8 @@ def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> No
         image_processor.max_soft_tokens = max(number for number in GEMMA4_TOKENS if number <= max(most, 70))
         return
     if not family.area_budget:
-        # InternVL would cut an image into up to twelve tiles of 256 tokens; one tile prevents that. Releases of
-        # transformers differ in which of the two attributes they read
+        # InternVL would cut an image into up to twelve tiles of 256 tokens: ask for one tile. Both attributes are set,
+        # because releases of transformers differ in which one they read.
         if hasattr(image_processor, "crop_to_patches"):
             image_processor.crop_to_patches = False
             image_processor.max_patches = 1
@@ -312,8 +312,8 @@ def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> No
         )
     own = image_processor.size
     longest = min(max_pixels, own["longest_edge"])
-    # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. Starting from half the
-    # budget, rounding stays within the budget.
+    # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. From half the budget, this
+    # stays within the budget.
     shortest = min(own["shortest_edge"], max(longest // 2, smallest))
     image_processor.size = type(own)(**{"shortest_edge": shortest, "longest_edge": longest})
 

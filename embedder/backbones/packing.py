@@ -38,8 +38,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
-# transformers passes the bounds of the windows to attention functions with this word in their name; it calls other
-# functions once for every window of every image
+# transformers looks for the word "flash" in the name of an attention function: such a function gets the bounds of all
+# windows in one call, any other is called once for every window of every image
 VISION_ATTENTION = "vlm2rec_flash_windows"
 LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
 

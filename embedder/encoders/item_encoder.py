@@ -278,7 +278,11 @@ class ItemEncoder:
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
             fused = self._encode_rows(prompt, count, budget)
             if self.settings.late_fusion == "gate" and self.late_fusion is None:
-                raise ModelError("late_fusion is gate, and there is none", "an adapter that holds the gate")
+                raise ModelError(
+                    "the settings say late_fusion: gate, but no adapter with a gate is loaded",
+                    "an adapter that holds the gate",
+                    "give the adapter that `vlm2rec finetune --method notellm2` wrote",
+                )
             if self.late_fusion is not None and complete:
                 rows = torch.tensor(complete, device=fused.device)
                 seen = mean_tokens_of([images[row][0] for row in complete])

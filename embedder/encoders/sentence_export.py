@@ -56,7 +56,7 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
     family = backbone.processor.family
     if family.several and schema.IMAGE in encoder.modalities:
         raise ModelError(
-            f"sentence-transformers cuts a picture that stands alone into tiles for {family.model_type}, and vlm2rec"
+            f"sentence-transformers cuts an image that stands alone into tiles for {family.model_type}, and vlm2rec"
             " takes it whole",
             "a backbone of another family, or an adapter for titles alone (--views text)",
             "choose another --to",

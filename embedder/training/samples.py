@@ -78,7 +78,9 @@ class Samples:
             )
         if users > len(usable):
             raise ConfigError(
-                f"--users {users}, but only {len(usable)} users can be trained on", f"at most {len(usable)}", "lower it"
+                f"--users {users}, but only {len(usable)} users can be trained on",
+                f"at most {len(usable)}",
+                "lower --users",
             )
         if users:
             usable = np.sort(np.random.default_rng([seed, 1]).choice(usable, users, replace=False))

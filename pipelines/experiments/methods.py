@@ -220,7 +220,11 @@ def _merge(layers: Iterable[Json], where: str) -> Json:
         for key, value in layer.items():
             if key not in known:
                 near = did_you_mean(key, known)
-                raise ConfigError(f"unknown key {key!r} in {where}{near}", f"one of {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"unknown key {key!r} in {where}{near}",
+                    f"one of {', '.join(sorted(known))}",
+                    "correct or remove it in the YAML",
+                )
             before = merged.get(key)
             merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
@@ -246,7 +250,11 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown setting {key!r} for {where}{did_you_mean(key, known)}", f"{', '.join(known)}")
+            raise ConfigError(
+                f"unknown setting {key!r} for {where}{did_you_mean(key, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it in the YAML",
+            )
     return read_config.read_config(cls, flags=values)
 
 
@@ -262,7 +270,7 @@ def _with_borrowed(study: Study, where: str) -> Study:
             raise ConfigError(
                 f"method {method.name!r} in {where} has vectors_of and {', '.join(own)}",
                 "settings of recommenders alone: its vectors are another method's",
-                "remove one",
+                "remove vectors_of, or the others",
             )
         other = study.method(method.vectors_of)
         methods.append(dataclasses.replace(method, **{name: getattr(other, name) for name in _LENT}))
@@ -308,7 +316,9 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
         return method.backbone
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
-        raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
+        raise ConfigError(
+            f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune", "correct the YAML"
+        )
     kind = training_method(study, method)
     own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
@@ -356,6 +366,7 @@ def _check(study: Study, where: str) -> None:
             raise ConfigError(
                 f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
+                "correct the YAML",
             )
     for method in study.methods:
         if unknown := [model for model in method.models if model not in schema.RECOMMENDERS]:
@@ -383,7 +394,11 @@ def _check(study: Study, where: str) -> None:
             )
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
-            raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")
+            raise ConfigError(
+                f"method {method.name!r} has source {method.source!r}{near}",
+                f"one of {list(SOURCES)}",
+                "correct the YAML",
+            )
         _check_vectors(study, method, where)
         if method.slug in slugs or not method.slug:
             raise ConfigError(
@@ -414,7 +429,7 @@ def _check_tuning(study: Study, method: Method, where: str) -> None:
         raise ConfigError(
             f"method {method.name!r} in {where} has a search, and its source {method.source!r} trains nothing",
             "`search` and `tuned_like` for methods that train",
-            "remove it",
+            "remove `search` or `tuned_like` from the method",
         )
     if method.tuned_like is None:
         return
@@ -423,7 +438,7 @@ def _check_tuning(study: Study, method: Method, where: str) -> None:
     if SOURCES[other.source].train is None or other.tuned_like or other.of or method.search or kinds[0] != kinds[1]:
         raise ConfigError(
             f"method {method.name!r} in {where} is tuned_like {other.name!r}",
-            "a method with trials of its own, trained by the same --method of finetune, and no `search` beside it",
+            "a method with trials of its own and the same --method of finetune, and no `search` beside it",
             "correct the YAML",
         )
 
@@ -628,7 +643,11 @@ def _of_model(values: Json, model: str) -> Json:
     common = {key: value for key, value in values.items() if key not in schema.RECOMMENDERS}
     own = values.get(model, {})
     if not isinstance(own, dict):
-        raise ConfigError(f"{model}: {own!r} among the settings of recommenders", "a mapping of settings")
+        raise ConfigError(
+            f"{model}: {own!r} among the settings of recommenders",
+            "a mapping of settings",
+            "write `key: value` lines below the model's name",
+        )
     return {**common, **own}
 
 

@@ -197,8 +197,9 @@ def require_other_domain(home: Dataset, domain: Dataset, shared_users: str, shar
         raise ConfigError(
             f"{len(items)} items of {domain.path} are in {home.path} too, for example {items[0]!r}",
             "a target domain without items that a method was trained on",
-            "prepare it without them, or with other ids if they are different items; or set `shared_items: drop` to"
-            " leave out the users whose next item is shared, or `count` to measure them too",
+            "prepare it without them, or with other ids if they are different items; or set `shared_items:"
+            " drop`, which leaves out the users whose next item is shared; or set `shared_items: count`, which"
+            " measures them too",
         )
     if items and shared_items == "drop" and all(shared_targets(home, domain)):
         raise ConfigError(
