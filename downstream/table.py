@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -193,17 +193,21 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def read_batches(
-    folder: Location, column: str, batch_size: int = 16_384, table: str = schema.ITEMS_TABLE
+    folder: Location,
+    column: str,
+    batch_size: int = 16_384,
+    table: str = schema.ITEMS_TABLE,
+    shards: Iterable[int] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream (ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
 
     Memory holds one batch, whatever the catalogue's size. Each shard's size is compared with the manifest, and
     Parquet's page checksums are checked; `vlm2rec verify` also compares SHA-256. The rows have to be those of `table`,
-    items or users.
+    items or users. `shards` are the numbers of those to read; default: all.
     """
     _require_view(column)
     manifest = schema.read_manifest(folder, table=table)
-    for number in range(len(manifest["shards"])):
+    for number in range(len(manifest["shards"])) if shards is None else shards:
         yield from _read_shard(folder, manifest, number, column, batch_size)
 
 

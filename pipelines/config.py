@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from vlm2rec.downstream.multimodal.recipes import MODELS as MULTIMODAL
-from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, StartMode, TailOver
+from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, Softmax, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -1036,6 +1036,15 @@ class TrainRecommenderConfig:
         " SASRec and GRU4Rec learn all positions at once, several times as fast.",
         "last",
     )
+    softmax: Softmax = setting(
+        "Items in the loss. full: all; sampled: for SASRec and GRU4Rec, some that are drawn for each step, with the"
+        " logQ correction. Choose it for catalogues of 10⁵ items and more.",
+        "full",
+        group=TRAINING,
+    )
+    samples: Positive = setting(
+        "With --softmax sampled: number of items that are drawn for a step.", 4096, group=TRAINING
+    )
     learning_rate: PositiveFloat = setting(
         "Learning rate of AdamW; of Adam for VBPR, FREEDOM, LATTICE and SLMRec.", 1e-3
     )
@@ -1077,6 +1086,12 @@ class BuildIndexConfig:
     )
     data: Place | None = setting("Dataset folder for titles in search results. Default: that of the export.", None)
     sample: Positive = setting("Number of items to measure recall@10 with.", 1000)
+    engine: EngineName = setting(
+        "Where vectors are added. local: in this process; ray: in tasks of a Ray cluster, each of which fills a part."
+        " Not for HNSW.",
+        "local",
+    )
+    num_workers: Positive = setting("With --engine ray: number of tasks at the same time.", 1)
     seed: Count = setting("Seed of the sample and of k-means.", 0)
 
 

@@ -41,7 +41,16 @@ STAGES: dict[str, tuple[type, str]] = {
 """Every stage in its order: its settings, and the file that it writes last."""
 
 # settings that change neither vectors nor metrics
-_NOT_COMPARED = {"device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache", "num_workers"}
+_NOT_COMPARED = {
+    "device",
+    "resume",
+    "checkpoint_steps",
+    "log_steps",
+    "token_budget",
+    "vision_cache",
+    "num_workers",
+    "engine",
+}
 _LAST_FILES = tuple(dict.fromkeys(last for _, last in STAGES.values()))
 _DONE, _SKIPPED, _KEPT = "done", "was done", "kept: it was trained on earlier data"
 _LEFT, _FAILED, _WAITING = "not asked for", "failed", "not reached"
