@@ -183,6 +183,7 @@ def started(out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=said)
 
 
+@pytest.mark.slow  # a killed study goes on in `test_study`, and a demo is one
 def test_a_killed_demo_goes_on_and_ends_with_the_same_numbers(finished: tuple[Path, str], tmp_path: Path) -> None:
     reference, _ = finished
     out = tmp_path / "demo"

@@ -114,6 +114,7 @@ class TestRay:
         export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=3)
         assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and verify(tmp_path / "out") == []
 
+    @pytest.mark.slow  # that a worker may die is tried without Ray in `test_export_engines`
     def test_a_node_that_is_lost_in_mid_export_costs_nothing_but_time(self, cluster: Any, tmp_path: Path) -> None:
         data, seen = Dataset(write_dataset(tmp_path / "data", 24)), tmp_path / "seen"
         seen.mkdir()

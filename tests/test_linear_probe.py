@@ -127,6 +127,7 @@ def test_too_few_labels_are_a_reason_and_other_mistakes_are_errors(tiny: Tiny, c
         probe_images.run(config(tiny, coloured, tmp_path / "c"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_probes_the_untrained_backbone_once(tiny: Tiny, coloured: Path, tmp_path: Path) -> None:
     vanilla = {
         "name": "vanilla",

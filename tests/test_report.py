@@ -267,6 +267,7 @@ def test_a_study_of_an_older_program_still_has_its_page(study: Path, tmp_path: P
     assert "From catalogue to dataset" not in text and "recall@10" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_1_has_pairs_of_one_kind_and_marks_the_papers_column(study: Path, text: str, tmp_path: Path) -> None:
     found = table(text, "State")
     assert {"U users", "U items", "offset", "U‡"} <= {*found[0], *found[1]}
@@ -277,6 +278,7 @@ def test_table_1_has_pairs_of_one_kind_and_marks_the_papers_column(study: Path, 
     assert "−.9000" in measured and "−1.6000" in measured
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_3_says_which_filter_comes_nearest_to_the_paper(study: Path, tmp_path: Path) -> None:
     counts = [{"step": "5-core", "users": 22_363, "items": 12_101, "interactions": 198_502}]
     variants = [
@@ -346,6 +348,7 @@ def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study
         run(ReportConfig(study=study, run=tmp_path))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(study: Path, tmp_path: Path) -> None:
     few = {name: table_of(study, name).clear() for name in ("curves", "geometry")}
     own, elsewhere = changed(study, tmp_path / "study", **few) / "figures", tmp_path / "thesis" / "figures"
@@ -359,6 +362,7 @@ def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(s
     assert (elsewhere / "mine.svg").exists() and (elsewhere / "differences.svg").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("file", ["page.html", "figures/differences.svg", "figures/differences.png"])
 def test_a_file_that_is_not_ours_is_never_replaced_by_a_page(file: str, study: Path, tmp_path: Path) -> None:
     mine, out = tmp_path / "thesis" / file, tmp_path / "thesis" / "page.html"

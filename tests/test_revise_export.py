@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
-from children import child
+from children import Forked
 from PIL import Image
 
 from vlm2rec.embedder.contract import schema
@@ -186,7 +186,7 @@ encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))
 """
-    killed = child(code, folder, out)
+    killed = Forked(code, folder, out)
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
     assert not (out / schema.MANIFEST_FILE).exists()

@@ -16,7 +16,7 @@ import torch
 from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.table import EmbeddingTable, unit_rows
-from vlm2rec.embedder import prompts
+from vlm2rec.embedder import distributed, prompts
 from vlm2rec.embedder.adapters import lora, moda
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -394,7 +394,16 @@ def test_a_single_item_is_refused() -> None:
         ItemSamples(1)
 
 
-def test_several_processes_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+def test_several_processes_are_refused(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"--method sda in 2 processes"):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_several_processes_of_a_launcher_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
     command = [programs / "torchrun", "--nproc-per-node", "2", "--no-python", programs / "vlm2rec", "finetune"]
     command += ["--method", "sda", "--data", drawn_dataset, "--backbone", tiny("qwen2_5_vl"), "--out", tmp_path / "a"]

@@ -123,6 +123,7 @@ def test_users_and_histories_that_training_never_saw_are_ranked(name: str, world
     assert sum(row["user_id"] == "new" for row in rows_of(tmp_path / "seen")) == len(ITEMS)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_other_users_and_workers_change_nothing(world: World, tmp_path: Path) -> None:
     run = trained(world, "sasrec")
     recommend.run(world.config(run, tmp_path / "all"))

@@ -23,6 +23,7 @@ from vlm2rec.pipelines.experiments.workers import workers
 from vlm2rec.pipelines.synthetic import laboratory
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
     tiny: Tiny,
     drawn_dataset: Path,
@@ -87,6 +88,7 @@ def test_a_demo_takes_the_laboratory_and_the_backbone_that_are_asked_for(
         study.run(StudyConfig(out=tmp_path / "new", demo=True, data=tmp_path))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: P
             pool.next()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_control_deals_the_images_anew_and_changes_nothing_else(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,9 @@ from vlm2rec.embedder.progress import Reporter
 Work = Mapping[int, np.ndarray]
 """The shards to make: number → position of each row in an earlier export, -1 for rows to encode."""
 
+PROCESSES = multiprocessing.get_context("spawn")
+"""How the workers of this machine begin: as new interpreters, since a fork would share threads and a GPU with us."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -221,17 +224,16 @@ class Processes:
                 worker.process.join()
 
     def _start(self, job: Job, count: int) -> dict[Connection, _Worker]:
-        context = multiprocessing.get_context("spawn")
         workers = {}
         with shared_cores(count):
             for index in range(count):
-                ours, theirs = context.Pipe()
+                ours, theirs = PROCESSES.Pipe()
                 with (
                     environment("CUDA_VISIBLE_DEVICES", _visible_gpu(index))
                     if self._with_gpus
                     else contextlib.nullcontext()
                 ):
-                    process = context.Process(target=_serve, args=(theirs, job), daemon=True, name=f"worker {index}")
+                    process = PROCESSES.Process(target=_serve, args=(theirs, job), daemon=True, name=f"worker {index}")
                     process.start()
                 theirs.close()  # so that the pipe closes when the worker dies
                 workers[ours] = _Worker(process, ours)
