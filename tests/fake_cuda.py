@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen  # registers the kernel
-from torch.utils import _device, _pytree
+from torch.utils import _device
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,19 +174,21 @@ def _card() -> Card:
     return _cards[-1] if _cards else Card()
 
 
+_HERE, _OWN = __file__, f"{_ROOT}/"
+
+
 def _place() -> str:
-    """Return the innermost line of this repository that is running, else of a package, as file:line."""
+    """Return the innermost line of this repository that is running, as file:line, and that of a package inside it."""
     frame, first = sys._getframe(2), ""
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if frame.f_code.co_name == "__torch_function__":
-            frame = frame.f_back  # type: ignore[assignment]
-            continue
-        if path.is_relative_to(_ROOT) and path != Path(__file__):
-            return f"{path.relative_to(_ROOT)}:{frame.f_lineno} {frame.f_code.co_name}" + (first and f" ({first})")
-        parts = path.parts
-        if not first and "site-packages" in parts and "torch" not in parts:
-            first = f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+        code = frame.f_code
+        file = code.co_filename
+        if file == _HERE or code.co_name == "__torch_function__":  # a mode that every call passes through is no caller
+            pass
+        elif file.startswith(_OWN):
+            return f"{file.removeprefix(_OWN).removeprefix('pkg/')}:{frame.f_lineno}" + (first and f" ({first})")
+        elif not first and "/site-packages/" in file and "/site-packages/torch/" not in file:
+            first = f"{Path(file).name}:{frame.f_lineno} {code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return first or "elsewhere"
 
@@ -195,11 +197,10 @@ def _ours() -> bool:
     """Tell whether the innermost code that is running, apart from torch's and this file's, is this repository's."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path != Path(__file__) and "torch" not in path.parts and not path.name.startswith("<"):
-            # the mode that every call passes through is no caller
-            if frame.f_code.co_name != "__torch_function__":
-                return path.is_relative_to(_ROOT)
+        file = frame.f_code.co_filename
+        passing = file == _HERE or frame.f_code.co_name == "__torch_function__"
+        if not passing and "/site-packages/torch/" not in file and not file.startswith("<"):
+            return file.startswith(_OWN)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
@@ -211,6 +212,33 @@ def _wait() -> None:
 def _known(value: Tensor) -> Tensor:
     """Return a value to read; a number that has a shape alone is 1."""
     return torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    found = []
+    for branch in tree:
+        if isinstance(branch, Tensor):
+            found.append(branch)
+        elif isinstance(branch, list | tuple | dict):
+            found += _tensors(branch)
+    return found
+
+
+def _mapped(kind: type, change: Callable[[Any], Any], tree: Any) -> Any:
+    """Return nested lists, tuples and dicts with the tensors of a kind changed."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, list | tuple):
+        branches = [_mapped(kind, change, branch) for branch in tree]
+        return branches if isinstance(tree, list) else tuple(branches)
+    return {key: _mapped(kind, change, branch) for key, branch in tree.items()} if isinstance(tree, dict) else tree
 
 
 # --- one operation ------------------------------------------------------------------------------------------------
@@ -247,7 +275,7 @@ def _is_card(device: Any, moved: bool) -> bool:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func.namespace == "torch_attn":
         return _KERNELS[func._schema.name.split("::")[1]](*args, **kwargs)
-    tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = _tensors((args, kwargs))
     ours = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
     device = kwargs.get("device")
     onto = _is_card(device, bool(ours))
@@ -278,8 +306,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], onto
         return _known(args[0].value).item()
     if func is _ATEN.equal.default and any(tensor.value.is_meta for tensor in ours):
         return True
-    own_args, own = _pytree.tree_map_only(CudaTensor, lambda tensor: tensor.value, (args, kwargs))
-    leaves = [leaf for leaf in _pytree.tree_leaves((own_args, own)) if isinstance(leaf, Tensor)]
+    own_args, own = _mapped(CudaTensor, lambda tensor: tensor.value, (args, kwargs))
+    leaves = _tensors((own_args, own))
     stays = not onto and device is not None  # a copy to the CPU
     if device is not None:
         own = {**own, "device": torch.device("cpu")}
@@ -300,8 +328,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], onto
                 func(*args, **kwargs)
         return mutated
     if not card.values:
-        found = _pytree.tree_map_only(Tensor, _shape_if_float, found)
-    return _pytree.tree_map_only(Tensor, CudaTensor, found)
+        found = _mapped(Tensor, _shape_if_float, found)
+    return _mapped(Tensor, CudaTensor, found)
 
 
 def _shapes_alone(func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> tuple[Any, Any]:
@@ -316,7 +344,7 @@ def _shapes_alone(func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> tu
         return args, kwargs
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
-    return _pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta") if tensor.dim() else tensor, (args, kwargs))
+    return _mapped(Tensor, lambda tensor: tensor.to("meta") if tensor.dim() else tensor, (args, kwargs))
 
 
 _INTEGER_FACTORIES = {
@@ -335,20 +363,26 @@ def _shape_if_float(value: Tensor) -> Tensor:
 
 
 def _mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return what an operation in place returns: its first argument, or `out`."""
-    schema = func._schema
-    changed = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if not changed:
+    """Return what an operation in place returns: its first argument, or `out`; None for other operations."""
+    changed = _changed(func)
+    if changed is None:
         return None
-    if not schema.returns:
-        return ()
-    position = schema.arguments.index(changed[0])
-    return kwargs[changed[0].name] if changed[0].name in kwargs else args[position]
+    position, name = changed
+    return () if not func._schema.returns else kwargs[name] if name in kwargs else args[position]
+
+
+@functools.cache
+def _changed(func: Any) -> tuple[int, str] | None:
+    """Return position and name of the argument that an operation writes to."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return position, argument.name
+    return None
 
 
 def _count_copy(card: Card, target: Any, source: Any, non_blocking: bool, to_card: bool | None = None) -> None:
     onto = isinstance(target, CudaTensor) if to_card is None else to_card
-    if onto == isinstance(source, CudaTensor):
+    if onto == isinstance(source, CudaTensor) or not source.numel():
         return
     if not onto:
         card.waits[_place()] += 1
