@@ -97,18 +97,21 @@ class CudaTensor(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor) -> CudaTensor:
         """Put a value on the card."""
+        meta = torch.device("meta")
+        if value.layout is not torch.strided:  # its parts are counted already; torch's C++ sees a dense one
+            made = Tensor._make_wrapper_subclass(cls, value.size(), dtype=value.dtype, device=meta)
+            made.value = value
+            return made
         made = Tensor._make_wrapper_subclass(
             cls,
             value.size(),
             strides=value.stride(),
             storage_offset=value.storage_offset(),
             dtype=value.dtype,
-            layout=value.layout,
-            device=torch.device("meta"),
+            device=meta,
         )
         made.value = value
-        if value.layout is torch.strided:
-            _card().add(value)
+        _card().add(value)
         return made
 
     @classmethod
@@ -280,7 +283,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     onto = _is_card(device, bool(ours))
     if not ours and not onto:
-        return func(*args, **kwargs)
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "pin_memory": False})
+        made.is_in_pinned_memory = True
+        return made
     card = _card()
     card.operations += 1
     foreign = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
@@ -321,8 +328,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Any], onto
     found = func(*own_args, **own)
     if stays:
         return found
-    mutated = _mutated(func, args, kwargs)
-    if mutated is not None:
+    if _changed(func) is not None:
+        mutated = _mutated(func, args, kwargs)
         if isinstance(mutated, CudaTensor) and mutated.value.shape != mutated.shape:
             with no_dispatch():  # `squeeze_` and others like it: the tensor that torch's C++ sees follows
                 func(*args, **kwargs)
@@ -339,7 +346,11 @@ def _shapes_alone(func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> tu
     if makes_floats and func in _INTEGER_FACTORIES:
         makes_floats = dtype is not None and dtype.is_floating_point
     if makes_floats:
-        return args, {**kwargs, "device": torch.device("meta"), **({"generator": None} if "generator" in kwargs else {})}
+        return args, {
+            **kwargs,
+            "device": torch.device("meta"),
+            **({"generator": None} if "generator" in kwargs else {}),
+        }
     if not any(leaf.is_meta for leaf in leaves):
         return args, kwargs
     if "device" in kwargs:
@@ -363,12 +374,11 @@ def _shape_if_float(value: Tensor) -> Tensor:
 
 
 def _mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return what an operation in place returns: its first argument, or `out`; None for other operations."""
+    """Return what an operation in place returns: the argument that it writes to, or nothing."""
     changed = _changed(func)
-    if changed is None:
-        return None
+    assert changed is not None
     position, name = changed
-    return () if not func._schema.returns else kwargs[name] if name in kwargs else args[position]
+    return None if not func._schema.returns else kwargs[name] if name in kwargs else args[position]
 
 
 @functools.cache
@@ -676,6 +686,7 @@ def fake_cuda(values: bool = True, total: int = 80 * 2**30) -> Iterator[Card]:
         total: the card's memory, in bytes, of which `torch.cuda.mem_get_info` tells.
     """
     card = Card(values, total)
+    _device._device_constructors()  # remembered by torch: they must not be those of this context
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
         for name, made in _of_cuda(card).items():
@@ -684,10 +695,7 @@ def fake_cuda(values: bool = True, total: int = 80 * 2**30) -> Iterator[Card]:
         methods["cuda"] = lambda self, *_, **more: _moved(self, None, bool(more.get("non_blocking")), False)
         methods["is_pinned"] = lambda self, *_: getattr(self, "is_in_pinned_memory", False)
         for name, method in methods.items():
-            if name not in CudaTensor.__dict__:
-                stack.enter_context(mock.patch.object(Tensor, name, method))
-            else:
-                stack.enter_context(mock.patch.object(Tensor, name, method))
+            stack.enter_context(mock.patch.object(Tensor, name, method))
         for name, make in (("tensor", _tensor), ("as_tensor", _as_tensor)):
             stack.enter_context(mock.patch.object(torch, name, functools.partial(_made, make)))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
