@@ -15,7 +15,8 @@ With `values=False` floating-point tensors have shapes and no values, which take
 a large model are those of its real code. Integers and booleans keep their values, so code that reads them works. A
 floating-point number that is read is 1.0.
 
-What is not as on a GPU: memory that kernels use for a moment, fragmentation of the allocator, and CUDA's own random
+A list as an index (`rows[[0, 2]] = 1`) is refused: its tensor is made where nothing sees it. What is not as on a GPU:
+memory that kernels use for a moment, fragmentation of the allocator, and CUDA's own random
 numbers (the CPU's are used).
 """
 
@@ -171,6 +172,7 @@ class CudaTensor(Tensor):
 
 
 _cards: list[Card] = []
+_contexts: list[str] = []  # kinds of device of the `with torch.device(...)` that running calls came through
 
 
 def _card() -> Card:
@@ -272,7 +274,7 @@ def _is_card(device: Any, moved: bool) -> bool:
         return False
     kind = torch.device(device).type
     # C++ code asks for tensors like those of the card by their C++ device
-    return kind == "cuda" or (kind == "meta" and (moved or getattr(_device.CURRENT_DEVICE, "type", "") != "meta"))
+    return kind == "cuda" or (kind == "meta" and (moved or "meta" not in _contexts[-1:]))
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -622,7 +624,7 @@ def _read(values: Any) -> Any:
 def _made(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(args[0], list | tuple):
         args = (_read(args[0]), *args[1:])
-    device = kwargs.pop("device", None) or (_device.CURRENT_DEVICE if make is _tensor else None)
+    device = kwargs.pop("device", None)
     if device is None or torch.device(device).type != "cuda":
         return make(*args, **kwargs) if device is None else make(*args, device=device, **kwargs)
     requires = kwargs.pop("requires_grad", False)
@@ -630,6 +632,18 @@ def _made(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return _moved(args[0], kwargs.get("dtype"), False, make is _tensor)
     made = _moved(make(*args, device="cpu", **kwargs), None, False, False)
     return made.requires_grad_() if requires else made
+
+
+def _in_context(self: _device.DeviceContext, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """What `with torch.device(...)` does with a call."""
+    given = kwargs or {}
+    if func in _device._device_constructors() and given.get("device") is None:
+        given = {**given, "device": self.device}
+    _contexts.append(self.device.type)
+    try:
+        return _made(func, *args, **given) if func in (_tensor, _as_tensor) else func(*args, **given)
+    finally:
+        _contexts.pop()
 
 
 def _pinned(self: Tensor, *_: Any) -> Tensor:
@@ -699,6 +713,7 @@ def fake_cuda(values: bool = True, total: int = 80 * 2**30) -> Iterator[Card]:
         for name, make in (("tensor", _tensor), ("as_tensor", _as_tensor)):
             stack.enter_context(mock.patch.object(torch, name, functools.partial(_made, make)))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.object(_device.DeviceContext, "__torch_function__", _in_context))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _fused_attention))
         # a moved parameter stays the same object, as on a GPU, where its data is replaced: tied weights stay tied
         torch.__future__.set_swap_module_params_on_conversion(True)
