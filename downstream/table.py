@@ -86,15 +86,19 @@ class EmbeddingTable:
         rows[(rows >= 0) & ~self.present[rows]] = -1
         return rows
 
-    def take(self, item_ids: list[str] | pa.Array) -> np.ndarray:
-        """Return the vectors of `item_ids` in that order, (M, d) float32; raise `ArtifactError` when one is missing."""
+    def take(self, item_ids: list[str] | pa.Array, otherwise: str = "") -> np.ndarray:
+        """Return the vectors of `item_ids` in that order, (M, d) float32; raise `ArtifactError` when one is missing.
+
+        `otherwise` is what the error advises besides.
+        """
         rows = self.rows_of(item_ids)
         if (rows < 0).any():
             missing = [str(item_ids[i]) for i in np.flatnonzero(rows < 0)[:5]]
             raise ArtifactError(
                 f"{int((rows < 0).sum())} of {len(rows)} items have no {self.column} vector, among them {missing}",
                 "a vector for every item",
-                "export the dataset that these items come from, or repair the failed items and export again",
+                "export the dataset that these items come from, or repair the failed items and export again"
+                + otherwise,
             )
         return self.vectors[rows]
 

@@ -161,5 +161,7 @@ def _report(config: ConvertConfig, form: Format, record: dict[str, Any], stale: 
     rows |= form.notes(config.out)
     if stale:
         rows["removed"] = f"{', '.join(stale)}, which were made from the former vectors"
-    rows["read it with"] = form.reads.format(out=config.out, name=dataset_name(config))
+    rows["read it with"] = form.reads.format(
+        out=config.out, name=dataset_name(config), column=next(iter(record["dims"]))
+    )
     console.summary("Converted", rows)

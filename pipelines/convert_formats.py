@@ -246,7 +246,7 @@ FORMATS = {
         3,
         _SKIP_FIRST,
         _rows("write_npy"),
-        "np.load('{out}/fused.npy'), json.load(open('{out}/item_ids.json'))",
+        "np.load('{out}/{column}.npy'), json.load(open('{out}/item_ids.json'))",
     ),
     "safetensors": Format(
         "the same in one file",

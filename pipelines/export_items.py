@@ -190,6 +190,12 @@ def _dataset(config: ExportConfig) -> Dataset:
         wanted = read_ids(Path(config.items), schema.ITEM_ID, "--items")
     else:
         wanted = [each for item in config.items.split(",") if (each := item.strip())]
+        if len(wanted) == 1 and Path(wanted[0]).exists() and wanted[0] not in dataset.item_ids:
+            raise ConfigError(
+                f"--items {config.items} is a {'folder' if Path(wanted[0]).is_dir() else 'file'}, and no item",
+                f"ids with commas between, or a file of them that ends in {', '.join(ID_FILES)}",
+                "give the file another name, or make one of these of it",
+            )
     if not wanted:
         raise ConfigError(f"--items {config.items} names no item", "ids of the dataset", "give some, or leave it out")
     return dataset.restricted_to(wanted)

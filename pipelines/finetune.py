@@ -200,7 +200,8 @@ def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
-    parse_trackers(config.report_to)
+    if not parse_trackers(config.report_to) and config.log_dir is not None:
+        raise ConfigError("--log-dir without --report-to", "a tracker whose files go there", "name one, or leave it")
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.quantize != "none":

@@ -379,6 +379,17 @@ def test_every_command_can_be_quiet_and_answer_in_json(
     assert vlm2rec(name, *given, "--quiet") == (0, "", "")
 
 
+def test_lists_are_given_by_commas_or_by_the_flag_again(vlm2rec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[config.StudyConfig] = []
+    stage = types.SimpleNamespace(run=lambda given: read.append(given) or {})
+    monkeypatch.setattr(cli, "module_of", lambda module: stage)
+    assert (
+        vlm2rec("study", "--out", "s", "--demo", "--seeds", "0,2", "--methods", "ID", "--methods", "VLM2Rec, SFT,")[0]
+        == 0
+    )
+    assert (read[0].seeds, [name.strip() for name in read[0].methods]) == ((0, 2), ["ID", "VLM2Rec", "SFT"])
+
+
 def test_an_error_in_json_has_the_code_of_the_process(vlm2rec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stage_that_raises(monkeypatch, errors.ArtifactError("damaged", "whole", "again"))
     code, out, err = vlm2rec(*SEARCH, "--json", "--quiet")
@@ -401,6 +412,8 @@ FINETUNE = ("finetune", "--data", "d", "--backbone", "b", "--out", "o")
         ((*SEARCH, "--set", "k"), "has no '='"),
         ((*SEARCH, "--set", "k=many"), "setting k = 'many' is not usable"),
         ((*SEARCH, "--k", "0"), "setting k = 0 is not usable"),
+        (("search", "--index", "x", "--text", "\udcff"), "setting text = '\\udcff' is not UTF-8"),
+        (("search", "--index", "x", "--history", "7,\udcff"), "setting history = '\\udcff' is not UTF-8"),
         ((*SEARCH, "--config", "/does/not/exist.yaml"), "does not exist"),
         ((*FINETUNE, "--set", "loss=sgd"), "one of vlm2rec, sft"),
         ((*FINETUNE, "--lora-dropout", "1.5"), "setting lora_dropout = 1.5"),

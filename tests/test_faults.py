@@ -258,7 +258,7 @@ def test_fault_26_a_turned_photograph_has_the_vector_of_the_upright_one(tiny: Ti
     np.testing.assert_array_equal(odd, plain)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava", "gemma4", "llava_onevision"])
 def test_fault_28_a_dot_and_a_strip_have_vectors_in_every_family(tiny: Tiny, tmp_path: Path, family: str) -> None:
     sizes = [(1, 1), (1, 5000), (5000, 1)]
     data = write_dataset(tmp_path / "data", items=3, image_path=[f"{w}.{h}.png" for w, h in sizes])

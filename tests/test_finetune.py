@@ -194,7 +194,7 @@ def test_sft_trains_infonce_and_internal_fusion_goes_with_it_only(
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "x", fusion="internal"))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "idefics3", "qwen3_5", "smolvlm"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "idefics3", "llava_onevision", "qwen3_5", "smolvlm"])
 def test_families_that_pack_in_their_own_way_train_like_the_others(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, family: str
 ) -> None:

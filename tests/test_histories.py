@@ -180,6 +180,8 @@ def test_files_that_cannot_be_histories_are_refused_in_words(text: str, words: s
         ('{"user_id": "u", "history": [true]}', "has True where an id belongs"),
         ('{"user_id": ["u"], "history": ["a"]}', "where an id belongs"),
         ('{"user_id": "u", "history": ["a"]', "line 1 of .* is not an object"),
+        ('{"user_id": null, "history": ["a"]}\n{"user_id": "u", "history": null}', "none of the 1 .*can be used: 1 "),
+        ('{"user_id": "\\udcff", "history": ["a"]}', "."),
     ],
 )
 def test_lines_that_are_no_history_are_refused_in_words(line: str, words: str, tmp_path: Path) -> None:

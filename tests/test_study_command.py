@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from study_world import METHODS, Tiny, settings
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
-from vlm2rec.pipelines import study
+from vlm2rec.pipelines import console, study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
 from vlm2rec.pipelines.experiments.methods import Method, Run, Step
 from vlm2rec.pipelines.experiments.workers import workers
@@ -23,21 +24,29 @@ from vlm2rec.pipelines.synthetic import laboratory
 
 
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    drawn_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.02)
     methods = [
         {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
         {"name": "VLM2Rec", "source": "backbone"},
+        {"name": "VLM2Rec with ids", "vectors_of": "VLM2Rec", "recommender": {"mode": "fuse"}},
     ]
     plan = {"main": {"seeds": [0], "tasks": [1, 2], "models": ["SASRec"]}}
     config = settings(tiny, drawn_dataset, tmp_path, methods=methods, grids=[], analyses=["main"], plan=plan)
     with pytest.raises((DataError, ConfigError), match=r"absent\.parquet"):
         study.run(config)
     results = pl.read_parquet(config.out / "results.parquet")
-    assert set(results["method"]) == {"VLM2Rec"}
-    assert set(results["task"]) == {1, 2}
+    tasks = {(row["method"], row["task"]) for row in results.iter_rows(named=True)}
+    assert tasks == {("VLM2Rec", 1), ("VLM2Rec", 2), ("VLM2Rec with ids", 2)}
     assert (config.out / "report.html").is_file()
-    assert "failed" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "failed" in printed
+    assert re.search(r"^ {10}VLM2Rec(, seed 0)?: [\w -]+: \S", printed, re.MULTILINE)  # how far a step is, now and then
 
 
 def test_a_plan_is_printed_and_nothing_is_written(

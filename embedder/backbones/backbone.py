@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Patches:
 
     values: Tensor  # (patches, pixels), or (1, 3, H, W) for families whose model cuts patches; uint8 if not normalised
     grid: Tensor | None  # (1, 3) frames, rows, columns of patches
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of the family's `inputs`, (1, ...) each
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,14 @@ class Backbone:
             most -= 1
         return text[: places[most - 1][1] if most else 0].rstrip(), True
 
+    @property
+    def _blocks(self) -> str:
+        """Where the tokens of an image see its later ones; the larger models of Gemma 4 alone do so."""
+        blocks: str = self.processor.family.blocks
+        if blocks != "windows":
+            return blocks
+        return blocks if self.model.config.get_text_config().use_bidirectional_attention == "vision" else ""
+
     def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
         """Return the prompt's token ids, with one image token for each feature of an image."""
         text = render(prompt, self.prompt_mode, self.processor)
@@ -296,9 +305,12 @@ class Backbone:
     def patch(self, image: Image.Image) -> Patches:
         """Return an RGB image as the vision tower takes it, on the CPU. Safe to call from threads."""
         as_read = {"do_rescale": False, "do_normalize": False} if self.normalises_on_device else {}
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt", **as_read)
-        values = inputs["pixel_values"]
-        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"))
+        family = self.processor.family
+        images: list[Any] = [[image, image]] if family.several else [image]
+        inputs = self.processor.image_processor(images=images, return_tensors="pt", **as_read)
+        values = inputs["pixel_values"][:1, 0] if family.several else inputs["pixel_values"]
+        more = {name: inputs[name][:1] for name in family.inputs}
+        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"), more)
 
     @property
     def normalises_on_device(self) -> bool:
@@ -333,10 +345,14 @@ class Backbone:
         values = onto(self.device, torch.cat([each.values for each in patched]))
         if values.dtype == torch.uint8:
             values = self._normalised(values)
-        inputs = {"pixel_values": values.to(self.model.dtype)}
+        inputs: dict[str, Any] = {"pixel_values": values.to(self.model.dtype)}
         grids = None if patched[0].grid is None else torch.cat([p.grid for p in patched if p.grid is not None])
         if grids is not None:
             inputs["image_grid_thw"] = onto(self.device, grids)
+        for name in self.processor.family.inputs:
+            inputs[name] = onto(self.device, torch.cat([each.inputs[name] for each in patched]))
+        if self.processor.family.several:
+            inputs["batch_num_images"] = [max(2, len(patched))]
         output = self.body.get_image_features(**inputs, return_dict=True)
         deepstack = getattr(output, "deepstack_features", None) or ()  # a tuple for each layer, a tensor for each image
         # cloned: the parts are views of one buffer, and keeping one image must not keep its whole batch
@@ -473,6 +489,9 @@ class Backbone:
         between releases of transformers, and silently ignore unknown names.
         """
         arguments["position_ids"] = onto(self.device, arguments["position_ids"])
+        if getattr(self.language_model, "hidden_size_per_layer_input", 0):  # Gemma 4: each layer has embeddings
+            text = row.masked_fill(row == self.image_token_id, self.language_model.padding_idx)
+            arguments["per_layer_inputs"] = self.language_model.get_per_layer_inputs(onto(self.device, text))
         embedded = self.language_model.get_input_embeddings()(onto(self.device, row))  # (1, T, d)
         if images:
             of_image = row == self.image_token_id  # (1, T)
@@ -483,10 +502,11 @@ class Backbone:
                 )
             is_image = onto(self.device, of_image)
             embedded = embedded.masked_scatter(is_image.unsqueeze(-1), tokens)
-            if self.processor.family.blocks:
+            if self._blocks:
                 numbers = torch.arange(len(images)).repeat_interleave(torch.tensor([len(i.tokens) for i in images]))
                 blocks = torch.full_like(row[0], -1).masked_scatter(of_image[0], numbers)
-                layout = dataclasses.replace(layout, blocks=blocks, _made={})
+                in_windows = self._blocks == "windows"
+                layout = dataclasses.replace(layout, blocks=blocks, blocks_in_windows=in_windows, _made={})
             if images[0].deepstack:
                 arguments["visual_pos_masks"] = is_image
                 arguments["deepstack_visual_embeds"] = [

@@ -59,6 +59,7 @@ class Layout:
     bidirectional: bool = False  # a token sees those after it, too; without a prefix, whose states would depend on them
     every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
     blocks: Tensor | None = None  # (T,) on the CPU: each token's image, -1 for none; an image sees itself whole
+    blocks_in_windows: bool = False  # only where attention has a window
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -108,7 +109,10 @@ class Layout:
 
     def needs_masks(self, window: int | None) -> bool:
         """Tell whether a prompt sees other keys than all those before: within an image, or in a window of keys."""
-        return self.blocks is not None or (window is not None and self.prefix + max(self.lengths) > window)
+        return self._sees_blocks(window) or (window is not None and self.prefix + max(self.lengths) > window)
+
+    def _sees_blocks(self, window: int | None) -> bool:
+        return self.blocks is not None and not (self.blocks_in_windows and window is None)
 
     def mask_of(self, start: int, length: int, window: int | None) -> Tensor:
         """Return which keys the tokens of the prompt at `start` of the row see, (length, prefix + length) bool.
@@ -118,7 +122,8 @@ class Layout:
 
         def make() -> Tensor:
             seen = self._seen(length)
-            if self.blocks is not None:
+            if self._sees_blocks(window):
+                assert self.blocks is not None
                 own = F.pad(self.blocks[start : start + length], (self.prefix, 0), value=-1)
                 seen |= (own[None] == own[self.prefix :, None]) & (own >= 0)
             if window is not None:

@@ -121,7 +121,7 @@ class Samples:
 
     def summary(self) -> dict[str, str]:
         """Return the row of a run's summary that names the training data."""
-        return {"users": f"{len(self.users)}, {len(self)} samples a epoch, {self.skipped} users too short"}
+        return {"users": f"{len(self.users)}, {len(self)} samples an epoch, {self.skipped} users too short"}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which decides the positions of `random`."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def read_histories(path: Path, item_ids: Sequence[str], columns: HistoryColumns,
             catalogue = pl.DataFrame({ITEM_ID: pl.Series(item_ids, dtype=pl.String)})
             known, log, _, unknown = filtering.known_interactions(found, catalogue, rejects)
         if not len(log):
-            raise _nothing_known(found, unknown, item_ids)
+            flags = type(columns) is not HistoryColumns
+            raise _nothing_known(found, unknown, item_ids, rejects.counts[INTERACTIONS], flags)
         users = pl.concat([known, empty]).unique().sort()
         user = log.user if len(users) == len(known) else _places(known, users)[log.user]
         lengths = np.bincount(user, minlength=len(users))
@@ -147,14 +148,25 @@ def _places(ids: pl.Series, among: pl.Series) -> np.ndarray:
     return np.asarray(among.search_sorted(ids).to_numpy(), np.int64)
 
 
-def _nothing_known(found: Interactions, unknown: pl.DataFrame, item_ids: Sequence[str]) -> DataError:
+def _nothing_known(
+    found: Interactions, unknown: pl.DataFrame, item_ids: Sequence[str], left_out: Mapping[str, int], flags: bool
+) -> DataError:
+    """Return the error of a file of which nothing is left; `flags`: the command has flags for the columns' names."""
     if not found.rows:
         return DataError(f"{found.path} holds {EMPTY.partition(' is ')[2]} histories only", "items in them", "check it")
-    given = f", such as {', '.join(map(repr, unknown[ITEM_ID].head(3)))}" if unknown.height else ""
+    if not unknown.height:  # what is wrong is not the items
+        return DataError(
+            f"none of the {found.rows:,} interactions of {found.path} can be used:"
+            f" {'; '.join(f'{count:,} {reason}' for reason, count in left_out.items())}",
+            "interactions with a user, an item and, in a long table, a time",
+            "correct the file" + (", or name the right columns with --user-id-column or --item-id-column" * flags),
+        )
     return DataError(
-        f"none of the {found.rows:,} interactions of {found.path} is of an item of the catalogue{given}",
+        f"none of the {found.rows:,} interactions of {found.path} is of an item of the catalogue, such as"
+        f" {', '.join(map(repr, unknown[ITEM_ID].head(3)))}",
         f"ids such as {', '.join(map(repr, item_ids[:3]))}",
-        "use the catalogue of these histories, or name the right columns with --item-id-column or --history-column",
+        "use the catalogue that these items are of"
+        + (", or name the right columns with --item-id-column or --history-column" * flags),
     )
 
 
@@ -265,7 +277,7 @@ def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
         rows = twice.filter(pl.col(USER_ID) == first)[ROW].head(2)
         raise DataError(
             f"{thing} {first!r} has the rows {rows[0] + 1:,} and {rows[1] + 1:,} of {path};"
-            f" {twice[USER_ID].n_unique():,} {thing}s have more than one",
+            f" {thing}s with more than one: {twice[USER_ID].n_unique():,}",
             f"one row a {thing}, with the whole list",
             "join the lists, or write a long table",
         )

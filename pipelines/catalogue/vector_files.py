@@ -361,7 +361,10 @@ def read_ids(path: Path, id_column: str, flag: str = "--ids") -> list[str]:
     if path.suffix == ".json":
         _require_file(path)
         try:
-            return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
+            given = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(given, list):
+                raise TypeError(f"it holds a {type(given).__name__}")
+            return _as_ids(pa.array(given), str(path)) if given else []
         except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(

@@ -64,7 +64,8 @@ class Method:
     """One row of the tables."""
 
     name: str
-    source: str
+    source: str = ""
+    vectors_of: str | None = None  # train recommenders from the vectors of this method, and make none
     analyses: tuple[str, ...] = (MAIN,)
     backbone: str | None = None  # default: the backbone of the study
     paper: str | None = None  # the row of the paper's tables to print beside it
@@ -159,6 +160,17 @@ class Study:
                 raise ConfigError(f"--methods names {name!r}{near}", f"some of {self._names()}", "correct --methods")
         return [method for method in self.methods if method in [known[name.strip().lower()] for name in names]]
 
+    def check_taking_part(self, methods: Iterable[Method]) -> None:
+        """Refuse methods that take part in none of the chosen analyses: nothing would be run for them."""
+        chosen = ", ".join(self.analyses)
+        for method in methods:
+            if not set(method.analyses) & set(self.analyses):
+                raise ConfigError(
+                    f"--methods names {method.name!r}, which takes part in none of the chosen analyses ({chosen})",
+                    f"one of its own analyses: {', '.join(method.analyses)}",
+                    "add one of them to --analyses, or leave the method out",
+                )
+
 
 def read_study(
     config: StudyConfig,
@@ -193,6 +205,7 @@ def read_study(
         grids.append(Grid(analysis=FAMILIES, of=reference, varies="backbone", values=backbones, finetune=_NO_GRADIENTS))
     search = _build(SearchPlan, raw.pop("search", {}), f"search in {where}")
     study = _build(Study, raw | {"plan": plans, "methods": tuple(methods), "search": search}, where)
+    study = _with_borrowed(study, where)
     study = _with_chosen(study, chosen or {})
     study = _with_grids(study, grids, users)
     study = _with_flags(study, config)
@@ -235,6 +248,29 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         if key not in known:
             raise ConfigError(f"unknown setting {key!r} for {where}{did_you_mean(key, known)}", f"{', '.join(known)}")
     return read_config.read_config(cls, flags=values)
+
+
+def _with_borrowed(study: Study, where: str) -> Study:
+    """Give methods with `vectors_of` the source of the method that they name."""
+    methods = []
+    for method in study.methods:
+        if method.vectors_of is None:
+            methods.append(method)
+            continue
+        own = [name for name in (*_LENT, *_NOT_READ) if getattr(method, name)]
+        if own:
+            raise ConfigError(
+                f"method {method.name!r} in {where} has vectors_of and {', '.join(own)}",
+                "settings of recommenders alone: its vectors are another method's",
+                "remove one",
+            )
+        other = study.method(method.vectors_of)
+        methods.append(dataclasses.replace(method, **{name: getattr(other, name) for name in _LENT}))
+    return dataclasses.replace(study, methods=tuple(methods))
+
+
+_LENT = ("source", "backbone", "options", "shuffle_images")  # with `vectors_of`: settings of the other method
+_NOT_READ = ("finetune", "export", "evaluate", "search", "tuned_like", "role")  # settings that make or rank vectors
 
 
 def _with_chosen(study: Study, chosen: Mapping[str, Json]) -> Study:
@@ -348,6 +384,7 @@ def _check(study: Study, where: str) -> None:
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
             raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")
+        _check_vectors(study, method, where)
         if method.slug in slugs or not method.slug:
             raise ConfigError(
                 f"methods {slugs.get(method.slug)!r} and {method.name!r} share the folder {method.slug!r}",
@@ -356,6 +393,19 @@ def _check(study: Study, where: str) -> None:
             )
         slugs[method.slug] = method.name
         _check_tuning(study, method, where)
+
+
+def _check_vectors(study: Study, method: Method, where: str) -> None:
+    if method.vectors_of is None:
+        return
+    other = study.method(method.vectors_of)
+    seeds = {seed for plan in _plans_of(study, method).values() for seed in plan.seeds}
+    if SOURCES[other.source].embed is None or other.vectors_of or not seeds <= set(seeds_of(study, other)):
+        raise ConfigError(
+            f"method {method.name!r} in {where} has vectors_of {other.name!r}",
+            "a method that makes vectors itself, in the same analyses or with the same seeds",
+            "correct the YAML",
+        )
 
 
 def _check_tuning(study: Study, method: Method, where: str) -> None:
@@ -649,7 +699,7 @@ def _steps(context: RunContext, plans: Mapping[str, AnalysisPlan], domains: Sequ
     source = SOURCES[context.method.source]
     plans = {name: plan for name, plan in plans.items() if context.seed is None or context.seed in plan.seeds}
     steps: list[Step] = []
-    if source.train is not None:
+    if source.train is not None and context.method.vectors_of is None:
         steps.append(source.train(context))
         context = dataclasses.replace(context, trained=steps[-1].folder)
     # the cross-domain tables also need the results on the dataset of the study
@@ -681,6 +731,10 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
     if source.embed is None:  # the multimodal ones need vectors
         return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None
+    if context.method.vectors_of is not None:
+        lender = context.folder.parent.parent / context.study.method(context.method.vectors_of).slug
+        vectors = lender / ("seed-any" if fixed else f"seed-{context.seed}") / f"{context.prefix}embeddings"
+        return [_recommend(context, model, vectors) for model in models if context.seed is not None]
     embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
     embedded = source.embed(embedding)
     steps: list[Step] = []

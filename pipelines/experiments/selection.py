@@ -106,7 +106,7 @@ def plan_searches(study: Study, out: Path, home: Target, backbone: str, device: 
     needed = {source_of_settings(study, method).name for method in study.methods if seeds_of(study, method)}
     found = []
     for method in study.methods:
-        if method.name in needed and SOURCES[method.source].train is not None:
+        if method.name in needed and SOURCES[method.source].train is not None and method.vectors_of is None:
             data = controls.shuffled_folder(out) if method.shuffle_images else home.data
             context = RunContext(study, method, study.search.seed, data, method.backbone or backbone, device, out)
             found.append(_search(context))

@@ -162,9 +162,10 @@ class Packed:
 
     def __init__(self, model: Any, shape: Shape) -> None:
         from vlm2rec.embedder.backbones import backbone
+        from vlm2rec.embedder.backbones.families import FAMILIES
 
         tokenizer = types.SimpleNamespace(pad_token_id=PAD)
-        family = types.SimpleNamespace(blocks=False)
+        family = FAMILIES["qwen2_5_vl"]
         processor = types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE, family=family)
         self.backbone = backbone.Backbone(model, processor)
         self.backbone.share_prefixes()
