@@ -355,6 +355,14 @@ def _shapes_alone(func: Any, args: Any, kwargs: Any, leaves: list[Tensor]) -> tu
         }
     if not any(leaf.is_meta for leaf in leaves):
         return args, kwargs
+    if func in _INDEXING:  # the meta device has no masks as indices
+        indices: list[Any] = []
+        for index in args[1]:
+            if index is not None and index.dtype == torch.bool and not index.is_meta:
+                indices += index.nonzero(as_tuple=True)
+            else:
+                indices.append(index)
+        args = (args[0], indices, *args[2:])
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
     return _mapped(Tensor, lambda tensor: tensor.to("meta") if tensor.dim() else tensor, (args, kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures
 from vlm2rec.embedder.export import worker
+from vlm2rec.embedder.export.estimate import estimate
 from vlm2rec.embedder.training.losses import VLM2RecObjective
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune, train_recommender
@@ -95,6 +97,45 @@ def test_the_host_does_not_wait_for_each_image(tiny: Tiny, pictures: list[Image.
         encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="bfloat16", device="cuda")
         encoded(encoder, pictures)
         assert counted(1) == counted(4) <= 20
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_bytes_without_values_are_those_with_values(
+    tiny: Tiny, pictures: list[Image.Image], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the memory of large models, whose values would fit nowhere, can be computed: `benchmarks/gpu_memory.py`."""
+    usual = packing._kernel_works
+    monkeypatch.setattr(packing, "_kernel_works", lambda *_: True)
+    monkeypatch.setattr(packing._kernel_works, "cache_clear", usual.cache_clear, raising=False)
+
+    def counted(values: bool) -> tuple[int, int, int]:
+        with fake_cuda(values) as card:
+            encoder = ItemEncoder.load(str(tiny(family)), dtype="bfloat16", device="cuda")
+            weights = card.held
+            card.forget()
+            encoded(encoder, pictures)
+            return weights, card.peak, card.held
+
+    assert counted(True) == counted(False)
+
+
+class Planned(SimpleNamespace):
+    """As much of a plan as the estimate reads."""
+
+    def __len__(self) -> int:
+        return 10
+
+
+def test_a_dry_run_on_a_card_encodes_as_many_items_as_an_export_at_once(tmp_path: Path) -> None:
+    """With fewer, the memory that it reports would be too small."""
+    settings = {"views": ["fused"], "storage": "float32", "dim": 4}
+    plan: Any = Planned(settings=settings, item_ids=range(1000), shard_size=100)
+    asked: list[int] = []
+    for device in ("cpu", "cuda"):
+        with fake_cuda():
+            out, place = tmp_path, torch.device(device)
+            estimate(plan, out, range(1000), 10, lambda rows: asked.append(len(rows)), place)
+    assert asked == [4, 64, 4, worker.ITEMS_AT_ONCE]
 
 
 def test_a_planted_index_on_the_cpu_is_found(

@@ -51,7 +51,9 @@ class ImageFeatures:
 
     def to(self, device: torch.device) -> ImageFeatures:
         """Return the features on a device; the grid stays on the CPU, where positions are computed."""
-        return ImageFeatures(onto(device, self.tokens), tuple(onto(device, layer) for layer in self.deepstack), self.grid)
+        return ImageFeatures(
+            onto(device, self.tokens), tuple(onto(device, layer) for layer in self.deepstack), self.grid
+        )
 
     @property
     def bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Peak memory of exports and training steps on GPUs, computed: real code on a fake card, without values.
 
-python tests/benchmarks/gpu_memory.py     (from the repository)
+PYTHONPATH=tests python tests/benchmarks/gpu_memory.py     (from the repository)
 
 The models have the published sizes and no values; every tensor that the code makes on the card is counted while it
 lives. Attention counts as torch's fused kernels do, which keep no scores. What a GPU needs beyond that, its context and
@@ -9,18 +9,14 @@ the allocator's gaps, is not counted: about a GiB and a tenth. Nothing here was 
 
 from __future__ import annotations
 
-import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from fake_cuda import Card, fake_cuda
+from fake_cuda import fake_cuda
 from gpu_export import IMAGE, PAD, PREFIX, VISION_END, VISION_START, image_ids
+from peft import LoraConfig, get_peft_model
 from qwen_shape import Shape
 
 from vlm2rec.embedder.backbones import packing
@@ -31,7 +27,8 @@ from vlm2rec.embedder.training.losses import VLM2RecLoss
 GIB = 2**30
 IDS = {"image": IMAGE, "video": 5, "vision_start": VISION_START, "vision_end": VISION_END, "eos": None, "pad": PAD}
 QWEN_7B = Shape(3584, 28, 18944, 28, 4, 152_064)
-CARDS = {"A10G, L4: 24 GB": 22.0, "A100: 40 GB": 39.4, "A100, H100: 80 GB": 79.1, "H200: 141 GB": 139.8}  # GiB that torch sees
+# GiB that torch sees
+CARDS = {"A10G, L4: 24 GB": 22.0, "A100: 40 GB": 39.4, "A100, H100: 80 GB": 79.1, "H200: 141 GB": 139.8}
 
 
 def qwen3_vl_2b() -> Any:
@@ -69,7 +66,8 @@ class Rehearsed:
         self.model, self.numbers, _ = model_of(name)
         family = FAMILIES["qwen2_5_vl" if name.startswith("Qwen2.5") else "qwen3_vl"]
         tokenizer = types.SimpleNamespace(pad_token_id=PAD)
-        self.backbone = Backbone(self.model, types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE, family=family))
+        processor = types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE, family=family)
+        self.backbone = Backbone(self.model, processor)
 
     def images(self, count: int) -> list[Any]:
         """Return what the tower says of `count` images of 256 patches."""
@@ -93,7 +91,7 @@ def export(name: str, total: float) -> tuple[float, float, int]:
         return weights / GIB, card.peak / GIB, budget
 
 
-def step(name: str, users: int, history: int, checkpointing: bool, known_images: bool = True) -> float:
+def step(name: str, users: int, history: int, checkpointing: bool) -> float:
     """Return the peak GiB of a training step."""
     with fake_cuda(values=False) as card:
         rehearsed = Rehearsed(name)
@@ -130,10 +128,12 @@ def main() -> None:
     for name in ("Qwen3-VL-Embedding-2B", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
         for card, total in CARDS.items():
             weights, peak, budget = export(name, total)
-            print(f"{name}, export on {card}: weights {weights:.1f}, peak {peak:.1f} of {total} GiB, rows of {budget:,} tokens", flush=True)
-        for users in (1, 8, 32):
-            for checkpointing in (True, False):
-                print(f"{name}, step of {users} users with 10 images, checkpointing {checkpointing}: {step(name, users, 10, checkpointing):.1f} GiB", flush=True)
+            row = f"weights {weights:.1f}, peak {peak:.1f} of {total} GiB, rows of {budget:,} tokens"
+            print(f"{name}, export on {card}: {row}", flush=True)
+        for users, checkpointing in ((1, True), (8, True), (32, True), (1, False)):
+            peak = step(name, users, 10, checkpointing)
+            kept = "with" if checkpointing else "without"
+            print(f"{name}, step of {users} users, {kept} checkpointing: {peak:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":
