@@ -35,6 +35,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from vlm2rec.embedder.backbones.devices import onto
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
@@ -57,7 +58,7 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bidirectional: bool = False  # a token sees those after it, too; without a prefix, whose states would depend on them
     every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
-    blocks: Tensor | None = None  # (T,) the image of each token of the row, -1 for others; an image sees itself whole
+    blocks: Tensor | None = None  # (T,) on the CPU: each token's image, -1 for none; an image sees itself whole
     blocks_in_windows: bool = False  # only where attention has a window
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -100,12 +101,11 @@ class Layout:
 
     def mask(self, length: int) -> Tensor:
         """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
-        return self._once(
-            length,
-            lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(
-                diagonal=length if self.bidirectional else self.prefix
-            ),
-        )
+        return self._once(length, lambda: self._seen(length))
+
+    def _seen(self, length: int) -> Tensor:
+        seen = torch.ones(length, self.prefix + length, dtype=torch.bool)
+        return seen.tril(diagonal=length if self.bidirectional else self.prefix)
 
     def needs_masks(self, window: int | None) -> bool:
         """Tell whether a prompt sees other keys than all those before: within an image, or in a window of keys."""
@@ -121,13 +121,13 @@ class Layout:
         """
 
         def make() -> Tensor:
-            seen = self.mask(length).clone()
+            seen = self._seen(length)
             if self._sees_blocks(window):
                 assert self.blocks is not None
                 own = F.pad(self.blocks[start : start + length], (self.prefix, 0), value=-1)
                 seen |= (own[None] == own[self.prefix :, None]) & (own >= 0)
             if window is not None:
-                places = torch.arange(self.prefix + length, device=seen.device)
+                places = torch.arange(self.prefix + length)
                 seen &= places[None] > places[self.prefix :, None] - window
             return seen
 
@@ -136,7 +136,7 @@ class Layout:
     def _once(self, key: Any, make: Any) -> Tensor:
         # every layer needs the same tensor
         if key not in self._made:
-            self._made[key] = make().to(self.device)
+            self._made[key] = onto(self.device, make())
         return self._made[key]
 
 

@@ -170,7 +170,7 @@ class PairModel(Model):
         """
         rows = torch.cat([first, second])
         distinct, index = rows.unique(return_inverse=True)
-        encoded = self.in_chunks(self._read, [int(row) for row in distinct])
+        encoded = self.in_chunks(self._read, distinct.tolist())
         total, log = self.loss({view: vectors[index] for view, vectors in encoded.items()}, rows)
         return total, {name: value.detach() for name, value in log.items()}, {}
 

@@ -78,7 +78,7 @@ class ItemModel(Model):
             with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
                 adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph is kept.
         """
-        vectors = self.encode([[int(row)] for row in rows])
+        vectors = self.encode([[row] for row in rows.tolist()])
         text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
         total = self.loss(image, text)
         with torch.no_grad():
