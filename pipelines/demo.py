@@ -76,7 +76,8 @@ JOBS = min(2, os.cpu_count() or 1)
 def _run_stages(schedule: Schedule, todo: Sequence[tuple[Run, Step]], begun: float) -> list[Failure]:
     """Run the steps of the study; draw a first page as soon as the vectors of the backbone as it is are there."""
     first = [(run, step) for run, step in todo if run.seed is None and step.done == schema.MANIFEST_FILE]
-    rest = [each for each in todo if each not in first]
+    # the runs that train are the longest: side by side with the others, they come first
+    rest = sorted((each for each in todo if each not in first), key=lambda each: each[0].method.source != "finetune")
     failures = run_steps(schedule, first, later=rest)
     if first and not failures:
         page = study.draw_report(schedule)
