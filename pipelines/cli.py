@@ -64,9 +64,9 @@ def _part(hint: Any) -> Any:
 def _flag_type(hint: Any) -> Any:
     """Return the type of the command-line flag for a config field: its own, without None, bounds and tuples."""
     part = _part(hint)
-    if typing.get_origin(part) is tuple or part == Location:
-        return str  # "0,1,2"; "s3://bucket/folder", whose slashes a Path would lose
-    return part
+    if typing.get_origin(part) is tuple:
+        return list[str]  # "0,1,2", or the flag several times
+    return str if part == Location else part  # "s3://bucket/folder", whose slashes a Path would lose
 
 
 def _default_text(value: Any) -> str | None:
@@ -134,7 +134,7 @@ def command(
             name = "--" + item.name.replace("_", "-")
             name = f"{name}/--no-{name[2:]}" if kind is bool else name
             choices = item.metadata["choices"]
-            metavar = f"<{'|'.join(choices)}>" if choices else None
+            metavar = f"<{'|'.join(choices)}>" if choices else "<value,...>" if kind == list[str] else None
             also = [f"--{item.metadata['also']}"] if item.metadata["also"] else []
             group = groups[item.name] or None
             option = typer.Option(name, *also, help=text, show_default=False, metavar=metavar, rich_help_panel=group)
@@ -177,7 +177,7 @@ def command(
             overrides = flags.pop("overrides", None) or ()
             for item in dataclasses.fields(cls):
                 if isinstance(item.default, tuple) and flags.get(item.name) is not None:
-                    flags[item.name] = [part for part in flags[item.name].split(",") if part.strip()]
+                    flags[item.name] = [part for text in flags[item.name] for part in text.split(",") if part.strip()]
             with _own_endings():
                 _tell(name, lambda: read_config.read_config(cls, file, overrides, flags), stage, quiet, as_json)
 

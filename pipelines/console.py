@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -259,20 +259,43 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
 def _lines(description: str, total: int | None) -> Iterator[Advance]:
     state: dict[str, Any] = {"description": description, "total": total, "done": 0}
     begun = time.monotonic()
-    ended = threading.Event()
 
     def advance(count: int, *, total: int | None = None, description: str | None = None) -> None:
         state["done"] += count
         state.update({k: v for k, v in (("total", total), ("description", description)) if v is not None})
 
-    def speak() -> None:
-        while not ended.wait(LINE_SECONDS):
-            log.print(_line(**state, seconds=time.monotonic() - begun), soft_wrap=True)
+    with _every_half_minute(lambda: log.print(_line(**state, seconds=time.monotonic() - begun), soft_wrap=True)):
+        yield advance
 
-    speaker = threading.Thread(target=speak, name="progress lines", daemon=True)
+
+@contextmanager
+def regular_lines(lines: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """Print these lines every half minute, to what is stderr now: the steps of a study redirect their own."""
+    if not OUTPUT.speaks or log.quiet:
+        yield
+        return
+    console = PlainConsole(file=sys.stderr, highlight=False, markup=False, emoji=False)
+
+    def speak() -> None:
+        for line in lines():
+            console.print(line, style="dim", soft_wrap=True)
+
+    with _every_half_minute(speak):
+        yield
+
+
+@contextmanager
+def _every_half_minute(speak: Callable[[], None]) -> Iterator[None]:
+    ended = threading.Event()
+
+    def loop() -> None:
+        while not ended.wait(LINE_SECONDS):
+            speak()
+
+    speaker = threading.Thread(target=loop, name="progress lines", daemon=True)
     speaker.start()
     try:
-        yield advance
+        yield
     finally:
         ended.set()
         speaker.join()

@@ -114,8 +114,11 @@ def _with_laboratory(config: StudyConfig) -> StudyConfig:
 def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     """Return the whole schedule, and the runs of the methods that --methods picks."""
     schedule = plan_schedule(config)
-    picked = {method.name for method in schedule.study.picked(config.methods)}
-    return schedule, [each for each in schedule.runs if each.method.name in picked]
+    picked = schedule.study.picked(config.methods)
+    if config.methods:
+        schedule.study.check_taking_part(picked)
+    names = {method.name for method in picked}
+    return schedule, [each for each in schedule.runs if each.method.name in names]
 
 
 def _settled_plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:

@@ -379,6 +379,17 @@ def test_every_command_can_be_quiet_and_answer_in_json(
     assert vlm2rec(name, *given, "--quiet") == (0, "", "")
 
 
+def test_lists_are_given_by_commas_or_by_the_flag_again(vlm2rec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[config.StudyConfig] = []
+    stage = types.SimpleNamespace(run=lambda given: read.append(given) or {})
+    monkeypatch.setattr(cli, "module_of", lambda module: stage)
+    assert (
+        vlm2rec("study", "--out", "s", "--demo", "--seeds", "0,2", "--methods", "ID", "--methods", "VLM2Rec, SFT,")[0]
+        == 0
+    )
+    assert (read[0].seeds, [name.strip() for name in read[0].methods]) == ((0, 2), ["ID", "VLM2Rec", "SFT"])
+
+
 def test_an_error_in_json_has_the_code_of_the_process(vlm2rec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stage_that_raises(monkeypatch, errors.ArtifactError("damaged", "whole", "again"))
     code, out, err = vlm2rec(*SEARCH, "--json", "--quiet")

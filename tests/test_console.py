@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -23,20 +24,26 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "progress lines"]
 
 
+def lines_until(text: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines printed from now on, up to one with this text."""
+    lines: list[str] = []
+    while not any(text in line for line in lines):
+        time.sleep(0.02)
+        lines += capsys.readouterr().err.splitlines()
+    return lines
+
+
 def test_a_log_gets_lines_with_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "LINE_SECONDS", 0.05)
     with console.progress("[red]encoding", None) as advance:
-        time.sleep(0.12)
+        lines = lines_until("encoding", capsys)
         advance(1000, total=4000, description="encoding items")
-        time.sleep(0.12)
+        lines += lines_until("encoding items", capsys)
         assert threads()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "[red]encoding: 0, 0:00:00"
-    assert lines[-1].startswith("encoding items: 1,000 of 4,000, ") and lines[-1].endswith(
-        "/s, 0:00:00, about 0:00:01 left"
-    )
+    assert re.fullmatch(r"\[red\]encoding: 0, 0:00:\d\d", lines[0])
+    assert re.fullmatch(r"encoding items: 1,000 of 4,000, [\d.,]+/s, 0:00:\d\d, about 0:\d\d:\d\d left", lines[-1])
     assert not threads()
 
 
@@ -162,3 +169,20 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         monkeypatch.delenv(name, raising=False)
     works(quiet=False, as_json=False)
     assert "\x1b" not in "".join(capsys.readouterr())
+
+
+def test_regular_lines_go_where_stderr_went_before_a_step_redirected_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.01)
+    said = threading.Event()
+
+    def lines() -> list[str]:
+        said.set()
+        return ["SFT, seed 0: adapter: [3 of 4]"]
+
+    step = io.StringIO()
+    with console.regular_lines(lines), contextlib.redirect_stderr(step):
+        assert said.wait(30)
+    assert "SFT, seed 0: adapter: [3 of 4]\n" in capsys.readouterr().err
+    assert step.getvalue() == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from study_world import METHODS, Tiny, settings
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
-from vlm2rec.pipelines import study
+from vlm2rec.pipelines import console, study
 from vlm2rec.pipelines.config import StudyConfig, VerifyConfig
 from vlm2rec.pipelines.experiments.methods import Method, Run, Step
 from vlm2rec.pipelines.experiments.workers import workers
@@ -23,8 +24,13 @@ from vlm2rec.pipelines.synthetic import laboratory
 
 
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
-    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    drawn_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.02)
     methods = [
         {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
         {"name": "VLM2Rec", "source": "backbone"},
@@ -37,7 +43,9 @@ def test_a_step_that_fails_leaves_out_only_what_needs_it(
     assert set(results["method"]) == {"VLM2Rec"}
     assert set(results["task"]) == {1, 2}
     assert (config.out / "report.html").is_file()
-    assert "failed" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "failed" in printed
+    assert re.search(r"^ {10}VLM2Rec(, seed 0)?: [\w -]+: \S", printed, re.MULTILINE)  # how far a step is, now and then
 
 
 def test_a_plan_is_printed_and_nothing_is_written(

@@ -304,6 +304,13 @@ def test_a_mistake_in_the_file_is_named_before_anything_runs(tmp_path: Path, key
         laid_out(study(tmp_path, **keys))
 
 
+def test_a_picked_method_of_no_chosen_analysis_is_refused(tmp_path: Path) -> None:
+    study = read_study(StudyConfig(out=tmp_path, analyses=("main",)))
+    study.check_taking_part(study.picked(("VLM2Rec", "ID")))
+    with pytest.raises(ConfigError, match=r"'VLM2Rec by means'.* \(main\).*: arms.*--analyses"):
+        study.check_taking_part(study.picked(("VLM2Rec", "VLM2Rec by means")))
+
+
 def test_a_method_that_does_not_exist_cannot_be_picked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'VLM2Rec'"):
         read_study(StudyConfig(out=tmp_path)).picked(("VLM2rek",))
@@ -416,3 +423,10 @@ def test_multimodal_recommenders_have_their_own_settings_and_no_row_from_ids(tmp
     assert (multimodal.pca, multimodal.hidden_size, multimodal.max_epochs, sequential.max_epochs) == (None, 64, 3, 3)
     with pytest.raises(ConfigError, match=r"recommender: ssl_weight .*FREEDOM, GRU4Rec, SASRec"):
         study(tmp_path, **given, recommender={"ssl_weight": 0.5})
+
+
+def test_the_last_line_of_a_run_is_found_in_a_long_log_and_without_one(tmp_path: Path) -> None:
+    run = Run(read_study(StudyConfig(out=tmp_path)).method("VLM2Rec"), 0, tmp_path, ())
+    assert ledger.last_line(run) == ""
+    (tmp_path / ledger.LOG_FILE).write_bytes(b"\xc3" * 5000 + "\nfinetune: 3 of 4 \u00e9 \n\n".encode())
+    assert ledger.last_line(run) == "finetune: 3 of 4 \u00e9"

@@ -7,8 +7,10 @@ whose output it reads have not run again since.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from vlm2rec.pipelines.experiments.methods import Json, Run, Step
 
 STEPS_FILE = "steps.json"
 LOG_FILE = "log.txt"
+_TAIL = 4096  # bytes at the end of a log that hold its last line
 _BACKBONE = "contents of backbone"
 # settings that may change when a run continues, because they change neither vectors nor metrics
 _NOT_COMPARED = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
@@ -46,6 +49,15 @@ def records(folder: Path) -> dict[str, Json]:
         return {}
     fix = f"remove {folder}, to run its steps again"
     return schema.read_json(folder / STEPS_FILE, "a record of the finished steps of a run", fix)
+
+
+def last_line(run: Run) -> str:
+    """Return the last line that the steps of a run have written to its log; "" if there is none."""
+    with contextlib.suppress(OSError), (run.folder / LOG_FILE).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 def identity(step: Step, study: Path, data_mark: str) -> Json:

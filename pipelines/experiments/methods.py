@@ -159,6 +159,17 @@ class Study:
                 raise ConfigError(f"--methods names {name!r}{near}", f"some of {self._names()}", "correct --methods")
         return [method for method in self.methods if method in [known[name.strip().lower()] for name in names]]
 
+    def check_taking_part(self, methods: Iterable[Method]) -> None:
+        """Refuse methods that take part in none of the chosen analyses: nothing would be run for them."""
+        chosen = ", ".join(self.analyses)
+        for method in methods:
+            if not set(method.analyses) & set(self.analyses):
+                raise ConfigError(
+                    f"--methods names {method.name!r}, which takes part in none of the chosen analyses ({chosen})",
+                    f"one of its own analyses: {', '.join(method.analyses)}",
+                    "add one of them to --analyses, or leave the method out",
+                )
+
 
 def read_study(
     config: StudyConfig,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, Vlm2RecError, did_you_mean
 from vlm2rec.pipelines.config import StudyConfig
-from vlm2rec.pipelines.console import headline, log
+from vlm2rec.pipelines.console import headline, log, regular_lines
 from vlm2rec.pipelines.experiments import controls, ledger, results, selection
 from vlm2rec.pipelines.experiments.domains import shared_targets
 from vlm2rec.pipelines.experiments.methods import CROSS_DOMAIN, LOOKS, Json, Run, Step, Study, Target, read_study, runs
@@ -269,7 +270,13 @@ def run_steps(
     shuffled = controls.shuffled_folder(schedule.out)
     if any(step.config.data == shuffled for _, step in todo):
         controls.shuffle_images(Dataset(schedule.home.data), shuffled, schedule.marks[shuffled])
-    with workers(jobs, to_terminal) as pool:
+
+    def lines() -> Iterator[str]:
+        for run, step in tuple(under_way):
+            yield f"          {title_of(run)}: {step.name}: {ledger.last_line(run)}"
+
+    regular = contextlib.nullcontext() if to_terminal else regular_lines(lines)
+    with workers(jobs, to_terminal) as pool, regular:
         while waiting or under_way:
             while pool.free and (work := _next_to_start(waiting, under_way, unavailable)) is not None:
                 waiting.remove(work)
