@@ -22,11 +22,13 @@ TALL = 30_000
 _MEASURE = """
 addEventListener('load', async () => {
   const rect = e => { const r = e.getBoundingClientRect(); return [r.x, r.y + scrollY, r.width, r.height]; };
-  const named = s => [...document.querySelectorAll(s)].filter(e => e.getClientRects().length)
+  const seen = e => e.checkVisibility() && e.getClientRects().length;  // not what is in closed details
+  const named = s => [...document.querySelectorAll(s)].filter(seen)
     .map(e => ({name: e.getAttribute('aria-label') || e.getAttribute('alt') || '', box: rect(e)}));
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, .figure, svg')
-    && e.getClientRects().length && rect(e)[0] + rect(e)[2] > document.documentElement.clientWidth + 1);
-  const found = {height: document.documentElement.scrollHeight, width: document.documentElement.scrollWidth,
+    && seen(e) && rect(e)[0] + rect(e)[2] > document.documentElement.clientWidth + 1);
+  const found = {height: Math.ceil(document.body.getBoundingClientRect().height),
+    width: document.documentElement.scrollWidth,
     dark: matchMedia('(prefers-color-scheme: dark)').matches,
     figures: named('.figure svg'), pictures: named('.thumb, img'),
     wide: wide.map(e => e.tagName + '.' + e.className + ': ' + e.textContent.trim().slice(0, 40)), violations: null};

@@ -110,7 +110,7 @@ def test_a_page_of_neighbours_is_there_before_anything_is_trained(finished: Fini
     page = html.unescape(finished.first_page)
     for words in ("So far there are vectors, and nothing has been measured", "in the Vanilla vectors", "by both"):
         assert words in page
-    for words in ("Gates", "Task 1", "VLM2Rec vectors", "N@20"):
+    for words in ("Gates", "Task 1", "VLM2Rec vectors", "N@20 is"):
         assert words not in page
     assert page.count('class="card"') >= 6 and "So far" not in finished.page
 
