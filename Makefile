@@ -28,8 +28,9 @@ study: install
 
 # Whole files go to workers, so that what a file builds once is built once, in the order of their names: the demo, the
 # longest, starts early. One thread each: two that wait for one another on a busy machine are slower than one.
+# What is marked slow is left out: `make test-nightly`.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 # The first fifty faults of tests/FAULTS.md, those that need minutes among them.
 test-faults: install

@@ -331,7 +331,7 @@ def _write_features(embeddings: Location, column: str, item_ids: list[str], file
     if not found.all() and not mean.any():
         raise DataError(
             f"the mean of the {column} vectors is zero, and {int((~found).sum())} items have none",
-            "a mean that can replace a missing vector",
+            "a mean vector that can replace a missing one",
             "give every item a vector, or use vectors that are not centred",
         )
     for start in range(0, len(item_ids), _ROWS):

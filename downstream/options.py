@@ -18,3 +18,5 @@ Repeats = Literal["keep", "drop"]
 """What to do with targets that MMRec masks, because the user has them in training too."""
 Positions = Literal["last", "all"]
 """Which positions of a training row a sequential recommender learns: the last one of every prefix, or all at once."""
+Softmax = Literal["full", "sampled"]
+"""Which items the loss of a sequential recommender counts: all of them, or some that are drawn for each step."""

@@ -52,9 +52,9 @@ def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents
     rows, dim = vectors.shape
     if count > min(rows - 1, dim):
         raise ConfigError(
-            f"{count} principal components of {rows} vectors of length {dim}",
+            f"{count} principal components of {rows} vectors of {dim} dimensions",
             f"at most {max(0, min(rows - 1, dim))}: centred vectors have no more directions",
-            "choose fewer",
+            "ask for fewer components",
         )
     _, lengths, directions = np.linalg.svd(_triangle(vectors), full_matrices=False)
     # the variance that float32 rounding alone gives to equal vectors
@@ -64,7 +64,7 @@ def principal_components(vectors: np.ndarray, count: int) -> PrincipalComponents
         raise ConfigError(
             f"{count} principal components of vectors that vary in {varying} directions only",
             f"at most {varying}",
-            "choose fewer",
+            "ask for fewer components",
         )
     directions = directions[:count]
     largest = directions[np.arange(count), np.abs(directions).argmax(1)]

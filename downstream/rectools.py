@@ -82,8 +82,9 @@ class EmbeddingItemNet(ItemNetBase):
         found = torch.tensor([rows.get(item, -1) for item in wanted])
         if not (found >= 0).any():
             raise DataError(
-                f"none of RecTools' {len(wanted):,} items has a vector in {embeddings}; ids there are such as"
-                f" {', '.join(map(repr, table.item_ids[:3]))}, in RecTools {', '.join(map(repr, wanted[1:4]))}",
+                f"none of RecTools' {len(wanted):,} items has a vector in {embeddings}; its ids are like"
+                f" {', '.join(map(repr, table.item_ids[:3]))}, and RecTools' ids are like"
+                f" {', '.join(map(repr, wanted[1:4]))}",
                 "the same item ids on both sides",
                 "use the ids of the dataset folder in RecTools",
             )

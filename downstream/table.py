@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -86,15 +86,19 @@ class EmbeddingTable:
         rows[(rows >= 0) & ~self.present[rows]] = -1
         return rows
 
-    def take(self, item_ids: list[str] | pa.Array) -> np.ndarray:
-        """Return the vectors of `item_ids` in that order, (M, d) float32; raise `ArtifactError` when one is missing."""
+    def take(self, item_ids: list[str] | pa.Array, otherwise: str = "") -> np.ndarray:
+        """Return the vectors of `item_ids` in that order, (M, d) float32; raise `ArtifactError` when one is missing.
+
+        `otherwise` is what the error advises besides.
+        """
         rows = self.rows_of(item_ids)
         if (rows < 0).any():
             missing = [str(item_ids[i]) for i in np.flatnonzero(rows < 0)[:5]]
             raise ArtifactError(
                 f"{int((rows < 0).sum())} of {len(rows)} items have no {self.column} vector, among them {missing}",
                 "a vector for every item",
-                "export the dataset that these items come from, or repair the failed items and export again",
+                "export the dataset that these items come from, or repair the failed items and export again"
+                + otherwise,
             )
         return self.vectors[rows]
 
@@ -158,9 +162,7 @@ def read_items(
     where = f"{folder}, column {column},"
     found = read_in_order(folder, column, item_ids, vectors)
     if not found.any():
-        raise ArtifactError(
-            f"{where} knows none of the dataset's items", "vectors of these items", "export this dataset"
-        )
+        raise ArtifactError(f"{where} has none of the dataset's items", "vectors of these items", "export this dataset")
     if all_needed and not found.all():
         lacking = [item_ids[i] for i in np.flatnonzero(~found)[:5]]
         raise ArtifactError(
@@ -191,17 +193,21 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def read_batches(
-    folder: Location, column: str, batch_size: int = 16_384, table: str = schema.ITEMS_TABLE
+    folder: Location,
+    column: str,
+    batch_size: int = 16_384,
+    table: str = schema.ITEMS_TABLE,
+    shards: Iterable[int] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Stream (ids, vectors (n, d) float32 with NaN rows for nulls, present (n,) bool) shard by shard.
 
     Memory holds one batch, whatever the catalogue's size. Each shard's size is compared with the manifest, and
     Parquet's page checksums are checked; `vlm2rec verify` also compares SHA-256. The rows have to be those of `table`,
-    items or users.
+    items or users. `shards` are the numbers of those to read; default: all.
     """
     _require_view(column)
     manifest = schema.read_manifest(folder, table=table)
-    for number in range(len(manifest["shards"])):
+    for number in range(len(manifest["shards"])) if shards is None else shards:
         yield from _read_shard(folder, manifest, number, column, batch_size)
 
 
@@ -273,7 +279,7 @@ def _require_vectors(found: pa.Schema, id_column: str, column: str, dim: int, dt
     if not fits or (dtype not in precision.FLOATS and kind.value_type != planned.value_type):
         raise ArtifactError(
             f"column {column!r} of {path} is {kind}",
-            f"vectors of length {dim} ({dtype}), as the manifest says",
+            f"vectors of {dim} dimensions ({dtype}), as the manifest says",
             _EXPORT_AGAIN,
         )
 

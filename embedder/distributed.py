@@ -63,9 +63,9 @@ def joined(device: torch.device) -> Iterator[None]:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > count():
         raise ConfigError(
-            f"{launched} processes were launched on device {device}, which cannot train together",
+            f"{launched} processes were launched on device {device}, where processes cannot train together",
             "CUDA GPUs, or the CPU",
-            "--device cpu, or launch one process",
+            "give --device cpu, or launch one process",
         )
     try:
         yield

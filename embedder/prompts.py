@@ -85,8 +85,8 @@ def attributes_text(title: str, category: str, brand: str) -> str:
 def listed_attributes(attributes: Mapping[str, str]) -> str:
     """Return `title is ...; category is ...; brand is ...`, without the attributes that are blank (LLMEmb, SDA).
 
-    As in their code each value has at most 100 characters, so that a long title leaves room for the rest, and a
-    semicolon in it becomes a full stop.
+    As in their code, each value has at most 100 characters, so that a long title leaves room for the rest. A semicolon
+    in a value becomes a full stop.
     """
     said = ((name, " ".join(value.split()).replace(";", ".")[:_VALUE].rstrip()) for name, value in attributes.items())
     return "; ".join(f"{name} is {value}" for name, value in said if value)
@@ -156,7 +156,9 @@ def render(prompt: Prompt, mode: PromptMode, processor: Any) -> str:
     """
     if prompt and isinstance(prompt[0], SystemMessage):
         if mode == "raw":
-            raise ConfigError("a prompt with a system's message, in raw mode", "--prompt-mode chat", "give it")
+            raise ConfigError(
+                "a prompt with a system message and --prompt-mode raw", "--prompt-mode chat", "give --prompt-mode chat"
+            )
         return _in_turns([("system", prompt[:1]), ("user", prompt[1:])], processor)
     if mode == "raw":
         return "".join(processor.family.placeholder if part is IMAGE_HERE else part for part in prompt)

@@ -15,6 +15,7 @@ from vlm2rec.downstream.index.plan import IndexPlan, plan_index
 from vlm2rec.downstream.index.recall import TARGET_RECALL
 from vlm2rec.downstream.index.unit_vectors import UnitBatch, Watch
 from vlm2rec.embedder.contract import schema
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.contract.printable import cell, one_line
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
@@ -27,7 +28,19 @@ from vlm2rec.pipelines.verify import of_catalogue
 def run(config: BuildIndexConfig) -> dict[str, Any]:
     """Build an index folder, measure its recall, and return what `index.json` says."""
     check_out(config.out)
-    plan = plan_index(config.embeddings, column=config.column, kind=config.kind, sample=config.sample)
+    if config.engine == "local" and config.num_workers > 1:
+        raise ConfigError(
+            f"--num-workers {config.num_workers} without --engine ray",
+            "--engine ray; on one machine FAISS uses all threads by itself (OMP_NUM_THREADS)",
+            "leave one out, or add the other",
+        )
+    plan = plan_index(
+        config.embeddings,
+        column=config.column,
+        kind=config.kind,
+        sample=config.sample,
+        in_parts=config.engine == "ray",
+    )
     _print_estimate(plan)
     meta = build_index(
         config.embeddings,
@@ -39,6 +52,7 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
         seed=config.seed,
         plan=plan,
         watch=passes_over(config.embeddings),
+        ray_tasks=config.num_workers if config.engine == "ray" else 0,
     )
     _print_result(config, meta)
     return meta
@@ -63,7 +77,7 @@ def _say(text: str, *, warning: bool = False) -> None:
 
 def _print_estimate(plan: IndexPlan) -> None:
     _say(
-        f"{plan.factory} for {plan.rows:,} vectors of length {plan.dim}: about {_size(plan.bytes)} on disk,"
+        f"{plan.factory} for {plan.rows:,} vectors of {plan.dim} dimensions: about {_size(plan.bytes)} on disk,"
         f" {_size(plan.memory)} of memory and {_duration(plan.seconds)}"
     )
     free = _free_memory()
@@ -121,8 +135,8 @@ def search(config: SearchConfig) -> list[Neighbour]:
 
 
 def _print_notes(index: ItemIndex, config: SearchConfig, count: int) -> None:
-    # an index may be used without its embeddings folder, so only an existing folder that differs is reported; a folder
-    # in an object store is not checked, because every search would wait for the store
+    # An index may be used without its embeddings folder, so a missing folder is no warning; one that differs is.
+    # A folder in an object store is not checked, because every search would wait for the store.
     reason = index.stale() if isinstance(index.embeddings, Path) and index.embeddings.exists() else None
     if reason:
         _say(f"the index is stale: {reason}; run `vlm2rec build-index` again", warning=True)

@@ -237,13 +237,13 @@ def demo(config: settings.DemoConfig) -> Any:
 
 @command(settings.InitConfig, panel=VECTORS)
 def init(config: settings.InitConfig) -> Any:
-    """Write vlm2rec.yaml, with comments: the settings of the whole line, for `vlm2rec run`."""
+    """Write vlm2rec.yaml, with comments: the settings of the whole pipeline, for `vlm2rec run`."""
     return module_of("init").run(config)
 
 
 @command(settings.RunConfig, panel=VECTORS, own_config_key=True)
 def run(config: settings.RunConfig) -> Any:
-    """Run the stages of vlm2rec.yaml one after the other; what is done is skipped, so the same command goes on."""
+    """Run the stages of vlm2rec.yaml one after the other; what is done is skipped, so the same command continues."""
     return module_of("run").run(config)
 
 
@@ -279,13 +279,13 @@ def export_items(config: settings.ExportConfig) -> Any:
 
 @command(settings.ExportUsersConfig, panel=VECTORS)
 def export_users(config: settings.ExportUsersConfig) -> Any:
-    """Make a vector of every user's history, of users and items that were never trained on, too."""
+    """Make a vector from every user's history, for users and items that were never trained on too."""
     return module_of("export_users").run(config)
 
 
 @command(settings.ImportAdapterConfig, panel=VECTORS)
 def import_adapter(config: settings.ImportAdapterConfig) -> Any:
-    """Make a LoRA adapter of another program (PEFT, VLM2Vec, LLaMA-Factory) one of ours: prompts, canary, origin."""
+    """Turn another program's LoRA adapter (PEFT, VLM2Vec, LLaMA-Factory) into an adapter folder of vlm2rec."""
     return module_of("import_adapter").run(config)
 
 
@@ -297,7 +297,7 @@ def import_vectors(config: settings.ImportVectorsConfig) -> Any:
 
 @command(settings.ShortenConfig, panel=VECTORS, positional="embeddings")
 def shorten(config: settings.ShortenConfig) -> Any:
-    """Write an export again with shorter vectors (--dim) or smaller numbers (--precision); nothing is encoded."""
+    """Copy an embeddings folder with fewer dimensions (--dim) or a smaller number format (--precision)."""
     return module_of("shorten").run(config)
 
 
@@ -351,7 +351,7 @@ def search(config: settings.SearchConfig) -> Any:
 
 @command(settings.SemanticIdsConfig)
 def semantic_ids(config: settings.SemanticIdsConfig) -> Any:
-    """Code every item as a few small numbers, which generative recommenders such as TIGER predict."""
+    """Give every item a semantic id: a few small integers, which generative recommenders such as TIGER predict."""
     return module_of("semantic_ids").run(config)
 
 
@@ -363,7 +363,7 @@ def convert(config: settings.ConvertConfig) -> Any:
 
 @command(settings.ProbeImagesConfig, panel=STUDY)
 def probe_images(config: settings.ProbeImagesConfig) -> Any:
-    """Tell whether a linear classifier reads a column of the items from the image tokens."""
+    """Measure whether a linear classifier can predict a column of the items from the images."""
     return module_of("probe_images").run(config)
 
 

@@ -117,8 +117,8 @@ def inner_command() -> Iterator[None]:
 def told_by(command: str, *, quiet: bool, as_json: bool) -> Iterator[Callable[[Any, str | None], None]]:
     """Show what a command says as its flags want it; yields a function that ends it.
 
-    With `as_json`, all that the command prints to stdout, whoever prints it, goes to stderr, and one JSON object to
-    stdout: `command`, `ok`, `seconds`, `title` and `summary` as shown, `warnings`, `result` (what the command
+    With `as_json`, everything that would go to stdout goes to stderr, also what libraries print. Stdout gets one JSON
+    object: `command`, `ok`, `seconds`, `title` and `summary` as shown, `warnings`, `result` (what the command
     returns), and `next`. An error has `exit_code` and `error` instead of the last two.
     """
     global OUTPUT

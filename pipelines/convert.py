@@ -76,7 +76,9 @@ def _refuse_unused_flags(config: ConvertConfig) -> None:
     for flag in dict.fromkeys(flag for form in FORMATS.values() for flag in form.flags):
         forms = [name for name, form in FORMATS.items() if flag in form.flags]
         if getattr(config, flag) not in (None, (), "auto", False) and config.to not in forms:
-            raise ConfigError(f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", "leave it out")
+            raise ConfigError(
+                f"--{flag} with --to {config.to}", f"--{flag} with {' or '.join(forms)}", f"leave --{flag} out"
+            )
 
 
 def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[str]:
@@ -93,7 +95,7 @@ def _columns(config: ConvertConfig, form: Format, manifest: Manifest) -> list[st
         raise ConfigError(f"--columns {','.join(chosen)}: {config.to} holds one view", "one of them", "name one column")
     if config.to == "mmrec" and schema.CONCAT in chosen:
         raise ConfigError(
-            f"--columns {','.join(chosen)} with mmrec, whose models put text and image together themselves",
+            f"--columns {','.join(chosen)} with mmrec, whose models combine text and image themselves",
             "text, image, or both",
             "leave concat out",
         )
@@ -113,7 +115,7 @@ def _missing(config: ConvertConfig, form: Format) -> Missing:
         raise ConfigError(
             f"--missing {config.missing} with {config.to}, which needs a row for every item",
             " or ".join(form.missing),
-            "choose one of these",
+            "choose another --missing",
         )
     return config.missing
 
@@ -161,5 +163,7 @@ def _report(config: ConvertConfig, form: Format, record: dict[str, Any], stale: 
     rows |= form.notes(config.out)
     if stale:
         rows["removed"] = f"{', '.join(stale)}, which were made from the former vectors"
-    rows["read it with"] = form.reads.format(out=config.out, name=dataset_name(config))
+    rows["read it with"] = form.reads.format(
+        out=config.out, name=dataset_name(config), column=next(iter(record["dims"]))
+    )
     console.summary("Converted", rows)

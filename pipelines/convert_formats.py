@@ -101,7 +101,9 @@ def _mmrec(config: Settings, folder: Path, columns: list[str], missing: Missing)
     if config.like is None:
         written = mmrec.write_mmrec(config.embeddings, _dataset(config), folder, name, *how)
     elif config.data is not None:
-        raise ConfigError("--like with --data", "one of them: a published split, or a dataset folder", "leave one out")
+        raise ConfigError(
+            "--like with --data", "one of them: a published split, or a dataset folder", "leave --like or --data out"
+        )
     else:
         written = mmrec.write_like(config.embeddings, config.like, folder, name, *how)
     if missing == "error":
@@ -141,7 +143,9 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     from vlm2rec.embedder.encoders.settings import EncoderSettings, fingerprint_of
 
     if config.backbone is None:
-        raise ConfigError("--to sentence-transformers without --backbone", "the backbone of the export", "give it")
+        raise ConfigError(
+            "--to sentence-transformers without --backbone", "the backbone of the export", "give --backbone"
+        )
     exported = schema.read_manifest(config.embeddings)["settings"]
     if "source" in exported or "backbone_hash" not in exported:
         source = exported.get("source", "by hand")
@@ -173,9 +177,9 @@ def _sentence_transformers(config: Settings, folder: Path, columns: list[str], m
     settings = EncoderSettings.of_export(exported)
     if (settings.pooling, settings.prompt_style, settings.attention) != ("last", "vlm2rec", "causal"):
         raise ModelError(
-            f"{config.embeddings} was exported with the prompts or the pooling of another method, or with attention to"
-            " later tokens",
-            "an export with VLM2Rec's, which a chat template and a pooling module can express",
+            f"{config.embeddings} was exported with another method's prompts or pooling, or with bidirectional"
+            " attention",
+            "an export with VLM2Rec's prompts and pooling, which a chat template and a pooling module can express",
             "convert to another format",
         )
     if config.adapter is not None and kind(config.adapter) == "moda":
@@ -224,7 +228,7 @@ FORMATS = {
         "*_adj_*.pt",
     ),
     "cornac": Format(
-        "a matrix and the ids of its rows, for ImageModality",
+        "a matrix and the ids of its rows, for cornac's ImageModality",
         _fused,
         1,
         ("mean", "error"),
@@ -246,10 +250,10 @@ FORMATS = {
         3,
         _SKIP_FIRST,
         _rows("write_npy"),
-        "np.load('{out}/fused.npy'), json.load(open('{out}/item_ids.json'))",
+        "np.load('{out}/{column}.npy'), json.load(open('{out}/item_ids.json'))",
     ),
     "safetensors": Format(
-        "the same in one file",
+        "all views and the ids in one file",
         list,
         3,
         _SKIP_FIRST,
@@ -265,7 +269,7 @@ FORMATS = {
         "lance.dataset('{out}/items.lance')",
     ),
     "sentence-transformers": Format(
-        "the merged model as a folder that it opens",
+        "the merged model, as a folder that SentenceTransformer opens",
         list,
         3,
         ("skip",),

@@ -43,7 +43,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     task = RankingTask(dataset, config.split, seeds, config.tail_over)
     rankings = rank_vectors(task, users, items)
     means = {pair: ranked.means() for pair, ranked in rankings.items()}
-    of_tail = {pair: found["tail"] for pair, found in means.items()}
+    of_tail, of_cold = ({pair: found[group] for pair, found in means.items()} for group in ("tail", "cold"))
     negatives = task.negatives[seeds[0]]
     distances = {view: distances_from_rows(users[view], items[view], task.targets, negatives) for view in items}
     result = {
@@ -66,6 +66,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             **({} if config.tail_over == "train" else {"over": config.tail_over}),
             "users": int(task.tail.sum()),
             **{key: {pair: tail[key] for pair, tail in of_tail.items()} for key in ("candidates", "full")},
+        },
+        "cold": {
+            "users": int(task.cold.sum()),
+            **{key: {pair: cold[key] for pair, cold in of_cold.items()} for key in ("candidates", "full")},
         },
         "geometry": {view: found.geometry() for view, found in distances.items()},
         "dispersion": {view: dispersion(users[view], items[view]) for view in items},
@@ -131,7 +135,7 @@ def _item_vectors(config: EvaluateConfig, dataset: Dataset, manifest: dict[str, 
         rows = table.rows_of(dataset.item_ids)
         absent = rows < 0
         if absent.any() and config.missing == "error":
-            table.take(dataset.item_ids)  # raises an error that names some of them
+            table.take(dataset.item_ids, ", or give --missing zero")  # raises an error that names some of them
         missing = max(missing, int(absent.sum()))
         views[view] = np.where(absent[:, None], np.float32(0), table.vectors[rows])
     return views, missing
@@ -147,7 +151,7 @@ def _encode_histories(
     encoder = history_encoder(config, dataset, manifest)
     items = ItemFeatures(dataset, encoder)
     sequences = [histories.of(user).tolist() for user in range(len(histories))]
-    with progress("encode histories", len(sequences)) as advance:
+    with progress("encoding histories", len(sequences)) as advance:
         vectors = encode_rows(encoder, items, sequences, advance)
     say_of_unreadable(items.unreadable)
     return shorten_views({view: vectors[view] for view in manifest["views"]}, manifest["settings"])
@@ -156,7 +160,8 @@ def _encode_histories(
 def print_metrics(result: dict[str, Any]) -> None:
     """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue.
 
-    If some users' targets are items of the long tail, their metrics among the candidates follow. If users have several
+    If some users' targets are items of the long tail, or in nobody's training, their metrics among the candidates
+    follow. If users have several
     targets, the table is about the first of them, and lines about all of them follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -168,6 +173,8 @@ def print_metrics(result: dict[str, Any]) -> None:
             table.add_row(name, "all items" if protocol == "full" else protocol, *cells)
         if tail := result["tail"]["candidates"][pair]:
             table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
+        if cold := result["cold"]["candidates"][pair]:
+            table.add_row("", "candidates, cold", *(f"{cold[metric]:.4f}" for metric in schema.METRICS))
     log.result(table)
     for pair, found in result.get(schema.RETRIEVAL, {}).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
@@ -175,6 +182,7 @@ def print_metrics(result: dict[str, Any]) -> None:
 
 
 def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
+    cold = result["cold"]["users"]
     spread = {view: f"S {values['S']:.3f}, U {values['U']:.3f}" for view, values in result["geometry"].items()}
     summary(
         "Task 1",
@@ -182,6 +190,7 @@ def _summarise(config: EvaluateConfig, result: dict[str, Any]) -> None:
             "users": f"{result['users']}, vectors from the {_SOURCES[result['users_from']]}",
             "tail": f"{result['tail']['users']} users, whose target has fewer than {TAIL} interactions"
             + (" in training" if config.tail_over == "train" else ", the held-out ones among them"),
+            **({"cold": f"{cold} users, whose target is in nobody's training"} if cold else {}),
             "items": f"{result['items']}, {result['missing']} without a vector",
             "geometry": "; ".join(f"{view}: {text}" for view, text in spread.items()),
             "metrics": Path(config.out) / schema.METRICS_FILE,

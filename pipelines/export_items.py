@@ -106,16 +106,24 @@ def source_of(config: ExportConfig) -> Source:
     """
     if config.backbone is None and config.encoder is None:
         raise ConfigError(
-            "neither --backbone nor --encoder is given", "a model that encodes the items", "give one of the two"
+            "neither --backbone nor --encoder is given",
+            "a model that encodes the items",
+            "give --backbone or --encoder",
         )
     source = next(source for source in SOURCES if source.applies(config))
     for field in dataclasses.fields(config):
         if getattr(config, field.name) not in (field.default, "auto", "off"):
             _require_own(source, field.name, getattr(config, field.name))
     if source.name != "--encoder" and config.pooling == "cls":
-        raise ConfigError("--pooling cls with --backbone", "last or mean", "choose one of them, or leave it out")
+        raise ConfigError(
+            "--pooling cls with --backbone", "last or mean", "choose last or mean, or leave --pooling out"
+        )
     if config.late_fusion == "gate" and config.adapter is None:
-        raise ConfigError("--late-fusion gate without --adapter", "an adapter that holds the gate", "leave it out")
+        raise ConfigError(
+            "--late-fusion gate without --adapter",
+            "an adapter that holds the gate",
+            "leave --late-fusion out, or give the adapter",
+        )
     return source
 
 
@@ -190,8 +198,16 @@ def _dataset(config: ExportConfig) -> Dataset:
         wanted = read_ids(Path(config.items), schema.ITEM_ID, "--items")
     else:
         wanted = [each for item in config.items.split(",") if (each := item.strip())]
+        if len(wanted) == 1 and Path(wanted[0]).exists() and wanted[0] not in dataset.item_ids:
+            raise ConfigError(
+                f"--items {config.items} is a {'folder' if Path(wanted[0]).is_dir() else 'file'}, and no item",
+                f"ids with commas between, or a file of them that ends in {', '.join(ID_FILES)}",
+                "give the file another name, or make one of these of it",
+            )
     if not wanted:
-        raise ConfigError(f"--items {config.items} names no item", "ids of the dataset", "give some, or leave it out")
+        raise ConfigError(
+            f"--items {config.items} names no item", "ids of the dataset", "give item ids, or leave --items out"
+        )
     return dataset.restricted_to(wanted)
 
 
@@ -230,7 +246,7 @@ def _dry_run(
     with closing(ShardMaker(dataset, plan, lambda: encoder, image_timeout=config.image_timeout)) as maker:
         estimated = estimate(plan, out, rows, len(work), maker.encoded, pick_device(config.device))
     licence = {} if config.backbone is None else {"licence": backbone_licence(config.backbone)}
-    console.summary("dry run: nothing was written", describe(estimated) | licence)
+    console.summary("Dry run: nothing was written", describe(estimated) | licence)
     return estimated
 
 
@@ -242,7 +258,7 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     dims = schema.dims_of(manifest)
     shapes = ", ".join(f"{view}[{dims[view]}]" for view in manifest["views"])
     console.summary(
-        "embeddings",
+        "Embeddings",
         {
             "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},

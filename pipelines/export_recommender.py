@@ -33,7 +33,9 @@ def run(config: ExportRecommenderConfig) -> dict[str, Any]:
     begun = time.perf_counter()
     found = read_run(config.recommender, config.data, config.embeddings)
     if found.unproven:
-        TERMINAL.say(f"{found.folder} is of an earlier version and does not record {found.unproven}", warning=True)
+        TERMINAL.say(
+            f"{found.folder} was written by an earlier vlm2rec and does not record {found.unproven}", warning=True
+        )
     table = TrainedRecommender(found, "cpu").table()
     item_ids = found.dataset.item_ids
     row_of = {item_id: row for row, item_id in enumerate(found.item_ids)}

@@ -156,7 +156,7 @@ def _summarise(config: ExportUsersConfig, manifest: Mapping[str, Any], given: Gi
     dims = schema.dims_of(manifest)
     shapes = ", ".join(f"{view}[{dims[view]}]" for view in manifest["views"])
     console.summary(
-        "users",
+        "Users",
         {
             "users": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},

@@ -153,16 +153,16 @@ def _save(
         encoder, wrapped = _unquantised(config, encoder, wrapped)
         in_four_bits, fused = fused, encoder.encode_items(titles, images).fused
         log.print(
-            "With the unquantised backbone, as an export has it, the adapter gives vectors of cosine"
-            f" {float(cosine(in_four_bits, fused).min()):.3f} or more with those of training, on generated items"
+            "With the unquantised backbone, which an export uses, the adapter gives vectors whose cosine with"
+            f" those of training is at least {float(cosine(in_four_bits, fused).min()):.3f} (on generated items)"
         )
     if merge_in_place(wrapped):
         encoder.backbone.forget_prefixes()
         beside, fused = fused, encoder.encode_items(titles, images).fused
         if (worst := float(cosine(beside, fused).min())) < _MERGED_COSINE:
             log.print(
-                f"Merged into the weights, as an export has it, the adapter gives other vectors than it did in training"
-                f" (cosine {worst:.3f} on generated items): --dtype float32 rounds less",
+                "Merged into the weights, as in an export, the adapter gives other vectors than in training"
+                f" (cosine {worst:.3f} on generated items); --dtype float32 rounds less",
                 style="yellow",
             )
     canary = Canary(titles, images, fused, str(encoder.backbone.model.dtype).removeprefix("torch."))
@@ -200,7 +200,8 @@ def _encoder_settings(config: FinetuneConfig) -> dict[str, Any]:
 
 def _check(config: FinetuneConfig) -> None:
     check_settings(config)
-    parse_trackers(config.report_to)
+    if not parse_trackers(config.report_to) and config.log_dir is not None:
+        raise ConfigError("--log-dir without --report-to", "a tracker whose files go there", "name one, or leave it")
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
     if config.quantize != "none":
@@ -386,8 +387,8 @@ def _validation(
     positives = histories.targets[users]
     if negatives.shape[1] < dataset.candidate_count:
         log.print(
-            f"Validation ranks among {negatives.shape[1]} candidates instead of {dataset.candidate_count}:"
-            " a user has touched all other items."
+            f"Validation ranks among {negatives.shape[1]} candidates instead of {dataset.candidate_count}: a"
+            " user has interacted with all other items."
         )
     rows, index = np.unique(np.concatenate([positives[:, None], negatives], axis=1), return_inverse=True)
     index = index.reshape(len(users), -1)

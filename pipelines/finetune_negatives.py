@@ -157,8 +157,8 @@ def _read(path: Path, dataset: Dataset, most: int) -> GivenNegatives:
     if len(keys) != 1 or len(forms) != 1:
         raise DataError(
             f"--negatives-file {path} has the columns {', '.join(map(repr, found[:20]))}",
-            f"{schema.ITEM_ID} (the target) or {schema.USER_ID}, one of the two, and {NEGATIVE_ID} (one negative a row)"
-            f" or {schema.NEGATIVES} (a list), one of the two",
+            f"{schema.ITEM_ID} (the target) or {schema.USER_ID}, one of the two, and {NEGATIVE_ID} (one negative"
+            f" per row) or {schema.NEGATIVES} (a list), one of the two",
             "rename the columns, or remove those of the other kind",
         )
     key, form = keys[0], forms[0]
@@ -176,7 +176,11 @@ def _read(path: Path, dataset: Dataset, most: int) -> GivenNegatives:
         named = f"{len(unknown):,} of {len(given):,} {thing}s of {path} are not in the dataset"
         such = f"such as {', '.join(map(repr, unknown[:_NAMED]))}"
         if len(unknown) == len(given):
-            raise DataError(f"{named}, {such}", f"ids such as {', '.join(map(repr, [*rows][:_NAMED]))}", "correct them")
+            raise DataError(
+                f"{named}, {such}",
+                f"ids such as {', '.join(map(repr, [*rows][:_NAMED]))}",
+                "correct the ids in the file",
+            )
         TERMINAL.say(f"{named}, {such}; their negatives are left out", warning=True)
     by_row = {rows[name]: np.unique(given.of(n)) for n, name in enumerate(given.user_ids) if name in rows}
     return GivenNegatives(most, key, by_row)
@@ -192,8 +196,8 @@ def _mine(folder: Location, dataset: Dataset, samples: Samples, margin: float, m
         lacking = np.flatnonzero(~found)
         such = ", ".join(repr(dataset.item_ids[row]) for row in lacking[:_NAMED])
         TERMINAL.say(
-            f"{len(lacking):,} of {count:,} items have no fused vector in {folder}, such as {such}; they are no hard"
-            " negatives, and as targets have none",
+            f"{len(lacking):,} of {count:,} items have no fused vector in {folder}, such as {such}; they are not"
+            " mined as hard negatives, and no hard negatives are mined for them",
             warning=True,
         )
     units, there = with_direction(vectors)

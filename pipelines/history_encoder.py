@@ -73,8 +73,8 @@ def _settings(config: EncoderChoice, manifest: Mapping[str, Any]) -> dict[str, A
     if "source" in exported:  # imported vectors, those of a frozen encoder, or of prompts about one item
         raise ArtifactError(
             f"--backbone with {config.embeddings}, whose vectors come from another source ({exported['source']})",
-            "a table of export-items without --strategy, whose encoder reads whole histories too",
-            "leave --backbone out: a user is then the mean of the history's items",
+            "an embeddings folder that export-items wrote without --strategy: only its encoder can read histories",
+            "leave --backbone out: a user's vector is then the mean of the history's item vectors",
         )
     settings = asdict(EncoderSettings.of_export(exported))
     return settings if config.adapter is None or is_foreign(config.adapter) else {}

@@ -111,7 +111,7 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
     manifest = write_vectors(config.out, plan, views, outcomes, dataset, time.perf_counter() - start)
     if source.left_out:
         names = ", ".join(map(repr, source.left_out))
-        console.log.print(f"{config.file.name}: {names} numbers the rows and is no dimension", markup=False)
+        console.log.print(f"{config.file.name}: {names} numbers the rows, so it is not a dimension", markup=False)
     _say_of_extra_ids(config, dataset, source, rows)
     _report(config, manifest, views)
     repair = "give --file a vector of each and import into a new --out"
@@ -141,7 +141,7 @@ def _read(config: ImportVectorsConfig, dataset: Dataset) -> VectorFile:
         raise ConfigError(
             "both --ids and --in-item-order" if config.ids else "an .npy without ids",
             "--ids FILE, or --in-item-order if row i is item i of items.parquet",
-            "give one of the two",
+            "give --ids or --in-item-order",
         )
     if config.ids is None:
         where = f"{config.data / schema.ITEMS_FILE}"
@@ -288,7 +288,7 @@ def _say_of_extra_ids(config: ImportVectorsConfig, dataset: Dataset, source: Vec
     console.TERMINAL.say(
         f"{len(extra):,} ids of {config.file} are not in the dataset and were left out, such as"
         f" {examples(unknown.select(ROW, schema.ITEM_ID).head(3).rows())}"
-        + (f". Of these, {alike.height:,} may be known: {'; '.join(told)}" if told else ""),
+        + (f". Of these, {alike.height:,} may be known items in another spelling: {'; '.join(told)}" if told else ""),
         warning=bool(told),
     )
 
@@ -299,7 +299,8 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
     if settings["pca"]:
         kept = ", ".join(f"{view} {share:.1%}" for view, share in settings["pca"]["explained"].items())
         console.log.print(
-            f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep of the variance: {kept}"
+            f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep this share of the"
+            f" variance: {kept}"
         )
     for view, vectors in views.items():
         if empty := int((vectors == 0).all(1).sum()):

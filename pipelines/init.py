@@ -1,4 +1,4 @@
-"""`vlm2rec init`: writes the settings of the whole line, with their help texts as comments, for `vlm2rec run`."""
+"""`vlm2rec init`: writes the settings of the whole pipeline, with their help texts as comments, for `vlm2rec run`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vlm2rec.pipelines.run import STAGES, read_stages
 
 _WIDTH = 100
 _HEAD = """\
-The whole line. `vlm2rec run` does its stages one after the other and skips what is done; a stage that is taken out
-is not run. Paths are relative to the folder in which you start it. Each stage has the settings that one needs first:
-those behind a # have their default. `vlm2rec STAGE --help` lists all; --some-setting there is some_setting here.
-A name behind & stands for a value, and * repeats it.
+The whole pipeline. `vlm2rec run` runs these stages one after the other and skips what is done. To leave a stage out,
+remove it from this file. Paths are relative to the folder in which you start the command. Each stage shows the settings
+that one needs first; a line that begins with # shows a default. `vlm2rec STAGE --help` lists all settings:
+--some-setting there is some_setting here. &name gives a value a name, and *name repeats the value.
 """
 
 
@@ -47,7 +47,7 @@ def run(config: InitConfig) -> Path:
         rows["to fill in"] = ", ".join(missing)
     if "images" not in files:
         rows["views"] = "text alone, as there is no --images"
-    console.summary("init", rows)
+    console.summary("Settings written", rows)
     return config.out
 
 

@@ -87,7 +87,7 @@ def _read_catalogue(config: MakeBackboneConfig) -> tuple[pl.DataFrame, str]:
     if usable.is_empty():
         raise DataError(
             f"none of the {frame.height} items of {config.items} has both a title and words in column {column!r}",
-            "captions: a few words that say what an item is or looks like",
+            "captions: a few words about what an item is or looks like",
             "name a column with captions with --caption-column",
         )
     if usable.height > LARGEST_CATALOGUE:
@@ -123,7 +123,7 @@ def _with_pictures(
     """Read every picture once, small; the model learns an item without a readable picture from its title."""
     items: list[CaptionedItem] = []
     unreadable: list[str] = []
-    with console.progress("reading pictures", catalogue.height) as advance:
+    with console.progress("reading images", catalogue.height) as advance:
         rows = zip(catalogue[schema.TITLE], catalogue[schema.IMAGE_PATH], words, strict=True)
         for title, path, of_item in rows:
             picture: np.ndarray | None = None
@@ -136,12 +136,12 @@ def _with_pictures(
             advance(1)
     if unreadable:
         console.log.print(
-            f"{len(unreadable)} pictures cannot be read; the first is {unreadable[0]}", soft_wrap=True, markup=False
+            f"{len(unreadable)} images cannot be read; the first is {unreadable[0]}", soft_wrap=True, markup=False
         )
     if not any(item.picture is not None for item in items):
         raise DataError(
-            f"none of the {len(items)} items with a caption has a picture that can be read",
-            "pictures to learn from",
+            f"none of the {len(items)} items with a caption has an image that can be read",
+            "images to learn from",
             f"check the files below {root}",
         )
     return items
@@ -172,14 +172,14 @@ def _summarise(
     pictured = sum(item.picture is not None for item in items)
     rows: dict[str, object] = {
         "parameters": f"{parameters / 1e6:.1f} M",
-        "learnt from": f"{len(items):,} items, {pictured:,} with a picture; {vocabulary:,} words of column {column!r}",
+        "learnt from": f"{len(items):,} items, {pictured:,} with an image; {vocabulary:,} words of column {column!r}",
         "training": f"{training.steps:,} steps, {training.seconds:.0f} s",
     }
-    for name, score in (("titles", training.text), ("pictures", training.image)):
+    for name, score in (("titles", training.text), ("images", training.image)):
         if score is not None:
             rows[f"held-out {name}"] = _in_words(score)
     rows["model"] = config.out
-    console.summary("make-backbone", rows)
+    console.summary("Small backbone", rows)
 
 
 def _in_words(score: Score) -> str:

@@ -261,7 +261,7 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         f" {meta['negatives']['count']} candidates per user for seeds {', '.join(map(str, meta['negatives']['seeds']))}"
     )
     if meta.get(schema.SPLIT) == schema.TEMPORAL:
-        console.log.print("split 80/10/10 in each user's order: several items to validate and to test")
+        console.log.print("split 80/10/10 in each user's order: several items for validation and for test")
     left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
     if any(left_out.values()):
         told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]
@@ -283,7 +283,7 @@ def _working_folder(config: PrepareConfig) -> Iterator[Path]:
         lock = (out / WORKING_FOLDER / "lock").open("w")
     except OSError as error:
         raise ConfigError(
-            f"--out {out} cannot be written ({error.strerror})", "a folder that may be written", "choose another"
+            f"--out {out} cannot be written ({error.strerror})", "a writable folder", "choose another --out"
         ) from None
     with lock:
         _take_lock(lock, out)
@@ -311,7 +311,9 @@ def _take_lock(lock: IO[str], out: Path) -> None:
 
 def _disk_error(out: Path, error: OSError) -> Vlm2RecError:
     return DataError(
-        f"reading the inputs or writing {out} failed: {error}", "", "free some space or check the permissions"
+        f"reading the inputs or writing {out} failed: {error}",
+        "a readable and writable disk",
+        "free some space, or check the permissions",
     )
 
 
@@ -320,7 +322,9 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     out = config.out
     for source in (config.items, config.interactions):
         if source.resolve().parent == out.resolve() and source.name in _FILES:
-            raise ConfigError(f"--out {out} would overwrite the input {source.name}", "another folder", "choose one")
+            raise ConfigError(
+                f"--out {out} would overwrite the input {source.name}", "another folder", "choose another --out"
+            )
     target = out.resolve()
     root = target if config.images is None else config.images.resolve()
     images = root.relative_to(target).parts[0] if root.is_relative_to(target) and root != target else None

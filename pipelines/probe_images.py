@@ -90,7 +90,7 @@ def _tokens(config: ProbeImagesConfig, dataset: Dataset, rows: list[int]) -> tup
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder, cache_bytes=0)
     means = []
-    with progress("read images", len(rows)) as advance:
+    with progress("reading images", len(rows)) as advance:
         for start in range(0, len(rows), IMAGES_AT_ONCE):
             block = rows[start : start + IMAGES_AT_ONCE]
             means += [

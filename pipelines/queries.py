@@ -1,7 +1,7 @@
-"""What `vlm2rec search` looks for, as a vector: an item, words, a picture, or a history.
+"""What `vlm2rec search` looks for, as a vector: an item, words, an image, or a history.
 
-Words and pictures are encoded by the encoder of the export, as the text and the image of an item are: the manifest, and
-the index after it, say where the encoder was and which settings it had. An encoder found elsewhere has to be the same.
+The encoder of the export encodes words and images as it encodes an item's text and image. The manifest says where the
+encoder was and which settings it had, and the index repeats it. An encoder found elsewhere has to be the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def found_by(index: ItemIndex, config: SearchConfig) -> list[Neighbour]:
     about = about_export(index)
     if against not in schema.columns_of(about):
         raise ConfigError(
-            f"--against {against}, but the export has no such vectors",
+            f"--against {against}, but the export has no {against} vectors",
             f"one of {', '.join(name for name in schema.columns_of(about) if name in schema.VIEWS)}",
             "change --against",
         )
@@ -58,8 +58,8 @@ def found_by(index: ItemIndex, config: SearchConfig) -> list[Neighbour]:
         vector = encoded(about, config, index.folder)
     if len(vector) != schema.dim_of(about, against):
         raise ConfigError(
-            f"the query has {len(vector)} numbers, and the {against} vectors {schema.dim_of(about, against)}: they are"
-            " a text and an image vector end to end",
+            f"the query has {len(vector)} dimensions, and the {against} vectors have"
+            f" {schema.dim_of(about, against)}: they are text and image concatenated",
             "--against text or image",
             "change --against",
         )
@@ -87,9 +87,11 @@ def _require_one(config: SearchConfig) -> None:
     given = [name for name, is_given in kinds.items() if is_given]
     expected = "one of --item, --history, and --text or --image (or both of these)"
     if len(given) != 1:
-        raise ConfigError("nothing to search for" if not given else " with ".join(given), expected, "give one of them")
+        raise ConfigError(
+            "nothing to search for" if not given else " with ".join(given), expected, "give exactly one of these"
+        )
     if config.text is not None and not config.text.strip():
-        raise ConfigError("--text without a word", "words to search for", "give some")
+        raise ConfigError("--text without a word", "words to search for", "give the words after --text")
 
 
 def about_export(index: ItemIndex) -> Mapping[str, Any]:
@@ -183,7 +185,7 @@ def encoded(about: Mapping[str, Any], config: SearchConfig, where: object) -> np
     if view not in about["views"] or not {*asked} <= {*made_of}:
         one_prompt = {*schema.MODALITIES} <= {*made_of}
         raise ConfigError(
-            f"{' with '.join('--' + name for name in asked)}, and vectors that are made of"
+            f"{' with '.join('--' + name for name in asked)}, but the export's vectors are made of"
             f" {'text and image in one prompt' if one_prompt else made_of[0] + ' alone'}",
             "--text and --image together" if one_prompt else f"--{made_of[0]} alone",
             "change what is searched for",
@@ -194,7 +196,9 @@ def encoded(about: Mapping[str, Any], config: SearchConfig, where: object) -> np
     vector = getattr(encoder.encode_items([words], [picture]), view)
     if not np.isfinite(vector).all():
         raise DataError(
-            f"the encoder has no finite {view} vector of this query", "words or a picture it can encode", "change it"
+            f"the encoder has no finite {view} vector of this query",
+            "words or an image that it can encode",
+            "change the words or the image",
         )
     return _as_stored(vector, about)
 
@@ -221,7 +225,7 @@ def _picture(encoder: Encoder, path: Path, settings: Mapping[str, Any]) -> Any:
             return encoder.open_image(whole.parent, whole.name)
         return open_image(whole.parent, whole.name, settings["max_pixels"])
     except ImageError as error:
-        raise DataError(f"--image {path}: {error}", "a picture that can be read", "give another file") from None
+        raise DataError(f"--image {path}: {error}", "an image that can be read", "give another file") from None
 
 
 def load_encoder(about: Mapping[str, Any], config: SearchConfig, where: object) -> Encoder:
@@ -273,14 +277,14 @@ def _recorded(about: Mapping[str, Any], config: SearchConfig, where: object) -> 
     settings = about["settings"]
     if "source" in settings or "backbone_hash" not in settings:
         raise ArtifactError(
-            f"{where} does not say how its vectors were made ({settings.get('source', 'by hand')}), so no words or"
-            " pictures can be encoded like them",
+            f"{where} does not say how its vectors were made ({settings.get('source', 'by hand')}), so no words"
+            " or images can be encoded in the same way",
             "an export of this version, with an encoder that it can load again",
             "run export-items again into a new --out, and search with --item or --history until then",
         )
     if config.backbone is None:
         raise ConfigError(
-            f"{where} is of an earlier version, which did not record where the encoder was",
+            f"{where} was written by an earlier vlm2rec, which did not record where the encoder was",
             "the backbone of the export, and its adapter if it had one",
             "give --backbone and --adapter",
         )

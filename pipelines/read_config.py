@@ -123,7 +123,7 @@ def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
     import pydantic
 
     try:
-        return _checker(cls).validate_python(values)  # type: ignore[arg-type]
+        config = _checker(cls).validate_python(values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "settings"
@@ -132,6 +132,18 @@ def _validate(cls: type[Config], values: dict[str, Any]) -> Config:
             f"{_type_text(cls, key)}",
             f"change --{key.replace('_', '-')}",
         ) from None
+    for key in values:  # paths may have such bytes, and are no texts by now
+        _refuse_broken_text(key, getattr(config, key))
+    return config
+
+
+def _refuse_broken_text(key: str, value: Any) -> None:
+    """Raise `ConfigError` for a text of bytes that are not UTF-8, which Python keeps as lone surrogates."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(
+                f"setting {key} = {text!r} is not UTF-8", "text in UTF-8", f"change --{key.replace('_', '-')}"
+            )
 
 
 @functools.cache

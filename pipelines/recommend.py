@@ -134,16 +134,16 @@ def _require_choice(config: RecommendConfig) -> None:
     elif config.embeddings is None and config.index is None:
         raise ConfigError(
             "none of --embeddings, --index and --recommender is given",
-            "what to rank the items by",
+            "one of them, to rank the items by",
             "give the embeddings folder of the items, an index of it, or a trained recommender",
         )
     if config.histories is None and (config.recommender is not None or config.users is None):
-        raise ConfigError("neither --histories nor --users is given", "for whom to rank", "give --histories FILE")
+        raise ConfigError("neither --histories nor --users is given", "the users to rank for", "give --histories FILE")
     if config.histories is None and not config.keep_seen:
         raise ConfigError(
-            "--users without --histories: what the users have seen is not known",
+            "--users without --histories: it is not known which items the users have seen",
             "the file that export-users read, or --keep-seen",
-            "give one of the two",
+            "give --histories, or --keep-seen to recommend seen items too",
         )
 
 
@@ -298,7 +298,7 @@ def _vectors(config: RecommendConfig) -> VectorSource:
     elif embeddings is None:
         assert index is not None
         raise ArtifactError(
-            f"the vectors of {config.index} are needed, for the means of histories, and {index.stale()}",
+            f"--histories needs the vectors that {config.index} was built from, and {index.stale()}",
             "the embeddings folder that the index was built from",
             "name it with --embeddings, or give vectors of the users with --users",
         )
@@ -337,7 +337,11 @@ def _require_same_space(config: RecommendConfig, manifest: Mapping[str, Any] | N
     """Raise `ArtifactError` unless the users' vectors can be compared with the items'."""
     assert config.users is not None
     if config.max_history is not None:
-        raise ConfigError("--max-history with --users", "vectors that are made already", "leave it out")
+        raise ConfigError(
+            "--max-history with --users",
+            "no --max-history: the vectors of --users are already made",
+            "leave --max-history out",
+        )
     users = schema.read_manifest(config.users, table=schema.USERS_TABLE)
     if config.column not in users["views"]:
         raise ConfigError(
@@ -445,7 +449,9 @@ def _recommender(config: RecommendConfig) -> RecommenderSource:
     assert config.recommender is not None
     found = read_run(config.recommender, config.data, config.embeddings)
     if found.unproven:
-        TERMINAL.say(f"{found.folder} is of an earlier version and does not record {found.unproven}", warning=True)
+        TERMINAL.say(
+            f"{found.folder} was written by an earlier vlm2rec and does not record {found.unproven}", warning=True
+        )
     settings = {"source": "recommender", "model": found.model, "checkpoint_sha256": found.checkpoint_sha256}
     if found.embeddings is not None:
         settings["embeddings_sha256"] = schema.shards_sha256(schema.read_manifest(found.embeddings))
@@ -488,7 +494,7 @@ def _summarise(
         rows["no recommendation"] = f"{failed:,} users; `vlm2rec failures {config.out}` lists them"
     if fewer := counts[schema.STATUS_OK] - _full(config.out, manifest):
         rows[f"fewer than {config.k}"] = f"{fewer:,} users, for whom no more items were found"
-    console.summary("recommendations", rows)
+    console.summary("Recommendations", rows)
 
 
 def _full(folder: Location, manifest: Mapping[str, Any]) -> int:

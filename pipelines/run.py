@@ -1,8 +1,9 @@
 """`vlm2rec run`: the whole line, stage by stage, from one YAML file. What is done is skipped.
 
-Each command knows by itself whether its output is complete, and goes on or refuses in its own words. Beside the YAML,
-a record holds what no output folder tells: the settings of `prepare`, `evaluate` and `build-index`, the state of the
-files that a stage read, and the time it took. A stage is skipped if its output is there and its record is the same.
+Each command knows by itself whether its output is complete, and goes on or refuses in its own words. A record beside
+the YAML holds what the output folders do not say: the settings of `prepare`, `evaluate` and `build-index`, the state
+of the files that a stage read, and the time it took. A stage is skipped if its output is there and its record is the
+same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,16 @@ STAGES: dict[str, tuple[type, str]] = {
 """Every stage in its order: its settings, and the file that it writes last."""
 
 # settings that change neither vectors nor metrics
-_NOT_COMPARED = {"device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache", "num_workers"}
+_NOT_COMPARED = {
+    "device",
+    "resume",
+    "checkpoint_steps",
+    "log_steps",
+    "token_budget",
+    "vision_cache",
+    "num_workers",
+    "engine",
+}
 _LAST_FILES = tuple(dict.fromkeys(last for _, last in STAGES.values()))
 _DONE, _SKIPPED, _KEPT = "done", "was done", "kept: it was trained on earlier data"
 _LEFT, _FAILED, _WAITING = "not asked for", "failed", "not reached"
@@ -129,7 +139,7 @@ def _run_stage(stage: Stage, record: Record, number: str, again: bool) -> None:
     if before is not None and begun_otherwise and stage.name == "finetune" and (stage.out / "checkpoints").exists():
         raise ConfigError(
             f"the training in {stage.out} was begun, and {', '.join(_changed(before, now))} has changed since",
-            "the same data and backbone, to go on with it",
+            "the same data and backbone, to continue it",
             f"give finetune another out, or remove {stage.out}",
         )
     console.headline(f"{number}  {stage.name}", str(stage.out))
@@ -216,7 +226,7 @@ def _require_known(name: str, where: str, known: Mapping[str, Any] | list[str]) 
 def _asked(config: RunConfig, names: list[str]) -> list[str]:
     """Return the stages that the flags ask for."""
     if config.from_stage is not None and config.only is not None:
-        raise ConfigError("--from and --only together", "one of the two", "leave one out")
+        raise ConfigError("--from and --only together", "one of the two", "leave --from or --only out")
     for flag, name in (("--from", config.from_stage), ("--only", config.only)):
         if name is not None:
             _require_known(name, f"with {flag}", STAGES)
@@ -239,7 +249,11 @@ class Record:
             fix = "remove it; finished stages then run again"
             found = schema.read_json(self.path, "the record of an earlier run", fix)
             if found.get("written_by") != WRITER:
-                raise ConfigError(f"{self.path} is not of `vlm2rec run`", "a free name", "move it away")
+                raise ConfigError(
+                    f"{self.path} exists, and `vlm2rec run` has not written it",
+                    "no file of that name, or one of `vlm2rec run`",
+                    f"move or rename {self.path.name}",
+                )
             self._stages = found["stages"]
 
     def of(self, stage: Stage) -> dict[str, Any] | None:

@@ -14,15 +14,23 @@ from vlm2rec.pipelines.config import SearchConfig
 from vlm2rec.pipelines.queries import dataset_for, described
 from vlm2rec.pipelines.reporting.search_page import Picture, render, thumbnail
 
+_BEGINNING = 256  # bytes in which a page says that it is one
+
 
 def check_html(path: Path) -> None:
-    """Raise `ConfigError` if there can be no file at this path."""
+    """Raise `ConfigError` if there can be no file at this path, or there is one that is no page."""
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(
             f"--html {path} is {'a folder' if path.is_dir() else 'in a folder that is not there'}",
             "a file to write",
             "correct the path",
         )
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if not file.read(_BEGINNING).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise ConfigError(
+                    f"--html {path} is a file that holds something else", "a new file, or a page", "correct the path"
+                )
 
 
 def write_page(index: ItemIndex, config: SearchConfig, found: Sequence[Neighbour]) -> None:
@@ -64,11 +72,11 @@ class _Pictures:
         except (ArtifactError, DataError) as error:
             if config.data is not None and isinstance(error, ArtifactError):
                 raise
-            self.reason = f"without pictures: {error.found}"
+            self.reason = f"without images: {error.found}"
 
     def of(self, item_id: str, cosine: float = 0.0) -> Picture:
         """Return an item's entry in the page."""
         title = str(self._index.ids[schema.TITLE][self._index.row_of(item_id)].as_py())
         path = self._paths.get(item_id)
-        source, reason = thumbnail(self._root, path) if path and self._root is not None else ("", "no picture")
+        source, reason = thumbnail(self._root, path) if path and self._root is not None else ("", "no image")
         return Picture(item_id, title, source, reason, cosine)

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from vlm2rec.downstream.semantic_ids.folder import IDS_FILE, build
+from vlm2rec.downstream.semantic_ids.folder import IDS_FILE, SemanticIds, build
+from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines.build_index import passes_over
 from vlm2rec.pipelines.config import SemanticIdsConfig
 from vlm2rec.pipelines.console import log, summary
@@ -14,6 +15,8 @@ from vlm2rec.pipelines.console import log, summary
 
 def run(config: SemanticIdsConfig) -> dict[str, Any]:
     """Write the folder of semantic ids and return what `semantic_ids.json` says."""
+    if config.like is not None:
+        _require_like(config, SemanticIds.open(config.like).record)
     record = build(
         config.embeddings,
         config.out,
@@ -28,6 +31,18 @@ def run(config: SemanticIdsConfig) -> dict[str, Any]:
     )
     _print_result(config, record)
     return record
+
+
+def _require_like(config: SemanticIdsConfig, earlier: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a size of codebook that is given, and is not that of the earlier one."""
+    for name in ("levels", "codebook"):
+        value, default = getattr(config, name), SemanticIdsConfig.__dataclass_fields__[name].default
+        if value not in (default, earlier[name]):
+            raise ConfigError(
+                f"--{name} {value} with --like {config.like}, whose codebook has {earlier[name]}",
+                "the codebook of the earlier folder",
+                f"leave --{name} or --like out",
+            )
 
 
 def _print_result(config: SemanticIdsConfig, record: dict[str, Any]) -> None:

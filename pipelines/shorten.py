@@ -21,7 +21,7 @@ def run(config: ShortenConfig) -> dict[str, Any]:
     if config.dim is None and config.precision == "float32":
         raise ConfigError(
             "neither --dim nor --precision is given",
-            "fewer numbers, or smaller ones",
+            "fewer dimensions, or a smaller number format",
             "give --dim, or --precision float16, int8 or binary",
         )
     manifest = shorten(config.embeddings, config.out, dim=config.dim, storage=config.precision, reporter=TERMINAL)

@@ -54,7 +54,9 @@ def run(config: StudyConfig) -> Path:
     require_own_folder(config.out, WRITTEN_BY)
     if config.demo and config.data is not None:
         raise ConfigError(
-            f"--demo with --data {config.data}", "--demo, which draws its own dataset, or --data", "leave one out"
+            f"--demo with --data {config.data}",
+            "--demo, which draws its own dataset, or --data",
+            "leave --demo or --data out",
         )
     if not config.demo:
         _require_inputs(config)
@@ -117,7 +119,7 @@ def _plan(config: StudyConfig) -> tuple[Schedule, list[Run]]:
     picked = schedule.study.picked(config.methods)
     if config.methods:
         schedule.study.check_taking_part(picked)
-    names = {method.name for method in picked}
+    names = {name for method in picked for name in (method.name, method.vectors_of)}
     return schedule, [each for each in schedule.runs if each.method.name in names]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm2rec.downstream.multimodal import recipes
 from vlm2rec.downstream.multimodal import settings as multimodal
-from vlm2rec.downstream.recbole import plugin, windows
+from vlm2rec.downstream.recbole import plugin, softmax, windows
 from vlm2rec.downstream.recbole.run import Settings, ignored_settings, needs_no_negatives, read_settings
 from vlm2rec.downstream.recbole.run import run as train
 from vlm2rec.downstream.recommender import CHECKPOINT_FILE, OLD_CHECKPOINT_FILE, Epoch, Outcome
@@ -157,6 +157,10 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
         settings[plugin.ID_DROPOUT] = config.id_dropout
     if "positions" in changed:
         settings[windows.KEY] = config.positions
+    if "softmax" in changed:
+        settings[softmax.KEY] = config.softmax
+    if "samples" in changed:
+        settings[softmax.SAMPLES] = config.samples
     if "missing" in changed:
         settings[plugin.MISSING] = config.missing
     if "adapter" in changed:
@@ -264,6 +268,8 @@ def _summarise(outcome: Outcome) -> None:
         "users, items": f"{metrics['users']:,}, {metrics['items']:,}",
         "epochs": f"{metrics['epochs']}, best {metrics['best_epoch']}, {metrics['seconds']:.0f} s",
     }
+    if "samples" in metrics:
+        rows["softmax"] = f"over {metrics['samples']:,} items drawn for each step, and the targets of its batch"
     if metrics["missing"]:
         rows["filled"] = f"{metrics['missing']:,} items without a vector"
     if metrics["candidates"] is not None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny_models import tiny_model
 
-from vlm2rec.pipelines import prepare
-from vlm2rec.pipelines.config import PrepareConfig
-from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+# Fixtures import what they build with: the process that only deals tests out to others needs no torch.
 
 _drawn = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("default", _drawn, max_examples=40, derandomize=True)
+settings.register_profile("default", _drawn, max_examples=25, derandomize=True)
 settings.register_profile("nightly", _drawn, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -24,6 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny("qwen2_5_vl")` is the folder of a tiny random model of that family, built once per session."""
+    from tiny_models import tiny_model
 
     @cache
     def build(family: str) -> Path:
@@ -35,6 +34,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset folder prepared from a small drawn catalogue: 40 products, 30 users, 20 candidates, two seeds."""
+    from vlm2rec.pipelines import prepare
+    from vlm2rec.pipelines.config import PrepareConfig
+    from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
+
     folder = tmp_path_factory.mktemp("drawn")
     draw_catalogue(folder / "catalogue", products=40, users=30, seed=0)
     prepare.run(
@@ -49,6 +52,47 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder / "data"
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    """Leave the figures of a study's page blank: to draw them takes longer than a tiny training."""
+    from study_world import blank_figures
+
+    with blank_figures():
+        yield
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the workers of an export come out of a process that has the libraries, which take seconds to import."""
+    from children import CHILDREN
+
+    from vlm2rec.embedder.export import distribute
+
+    monkeypatch.setattr(distribute, "PROCESSES", CHILDREN)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_finish() -> Iterator[None]:
+    """Keep the modules and the tests out of every garbage collection: a million objects that stay until the end."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Keep what a file of tests has imported and left to the next out of it too."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give everything back, or libraries report at exit what they take for leaks."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

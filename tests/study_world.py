@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from vlm2rec.pipelines.config import StudyConfig
+from vlm2rec.pipelines.reporting import figures
+from vlm2rec.pipelines.reporting.style import Picture
 
 Tiny = Callable[[str], Path]
 METHODS: list[dict[str, Any]] = [
@@ -76,3 +80,16 @@ def marks(out: Path) -> dict[str, str]:
         for path in sorted(out.rglob("steps.json"))
         for name, record in json.loads(path.read_text()).items()
     }
+
+
+@contextmanager
+def blank_figures() -> Iterator[None]:
+    """Make every figure of a page, but write a blank in place of what matplotlib would draw."""
+    blank = f'<!-- {figures.OURS} --><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>'
+
+    def saved(figure: object, name: str, alt: str) -> figures.Drawn:
+        return figures.Drawn(Picture(name, alt, blank), blank.encode())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(figures, "_saved", saved)
+        yield

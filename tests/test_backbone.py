@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlm2rec.embedder import prompts
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt
@@ -79,11 +80,62 @@ def test_fault_43_vectors_equal_the_stock_models_last_hidden_state(
         # a template that writes the begin-of-sequence token itself, as Gemma's
         begun = bool(backbone.tokenizer.bos_token) and text.startswith(backbone.tokenizer.bos_token)
         given = {"images": images or None, "add_special_tokens": not begun, "return_tensors": "pt"}
-        inputs = backbone.processor(text=[text], **given)
+        if family == "llava_onevision" and len(images) == 1:  # taken as one of two images
+            given["images"] = [[images[0], images[0]]]
+            inputs = backbone.processor(text=[text.replace("<image>", "<image><image>")], **given)
+            kept = [*range(inputs["input_ids"].shape[1])]
+            first = inputs["input_ids"][0].tolist().index(backbone.image_token_id)
+            del kept[first : first + 10]
+            inputs = {name: value[:, kept] for name, value in inputs.items() if "ids" in name or "mask" in name} | {
+                "pixel_values": inputs["pixel_values"][:1],
+                "image_sizes": inputs["image_sizes"][:1],
+                "batch_num_images": inputs["batch_num_images"],
+            }
+        else:
+            given["images"] = [images] if images and backbone.processor.family.several else images or None
+            inputs = backbone.processor(text=[text], **given)
         with torch.no_grad():
             expected = stock(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
         assert inputs["input_ids"][0].tolist() == encoded.ids
         assert (expected - vector).abs().max() <= 2e-5
+
+
+_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_bidirectional_attention": None},  # as E2B and E4B
+        {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},  # as 31B
+        {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **_EXPERTS},  # as 26B-A4B
+    ],
+    ids=["small", "large", "experts"],
+)
+def test_models_of_gemma_4_of_every_kind_equal_the_stock_model(
+    tiny: Tiny, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("gemma4"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        (folder / "config.json").write_text(json.dumps(config))
+        stock = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    stock.save_pretrained(folder)
+    backbone = Backbone.load(str(folder), device="cpu")
+    backbone.share_prefixes()
+    mixed = mixed_prompts(backbone, drawn_images(3), 3)
+    with torch.no_grad():
+        ours = backbone.encode([encoded for encoded, _, _ in mixed])
+        alone = torch.cat([backbone.encode([encoded]) for encoded, _, _ in mixed])
+        for (_, prompt, images), vector in zip(mixed, ours, strict=True):
+            text = prompts.render(prompt, "raw", backbone.processor)
+            inputs = backbone.processor(text=[text], images=images or None, return_tensors="pt")
+            expected = stock(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+            assert (expected - vector).abs().max() <= 5e-5
+    assert (ours - alone).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,7 +52,7 @@ def test_both_commands_with_default_flags(
     assert vlm2rec(monkeypatch, "build-index", "--embeddings", world / "emb", "--out", world / "idx") == 0
     built = capsys.readouterr()
     assert built.out == ""
-    assert "Flat for 40 vectors of length 2" in built.err
+    assert "Flat for 40 vectors of 2 dimensions" in built.err
     assert "recall@10" in built.err
     assert sorted(path.name for path in (world / "idx").iterdir()) == ["ids.parquet", "index.json", "items.faiss"]
 

@@ -160,16 +160,16 @@ def test_half_a_character_in_an_id_or_a_time_is_refused(tmp_path: Path, field: s
     events = [{"user_id": f"u{row}", "item_id": "a", "timestamp": f"2014-07-0{row}"} for row in range(1, 5)]
     events[2][field] = "x\ud83e"
     path = write(tmp_path / "log", "".join(f"{form(event)}\n" for event in events))
-    with pytest.raises(DataError, match=r"line 3 .*half a character|such as 'x\\x00' \(row 3\)"):
+    with pytest.raises(DataError, match=r"line 3 .*half of a character|such as 'x\\x00' \(row 3\)"):
         scan_interactions(path, scratch=tmp_path)
     if field == "item_id":
-        with pytest.raises(DataError, match=r"line 3 .*half a character"):
+        with pytest.raises(DataError, match=r"line 3 .*half of a character"):
             read_items(write(tmp_path / "items", "".join(f"{form({**e, 'title': 't'})}\n" for e in events)))
 
 
 def test_half_a_character_in_a_name_of_the_items_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "i.jsonl", '{"item_id": "a", "title": "t"}\n{"item_id": "b", "title": "t", "\\ud83e": 1}\n')
-    with pytest.raises(DataError, match=r"line 2 .*half a character"):
+    with pytest.raises(DataError, match=r"line 2 .*half of a character"):
         read_items(path)
 
 

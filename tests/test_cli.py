@@ -412,6 +412,8 @@ FINETUNE = ("finetune", "--data", "d", "--backbone", "b", "--out", "o")
         ((*SEARCH, "--set", "k"), "has no '='"),
         ((*SEARCH, "--set", "k=many"), "setting k = 'many' is not usable"),
         ((*SEARCH, "--k", "0"), "setting k = 0 is not usable"),
+        (("search", "--index", "x", "--text", "\udcff"), "setting text = '\\udcff' is not UTF-8"),
+        (("search", "--index", "x", "--history", "7,\udcff"), "setting history = '\\udcff' is not UTF-8"),
         ((*SEARCH, "--config", "/does/not/exist.yaml"), "does not exist"),
         ((*FINETUNE, "--set", "loss=sgd"), "one of vlm2rec, sft"),
         ((*FINETUNE, "--lora-dropout", "1.5"), "setting lora_dropout = 1.5"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 import yaml
+from children import Forked
 from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, cyclic_sequences, load_as_mmrec, write_atomic, write_dataset
 
@@ -106,7 +106,7 @@ def test_concat_is_a_column_of_every_format_but_mmrec(whole: Path, holed: Path, 
     assert np.load(tmp_path / "cornac" / "features.npy").shape[1] == 2 * DIM
     run(whole, "npy", tmp_path / "all")
     assert not (tmp_path / "all" / "concat.npy").exists(), "a default has what is stored"
-    with pytest.raises(ConfigError, match="concat with mmrec, whose models put text and image together themselves"):
+    with pytest.raises(ConfigError, match="concat with mmrec, whose models combine text and image themselves"):
         run(whole, "mmrec", tmp_path / "mmrec", columns=("concat",), data=data)
 
 
@@ -441,24 +441,21 @@ def test_a_full_disk_leaves_the_earlier_conversion_and_nothing_beside_it(to: str
     wide = np.random.default_rng(0).normal(size=(len(ITEMS), 2048)).astype(np.float32)
     write_embeddings(tmp_path / "emb", ITEMS, wide, text=wide, data=str(data))
     out = tmp_path / "made" / "out"
-    arguments = ["vlm2rec", "convert", str(tmp_path / "emb"), "--to", to, "--out", str(out), "--columns", "text"]
+    arguments = ["convert", tmp_path / "emb", "--to", to, "--out", out, "--columns", "text"]
     # files of at most 100 kB, as a disk that fills up would have them
     code = (
-        f"import resource, sys; sys.argv = {arguments!r}\n"
+        "import resource, sys\n"
         "from vlm2rec.pipelines import cli\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.stdin.read()),) * 2)\ncli.main()"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\ncli.main()"
     )
 
-    def convert_with(limit: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code], input=str(limit), capture_output=True, text=True, check=False
-        )
-
-    first = convert_with(10**8)
-    assert first.returncode == 0, first.stderr
+    first = Forked(code, 10**8, *arguments)
+    said = first.communicate()[1]
+    assert first.returncode == 0, said
     before = (out / "convert.json").read_text()
-    ran = convert_with(100_000)
-    assert ran.returncode == 5 and "cannot be written" in ran.stderr, ran.stderr
+    ran = Forked(code, 100_000, *arguments)
+    said = ran.communicate()[1]
+    assert ran.returncode == 5 and "cannot be written" in said, said
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "convert.json").read_text() == before
 

@@ -71,7 +71,7 @@ def runs(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
         "hard": {"negatives": "global", "users": 25, "max_steps": 5, "negatives_file": str(hard), "hard_negatives": 3},
         "empty": {"negatives": "global", "loss": "sft", "users": 25, "max_steps": 5},
         "synchronised": {"negatives": "global", "users": 27, "max_steps": 4, "chunk_users": 1},
-        "whole": {"max_steps": 12, "lora_dropout": 0.2, "learning_rate": 1e-3},
+        "whole": {"max_steps": 3, "lora_dropout": 0.2, "learning_rate": 1e-3},
     }
     return {name: {**common, **settings, "out": str(out / name)} for name, settings in more.items()}
 
@@ -233,14 +233,18 @@ def last_checkpoint(out: Path) -> int:
     return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
 
+@pytest.mark.slow
 def test_fault_49_when_one_process_is_killed_all_end_and_the_same_command_goes_on(
     runs: dict[str, dict[str, Any]],
-    found: list[dict[str, Any]],
     started: Callable[[list[str]], subprocess.Popen[str]],
     tmp_path: Path,
 ) -> None:
-    cut, settings = tmp_path / "cut", {**runs["whole"], "checkpoint_steps": 2}
+    whole, cut, settings = tmp_path / "whole", tmp_path / "cut", {**runs["whole"], "max_steps": 12}
+    settings["checkpoint_steps"] = 2
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "out"]
+    uncut = started([str(PROGRAMS / "torchrun"), *TOGETHER, "finetune", *flags, "--out", str(whole)])
+    _, told = uncut.communicate()
+    assert uncut.returncode == 0, told
     training = [*TOGETHER, "finetune", *flags, "--out", str(cut)]
     for victim, step in ((0, 4), (1, 8)):
         launcher = started([str(PROGRAMS / "torchrun"), *training])
@@ -266,12 +270,12 @@ def test_fault_49_when_one_process_is_killed_all_end_and_the_same_command_goes_o
     _, told = last.communicate(timeout=300)
     assert last.returncode == 0, told
     assert told.count("Backbone ") == told.count("Fine-tuning done") == 1, "one of the two talks"
-    rows = [json.loads((out / "curves.json").read_text())["train"] for out in (cut, Path(runs["whole"]["out"]))]
+    rows = [json.loads((out / "curves.json").read_text())["train"] for out in (cut, whole)]
     assert [row["step"] for row in rows[0]] == list(range(1, 13))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
-    valid = [json.loads((out / "curves.json").read_text())["valid"] for out in (cut, Path(runs["whole"]["out"]))]
+    valid = [json.loads((out / "curves.json").read_text())["valid"] for out in (cut, whole)]
     assert valid[0] == valid[1]
-    weights = [(out / lora.WEIGHTS_FILE).read_bytes() for out in (cut, Path(runs["whole"]["out"]))]
+    weights = [(out / lora.WEIGHTS_FILE).read_bytes() for out in (cut, whole)]
     assert weights[0] == weights[1]
     assert not (cut / "checkpoints").exists()
 

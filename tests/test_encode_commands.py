@@ -385,6 +385,7 @@ def test_every_setting_of_a_source_is_a_setting_of_the_command() -> None:
     assert all(set(source.takes) <= known for source in export_items.SOURCES)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_several_processes_make_the_folder_that_one_makes(drawn_dataset: Path, sentence: Path, tmp_path: Path) -> None:
     config = ExportConfig(data=drawn_dataset, encoder=sentence, out=tmp_path / "one", device="cpu", shard_size=16)
     one = export_items.run(config)
@@ -420,4 +421,4 @@ def test_a_dry_run_writes_nothing(
     items = len(Dataset(drawn_dataset).item_ids)
     numbers = 3 * CLIP_DIM if source == "encoder" else 64
     assert found is not None and (found["items_left"], found["bytes_left"]) == (items, items * numbers * 4)
-    assert list(tmp_path.iterdir()) == [] and "dry run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [] and "Dry run" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
@@ -184,3 +185,28 @@ def test_the_tail_is_the_users_whose_target_was_bought_less_than_four_times(
     for among in ("candidates", "full"):
         mine = [r["N@10"] for r in users if r["user_id"] in wanted and (r["protocol"], r["view"]) == (among, "f2f")]
         assert result["tail"][among]["f2f"]["N@10"] == pytest.approx(np.mean(mine))
+
+
+def test_the_cold_users_are_those_whose_target_is_in_nobodys_training(
+    drawn_dataset: Path, exported: Path, tmp_path: Path
+) -> None:
+    sequences = pl.read_parquet(drawn_dataset / "sequences.parquet")
+    target = sequences["test"].value_counts(sort=True)["test"][0]
+    train = [[item for item in items if item != target] for items in sequences["train"].to_list()]
+    shutil.copytree(drawn_dataset, tmp_path / "data")
+    pq.write_table(
+        sequences.with_columns(pl.Series("train", train))
+        .to_arrow()
+        .cast(pq.read_schema(drawn_dataset / "sequences.parquet")),
+        tmp_path / "data" / "sequences.parquet",
+    )
+    result = run(tmp_path / "data", exported, tmp_path / "out", images=Dataset(drawn_dataset).image_root)
+    wanted = set(sequences.filter(pl.col("test") == target)["user_id"])
+    assert result["cold"]["users"] >= len(wanted) > 0
+    users = pl.read_parquet(tmp_path / "out" / "users.parquet").filter(pl.col("view") == "f2f")
+    trained = {item for items in train for item in items}
+    cold = sequences.filter(~pl.col("test").is_in(list(trained)))["user_id"].to_list()
+    assert wanted <= set(cold) and result["cold"]["users"] == len(cold)
+    for among in ("candidates", "full"):
+        mine = users.filter(pl.col("user_id").is_in(cold) & (pl.col("protocol") == among))["N@10"]
+        assert result["cold"][among]["f2f"]["N@10"] == pytest.approx(mine.mean())

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
-from children import child, python_path, waited
+from children import Forked, child, python_path, waited
 
 from vlm2rec.embedder.contract import process, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -82,6 +82,7 @@ def test_fault_17_any_number_of_workers_makes_the_same_folder(
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_17_what_one_worker_has_begun_several_go_on_with(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_fault_17_what_one_worker_has_begun_several_go_on_with(
     assert parts(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +106,7 @@ def test_fault_45_a_worker_that_dies_costs_one_shard_which_another_makes(
     )
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_rerun_completes(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -116,11 +119,13 @@ def test_fault_45_where_a_shard_kills_every_worker_the_others_are_kept_and_the_r
     assert parts(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_a_worker_complains_of_is_what_the_command_complains_of(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="this model refuses"):
         make(data, tmp_path / "out", Refusing, distribution=Distribution(num_workers=2))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_take_over_earlier_rows(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
     reuse = Reuse(changed_since=tmp_path / "whole")
     make(data, tmp_path / "out", Refusing, reuse=reuse, distribution=Distribution(num_workers=2))
@@ -186,7 +191,7 @@ from vlm2rec.pipelines.export_items import export
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
        distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
 """
-    started = [child(code, data.path, tmp_path / "out", worker) for worker in range(3)]
+    started = [Forked(code, data.path, tmp_path / "out", worker) for worker in range(3)]
     told = [worker.communicate() for worker in started]
     assert [worker.returncode for worker in started] == [0] * 3, told
     assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
@@ -325,6 +330,7 @@ DIVISIONS = {
 }
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -462,7 +468,7 @@ def test_a_worker_whose_folder_goes_on_with_other_items_ends_and_writes_nothing_
                 (data.path / "items.parquet").write_bytes(earlier)
             return super().encode_items(titles, images)
 
-    with pytest.raises(ArtifactError, match="is no longer what this export began: another worker goes on with other"):
+    with pytest.raises(ArtifactError, match="is no longer what this export began: another worker continues with other"):
         make(data, out, Overtaken, distribution=first)
     assert sorted(parts(out)) == [f"part-0000{number}.parquet" for number in (1, 3, 5)]
 
@@ -539,29 +545,55 @@ CONTAINERS = (
 )
 
 
-@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
-@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the machine's /proc"])
-def test_workers_that_are_all_process_1_make_one_folder(
-    data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
-) -> None:
-    code = """
-import os, sys, time
-from pathlib import Path
-from chairs import ShadeEncoder
-from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.export.distribute import Distribution
-from vlm2rec.pipelines.export_items import export
+PROCESS_1 = """
 assert os.getpid() == 1
 fsync = os.fsync
 os.fsync = lambda descriptor: (fsync(descriptor), time.sleep(0.05))
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), ShadeEncoder().fingerprint, ShadeEncoder, shard_size=3,
        distribution=Distribution(num_workers=3, worker=int(sys.argv[3])))
 """
-    run = ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", code, str(data.path), str(tmp_path / "out")]
+IMPORTS = """
+import ctypes, os, sys, time
+from pathlib import Path
+from chairs import ShadeEncoder
+from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.export.distribute import Distribution
+from vlm2rec.pipelines.export_items import export
+"""
+# the next child is process 1 of what looks like a machine of its own
+IN_A_CONTAINER = """
+assert ctypes.CDLL(None).unshare(0x20000000) == 0
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
+def test_workers_that_are_all_process_1_make_one_folder(data: Dataset, whole: dict[str, bytes], tmp_path: Path) -> None:
+    code = IMPORTS + IN_A_CONTAINER + PROCESS_1
+    started = [Forked(code, data.path, tmp_path / "out", worker) for worker in range(3)]
+    told = [worker.communicate() for worker in started]
+    assert [worker.returncode for worker in started] == [0] * 3, told
+    assert parts(tmp_path / "out") == whole and verify(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CONTAINERS, reason="needs root and unshare")
+@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the machine's /proc"])
+def test_interpreters_that_are_all_process_1_make_one_folder(
+    data: Dataset, whole: dict[str, bytes], tmp_path: Path, mount: list[str]
+) -> None:
+    run = ["unshare", "--pid", "--fork", *mount, sys.executable, "-c", IMPORTS + PROCESS_1]
     environment = os.environ | {"PYTHONPATH": python_path()}
     pipe = subprocess.PIPE
     started = [
-        subprocess.Popen([*run, str(worker)], stdout=pipe, stderr=pipe, text=True, env=environment)
+        subprocess.Popen(
+            [*run, str(data.path), str(tmp_path / "out"), str(worker)],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=environment,
+        )
         for worker in range(3)
     ]
     told = [worker.communicate() for worker in started]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, rows_of, write_dataset
-from children import child
+from children import Forked
 from PIL import Image
 
 from vlm2rec.downstream.table import EmbeddingTable
@@ -226,7 +226,7 @@ encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8)
 """
     data = write_dataset(tmp_path / "data")
-    killed = child(code, data, tmp_path / "out")
+    killed = Forked(code, data, tmp_path / "out")
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
     assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()

@@ -14,18 +14,24 @@ import pytest
 import ray
 import ray.cluster_utils
 import ray.data
+import yaml
 from chairs import ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
 from children import python_path
+from embedding_folder import write_embeddings
 
+from vlm2rec.downstream.index.index import ItemIndex, build_index
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import DataError, ModelError
+from vlm2rec.embedder.contract.errors import ArtifactError, DataError, ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, ItemEncoder
 from vlm2rec.embedder.export.distribute import Distribution
 from vlm2rec.embedder.export.export import export
 from vlm2rec.embedder.export.processes import environment
 from vlm2rec.embedder.export.reuse import Reuse
 from vlm2rec.embedder.export.verify import verify
+from vlm2rec.pipelines import run
+from vlm2rec.pipelines.config import RunConfig
+from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
 SETTINGS = ShadeEncoder().fingerprint
 DISTRIBUTION = Distribution(engine="ray", num_workers=2)
@@ -108,6 +114,7 @@ class TestRay:
         export(data, tmp_path / "whole", SETTINGS, ShadeEncoder, shard_size=3)
         assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and verify(tmp_path / "out") == []
 
+    @pytest.mark.slow  # that a worker may die is tried without Ray in `test_export_engines`
     def test_a_node_that_is_lost_in_mid_export_costs_nothing_but_time(self, cluster: Any, tmp_path: Path) -> None:
         data, seen = Dataset(write_dataset(tmp_path / "data", 24)), tmp_path / "seen"
         seen.mkdir()
@@ -126,6 +133,50 @@ class TestRay:
         loss.join(60)
         assert not loss.is_alive() and len(list(seen.iterdir())) == 2
         assert parts(tmp_path / "out") == parts(tmp_path / "whole") and verify(tmp_path / "out") == []
+
+    @pytest.mark.parametrize("kind", ["flat", "ivf"])
+    def test_an_index_is_built_in_parts(self, cluster: Any, kind: str, tmp_path: Path) -> None:
+        vectors = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+        vectors[40] = np.nan
+        write_embeddings(tmp_path / "e", [f"i{row}" for row in range(300)], vectors, shard_size=70)
+        one = build_index(tmp_path / "e", tmp_path / "one", kind=kind)
+        several = build_index(tmp_path / "e", tmp_path / "several", kind=kind, ray_tasks=2)
+        same = ("factory", "rows", "left_out_reasons", "recall@10", "effort")
+        assert [one[name] for name in same] == [several[name] for name in same] and several["rows"] == 299
+        found = [ItemIndex.open(tmp_path / name).search(vectors[:9], 5) for name in ("one", "several")]
+        for mine, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+    def test_a_damaged_shard_stops_the_build(self, cluster: Any, tmp_path: Path) -> None:
+        write_embeddings(tmp_path / "e", list("abcdef"), np.eye(6, 8, dtype=np.float32), shard_size=2)
+        (tmp_path / "e" / schema.shard_name(1)).unlink()
+        with pytest.raises(ArtifactError, match="is missing or has another size"):
+            build_index(tmp_path / "e", tmp_path / "index", kind="flat", ray_tasks=2)
+        assert not (tmp_path / "index").exists()
+
+    @pytest.mark.slow
+    def test_the_whole_line_is_one_job_with_one_file(
+        self, cluster: Any, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        draw_catalogue(tmp_path, products=30, users=24, seed=0)
+        ray_tasks = {"engine": "ray", "num_workers": 2}
+        catalogue = {name: str(tmp_path / f"{name}.parquet") for name in ("items", "interactions")}
+        catalogue |= {"images": str(tmp_path / "images")}
+        out = {name: str(tmp_path / name) for name in ("data", "embeddings", "index")}
+        encoder = {"data": out["data"], "backbone": str(tiny("qwen2_5_vl")), "vision_cache": "off", "device": "cpu"}
+        stages = {
+            "prepare": catalogue | {"out": out["data"], "core": 2, "candidates": 10, "candidate_seeds": [0]},
+            "export-items": encoder | {"out": out["embeddings"], "shard_size": 10} | ray_tasks,
+            "build-index": {"embeddings": out["embeddings"], "out": out["index"], "kind": "ivf", "sample": 10}
+            | ray_tasks,
+        }
+        (tmp_path / "line.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
+        monkeypatch.chdir(tmp_path)
+        for expected in ("done", "was done"):  # a job that is submitted again finds everything done
+            found = run.run(RunConfig(config=Path("line.yaml")))
+            assert [each["state"] for each in found["stages"]] == [expected] * 3
+        assert verify(tmp_path / "embeddings") == []
+        assert len(ItemIndex.open(tmp_path / "index")) == Dataset(tmp_path / "data").catalogue_size
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
     def test_an_encoder_works_inside_map_batches(self, cluster: Any, tiny: Callable[[str], Path]) -> None:

@@ -59,9 +59,22 @@ def test_ids_come_from_a_list_or_a_file_in_the_order_of_the_catalogue(data: Path
         (" , ", ConfigError, "names no item"),
         ("", ConfigError, "names no item"),
         ("none.txt", DataError, "none.txt"),
+        ("@ids", ConfigError, "is a file, and no item.*ends in"),
+        ("@folder", ConfigError, "is a folder, and no item"),
+        ("@dict.json", DataError, "is not a list of ids .it holds a dict"),
+        ("@empty.json", ConfigError, "names no item"),
+        ("@latin.txt", DataError, "is not UTF-8"),
+        ("@twice.txt", DataError, "more than once"),
     ],
 )
-def test_what_is_no_item_is_refused(data: Path, items: str, error: type[Exception], message: str) -> None:
+def test_what_is_no_item_is_refused(
+    data: Path, items: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    files = {"ids": b"002\n", "dict.json": b'{"002": 1}', "empty.json": b"[]", "latin.txt": b"\xfc\n"}
+    for name, content in {**files, "twice.txt": b"002\n002\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    items = items.replace("@", f"{tmp_path}/")
     with pytest.raises(error, match=message):
         chosen(data, items)
 

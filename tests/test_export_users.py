@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from children import child
+from children import Forked
 from embedding_folder import write_embeddings
 from user_world import ITEMS, draw_histories, item_vectors, parts, rows_of, write_histories, write_items
 
@@ -166,6 +166,7 @@ def test_the_encoder_of_sequences_gives_the_vectors_of_task_1(encoded: ExportUse
     assert found["stranger"]["fused"] is None and "nowhere" in found["stranger"]["error"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_users_vector_does_not_depend_on_the_other_users(encoded: ExportUsersConfig, tmp_path: Path) -> None:
     whole = export_users.run(replace(encoded, out=tmp_path / "whole"))
     given = [json.loads(line) for line in encoded.histories.read_text().splitlines()]
@@ -189,7 +190,7 @@ export_users.run(ExportUsersConfig(histories=Path(sys.argv[1]), embeddings=Path(
 
 @pytest.mark.parametrize("shards", [0, 2])
 def test_killed_and_run_again_it_writes_the_same_bytes(config: ExportUsersConfig, shards: int, tmp_path: Path) -> None:
-    killed = child(KILLED, config.histories, config.embeddings, config.out, shards)
+    killed = Forked(KILLED, config.histories, config.embeddings, config.out, shards)
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
     left = {path.name for path in config.out.iterdir()}

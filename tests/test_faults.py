@@ -25,7 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 from chairs import ShadeEncoder, parts, rows_of, write_dataset
-from children import child
+from children import Forked, child
 from drawn_lora import without_checksums
 from PIL import Image
 from test_export_items import never
@@ -102,7 +102,7 @@ from vlm2rec.pipelines.cli import main
 main()
 """
     flags = ["--data", config.data, "--backbone", config.backbone, "--out", config.out, "--dtype", "float32"]
-    full = child(code, "export-items", *flags, "--shard-size", 8)
+    full = Forked(code, "export-items", *flags, "--shard-size", 8)
     told = " ".join(full.communicate()[1].split())
     assert full.returncode == 5, told
     assert "vision cache: File too large" in told and "continuing without it" in told
@@ -258,7 +258,7 @@ def test_fault_26_a_turned_photograph_has_the_vector_of_the_upright_one(tiny: Ti
     np.testing.assert_array_equal(odd, plain)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava", "gemma4", "llava_onevision"])
 def test_fault_28_a_dot_and_a_strip_have_vectors_in_every_family(tiny: Tiny, tmp_path: Path, family: str) -> None:
     sizes = [(1, 1), (1, 5000), (5000, 1)]
     data = write_dataset(tmp_path / "data", items=3, image_path=[f"{w}.{h}.png" for w, h in sizes])
@@ -312,7 +312,7 @@ encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, image_timeout=0.3)
 """
     with held(*(data / "images" / f"{row}.png" for row in slow)):
-        run = child(code, data, tmp_path / "out")
+        run = Forked(code, data, tmp_path / "out")
         told = run.communicate()[1]
         assert run.returncode == 0, told
     rows = rows_of(tmp_path / "out")

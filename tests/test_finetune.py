@@ -8,9 +8,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from children import COMMAND, Forked, command
 from recommender_world import with_cold_items
 from transformers import TrainerState
 
@@ -194,7 +192,7 @@ def test_sft_trains_infonce_and_internal_fusion_goes_with_it_only(
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "x", fusion="internal"))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "idefics3", "qwen3_5", "smolvlm"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "idefics3", "llava_onevision", "qwen3_5", "smolvlm"])
 def test_families_that_pack_in_their_own_way_train_like_the_others(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, family: str
 ) -> None:
@@ -249,17 +247,16 @@ def test_fault_48_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
     arguments = ["--data", str(drawn_dataset), "--backbone", str(tiny("qwen2_5_vl")), "--max-pixels", "3136"]
     arguments += ["--learning-rate", "1e-3", "--valid-users", "5", "--log-steps", "1", "--max-steps", "12"]
     arguments += ["--checkpoint-steps", "2", "--device", "cpu"]
-    command = [str(Path(sys.executable).with_name("vlm2rec")), "finetune", *arguments, "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, str(cut)], env=environment, stderr=subprocess.DEVNULL)
+    process = Forked(COMMAND, "finetune", *arguments, "--out", cut)
     deadline = time.monotonic() + 120
     while not list(cut.glob("checkpoints/checkpoint-[46]/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     assert not (cut / "vlm2rec.json").exists(), "the run must have been cut before its end"
-    subprocess.run([*command, str(cut)], env=environment, check=True, capture_output=True)
-    subprocess.run([*command, str(whole)], env=environment, check=True, capture_output=True)
+    for out in (cut, whole):
+        ended = command("finetune", *arguments, "--out", out)
+        assert ended.returncode == 0, ended.stderr
     rows = [json.loads((out / "curves.json").read_text())["train"] for out in (whole, cut)]
     assert [row["step"] for row in rows[1]] == list(range(1, 13))
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]], "in float32 on a CPU, to the bit"

@@ -21,7 +21,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, retitle, write_dataset
-from children import child
+from children import Forked
 from test_revise_export import append_items
 
 from vlm2rec.downstream.table import EmbeddingTable
@@ -296,7 +296,7 @@ def test_beside_a_living_writer_of_the_earlier_version_nothing_is_written_and_a_
 ) -> None:
     out = renamed(begun(data, tmp_path / "out"))
     division = Distribution(num_workers=workers, worker=0) if workers else Distribution()
-    other = child(HOLDING, out, name)
+    other = Forked(HOLDING, out, name)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         before = names(out)
@@ -351,7 +351,10 @@ def _dying(moment: int, run: Callable[[], Any]) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kind", ["unfinished", "complete", "untidy", "retry", "extend"])
+@pytest.mark.parametrize(
+    "kind",
+    ["unfinished", "retry", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("complete", "untidy", "extend"))],
+)
 def test_killed_at_any_step_the_folder_is_whole_or_unfinished_and_goes_on(
     data: Dataset, whole: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -342,7 +342,7 @@ def test_an_export_of_other_items_is_refused_and_missing_ones_are_named(
     ids = Dataset(drawn_dataset).item_ids
     vectors = np.random.default_rng(0).normal(size=(len(ids), 6)).astype(np.float32)
     write_embeddings(tmp_path / "others", [f"other-{n}" for n in range(9)], vectors[:9])
-    with pytest.raises(ArtifactError, match="knows none of the dataset's items"):
+    with pytest.raises(ArtifactError, match="has none of the dataset's items"):
         mined(drawn_dataset, tmp_path / "others")
     write_embeddings(tmp_path / "some", ids[:-2], vectors[:-2])
     mined(drawn_dataset, tmp_path / "some", margin=1.0)

@@ -160,7 +160,7 @@ def test_nothing_is_lost_and_cuts_keep_the_last(lists: dict[str, list[str]]) -> 
         ('user_id,history\nu,"[""a""]"\nu,"[""b""]"\n', "user 'u' has the rows 1 and 2"),
         ("user_id,history\nu,a b c\n", "row 1 of .* has 'a b c' as 'history'.*JSON"),
         ('user_id,history\nu,"[[""a""]]"\n', "where an id belongs"),
-        ('user_id,history\nu,"[""x"", ""y""]"\n', "none of the 2 interactions .* is of an item of the catalogue"),
+        ('user_id,history\nu,"[""x"", ""y""]"\n', "none of the 2 interactions .* names an item of the catalogue"),
         ("user_id,item_id,timestamp\nu,x,1\n", "none of the 1 interactions .*such as 'x'"),
         ("user_id,history\nu,[]\nv,\n", "empty histories only"),
         ('user_id,history\n,"[""a""]"\n', "none of the 1 rows of .* has a value in 'user_id'"),
@@ -180,6 +180,8 @@ def test_files_that_cannot_be_histories_are_refused_in_words(text: str, words: s
         ('{"user_id": "u", "history": [true]}', "has True where an id belongs"),
         ('{"user_id": ["u"], "history": ["a"]}', "where an id belongs"),
         ('{"user_id": "u", "history": ["a"]', "line 1 of .* is not an object"),
+        ('{"user_id": null, "history": ["a"]}\n{"user_id": "u", "history": null}', "none of the 1 .*can be used: 1 "),
+        ('{"user_id": "\\udcff", "history": ["a"]}', "."),
     ],
 )
 def test_lines_that_are_no_history_are_refused_in_words(line: str, words: str, tmp_path: Path) -> None:
@@ -202,5 +204,5 @@ def test_a_damaged_parquet_and_a_column_of_numbers_are_refused(tmp_path: Path) -
 
 def test_ids_that_only_differ_in_their_spelling_are_refused(tmp_path: Path) -> None:
     rows = [{"user_id": "u", "history": ["A", "B", "c"]}]
-    with pytest.raises(DataError, match="only spell their id otherwise"):
+    with pytest.raises(DataError, match="differ from a known id only in spelling"):
         read(as_jsonl(tmp_path / "h.jsonl", rows))

@@ -19,15 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.index import unit_vectors
+from vlm2rec.downstream.index import parts, unit_vectors
 from vlm2rec.downstream.index.index import ItemIndex, build_index
-from vlm2rec.downstream.index.plan import bytes_per_vector, choose_factory, plan_index
+from vlm2rec.downstream.index.plan import bytes_per_vector, choose_factory, empty_index, plan_index
 from vlm2rec.downstream.index.recall import drop_own, exact_neighbours, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, unit_batches
 from vlm2rec.embedder.contract import process, publish, schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
 from vlm2rec.embedder.contract.process import Process
 from vlm2rec.embedder.contract.storage import StorePath
+from vlm2rec.pipelines import build_index as build_index_command
+from vlm2rec.pipelines.config import BuildIndexConfig
 
 
 def clustered(rows: int, dim: int, seed: int = 0, clusters: int = 20) -> np.ndarray:
@@ -333,8 +335,8 @@ def test_too_few_vectors_for_the_factory_is_a_setting_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("IDMap,Flat", "gives the vectors ids of its own.*--kind Flat"),
-        ("IDMap2,HNSW32", "gives the vectors ids of its own.*--kind HNSW32"),
+        ("IDMap,Flat", "stores ids beside the vectors.*--kind Flat"),
+        ("IDMap2,HNSW32", "stores ids beside the vectors.*--kind HNSW32"),
         ("NSG32,Flat", "cannot add 30 vectors to 'NSG32,Flat'"),
         ("ZnLattice2x4_4", "cannot read back the index 'ZnLattice2x4_4' that it wrote"),
     ],
@@ -544,7 +546,7 @@ def test_an_index_of_two_builds_is_refused(rows: int, file: str, tmp_path: Path)
         write_embeddings(tmp_path / f"emb-{name}", ids, clustered(len(ids), 8, len(name)))
         build_index(tmp_path / f"emb-{name}", tmp_path / name)
     shutil.copy(tmp_path / "other" / file, tmp_path / "one" / file)
-    with pytest.raises(ArtifactError, match=r"of another build.*run `vlm2rec build-index` again"):
+    with pytest.raises(ArtifactError, match=r"another build wrote it.*run `vlm2rec build-index` again"):
         ItemIndex.open(tmp_path / "one")
 
 
@@ -618,3 +620,62 @@ def test_an_unfinished_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "emb" / schema.MANIFEST_FILE).unlink()
     with pytest.raises(ArtifactError, match="export-items"):
         build_index(tmp_path / "emb", tmp_path / "idx")
+
+
+# --- in parts -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [
+        ([4, 4, 4], 4, [range(0, 1), range(1, 2), range(2, 3)]),
+        ([4, 4, 4], 5, [range(0, 2), range(2, 3)]),
+        ([4, 4, 1], 100, [range(0, 3)]),
+        ([], 3, []),
+    ],
+)
+def test_shards_are_divided_into_parts(rows: list[int], size: int, expected: list[range]) -> None:
+    assert parts.groups(rows, size) == expected
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQ8", "IVF4,Flat", "IVF4,PQ4,Refine(SQ8)", "PCA8,IVF4,SQ8"])
+def test_merged_parts_find_what_one_index_finds(kind: str, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    vectors[7] = np.nan
+    write_embeddings(tmp_path / "e", [f"i{row}" for row in range(400)], vectors, shard_size=90)
+    whole = empty_index(kind, 16)
+    whole.train(np.delete(vectors, 7, axis=0))
+    empty = faiss.serialize_index(whole)
+    merged = faiss.deserialize_index(empty)
+    for batch in unit_batches(tmp_path / "e", "fused"):
+        whole.add(batch.vectors)
+    for shards in parts.groups([90, 90, 90, 90, 40], 150):
+        parts.merge(merged, faiss.deserialize_index(parts.part_of(empty, tmp_path / "e", "fused", shards)))
+    assert merged.ntotal == whole.ntotal == 399
+    queries = vectors[:5] / np.linalg.norm(vectors[:5], axis=1, keepdims=True)
+    for mine, other in zip(merged.search(queries, 7), whole.search(queries, 7), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hnsw", "whose graph links every vector"),
+        ("IVF2_HNSW8,Flat", "whose graph links every vector"),
+        ("IVF2,PQ4x4fs", "whose blocks of codes"),
+    ],
+)
+def test_what_cannot_be_merged_is_not_built_in_parts(kind: str, message: str, tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "e", ["a", "b", "c"], np.eye(3, 8, dtype=np.float32))
+    with pytest.raises(ConfigError, match=message):
+        build_index(tmp_path / "e", tmp_path / "index", kind=kind, ray_tasks=2)
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_large_catalogue_is_planned_so_that_its_parts_can_be_merged() -> None:
+    assert choose_factory("auto", 40_000, 64, in_parts=True) == "Flat"
+    assert choose_factory("auto", 200_000, 64, in_parts=True) == "IVF2048,PQ8,Refine(SQ8)"
+
+
+def test_workers_without_ray_are_refused(tmp_path: Path) -> None:
+    config = BuildIndexConfig(embeddings=tmp_path / "e", out=tmp_path / "index", num_workers=2)
+    with pytest.raises(ConfigError, match="without --engine ray"):
+        build_index_command.run(config)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
+from children import command
 
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.schema import read_manifest
@@ -35,11 +34,11 @@ def line(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     """A folder in which the README's commands have run on a drawn catalogue, and what each wrote to stdout."""
     folder = tmp_path_factory.mktemp("line")
     draw_catalogue(folder, products=200, users=150, seed=0)
-    program, said = Path(sys.executable).with_name("vlm2rec"), {}
+    said = {}
     for call in commands_of_the_readme():
         item = pl.read_parquet(folder / "data" / "items.parquet")["item_id"][0] if "search" in call else ITEM
         words = [{HUB_ID: str(tiny("qwen2_5_vl")), ITEM: item}.get(word, word) for word in call]
-        done = subprocess.run([program, *words], cwd=folder, capture_output=True, text=True, check=False)
+        done = command(*words, cwd=folder)
         assert done.returncode == 0, f"vlm2rec {shlex.join(words)}\n{done.stderr}"
         said[call[0]] = done.stdout
     return folder, said
@@ -56,10 +55,7 @@ def test_every_item_has_its_three_vectors(line: tuple[Path, dict[str, str]]) -> 
     manifest = read_manifest(folder / "embeddings")
     assert manifest["views"] == ["fused", "text", "image"]
     assert sum(manifest["counts"].values()) == len(Dataset(folder / "data").item_ids)
-    verified = subprocess.run(
-        [Path(sys.executable).with_name("vlm2rec"), "verify", folder / "embeddings"], check=False, capture_output=True
-    )
-    assert verified.returncode == 0
+    assert command("verify", folder / "embeddings").returncode == 0
 
 
 def test_both_tasks_have_figures_for_the_same_users(line: tuple[Path, dict[str, str]]) -> None:

@@ -66,7 +66,7 @@ def test_missing_and_rare_labels_and_equal_vectors_do_not_count() -> None:
     [(400, ["same"] * 400), (400, [None] * 400), (60, ["a", "b"] * 30), (400, [str(n) for n in range(400)])],
 )
 def test_too_few_labels_or_vectors_are_refused(count: int, labels: list[str | None]) -> None:
-    with pytest.raises(DataError, match="different labelled vectors"):
+    with pytest.raises(DataError, match="different vectors with"):
         linear_probe(np.random.default_rng(0).standard_normal((count, 4)), labels)
     with pytest.raises(DataError, match="vectors of shape"):
         linear_probe(np.full((count, 4), np.nan), labels)
@@ -118,7 +118,7 @@ def test_the_command_reads_a_colour_from_the_tokens_of_a_tower(
 
 def test_too_few_labels_are_a_reason_and_other_mistakes_are_errors(tiny: Tiny, coloured: Path, tmp_path: Path) -> None:
     found = probe_images.run(config(tiny, coloured, tmp_path / "a", column="title"))
-    assert "different labelled vectors" in found["reason"] and "accuracy" not in found
+    assert "different vectors with" in found["reason"] and "accuracy" not in found
     with pytest.raises(ConfigError, match="did you mean 'looks'"):
         probe_images.run(config(tiny, coloured, tmp_path / "b", column="look"))
     (tmp_path / "c").mkdir()
@@ -127,6 +127,7 @@ def test_too_few_labels_are_a_reason_and_other_mistakes_are_errors(tiny: Tiny, c
         probe_images.run(config(tiny, coloured, tmp_path / "c"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_probes_the_untrained_backbone_once(tiny: Tiny, coloured: Path, tmp_path: Path) -> None:
     vanilla = {
         "name": "vanilla",

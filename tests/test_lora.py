@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
-from tiny_models import FAMILIES
+from tiny_models import ADAPTED, FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.adapters import lora
@@ -57,7 +57,7 @@ def test_lora_touches_every_language_layer_and_no_vision_module(tiny: Tiny, fami
     encoder = ItemEncoder.load(str(tiny(family)), dtype="float32", device="cpu")
     wrapped = lora.add_lora(encoder.backbone, rank=4, alpha=8, dropout=0.0, seed=0)
     names = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    assert len(names) == (13 if family == "qwen3_5" else 14) * 2  # of two layers; one of Qwen3.5's has six
+    assert len(names) == ADAPTED.get(family, 14) * 2  # of two layers
     assert not any("vis" in name for name in names)
 
 

@@ -125,7 +125,7 @@ def test_an_adapter_from_before_the_setting_goes_on_being_the_same(
 def test_lengths_beyond_the_backbone_s_are_refused_before_training(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--matryoshka 8,64, but the backbone's vectors have 64 numbers"):
+    with pytest.raises(ConfigError, match="--matryoshka 8,64, but the backbone's vectors have 64 dimensions"):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", matryoshka=(8, 64)))
 
 

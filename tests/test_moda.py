@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from drawn_lora import draw_lora, without_checksums
 from peft import PeftModel
-from tiny_models import FAMILIES
+from tiny_models import ADAPTED, FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from vlm2rec.embedder.adapters import lora, moda
@@ -95,7 +95,7 @@ def test_a_layer_is_not_called_without_a_modality() -> None:
 
 
 def test_a_rank_that_experts_cannot_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--lora-rank 8 is shared by --experts 3"):
+    with pytest.raises(ConfigError, match=r"--lora-rank 8 cannot be divided among --experts 3"):
         ModaSettings(experts=3, rank=8, alpha=32.0, dropout=0.0)
 
 
@@ -105,7 +105,7 @@ def test_every_language_layer_gets_experts_and_no_vision_module(tiny: Tiny, fami
     encoder = trained(tiny, family)
     model = encoder.backbone.model
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(names) == (13 if family == "qwen3_5" else 14) * 4  # of two layers; one of Qwen3.5's has six
+    assert len(names) == ADAPTED.get(family, 14) * 4  # of two layers
     assert not any("vis" in name for name in names)
     assert set(names) == set(moda.weights(model))
 

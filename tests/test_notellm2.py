@@ -92,7 +92,7 @@ def test_pairs_come_from_the_training_parts_alone_and_are_drawn_by_their_score(d
     assert [count / 300 for count in counts.values()] == pytest.approx(
         [1.75 / 2.25, 0.25 / 2.25, 0.25 / 2.25], abs=0.08
     )
-    with pytest.raises(DataError, match="the training sequences of 2 users have 0 items with related ones"):
+    with pytest.raises(DataError, match="in the training sequences of 2 users, 0 items have a related item"):
         PairSamples([np.array([1]), np.array([2, 2])], 5, 10)
 
 
@@ -262,7 +262,7 @@ def test_the_export_has_fused_vectors_after_the_gate(
     )
     assert result["users_from"] == "mean"
     to: dict[str, Any] = {"to": "sentence-transformers", "backbone": backbone, "adapter": trained}
-    with pytest.raises(ModelError, match="prompts or the pooling of another method"):
+    with pytest.raises(ModelError, match="another method's prompts or pooling"):
         convert.run(ConvertConfig(embeddings=tmp_path / "e", out=tmp_path / "s", **to))
 
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -23,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, parts, retitle, rows_of, write_dataset
+from children import CHILDREN, COMMAND, Forked, command, forked
 from embedding_folder import write_embeddings
 from object_store import BUCKET, content, download, names, s3_server, upload
 
@@ -54,10 +52,6 @@ from vlm2rec.pipelines.read_config import read_config
 SETTINGS = ShadeEncoder().fingerprint
 SHARDS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
 Tiny = Callable[[str], Path]
-
-# children of a server that has the imports, and never spoke to a store itself
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["vlm2rec.pipelines.export_items", "s3fs"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +132,7 @@ def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
     left_behind = []
     for moment in range(100):
         out = store / str(moment)
-        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed = forked(_export_and_die, data.path, str(out), moment)
         killed.start()
         killed.join()
         if killed.exitcode == 0:
@@ -181,7 +175,7 @@ def test_killed_while_it_gives_today_s_names_the_same_command_goes_on(
     assert not any(path.name.startswith("_") for path in files.iterdir())
     for moment in range(100):
         out = upload(files, store / str(moment))
-        killed = CHILDREN.Process(target=_export_and_die, args=(data.path, str(out), moment))
+        killed = forked(_export_and_die, data.path, str(out), moment)
         killed.start()
         killed.join()
         left = names(out)
@@ -278,7 +272,7 @@ def _hold(out: str, pipe: Connection) -> None:
 def holder(store: StorePath) -> Iterator[Any]:
     """Another process that holds the folder."""
     mine, its = CHILDREN.Pipe()
-    process = CHILDREN.Process(target=_hold, args=(str(store), its))
+    process = forked(_hold, str(store), its)
     process.start()
     assert mine.recv() == "held"
     yield process
@@ -565,7 +559,7 @@ def test_the_command_with_a_real_model_goes_from_store_to_store(
     export_items.run(ExportConfig(data=drawn_dataset, out=tmp_path / "emb", vision_cache="off", **given))
     flags = {"data": str(store / "data"), "out": str(store / "emb"), "shard_size": 16}
     export_items.run(read_config(ExportConfig, flags={**given, **flags}))
-    assert "vision cache: none" in capfd.readouterr().err
+    assert "vision cache: off" in capfd.readouterr().err
     here, there = EmbeddingTable.open(tmp_path / "emb"), EmbeddingTable.open(str(store / "emb"))
     assert here.item_ids == there.item_ids
     np.testing.assert_array_equal(here.vectors, there.vectors)
@@ -596,20 +590,14 @@ def test_where_a_folder_of_this_machine_is_needed_an_address_is_refused() -> Non
         read_config(FinetuneConfig, flags=flags)
 
 
-def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.argv = {['vlm2rec', *arguments]!r}\nfrom vlm2rec.pipelines.cli import main\nmain()"
-    code = f"import sys; sys.modules['s3fs'] = None\n{code}" if environment.pop("WITHOUT", "") else code
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-
-
 def test_without_s3fs_the_command_says_what_to_install(store: StorePath) -> None:
-    ran = run_cli("verify", str(store), WITHOUT="s3fs")
-    assert ran.returncode == 7 and "pip install 'vlm2rec[store]'" in ran.stderr
+    ran = Forked(f"import sys; sys.modules['s3fs'] = None\n{COMMAND}", "verify", store)
+    said = ran.communicate()[1]
+    assert ran.returncode == 7 and "pip install 'vlm2rec[store]'" in said
 
 
 def test_a_store_that_does_not_answer_is_no_empty_folder(store: StorePath) -> None:
-    ran = run_cli("verify", str(store), AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
+    ran = command("verify", str(store), AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
     assert ran.returncode == 5 and "cannot be read (EndpointConnectionError" in ran.stderr
 
 
@@ -632,8 +620,8 @@ def test_a_bucket_that_is_not_there_is_not_made(data: Dataset) -> None:
 
 def test_verify_and_its_exit_codes_on_the_command_line(data: Dataset, store: StorePath) -> None:
     make(data, store)
-    ran = run_cli("verify", str(store))
+    ran = command("verify", str(store))
     assert ran.returncode == 0 and "no problem" in ran.stderr
     (store / SHARDS[2]).unlink()
-    ran = run_cli("verify", str(store))
+    ran = command("verify", str(store))
     assert ran.returncode == 5 and "part-00002.parquet: is missing" in ran.stderr

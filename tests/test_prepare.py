@@ -18,6 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import Forked, command
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -734,8 +735,8 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_run_finishes_it(paths: dict
     )
     prepare.run(config(paths))
     done = {path.name: path.read_bytes() for path in paths["out"].iterdir()}
-    killed = subprocess.run([sys.executable, "-c", script, *flags(paths)], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = Forked(script, *flags(paths))
+    assert killed.wait() == -signal.SIGKILL
     assert not (paths["out"] / "dataset.json").exists()
     prepare.run(config(paths))
     assert {path.name: path.read_bytes() for path in paths["out"].iterdir()} == done
@@ -797,9 +798,7 @@ def run_cli(
 def test_the_command_runs_with_default_flags_in_a_process_of_its_own(tmp_path: Path) -> None:
     paths = write_catalogue(tmp_path, a_log(users=60, items=200, length=30))
     arguments = [part for key, value in paths.items() for part in (f"--{key}", str(value))]
-    done = subprocess.run(
-        [Path(sys.executable).with_name("vlm2rec"), "prepare", *arguments], capture_output=True, text=True, check=False
-    )
+    done = command("prepare", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "5-core" in done.stderr
@@ -878,7 +877,7 @@ BROKEN = {
         items=ITEMS + b"07,title\n",
         interactions=LOG + b"u,7,1\n",
     ),
-    "no pictures": Broken(3, ("no item of the catalogue has a picture", "a.jpg", "img2dataset"), remove_images=True),
+    "no pictures": Broken(3, ("no item of the catalogue has an image", "a.jpg", "img2dataset"), remove_images=True),
     "no titles": Broken(
         3,
         ("step 'items with a title' leaves nothing of 4 users, 6 items and 15 interactions",),

@@ -144,7 +144,7 @@ def test_whatever_the_rows_each_is_kept_or_in_the_list_of_rejects_and_never_both
         try:
             dataset = prepare.run(config)
         except DataError as refused:  # too few items, or most unknown ids are only spelled otherwise
-            expected = ("touched so many", "only spell their id otherwise")
+            expected = ("interacted with so many", "differ from a known id only in spelling")
             if any(words in str(refused) for words in expected):
                 return
             raise

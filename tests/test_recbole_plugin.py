@@ -356,7 +356,7 @@ def test_a_random_fill_has_length_one_and_follows_the_seed(holed: Path) -> None:
 
 
 def test_fault_46_a_table_of_another_dataset_is_refused(holed: Path) -> None:
-    with pytest.raises(ArtifactError, match="knows none of the dataset's items"):
+    with pytest.raises(ArtifactError, match="has none of the dataset's items"):
         aligned_vectors(["x", "y"], EmbeddingStart(holed, missing="mean"), seed=0)
 
 

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from children import child
+from children import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -200,7 +200,7 @@ recommend.run(RecommendConfig(histories=Path(sys.argv[1]), embeddings=Path(sys.a
 
 @pytest.mark.parametrize("shards", [0, 3])
 def test_killed_and_run_again_it_writes_the_same_bytes(config: RecommendConfig, shards: int, tmp_path: Path) -> None:
-    killed = child(KILLED, config.histories, config.embeddings, config.out, shards)
+    killed = Forked(KILLED, config.histories, config.embeddings, config.out, shards)
     errors = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, errors
     left = {path.name for path in config.out.iterdir()}
@@ -229,6 +229,7 @@ def test_a_shard_without_a_record_is_adopted_and_a_damaged_one_made_again(config
     assert changed == {part.name}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_write_what_one_process_writes(config: RecommendConfig, tmp_path: Path) -> None:
     recommend.run(config)
     recommend.run(replace(config, num_workers=2, out=tmp_path / "two"))
@@ -342,7 +343,7 @@ def test_an_index_whose_vectors_are_gone_serves_users_but_no_means(config: Recom
     config.embeddings.rename(tmp_path / "away")  # type: ignore[union-attr]
     alone = replace(config, embeddings=None, index=tmp_path / "index")
     error = refused(alone)
-    assert isinstance(error, ArtifactError) and "for the means of histories" in str(error)
+    assert isinstance(error, ArtifactError) and "--histories needs the vectors" in str(error)
     recommend.run(replace(alone, users=tmp_path / "users", max_history=None))
     assert_same(told(config.out), wanted)  # type: ignore[arg-type]
 

@@ -168,7 +168,7 @@ def test_pictures_are_inline_and_each_is_stored_once(text: str) -> None:
 def test_an_item_without_a_readable_picture_is_shown_as_such(study: Path, tmp_path: Path) -> None:
     pictures, query = table_of(study, "pictures"), table_of(study, "neighbours")["query"][0]
     gone = pl.when(pl.col("item_id") != query).then("picture").alias("picture")
-    assert "no picture" in printed(changed(study, tmp_path, pictures=pictures.with_columns(gone)))
+    assert "no image" in printed(changed(study, tmp_path, pictures=pictures.with_columns(gone)))
     unreadable = pictures.filter(pl.col("item_id") == "P0059")  # the last of the catalogue, whose file is not there
     assert unreadable["picture"].to_list() == [None]
 
@@ -371,6 +371,7 @@ def test_a_study_of_an_older_program_still_has_its_page(study: Path, tmp_path: P
     assert "From catalogue to dataset" not in text and "recall@10" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_1_has_pairs_of_one_kind_and_marks_the_papers_column(study: Path, text: str, tmp_path: Path) -> None:
     found = table(text, "State")
     assert {"U users", "U items", "offset", "U‡"} <= {*found[0], *found[1]}
@@ -381,6 +382,7 @@ def test_table_1_has_pairs_of_one_kind_and_marks_the_papers_column(study: Path, 
     assert "−.9000" in measured and "−1.6000" in measured
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_table_3_says_which_filter_comes_nearest_to_the_paper(study: Path, tmp_path: Path) -> None:
     counts = [{"step": "5-core", "users": 22_363, "items": 12_101, "interactions": 198_502}]
     variants = [
@@ -450,6 +452,7 @@ def test_an_out_that_is_a_folder_and_a_call_without_one_folder_are_refused(study
         run(ReportConfig(study=study, run=tmp_path))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(study: Path, tmp_path: Path) -> None:
     few = {name: table_of(study, name).clear() for name in ("curves", "geometry")}
     own, elsewhere = changed(study, tmp_path / "study", **few) / "figures", tmp_path / "thesis" / "figures"
@@ -463,6 +466,7 @@ def test_pictures_beside_a_page_elsewhere_stay_and_old_figures_of_the_study_go(s
     assert (elsewhere / "mine.svg").exists() and (elsewhere / "differences.svg").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("file", ["page.html", "figures/differences.svg", "figures/differences.png"])
 def test_a_file_that_is_not_ours_is_never_replaced_by_a_page(file: str, study: Path, tmp_path: Path) -> None:
     mine, out = tmp_path / "thesis" / file, tmp_path / "thesis" / "page.html"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chairs import ITEMS, ShadeEncoder, edit_items, parts, retitle, rows_of, write_dataset
-from children import child
+from children import Forked
 from PIL import Image
 
 from vlm2rec.embedder.contract import schema
@@ -186,7 +186,7 @@ encoder = ShadeEncoder()
 export(Dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder.fingerprint, lambda: encoder, shard_size=8,
        reuse=Reuse(retry_failed=True))
 """
-    killed = child(code, folder, out)
+    killed = Forked(code, folder, out)
     told = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, told
     assert not (out / schema.MANIFEST_FILE).exists()
@@ -431,9 +431,7 @@ def test_an_export_by_an_earlier_version_s_hash_is_read_and_not_gone_on_with(tmp
     given = {"none": {}, "changed_since": {"changed_since": old}}.get(reuse, {reuse: True})
     out = tmp_path / "new" if reuse == "changed_since" else old
     now = Named()
-    with pytest.raises(
-        ArtifactError, match=r"made by an earlier vlm2rec, whose backbone_hash covers a part.*new --out"
-    ):
+    with pytest.raises(ArtifactError, match=r"an earlier vlm2rec wrote .* backbone_hash covers only part.*new --out"):
         export(data, out, now.fingerprint, lambda: now, shard_size=8, reuse=Reuse(**given))
     assert verify(old) == [] and not now.calls
 

@@ -275,7 +275,7 @@ def test_ids_that_are_spelled_otherwise_in_a_good_part_of_the_log_are_refused_wi
     log = [(user, names[item], time) for user, item, time in LOG]
     paths = write_catalogue(tmp_path, log)
     paths["interactions"] = write_log(tmp_path / "log", [(user, change(item), time) for user, item, time in log])
-    with pytest.raises(DataError, match="only spell their id otherwise") as refused:
+    with pytest.raises(DataError, match="differ from a known id only in spelling") as refused:
         prepare.run(config(paths))
     assert str(refused.value).count("the catalogue has") == 3
 

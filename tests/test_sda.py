@@ -16,7 +16,7 @@ import torch
 from item_training import Tiny, curves, cut_off, require_same, settings_of
 
 from vlm2rec.downstream.table import EmbeddingTable, unit_rows
-from vlm2rec.embedder import prompts
+from vlm2rec.embedder import distributed, prompts
 from vlm2rec.embedder.adapters import lora, moda
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -261,7 +261,7 @@ def test_sentence_transformers_cannot_hold_it_and_says_so(
     config = ConvertConfig(
         embeddings=exported, to="sentence-transformers", out=tmp_path / "st", backbone=backbone, adapter=trained
     )
-    with pytest.raises(ModelError, match="prompts or the pooling of another method"):
+    with pytest.raises(ModelError, match="another method's prompts or pooling"):
         convert.run(config)
 
 
@@ -385,16 +385,25 @@ def test_settings_of_the_other_method_are_refused(
 
 
 def test_a_rank_that_experts_cannot_share_is_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--lora-rank 8 is shared by --experts 3"):
+    with pytest.raises(ConfigError, match=r"--lora-rank 8 cannot be divided among --experts 3"):
         finetune.run(settings(tiny, drawn_dataset, tmp_path / "a", experts=3))
 
 
 def test_a_single_item_is_refused() -> None:
-    with pytest.raises(DataError, match="a catalogue of 1 items"):
+    with pytest.raises(DataError, match="the catalogue has 1 items"):
         ItemSamples(1)
 
 
-def test_several_processes_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+def test_several_processes_are_refused(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"--method sda in 2 processes"):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_several_processes_of_a_launcher_are_refused(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
     command = [programs / "torchrun", "--nproc-per-node", "2", "--no-python", programs / "vlm2rec", "finetune"]
     command += ["--method", "sda", "--data", drawn_dataset, "--backbone", tiny("qwen2_5_vl"), "--out", tmp_path / "a"]

@@ -233,6 +233,10 @@ def test_unknown_items_and_bad_pictures_are_refused(world: Path, dataset: Datase
         with pytest.raises(DataError, match="'nobody' is not in"):
             search(world, **asked)
     (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ConfigError, match=r"--html .*photo.jpg is a file that holds something else"):
+        search(world, item=known, html=tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_bytes() == b"\xff\xd8\xff"
     for picture in ("page.jpg", "none.jpg"):
         with pytest.raises(DataError, match=f"--image .*{picture}"):
             search(world, image=tmp_path / picture)
@@ -248,7 +252,7 @@ def test_vectors_of_titles_alone_have_no_pictures_to_compare(
     for more in ({}, {"text": "mug"}):
         with pytest.raises(ConfigError, match="made of text alone"):
             search(world, index=tmp_path / "index", image=tmp_path / "black.png", **more)
-    with pytest.raises(ConfigError, match="--against image, but the export has no such vectors"):
+    with pytest.raises(ConfigError, match="--against image, but the export has no image vectors"):
         search(world, index=tmp_path / "index", text="mug", against="image")
     assert search(world, index=tmp_path / "index", text=dataset.titles[0])[0].title == dataset.titles[0]
 

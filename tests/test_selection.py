@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from study_world import SMALL, Tiny, marks, settings
+from study_world import SMALL, Tiny, blank_figures, marks, settings
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -28,7 +28,6 @@ from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.experiments import schedule, selection
 from vlm2rec.pipelines.experiments.methods import Target, read_study
 from vlm2rec.pipelines.experiments.selection import Search
-from vlm2rec.pipelines.reporting import page
 
 # --- candidates of validation -------------------------------------------------------------------------------
 
@@ -67,7 +66,7 @@ def test_a_user_with_few_untouched_items_has_fewer_candidates_and_one_with_none_
     targets = np.array([3, 4])
     assert draw_validation_candidates(train, targets, np.arange(2), 3).shape == (2, 1)
     assert draw_validation_candidates(train, targets, np.array([1]), 3).shape == (1, 3)
-    with pytest.raises(DataError, match="touched every one of the 2 items"):
+    with pytest.raises(DataError, match="interacted with every one of the 2 items"):
         draw_validation_candidates([np.array([0])], np.array([1]), np.arange(1), 3)
 
 
@@ -225,13 +224,6 @@ def copy_of(dataset: Path, folder: Path) -> Path:
     return Path(shutil.copytree(dataset, folder / "data", symlinks=True))
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the page, whose figures take longer than these trainings."""
-    monkeypatch.setattr(page, "run", lambda out: out / page.PAGE_FILE)
-    monkeypatch.setattr(page, "print_verdicts", lambda page: None)  # of the page
-
-
 def choice(out: Path) -> dict[str, Any]:
     """Return what was chosen, without the marks of the single runs."""
     found = json.loads((out / selection.SELECTION_FILE).read_text())["methods"]
@@ -272,7 +264,7 @@ def finished(
         write(out, methods)
         hidden.rename(negatives)
 
-    with pytest.MonkeyPatch.context() as patched:
+    with blank_figures(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(Dataset, "histories", watched_histories)
         patched.setattr(Dataset, "negatives", watched_negatives)
         patched.setattr(selection, "_write", watched_write)
@@ -359,6 +351,7 @@ def test_the_report_prints_grid_trials_and_choice_and_says_that_only_validation_
     assert "finetune (trials)" in words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_from_before_there_were_trials_is_drawn(finished: Path, tmp_path: Path) -> None:
     for path in (finished / "study").glob("*.parquet"):
         if path.name != "trials.parquet":
@@ -379,6 +372,7 @@ def again(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy", symlinks=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_command_again_runs_nothing_and_chooses_nothing_else(
     tiny: Tiny, finished: Path, tmp_path: Path
 ) -> None:

@@ -179,6 +179,16 @@ def test_what_cannot_be_is_refused_in_words(embeddings: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_another_size_than_that_of_the_earlier_codebook_is_refused(embeddings: Path, tmp_path: Path) -> None:
+    build(embeddings, tmp_path / "old", **SMALL)
+    given: dict[str, Any] = {"embeddings": embeddings, "out": tmp_path / "out", "like": tmp_path / "old"}
+    for size, message in (({"levels": 4}, "--levels 4 with --like"), ({"codebook": 16}, "--codebook 16 with --like")):
+        with pytest.raises(ConfigError, match=message):
+            semantic_ids.run(SemanticIdsConfig(**given, **size))
+    assert not (tmp_path / "out").exists()
+    semantic_ids.run(SemanticIdsConfig(**given, levels=2, codebook=8))
+
+
 @pytest.mark.parametrize("file", ["semantic_ids.parquet", "codebook.safetensors", "semantic_ids.json"])
 @pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
 def test_a_damaged_folder_is_found(embeddings: Path, tmp_path: Path, file: str, how: str) -> None:

@@ -52,7 +52,8 @@ def opened(folder: Path, max_pixels: int = 224 * 224) -> SentenceTransformer:
     class_name = json.loads((folder / "config.json").read_text())["model_type"]
     handed: AbstractContextManager[Any] = nullcontext()
     if (
-        class_name in {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm"}
+        class_name
+        in {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm", "gemma4", "llava_onevision"}
         and not is_torchvision_available()
     ):
         own: Any = load_processor(folder, None, max_pixels)
@@ -74,13 +75,23 @@ def load(folder: Path, **settings: Any) -> ItemEncoder:
 
 
 @pytest.mark.parametrize("mode", ["raw", "chat"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llava_onevision"])
 def test_titles_and_images_get_the_encoders_vectors(family: str, mode: str, tiny: Tiny, tmp_path: Path) -> None:
     encoder = load(tiny(family), prompt_mode=mode)
     items = encoder.encode_items(TITLES, pictures())
     model = exported(encoder, tmp_path / "model")
     assert lora.cosine(model.encode(TITLES, batch_size=3), items.text).min() > 0.999
     assert lora.cosine(model.encode(pictures(), batch_size=3), items.image).min() > 0.999
+
+
+def test_llava_onevision_is_exported_for_titles_only(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    with pytest.raises(ModelError, match=r"an image that stands alone.*--views text"):
+        write_sentence_transformer(load(tiny("llava_onevision")), tmp_path / "both", "card")
+    encoder = load(tiny("llava_onevision"), views="text")
+    model = exported(encoder, tmp_path / "model")
+    vectors = encoder.encode_items(TITLES, [None] * len(TITLES)).text
+    assert lora.cosine(model.encode(TITLES, batch_size=3), vectors).min() > 0.999
 
 
 @pytest.mark.parametrize("mode", ["raw", "chat"])

@@ -123,6 +123,7 @@ def test_users_and_histories_that_training_never_saw_are_ranked(name: str, world
     assert sum(row["user_id"] == "new" for row in rows_of(tmp_path / "seen")) == len(ITEMS)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_other_users_and_workers_change_nothing(world: World, tmp_path: Path) -> None:
     run = trained(world, "sasrec")
     recommend.run(world.config(run, tmp_path / "all"))
@@ -297,13 +298,15 @@ def test_a_run_of_an_earlier_version_serves_with_its_folders_named(
     recommend.run(world.config(run, tmp_path / "out", data=world.data))
     recommend.run(world.config(trained(world, "adapter"), tmp_path / "now"))
     assert parts(tmp_path / "out") == parts(tmp_path / "now")
-    assert "is of an earlier version and does not record which vectors" in capsys.readouterr().err
+    assert "was written by an earlier vlm2rec and does not record which vectors" in capsys.readouterr().err
 
 
 def test_models_that_know_their_users_only_are_refused_by_name(world: World, tmp_path: Path) -> None:
     run = world.run("vbpr", model="VBPR", embeddings=world.embeddings, features=("fused",))
     error = refused(world.config(run, tmp_path / "out"))
-    assert isinstance(error, ConfigError) and "is a run of VBPR, which knows the users of its training" in str(error)
+    assert isinstance(
+        error, ConfigError
+    ) and "is a run of VBPR, which can rank only for the users it was trained on" in str(error)
 
 
 def test_k_above_the_items_of_the_run_is_refused(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from children import child, waited
+from children import Forked, waited
 
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError, DataError
@@ -347,7 +347,7 @@ with writing(out):
     shard_file.write_parquet = half
     publish_all(out, plan, iter([1]))
 """
-    killed = child(code, tmp_path / "out")
+    killed = Forked(code, tmp_path / "out")
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     left = names(tmp_path / "out")
@@ -368,7 +368,7 @@ with writing(out):
     shards.schema.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     publish_all(out, plan, iter([1]))
 """
-    killed = child(code, tmp_path / "out")
+    killed = Forked(code, tmp_path / "out")
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert "part-00001.parquet" in names(tmp_path / "out") and "_part-00001.json" not in names(tmp_path / "out")
@@ -611,7 +611,7 @@ try:
 except ArtifactError as error:
     print(error)
 """
-    full = child(code, tmp_path / "out")
+    full = Forked(code, tmp_path / "out")
     told, errors = full.communicate()
     assert "File too large" in told and "run the command that wrote it" in told, errors
     assert [name for name in names(tmp_path / "out") if name.endswith((".tmp", ".parquet", ".lock"))] == []
@@ -636,7 +636,7 @@ from test_shards import *
 with writing(Path(sys.argv[1])):
     Path(sys.argv[2]).touch(); time.sleep(60)
 """
-    first = child(code, out, tmp_path / "ready")
+    first = Forked(code, out, tmp_path / "ready")
     try:
         waited((tmp_path / "ready").exists)
         with pytest.raises(ArtifactError) as refusal, writing(out):

@@ -232,10 +232,10 @@ def test_repaired_items_join_a_short_folder_and_the_measure_stays(tmp_path: Path
 
 
 def test_a_dim_that_does_not_fit_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--dim 65, but the encoder's vectors have {DIM} numbers"):
+    with pytest.raises(ConfigError, match=f"--dim 65, but the encoder's vectors have {DIM} dimensions"):
         make(data, tmp_path / "out", dim=65)
     both = {**WideEncoder().fingerprint, "dims": {"fused": 2 * DIM}}
-    with pytest.raises(ConfigError, match="end to end"):
+    with pytest.raises(ConfigError, match="concatenated"):
         export(Dataset(data), tmp_path / "out", both, WideEncoder, dim=8)
     assert not (tmp_path / "out").exists()
 
@@ -295,7 +295,7 @@ def test_fault_02_shortening_goes_on_where_it_was_killed(
 
 def test_what_cannot_be_shortened_is_refused(full: Path, tmp_path: Path) -> None:
     shorten(full, tmp_path / "short", dim=8)
-    with pytest.raises(ArtifactError, match=r"short vectors itself \(float32\[8\]\)"):
+    with pytest.raises(ArtifactError, match=r"already holds shortened vectors \(float32\[8\]\)"):
         shorten(tmp_path / "short", tmp_path / "out", dim=4)
     with pytest.raises(ConfigError, match="neither --dim nor --precision"):
         shorten_command.run(ShortenConfig(embeddings=full, out=tmp_path / "out"))

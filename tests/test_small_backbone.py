@@ -41,15 +41,17 @@ QUICK: dict[str, Any] = {"hidden_size": 64, "layers": 1, "vocabulary": 700, "max
 
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn catalogue of 300 products: items.parquet and images."""
+    """A drawn catalogue of 100 products: items.parquet and images."""
     folder = tmp_path_factory.mktemp("catalogue")
-    draw_catalogue(folder, products=300, users=5, seed=0)
+    draw_catalogue(folder, products=100, users=5, seed=0)
     return folder
 
 
 @pytest.fixture(scope="module")
-def made(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder of the command with its default sizes and steps, run as a process of its own."""
+    catalogue = tmp_path_factory.mktemp("catalogue")
+    draw_catalogue(catalogue, products=300, users=5, seed=0)
     out = tmp_path_factory.mktemp("models") / "backbone"
     command = [Path(sys.executable).with_name("vlm2rec"), "make-backbone", "--items", catalogue / "items.parquet"]
     # its steps end it, not the clock: a busy machine makes the same backbone
@@ -66,19 +68,44 @@ def quick(catalogue: Path, out: Path, **changes: Any) -> MakeBackboneConfig:
     return MakeBackboneConfig(**(paths | QUICK | changes))
 
 
-# --- the command with default flags -------------------------------------------------------------------------
-def test_it_is_an_ordinary_model_folder_of_one_to_five_million_parameters(made: Path) -> None:
-    model, info = AutoModelForImageTextToText.from_pretrained(made, output_loading_info=True)
+def ordinary(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+    """Load a model folder with the stock classes, hold it against what is ordinary, and return the model."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, Qwen2_5_VLForConditionalGeneration)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert 1e6 < sum(weight.numel() for weight in model.parameters()) < 5e6
-    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = 'Ünïcode ☕ "mug", 2½ l\n東京'
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == model.config.image_token_id
+    return model
 
 
+# --- the command with small sizes ---------------------------------------------------------------------------
+def test_a_few_steps_lower_the_loss_of_held_out_titles_and_pictures(
+    catalogue: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = {}
+    for steps in (2, 60):
+        make_backbone.run(quick(catalogue, tmp_path / str(steps), max_steps=steps))
+        told[steps] = json.loads((tmp_path / str(steps) / "vlm2rec.json").read_text())["training"]
+        assert told[steps]["steps"] == steps
+    for kind in ("text", "image"):
+        assert told[60][kind]["items"] == 10
+        assert told[60][kind]["loss"] < told[2][kind]["loss"] - 0.5
+    ordinary(tmp_path / "60")
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "answered with a word of the item" in " ".join(printed.err.split())
+
+
+# --- the command with default flags -------------------------------------------------------------------------
+@pytest.mark.slow
+def test_it_is_an_ordinary_model_folder_of_one_to_five_million_parameters(made: Path) -> None:
+    assert 1e6 < sum(weight.numel() for weight in ordinary(made).parameters()) < 5e6
+
+
+@pytest.mark.slow
 def test_it_names_what_held_out_titles_and_pictures_show(made: Path) -> None:
     told = json.loads((made / "vlm2rec.json").read_text())
     assert told["training"]["steps"] > 300
@@ -89,6 +116,7 @@ def test_it_names_what_held_out_titles_and_pictures_show(made: Path) -> None:
         assert score["majority"] < 0.6
 
 
+@pytest.mark.slow
 def test_on_products_it_has_never_seen_pictures_tell_looks_and_titles_tell_words(made: Path, tmp_path: Path) -> None:
     draw_catalogue(tmp_path, products=300, users=5, seed=1)
     items = pl.read_parquet(tmp_path / "items.parquet")
@@ -155,7 +183,7 @@ def test_the_same_seed_gives_the_same_weights(catalogue: Path, tmp_path: Path) -
     ("change", "message"),
     [
         ({"caption_column": "captoin"}, "no column 'captoin'.*did you mean 'caption'"),
-        ({"caption_column": "empty"}, "none of the 300 items"),
+        ({"caption_column": "empty"}, "none of the 100 items"),
         ({"title_column": "name"}, "title-column"),
     ],
 )
@@ -185,8 +213,8 @@ def test_unreadable_pictures_are_counted_and_their_titles_still_learnt(
         (images / path.name).write_bytes(b"no picture" if number < 4 else path.read_bytes())
     make_backbone.run(quick(catalogue, tmp_path / "model", images=images))
     told = " ".join(capsys.readouterr().err.split())
-    assert "4 pictures cannot be read" in told
-    assert "300 items, 296 with a picture" in told
+    assert "4 images cannot be read" in told
+    assert "100 items, 96 with an image" in told
 
 
 def test_a_catalogue_whose_pictures_are_all_broken_is_an_error(catalogue: Path, tmp_path: Path) -> None:
@@ -194,7 +222,7 @@ def test_a_catalogue_whose_pictures_are_all_broken_is_an_error(catalogue: Path, 
     images.mkdir()
     for path in (catalogue / "images").iterdir():
         (images / path.name).write_bytes(b"no picture")
-    with pytest.raises(DataError, match="picture that can be read"):
+    with pytest.raises(DataError, match="image that can be read"):
         make_backbone.run(quick(catalogue, tmp_path / "model", images=images))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
@@ -203,7 +231,7 @@ def test_titles_serve_where_there_is_no_caption_and_lists_are_joined(catalogue: 
     items = pl.read_parquet(catalogue / "items.parquet").select("item_id", "title", "image_path")
     items.write_parquet(tmp_path / "bare.parquet")
     make_backbone.run(quick(catalogue, tmp_path / "bare", items=tmp_path / "bare.parquet"))
-    listed = items.with_columns(categories=pl.Series([["Home", "Mugs"], ["Home", "Lamps"]] * 150))
+    listed = items.with_columns(categories=pl.Series([["Home", "Mugs"], ["Home", "Lamps"]] * 50))
     listed.write_parquet(tmp_path / "listed.parquet")
     make_backbone.run(quick(catalogue, tmp_path / "listed", items=tmp_path / "listed.parquet"))
     words = {name: json.loads((tmp_path / name / "vlm2rec.json").read_text())["words"] for name in ("bare", "listed")}

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from children import TESTS, child
+from children import TESTS, Forked, child
 from embedding_folder import write_embeddings
 from recommender_world import write_dataset
 from whole_line import Bomb
@@ -453,7 +453,7 @@ def test_a_full_disk_is_exit_code_5_and_the_same_command_works_afterwards(
         "build-index": ["--embeddings", world / "emb"],
     }
     arguments = [name, *flags[name], "--out", tmp_path / "out"]
-    full = child(FULL, limit, *arguments)
+    full = Forked(FULL, limit, *arguments)
     said = full.communicate()[1]
     assert full.returncode == 5, said
     assert "cannot be written (" in said and "File too large" in said and "Traceback" not in said

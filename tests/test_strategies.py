@@ -203,7 +203,7 @@ def test_an_item_without_image_fails_with_dual_until_it_has_one(data: Path, tiny
     image.write_bytes(b"")
     config = exporting(folder, tiny("qwen2_5_vl"), tmp_path / "out", "dual", max_failures=0.1)
     with pytest.raises(
-        ConfigError, match=r"--on-image-error text_only.*the strategies with images and image encoders have none"
+        ConfigError, match=r"--on-image-error text_only.*a --strategy with images and an image encoder have none"
     ):
         export_items.run(replace(config, on_image_error="text_only"))
     manifest = export_items.run(config)

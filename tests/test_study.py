@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import polars as pl
 import pytest
 import scipy.stats
 import yaml
+from children import COMMAND, Forked
 from study_world import Tiny, marks, settings
 
 from vlm2rec.downstream.evaluation.metrics import bound_check
@@ -119,6 +117,7 @@ def test_a_file_of_a_step_that_was_damaged_is_named_and_made_again(
         study.run(settings(tiny, drawn_dataset, folder, **keys))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_changed_setting_is_refused_and_redone_on_request(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +148,7 @@ def test_other_data_under_the_same_path_are_refused(
         study.run(settings(tiny, tmp_path / "data", folder, **keys))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -169,21 +169,20 @@ def test_a_backbone_that_was_trained_anew_under_its_name_is_refused(
         study.run(settings(tiny, drawn_dataset, folder, flags, **keys))
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     tiny: Tiny, drawn_dataset: Path, finished: Path, tmp_path: Path, jobs: int
 ) -> None:
     keys = {"analyses": ["main"], "plan": {"main": {"seeds": [1], "tasks": [1, 2], "models": ["SASRec"]}}}
     config = settings(tiny, drawn_dataset, tmp_path, {"methods": ("SFT",), "jobs": jobs}, **keys)
-    command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "study"]
-    for name in ("out", "data", "backbone", "config", "device"):
-        command += [f"--{name}", str(getattr(config, name))]
-    with subprocess.Popen([*command, "--methods", "SFT", "--jobs", str(jobs)], stderr=subprocess.DEVNULL) as process:
-        steps = config.out / "sft" / "seed-1" / "steps.json"
-        while process.poll() is None and not (steps.is_file() and "embeddings" in json.loads(steps.read_text())):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    flags = [f"--{name}={getattr(config, name)}" for name in ("out", "data", "backbone", "config", "device")]
+    process = Forked(COMMAND, "study", *flags, "--methods", "SFT", "--jobs", jobs)
+    steps = config.out / "sft" / "seed-1" / "steps.json"
+    while process.returncode is None and not (steps.is_file() and "embeddings" in json.loads(steps.read_text())):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     killed = json.loads(steps.read_text())
     assert killed["adapter"]["finished"] and "recommender-SASRec" not in killed
     assert not _others_with_open_files_in(config.out)
@@ -309,6 +308,7 @@ def test_curves_and_cost_are_there(finished: Path) -> None:
 # --- cross-domain -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_target_domain_is_not_there_while_a_method_trains(
     tiny: Tiny,
     drawn_dataset: Path,
@@ -375,6 +375,7 @@ def test_shared_items_may_be_dropped_or_counted_if_a_user_is_left(drawn_dataset:
         schedule.require_other_domain(home, home, "count", "drop")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("rule", ["drop", "count"])
 def test_users_whose_next_item_is_shared_are_left_out_or_measured_and_counted(
     rule: str, finished: Path, drawn_dataset: Path, other_domain: Path, tiny: Tiny, tmp_path: Path
@@ -485,6 +486,7 @@ def test_a_misprint_of_the_paper_is_marked() -> None:
     assert not breaks and cells[3].text == ".4121"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_titles_from_the_catalogue_are_escaped(finished: Path, tmp_path: Path) -> None:
     for path in finished.glob("*.parquet"):
         shutil.copy(path, tmp_path)

@@ -23,6 +23,7 @@ from vlm2rec.pipelines.experiments.workers import workers
 from vlm2rec.pipelines.synthetic import laboratory
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_step_that_fails_leaves_out_only_what_needs_it(
     tiny: Tiny,
     drawn_dataset: Path,
@@ -34,14 +35,15 @@ def test_a_step_that_fails_leaves_out_only_what_needs_it(
     methods = [
         {"name": "broken", "source": "vectors", "file": str(tmp_path / "absent.parquet")},
         {"name": "VLM2Rec", "source": "backbone"},
+        {"name": "VLM2Rec with ids", "vectors_of": "VLM2Rec", "recommender": {"mode": "fuse"}},
     ]
     plan = {"main": {"seeds": [0], "tasks": [1, 2], "models": ["SASRec"]}}
     config = settings(tiny, drawn_dataset, tmp_path, methods=methods, grids=[], analyses=["main"], plan=plan)
     with pytest.raises((DataError, ConfigError), match=r"absent\.parquet"):
         study.run(config)
     results = pl.read_parquet(config.out / "results.parquet")
-    assert set(results["method"]) == {"VLM2Rec"}
-    assert set(results["task"]) == {1, 2}
+    tasks = {(row["method"], row["task"]) for row in results.iter_rows(named=True)}
+    assert tasks == {("VLM2Rec", 1), ("VLM2Rec", 2), ("VLM2Rec with ids", 2)}
     assert (config.out / "report.html").is_file()
     printed = capsys.readouterr().err
     assert "failed" in printed
@@ -86,6 +88,7 @@ def test_a_demo_takes_the_laboratory_and_the_backbone_that_are_asked_for(
         study.run(StudyConfig(out=tmp_path / "new", demo=True, data=tmp_path))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +115,7 @@ def test_fault_44_a_killed_worker_of_a_study_is_an_error_and_no_hang(tmp_path: P
             pool.next()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_control_deals_the_images_anew_and_changes_nothing_else(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:

@@ -297,11 +297,35 @@ def test_flags_choose_seeds_analyses_and_methods(tmp_path: Path) -> None:
         ({"recommender": {"max_epochs": "many"}}, "max_epochs"),
         ({"more_methods": [{"name": "v", "source": "vectors"}]}, "--file is missing"),
         ({"more_methods": [{"name": "v", "source": "backbone", "strategy": "visul"}]}, "strategy"),
+        ({"more_methods": [{"name": "v", "vectors_of": "VLM2Rek"}]}, "no method is called 'VLM2Rek'"),
+        ({"more_methods": [{"name": "v", "vectors_of": "ID"}]}, "vectors_of 'ID'.*makes vectors itself"),
+        ({"more_methods": [{"name": "v", "vectors_of": "VLM2Rec by means"}]}, "in the same analyses"),
+        ({"more_methods": [{"name": "v", "vectors_of": "VLM2Rec", "export": {"dim": 8}}]}, "vectors_of and export"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_anything_runs(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         laid_out(study(tmp_path, **keys))
+
+
+def test_methods_that_read_the_same_vectors_make_them_once(tmp_path: Path) -> None:
+    fused = {"mode": "fuse"}
+    more = [
+        {"name": "vanilla with ids", "vectors_of": "VLM vanilla (external)", "recommender": fused},
+        {"name": "VLM2Rec with ids", "vectors_of": "VLM2Rec", "recommender": fused, "models": ["SASRec"]},
+    ]
+    plan = {"main": {"seeds": [0, 1], "models": ["SASRec", "GRU4Rec"]}}
+    found = study(tmp_path, analyses=["main"], plan=plan, more_methods=more)
+    laid = laid_out(found)
+    assert ("vanilla with ids", None) not in laid
+    steps = {name: laid[name, 1].steps for name in ("vanilla with ids", "VLM2Rec with ids", "VLM2Rec")}
+    assert [step.name for step in steps["vanilla with ids"]] == ["recommender-SASRec", "recommender-GRU4Rec"]
+    assert {step.config.embeddings for step in steps["vanilla with ids"]} == {
+        Path("out/vlm-vanilla-external/seed-any/embeddings")
+    }
+    (only,) = steps["VLM2Rec with ids"]
+    made = next(step for step in steps["VLM2Rec"] if step.name == "embeddings")
+    assert (only.config.embeddings, only.after, only.config.mode) == (made.folder, (made.folder,), "fuse")
 
 
 def test_a_picked_method_of_no_chosen_analysis_is_refused(tmp_path: Path) -> None:

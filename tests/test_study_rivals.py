@@ -36,6 +36,7 @@ def test_the_rivals_are_run_only_on_request_beside_their_ablations() -> None:
     assert RATIONALES not in found.analyses and {*told} == {"SLIM", "SLIM plus", "VLM2Rec"}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", list(TRAINED))
 def test_a_rival_stands_beside_vlm2rec_in_both_tasks(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, method: str

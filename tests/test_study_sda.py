@@ -22,6 +22,7 @@ from vlm2rec.pipelines.experiments import methods
 Tiny = Callable[[str], Path]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sda_stands_beside_vlm2rec_in_both_tasks_and_in_the_tail(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:

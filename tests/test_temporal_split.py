@@ -1,4 +1,4 @@
-"""`prepare --split temporal`: several items to validate and to test, from the dataset folder to the metrics."""
+"""`prepare --split temporal`: several items for validation and for test, from the dataset folder to the metrics."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_prepare_writes_lists_in_time_order_and_says_so(tmp_path: Path, capsys: 
     }
     capsys.readouterr()
     dataset = prepared(tmp_path, split="temporal")
-    assert "several items to validate and to test" in capsys.readouterr().err
+    assert "several items for validation and for test" in capsys.readouterr().err
     rows = dataset.sequences.to_pylist()
     assert {row["user_id"]: [*row["train"], *row["valid"], *row["test"]] for row in rows} == whole
     for row in rows:

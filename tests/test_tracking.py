@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, MissingDependencyError
@@ -102,8 +103,10 @@ def test_others_take_the_same_rows_offline(name: str, tmp_path: Path, monkeypatc
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    PartialState(cpu=True)  # as in a training; accelerate's logs ask for it
     with Tracking((name,), tmp_path / "logs", "adapter", {"seed": 0}).started(0) as trackers:  # type: ignore[arg-type]
         trackers.log("valid", {"step": 0, "N@20": 0.25})
+    PartialState._reset_state()
     assert name in json.loads((tmp_path / "logs" / tracking.RUNS_FILE).read_text())
 
 
@@ -115,6 +118,8 @@ def test_a_wrong_tracker_is_named_before_anything_is_done(
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"--report-to wandb needs wandb.*pip install wandb"):
         parse_trackers("wandb, mlflow")
+    with pytest.raises(ConfigError, match="--log-dir without --report-to"):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", log_dir=tmp_path / "logs"))
     assert parse_trackers("none") == () and not (tmp_path / "adapter").exists()
 
 
@@ -132,7 +137,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(
     training = finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", report_to="tensorboard"))
     assert training is not None and training.steps == 6
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("tensorboard fails and gets no more points of the curves: the service is away") == 1
+    assert told.count("tensorboard failed, and receives no more of the training curves: the service is away") == 1
     assert [step for step, _ in scalars(tmp_path / "adapter-logs" / "adapter")["train/loss"]] == [1, 2]
 
 

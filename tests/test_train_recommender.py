@@ -666,7 +666,7 @@ def test_a_recbole_dataset_that_is_not_there_is_refused_and_not_downloaded(tmp_p
 
 def test_a_yaml_without_data_of_any_kind_is_refused(tmp_path: Path) -> None:
     file = write_yaml(tmp_path / "r.yaml", {"model": "SASRec"})
-    with pytest.raises(ConfigError, match="no data is named"):
+    with pytest.raises(ConfigError, match="neither --data nor a dataset in the YAML is given"):
         train_recommender.run(TrainRecommenderConfig(config=file, out=tmp_path / "out"))
 
 
@@ -802,7 +802,7 @@ def older_run(run_folder: Path, to: Path) -> Path:
     ("case", "code", "message"),
     [
         ("vectors", 2, r"a run of SASRec from fused vectors. Expected: a finished run .* from item ids"),
-        ("width", 2, r"item vectors have 16 numbers, and those of this run have 8.*--hidden-size 16"),
+        ("width", 2, r"item vectors have 16 dimensions, and this run has --hidden-size 8.*--hidden-size 16"),
         ("own out", 2, r"--align-with and --out are both"),
         ("no vectors", 2, r"item_embedding_align_with without item_embedding_init"),
         ("unfinished", 5, r"metrics.json does not exist"),

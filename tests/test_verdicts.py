@@ -420,6 +420,7 @@ def test_a_hill_has_a_peak_and_a_slope_has_none(seeds: int) -> None:
 # --- page, file and figure ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_shows_gates_before_verdicts_and_a_file_has_them_for_programs(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     rows = BOTH.study().frames["views"]

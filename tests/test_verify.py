@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import command
 from embedding_folder import write_embeddings
 
 from vlm2rec.downstream.evaluation.geometry import effective_ranks
@@ -274,12 +273,11 @@ def test_fault_39_collapsed_vectors_are_a_warning_and_no_error(
 
 
 def test_the_command_exits_0_on_a_sound_folder_and_5_naming_the_damage(folder: Path) -> None:
-    command = [sys.executable, "-c", "from vlm2rec.pipelines.cli import main; main()", "verify", str(folder)]
-    sound = subprocess.run(command, capture_output=True, text=True)
+    sound = command("verify", folder)
     assert sound.returncode == 0 and "10 in 3 shards" in sound.stderr and sound.stdout == ""
     os.truncate(folder / "part-00001.parquet", 100)
     (folder / "stray.txt").write_text("1")
-    damaged = subprocess.run(command, capture_output=True, text=True)
+    damaged = command("verify", folder)
     assert damaged.returncode == 5 and "Traceback" not in damaged.stderr
     told = " ".join(damaged.stderr.split())
     assert "has 2 problems" in told and "part-00001.parquet: has 100 bytes" in told and "stray.txt" in told

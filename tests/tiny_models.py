@@ -15,7 +15,13 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "gemma3", "idefics3", "smolvlm", "qwen3_5")
+FAMILIES = (
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llava", "gemma3", "idefics3", "smolvlm", "qwen3_5"),
+    *("gemma4", "llava_onevision"),
+)
+# adapted layers where these are not seven in each of two layers: one of Qwen3.5's has six, and two of Gemma 4's four
+# take keys and values from others
+ADAPTED = {"qwen3_5": 13, "gemma4": 24}
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 
 LINES = [
@@ -60,6 +66,11 @@ GEMMA_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}"
     "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|turn>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -75,7 +86,7 @@ def tiny_model(family: str, folder: Path) -> Path:
     if family in TEXT_FAMILIES:
         return _tiny_text_model(family, folder)
     tokenizers = {"llava": _llama_tokenizer, "internvl": _internvl_tokenizer}
-    tokenizers["gemma3"] = _gemma_tokenizer
+    tokenizers |= {"gemma3": _gemma_tokenizer, "gemma4": _gemma4_tokenizer, "llava_onevision": _onevision_tokenizer}
     tokenizers |= dict.fromkeys(("idefics3", "smolvlm"), _smol_tokenizer)
     ids = tokenizers.get(family, _qwen_tokenizer)(folder)
     config, image_processor = {
@@ -86,6 +97,8 @@ def tiny_model(family: str, folder: Path) -> Path:
         "internvl": _internvl,
         "llava": _llava,
         "gemma3": _gemma3,
+        "gemma4": _gemma4,
+        "llava_onevision": _llava_onevision,
         "idefics3": _idefics3,
         "smolvlm": _smolvlm,
     }[family](ids, folder)
@@ -172,6 +185,23 @@ def _gemma_tokenizer(folder: Path) -> dict[str, int]:
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "extra_special_tokens": names}
     _write(folder / "tokenizer_config.json", settings | tokens)
     return ids
+
+
+def _gemma4_tokenizer(folder: Path) -> dict[str, int]:
+    special = ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>")
+    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
+    names |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
+    ids = _byte_level_bpe(folder, (*special, *names.values()), {"chat_template": GEMMA4_TEMPLATE})
+    _begin_with(folder, "<bos>", ids)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "extra_special_tokens": names}
+    _write(folder / "tokenizer_config.json", settings | tokens)
+    return ids
+
+
+def _onevision_tokenizer(folder: Path) -> dict[str, int]:
+    template = QWEN_TEMPLATE.replace("IMAGE", "<image>\n")
+    return _byte_level_bpe(folder, (*QWEN_TOKENS[:3], "<image>", "<video>"), {"chat_template": template})
 
 
 def _llama_tokenizer(folder: Path) -> dict[str, int]:
@@ -425,6 +455,72 @@ def _gemma3(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
         "image_processor_type": "Gemma3ImageProcessor",
         "processor_class": "Gemma3Processor",
         "size": {"height": 56, "width": 56},
+        **_HALF,
+    }
+
+
+def _gemma4(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """All that its models have, in one: embeddings of each layer, layers that share keys, images that see themselves.
+
+    The published ones have 70 tokens an image or more, of 48 × 48 pixels each; here they are of 8 × 8.
+    """
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    vision |= {"intermediate_size": 64, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2}
+    vision |= {"position_embedding_size": 320, "initializer_range": 0.1}
+    text = _text(ids, head_dim=16, global_head_dim=32, sliding_window=12, max_position_embeddings=4096)
+    text |= {"bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
+    text |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    text |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": len(ids)}
+    config = transformers.Gemma4Config(
+        text_config=text | {"use_bidirectional_attention": "vision"},
+        vision_config=vision,
+        audio_config=None,
+        boi_token_id=ids["<|image>"],
+        eoi_token_id=ids["<image|>"],
+        image_token_id=ids["<|image|>"],
+        video_token_id=ids["<|video|>"],
+        boa_token_id=ids["<|audio>"],
+        eoa_token_index=ids["<audio|>"],
+        audio_token_id=ids["<|audio|>"],
+        initializer_range=0.1,
+    )
+    _write(folder / "processor_config.json", {"image_seq_length": 70, "processor_class": "Gemma4Processor"})
+    return config, {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "processor_class": "Gemma4Processor",
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "max_soft_tokens": 70,
+    }
+
+
+def _llava_onevision(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """384 pixels and 730 tokens an image in the published models; 42 pixels and 10 tokens here."""
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 42,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    grid = [[42, 42], [42, 84], [84, 42]]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=_text(ids, model_type="qwen2", tie_word_embeddings=True),
+        vision_config=vision,
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=grid,
+    )
+    own = {"num_image_tokens": 9, "vision_feature_select_strategy": "full", "image_token": "<image>"}
+    _write(folder / "processor_config.json", {"processor_class": "LlavaOnevisionProcessor", **own})
+    return config, {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "processor_class": "LlavaOnevisionProcessor",
+        "size": {"height": 42, "width": 42},
+        "image_grid_pinpoints": grid,
         **_HALF,
     }
 

@@ -52,8 +52,9 @@ def linear_probe(vectors: np.ndarray, labels: Sequence[str | None], seed: int = 
     held = int(len(rows) * _HELD_OUT)
     if common.sum() < 2 or held < LEAST_HELD_OUT:
         raise DataError(
-            f"{len(rows)} different labelled vectors of {common.sum()} labels that {LEAST_OF_A_LABEL} or more have",
-            f"two labels or more, and {round(LEAST_HELD_OUT / _HELD_OUT)} vectors",
+            f"{len(rows)} different vectors with {common.sum()} labels, counting only labels of"
+            f" {LEAST_OF_A_LABEL} or more vectors",
+            f"at least two such labels and {round(LEAST_HELD_OUT / _HELD_OUT)} vectors",
         )
     _, truth = np.unique(truth, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vlm2rec.downstream.index import parts
 from vlm2rec.downstream.index.plan import KINDS, IndexPlan, empty_index, faiss_reason, no_vectors, plan_index
 from vlm2rec.downstream.index.recall import NEIGHBOURS, cosines, drop_own, measure
 from vlm2rec.downstream.index.unit_vectors import Reservoir, UnitBatch, Watch, nearest_of, unit_batches
@@ -45,6 +46,7 @@ ROW = "row"  # int64, in ids.parquet
 OF_THE_EXPORT = ("views", "dim", "dims", "settings", schema.MADE_WITH, schema.ENCODER, schema.CATALOGUE)
 
 _BUILD_AGAIN = "run `vlm2rec build-index` again"
+_PART_ROWS = 500_000  # rows that a Ray task adds to its part of an index
 _REORDERED = 8  # candidates per neighbour that Refine compares again
 
 
@@ -60,6 +62,7 @@ def build_index(
     seed: int = 0,
     plan: IndexPlan | None = None,
     watch: Watch = lambda _, batches: batches,
+    ray_tasks: int = 0,
 ) -> dict[str, Any]:
     """Index one view of an embeddings folder, measure the index, publish the folder; return its `index.json`.
 
@@ -76,19 +79,25 @@ def build_index(
         seed: Seed of the samples and of k-means.
         plan: Result of `plan_index` for the same arguments, if it exists already.
         watch: Wraps each pass, to show progress.
+        ray_tasks: This many tasks of a Ray cluster add the vectors, in parts (`parts.py`); 0: this process.
 
     Raises:
+        MissingDependencyError: Ray is not installed.
         ConfigError: `out` holds something else, or `kind` is not usable.
         ArtifactError: the embeddings folder is unfinished or damaged, or has no vector in this view.
     """
     check_out(out)
-    plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample)
+    plan = plan or plan_index(embeddings, column=column, kind=kind, sample=sample, in_parts=ray_tasks > 0)
+    if ray_tasks:
+        parts.require_parts(plan)
     with publish.whole_folder(out) as folder:
         begun = time.perf_counter()
         index = _trained_index(plan, embeddings, column, seed, watch)
         queries = Reservoir(min(sample, plan.rows), plan.dim, seed + 1)
-        batches = watch("adding vectors", unit_batches(embeddings, column))
-        item_ids, left_out = _fill(plan, index, queries, batches)
+        if ray_tasks:
+            index = _merged_parts(index, embeddings, column, ray_tasks)
+        batches = watch("sampling queries" if ray_tasks else "adding vectors", unit_batches(embeddings, column))
+        item_ids, left_out = _fill(plan, index, queries, batches, add=not ray_tasks)
         if index.ntotal == 0:
             raise no_vectors(embeddings, column)
         filled = time.perf_counter()
@@ -163,16 +172,28 @@ def _faiss_refusals(what: str) -> Iterator[None]:
         ) from None
 
 
+def _merged_parts(index: Any, embeddings: Location, column: str, tasks: int) -> Any:
+    """Return a trained, empty index filled by the tasks of a Ray cluster."""
+    rows = [int(shard["rows"]) for shard in schema.read_manifest(embeddings)["shards"]]
+    divided = parts.groups(rows, min(_PART_ROWS, -(-sum(rows) // tasks)))
+    # as read from bytes, like the parts: FAISS makes a flat index by another class, which it does not merge with them
+    merged = faiss.deserialize_index(faiss.serialize_index(index))
+    for made in parts.made_by_ray(index, embeddings, column, divided, tasks):
+        parts.merge(merged, faiss.deserialize_index(made.copy()))
+    return merged
+
+
 def _fill(
-    plan: IndexPlan, index: Any, queries: Reservoir, batches: Iterable[UnitBatch]
+    plan: IndexPlan, index: Any, queries: Reservoir, batches: Iterable[UnitBatch], add: bool = True
 ) -> tuple[pa.ChunkedArray, dict[str, int]]:
     """Add every vector to the index and offer it to the sample of queries; return ids, and counts of rows left out."""
     ids: list[pa.Array] = []
     absent = unusable = 0
     for batch in batches:
         if batch.item_ids:
-            with _faiss_refusals(f"add {len(batch.vectors)} vectors to {plan.factory!r}"):
-                index.add(batch.vectors)
+            if add:
+                with _faiss_refusals(f"add {len(batch.vectors)} vectors to {plan.factory!r}"):
+                    index.add(batch.vectors)
             queries.offer(batch.vectors)
             ids.append(pa.array(batch.item_ids, pa.string()))
         absent += batch.absent
@@ -198,7 +219,7 @@ def find_titles(
                 raise
             if data:
                 raise ArtifactError(
-                    f"{dataset.path} has ids or titles that are no text ({error})", "a dataset folder", "prepare again"
+                    f"{dataset.path} has ids or titles that are not text ({error})", "a dataset folder", "prepare again"
                 ) from None
     return pa.chunked_array([pa.array([""] * len(item_ids), pa.string())]), None
 
@@ -308,7 +329,7 @@ class ItemIndex:
             raise DataError(
                 f"the query vectors have shape {queries.shape}",
                 f"(Q, {self.index.d})",
-                "embed the queries with the model and view of this index",
+                "encode the queries with the model and view of this index",
             )
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         distances, rows = self.index.search(queries / np.where(lengths > 0, lengths, 1), min(k, len(self)))
@@ -484,7 +505,7 @@ def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:
     for name in (FAISS_FILE, IDS_FILE):
         path, recorded = folder / name, meta.get("files", {}).get(name)
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing or no file", "the index as built", _BUILD_AGAIN)
+            raise ArtifactError(f"{path} is missing or is not a file", "the index as built", _BUILD_AGAIN)
         if recorded is None:
             continue
         try:
@@ -493,7 +514,7 @@ def _require_whole(folder: Path, meta: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{path} cannot be read ({error})", "the index as built", _BUILD_AGAIN) from None
         if not same:
             raise ArtifactError(
-                f"{path} is damaged or of another build: size or SHA-256 is not that of {schema.INDEX_FILE}",
+                f"{path} is damaged, or another build wrote it: its size or SHA-256 is not that in {schema.INDEX_FILE}",
                 "the files of one build, whole",
                 f"copy all of the folder again, or {_BUILD_AGAIN}",
             )

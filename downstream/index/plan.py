@@ -25,20 +25,23 @@ _TRAIN_PER_LIST = 40  # FAISS asks for 39 vectors per k-means centroid
 _TRAIN_ROWS = 32_768  # sample for a scalar quantiser's ranges or a rotation
 
 
-def choose_factory(kind: str, rows: int, dim: int) -> str:
+def choose_factory(kind: str, rows: int, dim: int, in_parts: bool = False) -> str:
     """Return the FAISS factory string for `kind`: auto, flat, hnsw, ivf, or a factory string itself.
+
+    With `in_parts` it is a kind whose parts can be merged: no graph, and codes of 8 bits in place of 4.
 
     Raises:
         ConfigError: FAISS does not understand the string, or it does not fit vectors of length `dim`.
     """
     if kind == "auto":
-        kind = "flat" if rows <= FLAT_LIMIT else "hnsw" if rows <= HNSW_LIMIT else "ivf"
+        kind = "flat" if rows <= FLAT_LIMIT else "hnsw" if rows <= HNSW_LIMIT and not in_parts else "ivf"
     if kind == "flat":
         return "Flat"
     if kind == "hnsw":
         return "HNSW16,SQ8"
     if kind == "ivf":
-        return _ivf_factory(rows, dim)
+        factory = _ivf_factory(rows, dim)
+        return factory.replace("x4fs", "") if in_parts else factory
     empty_index(kind, dim)
     return kind
 
@@ -58,15 +61,15 @@ def empty_index(factory: str, dim: int) -> Any:
         index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ConfigError(
-            f"FAISS cannot make an index {factory!r} for vectors of length {dim}{did_you_mean(factory, KINDS)}"
-            f" ({faiss_reason(error)})",
+            f"FAISS cannot make an index {factory!r} for vectors of {dim}"
+            f" dimensions{did_you_mean(factory, KINDS)} ({faiss_reason(error)})",
             f"{', '.join(KINDS)}, or a FAISS factory string such as 'HNSW32' or 'IVF1024,SQ8'",
             "correct --kind",
         ) from None
     if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         raise ConfigError(
-            f"--kind {factory} gives the vectors ids of its own",
-            "a kind without IDMap: the item ids stand in a file of their own",
+            f"--kind {factory} stores ids beside the vectors",
+            "a kind without IDMap: vlm2rec keeps the item ids in a file of its own",
             f"give --kind {re.sub('IDMap2?,', '', factory)}",
         )
     return index
@@ -93,9 +96,17 @@ class IndexPlan:
 
 
 def plan_index(
-    embeddings: Location, *, column: str = schema.FUSED, kind: str = "auto", sample: int = 1000
+    embeddings: Location,
+    *,
+    column: str = schema.FUSED,
+    kind: str = "auto",
+    sample: int = 1000,
+    in_parts: bool = False,
 ) -> IndexPlan:
-    """Choose the index for an embeddings folder and estimate its size, memory and build time."""
+    """Choose the index for an embeddings folder and estimate its size, memory and build time.
+
+    With `in_parts` it is a kind whose parts can be merged.
+    """
     manifest = schema.read_manifest(embeddings)
     if column not in schema.columns_of(manifest):
         raise ArtifactError(
@@ -107,7 +118,7 @@ def plan_index(
     rows = int(manifest["num_items"]) - int(manifest["counts"].get(schema.STATUS_FAILED, 0))
     if rows == 0:
         raise no_vectors(embeddings, column)
-    factory = choose_factory(kind, rows, dim)
+    factory = choose_factory(kind, rows, dim, in_parts)
     lists = _lists(factory)
     train_rows = 0 if empty_index(factory, dim).is_trained else min(rows, max(_TRAIN_ROWS, lists * _TRAIN_PER_LIST))
     size = round(rows * bytes_per_vector(factory, dim)) + 4 * lists * dim

@@ -29,10 +29,10 @@ Watch = Callable[[str, Iterable[UnitBatch]], Iterable[UnitBatch]]
 """Wraps a pass over the vectors, to show its progress: called with a description and the pass."""
 
 
-def unit_batches(embeddings: Location, column: str) -> Iterator[UnitBatch]:
-    """Stream one view as unit vectors; memory holds one batch."""
+def unit_batches(embeddings: Location, column: str, shards: Iterable[int] | None = None) -> Iterator[UnitBatch]:
+    """Stream one view, or some of its shards, as unit vectors; memory holds one batch."""
     first = 0
-    for ids, vectors, present in read_batches(embeddings, column, BATCH):
+    for ids, vectors, present in read_batches(embeddings, column, BATCH, shards=shards):
         lengths = np.linalg.norm(vectors, axis=1)
         keep = present & np.isfinite(lengths) & (lengths > 0)
         unit = np.ascontiguousarray(vectors[keep] / lengths[keep, None])

@@ -83,6 +83,7 @@ OWN = frozenset(name for recipe in MODELS.values() for name in recipe.own)
 
 SEQUENTIAL_ONLY = (
     *("column", "adapter", "pca", "config", "dropout", "fuse", "id_dropout", "positions"),
+    *("softmax", "samples"),
     *("align_with", "align_weight", "align_tau"),
 )
 """Settings of `train-recommender` that the sequential models alone read."""
@@ -129,7 +130,7 @@ def choose_features(model: str, wanted: Sequence[str], embeddings: Location) -> 
         )
     if len(wanted) == 1 and recipe.views == "both":
         raise ConfigError(
-            f"--features {wanted[0]} with {model}", "two views: it aligns text and image", "leave out --features"
+            f"--features {wanted[0]} with {model}", f"text and image: {model} aligns the two", "leave out --features"
         )
     if not wanted and recipe.views == "any":
         return tuple(view for view in both if view in held) or tuple(held[:1])

@@ -114,11 +114,14 @@ def read_table(run: Path, tokens: Sequence[str], width: int) -> Tensor:
     if table is None or table.dim() != 2 or len(table) < len(tokens) + 1:
         found = "has no item table" if table is None else f"has an item table of {tuple(table.shape)}"
         raise ArtifactError(
-            f"{run / CHECKPOINT_FILE} {found}", f"{len(tokens)} items and the padding", f"{again} again"
+            f"{run / CHECKPOINT_FILE} {found}",
+            f"an item table with {len(tokens)} rows and one for padding",
+            f"{again} again",
         )
     if table.shape[1] != width:
         raise ConfigError(
-            f"--align-with {run}, whose item vectors have {table.shape[1]} numbers, and those of this run have {width}",
+            f"--align-with {run}, whose item vectors have {table.shape[1]} dimensions, and this run has"
+            f" --hidden-size {width}",
             "the same --hidden-size in both runs",
             f"give --hidden-size {table.shape[1]}, or train the other run again",
         )

@@ -128,7 +128,7 @@ def refuse_pickles(settings: Mapping[str, Any]) -> None:
         if key in _PICKLES or (isinstance(value, str) and value.lower().endswith(_PICKLE_NAMES)):
             raise ConfigError(
                 f"the setting {key}: {value!r} names a file that RecBole keeps as a pickle, which can run any code",
-                "no pickles: vlm2rec writes and reads weights as safetensors, and prepares data anew for each run",
+                "no pickles: vlm2rec writes and reads weights as safetensors, and prepares the data again for each run",
                 f"remove `{key}`",
             )
         if key in _NETWORK:

@@ -26,6 +26,7 @@ _NO_LENGTH = 1e-6  # a vector this close to the mean, relative to the mean lengt
 _GELU_MEAN, _GELU_SPREAD = 0.5 / math.sqrt(math.pi), 0.5879
 
 
+_AT_ONCE = 65_536  # rows that are adapted together outside training
 _BLOCK = 256  # rows that are centred together: few enough to stay in the processor's cache
 
 
@@ -159,13 +160,26 @@ class ItemEmbedding(nn.Module):
         return not self.training and not torch.is_grad_enabled()
 
     def _table(self) -> Tensor:
-        items = self._items(None)  # (N - 1, width)
+        if not torch.is_grad_enabled() and len(self.vectors) > _AT_ONCE:
+            return self._table_in_blocks()
+        items = self._items(slice(1, None))  # (N - 1, width)
         parts = [items.new_zeros(1, self.embedding_dim), items]
         return torch.cat(parts if self.extra is None else [*parts, self.extra])
 
-    def _items(self, rows: Tensor | None) -> Tensor:
-        """Return the table's rows of items (R,), (R, width), padding or not; of all items if `rows` is None."""
-        return self._adapt(self.vectors[1:] if rows is None else self.vectors[rows])
+    def _table_in_blocks(self) -> Tensor:
+        """Return the same; memory holds the table and one block of the hidden layer."""
+        count = len(self.vectors)
+        table = self.linear.weight.new_zeros(self.num_embeddings, self.embedding_dim)
+        for start in range(1, count, _AT_ONCE):
+            block = slice(start, min(start + _AT_ONCE, count))
+            table[block] = self._items(block)
+        if self.extra is not None:
+            table[count:] = self.extra
+        return table
+
+    def _items(self, rows: Tensor | slice) -> Tensor:
+        """Return the table's rows of items (R,), (R, width), padding or not."""
+        return self._adapt(self.vectors[rows])
 
     def _adapt(self, vectors: Tensor) -> Tensor:
         """Map (n, d) to (n, width)."""
@@ -230,9 +244,9 @@ class FusedEmbedding(ItemEmbedding):
         self.gate = nn.Linear(width, width) if fuse == "gate" else None
         self.id_dropout = id_dropout
 
-    def _items(self, rows: Tensor | None) -> Tensor:
+    def _items(self, rows: Tensor | slice) -> Tensor:
         adapted = super()._items(rows)
-        own, known = (self.ids[1:], self.known[1:]) if rows is None else (self.ids[rows], self.known[rows])
+        own, known = self.ids[rows], self.known[rows]
         if self.training and self.id_dropout:
             known = known & (torch.rand(len(known), device=known.device) >= self.id_dropout)
         own = own * known[:, None]

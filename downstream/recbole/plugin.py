@@ -142,7 +142,7 @@ def _read_alignment(given: Mapping[str, Any]) -> Alignment | None:
         if idle := sorted(given.keys() & {ALIGN_WEIGHT, ALIGN_TAU}):
             raise ConfigError(
                 f"{', '.join(idle)} without {ALIGN_WITH}",
-                "the folder of a run from item ids",
+                "the folder of a run that was trained from item ids",
                 f"add `{ALIGN_WITH}: path/to/run` (--align-with), or remove it",
             )
         return None

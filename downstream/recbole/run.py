@@ -30,7 +30,7 @@ import yaml
 from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation.protocol import rank_scorer
 from vlm2rec.downstream.options import TailOver
-from vlm2rec.downstream.recbole import compat, plugin, windows
+from vlm2rec.downstream.recbole import compat, plugin, softmax, windows
 from vlm2rec.downstream.recbole.alignment import ITEMS, Alignment, hash_of
 from vlm2rec.downstream.recommender import CHECKPOINT_FILE, WRITER, Epoch, NoWatcher, Outcome, TrainingLog, Watcher
 from vlm2rec.embedder.contract import publish, schema
@@ -40,6 +40,7 @@ from vlm2rec.embedder.contract.storage import Location
 
 Settings = Path | Mapping[str, Any]
 _MAX_SCORES = 2**24  # float32 scores in memory at a time: 64 MB
+_MAX_EVAL_SCORES = 2**27  # of a batch of RecBole's evaluation
 
 # With a dataset folder RecBole gets finished sequences: settings that would filter, relabel or split them are unset
 _DATA_SETTINGS: dict[str, Any] = {
@@ -152,17 +153,17 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
         raise ConfigError(
             "no model is named" if not model else f"model {model!r}{did_you_mean(str(model), known)}",
             f"one of {', '.join(known)}",
-            "give --model, or a `model:` line in the YAML, which is RecBole's and so for"
-            f" {', '.join(schema.SEQUENTIAL)} only",
+            f"give --model; for {', '.join(schema.SEQUENTIAL)}, a `model:` line in the YAML works too",
         )
     plugin.read_flag(settings)
     windows.read_positions(settings, has_folder=folder is not None)
+    softmax.read_samples(settings)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
-            "no data is named",
+            "neither --data nor a dataset in the YAML is given",
             "a dataset folder (--data), or a YAML with `data_path:` and `dataset:` of RecBole's atomic files",
-            "add one of them",
+            "give --data, or add these lines to the YAML",
         )
     eval_args = _eval_args(settings)
     if folder is not None and not eval_args.items() <= ({"mode": eval_args.get("mode")} | _SPLIT).items():
@@ -177,7 +178,8 @@ def _refuse_own_table(settings: Mapping[str, Any], out: Path) -> None:
     start = plugin.read_flag(settings)
     if start is not None and start.alignment is not None and start.alignment.run.resolve() == out.resolve():
         raise ConfigError(
-            f"--align-with and --out are both {out}, which would be emptied before its table is read",
+            f"--align-with and --out are both {out}: the run would empty this folder before it reads the item"
+            " table in it",
             "two folders",
             "choose another --out",
         )
@@ -279,13 +281,14 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
         lengths = np.array([len(sequence) for sequence in folder.train_sequences()])
         longest, size = config["MAX_ITEM_LIST_LENGTH"], config["train_batch_size"]
         config["train_batch_size"] = windows.rows_in_batch(lengths, longest, size)
+    if folder is not None:  # RecBole holds a batch's scores of all items, and an array as large for its hits
+        config["eval_batch_size"] = min(config["eval_batch_size"], max(1, _MAX_EVAL_SCORES // dataset.item_num))
     with _refusals("the data"):
         train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with _refusals("the model's settings"):
         model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    if windows.is_set(config.final_config_dict):
-        windows.learn_all_positions(model)
+    _set_loss(model, config, train_data)
     # run_recbole counts FLOPs here, and for BERT4Rec that draws the random mask of one row
     construct_transform(config)(dataset, dataset[torch.tensor([1])])
     training_log = TrainingLog()
@@ -306,6 +309,21 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
         dataset.user_num - 1,
         dataset.item_num - 1,
     )
+
+
+def _set_loss(model: Any, config: Any, train_data: Any) -> None:
+    """Give the model the loss that the settings ask for, unless it is RecBole's own."""
+    settings = config.final_config_dict
+    everywhere, samples = windows.is_set(settings), softmax.read_samples(settings)
+    if not everywhere and samples is None:
+        return
+    loss: softmax.Loss = softmax.full_softmax
+    if samples is not None:
+        targets = train_data._dataset.inter_feat[windows.TARGETS if everywhere else model.POS_ITEM_ID]
+        frequency = torch.bincount(targets.flatten(), minlength=model.n_items)
+        frequency[0] = 0  # the padding
+        loss = softmax.SampledSoftmax(frequency, samples)
+    softmax.learn(model, windows.states_and_targets if everywhere else softmax.last_states, loss)
 
 
 def _dataset(config: Any, folder: Dataset | None) -> Any:
@@ -384,6 +402,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "dataset": config["dataset"] if folder is None else folder.name,
         "model": config["model"],
         "positions": "all" if windows.is_set(config.final_config_dict) else "last",
+        **_sampling(settings),
         "start": "id" if start is None else start.column,
         "mode": None if start is None else start.mode,
         "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
@@ -407,6 +426,11 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "parameters": sum(p.numel() for p in trained.model.parameters() if p.requires_grad),
         **trained.training_log.as_metrics(config["valid_metric"]),
     }
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    samples = softmax.read_samples(settings)
+    return {} if samples is None else {"softmax": "sampled", "samples": samples}
 
 
 def _alignment(alignment: Alignment) -> dict[str, Any]:

@@ -12,15 +12,12 @@ Validation and test are RecBole's: each user's last L items.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlm2rec.downstream.options import Positions
 from vlm2rec.embedder.contract.errors import ConfigError
@@ -112,12 +109,8 @@ def rows_in_batch(lengths: np.ndarray, longest: int, size: int) -> int:
     return max(1, round(size * len(learned) / max(1, learned.sum())))
 
 
-def learn_all_positions(model: Any) -> None:
-    """Make a model of RecBole learn every target of a row, in place: cross-entropy, the mean over targets."""
-    model.calculate_loss = types.MethodType(_loss, model)
-
-
-def _loss(model: Any, interaction: Any) -> Tensor | tuple[Tensor, Tensor]:
+def states_and_targets(model: Any, interaction: Any) -> tuple[Tensor, Tensor]:
+    """Return the states of a batch that have a target, (T, d), and these targets, (T,)."""
     targets = interaction[TARGETS]  # (B, L)
     own = model.gather_indexes  # takes each row's last state; here all are wanted
     model.gather_indexes = lambda states, index: states
@@ -126,8 +119,4 @@ def _loss(model: Any, interaction: Any) -> Tensor | tuple[Tensor, Tensor]:
     finally:
         model.gather_indexes = own
     learned = targets > 0
-    logits = torch.matmul(states[learned], model.item_embedding.weight.transpose(0, 1))  # (targets, I + 1)
-    loss = F.cross_entropy(logits, targets[learned])
-    if not hasattr(model, "alignment"):
-        return loss
-    return loss, model.alignment(model.item_embedding, targets[learned])  # as `alignment.align` adds it to other rows
+    return states[learned], targets[learned]

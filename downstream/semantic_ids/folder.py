@@ -56,7 +56,7 @@ class SemanticIds:
         """
         record = schema.read_json(folder / RECORD_FILE, _WHAT, _AGAIN)
         if record.get("schema_version") != 1 or not isinstance(record.get("files"), dict):
-            raise ArtifactError(f"{folder / RECORD_FILE} is of another version", _WHAT, _AGAIN)
+            raise ArtifactError(f"another version of vlm2rec wrote {folder / RECORD_FILE}", _WHAT, _AGAIN)
         for name in (IDS_FILE, CODEBOOK_FILE):
             path = folder / name
             if not path.is_file() or sha256_file(path) != record["files"].get(name):
@@ -170,13 +170,17 @@ def build(
 def _require_fit(earlier: SemanticIds, dim: int, column: str, balanced: bool, like: Path | None) -> None:
     if earlier.codebook.dim != dim or earlier.record.get("column") != column:
         raise ConfigError(
-            f"--like {like} codes {earlier.record.get('column')} vectors of length {earlier.codebook.dim}, these are"
-            f" {column} vectors of length {dim}",
+            f"--like {like} was built from {earlier.record.get('column')} vectors of {earlier.codebook.dim}"
+            f" dimensions, and these are {column} vectors of {dim} dimensions",
             "vectors of the same encoder and view",
             "choose another --like, or none",
         )
     if balanced:
-        raise ConfigError("--balanced with --like", "one of the two: items of an earlier folder keep their codes", "")
+        raise ConfigError(
+            "--balanced with --like",
+            "one of the two: with --like, the items of the earlier folder keep their codes",
+            "leave --balanced or --like out",
+        )
 
 
 def _codes(book: Codebook, embeddings: Location, column: str, count: int, balanced: bool, watch: Watch) -> np.ndarray:

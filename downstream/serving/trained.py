@@ -58,7 +58,7 @@ def read_run(folder: Path, data: Location | None = None, embeddings: Location | 
         raise ArtifactError(f"{folder / RECORD_FILE} is not of train-recommender", _WHAT, _AGAIN)
     if model in schema.MULTIMODAL:
         raise ConfigError(
-            f"{folder} is a run of {model}, which knows the users of its training only and reads no history",
+            f"{folder} is a run of {model}, which can rank only for the users it was trained on: it reads no history",
             f"a run of {', '.join(schema.SEQUENTIAL)}",
             "train one of these, or recommend by vectors with --embeddings",
         )
@@ -93,7 +93,9 @@ def read_run(folder: Path, data: Location | None = None, embeddings: Location | 
 def _dataset(folder: Path, record: dict[str, Any], metrics: dict[str, Any], data: Location | None) -> Dataset:
     if metrics.get("candidates") is None:
         raise ConfigError(
-            f"{folder} is a run on a dataset of RecBole's own", "a run on a dataset folder (--data)", "train one"
+            f"{folder} is a run on a dataset of RecBole's own",
+            "a run on a dataset folder (--data)",
+            "run train-recommender with --data",
         )
     named = data or record.get(recommender.DATA)
     if not named:

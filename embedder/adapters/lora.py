@@ -87,7 +87,11 @@ def add_lora(backbone: Backbone, rank: int, alpha: float, dropout: float, seed: 
     inside = {id(parameter) for parameter in backbone.language_model.parameters()}
     stray = [name for name, p in wrapped.named_parameters() if p.requires_grad and id(p) not in inside]
     if stray:
-        raise ModelError(f"LoRA landed outside the language model, on {stray[0]}", "its layers only")
+        raise ModelError(
+            f"LoRA would also adapt a layer outside the language model: {stray[0]}",
+            "LoRA in the layers of the language model only",
+            "choose a backbone of a supported family",
+        )
     return wrapped
 
 
@@ -315,7 +319,7 @@ def require_promptless(adapter: Path | None, prompts: str) -> None:
         raise ConfigError(
             f"{prompts} with --adapter {adapter}, which says itself how to prompt",
             "the backbone alone, or a PEFT folder that another program made",
-            "leave --adapter out, or --strategy; of an imported adapter, give the folder that it was imported from",
+            "leave --adapter out, or --strategy; if the adapter was imported, give the folder that import-adapter read",
         )
 
 
@@ -558,8 +562,11 @@ def check_canary(canary: Canary, before: np.ndarray, after: np.ndarray, folder: 
     """
     require_effect(before, after, folder)
     if after.shape != canary.fused.shape:
-        found = f"vectors of length {after.shape[1]}, the adapter {folder} was saved with {canary.fused.shape[1]}"
-        raise ModelError(found, "the same length", "give the backbone named in its vlm2rec.json")
+        found = (
+            f"vectors of {after.shape[1]} dimensions, but the adapter {folder} was saved with vectors of"
+            f" {canary.fused.shape[1]}"
+        )
+        raise ModelError(found, "vectors of the same dimensions", "give the backbone named in its vlm2rec.json")
     near = cosine(after, canary.fused)
     worst = float(near.min())
     exact = dtype == "float32" and canary.dtype in ("", "float32")

@@ -50,9 +50,9 @@ class ModaSettings:
     def __post_init__(self) -> None:
         if self.rank % self.experts:
             raise ConfigError(
-                f"--lora-rank {self.rank} is shared by --experts {self.experts}",
-                "a rank that is a multiple of the experts",
-                "change one of the two",
+                f"--lora-rank {self.rank} cannot be divided among --experts {self.experts}",
+                "a rank that is a multiple of the number of experts",
+                "change --lora-rank or --experts",
             )
 
 

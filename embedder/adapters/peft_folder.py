@@ -43,7 +43,7 @@ _COPY = "copy the adapter folder again with all its files"
 _OTHER_BACKBONE = "give its base model as --backbone"
 _OTHER_OR_COPY = f"{_OTHER_BACKBONE}, or {_COPY}"
 _MERGE = (
-    "merge it: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new), copy the backbone's"
+    "merge it: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new); copy the backbone's"
     " tokenizer and processor files there too, and give the new folder as --backbone"
 )
 

@@ -1,11 +1,10 @@
 """A vision-language or text model as an encoder: one vector for each prompt. All families take the same path.
 
 The path: the family's own tokenizer and image processor, the inner model without its language-model head, prompts
-packed end to end (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final state or
-the mean of all.
-The vision tower is frozen everywhere in vlm2rec, so each image is encoded once and its tokens serve every prompt.
-A causal text model takes the same path, with text prompts only. A model whose layers carry a state along the row
-(Qwen3.5) runs its prompts one by one.
+packed one after the other (`packing`), explicit position ids (M-RoPE where the family has it), the last token's final
+state or the mean of all. The vision tower is frozen everywhere in vlm2rec, so each image is encoded once and its
+tokens serve every prompt. A causal text model takes the same path, with text prompts only. A model whose layers carry
+a state along the row (Qwen3.5) runs its prompts one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from vlm2rec.embedder.backbones import modality, packing, quantized
-from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, pick_device, pick_dtype, quiet
+from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, onto, pick_device, pick_dtype, quiet
 from vlm2rec.embedder.backbones.families import checked_files, image_tokens, load_processor, neutralise
 from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
@@ -51,7 +50,9 @@ class ImageFeatures:
 
     def to(self, device: torch.device) -> ImageFeatures:
         """Return the features on a device; the grid stays on the CPU, where positions are computed."""
-        return ImageFeatures(self.tokens.to(device), tuple(layer.to(device) for layer in self.deepstack), self.grid)
+        return ImageFeatures(
+            onto(device, self.tokens), tuple(onto(device, layer) for layer in self.deepstack), self.grid
+        )
 
     @property
     def bytes(self) -> int:
@@ -65,6 +66,7 @@ class Patches:
 
     values: Tensor  # (patches, pixels), or (1, 3, H, W) for families whose model cuts patches; uint8 if not normalised
     grid: Tensor | None  # (1, 3) frames, rows, columns of patches
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of the family's `inputs`, (1, ...) each
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,14 @@ class Backbone:
             most -= 1
         return text[: places[most - 1][1] if most else 0].rstrip(), True
 
+    @property
+    def _blocks(self) -> str:
+        """Where the tokens of an image see its later ones; the larger models of Gemma 4 alone do so."""
+        blocks: str = self.processor.family.blocks
+        if blocks != "windows":
+            return blocks
+        return blocks if self.model.config.get_text_config().use_bidirectional_attention == "vision" else ""
+
     def tokenize(self, prompt: Prompt, images: Sequence[ImageFeatures] = ()) -> EncodedPrompt:
         """Return the prompt's token ids, with one image token for each feature of an image."""
         text = render(prompt, self.prompt_mode, self.processor)
@@ -296,9 +306,12 @@ class Backbone:
     def patch(self, image: Image.Image) -> Patches:
         """Return an RGB image as the vision tower takes it, on the CPU. Safe to call from threads."""
         as_read = {"do_rescale": False, "do_normalize": False} if self.normalises_on_device else {}
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt", **as_read)
-        values = inputs["pixel_values"]
-        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"))
+        family = self.processor.family
+        images: list[Any] = [[image, image]] if family.several else [image]
+        inputs = self.processor.image_processor(images=images, return_tensors="pt", **as_read)
+        values = inputs["pixel_values"][:1, 0] if family.several else inputs["pixel_values"]
+        more = {name: inputs[name][:1] for name in family.inputs}
+        return Patches(values.to(torch.uint8) if as_read else values, inputs.get("image_grid_thw"), more)
 
     @property
     def normalises_on_device(self) -> bool:
@@ -309,7 +322,7 @@ class Backbone:
     def _normalised(self, values: Tensor) -> Tensor:
         """Return uint8 patches or images as (x / 255 − mean) / deviation of their colour, in float32."""
         own = self.processor.image_processor
-        mean, deviation = (torch.tensor(c, device=values.device)[:, None] for c in (own.image_mean, own.image_std))
+        mean, deviation = (onto(values.device, torch.tensor(c))[:, None] for c in (own.image_mean, own.image_std))
         colours = values.view(len(values), len(mean), -1)  # colours are the first axis, in patches and in images
         return ((colours * own.rescale_factor - mean) / deviation).view_as(values)
 
@@ -330,26 +343,25 @@ class Backbone:
         Unlike `encode_images`, gradients flow to the tower if its weights are trainable and grad mode is on.
         """
         patched = [image if isinstance(image, Patches) else self.patch(image) for image in images]
-        values = torch.cat([each.values for each in patched])
-        if self.device.type == "cuda":
-            values = values.pin_memory()  # copied while the GPU still works on the previous images
-        values = values.to(self.device, non_blocking=True)
+        values = onto(self.device, torch.cat([each.values for each in patched]))
         if values.dtype == torch.uint8:
             values = self._normalised(values)
-        inputs = {"pixel_values": values.to(self.model.dtype)}
-        if patched[0].grid is not None:
-            inputs["image_grid_thw"] = torch.cat([each.grid for each in patched if each.grid is not None]).to(
-                self.device
-            )
+        inputs: dict[str, Any] = {"pixel_values": values.to(self.model.dtype)}
+        grids = None if patched[0].grid is None else torch.cat([p.grid for p in patched if p.grid is not None])
+        if grids is not None:
+            inputs["image_grid_thw"] = onto(self.device, grids)
+        for name in self.processor.family.inputs:
+            inputs[name] = onto(self.device, torch.cat([each.inputs[name] for each in patched]))
+        if self.processor.family.several:
+            inputs["batch_num_images"] = [max(2, len(patched))]
         output = self.body.get_image_features(**inputs, return_dict=True)
-        grids = inputs.get("image_grid_thw")
         deepstack = getattr(output, "deepstack_features", None) or ()  # a tuple for each layer, a tensor for each image
         # cloned: the parts are views of one buffer, and keeping one image must not keep its whole batch
         return [
             ImageFeatures(
                 tokens.clone(),
                 tuple(layer[i].clone() for layer in deepstack),
-                None if grids is None else grids[i].cpu(),
+                None if grids is None else grids[i],
             )
             for i, tokens in enumerate(output.pooler_output)
         ]
@@ -380,7 +392,7 @@ class Backbone:
         for row, prompt in enumerate(prompts):
             by_start.setdefault(tuple(prompt.ids[: prompt.shared]), []).append(row)
         vectors = [self._encode_packed([prompts[row] for row in rows], start) for start, rows in by_start.items()]
-        order = torch.tensor([row for rows in by_start.values() for row in rows], device=self.device)
+        order = onto(self.device, torch.tensor([row for rows in by_start.values() for row in rows]))
         found = torch.cat(vectors)
         return torch.empty_like(found).index_copy_(0, order, found)
 
@@ -400,7 +412,7 @@ class Backbone:
             [start + place for place in (*prompt.reads, len(prompt) - 1)]
             for start, prompt in zip(starts, prompts, strict=False)
         ]
-        return states[torch.tensor(places, device=self.device)]
+        return states[onto(self.device, torch.tensor(places))]
 
     def _encode_packed(self, prompts: Sequence[EncodedPrompt], start: tuple[int, ...] | None) -> Tensor:
         """Encode prompts that all begin with `start`; the keys and values of `start` are computed once."""
@@ -419,7 +431,7 @@ class Backbone:
             return found
         if start:
             found = found + self._prefix(start).pooled
-        return found / mask.sum(dim=1, keepdim=True)
+        return found / onto(self.device, mask.sum(dim=1, keepdim=True))
 
     def _layout(self, lengths: Sequence[int], prefix: int = 0, every_state: bool = False) -> Layout:
         return Layout(tuple(lengths), prefix, self.device, self.attention == "bidirectional", every_state)
@@ -432,8 +444,8 @@ class Backbone:
             bidirectional: whether a token sees those after it, whatever `attention` is.
         """
         layout = Layout(tuple(len(ids) for ids in texts), 0, self.device, bidirectional, every_state=True)
-        row = torch.tensor([[token for ids in texts for token in ids]], device=self.device)
-        positions = torch.cat([torch.arange(len(ids), device=self.device) for ids in texts])[None]
+        row = torch.tensor([[token for ids in texts for token in ids]])
+        positions = torch.cat([torch.arange(len(ids)) for ids in texts])[None]
         return list(self._states(layout, row, (), position_ids=positions).split(layout.lengths))
 
     def logits(self, states: Tensor) -> Tensor:
@@ -471,24 +483,31 @@ class Backbone:
     def _states(self, layout: Layout, row: Tensor, images: Sequence[ImageFeatures], **arguments: Any) -> Tensor:
         """Run the language model over a packed row of token ids, (1, T), with its images' features at the image tokens.
 
+        Ids and positions are on the CPU, images on the model's device.
         Returns the final states of all tokens, (T, d), or those of each prompt's last one, (n, d) (`Layout`).
 
         The language model is called directly. The outer models take precomputed image features under names that change
         between releases of transformers, and silently ignore unknown names.
         """
-        embedded = self.language_model.get_input_embeddings()(row)  # (1, T, d)
+        arguments["position_ids"] = onto(self.device, arguments["position_ids"])
+        if getattr(self.language_model, "hidden_size_per_layer_input", 0):  # Gemma 4: each layer has embeddings
+            text = row.masked_fill(row == self.image_token_id, self.language_model.padding_idx)
+            arguments["per_layer_inputs"] = self.language_model.get_per_layer_inputs(onto(self.device, text))
+        embedded = self.language_model.get_input_embeddings()(onto(self.device, row))  # (1, T, d)
         if images:
-            is_image = row == self.image_token_id  # (1, T)
+            of_image = row == self.image_token_id  # (1, T)
             tokens = torch.cat([image.tokens for image in images]).to(embedded)
-            if int(is_image.sum()) != len(tokens):
+            if int(of_image.sum()) != len(tokens):
                 raise ValueError(
-                    f"the prompts have room for {int(is_image.sum())} image tokens, {len(tokens)} were given"
+                    f"the prompts have room for {int(of_image.sum())} image tokens, {len(tokens)} were given"
                 )
+            is_image = onto(self.device, of_image)
             embedded = embedded.masked_scatter(is_image.unsqueeze(-1), tokens)
-            if self.processor.family.blocks:
+            if self._blocks:
                 numbers = torch.arange(len(images)).repeat_interleave(torch.tensor([len(i.tokens) for i in images]))
-                blocks = torch.full_like(row[0], -1).masked_scatter(is_image[0], numbers.to(row))
-                layout = dataclasses.replace(layout, blocks=blocks, _made={})
+                blocks = torch.full_like(row[0], -1).masked_scatter(of_image[0], numbers)
+                in_windows = self._blocks == "windows"
+                layout = dataclasses.replace(layout, blocks=blocks, blocks_in_windows=in_windows, _made={})
             if images[0].deepstack:
                 arguments["visual_pos_masks"] = is_image
                 arguments["deepstack_visual_embeds"] = [
@@ -530,25 +549,28 @@ class Backbone:
         key = modality.current(), start  # an adapter may have different weights for each modality
         if key not in self._prefixes:
             cache = DynamicCache()
-            row = torch.tensor([start], device=self.device)
-            positions = torch.arange(len(start), device=self.device)[None]
+            row = torch.tensor([start])
+            positions = torch.arange(len(start))[None]
             layout = self._layout([len(start)], every_state=self.pooling == "mean")
             pooled = self._pooled(layout, row, (), position_ids=positions, past_key_values=cache)
             self._prefixes[key] = Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), pooled)
         return self._prefixes[key]
 
     def _pad(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
-        """Return ids and mask as a padded batch, (B, T) each, from which the positions are computed."""
+        """Return ids and mask as a padded batch on the CPU, (B, T) each, from which the positions are computed."""
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.pad_id)  # (B, T)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt.ids)
             mask[row, : len(prompt)] = 1
-        return ids.to(self.device), mask.to(self.device)
+        return ids, mask
 
     def _positions(self, ids: Tensor, mask: Tensor, images: Sequence[ImageFeatures]) -> Tensor:
-        """Return explicit positions: (3, B, T) under M-RoPE, else (B, T)."""
+        """Return explicit positions: (3, B, T) under M-RoPE, else (B, T).
+
+        All on the CPU: the family's own code reads each image's place out of the ids, for which a GPU would stop.
+        """
         plain = (mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
         if not images or images[0].grid is None or not hasattr(self.body, "get_rope_index"):
             return plain

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from vlm2rec.embedder.contract.errors import ConfigError, ModelError
@@ -41,6 +42,13 @@ def batches_by_tokens(lengths: Sequence[int], budget: int, padded: bool = True) 
         tokens = size
     if batch:
         yield batch
+
+
+def onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy a tensor from the CPU to a device; a GPU takes it while the host goes on."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()  # the host waits for a copy from other memory
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager

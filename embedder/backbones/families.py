@@ -46,7 +46,9 @@ class Family:
     area_budget: bool  # images keep their shape and `max_pixels` bounds their area; otherwise all get one fixed size
     note: str = ""  # shown to the user when the family is loaded
     text_only: bool = False  # a causal text model: no images, no processor
-    blocks: bool = False  # the tokens of an image see those of the same image that come later
+    blocks: str = ""  # where the tokens of an image see its later ones: in `all` layers, or in those with `windows`
+    inputs: tuple[str, ...] = ()  # what the vision tower takes of the image processor besides pixels and grid
+    several: bool = False  # an image is prepared as one of several; alone it would be cut into tiles
     needs: str = ""  # a library that the family's processor imports, with an extra of the same name as the family
 
 
@@ -74,7 +76,24 @@ FAMILIES: Mapping[str, Family] = {
             area_budget=True,
             note="most layers of Qwen3.5 carry a state along a row, so that each prompt runs by itself, unpacked",
         ),
-        Family("gemma3", "Gemma3Processor", "<start_of_image>", area_budget=False, blocks=True),
+        Family("gemma3", "Gemma3Processor", "<start_of_image>", area_budget=False, blocks="all"),
+        Family(
+            "gemma4",
+            "Gemma4Processor",
+            "<|image|>",
+            area_budget=False,
+            blocks="windows",
+            inputs=("image_position_ids",),
+        ),
+        Family(
+            "llava_onevision",
+            "LlavaOnevisionProcessor",
+            "<image>",
+            area_budget=False,
+            note="LLaVA-OneVision spends 730 tokens on an image: it is taken whole, as this model takes several",
+            inputs=("image_sizes",),
+            several=True,
+        ),
         # SmolVLM is published under both types, and SmolVLM2 as smolvlm
         Family("idefics3", "Idefics3Processor", "<image>", area_budget=False),
         Family("smolvlm", "SmolVLMProcessor", "<image>", area_budget=False, needs="num2words"),
@@ -87,6 +106,7 @@ TEXT_FAMILIES: Mapping[str, Family] = {
     for model_type in ("qwen2", "qwen3", "llama", "mistral")
 }
 
+GEMMA4_TOKENS = (70, 140, 280, 560, 1120)
 _TOKENIZER_AGAIN = "download the model folder again; it needs tokenizer.json and tokenizer_config.json"
 _SMALLEST_TOKENIZER = 256  # a byte-level or byte-fallback vocabulary has at least one token for each byte
 
@@ -145,8 +165,8 @@ def load_processor(
         settings, _ = family_class.get_processor_dict(source)
         settings = _accepted(family_class, {"chat_template": tokenizer.chat_template} | settings)
         _set_image_size(image_processor, family, max_pixels)
-        if "video_processor" in inspect.signature(family_class.__init__).parameters:
-            settings["video_processor"] = None
+        for part in _UNUSED & set(inspect.signature(family_class.__init__).parameters):
+            settings[part] = None
         processor = _without_video(family)(image_processor=image_processor, tokenizer=tokenizer, **settings)
     except UNLOADABLE as error:
         raise ModelError(
@@ -158,7 +178,9 @@ def load_processor(
         whole = getattr(processor, "global_image_token", None) or processor.global_image_tag
         processor.start_image_token = processor.fake_image_token + whole
         processor.end_image_token = processor.fake_image_token
-    if hasattr(processor, "boi_token"):  # Gemma: an image begins with another token than it has inside
+    if family.model_type == "gemma4":
+        processor.start_image_token, processor.end_image_token = processor.boi_token, processor.eoi_token
+    elif hasattr(processor, "boi_token"):  # Gemma 3: an image begins with another token than it has inside
         processor.start_image_token = f"\n\n{processor.boi_token}"
         processor.end_image_token = f"{tokenizer.eoi_token}\n\n"
         processor.inner_image_token = tokenizer.image_token
@@ -255,17 +277,25 @@ def _require_files(folder: Path, family: Family) -> None:
             raise ModelError(f"{folder} has no {names[0]}", MODEL_FOLDER, "download the whole model folder again")
 
 
+_UNUSED = {"video_processor", "feature_extractor"}  # parts of a processor for videos and sounds
+
+
 def _accepted(family_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Keep the settings that the processor's constructor takes, without the parts that are loaded separately."""
-    parts = {"image_processor", "tokenizer", "video_processor"}
+    parts = {"image_processor", "tokenizer"} | _UNUSED
     names = set(inspect.signature(family_class.__init__).parameters) - parts
     return {name: value for name, value in settings.items() if name in names}
 
 
 def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> None:
+    if hasattr(image_processor, "max_soft_tokens"):  # Gemma 4 was trained with images of these sizes
+        area = (image_processor.patch_size * image_processor.pooling_kernel_size) ** 2
+        most = min(max_pixels // area, image_processor.max_soft_tokens)
+        image_processor.max_soft_tokens = max(number for number in GEMMA4_TOKENS if number <= max(most, 70))
+        return
     if not family.area_budget:
-        # InternVL would cut an image into up to twelve tiles of 256 tokens; one tile prevents that. Releases of
-        # transformers differ in which of the two attributes they read
+        # InternVL would cut an image into up to twelve tiles of 256 tokens: ask for one tile. Both attributes are set,
+        # because releases of transformers differ in which one they read.
         if hasattr(image_processor, "crop_to_patches"):
             image_processor.crop_to_patches = False
             image_processor.max_patches = 1
@@ -282,8 +312,8 @@ def _set_image_size(image_processor: Any, family: Family, max_pixels: int) -> No
         )
     own = image_processor.size
     longest = min(max_pixels, own["longest_edge"])
-    # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. Starting from half the
-    # budget, rounding stays within the budget.
+    # A small image is enlarged to `shortest_edge` and then rounded *up* to whole tokens. From half the budget, this
+    # stays within the budget.
     shortest = min(own["shortest_edge"], max(longest // 2, smallest))
     image_processor.size = type(own)(**{"shortest_edge": shortest, "longest_edge": longest})
 
@@ -297,7 +327,7 @@ def _without_video(family: Family) -> type[Any]:
 
     class WithoutVideo(family_class):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor" and argument is None:
+            if argument_name in _UNUSED and argument is None:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
@@ -363,6 +393,11 @@ def image_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
     images = processor.image_processor
     if processor.family.area_budget:
         return int(images.get_number_of_image_patches(height, width, {})) // int(images.merge_size) ** 2
+    if processor.family.model_type == "gemma4":
+        (tokens,) = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"]
+        return int(tokens)
+    if processor.family.several:  # and a line break
+        return int(processor.num_image_tokens + (processor.vision_feature_select_strategy != "default"))
     for name in ("image_seq_length", "image_seq_len"):
         if hasattr(processor, name):
             return int(getattr(processor, name))

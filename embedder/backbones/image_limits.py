@@ -96,7 +96,7 @@ def _count_scans(content: bytes, at: int) -> int:
             at += max(int.from_bytes(content[at : at + 2], "big"), 2)
         scans, blocks = scans + (marker == 0xDA), blocks + 1
         if scans > MAX_SCANS:
-            raise ImageError(f"the image has more than {MAX_SCANS} scans; a picture needs a dozen")
+            raise ImageError(f"the image has more than {MAX_SCANS} scans; real images have about a dozen")
         _require_few(blocks)
     return scans
 

@@ -32,9 +32,9 @@ class Readers:
 
     A thread cannot be stopped while the system blocks it, for example on a network disk that is gone. Its read is
     given up after `timeout` seconds, and another thread replaces it. Nothing waits for a blocked thread, not even the
-    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`. An image whose decoding takes
-    too long is given up too, but that ends by itself or is killed (see `images.decode`): its thread stays, and nobody
-    blames the disk.
+    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`. An image whose decoding
+    takes too long is given up too. Decoding ends by itself or is killed (see `images.decode`), so its thread stays,
+    and it does not count as a fault of the disk.
     """
 
     def __init__(self, count: int, timeout: float) -> None:

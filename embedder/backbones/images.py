@@ -3,8 +3,8 @@
 Image files are not trusted. Nothing outside the image root is opened, no URL is fetched, and only regular files are
 read. Only the formats below are decoded; the file's bytes decide the format, never its name, so nothing reaches
 Ghostscript or a TIFF reader. Before a single pixel is decoded, the headers are checked: size, scans, blocks. What is
-left is bounded by its size; an image that may take more than about a second is decoded in a process that can be killed,
-and large ones wait for memory that all readers share.
+left is bounded by its size; an image that may take more than about a second is decoded in a process that can be
+killed. Large images wait until the memory that all readers share is free.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The files of a model: where they lie, whether they may be opened, and hashes of all that decides a vector.
 
 A hub id is resolved once, to the folder of a commit in the hub's cache; everything is then read from that folder, so
-that a branch that moves meanwhile cannot mix two models. Folders come from strangers: weights are safetensors that lie
-in the folder itself, an adapter beside them is refused because transformers would apply it silently, and a config whose
-numbers are beyond its weights is refused before anything of that size is made.
+that a branch that moves meanwhile cannot mix two models. Folders come from strangers. Weights are safetensors in the
+folder itself. An adapter beside them is refused, because transformers would apply it silently. A config whose sizes
+exceed its weights is refused before anything of that size is allocated.
 """
 
 from __future__ import annotations

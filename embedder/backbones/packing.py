@@ -35,11 +35,12 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from vlm2rec.embedder.backbones.devices import onto
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
-# transformers passes the bounds of the windows to attention functions with this word in their name; it calls other
-# functions once for every window of every image
+# transformers looks for the word "flash" in the name of an attention function: such a function gets the bounds of all
+# windows in one call, any other is called once for every window of every image
 VISION_ATTENTION = "vlm2rec_flash_windows"
 LAYOUT = "packed_layout"  # keyword under which the model passes the layout down to its layers
 
@@ -57,7 +58,8 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bidirectional: bool = False  # a token sees those after it, too; without a prefix, whose states would depend on them
     every_state: bool = False  # return the final states of all tokens, not only of each prompt's last one
-    blocks: Tensor | None = None  # (T,) the image of each token of the row, -1 for others; an image sees itself whole
+    blocks: Tensor | None = None  # (T,) on the CPU: each token's image, -1 for none; an image sees itself whole
+    blocks_in_windows: bool = False  # only where attention has a window
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -99,16 +101,18 @@ class Layout:
 
     def mask(self, length: int) -> Tensor:
         """Return which keys the tokens of a prompt of that length see, (length, prefix + length) bool."""
-        return self._once(
-            length,
-            lambda: torch.ones(length, self.prefix + length, dtype=torch.bool).tril(
-                diagonal=length if self.bidirectional else self.prefix
-            ),
-        )
+        return self._once(length, lambda: self._seen(length))
+
+    def _seen(self, length: int) -> Tensor:
+        seen = torch.ones(length, self.prefix + length, dtype=torch.bool)
+        return seen.tril(diagonal=length if self.bidirectional else self.prefix)
 
     def needs_masks(self, window: int | None) -> bool:
         """Tell whether a prompt sees other keys than all those before: within an image, or in a window of keys."""
-        return self.blocks is not None or (window is not None and self.prefix + max(self.lengths) > window)
+        return self._sees_blocks(window) or (window is not None and self.prefix + max(self.lengths) > window)
+
+    def _sees_blocks(self, window: int | None) -> bool:
+        return self.blocks is not None and not (self.blocks_in_windows and window is None)
 
     def mask_of(self, start: int, length: int, window: int | None) -> Tensor:
         """Return which keys the tokens of the prompt at `start` of the row see, (length, prefix + length) bool.
@@ -117,12 +121,13 @@ class Layout:
         """
 
         def make() -> Tensor:
-            seen = self.mask(length).clone()
-            if self.blocks is not None:
+            seen = self._seen(length)
+            if self._sees_blocks(window):
+                assert self.blocks is not None
                 own = F.pad(self.blocks[start : start + length], (self.prefix, 0), value=-1)
                 seen |= (own[None] == own[self.prefix :, None]) & (own >= 0)
             if window is not None:
-                places = torch.arange(self.prefix + length, device=seen.device)
+                places = torch.arange(self.prefix + length)
                 seen &= places[None] > places[self.prefix :, None] - window
             return seen
 
@@ -131,7 +136,7 @@ class Layout:
     def _once(self, key: Any, make: Any) -> Tensor:
         # every layer needs the same tensor
         if key not in self._made:
-            self._made[key] = make().to(self.device)
+            self._made[key] = onto(self.device, make())
         return self._made[key]
 
 

@@ -38,8 +38,8 @@ def _encodable(text: str) -> str:
 def cell(text: str | None) -> str:
     """Return one line of text as a cell of a CSV or TSV file for people.
 
-    A cell that a spreadsheet program would compute (it begins with `=`, `+`, `-` or `@`) gets an apostrophe in front,
-    which these programs take for "this is text".
+    A spreadsheet program would compute a cell that begins with `=`, `+`, `-` or `@`. Such a cell gets an apostrophe in
+    front, which these programs read as "this is text".
     """
     line = one_line(text or "")
     return f"'{line}" if _FORMULA.match(line) else line

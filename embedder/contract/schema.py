@@ -273,7 +273,7 @@ def files_of(folder: Location) -> dict[str, Location]:
         if not _is_copy(path, folder / name):
             raise ArtifactError(
                 f"{folder} holds {path.name}, which an earlier version of vlm2rec wrote, beside"
-                f" {' and '.join(present)}, and they tell different things",
+                f" {' and '.join(present)}, and the two disagree",
                 "the files of one export",
                 f"delete the one that does not belong to these parts (a manifest lists the SHA-256 of each); then"
                 f" `vlm2rec verify {folder}` tells whether the other one does",
@@ -318,7 +318,7 @@ def read_manifest(folder: Location, *, check: bool = True, table: str | None = I
         raise ArtifactError(
             f"{folder} is a folder of {table_of(manifest)}",
             f"a folder of {table}, as {_WRITERS[str(table)]} writes",
-            "",
+            f"give the folder that {_WRITERS[str(table)]} wrote",
         )
     if check and (problems := manifest_problems(manifest)):
         raise ArtifactError(f"{path} is damaged: {'; '.join(problems[:3])}", "a manifest as written", _EXPORT_AGAIN)

@@ -51,7 +51,8 @@ def use_vision_cache(
         return
     if setting == AUTO and isinstance(dataset.path, StorePath):
         reporter.say(
-            f"vision cache: none, as {dataset.path} is in an object store. For a local folder, give --vision-cache DIR"
+            f"vision cache: off, because {dataset.path} is in an object store. For a local folder, give"
+            " --vision-cache DIR"
         )
         return
     root = Path(str(dataset.path)) / FOLDER if setting == AUTO else Path(setting)

@@ -41,8 +41,8 @@ from vlm2rec.embedder.encoders.frozen_images import (
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
 from vlm2rec.embedder.options import DeviceName, DtypeName, EncoderKind, EncoderPooling, FusionNorm
 
-# padding of titles: CLIP's are padded to the longest of the batch; SigLIP was trained on titles padded to full length,
-# and attends to the padding
+# padding of titles: to the longest of the batch for CLIP. SigLIP attends to the padding, and was trained on titles
+# padded to full length.
 CLIP_PADDING: Mapping[str, Literal["longest", "max_length"]] = {
     "clip": "longest",
     "siglip": "max_length",
@@ -117,7 +117,9 @@ def frozen_fingerprint(
     }
     if found != "sentence" and pooling != "auto":
         which = "a CLIP or SigLIP folder" if found == "clip" else "an image encoder"
-        raise ConfigError(f"--pooling with {which}", "none: the model pools", "leave it out")
+        raise ConfigError(
+            f"--pooling with {which}", "no --pooling: this model pools its tokens itself", "leave --pooling out"
+        )
     if found == IMAGE:
         return common | image_settings(inner, config) | _hashes(inner)
     if found == "clip":

@@ -21,7 +21,7 @@ from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.adapters.late_fusion import LateFusion, mean_tokens_of
 from vlm2rec.embedder.backbones import modality
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures, Patches, pick_token_budget
-from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, in_halves, onto
 from vlm2rec.embedder.backbones.families import checked_files
 from vlm2rec.embedder.backbones.images import ImageError, open_image
 from vlm2rec.embedder.backbones.packing import IndependentRows
@@ -278,9 +278,13 @@ class ItemEncoder:
             absent = torch.full((count, self.dim), torch.nan, device=backbone.device)
             fused = self._encode_rows(prompt, count, budget)
             if self.settings.late_fusion == "gate" and self.late_fusion is None:
-                raise ModelError("late_fusion is gate, and there is none", "an adapter that holds the gate")
+                raise ModelError(
+                    "the settings say late_fusion: gate, but no adapter with a gate is loaded",
+                    "an adapter that holds the gate",
+                    "give the adapter that `vlm2rec finetune --method notellm2` wrote",
+                )
             if self.late_fusion is not None and complete:
-                rows = torch.tensor(complete, device=fused.device)
+                rows = onto(fused.device, torch.tensor(complete))
                 seen = mean_tokens_of([images[row][0] for row in complete])
                 fused = fused.index_copy(0, rows, self.late_fusion(seen, fused[rows]))
             return {schema.FUSED: fused, schema.TEXT: absent, schema.IMAGE: absent.clone()}
@@ -350,7 +354,7 @@ class ItemEncoder:
         if not vectors:
             return result
         # not in place, so that gradients flow
-        return result.index_copy(0, torch.tensor(order, device=result.device), torch.cat(vectors))
+        return result.index_copy(0, onto(result.device, torch.tensor(order)), torch.cat(vectors))
 
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)

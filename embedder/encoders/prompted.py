@@ -154,7 +154,9 @@ def prompted_fingerprint(
         )
     if not full_question or processor.image_token in full_question:
         raise ConfigError(
-            f"--instruction {instruction!r}", "a question in words; the image is put before it", "change it"
+            f"--instruction {instruction!r}",
+            "a question in words; the image is put before it",
+            "write the question as --instruction",
         )
     by_template: PromptMode = "chat" if processor.chat_template else "raw"
     mode: PromptMode = by_template if prompt_mode == "auto" else prompt_mode

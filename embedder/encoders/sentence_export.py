@@ -48,8 +48,19 @@ def write_sentence_transformer(encoder: ItemEncoder, out: Path, card: str) -> No
         encoder: the encoder, with its adapter merged, on the CPU or a GPU.
         out: an existing folder.
         card: the text of its README.md.
+
+    Raises:
+        ModelError: the family's own way with a single image is not the encoder's.
     """
     backbone = encoder.backbone
+    family = backbone.processor.family
+    if family.several and schema.IMAGE in encoder.modalities:
+        raise ModelError(
+            f"sentence-transformers cuts an image that stands alone into tiles for {family.model_type}, and vlm2rec"
+            " takes it whole",
+            "a backbone of another family, or an adapter for titles alone (--views text)",
+            "choose another --to",
+        )
     backbone.model.save_pretrained(str(out))
     _save_processor(encoder, out)
     modules = [{"idx": int(name), "name": name, "path": path, "type": kind} for name, path, kind in _MODULES]
@@ -121,9 +132,9 @@ model = SentenceTransformer("THIS_FOLDER")
 {kept}
 The chat template holds the prompts (mode `{fingerprint_of.prompt_mode}`). It cannot cut titles: vlm2rec cuts them to
 {fingerprint_of.max_title_tokens} tokens, so longer ones get another vector here. Images: up to
-{fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen, InternVL and SmolVLM models need torchvision
-(`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from Pillow's, which
-vlm2rec takes.
+{fingerprint_of.max_pixels} pixels, or the backbone's fixed size. Qwen, InternVL, SmolVLM and Gemma 4 models need
+torchvision (`pip install 'sentence-transformers[image]' torchvision`); its resize differs in the third decimal from
+Pillow's, which vlm2rec takes.
 """
 
 

@@ -59,7 +59,7 @@ class EncoderSettings:
             raise ConfigError(
                 f"--item-text {self.item_text[:80]!r}",
                 "columns of the catalogue with commas between, such as title,category,brand, or attributes, or all",
-                "correct it",
+                "correct --item-text",
             )
         if self.item_text != schema.TITLE and self.views == schema.IMAGE:
             raise ConfigError(
@@ -69,10 +69,11 @@ class EncoderSettings:
             )
         if self.prompt_style == "qwen3-vl-embedding" and (self.prompt_mode, self.pooling) != ("chat", "last"):
             raise ConfigError(
-                f"--prompt-style qwen3-vl-embedding with --prompt-mode {self.prompt_mode} and --pooling {self.pooling}:"
-                " it asks in the turns of a chat, and reads the last token",
+                f"--prompt-style qwen3-vl-embedding with --prompt-mode {self.prompt_mode} and --pooling"
+                f" {self.pooling}: its prompts are turns of a chat, and its vector is the state of the last"
+                " token",
                 "--prompt-mode chat and --pooling last",
-                "leave the two out",
+                "leave --prompt-mode and --pooling out",
             )
         if self.instruction and (self.prompt_style != "qwen3-vl-embedding" or len(self.instruction) > _LONGEST):
             raise ConfigError(
@@ -83,16 +84,16 @@ class EncoderSettings:
         notes = self.prompt_style in ("notellm2", "notellm2-basic")
         if notes and (self.fusion != "internal" or self.pooling != "last"):
             raise ConfigError(
-                f"--prompt-style {self.prompt_style} with --fusion {self.fusion} and --pooling {self.pooling}: it holds"
-                " image and text in one prompt, and its vector is the state of the last token",
+                f"--prompt-style {self.prompt_style} with --fusion {self.fusion} and --pooling {self.pooling}:"
+                " it puts image and text into one prompt, and its vector is the state of the last token",
                 "--fusion internal and --pooling last",
                 "change them, or choose another --prompt-style",
             )
         if self.prompt_style == "llm2rec" and self.views != schema.TEXT:
             raise ConfigError(
-                f"--prompt-style llm2rec with --views {self.views}: it is the title alone",
+                f"--prompt-style llm2rec with --views {self.views}: its prompt is the title alone",
                 "--views text",
-                "change one of the two",
+                "change --views or --prompt-style",
             )
         if self.late_fusion == "gate" and not notes:
             raise ConfigError(
@@ -105,19 +106,19 @@ class EncoderSettings:
             raise ConfigError(
                 "--fusion internal with --prompt-style sda, which has no prompt for a title and an image together",
                 "--fusion external, or --prompt-style vlm2rec",
-                "change one of the two",
+                "change --fusion or --prompt-style",
             )
         if self.item_text == "attributes" and self.prompt_style != "sda":
             raise ConfigError(
                 f"--item-text attributes with --prompt-style {self.prompt_style}, whose prompts are about titles",
                 "--prompt-style sda, or --item-text title",
-                "change one of the two",
+                "change --item-text or --prompt-style",
             )
         if self.fusion == "internal" and self.views != "both":
             raise ConfigError(
                 f"--fusion internal with --views {self.views}: the interleaved prompt holds titles and images",
                 "--fusion external, or --views both",
-                "change one of the two",
+                "change --fusion or --views",
             )
 
     @property
@@ -175,7 +176,9 @@ class EncoderSettings:
         if adapter is not None and lora.is_foreign(adapter):
             if given.get("late_fusion") == "gate":
                 found = f"--late-fusion gate with {adapter}, an adapter that another program made"
-                raise ConfigError(found, "an adapter of --method notellm2, which holds a gate", "leave it out")
+                raise ConfigError(
+                    found, "an adapter of --method notellm2, which holds a gate", "leave --late-fusion out"
+                )
             adapter = None
         base = cls() if adapter is None else cls.of_adapter(lora.read_adapter(adapter)["encoder"])
         chosen = {name: value for name, value in given.items() if value is not None}

@@ -38,6 +38,9 @@ from vlm2rec.embedder.progress import Reporter
 Work = Mapping[int, np.ndarray]
 """The shards to make: number → position of each row in an earlier export, -1 for rows to encode."""
 
+PROCESSES = multiprocessing.get_context("spawn")
+"""How the workers of this machine begin: as new interpreters, since a fork would share threads and a GPU with us."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -61,19 +64,19 @@ class Distribution:
             raise ConfigError(
                 f"--worker {self.worker} of --num-workers {self.num_workers}",
                 f"a number from 0 to {self.num_workers - 1}",
-                "correct one of them",
+                "correct --worker or --num-workers",
             )
         if self.worker is not None and (self.engine != "local" or self.gpus):
             raise ConfigError(
                 "--worker together with --engine ray or --gpus",
                 "one of them: --worker is for one of several processes that a scheduler starts",
-                "leave one out",
+                "leave --worker out, or --engine and --gpus",
             )
         if self.gpus and (self.engine != "local" or self.num_workers not in (1, self.gpus)):
             raise ConfigError(
                 f"--gpus {self.gpus} together with --num-workers {self.num_workers} and --engine {self.engine}",
                 "--gpus alone: it starts one process on this machine for each GPU; Ray finds its GPUs itself",
-                "leave one out",
+                "leave --gpus out, or --num-workers and --engine",
             )
 
     @property
@@ -211,7 +214,7 @@ class Processes:
                     return
             raise ArtifactError(
                 "all workers died, perhaps because memory ran out",
-                "workers that live until the export ends",
+                "workers that run until the export ends",
                 "run the same command again: it continues where it stopped; a smaller --num-workers needs less memory",
             )
         finally:
@@ -221,17 +224,16 @@ class Processes:
                 worker.process.join()
 
     def _start(self, job: Job, count: int) -> dict[Connection, _Worker]:
-        context = multiprocessing.get_context("spawn")
         workers = {}
         with shared_cores(count):
             for index in range(count):
-                ours, theirs = context.Pipe()
+                ours, theirs = PROCESSES.Pipe()
                 with (
                     environment("CUDA_VISIBLE_DEVICES", _visible_gpu(index))
                     if self._with_gpus
                     else contextlib.nullcontext()
                 ):
-                    process = context.Process(target=_serve, args=(theirs, job), daemon=True, name=f"worker {index}")
+                    process = PROCESSES.Process(target=_serve, args=(theirs, job), daemon=True, name=f"worker {index}")
                     process.start()
                 theirs.close()  # so that the pipe closes when the worker dies
                 workers[ours] = _Worker(process, ours)
@@ -256,7 +258,7 @@ class Processes:
         if lost in tried:
             raise ArtifactError(
                 f"two workers died while making {schema.shard_name(lost)}",
-                "workers that survive the items of a shard",
+                "workers that run to the end of a shard",
                 "run the same command again with --num-workers 1 to see the cause; the other shards are kept",
             )
         tried.add(lost)
@@ -291,7 +293,7 @@ def _require_gpus(count: int) -> None:
         raise ConfigError(
             f"--gpus {count}, but this machine has {available}",
             f"at most {available}" if available else "a machine with GPUs",
-            "choose fewer; on a CPU, use --num-workers instead",
+            "lower --gpus; on a CPU, use --num-workers instead",
         )
 
 

@@ -13,8 +13,10 @@ import torch
 from vlm2rec.embedder.contract import precision, schema
 from vlm2rec.embedder.contract.storage import Location, free_bytes
 from vlm2rec.embedder.export.plan import Plan
+from vlm2rec.embedder.export.worker import ITEMS_AT_ONCE
 
 SAMPLE = 64  # items that are encoded for the estimate, spread evenly over those that are left
+_ON_GPU = ITEMS_AT_ONCE  # there, as many as an export encodes together: fewer would take less of its memory
 _WARM_UP = 4  # items encoded before the clock starts: the first ones wait for libraries to initialise
 
 
@@ -53,7 +55,8 @@ def estimate(
         "bytes_left": len(rows) * width,
         "bytes_free": free_bytes(out),
     }
-    sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
+    size = _ON_GPU if device.type == "cuda" else SAMPLE
+    sample = rows[:: max(1, len(rows) // size)][:size]
     seconds = 0.0
     if sample:
         encode(sample[:_WARM_UP])

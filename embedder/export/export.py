@@ -166,8 +166,8 @@ def plan_export(
     """
     if on_image_error == "text_only" and (schema.TEXT not in settings["views"] or "dims" in settings):
         raise ConfigError(
-            "--on-image-error text_only needs a text vector that can stand for the fused one; internal fusion,"
-            " --views image, the strategies with images and image encoders have none",
+            "--on-image-error text_only needs a text vector in place of the fused one; internal fusion, --views"
+            " image, a --strategy with images and an image encoder have none",
             "fail or null with these settings",
             "choose one of the two, or external fusion of both views",
         )

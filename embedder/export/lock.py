@@ -1,10 +1,10 @@
 """One writer at a time for an output folder, or several with different shards, across processes, containers and hosts.
 
 A lock is a file, or an object of a store, that names its writer. On a disk the writer also holds the kernel's lock of
-it; a store creates an object only if there is none. A lock is taken over when its writer is dead for certain: the
-process has ended, as its own machine and container can see, or its kernel has released the lock. Where neither can
-be seen, the lock is watched: each writer changes it every few seconds as a sign of life, and a lock that does not
-change for two minutes, by the clock of the one who watches, is that of a dead writer. No two clocks are compared.
+it; a store creates an object only if there is none. A lock is taken over when its writer is certainly dead. Either its
+own machine and container can see that the process has ended, or the kernel has released the lock. Where neither can be
+seen, the lock is watched. A writer changes its lock every few seconds as a sign of life. If a lock does not change for
+two minutes, by the watcher's own clock, its writer is dead. No two clocks are compared.
 """
 
 from __future__ import annotations

@@ -161,8 +161,9 @@ def refuse_older_hashes(folder: Location, old: Mapping[str, Any], new: Mapping[s
     for name in ("backbone_hash", "encoder_hash"):
         if name in old and is_older_kind(old[name]) and name in new and not is_older_kind(new[name]):
             raise ArtifactError(
-                f"{folder} was made by an earlier vlm2rec, whose {name} covers a part of the weights and neither"
-                " tokenizer nor image processor: whether its vectors are of the same model cannot be told",
+                f"an earlier vlm2rec wrote {folder}: its {name} covers only part of the weights, and neither"
+                " tokenizer nor image processor; so nothing can tell whether its vectors come from the same"
+                " model",
                 "vectors of one model in one folder",
                 "choose a new --out folder, without --changed-since; the old folder stays readable for every command"
                 " that only reads it",

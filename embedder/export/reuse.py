@@ -120,8 +120,8 @@ def _require_sound(folder: Location, problems: Sequence[str]) -> None:
         raise ArtifactError(
             f"{folder} does not hold what its manifest lists: {'; '.join(problems[:3])}",
             "the parts of one finished export, unchanged since it was written",
-            f"`vlm2rec verify {folder}` lists all; run the command that wrote it again, which makes damaged parts anew,"
-            " or leave --changed-since out",
+            f"`vlm2rec verify {folder}` lists all; run the command that wrote it again, which writes damaged"
+            " parts again, or leave --changed-since out",
         )
 
 
@@ -150,7 +150,7 @@ class Reuse:
             raise ConfigError(
                 "--changed-since together with --extend or --retry-failed",
                 "one of them: --changed-since fills a new folder, the others continue an existing one",
-                "leave one out",
+                "leave --changed-since out, or --extend and --retry-failed",
             )
 
     @property

@@ -149,9 +149,9 @@ def write_parquet(table: pa.Table, file: Any, row_group_size: int = ROW_GROUP_RO
         row_group_size=row_group_size,
         compression="zstd",
         compression_level=1,
-        # neighbouring floats have similar exponents and different mantissas: split into byte streams they compress. The
-        # encoding has to be named for the leaf below the list, and a dictionary would override it. Parquet would keep
-        # a code of int8 or binary in four bytes; by a dictionary it takes one
+        # Neighbouring floats have similar exponents and different mantissas: split into byte streams, they compress
+        # better. The encoding has to name the leaf below the list, and a dictionary would override it. A code of int8
+        # or binary would take four bytes in Parquet; with a dictionary it takes one.
         use_dictionary=[schema.STATUS, *(leaf for leaf, is_float in leaves.items() if not is_float)],
         column_encoding={leaf: "BYTE_STREAM_SPLIT" for leaf, is_float in leaves.items() if is_float},
         write_page_checksum=True,

@@ -10,9 +10,9 @@ What lies in the folder, in the order it is written:
 Whoever opens the folder as one Parquet table skips what begins with an underscore or a dot. An earlier version wrote
 the same names without the underscore. `schema.files_of` tells which a folder has; `begin` renames them.
 
-A record names the plan that its shard belongs to. Where the input has changed since (`--extend`, `--retry-failed`),
-_export.json names the new plan at once, and each shard is recorded for it only after its rows have been held against
-it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
+A record names the plan that its shard belongs to. If the input has changed since (`--extend`, `--retry-failed`),
+_export.json names the new plan at once. Each shard is recorded for the new plan only after its rows have been compared
+with it. The manifest is written by whoever finds all shards recorded for its plan, one worker at a time.
 
 A shard goes temporary file → fsync → read back → rename → record. In an object store, where an object appears whole or
 not at all, it is temporary file → read back → upload → SHA-256 of what the store gives back → record. After a
@@ -306,7 +306,9 @@ def require_same_plan(folder: Location, plan: Plan) -> None:
     if known is None or identity_of(known) != plan.identity:
         raise ArtifactError(
             f"{folder} is no longer what this export began: "
-            + ("its files are gone" if known is None else "another worker goes on with other items, titles or images"),
+            + (
+                "its files are gone" if known is None else "another worker continues with other items, titles or images"
+            ),
             "the same dataset and the same --extend and --retry-failed for all workers",
             "end the workers that still have an earlier dataset, then run the same command again for every worker",
         )
@@ -414,7 +416,7 @@ def _require_all_there(folder: Location, shards: Iterable[Shard]) -> None:
         raise ArtifactError(
             f"{folder} does not hold {', '.join(wrong[:3])} as recorded: it was changed during the export",
             "one export at a time in a folder, and nobody else who writes there",
-            "run the same command again: it makes these shards anew",
+            "run the same command again: it writes these shards again",
         )
 
 

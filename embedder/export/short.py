@@ -33,13 +33,14 @@ def short_settings(settings: Mapping[str, Any], dim: int | None) -> dict[str, An
         return {}
     if "dims" in settings:
         raise ConfigError(
-            f"--dim {dim} with vectors that are a text and an image vector end to end: their first numbers are of one",
-            "vectors of one length in all views",
+            f"--dim {dim} with vectors that are text and image concatenated: their first dimensions belong to"
+            " one of the two",
+            "vectors with the same dimensions in all views",
             "leave --dim out, or export with another --strategy",
         )
     if dim > settings["dim"]:
         raise ConfigError(
-            f"--dim {dim}, but the encoder's vectors have {settings['dim']} numbers",
+            f"--dim {dim}, but the encoder's vectors have {settings['dim']} dimensions",
             f"a number from 1 to {settings['dim']}",
             "choose a smaller --dim",
         )

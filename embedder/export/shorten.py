@@ -61,9 +61,10 @@ def shorten(
     earlier = full_settings(manifest["settings"]) | {name: manifest[name] for name in ("dim", "views")}
     if is_short({**manifest["settings"], "storage": manifest["dtype"]}):
         raise ArtifactError(
-            f"{full} holds short vectors itself ({manifest['dtype']}[{manifest['dim']}])",
+            f"{full} already holds shortened vectors ({manifest['dtype']}[{manifest['dim']}])",
             "the full vectors, in float32 or float16",
-            "export again without --dim, --precision int8 and binary, or shorten the folder that this one was made of",
+            "export again without --dim and without --precision int8 or binary, or shorten the folder that this"
+            " one was made from",
         )
     if problems := file_problems(full, manifest):
         raise ArtifactError(

@@ -236,7 +236,7 @@ def _read_images(
             raise DataError(
                 f"images were changed while the items were encoded: {', '.join(changed[:3])}",
                 "the images that the export began with, until it ends",
-                "run the same command again: it says how to go on",
+                "run the same command again: it says how to continue",
             )
         return pictures
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: all that is needed to go on as if it had never stopped, with checksums over all of it.
+"""Checkpoints of a training: all that is needed to continue as if it had never stopped, with checksums over all of it.
 
     run.json                        settings of the run (`pipelines.finetune`)
     checkpoint-<step>/
@@ -78,7 +78,7 @@ def newest_whole(folder: Path, reporter: Reporter = SILENT) -> Path | None:
         passed.append((path, damage))
     for path, damage in passed:
         onwards = "from the start" if found is None else f"from step {found}"
-        reporter.say(f"{path} is damaged: {damage}. It is left out, and training goes on {onwards}.")
+        reporter.say(f"{path} is damaged: {damage}. It is left out, and training continues {onwards}.")
         _discard_own(path)
     return None if found is None else folder / f"checkpoint-{found}"
 

@@ -162,7 +162,7 @@ class TitleModel(Model):
         """
         log = {"phase": torch.tensor(float(self.phase)), "effective_negatives": torch.tensor(0.0)}
         if self.phase == SIMCSE:
-            vectors = self.encode([[int(row)] for row in rows.repeat(2)])[schema.FUSED]
+            vectors = self.encode([[row] for row in rows.repeat(2).tolist()])[schema.FUSED]
             log["effective_negatives"] = effective_negatives(rows).float().mean()
             return self.loss(*vectors.split(len(rows)), rows), log, {}
         if self.phase == CSFT:

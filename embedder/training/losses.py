@@ -1,16 +1,17 @@
 """The losses of users and items: InfoNCE (SFT) and VLM2Rec's WPCL + CRTR. Pure tensor code.
 
 They take a batch of B users and their B target items; row i of the items is the target of user i.
-The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]: the row's own target, also where
-other users have it, is left out of every sum, mean and softmax. A row without negatives (B = 1, or every target
-the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the mean.
+The negatives N_u of row i are the batch's targets j with item_ids[j] != item_ids[i]. So the row's own target is left
+out of every sum, mean and softmax, also where it is another user's target. A row without negatives (B = 1, or every
+target the same item) has margins 0, hence Δ = 0 and w = 1 + β·ln 2, and adds 0 to each loss; it still counts in the
+mean.
 
-Hard negatives join N_u, each that of its own row alone, and every equation reads this larger set: the margins (so w),
-the sum of WPCL, which w multiplies, and the candidates of CRTR. One that is a target of the batch is in N_u already,
+Hard negatives join N_u, each for its own row alone. Every equation reads this larger set: the margins (and so w), the
+sum of WPCL, which w multiplies, and the candidates of CRTR. One that is a target of the batch is in N_u already,
 or is the row's own target, and does not count again. Without hard negatives every number is as it was.
 
-At the end of the module are both losses in the form that training calls, `InfoNCEObjective` and `VLM2RecObjective`,
-and `Matryoshka`, which takes either of them over prefixes of the vectors too.
+At the end of the module are both losses in the form that training calls, `InfoNCEObjective` and `VLM2RecObjective`.
+`Matryoshka` takes either of them over prefixes of the vectors too.
 
 Arithmetic is float32 for half-precision input, under autocast too, and float64 for float64 input: at
 τ_CRTR = 0.001 a similarity rounded to bf16 would be off by several units after the division.
@@ -301,8 +302,8 @@ def topology_divergence(text: Tensor, image: Tensor, others: Tensor, tau: float)
         tau: temperature τ_CRTR.
     """
     left_out = ~others & ~torch.eye(*others.shape, dtype=torch.bool, device=others.device)
-    # logarithms throughout: at τ_CRTR = 0.001 most probabilities underflow. An excluded candidate has probability 0 on
-    # both sides; its log becomes the same finite number after the softmax, as ∞ - ∞ would be NaN.
+    # Logarithms throughout, because at τ_CRTR = 0.001 most probabilities underflow. An excluded candidate has
+    # probability 0 on both sides: both logs are set to the same finite number, because ∞ - ∞ would be NaN.
     log_text = (text / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
     log_image = (image / tau).masked_fill(left_out, -math.inf).log_softmax(dim=1).masked_fill(left_out, 0.0)
     # both divergences as one sum, in which every term is >= 0

@@ -89,8 +89,8 @@ def collapses(probes: Sequence[Row]) -> list[Collapse]:
     """Return every collapse that a run's probes show, in the order in which they were reported.
 
     Args:
-        probes: rows in order of steps, the first one to compare with. A view that a row lacks (internal fusion,
-            one view alone, a vector that was not finite) is not judged at that row.
+        probes: rows in order of steps, the first one to compare with. If a row lacks a view (internal fusion, one view
+            alone, a vector that was not finite), that view is not judged at that row.
     """
     found = [collapse for view in _judged(probes) for rule in _OF_PROBES for collapse in _episodes(probes, view, rule)]
     return by_step(found)

@@ -105,8 +105,8 @@ class PairSamples(Sequence[ItemPair]):
         self._seed, self._epoch = seed, 0
         if len(self._rows) < 2:
             raise DataError(
-                f"the training sequences of {len(sequences)} users have {len(self._rows)} items with related ones",
-                "items that users had one after the other",
+                f"in the training sequences of {len(sequences)} users, {len(self._rows)} items have a related item",
+                "two or more such items: items that users took soon after one another",
                 "prepare a dataset with longer histories",
             )
 
@@ -170,7 +170,7 @@ class PairModel(Model):
         """
         rows = torch.cat([first, second])
         distinct, index = rows.unique(return_inverse=True)
-        encoded = self.in_chunks(self._read, [int(row) for row in distinct])
+        encoded = self.in_chunks(self._read, distinct.tolist())
         total, log = self.loss({view: vectors[index] for view, vectors in encoded.items()}, rows)
         return total, {name: value.detach() for name, value in log.items()}, {}
 

@@ -109,14 +109,14 @@ def _check_vlm2rec_loss(settings: Settings) -> None:
         raise ConfigError(
             "--fusion internal with --loss vlm2rec: one interleaved prompt has no text and image vectors to balance",
             "--fusion external, or --loss sft",
-            "change one of the two",
+            "change --fusion or --loss",
         )
     if settings.views != "both":
         raise ConfigError(
-            f"--views {settings.views} with --loss vlm2rec: its penalty (WPCL) and its topology term (CRTR) compare the"
-            " text and the image vectors of users and items, and one view alone has nothing to compare",
+            f"--views {settings.views} with --loss vlm2rec: this loss compares the text and the image vectors of"
+            " users and items (WPCL, CRTR), and one view has nothing to compare",
             "--loss sft (InfoNCE) with one view, or --views both",
-            "change one of the two",
+            "change --views or --loss",
         )
 
 
@@ -189,8 +189,8 @@ def _matryoshka(settings: Settings, loss: nn.Module, dim: int) -> nn.Module:
 
     if (longest := settings.matryoshka[-1]) >= dim:
         raise ConfigError(
-            f"--matryoshka {_listed(settings.matryoshka)}, but the backbone's vectors have {dim} numbers",
-            f"numbers below {dim}; whole vectors are trained in any case",
+            f"--matryoshka {_listed(settings.matryoshka)}, but the backbone's vectors have {dim} dimensions",
+            f"numbers of dimensions below {dim}; whole vectors are trained in any case",
             f"leave {longest} out",
         )
     return Matryoshka(loss, settings.matryoshka)
@@ -206,14 +206,15 @@ def _check_matryoshka(settings: Settings) -> None:
         raise ConfigError(
             f"--matryoshka {_listed(lengths)}",
             "numbers above 0, each once, in rising order, such as 64,128,256",
-            "correct it",
+            "correct --matryoshka",
         )
     if lengths and settings.loss == "vlm2rec" and settings.fusion_norm == "normalised":
         raise ConfigError(
-            f"--matryoshka {_listed(lengths)} with --fusion-norm normalised and --loss vlm2rec: the first numbers of a"
-            " sum of unit vectors are not the sum of the first numbers, each made one long, which this loss would take",
+            f"--matryoshka {_listed(lengths)} with --fusion-norm normalised and --loss vlm2rec: vectors cut"
+            " before they are scaled and summed differ from vectors cut afterwards, and an export cuts"
+            " afterwards",
             "--fusion-norm raw, or --loss sft",
-            "change one of them",
+            "change --fusion-norm or --loss, or leave --matryoshka out",
         )
 
 
@@ -223,13 +224,17 @@ HARD_NEGATIVES = ("negatives_file", "mine_from", "margin", "hard_negatives")
 
 def _check_hard_negatives(settings: Settings) -> None:
     if settings.negatives_file is not None and settings.mine_from is not None:
-        raise ConfigError("--negatives-file with --mine-from", "hard negatives from one of the two", "leave one out")
+        raise ConfigError(
+            "--negatives-file with --mine-from",
+            "hard negatives from one of the two",
+            "leave --negatives-file or --mine-from out",
+        )
     given = [name for name in ("negatives_file", "mine_from") if getattr(settings, name) is not None]
     if given and not loss_of(settings.loss).hard_negatives:
         raise ConfigError(
             f"--{given[0].replace('_', '-')} with --loss {settings.loss}, which takes no hard negatives",
             f"--loss {' or '.join(name for name, row in LOSSES.items() if row.hard_negatives)}",
-            "change one of the two",
+            "leave the hard negatives out, or change --loss",
         )
     defaults = {field.name: field.default for field in fields(settings)}
     needed = {"margin": ["mine_from"], "hard_negatives": ["negatives_file", "mine_from"]}
@@ -237,7 +242,7 @@ def _check_hard_negatives(settings: Settings) -> None:
         if getattr(settings, name) != defaults[name] and all(getattr(settings, source) is None for source in sources):
             flag, *theirs = ("--" + each.replace("_", "-") for each in (name, *sources))
             raise ConfigError(
-                f"{flag} {getattr(settings, name)} without {' or '.join(theirs)}, so that nothing reads it",
+                f"{flag} {getattr(settings, name)} without {' or '.join(theirs)}, so it has no effect",
                 f"{flag} together with {' or '.join(theirs)}",
                 f"leave {flag} out, or give hard negatives",
             )
@@ -253,7 +258,7 @@ def _check_histories(settings: Settings) -> None:
             f"--prompt-style {settings.prompt_style} with --method {settings.method}, which trains on sequences: these"
             " prompts are for single items",
             f"--prompt-style {' or '.join(HISTORY_STYLES)}, or --method sda",
-            "change one of the two",
+            "change --prompt-style or --method",
         )
     loss_of(settings.loss).check(settings)
     _check_matryoshka(settings)
@@ -294,7 +299,7 @@ def _alignment_title(settings: Settings) -> str:
 def _check_items(settings: Settings) -> None:
     if settings.fusion == "internal" or settings.views != "both":
         raise ConfigError(
-            f"--method sda with --fusion {settings.fusion} and --views {settings.views}: it aligns the text and the"
+            f"--method sda with --fusion {settings.fusion} and --views {settings.views}: it aligns text and"
             " image vectors of items, and these settings do not make both",
             "--fusion external and --views both",
             "leave --fusion and --views out",
@@ -335,16 +340,17 @@ def _check_attributes(settings: Settings) -> None:
         )
     if settings.item_text != "all" and "," not in settings.item_text:
         raise ConfigError(
-            f"--method llmemb with --item-text {settings.item_text}, which does not name several columns: of a single"
-            " attribute nothing can be dropped",
+            f"--method llmemb with --item-text {settings.item_text}, which does not name several columns: with a"
+            " single attribute, nothing can be dropped",
             "several columns, such as title,category,brand, or all",
             "name more columns, or leave --item-text out",
         )
     if settings.drop_ratio == 0 and settings.lora_dropout == 0:
         raise ConfigError(
-            "--drop-ratio 0 with --lora-dropout 0: the two texts of an item would differ in their order alone",
+            "--drop-ratio 0 with --lora-dropout 0: the two texts of an item would differ only in the order of"
+            " their attributes",
             "one of the two above 0",
-            "change one of the two",
+            "raise --drop-ratio or --lora-dropout",
         )
 
 
@@ -412,29 +418,30 @@ def _phase_title(settings: Settings) -> str:
 def _check_titles(settings: Settings) -> None:
     if settings.prompt_style != "llm2rec" or settings.views != "text" or settings.prompt_mode != "raw":
         raise ConfigError(
-            f"--method llm2rec with --prompt-style {settings.prompt_style}, --views {settings.views} and --prompt-mode"
-            f" {settings.prompt_mode}: it learns from titles as they are",
+            f"--method llm2rec with --prompt-style {settings.prompt_style}, --views {settings.views} and"
+            f" --prompt-mode {settings.prompt_mode}: it learns from plain titles, without a prompt",
             "--prompt-style llm2rec, --views text and --prompt-mode raw",
-            "leave them out",
+            "leave --prompt-style, --views and --prompt-mode out",
         )
     if settings.csft_share + settings.mntp_share > 1:
         raise ConfigError(
-            f"--csft-share {settings.csft_share:g} and --mntp-share {settings.mntp_share:g}, more than all steps",
+            f"--csft-share {settings.csft_share:g} and --mntp-share {settings.mntp_share:g}, together more than"
+            " 1: more than all steps",
             "shares of at most 1 in all; the rest is SimCSE's",
-            "lower one of the two",
+            "lower --csft-share or --mntp-share",
         )
     if settings.mntp_share and settings.attention == "causal":
         raise ConfigError(
-            f"--mntp-share {settings.mntp_share:g} with --attention causal: masked tokens teach a model to look at what"
-            " comes after, and these vectors would not",
+            f"--mntp-share {settings.mntp_share:g} with --attention causal: predicting masked tokens teaches the"
+            " model to read later tokens, which it cannot with causal attention",
             "--attention bidirectional, or --mntp-share 0",
-            "change one of the two",
+            "change --attention or --mntp-share",
         )
     if settings.csft_share + settings.mntp_share < 1 and settings.lora_dropout == 0:
         raise ConfigError(
-            "--lora-dropout 0 with a share of the steps for SimCSE, whose vectors of an item differ by dropout alone",
+            "--lora-dropout 0 and steps for SimCSE, which compares two vectors of an item that differ by dropout alone",
             "a dropout above 0, or --csft-share and --mntp-share that add up to 1",
-            "change one of the two",
+            "raise --lora-dropout, or change --csft-share or --mntp-share",
         )
 
 
@@ -445,17 +452,18 @@ def _title_advice(settings: Settings, behind: bool) -> Sequence[str]:
 def _check_rationales(settings: Settings) -> None:
     if settings.loss != "sft" or settings.views != "text" or settings.item_text == "title":
         raise ConfigError(
-            f"--method slim with --loss {settings.loss}, --views {settings.views} and --item-text {settings.item_text}:"
-            " it is InfoNCE on histories of the items' rationales",
+            f"--method slim with --loss {settings.loss}, --views {settings.views} and --item-text"
+            f" {settings.item_text}: it trains InfoNCE on histories that name items by their rationales",
             "--loss sft, --views text, and the column with the rationales as --item-text",
-            "leave them out; for titles in place of rationales: --method vlm2rec --loss sft --views text",
+            "leave --loss, --views and --item-text out; to train on titles instead of rationales: --method"
+            " vlm2rec --loss sft --views text",
         )
     _check_histories(settings)
 
 
 METHODS: dict[str, Recipe] = {
     "vlm2rec": Recipe(
-        help="users' histories, by --loss",
+        help="users' histories (VLM2Rec, SFT), by --loss",
         samples=_history_samples,
         model=_history_model,
         title=_loss_title,
@@ -471,7 +479,7 @@ METHODS: dict[str, Recipe] = {
         distributed=True,
     ),
     "sda": Recipe(
-        help="text and image of items, by --cmsa",
+        help="text and image of each item (SDA), by --cmsa",
         samples=_item_samples,
         model=_item_model,
         title=_alignment_title,
@@ -487,7 +495,7 @@ METHODS: dict[str, Recipe] = {
         probed=SDA_PROBED,
     ),
     "llmemb": Recipe(
-        help="two texts of an item, with attributes dropped (LLMEmb)",
+        help="two texts of the same item, each with attributes dropped (LLMEmb)",
         samples=_attribute_samples,
         model=_attribute_model,
         title=lambda settings: f"llmemb, scft, {settings.drop_ratio:g} dropped",
@@ -508,7 +516,7 @@ METHODS: dict[str, Recipe] = {
         shown=("own_text_first", "tau"),
     ),
     "notellm2": Recipe(
-        help="pairs of items that users had one after the other (NoteLLM-2)",
+        help="pairs of items that users took soon after one another (NoteLLM-2)",
         samples=_pair_samples,
         model=_pair_model,
         title=_pair_title,
@@ -519,7 +527,7 @@ METHODS: dict[str, Recipe] = {
         shown=("loss_image", "loss_fused", "tau"),
     ),
     "llm2rec": Recipe(
-        help="the next title, then masked titles, then titles by dropout (LLM2Rec)",
+        help="titles, in three phases: next title, masked tokens, SimCSE (LLM2Rec)",
         samples=_title_samples,
         model=_title_model,
         title=_phase_title,
@@ -540,7 +548,7 @@ METHODS: dict[str, Recipe] = {
         shown=("phase",),
     ),
     "slim": Recipe(
-        help="users' histories of items told by a column of rationales (SLIM+)",
+        help="users' histories, with a column of rationales as the items' text (SLIM+)",
         samples=_history_samples,
         model=_history_model,
         title=lambda settings: f"slim, sft on {settings.item_text}",

@@ -78,7 +78,9 @@ class Samples:
             )
         if users > len(usable):
             raise ConfigError(
-                f"--users {users}, but only {len(usable)} users can be trained on", f"at most {len(usable)}", "lower it"
+                f"--users {users}, but only {len(usable)} users can be trained on",
+                f"at most {len(usable)}",
+                "lower --users",
             )
         if users:
             usable = np.sort(np.random.default_rng([seed, 1]).choice(usable, users, replace=False))
@@ -121,7 +123,7 @@ class Samples:
 
     def summary(self) -> dict[str, str]:
         """Return the row of a run's summary that names the training data."""
-        return {"users": f"{len(self.users)}, {len(self)} samples a epoch, {self.skipped} users too short"}
+        return {"users": f"{len(self.users)}, {len(self)} samples an epoch, {self.skipped} users too short"}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which decides the positions of `random`."""

@@ -34,7 +34,11 @@ class ItemSamples(Sequence[int]):
 
     def __init__(self, count: int) -> None:
         if count < 2:
-            raise DataError(f"a catalogue of {count} items", "two or more, to compare with each other")
+            raise DataError(
+                f"the catalogue has {count} items",
+                "two or more, to compare with each other",
+                "prepare a larger catalogue",
+            )
         self._count = count
 
     def __len__(self) -> int:
@@ -74,7 +78,7 @@ class ItemModel(Model):
             with_gradients: also compare the gradients of the loss with one modality's vectors held constant, over all
                 adapted weights and in the projections `SDA_PROBED` (section 3.3.3); the graph is kept.
         """
-        vectors = self.encode([[int(row)] for row in rows])
+        vectors = self.encode([[row] for row in rows.tolist()])
         text, image = vectors[schema.TEXT], vectors[schema.IMAGE]
         total = self.loss(image, text)
         with torch.no_grad():
@@ -110,9 +114,9 @@ def _matrices(layer: nn.Module) -> list[Part]:
     return [(a, (first, everything)), (b, (everything, first))]
 
 
-# Mean-pooled vectors are in a narrow cone, with cosines of 0.95 and more. At 0.1 the teacher of unit vectors is nearly
-# uniform there, and the loss is least if all vectors are the same. The reference's 3 divides products of vectors that
-# have length 11 in the small backbone of `make demo`; for their cosines this is a temperature of 0.025.
+# Mean-pooled vectors lie in a narrow cone, with cosines of 0.95 and more. At a temperature of 0.1 the teacher is then
+# nearly uniform, and the loss is smallest if all vectors are the same. The reference divides products, not cosines, by
+# 3: vectors of the demo's small backbone have norm 11, so for their cosines this is a temperature of 0.025.
 CMSA_TAU = {"paper": 0.02, "reference": 3.0, "off": 0.02, "reference-off": 3.0}
 _REFERENCE_WIDTH = 768  # SDA's code averages vectors to this length before it compares them
 
@@ -163,7 +167,8 @@ def cmsa(image: Tensor, text: Tensor, tau: float = 0.02) -> Tensor:
 
     with X and Y the unit image and text vectors. T' is the teacher of the transposed direction, with its rows
     normalised; as the mean of the intra-modal similarities is symmetric, T' = T. The loss is 0 if P and P' equal T,
-    also if all vectors are the same: τ has to be small against the spread of the cosines, so that T is not uniform.
+    and also if all vectors are the same. To avoid that, τ has to be small against the spread of the cosines: then T is
+    not uniform.
     The paper does not print its formulas completely: that teacher and student share τ is our reading.
 
     Args:

@@ -99,7 +99,7 @@ class Tracking:
         except OSError as error:
             raise ArtifactError(
                 f"the trackers' files in {self.folder} cannot be written ({error.strerror or error})",
-                "a folder that may be written, beside --out",
+                "a writable folder beside --out",
                 "correct it, or give another --log-dir",
             ) from error
         try:
@@ -174,4 +174,4 @@ class Trackers:
         except Exception as error:  # of a service, a network or a disk
             self.all.remove(tracker)
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.reporter.say(f"{tracker.name} fails and gets no more points of the curves: {told}")
+            self.reporter.say(f"{tracker.name} failed, and receives no more of the training curves: {told}")

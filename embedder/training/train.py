@@ -47,8 +47,8 @@ from vlm2rec.embedder.training.checkpoints import CHECKPOINTS
 from vlm2rec.embedder.training.monitor import Collapse, Probe, by_step, collapses, starved
 from vlm2rec.embedder.training.tracking import Trackers, Tracking
 
-# the key of a probe's row, and those of a row about gradients, for the number of users that it was measured on; the
-# second is of earlier versions, which compared gradients on the batch of the step, with dropout
+# keys for the number of users that a row was measured on: first of a probe's row, then of a row about gradients.
+# Earlier versions wrote `batch_users`: they compared gradients on the batch of the step, with dropout.
 _PROBE = "probe_users"
 _GRADIENTS = {schema.FIXED_BATCH, "batch_users"}
 # what a row of the log is about, by a key that it has
@@ -193,9 +193,9 @@ class TrainingSettings:
 class Training:
     """The result of a run: its curves, its steps, and the validation of the weights that were kept.
 
-    The rows of `curves` have a `step`, the number of steps that the weights had been trained for: `valid`, `probe` (as
-    in `monitor`), `gradients` (as `gradient_alignment` returns) and `warnings` (as `Collapse`). `train` rows are means
-    over the steps since the previous row.
+    `curves` has the rows `valid`, `probe` (as in `monitor`), `gradients` (as `gradient_alignment` returns), `warnings`
+    (as `Collapse`) and `train`, each with a `step`: how many steps the weights had been trained for. `train` rows are
+    means over the steps since the previous row.
     """
 
     curves: dict[str, list[dict[str, Any]]]
@@ -227,8 +227,8 @@ def train(
     call before was killed at: it learns, validates and logs the same. The caller removes them once the adapter is
     saved, or earlier to start again. Neither `probe` nor `settings.gradient_steps` changes a bit of what is learned.
 
-    Gradients are compared on one batch that the seed draws, without dropout: their curves then show what the training
-    changes, and not which samples a step happened to have.
+    Gradients are always compared on the same batch, which the seed draws, without dropout. So their curves show what
+    the training changes, and not which samples a step happened to have.
 
     Processes that train together (`distributed.joined`) all call this, with `out` on a shared disk. The batch of a
     step is that of a single process with `batch_size` times their number. Each takes an equal share of it, also of an

@@ -100,7 +100,7 @@ class HistoryModel(Model):
         users_by_view = self._encode_own(histories)
         wanted = targets if hard is None else torch.cat([targets, hard[hard >= 0]])
         distinct, index = wanted.unique(return_inverse=True)
-        encoded = self._encode_own([[int(row)] for row in distinct])
+        encoded = self._encode_own([[row] for row in distinct.tolist()])
         items = {view: found[index[: len(targets)]] for view, found in encoded.items()}
         more = None
         if hard is not None:

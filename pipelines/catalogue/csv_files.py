@@ -1,8 +1,9 @@
 """CSV files as people have them: which lines are records, and what stands in their fields.
 
 A file is surveyed first, block by block. If its quotes are those of RFC 4180 and every record has as many fields as the
-header, it is read as it is. Every other file is copied line by line into that form, with one reading for every record,
-or refused with the lines that have none: no line is left out, and none is swallowed by a quote that stays open.
+header, it is read as it is. Every other file is copied line by line into that form, if each record can be read in one
+way only. If not, the file is refused, and the error names the lines. No line is left out, and no open quote swallows
+the lines after it.
 """
 
 from __future__ import annotations
@@ -569,8 +570,8 @@ class _Copy:
             fix = "give the first column a name in the header, which row names (as R writes them) have not"
         return DataError(
             f"{found}{more}; {header}",
-            f"as many fields as columns in every line, separated by {self._form.separator!r}; a field with a separator,"
-            ' a quote or a line break stands in quotes, and a quote in it is doubled ("")',
+            f"in every line, as many fields as columns, separated by {self._form.separator!r}; a field with a"
+            ' separator, a quote or a line break stands in quotes, and a quote in it is doubled ("")',
             fix,
         )
 

@@ -103,10 +103,10 @@ def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int
     least, short = int(left.min()), int((left < count).sum())
     if short:
         raise DataError(
-            f"{short:,} of {len(sequences):,} users have touched so many of the {num_items:,} items that fewer"
-            f" than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
-            f"at least {count} untouched items for every user",
-            f"give --candidates {least} or less" if least else "add items: this user has touched every one",
+            f"{short:,} of {len(sequences):,} users have interacted with so many of the {num_items:,} items that"
+            f" fewer than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
+            f"for every user, at least {count} items without an interaction of the user",
+            f"give --candidates {least} or less" if least else "add items: this user has interacted with every one",
         )
 
 
@@ -119,7 +119,7 @@ def write_candidates(
     items, users = _arrow_ids(item_ids), _arrow_ids(user_ids)
     columns = [(schema.SEED, pa.int32()), (schema.USER_ID, users.type), (schema.NEGATIVES, _LISTS)]
     total = num_users * len(config.candidate_seeds)
-    with _id_writer(path, columns) as writer, console.progress("candidates", total) as advance:
+    with _id_writer(path, columns) as writer, console.progress("drawing candidates", total) as advance:
         for seed in sorted(config.candidate_seeds):
             for start in range(0, num_users, _USERS_PER_GROUP):
                 group = range(start, min(start + _USERS_PER_GROUP, num_users))

@@ -240,7 +240,7 @@ def _refuse_duplicates(frame: pl.DataFrame, path: Path) -> None:
             f"item id {one!r} occurs in rows {places[0] + 1:,} and {places[1] + 1:,} of {path};"
             f" {rows[ITEM_ID].n_unique():,} ids occur more than once",
             "every item id once; white space at an id's ends does not count",
-            "remove the duplicates; keep the row with the right title and picture",
+            "remove the duplicates; keep the row with the right title and image",
         )
 
 
@@ -434,7 +434,9 @@ def polars_errors(path: Path, kind: Kind) -> Iterator[None]:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         if "No space left" in str(error):
             raise DataError(
-                f"the disk is full: no space to unpack {path}", "", "free some space on the disk of --out"
+                f"the disk is full: no space to unpack {path}",
+                "enough space for the whole file",
+                "free some space on the disk of --out",
             ) from None
         if kind == "CSV":
             _explain_csv(path)

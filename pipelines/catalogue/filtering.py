@@ -187,14 +187,14 @@ def _report_unknown(unknown: pl.DataFrame, found: files.Interactions, count: int
     if alike_rows >= _ALIKE * found.rows and 2 * alike_rows >= count:
         raise DataError(
             f"{count:,} of {found.rows:,} interactions of {found.path} name items that are not in the catalogue, and"
-            f" {alike_rows:,} of these only spell their id otherwise: {'; '.join(told)}",
+            f" {alike_rows:,} of these differ from a known id only in spelling: {'; '.join(told)}",
             "the same ids, letter by letter, in both files",
             "write the ids as text in both files (for example pandas.read_csv(..., dtype=str)), or remove these rows",
         )
     console.TERMINAL.say(
         f"{count:,} of {found.rows:,} interactions name {unknown.height:,} items that are not in the catalogue and are"
         f" left out, such as {examples(unknown.select(ROW, schema.ITEM_ID).head(3).rows())}"
-        + (f". Of these, {alike_rows:,} may be known: {'; '.join(told)}" if told else ""),
+        + (f". Of these, {alike_rows:,} may be known items in another spelling: {'; '.join(told)}" if told else ""),
         warning=True,
     )
 

@@ -1,4 +1,4 @@
-"""Histories of users as they come: a long table, or one row a user with a list. Users may be new, items must be known.
+"""Histories of users as they come: a long table, or one row per user with a list. Users may be new, not so items.
 
     user_id  item_id  timestamp         user_id  history
     alice    42       1700000000        alice    ["7", "42", "9"]
@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def read_histories(path: Path, item_ids: Sequence[str], columns: HistoryColumns,
             catalogue = pl.DataFrame({ITEM_ID: pl.Series(item_ids, dtype=pl.String)})
             known, log, _, unknown = filtering.known_interactions(found, catalogue, rejects)
         if not len(log):
-            raise _nothing_known(found, unknown, item_ids)
+            flags = type(columns) is not HistoryColumns
+            raise _nothing_known(found, unknown, item_ids, rejects.counts[INTERACTIONS], flags)
         users = pl.concat([known, empty]).unique().sort()
         user = log.user if len(users) == len(known) else _places(known, users)[log.user]
         lengths = np.bincount(user, minlength=len(users))
@@ -147,14 +148,27 @@ def _places(ids: pl.Series, among: pl.Series) -> np.ndarray:
     return np.asarray(among.search_sorted(ids).to_numpy(), np.int64)
 
 
-def _nothing_known(found: Interactions, unknown: pl.DataFrame, item_ids: Sequence[str]) -> DataError:
+def _nothing_known(
+    found: Interactions, unknown: pl.DataFrame, item_ids: Sequence[str], left_out: Mapping[str, int], flags: bool
+) -> DataError:
+    """Return the error of a file of which nothing is left; `flags`: the command has flags for the columns' names."""
     if not found.rows:
-        return DataError(f"{found.path} holds {EMPTY.partition(' is ')[2]} histories only", "items in them", "check it")
-    given = f", such as {', '.join(map(repr, unknown[ITEM_ID].head(3)))}" if unknown.height else ""
+        return DataError(
+            f"{found.path} holds {EMPTY.partition(' is ')[2]} histories only", "items in them", "check the file"
+        )
+    if not unknown.height:  # what is wrong is not the items
+        return DataError(
+            f"none of the {found.rows:,} interactions of {found.path} can be used:"
+            f" {'; '.join(f'{count:,} {reason}' for reason, count in left_out.items())}",
+            "interactions with a user, an item and, in a long table, a time",
+            "correct the file" + (", or name the right columns with --user-id-column or --item-id-column" * flags),
+        )
     return DataError(
-        f"none of the {found.rows:,} interactions of {found.path} is of an item of the catalogue{given}",
+        f"none of the {found.rows:,} interactions of {found.path} names an item of the catalogue, such as"
+        f" {', '.join(map(repr, unknown[ITEM_ID].head(3)))}",
         f"ids such as {', '.join(map(repr, item_ids[:3]))}",
-        "use the catalogue of these histories, or name the right columns with --item-id-column or --history-column",
+        "use the catalogue that these items are of"
+        + (", or name the right columns with --item-id-column or --history-column" * flags),
     )
 
 
@@ -198,7 +212,7 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path, thing: str) -> tup
     if lists not in found and columns.history_column is None:
         raise DataError(
             f"{path} has neither a column {names.item_id!r} nor {lists!r}; its columns are {', '.join(found[:20])}",
-            "a long table (user, item and time), or one row a user with a list of items",
+            "a long table (user, item and time), or one row per user with a list of items",
             "name your column with --item-id-column, or with --history-column",
         )
     require_columns(path, found, {columns.user_id_column: "--user-id-column", lists: "--history-column"})
@@ -208,7 +222,7 @@ def _open(path: Path, columns: HistoryColumns, scratch: Path, thing: str) -> tup
 def _lists(
     path: Path, kind: Kind, found: list[str], names: ColumnNames, column: str, scratch: Path, thing: str
 ) -> tuple[Interactions, pl.Series]:
-    """Return the interactions of a file with one row a user, whose number in the list is the time."""
+    """Return the interactions of a file with one row per user, whose number in the list is the time."""
     with files.polars_errors(path, kind):
         if kind in ("Parquet", "CSV"):
             table, records = files.scan_table(path, kind, names, found, scratch)
@@ -254,7 +268,7 @@ def _lists(
             "name the right column with --user-id-column",
         )
     empty = users.filter((pl.col("length") == 0) & pl.col(USER_ID).is_not_null())[USER_ID]
-    return Interactions(frame, f"{kind}, one row a {thing}", int(users["length"].sum()), path, False), empty
+    return Interactions(frame, f"{kind}, one row per {thing}", int(users["length"].sum()), path, False), empty
 
 
 def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
@@ -265,8 +279,8 @@ def _refuse_twice(users: pl.DataFrame, path: Path, thing: str) -> None:
         rows = twice.filter(pl.col(USER_ID) == first)[ROW].head(2)
         raise DataError(
             f"{thing} {first!r} has the rows {rows[0] + 1:,} and {rows[1] + 1:,} of {path};"
-            f" {twice[USER_ID].n_unique():,} {thing}s have more than one",
-            f"one row a {thing}, with the whole list",
+            f" {thing}s with more than one: {twice[USER_ID].n_unique():,}",
+            f"one row per {thing}, with the whole list",
             "join the lists, or write a long table",
         )
 

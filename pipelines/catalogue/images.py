@@ -91,7 +91,7 @@ def _path_column(items: pl.DataFrame, column: str | None) -> str | None:
 
 
 _HOW_TO_GET_IMAGES = (
-    "vlm2rec downloads nothing: download the pictures with img2dataset (pip install img2dataset), then name each"
+    "vlm2rec downloads nothing: download the images with img2dataset (pip install img2dataset); then name each"
     f" file <item_id>.<{'|'.join(IMAGE_SUFFIXES)}>, or give the files' paths, relative to --images, in an"
     f" {IMAGE_PATH} column of the items"
 )
@@ -105,9 +105,9 @@ def no_images_error(root: Path, items: pl.DataFrame, found: FoundImages, column:
     named_by = _path_column(items, column)
     wanted = f"{items[ITEM_ID][0]}.jpg" if named_by is None else items[named_by][0]
     return DataError(
-        f"no item of the catalogue has a picture in {root}, which {holds};"
-        f" item {items[ITEM_ID][0]!r}: {found.reasons[0]}",
-        f"files such as {wanted}; or, for a catalogue without pictures, --require title",
+        f"no item of the catalogue has an image in {root}, which {holds}; item {items[ITEM_ID][0]!r}:"
+        f" {found.reasons[0]}",
+        f"files such as {wanted}; or, for a catalogue without images, --require title",
         _HOW_TO_GET_IMAGES + _url_hint(items),
     )
 

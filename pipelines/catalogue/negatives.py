@@ -129,9 +129,9 @@ def draw_validation_candidates(
 ) -> np.ndarray:
     """Draw, for each of `users`, `count` different items that the user had not touched up to the validation item.
 
-    Nothing of the test split decides them: an item is drawn only if a training sequence or a validation target has it,
-    and the item that a user touches last may be among the user's own. A user's candidates are always the same,
-    whatever other users are ranked.
+    Nothing of the test split decides them. An item is drawn only if it occurs in a training sequence or as a
+    validation target. So a user's own test item may be among the user's candidates. A user's candidates are always the
+    same, whatever other users are ranked.
 
     Args:
         train: every user's training sequence, as rows of the items.
@@ -158,7 +158,7 @@ def draw_validation_candidates(
         count = min([count, *left])
     if not count:
         raise DataError(
-            f"a user has touched every one of the {len(known):,} items of training and validation",
+            f"a user has interacted with every one of the {len(known):,} items of training and validation",
             "items to rank the validation item among",
             "add items or users, or leave this user out",
         )

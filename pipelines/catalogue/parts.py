@@ -63,7 +63,7 @@ def refuse_bomb(path: Path, unpacked: int, what: str = "unpacks to") -> None:
     if unpacked > max(_SMALLEST_BOMB, _LARGEST_RATIO * size):
         raise DataError(
             f"{path} has {size:,} bytes and {what} {unpacked / 1e9:,.1f} GB or more",
-            f"at most {_LARGEST_RATIO} times a file's size: tables that people use stay far below",
+            f"at most {_LARGEST_RATIO} times a file's size: real tables stay far below",
             "check where the file comes from; if it is right, write it in parts or uncompressed",
         )
 

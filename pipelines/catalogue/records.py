@@ -275,9 +275,9 @@ def _whole_text(text: str, path: Path, row: int) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"line {row:,} of {path} holds half a character: {text!r}",
-            "whole characters in ids and times",
-            "correct it",
+            f"line {row:,} of {path} holds an unpaired surrogate, which is half of a character: {text!r}",
+            "valid Unicode in ids and times",
+            "correct the line",
         ) from None
     return text
 

@@ -108,8 +108,8 @@ def _refuse_row_numbers(table: pa.Table, path: Path) -> None:
                 f"column {name!r} of {path} holds a whole number of its own in every row, {values[0]} to {values[-1]},"
                 " as row numbers do",
                 "dimensions of the vectors in all columns but the ids",
-                "leave it out of the file, or call it index if it numbers the rows; if it is a dimension, write it"
-                " with a decimal point or save a Parquet file with one column of lists",
+                "if it numbers the rows, leave it out of the file or call it index; if it is a dimension, write"
+                " its values with a decimal point, or save a Parquet file with one column of lists",
             )
 
 
@@ -260,7 +260,9 @@ def _text_table(path: Path, as_text: Sequence[str], *, guess: bool = False) -> p
                 _CONVERT,
             ) from None
     if table.num_rows != form.records:
-        raise DataError(f"{path} has {form.records:,} lines, of which {table.num_rows:,} were read", "", _CONVERT)
+        raise DataError(
+            f"{path} has {form.records:,} lines, of which {table.num_rows:,} were read", "every line once", _CONVERT
+        )
     return table
 
 
@@ -348,7 +350,7 @@ def read_ids(path: Path, id_column: str, flag: str = "--ids") -> list[str]:
         try:
             listed = pa.array(values.tolist())
         except (ValueError, SystemError) as error:  # numbers that are no characters, or half of one
-            raise DataError(f"the ids in {path} are no text ({error})", "strings or whole numbers", _CONVERT) from None
+            raise DataError(f"the ids in {path} are not text ({error})", "strings or whole numbers", _CONVERT) from None
         return _as_ids(listed, str(path))
     if path.suffix == ".txt":
         _require_file(path)
@@ -361,7 +363,10 @@ def read_ids(path: Path, id_column: str, flag: str = "--ids") -> list[str]:
     if path.suffix == ".json":
         _require_file(path)
         try:
-            return _as_ids(pa.array(json.loads(path.read_text(encoding="utf-8"))), str(path))
+            given = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(given, list):
+                raise TypeError(f"it holds a {type(given).__name__}")
+            return _as_ids(pa.array(given), str(path)) if given else []
         except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a list of ids ({error})", 'one list, like ["a", "b"]', _CONVERT) from None
     raise ConfigError(
@@ -484,13 +489,15 @@ def _float32(values: np.ndarray) -> np.ndarray:
 def _as_ids(values: pa.Array | pa.ChunkedArray, where: str) -> list[str]:
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"the ids in {where} are {kind}", "strings or whole numbers", "convert them first")
+        raise DataError(
+            f"the ids in {where} are {kind}", "strings or whole numbers", "convert the ids to strings or whole numbers"
+        )
     if values.null_count:
         raise DataError(f"{values.null_count} ids in {where} are null", "an id for every row", "remove these rows")
     try:
         ids = [str(value) for value in values.to_pylist()]
     except UnicodeDecodeError as error:  # Arrow does not check text as it reads it
-        raise DataError(f"the ids in {where} are no text ({error})", "text in UTF-8", "write the file again") from None
+        raise DataError(f"the ids in {where} are not text ({error})", "text in UTF-8", "write the file again") from None
     twice = duplicates(ids)
     if twice:
         raise DataError(

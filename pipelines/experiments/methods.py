@@ -64,7 +64,8 @@ class Method:
     """One row of the tables."""
 
     name: str
-    source: str
+    source: str = ""
+    vectors_of: str | None = None  # train recommenders from the vectors of this method, and make none
     analyses: tuple[str, ...] = (MAIN,)
     backbone: str | None = None  # default: the backbone of the study
     paper: str | None = None  # the row of the paper's tables to print beside it
@@ -204,6 +205,7 @@ def read_study(
         grids.append(Grid(analysis=FAMILIES, of=reference, varies="backbone", values=backbones, finetune=_NO_GRADIENTS))
     search = _build(SearchPlan, raw.pop("search", {}), f"search in {where}")
     study = _build(Study, raw | {"plan": plans, "methods": tuple(methods), "search": search}, where)
+    study = _with_borrowed(study, where)
     study = _with_chosen(study, chosen or {})
     study = _with_grids(study, grids, users)
     study = _with_flags(study, config)
@@ -218,7 +220,11 @@ def _merge(layers: Iterable[Json], where: str) -> Json:
         for key, value in layer.items():
             if key not in known:
                 near = did_you_mean(key, known)
-                raise ConfigError(f"unknown key {key!r} in {where}{near}", f"one of {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"unknown key {key!r} in {where}{near}",
+                    f"one of {', '.join(sorted(known))}",
+                    "correct or remove it in the YAML",
+                )
             before = merged.get(key)
             merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
@@ -244,8 +250,35 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown setting {key!r} for {where}{did_you_mean(key, known)}", f"{', '.join(known)}")
+            raise ConfigError(
+                f"unknown setting {key!r} for {where}{did_you_mean(key, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it in the YAML",
+            )
     return read_config.read_config(cls, flags=values)
+
+
+def _with_borrowed(study: Study, where: str) -> Study:
+    """Give methods with `vectors_of` the source of the method that they name."""
+    methods = []
+    for method in study.methods:
+        if method.vectors_of is None:
+            methods.append(method)
+            continue
+        own = [name for name in (*_LENT, *_NOT_READ) if getattr(method, name)]
+        if own:
+            raise ConfigError(
+                f"method {method.name!r} in {where} has vectors_of and {', '.join(own)}",
+                "settings of recommenders alone: its vectors are another method's",
+                "remove vectors_of, or the others",
+            )
+        other = study.method(method.vectors_of)
+        methods.append(dataclasses.replace(method, **{name: getattr(other, name) for name in _LENT}))
+    return dataclasses.replace(study, methods=tuple(methods))
+
+
+_LENT = ("source", "backbone", "options", "shuffle_images")  # with `vectors_of`: settings of the other method
+_NOT_READ = ("finetune", "export", "evaluate", "search", "tuned_like", "role")  # settings that make or rank vectors
 
 
 def _with_chosen(study: Study, chosen: Mapping[str, Json]) -> Study:
@@ -283,7 +316,9 @@ def varied_value(study: Study, method: Method, setting: str) -> Any:
         return method.backbone
     defaults = {f.name: f.default for f in dataclasses.fields(settings.FinetuneConfig)}
     if setting not in defaults:
-        raise ConfigError(f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune")
+        raise ConfigError(
+            f"a grid varies {setting!r}{did_you_mean(setting, defaults)}", "a setting of finetune", "correct the YAML"
+        )
     kind = training_method(study, method)
     own = METHODS[kind].defaults if kind in METHODS else {}
     return {**defaults, **own, **study.finetune, **method.finetune}[setting]
@@ -331,6 +366,7 @@ def _check(study: Study, where: str) -> None:
             raise ConfigError(
                 f"plan.{name} in {where} is {plan}",
                 f"seeds, tasks of 1 and 2, models of {', '.join(schema.RECOMMENDERS)}",
+                "correct the YAML",
             )
     for method in study.methods:
         if unknown := [model for model in method.models if model not in schema.RECOMMENDERS]:
@@ -358,7 +394,12 @@ def _check(study: Study, where: str) -> None:
             )
         if method.source not in SOURCES:
             near = did_you_mean(method.source, SOURCES)
-            raise ConfigError(f"method {method.name!r} has source {method.source!r}{near}", f"one of {list(SOURCES)}")
+            raise ConfigError(
+                f"method {method.name!r} has source {method.source!r}{near}",
+                f"one of {list(SOURCES)}",
+                "correct the YAML",
+            )
+        _check_vectors(study, method, where)
         if method.slug in slugs or not method.slug:
             raise ConfigError(
                 f"methods {slugs.get(method.slug)!r} and {method.name!r} share the folder {method.slug!r}",
@@ -369,13 +410,26 @@ def _check(study: Study, where: str) -> None:
         _check_tuning(study, method, where)
 
 
+def _check_vectors(study: Study, method: Method, where: str) -> None:
+    if method.vectors_of is None:
+        return
+    other = study.method(method.vectors_of)
+    seeds = {seed for plan in _plans_of(study, method).values() for seed in plan.seeds}
+    if SOURCES[other.source].embed is None or other.vectors_of or not seeds <= set(seeds_of(study, other)):
+        raise ConfigError(
+            f"method {method.name!r} in {where} has vectors_of {other.name!r}",
+            "a method that makes vectors itself, in the same analyses or with the same seeds",
+            "correct the YAML",
+        )
+
+
 def _check_tuning(study: Study, method: Method, where: str) -> None:
     trains = SOURCES[method.source].train is not None
     if (method.search or method.tuned_like) and not trains:
         raise ConfigError(
             f"method {method.name!r} in {where} has a search, and its source {method.source!r} trains nothing",
             "`search` and `tuned_like` for methods that train",
-            "remove it",
+            "remove `search` or `tuned_like` from the method",
         )
     if method.tuned_like is None:
         return
@@ -384,7 +438,7 @@ def _check_tuning(study: Study, method: Method, where: str) -> None:
     if SOURCES[other.source].train is None or other.tuned_like or other.of or method.search or kinds[0] != kinds[1]:
         raise ConfigError(
             f"method {method.name!r} in {where} is tuned_like {other.name!r}",
-            "a method with trials of its own, trained by the same --method of finetune, and no `search` beside it",
+            "a method with trials of its own and the same --method of finetune, and no `search` beside it",
             "correct the YAML",
         )
 
@@ -589,7 +643,11 @@ def _of_model(values: Json, model: str) -> Json:
     common = {key: value for key, value in values.items() if key not in schema.RECOMMENDERS}
     own = values.get(model, {})
     if not isinstance(own, dict):
-        raise ConfigError(f"{model}: {own!r} among the settings of recommenders", "a mapping of settings")
+        raise ConfigError(
+            f"{model}: {own!r} among the settings of recommenders",
+            "a mapping of settings",
+            "write `key: value` lines below the model's name",
+        )
     return {**common, **own}
 
 
@@ -660,7 +718,7 @@ def _steps(context: RunContext, plans: Mapping[str, AnalysisPlan], domains: Sequ
     source = SOURCES[context.method.source]
     plans = {name: plan for name, plan in plans.items() if context.seed is None or context.seed in plan.seeds}
     steps: list[Step] = []
-    if source.train is not None:
+    if source.train is not None and context.method.vectors_of is None:
         steps.append(source.train(context))
         context = dataclasses.replace(context, trained=steps[-1].folder)
     # the cross-domain tables also need the results on the dataset of the study
@@ -692,6 +750,10 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
     if source.embed is None:  # the multimodal ones need vectors
         return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None
+    if context.method.vectors_of is not None:
+        lender = context.folder.parent.parent / context.study.method(context.method.vectors_of).slug
+        vectors = lender / ("seed-any" if fixed else f"seed-{context.seed}") / f"{context.prefix}embeddings"
+        return [_recommend(context, model, vectors) for model in models if context.seed is not None]
     embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
     embedded = source.embed(embedding)
     steps: list[Step] = []

@@ -133,7 +133,11 @@ def plan_schedule(config: StudyConfig, more: Json | None = None) -> Schedule:
         chosen = selection.chosen(config.out, searches)
         study = _with_looks(read_study(config, len(data.user_ids), more, chosen), data)
         waiting = {search.method.name for search in searches} - chosen.keys()
-        undecided = frozenset(m.name for m in study.methods if selection.source_of_settings(study, m).name in waiting)
+        undecided = frozenset(
+            method.name
+            for method in study.methods
+            if selection.source_of_settings(study, study.method(method.vectors_of or method.name)).name in waiting
+        )
     domains = _domains(study, data)
     datasets = {target.data: Dataset(target.data).warm() for target in (home, *domains)}
     planned = runs(study, config.out, home, domains, config.backbone, config.device)
@@ -193,8 +197,9 @@ def require_other_domain(home: Dataset, domain: Dataset, shared_users: str, shar
         raise ConfigError(
             f"{len(items)} items of {domain.path} are in {home.path} too, for example {items[0]!r}",
             "a target domain without items that a method was trained on",
-            "prepare it without them, or with other ids if they are different items; or set `shared_items: drop` to"
-            " leave out the users whose next item is shared, or `count` to measure them too",
+            "prepare it without them, or with other ids if they are different items; or set `shared_items:"
+            " drop`, which leaves out the users whose next item is shared; or set `shared_items: count`, which"
+            " measures them too",
         )
     if items and shared_items == "drop" and all(shared_targets(home, domain)):
         raise ConfigError(

@@ -52,7 +52,7 @@ _NOT_SEARCHED = {
     *("valid_users", "valid_candidates", "users"),
 }
 _WHAT = "the choice of a study's settings"
-_CHOOSE_AGAIN = "remove it and run the study again: it is written anew from the finished trials"
+_CHOOSE_AGAIN = "remove it and run the study again: it is written again from the finished trials"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def plan_searches(study: Study, out: Path, home: Target, backbone: str, device: 
     needed = {source_of_settings(study, method).name for method in study.methods if seeds_of(study, method)}
     found = []
     for method in study.methods:
-        if method.name in needed and SOURCES[method.source].train is not None:
+        if method.name in needed and SOURCES[method.source].train is not None and method.vectors_of is None:
             data = controls.shuffled_folder(out) if method.shuffle_images else home.data
             context = RunContext(study, method, study.search.seed, data, method.backbone or backbone, device, out)
             found.append(_search(context))
@@ -115,7 +115,8 @@ def plan_searches(study: Study, out: Path, home: Target, backbone: str, device: 
     if small:
         text = ", ".join(f"{search.method.name} {search.combinations} ({grid_text(search.grid)})" for search in small)
         raise ConfigError(
-            f"--select valid with {wanted} trials of every method, but these have fewer different settings: {text}",
+            f"--select valid with {wanted} trials of every method, but these methods have fewer settings to try:"
+            f" {text}",
             f"{wanted} or more settings in the grid of every method that trains, so that all have equally many trials",
             f"give them more values (`search` of the method, or `search: {{grid: ...}}` for all), let them be"
             f" `tuned_like` another method, or lower `search: {{trials: {wanted}}}`",
@@ -155,7 +156,11 @@ def _grid(study: Study, method: Method) -> dict[str, tuple[Any, ...]]:
         where = f"the search of method {method.name!r}"
         if name not in known or name in _NOT_SEARCHED:
             near = did_you_mean(name, [each for each in known if each not in _NOT_SEARCHED])
-            raise ConfigError(f"{name!r} in {where}{near}", "settings of finetune that decide what is learned")
+            raise ConfigError(
+                f"{name!r} in {where}{near}",
+                "settings of finetune that decide what is learned",
+                "remove it from the search",
+            )
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"{name} = {values!r} in {where}", "a list of values to try", "correct the YAML")
         if any(value in values[:place] for place, value in enumerate(values)):

@@ -1,7 +1,7 @@
 """The gates before any claim: whether the paradox and its cure can be tested in a study at all.
 
-Each gate has a number, a threshold and a status. Where one has failed or was not measured, the claims that need it are
-"not testable here": a study without the conditions of the paper says nothing about the paper.
+Each gate has a number, a threshold and a status. If one has failed or was not measured, the claims that need it are
+"not testable here". A study without the conditions of the paper says nothing about the paper.
 
 The weak view is the modality with the lower S before training. It is found from the data and may be the text.
 """

@@ -185,7 +185,7 @@ def print_verdicts(page: Path) -> None:
     log.result(table)
 
 
-# what stands at the beginning of a figure or a page of ours, and what stood there before there was such a mark
+# how our figures and pages begin: the mark of today, and what earlier versions wrote before there was a mark
 _FIGURE_MARKS = (figures.OURS.encode(), b"Matplotlib v")
 _PAGE_MARKS = (b'<meta name="generator" content="vlm2rec">', b"--vlm2rec: #d1500b")
 
@@ -425,8 +425,10 @@ def duration(seconds: float) -> str:
 _WHY = {
     "Table 1": "Distances depend on how a backbone spreads its vectors before any training. S is a ratio, which is"
     " easier to compare.",
-    "Table 2": "Here, candidates are drawn without replacement from the items that the user never touched, and are"
-    " the same for every method. The paper does not say how it draws them.",
+    "Table 2": (
+        "Here, candidates are drawn without replacement from the items that the user never interacted with, and are"
+        " the same for every method. The paper does not say how it draws them."
+    ),
     "Table 4": "The paper gives no settings of its recommenders. Here all have two layers, width 128 and cross-entropy"
     " over all items, whether they start from ids or from vectors.",
     "Table 5": "In the paper, the variants with the contrastive loss differ by .02 or less. Such differences need many"
@@ -453,8 +455,8 @@ def _sections(results: Results) -> list[Section]:
             (
                 "A user’s history becomes one vector, and items are ranked by their cosine to it. Methods with a"
                 " sequence encoder encode the history; the others take the mean of its items’ vectors.",
-                f"The candidates are the next item and {among - 1} items that the user never touched. A random order"
-                f" has H@10 {number(random_floor('H@10', among), 3)} and H@20"
+                f"The candidates are the next item and {among - 1} items that the user never interacted with. A"
+                f" random order has H@10 {number(random_floor('H@10', among), 3)} and H@20"
                 f" {number(random_floor('H@20', among), 3)}.",
             ),
             _present(task1),

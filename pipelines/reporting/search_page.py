@@ -23,7 +23,7 @@ class Picture:
     item_id: str
     title: str
     source: str = ""
-    reason: str = "no picture"
+    reason: str = "no image"
     cosine: float = 0.0
 
 

@@ -246,10 +246,10 @@ def rise_and_fall(curves: np.ndarray) -> RiseAndFall | None:
     """Measure whether curves rise and then fall; None with too few points.
 
     The first and the last fifth of the points are the beginning and the end. The peak is the fifth in between, beside
-    neither of them, with the highest mean. A highest mean is above the others by chance alone, so the points that
-    choose the place of the peak are not those that measure it: with three or more seeds, the place comes from the other
-    seeds, and the interval is Student's over seeds; with fewer, every second point of their mean curve chooses and the
-    points between measure, and the interval is that of two means of points.
+    neither of them, with the highest mean. The highest of several means is too high by chance alone. So the points
+    that choose the place of the peak are not those that measure it. With three or more seeds, the other seeds choose
+    the place, and the interval is Student's over seeds. With fewer, every second point of the mean curve chooses and
+    the points between measure; the interval is that of two means of points.
 
     Args:
         curves: one curve per seed at the same steps, (S, n).

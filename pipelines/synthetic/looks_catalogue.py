@@ -8,8 +8,8 @@ picture does not tell the kind either: neither side can replace the other.
 A user buys within one kind, and of this kind what looks right. In a batch of eight users the targets' kinds mostly
 differ: a model that reads only titles can bring its training loss to about .2. Among the test candidates are several
 products of the target's kind, which titles cannot tell apart: there only looks help, and the history shows which ones.
-Pictures have clutter, changing light and moved products: the mean colour tells a product's colour half of the time and
-its pattern hardly ever, so a model has to learn where to look.
+Images have clutter, changing light and moved products. The mean colour tells a product's colour half of the time and
+its pattern hardly ever. So a model has to learn where to look.
 
 What there is to gain with the defaults, N@20 among 101 candidates (a random order: .070): by the user's kind alone .61,
 by the true taste of looks alone .31, with the outline .73, by kind and taste .94; by what histories show of both .87.

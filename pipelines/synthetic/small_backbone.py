@@ -59,8 +59,8 @@ CHAT_TEMPLATE = (
 HEAD_SIZE = 32
 VISION_LAYERS = 2
 PATCH = 14  # pixels; an image token is 2 × 2 patches
-# Much wider than the usual 0.02: at this width and depth, and with tied embeddings, small weights take a third of the
-# training just to grow.
+# Much wider than the usual 0.02. At this width and depth, and with tied embeddings, small weights would spend a third
+# of the training on growing.
 WEIGHT_SPREAD = 0.09
 
 # Shares of the training steps by kind of prompt, and by items in a prompt. Images are slower to learn than titles.
@@ -175,8 +175,8 @@ def caption_words(captions: Sequence[str]) -> list[tuple[str, ...]]:
 def train_tokenizer(titles: Sequence[str], words: Sequence[Sequence[str]], vocabulary: int) -> Tokenizer:
     """Return a byte-level BPE tokenizer that splits text as Qwen's does, of at most `vocabulary` tokens.
 
-    The prompts' own words and the frequent caption words, each with the space before it, become whole tokens as far
-    as the vocabulary allows: an answer is then one token.
+    The prompts' own words and the frequent caption words, each with the space before it, become whole tokens as far as
+    the vocabulary allows. So an answer is one token.
     """
     qwen = transformers.Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())

@@ -1,18 +1,22 @@
-"""Items per second on a GPU in the exact shape of Qwen2.5-VL-3B with random weights, and the training step beside it.
+"""Figures of a GPU in one call of ten minutes: export, training step, memory, in the exact shape of Qwen2.5-VL-3B.
 
-python tests/benchmarks/gpu_export.py [--items 512] [--tiny]     (from the repository; vlm2rec need not be installed)
+python tests/benchmarks/gpu_export.py [--items 512] [--seconds 540] [--tiny]     (vlm2rec need not be installed)
 
-Needs torch, transformers, peft, pyarrow and Pillow; no model, no data, no polars, faiss or RecBole. Images are of 224²
-pixels (256 patches, 64 tokens), titles as long as those of shops. `--tiny` runs the same code in a small shape, as a
-machine without a GPU does, to see that it works.
+Needs torch, transformers, peft, pyarrow and Pillow; no model, no data, no polars, faiss or RecBole. Weights are random,
+images are of 224² pixels (256 patches, 64 tokens), titles as long as those of shops. `--tiny` runs the same code in a
+small shape, as a machine without a GPU does, to see that it works.
 
-    naive           one item at a time, the whole model, all hidden states
-    padded          batches of 32, padded; the model's own attention; without the language-model head
-    packed          vlm2rec: packed rows, shared prefix, last layer for last tokens
-    packed, warm    the same, with what the vision tower says of the images known from an earlier export
+First it is shown that the vectors are right; if they are not, nothing is timed. Then
+
+    naive                   one item at a time, the whole model, all hidden states
+    padded                  batches of 32, padded; the model's own attention; without the language-model head
+    sentence-transformers   its loop re-made: longest first, batches of 32, padded, every batch copied to the CPU
+    packed, cold            vlm2rec: packed rows, shared prefix, last layer for last tokens
+    packed, warm            the same, with what the vision tower says of the images known from an earlier export
 
 MFU counts the operations of the prompts' own tokens (without prefix, padding and head) and of the vision tower, against
-the rate of a large matrix product on the same device.
+the rate of a large matrix product on the same device. A figure that was not measured is a reason in words: no memory,
+no time, no GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 HISTORY, USERS = 10, 8
+ROWS = range(4, 13)  # powers of two: image prompts in the largest row
+BATCHES = (8, 16, 32, 64, 128, 256)  # users in the largest batch
 FIRST_ID = 1000  # ids below are the special tokens of this script
 IMAGE, VISION_START, VISION_END, PAD = range(4)
 PREFIX = tuple(range(10, 22))  # twelve tokens, as "Describe this item text sequence in one word, 0)"
@@ -128,7 +134,7 @@ def padded(model: Any, items: Items, shape: Shape, count: int, size: int = 32) -
         pixels = torch.cat(items.patches[start : start + len(texts)]).to(device, model.dtype)
         with torch.no_grad():
             hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            t = hidden[torch.arange(len(texts)), mask.sum(1) - 1]
+            t = hidden[torch.arange(len(texts), device=device), mask.sum(1) - 1]
             v = model.model(
                 input_ids=picture,
                 pixel_values=pixels,
@@ -139,14 +145,28 @@ def padded(model: Any, items: Items, shape: Shape, count: int, size: int = 32) -
     return torch.cat(found)
 
 
+def like_sentence_transformers(model: Any, items: Items, shape: Shape, count: int) -> Tensor:
+    """Encode longest titles first, as `SentenceTransformer.encode` does, and copy every batch to the CPU."""
+    order = sorted(range(count), key=lambda row: -len(items.texts[row]))
+    chosen = Items([items.texts[row] for row in order], [items.patches[row] for row in order], items.grid)
+    found = torch.empty(count, shape.width)
+    for start in range(0, count, 32):
+        rows = order[start : start + 32]
+        part = Items(chosen.texts[start : start + 32], chosen.patches[start : start + 32], items.grid)
+        found[rows] = padded(model, part, shape, len(rows)).cpu()
+    return found
+
+
 class Packed:
     """vlm2rec's own path, with token ids in place of a tokenizer."""
 
     def __init__(self, model: Any, shape: Shape) -> None:
         from vlm2rec.embedder.backbones import backbone
+        from vlm2rec.embedder.backbones.families import FAMILIES
 
         tokenizer = types.SimpleNamespace(pad_token_id=PAD)
-        processor = types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE)
+        family = FAMILIES["qwen2_5_vl"]
+        processor = types.SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE, family=family)
         self.backbone = backbone.Backbone(model, processor)
         self.backbone.share_prefixes()
         self.budget = backbone.pick_token_budget(self.backbone)
@@ -168,12 +188,13 @@ class Packed:
         return self._rows(texts) + self._rows(pictures)
 
     def _rows(self, prompts: list[Any]) -> Tensor:
-        from vlm2rec.embedder.backbones.devices import batches_by_tokens
+        from vlm2rec.embedder.backbones.devices import batches_by_tokens, onto
 
         found = torch.empty(len(prompts), self.shape.width, device=self.backbone.device)
         with torch.no_grad():
             for row in batches_by_tokens([len(prompt) for prompt in prompts], self.budget, padded=False):
-                found[row] = self.backbone.encode([prompts[i] for i in row]).float()
+                place = onto(self.backbone.device, torch.tensor(row))
+                found.index_copy_(0, place, self.backbone.encode([prompts[i] for i in row]).float())
         return found
 
 
@@ -205,9 +226,89 @@ def memory(device: torch.device) -> str:
     return f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
 
 
-def compare_exports(model: Any, shape: Shape, count: int, device: torch.device) -> None:
+@dataclass
+class Run:
+    """The device, and the time that is left for measurements."""
+
+    device: torch.device
+    ends: float
+
+    def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Return seconds and result of `work`.
+
+        Raises:
+            NotMeasuredError: no time is left, or the device has too little memory.
+        """
+        if time.perf_counter() > self.ends:
+            raise NotMeasuredError("no time was left")
+        try:
+            return seconds(work, self.device)
+        except torch.OutOfMemoryError as error:
+            raise NotMeasuredError("out of memory") from error
+
+    def require_gpu(self) -> None:
+        """Raise `NotMeasuredError` on a CPU."""
+        if self.device.type != "cuda":
+            raise NotMeasuredError("no GPU")
+
+
+class NotMeasuredError(Exception):
+    """Why a figure is missing."""
+
+
+def row(name: str, measure: Callable[[], str]) -> None:
+    """Print a row of the table: the figure, or why there is none."""
+    try:
+        found = measure()
+    except NotMeasuredError as reason:
+        found = f"not measured: {reason}"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"{name:<34}{found}", flush=True)
+
+
+def least_cosine(one: Tensor, other: Tensor) -> float:
+    """Return the smallest cosine of two vectors of the same item."""
+    return float(F.cosine_similarity(one.float().cpu(), other.float().cpu(), dim=1).min())
+
+
+def require_right_vectors(model: Any, other: Any, shape: Shape, device: torch.device) -> None:
+    """Print how near the vectors of all ways are, and exit if they are not the same.
+
+    Args:
+        model: stays as it is.
+        other: has the same weights, and gets vlm2rec's attention.
+        shape: of both.
+        device: that of both.
+    """
+    from vlm2rec.embedder.backbones import packing
+
+    items, few = draw(8, shape), 8
+    expected = naive(model, items, shape, few)
+    found = {"padded": padded(model, items, shape, few)}
+    packed = Packed(other, shape)
+    known = packed.encode_images(items, few)
+    found["packed"] = packed.encode(items, known)
+    width = shape.width // shape.heads
+    works = packing._kernel_works(device, model.dtype, width)
+    if works:
+        usual = packing._kernel_works
+        packing._kernel_works = lambda *_: False  # type: ignore[assignment]
+        packed.backbone.forget_prefixes()
+        found["packed, without the kernel"] = packed.encode(items, packed.encode_images(items, few))
+        packing._kernel_works = usual
+    worst = {name: least_cosine(vectors, expected) for name, vectors in found.items()}
+    for name, cosine in worst.items():
+        print(f"{'cosine to naive, ' + name:<44}{cosine:.6f}")
+    print(f"torch's kernel for packed rows: {'used' if works else 'not used'}")
+    least = 0.9999 if model.dtype == torch.float32 else 0.98
+    if not min(worst.values()) > least:
+        raise SystemExit(f"vectors differ (cosine below {least}): nothing is timed")
+
+
+def compare_exports(model: Any, shape: Shape, count: int, run: Run) -> None:
     """Print items per second of every way."""
-    items = draw(count, shape)
+    items, device = draw(count, shape), run.device
     few = max(4, min(64, count // 8))
     own = [len(text) - len(PREFIX) for text in items.texts]
     behind = len(image_ids(shape)) - len(IMAGE_PREFIX)
@@ -216,52 +317,116 @@ def compare_exports(model: Any, shape: Shape, count: int, device: torch.device) 
     everything = language + count * shape.vision_operations(shape.tokens)
     rate = product_rate(device, model.dtype)
     print(f"matrix product: {rate / 1e12:.2f} TFLOP/s; useful work: {everything / count / 1e12:.4f} TFLOP an item")
-    naive(model, items, shape, 2)
-    slow, expected = seconds(lambda: naive(model, items, shape, few), device)
-    naive_memory = memory(device)
-    padded(model, items, shape, min(32, count))
-    middling, _ = seconds(lambda: padded(model, items, shape, count), device)
-    padded_memory = memory(device)
+    first: list[float] = []  # seconds an item of the first way
+
+    def figure(work: Callable[[int], Any], number: int, operations: float, rehearsed: int) -> str:
+        run.time(lambda: work(rehearsed))  # libraries choose their kernels
+        spent, _ = run.time(lambda: work(number))
+        first.append(spent / number)
+        share = operations / count / (spent / number) / rate
+        times = f"{first[0] / (spent / number):.2f} x the first"
+        return f"{number / spent:10.1f} items/s {times:>18} {share:6.1%} MFU {memory(device):>6} GiB"
+
+    row("naive", lambda: figure(lambda n: naive(model, items, shape, n), few, everything, 2))
+    some = min(32, count)
+    row("padded", lambda: figure(lambda n: padded(model, items, shape, n), count, everything, some))
+    row(
+        "sentence-transformers",
+        lambda: figure(lambda n: like_sentence_transformers(model, items, shape, n), count, everything, some),
+    )
     packed = Packed(model, shape)  # from here on the model has vlm2rec's attention
-    packed.encode(items, packed.encode_images(items, min(64, count)))
-    cold, found = seconds(lambda: packed.encode(items, packed.encode_images(items, count)), device)
-    cold_memory = memory(device)
-    known = packed.encode_images(items, count)
-    warm, _ = seconds(lambda: packed.encode(items, known), device)
-    worst = float(F.cosine_similarity(expected, found[:few], dim=1).min())
-    print(f"{'':<14}{'items/s':>10}{'x naive':>9}{'MFU':>7}{'GiB':>7}")
-    for name, each, work, held in (
-        ("naive", slow / few, everything, naive_memory),
-        ("padded", middling / count, everything, padded_memory),
-        ("packed", cold / count, everything, cold_memory),
-        ("packed, warm", warm / count, language, memory(device)),
-    ):
-        share = work / count / each / rate
-        print(f"{name:<14}{1 / each:>10.1f}{slow / few / each:>9.2f}{share:>7.0%}{held:>7}")
-    print(f"packed against naive: cosine at least {worst:.6f}; rows of {packed.budget} tokens")
+
+    def cold(number: int) -> Tensor:
+        return packed.encode(items, packed.encode_images(items, number))
+
+    row("packed, cold", lambda: figure(cold, count, everything, min(64, count)))
+
+    def warm() -> str:
+        _, known = run.time(lambda: packed.encode_images(items, count))
+        return figure(lambda n: packed.encode(items, known[:n]), count, language, min(64, count))
+
+    row("packed, warm", warm)
+    print(f"rows of {packed.budget} tokens. Where the time of a cold item goes, in milliseconds, each part by itself:")
+    row("  decode, one thread", lambda: f"{1e3 * run.time(lambda: decode(64))[0] / 64:10.3f}")
+    row("  copy to the device", lambda: f"{1e3 * copied(items, count, run) / count:10.3f}")
+
+    def tower() -> str:
+        spent, _ = run.time(lambda: packed.encode_images(items, count))
+        return f"{1e3 * spent / count:10.3f}"
+
+    def layers() -> str:
+        known = packed.encode_images(items, count)
+        return f"{1e3 * run.time(lambda: packed.encode(items, known))[0] / count:10.3f}"
+
+    row("  vision tower, its copy included", tower)
+    row("  language model", layers)
+    row("largest row of an export", lambda: largest_row(packed, shape, run))
 
 
-def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
-    """Print users per second of a training step: histories of ten items, batches of eight, with and without cache."""
+def decode(count: int) -> None:
+    """Read JPEG files of 1,000 pixels to 224, as an export's threads do before the image processor."""
+    import io
+
+    from PIL import Image
+
+    from vlm2rec.embedder.backbones.images import decode as read
+
+    content = io.BytesIO()
+    noise = torch.randint(0, 255, (125, 125, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).resize((1000, 1000)).save(content, "JPEG")
+    for _ in range(count):
+        read(io.BytesIO(content.getvalue()), 224 * 224).resize((224, 224))
+
+
+def copied(items: Items, count: int, run: Run) -> float:
+    """Return the seconds that copies of all patches take, as bytes, 64 images at a time."""
+    run.require_gpu()
+    from vlm2rec.embedder.backbones.devices import onto
+
+    batch = torch.cat(items.patches[:64]).to(torch.uint8)
+    spent, _ = run.time(lambda: [onto(run.device, batch) for _ in range(max(1, count // 64))])
+    return spent / max(1, count // 64) * count / 64
+
+
+def largest_row(packed: Packed, shape: Shape, run: Run) -> str:
+    """Double the tokens of a packed row of image prompts until the memory ends."""
+    run.require_gpu()
+    (image,) = packed.encode_images(draw(1, shape), 1)
+    from vlm2rec.embedder.backbones.backbone import EncodedPrompt
+
+    prompt, tokens = EncodedPrompt(image_ids(shape), (image,)), 0
+    for power in ROWS:
+        try:
+            with torch.no_grad():
+                run.time(lambda number=1 << power: packed.backbone.encode([prompt] * number))
+        except NotMeasuredError as reason:
+            if not tokens:
+                raise
+            return f"{tokens:,} tokens fit, twice as many: {reason}"
+        tokens = len(prompt) << power
+    return f"at least {tokens:,} tokens"
+
+
+def compare_steps(model: Any, shape: Shape, run: Run) -> None:
+    """Print users per second of a training step: histories of ten items, LoRA, checkpointing."""
     from peft import LoraConfig, get_peft_model
 
     from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, EncodedPrompt
     from vlm2rec.embedder.training.losses import VLM2RecLoss
 
-    items = draw(USERS * (HISTORY + 1), shape)
+    device = run.device
     packed = Packed(model, shape)
     packed.backbone.share_prefixes(False)
     wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.2, target_modules=ADAPTED_LAYERS))
     wrapped.to(device)
     packed.backbone.language_model.train()
     language_model = packed.backbone.language_model
-    enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable = getattr(language_model, "activation_checkpointing_enable", None)
+    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
     loss = VLM2RecLoss().to(device)
     optimiser = torch.optim.AdamW([p for p in (*wrapped.parameters(), *loss.parameters()) if p.requires_grad], 1e-5)
-    users = [list(range(n * (HISTORY + 1), (n + 1) * (HISTORY + 1))) for n in range(USERS)]
 
-    def step(known: list[Any]) -> float:
+    def step(items: Items, users: int, known: list[Any]) -> float:
         def text(rows: list[int]) -> EncodedPrompt:
             own = [items.texts[row][len(PREFIX) :] for row in rows]
             return EncodedPrompt([*PREFIX, *(token for ids in own for token in [50, 51, *ids])])
@@ -269,33 +434,58 @@ def compare_steps(model: Any, shape: Shape, device: torch.device) -> None:
         def picture(rows: list[int]) -> EncodedPrompt:
             return EncodedPrompt(image_ids(shape, len(rows)), tuple(known[row] for row in rows))
 
-        histories, targets = [rows[:-1] for rows in users], [rows[-1:] for rows in users]
+        every = [list(range(n * (HISTORY + 1), (n + 1) * (HISTORY + 1))) for n in range(users)]
         vectors = [
             packed.backbone.encode([make(rows) for rows in side]).float()
-            for side in (histories, targets)
+            for side in ([rows[:-1] for rows in every], [rows[-1:] for rows in every])
             for make in (text, picture)
         ]
-        parts = loss(*vectors, torch.arange(USERS, device=device))
+        parts = loss(*vectors, torch.arange(users, device=device))
         optimiser.zero_grad()
         parts.total.backward()
         optimiser.step()
         return float(parts.total.detach())
 
+    items = draw(USERS * (HISTORY + 1), shape)
     known = packed.encode_images(items, len(items.texts))
-    step(known)
-    warm, value = seconds(lambda: step(known), device)
-    warm_memory = memory(device)
-    cold, _ = seconds(lambda: step(packed.encode_images(items, len(items.texts))), device)
-    print(f"training step, {USERS} users with {HISTORY} images each, LoRA, checkpointing (loss {value:.4f}):")
-    print(f"  vision known {USERS / warm:.2f} users/s ({warm_memory} GiB); looked at {USERS / cold:.2f} users/s")
+
+    def figure(look: bool) -> str:
+        def work() -> float:
+            return step(items, USERS, packed.encode_images(items, len(items.texts)) if look else known)
+
+        run.time(work)
+        spent, value = run.time(work)
+        return f"{USERS / spent:10.2f} users/s {memory(device):>6} GiB (loss {value:.4f})"
+
+    print(f"training step, {USERS} users with {HISTORY} images each:")
+    row("  vision known", lambda: figure(False))
+    row("  images looked at", lambda: figure(True))
+
+    def largest() -> str:
+        run.require_gpu()
+        users = 0
+        for number in BATCHES:
+            more = draw(number * (HISTORY + 1), shape)
+            try:
+                run.time(lambda: step(more, number, known[:1] * len(more.texts)))  # noqa: B023 - run at once
+            except NotMeasuredError as reason:
+                if not users:
+                    raise
+                return f"{users} users fit, {number}: {reason}"
+            users = number
+        return f"at least {users} users"
+
+    row("  largest batch", largest)
 
 
 def main() -> None:
     """Run everything on the GPU, or in a tiny shape on what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=540, help="after which nothing new is measured")
     parser.add_argument("--tiny", action="store_true", help="what a machine without a GPU does anyway")
     chosen = parser.parse_args()
+    ends = time.perf_counter() + chosen.seconds
     import_vlm2rec()
     warnings.simplefilter("ignore", FutureWarning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -307,8 +497,10 @@ def main() -> None:
     model = build(shape, device, dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e9:.3f} billion weights, {shape.side}² images, {shape.tokens} tokens each, {items} items")
-    compare_exports(model, shape, items, device)
-    compare_steps(model, shape, device)
+    require_right_vectors(model, build(shape, device, dtype), shape, device)
+    run = Run(device, ends)
+    compare_exports(model, shape, items, run)
+    compare_steps(model, shape, run)
 
 
 if __name__ == "__main__":
