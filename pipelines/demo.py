@@ -114,7 +114,9 @@ def _what_it_shows(config: DemoConfig) -> str:
             "VLM2Rec beside Vanilla shows what fine-tuning does. It does not show that VLM2Rec's own losses do it: for"
             " that, --full trains SFT too, with the plain contrastive loss."
         )
-        more = f"  vlm2rec demo --full --out {shlex.quote(str(config.out))}    SFT and GRU4Rec too; goes on from here\n"
+        more = (
+            f"  vlm2rec demo --full --out {shlex.quote(str(config.out))}    SFT and GRU4Rec too; continues from here\n"
+        )
     return (
         f"{shown}\nTry:\n{more}  vlm2rec init    for your own catalogue: writes the settings of the whole line, which"
         " `vlm2rec run` runs"
