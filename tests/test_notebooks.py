@@ -86,9 +86,13 @@ def execute(book: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def shown(cell: dict[str, Any]) -> str:
-    """What a cell printed and showed, as text."""
-    parts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell["outputs"]]
-    return "\n".join("".join(part) for part in parts)
+    """What a cell printed to stdout, which may come in pieces, and what it showed as text."""
+    parts = [
+        output.get("text") or output.get("data", {}).get("text/plain", "")
+        for output in cell["outputs"]
+        if output.get("name") != "stderr"
+    ]
+    return "".join("".join(part) for part in parts)
 
 
 @pytest.fixture(scope="module")
