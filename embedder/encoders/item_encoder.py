@@ -351,6 +351,9 @@ class ItemEncoder:
         order: list[int] = []
         vectors: list[Tensor] = []
         batches = list(batches_by_tokens([len(by_row[row]) for row in rows], budget, padded=False))
+        spare = 0
+        if self.backbone.sharded:  # agreed before any run, as the runs of the processes wait for each other
+            spare = distributed.most(len(batches), self.backbone.device) - len(batches)
         for batch in batches:
             chosen = [by_row[rows[i]] for i in batch]
             if self.backbone.sharded:  # no process may run halves that the others do not have
@@ -359,14 +362,12 @@ class ItemEncoder:
                 parts = in_halves(self.backbone.encode, chosen, _tokens_of, self._take_smaller_rows)
             vectors += [part.float() for part in parts]
             order += [rows[i] for i in batch]
-        if self.backbone.sharded:
-            for _ in range(distributed.most(len(batches), self.backbone.device) - len(batches)):
-                vectors.append(self.backbone.encode_spare().float())
+        vectors += [self.backbone.encode_spare().float() for _ in range(spare)]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
         if not vectors:
             return result
         # not in place, so that gradients flow
-        return result.index_copy(0, onto(result.device, torch.tensor(order)), torch.cat(vectors))
+        return result.index_copy(0, onto(result.device, torch.tensor(order, dtype=torch.int64)), torch.cat(vectors))
 
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)
