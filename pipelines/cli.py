@@ -231,7 +231,7 @@ def _program(
 
 @command(settings.DemoConfig, panel=TRY)
 def demo(config: settings.DemoConfig) -> Any:
-    """Run every stage on a drawn catalogue: four methods, both tasks, and one HTML page."""
+    """Run every stage on a drawn catalogue: a page of neighbours within a minute or so, all results a little later."""
     return module_of("demo").run(config)
 
 

@@ -1221,11 +1221,12 @@ class DemoConfig:
     """Settings of `vlm2rec demo`."""
 
     out: Path = setting("Folder to write. The same command continues an unfinished demo.", Path("runs/demo"))
+    full: bool = setting("Train SFT and GRU4Rec too: all four methods, both recommenders.", False)
     products: Annotated[int, Ge(200)] = setting("Number of products to draw.", 400)
     users: Annotated[int, Ge(50)] = setting("Number of users to simulate.", 600)
     finetune_steps: Positive = setting("Training steps of each fine-tuning run.", 120)
     recommender_epochs: Positive = setting("Largest number of epochs of each recommender.", 12)
-    backbone_steps: Positive = setting("Training steps of the small backbone.", 400)
+    backbone_steps: Positive = setting("Training steps of the small backbone.", 260)
     seed: Count = setting("Seed of the catalogue and of every stage.", 0)
 
 

@@ -79,7 +79,9 @@ def _after_study(config: Any, returned: Any) -> str:
 
 _NEXT: dict[str, Next] = {
     "doctor": lambda config, returned: _call("demo"),
-    "demo": lambda config, returned: _call("search", index=config.out / "index", item="P0302"),
+    "demo": lambda config, returned: _call(
+        "search", index=config.out / "index", item=f"P{min(302, config.products - 1):04}", html="found.html"
+    ),
     "make-backbone": lambda config, returned: _call("finetune", data="DATA", backbone=config.out, out="adapter"),
     "init": _after_init,
     "run": _after_run,

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from accessibility import contrast, faults, mixed, palettes
+from browser import DESKTOP, PHONE, Browser, axe, chromium
 from markupsafe import Markup
+from PIL import Image
 from study_tables import HOSTILE, SINCE, changed, without, write_study
 
 from vlm2rec.downstream.table import unit_rows
@@ -20,7 +23,8 @@ from vlm2rec.pipelines.config import ReportConfig
 from vlm2rec.pipelines.experiments.neighbours import Views, disagreeing, nearest, spread_out
 from vlm2rec.pipelines.experiments.results import TABLE_NAMES, random_floor
 from vlm2rec.pipelines.report import run
-from vlm2rec.pipelines.reporting import figures, page
+from vlm2rec.pipelines.reporting import figures, page, search_page
+from vlm2rec.pipelines.reporting.style import COLOURS, OTHERS, VARIABLES
 from vlm2rec.pipelines.reporting.tables import Results, ranking_sheet
 
 FIGURES = {
@@ -170,9 +174,9 @@ def test_an_item_without_a_readable_picture_is_shown_as_such(study: Path, tmp_pa
 
 
 def test_every_stage_has_a_bar_whose_length_is_its_time(text: str) -> None:
-    bars = re.findall(
-        r"<span>([^<]+)<small>([^<]*)</small></span><div><div class=\"bar\" style=\"width:([\d.]+)%", text
-    )
+    name = r"<span>([^<]+)<small>([^<]*)</small></span>"
+    bar = r'<div aria-hidden="true"><div class="bar" style="width:([\d.]+)%'
+    bars = re.findall(name + bar, text)
     assert len(bars) == 1 + 16 + 1
     assert bars[0] == ("make-backbone", "1.1 M parameters", "100.0")
     assert ("finetune", "SFT, seed 0", "98.4") in bars
@@ -241,6 +245,106 @@ def test_the_same_folder_gives_the_same_page_twice(study: Path, text: str, tmp_p
     assert again == tmp_path / "sub" / "again.html"
     assert again.read_text(encoding="utf-8") == text
     assert (tmp_path / "sub" / "figures" / "learning.svg").is_file()
+
+
+# --- for everyone -------------------------------------------------------------------------------------------
+
+
+def unmeasured(study: Path, folder: Path) -> Path:
+    """The study when there are vectors of one method and nothing else, as in the middle of a demo."""
+    few = {name: table_of(study, name).filter(pl.col("method") == "Vanilla") for name in ("neighbours", "common")}
+    empty = ("results", "users", "comparisons", "geometry", "views", "curves", "warnings", "cost")
+    return changed(study, folder, **few, **{name: table_of(study, name).clear() for name in empty})
+
+
+def test_neighbours_come_first_then_tables_then_claims(text: str) -> None:
+    order = re.findall(r'<section id="([\w-]+)"', text)
+    assert order[:3] == ["neighbours", "task1", "task2"]
+    assert order[-4:] == ["gates", "claims", "ran", "settings"]
+    assert text.index('class="card"') < text.index("<table")
+
+
+def test_a_page_of_vectors_alone_shows_them_and_claims_nothing(study: Path, tmp_path: Path) -> None:
+    text = drawn(unmeasured(study, tmp_path))
+    assert re.findall(r'<section id="([\w-]+)"', text) == ["neighbours", "ran", "settings"]
+    assert "So far there are vectors, and nothing has been measured" in text and 'class="card"' in text
+    assert "N@20 is" not in text and "0 methods" not in text.replace("\n", " ")
+    assert faults(text) == []
+
+
+def test_who_does_not_see_the_page_misses_nothing(text: str) -> None:
+    assert faults(text) == []
+    item = search_page.Picture("P1", "A lamp", "data:image/jpeg;base64,AAAA")
+    assert faults(search_page.render("Nearest to P1", "1 of 9", [item], [item]), ("main",)) == []
+    for broken, problem in (
+        (text.replace('lang="en"', ""), "no language"),
+        (text.replace('scope="row"', "", 1), "a heading of nothing"),
+        (re.sub(r'role="img" aria-label="[^"]+"', 'role="img"', text, count=1), "no name"),
+        (text.replace("<h2>", "<h4>", 1).replace("</h2>", "</h4>", 1), "h4 follows h1"),
+        (text.replace("<main>", "<div>").replace("</main>", "</div>"), "<main>: 0"),
+    ):
+        assert any(problem in found for found in faults(broken)), problem
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_every_pair_of_colours_can_be_told_apart(mode: str, text: str) -> None:
+    colours = palettes(text)[mode]
+    heat = mixed(colours["sft"], colours["bg"], 0.45)
+    assert "calc(var(--v) * 45%)" in text
+    for name in ("ink", "muted", "accent", "yes", "no"):
+        assert contrast(colours[name], colours["bg"]) >= 4.5, name
+    for name, ground in (("ink", "tint"), ("muted", "tint"), ("ink", "wash"), ("muted", "wash")):
+        assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    assert contrast(colours["ink"], heat) >= 4.5
+    for name in (*COLOURS, *(f"other{number}" for number in range(len(OTHERS)))):
+        assert contrast(colours[name], colours["bg"]) >= 3, name  # bars and lines
+
+
+def test_the_page_and_the_figures_have_the_same_colours(text: str) -> None:
+    light = palettes(text)["light"]
+    assert {VARIABLES[colour]: colour for colour in (*COLOURS.values(), *OTHERS)}.items() <= light.items()
+
+
+def test_the_page_has_a_form_for_paper(text: str) -> None:
+    paper = text.partition("@media print {")[2].partition("</style>")[0]
+    for rule in ("break-inside: avoid", "nav, details:not([open]) { display: none; }", "overflow: visible"):
+        assert rule in paper
+    assert "@media screen and (prefers-color-scheme: dark)" in text  # nobody prints on black
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
+    if chromium() is None:
+        pytest.skip("there is no Chromium on this machine")
+    return Browser(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESKTOP, False)], ids=["phone, dark", "desktop, light"])
+def test_nothing_is_wider_than_the_window_and_axe_finds_nothing(
+    width: int, dark: bool, browser: Browser, study: Path, text: str
+) -> None:
+    found = browser.measure(study / "report.html", width, dark, axe() or "")
+    assert found["dark"] is dark and found["width"] == width and found["wide"] == []
+    assert len(found["figures"]) == len(FIGURES) and len(found["pictures"]) > 50
+    if axe() is None:
+        pytest.skip("axe-core-python is not installed; everything else held")
+    assert found["violations"] == [] and len(found["passes"]) > 25
+
+
+def test_a_screenshot_has_something_in_every_figure_and_picture(
+    browser: Browser, study: Path, text: str, tmp_path: Path
+) -> None:
+    found = browser.measure(study / "report.html", DESKTOP)
+    shot = browser.screenshot(study / "report.html", DESKTOP, found["height"], tmp_path / "page.png")
+    picture = np.asarray(Image.open(shot).convert("RGB"), np.int16)
+    empty = []
+    for each in [*found["figures"], *found["pictures"]]:
+        x, y, width, height = (round(side) for side in each["box"])
+        part = picture[y : y + height, x : x + width]
+        if not part.size or np.ptp(part, axis=(0, 1)).max() < 60:
+            empty.append(each["name"])
+    missing = table_of(study, "pictures").filter(pl.col("picture").is_null())["title"].to_list()
+    assert set(empty) <= set(missing)
 
 
 # --- parts of a study ---------------------------------------------------------------------------------------

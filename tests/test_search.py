@@ -186,7 +186,7 @@ def test_folders_of_an_earlier_version_are_searched_once_the_encoder_is_named(
     meta = schema.read_json(tmp_path / "index" / schema.INDEX_FILE, "", "")
     del meta["export"][schema.ENCODER]
     schema.write_json(tmp_path / "index" / schema.INDEX_FILE, meta)
-    with pytest.raises(ConfigError, match=r"earlier version.*--backbone"):
+    with pytest.raises(ConfigError, match=r"earlier vlm2rec.*--backbone"):
         search(world, index=tmp_path / "index", text="mug")
     given = {"index": tmp_path / "index", "text": dataset.titles[1], "backbone": str(world / "backbone")}
     assert search(world, **given) == expected

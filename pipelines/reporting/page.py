@@ -42,6 +42,9 @@ FIGURES = "figures"
 VERDICTS_FILE = "verdicts.json"
 """The gates and the verdicts for programs, beside the page."""
 VIEW_ORDER = (schema.TEXT, schema.IMAGE, schema.FUSED)
+_WORDS_OF_VIEWS = {schema.TEXT: "by text", schema.IMAGE: "by image", schema.FUSED: "by both"}
+HERO = 12
+"""Pictures in the row at the top."""
 MOST_STAGES = 40
 """Up to this many steps, each step has a bar; above it, each kind of step has one."""
 MOST_WARNINGS = 12
@@ -103,6 +106,7 @@ class Page:
     reference: str
     lede: str
     warning: str
+    measured: bool  # false while a demo has vectors and nothing else
     tiles: list[tuple[str, str]]
     stages: list[Stage]
     seconds: float
@@ -222,7 +226,8 @@ def render(page: Page) -> str:
     environment.filters.update(filters)
     template = environment.get_template(TEMPLATE)
     good, neutral = (HOLDS, PASSED), (OPEN, UNTESTABLE, UNMEASURED)
-    return template.render(page=page, views=VIEW_ORDER, good=good, neutral=neutral, among=NEAREST)
+    words = {"views": VIEW_ORDER, "words_of_views": _WORDS_OF_VIEWS, "good": good, "neutral": neutral}
+    return template.render(page=page, among=NEAREST, **words)
 
 
 def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None = None) -> Page:
@@ -238,6 +243,7 @@ def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None
         reference=results.reference,
         lede=_lede(results, found),
         warning=_warning(results),
+        measured=results.frames["results"].height > 0,
         tiles=_tiles(results),
         stages=stages,
         seconds=_seconds(results),
@@ -252,7 +258,7 @@ def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None
         neighbourhoods=_neighbourhoods(results),
         common=_common_sheet(results),
         sampled=results.facts["items"] > MOST_ITEMS,
-        hero=with_picture[schema.ITEM_ID].gather_every(max(1, with_picture.height // 24)).to_list()[:24],
+        hero=with_picture[schema.ITEM_ID].gather_every(max(1, with_picture.height // HERO)).to_list()[:HERO],
         titles=dict(zip(ids, pictures[schema.TITLE].to_list(), strict=True)),
         pictures={
             row[schema.ITEM_ID]: (place, base64.b64encode(row["picture"]).decode("ascii"))
@@ -271,11 +277,6 @@ def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None
 def _lede(results: Results, found: Verdicts) -> str:
     among = results.facts["candidates"] + 1
     text = []
-    paradox, cure = (found.of(family)[0].verdict for family in (PARADOX, CURE))
-    text.append(f"The paper’s paradox: {paradox}. Its cure: {cure}.")
-    if tested := found.of(PAPER):
-        held = sum(claim.verdict == HOLDS for claim in tested)
-        text.append(f"Of {len(tested)} other claims of the paper, {held} hold in these runs.")
     if scores := _scores(results, 1, None):
         floor = number(random_floor(COMPARED, among), 3)
         text.append(
@@ -285,6 +286,13 @@ def _lede(results: Results, found: Verdicts) -> str:
     for model in results.models()[:1]:
         if scores := _scores(results, 2, model):
             text.append(f"In Task 2, {COMPARED} of {model} is {scores}.")
+    if not text:
+        return ""
+    paradox, cure = (found.of(family)[0].verdict for family in (PARADOX, CURE))
+    text.append(f"The paper’s paradox: {paradox}. Its cure: {cure}.")
+    if tested := found.of(PAPER):
+        held = sum(claim.verdict == HOLDS for claim in tested)
+        text.append(f"Of {len(tested)} other claims of the paper, {held} hold in these runs.")
     return " ".join(text)
 
 
@@ -313,7 +321,8 @@ def _tiles(results: Results) -> list[tuple[str, str]]:
     if len(facts.get("dims", [])) == 1:
         tiles.append((f"{facts['dims'][0]:,}", "numbers in a vector"))
     methods = results.frames["results"]["method"].n_unique()
-    return [*tiles, (f"{methods}", "methods"), (duration(_seconds(results)), "of computing time")]
+    counted = [(f"{methods}", "methods")] if methods else []
+    return [*tiles, *counted, (duration(_seconds(results)), "of computing time")]
 
 
 def _why(results: Results, paper: str, more: str) -> str:

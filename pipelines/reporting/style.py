@@ -13,7 +13,7 @@ from typing import Any
 ID, VANILLA, SFT, VLM2REC = "id", "vanilla", "sft", "vlm2rec"
 
 INK, MUTED, GRID = "#1f2328", "#6a7079", "#e4e0d9"
-COLOURS = {ID: "#4a5160", VANILLA: "#a9adb4", SFT: "#2f6fb3", VLM2REC: "#d1500b"}
+COLOURS = {ID: "#4a5160", VANILLA: "#868b94", SFT: "#2f6fb3", VLM2REC: "#d1500b"}
 OTHERS = ("#5f8f6b", "#8d6aa8", "#9c7a3c", "#3f8f97")
 VARIABLES = {
     INK: "ink",

@@ -1,4 +1,4 @@
-"""The picture of README: for a few items of a study or a demo, what is nearest by text, by picture and by both.
+"""The picture of README: for a few items of a study or a demo, what is nearest by text, by image and by both.
 
 python tests/benchmarks/neighbour_grid.py STUDY OUT.jpg [--queries P0001 P0002] [--method VLM2Rec]
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from vlm2rec.pipelines.reporting.style import INK, MUTED, STYLE
 
-VIEWS = {"text": "by text", "image": "by picture", "fused": "by both"}
+VIEWS = {"text": "by text", "image": "by image", "fused": "by both"}
 NEAREST = 3
 
 
