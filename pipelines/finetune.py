@@ -255,7 +255,7 @@ def _check_sharding(config: FinetuneConfig) -> None:
         raise ConfigError(
             f"--sharding {config.sharding} with --quantize {config.quantize}, whose packed matrices cannot be cut",
             "one of the two",
-            "leave one out; --quantize saves more memory in one process, --sharding more in several",
+            "leave --quantize or --sharding out",
         )
     if config.gradient_steps:
         raise ConfigError(
