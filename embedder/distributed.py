@@ -139,6 +139,15 @@ def gather_shares(rows: Tensor) -> Tensor:
     return whole
 
 
+def most(number: int, device: torch.device) -> int:
+    """Return the largest number that a process has; `device` is that of this process."""
+    if count() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def mean(values: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes."""
     if count() > 1:

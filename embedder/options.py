@@ -55,6 +55,8 @@ SamplesMode = Literal["last", "random", "all"]
 Negatives = Literal["local", "global"]
 Quantize = Literal["none", "nf4"]
 """Number format of the language model's matrices while an adapter is trained."""
+Sharding = Literal["none", "fsdp"]
+"""What each of several processes holds of the language model: all of it, or a part of every layer (FSDP2)."""
 Schedule = Literal["constant", "linear", "cosine"]
 ValidCandidates = Literal["own", "stored"]
 """What validation items are ranked among: items drawn for validation alone, or the first set stored for the test."""

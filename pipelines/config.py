@@ -43,6 +43,7 @@ from vlm2rec.embedder.options import (
     Reduction,
     SamplesMode,
     Schedule,
+    Sharding,
     Split,
     Storage,
     StrategyChoice,
@@ -491,6 +492,12 @@ class FinetuneConfig:
         "nf4: hold the language model's matrices in four bits while training (QLoRA, by bitsandbytes), to save"
         " memory; an export uses the unquantised backbone. For --method vlm2rec and slim.",
         "none",
+    )
+    sharding: Sharding = setting(
+        "fsdp: each of several processes holds a part of every layer of the language model (FSDP2), so that larger"
+        " backbones fit. none: each holds all. For --method vlm2rec and slim.",
+        "none",
+        group=MACHINE,
     )
     dtype: DtypeName = setting(
         "Number format of the computation. auto: bfloat16 where the device multiplies it natively (on a CPU"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from vlm2rec.downstream.evaluation.metrics import candidate_scores, rank_metrics
 from vlm2rec.downstream.table import unit_rows
@@ -28,7 +28,7 @@ from vlm2rec.embedder.adapters.lora import (
     save_adapter,
     trainable,
 )
-from vlm2rec.embedder.backbones import model_files, quantized
+from vlm2rec.embedder.backbones import model_files, quantized, sharding
 from vlm2rec.embedder.backbones.devices import pick_device, pick_dtype
 from vlm2rec.embedder.contract import provenance, publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -53,11 +53,12 @@ from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_ca
 _WIDE = 512
 _TRAINED_IN = "trained_in"  # key of run.json: the number format
 _MERGED_COSINE = 0.99
+_PER_PROCESS = ("processes", "batch_size", "negatives")  # keys of run.json that may change together
 _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an adapter in this folder are ours
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
     *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images", "report_to", "log_dir"),
-    *("probe_users", "probe_steps", "gradient_steps"),
+    *("probe_users", "probe_steps", "gradient_steps", "sharding"),
 )
 
 
@@ -72,6 +73,8 @@ def run(config: FinetuneConfig) -> Training | None:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
         log.quiet = not distributed.is_main()
+        if config.sharding != "none" and not _is_sharded(config):
+            log.print("--sharding fsdp: one process alone holds the whole model; torchrun starts several")
         dataset = Dataset(config.data, config.images)
         if _is_finished(config):
             log.print(f"{config.out} is already complete; give another --out, or --no-resume to train again.")
@@ -91,20 +94,22 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
-        dtype=_training_dtype(config),
-        device=config.device,
         quantize=config.quantize,
+        **_placement(config),
         **_encoder_settings(config),
     )
     licence = backbone_licence(config.backbone)
-    log.print(f"Backbone {config.backbone} (licence: {licence}) on {encoder.backbone.device}")
+    log.print(f"Backbone {config.backbone} (licence: {licence}) on {pick_device(config.device)}")
     if distributed.count() > 1:
         log.print(
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
+            + (", layers sharded" if _is_sharded(config) else "")
         )
     use_vision_cache(config.vision_cache, dataset, encoder, config.backbone, config.revision, TERMINAL)
     items = ItemFeatures(dataset, encoder)
     wrapped = recipe.adapter(config, encoder.backbone)
+    if _is_sharded(config):
+        encoder.shard(pick_device(config.device))
     model = recipe.model(config, encoder, wrapped, items)
     _begin(config)
     validate = _validation(config, dataset, encoder, items)
@@ -122,7 +127,10 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
             _tracking(config),
         )
     unreadable = {name: reason for part in distributed.from_all(items.unreadable) for name, reason in part.items()}
+    learned = trainable(wrapped) if _is_sharded(config) else None
     if distributed.is_main():
+        if learned is not None:
+            encoder, wrapped = _loaded_again(config, encoder, learned)
         _save(config, dataset, samples, encoder, wrapped, training, licence)
         _summarise(config, samples, unreadable, training)
     return training
@@ -150,7 +158,7 @@ def _save(
     titles, images = canary_items()
     fused = encoder.encode_items(titles, images).fused
     if config.quantize != "none":
-        encoder, wrapped = _unquantised(config, encoder, wrapped)
+        encoder, wrapped = _loaded_again(config, encoder, trainable(wrapped))
         in_four_bits, fused = fused, encoder.encode_items(titles, images).fused
         log.print(
             "With the unquantised backbone, which an export uses, the adapter gives vectors whose cosine with"
@@ -176,11 +184,26 @@ def _save(
     checkpoints.discard(config.out / CHECKPOINTS)
 
 
-def _unquantised(config: FinetuneConfig, encoder: ItemEncoder, wrapped: nn.Module) -> tuple[ItemEncoder, nn.Module]:
-    """Return encoder and adapter on the unquantised backbone; the quantised one is emptied, as both may not fit."""
-    learned = trainable(wrapped)
-    for parameter in encoder.backbone.model.parameters():
-        parameter.data = parameter.data.new_empty(0)
+def _is_sharded(config: FinetuneConfig) -> bool:
+    return config.sharding != "none" and distributed.count() > 1
+
+
+def _placement(config: FinetuneConfig) -> dict[str, Any]:
+    """Return number format and device to load the backbone with; one to be sharded goes to its device in parts."""
+    dtype = _training_dtype(config)
+    if not _is_sharded(config):
+        return {"dtype": dtype, "device": config.device}
+    return {"dtype": str(pick_dtype(dtype, pick_device(config.device))).removeprefix("torch."), "device": "cpu"}
+
+
+def _loaded_again(
+    config: FinetuneConfig, encoder: ItemEncoder, learned: dict[str, Tensor]
+) -> tuple[ItemEncoder, nn.Module]:
+    """Return encoder and adapter on the plain backbone, which is neither quantised nor sharded, as an export has it.
+
+    The one that was trained is emptied, as both may not fit.
+    """
+    sharding.empty(encoder.backbone.model)
     whole = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -204,6 +227,7 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("--log-dir without --report-to", "a tracker whose files go there", "name one, or leave it")
     EncoderSettings(**_encoder_settings(config))  # refuses those that contradict each other before anything is read
     _require_ours(config)
+    _check_sharding(config)
     if config.quantize != "none":
         quantized.require(pick_device(config.device))
     finetune_negatives.identity(config)  # a file that is not there is refused before anything is read
@@ -213,6 +237,32 @@ def _check(config: FinetuneConfig) -> None:
             " text and image vectors, and these settings do not make both",
             "--fusion external and --views both",
             "change them, or leave --gradient-steps out",
+        )
+
+
+def _check_sharding(config: FinetuneConfig) -> None:
+    """Raise `ConfigError` for settings that need whole weights in each process, with `--sharding`."""
+    if config.sharding == "none":
+        return
+    able = [name for name, recipe in METHODS.items() if recipe.distributed]
+    if config.method not in able:
+        raise ConfigError(
+            f"--sharding {config.sharding} with --method {config.method}, which one process trains",
+            f"--method {' or '.join(able)}",
+            "leave --sharding out",
+        )
+    if config.quantize != "none":
+        raise ConfigError(
+            f"--sharding {config.sharding} with --quantize {config.quantize}, whose packed matrices cannot be cut",
+            "one of the two",
+            "leave --quantize or --sharding out",
+        )
+    if config.gradient_steps:
+        raise ConfigError(
+            f"--sharding {config.sharding} with --gradient-steps {config.gradient_steps}: it compares gradients of"
+            " whole weights, and no process has them",
+            "one of the two",
+            "leave --gradient-steps or --sharding out",
         )
 
 
@@ -338,8 +388,12 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     defaults |= {"processes": 1}
     # the same files are the same backbone, wherever they lie; a run of an earlier version recorded the name alone
     names, hashes = ("backbone", "revision"), ("backbone_hash", "processor_hash")
-    not_compared = names if all(name in before for name in hashes) else hashes
-    for name, value in _identity(config).items():
+    not_compared: tuple[str, ...] = names if all(name in before for name in hashes) else hashes
+    now = _identity(config)
+    if (begun_in := before.get("processes", 1)) != now["processes"]:
+        _require_same_batches(config, {**defaults, **before}, begun_in)
+        not_compared = (*not_compared, *_PER_PROCESS)
+    for name, value in now.items():
         if name in not_compared:
             continue
         begun = before[name] if name in before else defaults[name]
@@ -349,6 +403,38 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
                 "the same settings, to continue that run",
                 "give another --out, or --no-resume to start again",
             )
+
+
+def _require_same_batches(config: FinetuneConfig, before: dict[str, Any], begun_in: int) -> None:
+    """Raise `ConfigError` unless another number of processes has the same users and negatives in every step."""
+    count = distributed.count()
+    users, size = begun_in * before["batch_size"], config.batch_size
+    fix = f"start {_processes(begun_in)} again, give another --out, or --no-resume to start again"
+    if users != _users_a_step(config):
+        fits = f"--batch-size {users // count}" if users % count == 0 else f"a number of processes that divides {users}"
+        raise ConfigError(
+            f"{config.out} was begun with {_processes(begun_in)} and --batch-size {before['batch_size']}, {users} users"
+            f" a step; now it is {_processes(count)} and --batch-size {size}, {_users_a_step(config)} users",
+            f"{users} users a step",
+            f"give {fits}; or {fix}",
+        )
+    negatives = [
+        users // number if own == "local" else users
+        for number, own in ((begun_in, before["negatives"]), (count, config.negatives))
+    ]
+    if negatives[0] != negatives[1]:
+        remedy = "give --negatives global; or " if negatives[0] == users else ""
+        raise ConfigError(
+            f"{config.out} was begun with {_processes(begun_in)} and --negatives {before['negatives']}, which hold a"
+            f" user against the targets of {negatives[0]} users; now it is {_processes(count)} and"
+            f" --negatives {config.negatives}, {negatives[1]} users",
+            f"the targets of {negatives[0]} users",
+            remedy + fix,
+        )
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' * (number != 1)}"
 
 
 def _begin(config: FinetuneConfig) -> None:
@@ -447,6 +533,7 @@ def _provenance(
             "best_step": training.best["step"],
             "processes": distributed.count(),
             "users_a_step": _users_a_step(config),
+            **({"sharding": config.sharding} if _is_sharded(config) else {}),
             "effective_negatives": training.curves["train"][-1].get("effective_negatives")
             if training.curves["train"]
             else None,

@@ -41,7 +41,7 @@ from torch import Tensor
 from vlm2rec.embedder.adapters import adapted_layers, moda, peft_folder
 from vlm2rec.embedder.adapters.late_fusion import LateFusion
 from vlm2rec.embedder.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from vlm2rec.embedder.backbones import model_files
+from vlm2rec.embedder.backbones import model_files, sharding
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone
 from vlm2rec.embedder.contract import publish, schema, storage
 from vlm2rec.embedder.contract.checksums import checksums, first_damage, is_intact, sealed
@@ -666,8 +666,11 @@ def backbone_licence(source: str) -> str:
 
 
 def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that training changes, by name, detached and on the CPU."""
-    return {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+    """Return the parameters that training changes, by name, whole, detached and on the CPU.
+
+    Where processes hold parts of them, all have to call this.
+    """
+    return {n: sharding.whole(p.detach()).cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
 def restore(module: torch.nn.Module, stored: dict[str, Tensor], where: str) -> None:
@@ -681,4 +684,4 @@ def restore(module: torch.nn.Module, stored: dict[str, Tensor], where: str) -> N
         )
     with torch.no_grad():
         for name, parameter in current.items():
-            parameter.copy_(stored[name])
+            parameter.copy_(sharding.cut_like(stored[name], parameter))

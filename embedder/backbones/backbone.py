@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
-from vlm2rec.embedder.backbones import modality, packing, quantized
+from vlm2rec.embedder.backbones import modality, packing, quantized, sharding
 from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, onto, pick_device, pick_dtype, quiet
 from vlm2rec.embedder.backbones.families import checked_files, image_tokens, load_processor, neutralise
 from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
@@ -102,6 +102,7 @@ class Backbone:
         self.pooling: Pooling = pooling
         self.attention: Attention = attention
         self.has_head = True  # its weights hold a language-model head
+        self.sharded = False  # each process holds a part of every layer (`sharding`)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self.packs = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= _ATTENDING
         if attention == "bidirectional" and not self.packs:
@@ -190,6 +191,26 @@ class Backbone:
     def language_model(self) -> Any:
         """The layers that LoRA adapts: the body without the vision tower; for a text model the body itself."""
         return _language_model(self.body)
+
+    def require_equal_runs(self) -> None:
+        """Raise `ConfigError` if prompts cannot share a row: processes with other prompts would run other times."""
+        if not self.packs:
+            raise ConfigError(
+                f"--sharding fsdp with a {self.model.config.model_type}, whose layers carry a state from left to"
+                " right, so that it takes each prompt alone",
+                "a backbone that takes several prompts at once",
+                "leave --sharding out, or choose another backbone",
+            )
+
+    def shard(self, device: torch.device) -> None:
+        """Cut the language model's layers over all processes, with the adapter in them; the model is on the CPU."""
+        self.require_equal_runs()
+        sharding.shard(self.body, self.language_model, device)
+        self.sharded = True
+
+    def encode_spare(self) -> Tensor:
+        """Run the language model on the shortest prompt, because another process has one run more; returns (0, d)."""
+        return self.encode([EncodedPrompt([self.pad_id])])[:0]
 
     def adapted_layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the language model that adapters change, by their names in `model`.

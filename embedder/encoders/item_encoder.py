@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm2rec.embedder import prompts
+from vlm2rec.embedder import distributed, prompts
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.adapters.late_fusion import LateFusion, mean_tokens_of
 from vlm2rec.embedder.backbones import modality
@@ -142,6 +142,11 @@ class ItemEncoder:
             lora.require_effect(before, after, adapter)
         else:
             lora.check_canary(canary, before, after, adapter, self.provenance["dtype"])
+
+    def shard(self, device: torch.device) -> None:
+        """Cut the language model's layers over all processes that train together (`Backbone.shard`)."""
+        self.backbone.shard(device)
+        self.token_budget = pick_token_budget(self.backbone)  # it was loaded on the CPU
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -345,16 +350,24 @@ class ItemEncoder:
         rows = list(by_row)
         order: list[int] = []
         vectors: list[Tensor] = []
-        for batch in batches_by_tokens([len(by_row[row]) for row in rows], budget, padded=False):
+        batches = list(batches_by_tokens([len(by_row[row]) for row in rows], budget, padded=False))
+        spare = 0
+        if self.backbone.sharded:  # agreed before any run, as the runs of the processes wait for each other
+            spare = distributed.most(len(batches), self.backbone.device) - len(batches)
+        for batch in batches:
             chosen = [by_row[rows[i]] for i in batch]
-            parts = in_halves(self.backbone.encode, chosen, _tokens_of, self._take_smaller_rows)
+            if self.backbone.sharded:  # no process may run halves that the others do not have
+                parts = [self.backbone.encode(chosen)]
+            else:
+                parts = in_halves(self.backbone.encode, chosen, _tokens_of, self._take_smaller_rows)
             vectors += [part.float() for part in parts]
             order += [rows[i] for i in batch]
+        vectors += [self.backbone.encode_spare().float() for _ in range(spare)]
         result = torch.full((count, self.dim), torch.nan, device=self.backbone.device)
         if not vectors:
             return result
         # not in place, so that gradients flow
-        return result.index_copy(0, onto(result.device, torch.tensor(order)), torch.cat(vectors))
+        return result.index_copy(0, onto(result.device, torch.tensor(order, dtype=torch.int64)), torch.cat(vectors))
 
     def _take_smaller_rows(self, batch: Sequence[EncodedPrompt]) -> None:
         self.token_budget = max(1, min(self.token_budget, sum(len(prompt) for prompt in batch)) // 2)

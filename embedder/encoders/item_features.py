@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -113,13 +114,15 @@ def encode_rows(
     items: ItemFeatures,
     sequences: Sequence[Sequence[int]],
     advance: Callable[[int], None] = lambda count: None,
+    at_least: int = 0,
 ) -> dict[str, np.ndarray]:
     """Encode sequences of item rows, each a history or a single item; returns each view as (n, d) float32.
 
-    `advance` receives the size of every finished batch of sequences.
+    `advance` receives the size of every finished batch of sequences. Without enough sequences for `at_least` of them,
+    the last ones are empty.
     """
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(sequences), SEQUENCES_AT_ONCE):
+    for start in range(0, max(len(sequences), at_least * SEQUENCES_AT_ONCE), SEQUENCES_AT_ONCE):
         batch = sequences[start : start + SEQUENCES_AT_ONCE]
         for view, vectors in encode(encoder, items, batch).items():
             parts.setdefault(view, []).append(vectors.float().cpu().numpy())
@@ -147,7 +150,10 @@ def encode_rows_together(
     encoder: ItemEncoder, items: ItemFeatures, sequences: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
     """Like `encode_rows`, but each of the processes that train together encodes a share; all get all vectors."""
-    own = encode_rows(encoder, items, distributed.share(sequences))
+    # as many batches as the first process, which has the largest share: a sharded model runs everywhere or nowhere
+    largest = math.ceil(len(sequences) / distributed.count())
+    batches = math.ceil(largest / SEQUENCES_AT_ONCE) if encoder.backbone.sharded else 0
+    own = encode_rows(encoder, items, distributed.share(sequences), at_least=batches)
     if distributed.count() == 1:
         return own
     nothing = np.empty((0, encoder.dim), np.float32)  # fewer sequences than processes

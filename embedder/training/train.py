@@ -35,7 +35,7 @@ from transformers import (
 
 from vlm2rec.embedder import distributed
 from vlm2rec.embedder.adapters.lora import restore, trainable
-from vlm2rec.embedder.backbones import modality
+from vlm2rec.embedder.backbones import modality, sharding
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -135,7 +135,7 @@ class Model(nn.Module, ABC):
         With `chunk_users`, a chunk first keeps only its vectors. Once the loss over the whole batch has given their
         gradients, the backward pass encodes the chunk again, with the same dropout.
         """
-        if not sequences:
+        if not sequences and not self.encoder.backbone.sharded:
             return self._encode_nothing()
         return self.in_chunks(lambda chunk: encode(self.encoder, self.items, chunk, _TRAIN_BUDGET), sequences)
 
@@ -154,9 +154,11 @@ class Model(nn.Module, ABC):
         """Return what `encode_chunk` makes of all inputs, with `chunk_users` so many at a time, by name, (n, ...)."""
         if not self.chunk_users or not torch.is_grad_enabled():
             return encode_chunk(inputs)
-        parts: list[dict[str, Tensor]] = [
-            checkpoint(encode_chunk, chunk, use_reentrant=False) for chunk in _chunks(inputs, self.chunk_users)
-        ]
+        chunks = _chunks(inputs, self.chunk_users)
+        if self.encoder.backbone.sharded:  # it runs equally often in all processes
+            most = distributed.most(max(1, len(chunks)), self.encoder.backbone.device)
+            chunks += [inputs[:0]] * (most - len(chunks))
+        parts: list[dict[str, Tensor]] = [checkpoint(encode_chunk, chunk, use_reentrant=False) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode_nothing(self) -> dict[str, Tensor]:
@@ -285,7 +287,9 @@ def train(
     )
     # without a launcher the trainer would split each batch over all GPUs by threads, which fails for lists
     arguments._n_gpu = min(1, arguments.n_gpu)
-    if distributed.count() > 1:
+    if backbone.sharded:
+        vars(model)["_is_accelerate_prepared"] = True  # accelerate refuses to put DDP around parts of weights
+    elif distributed.count() > 1:
         # every process has loaded the same backbone: only the trained weights have to be sent
         frozen = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
@@ -306,7 +310,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     if distributed.rank():  # the trainer gave all the same seed: users at the same position would share their dropout
-        torch.manual_seed(int(np.random.SeedSequence([settings.seed, distributed.rank()]).generate_state(1)[0]))
+        _draw_own(settings.seed, distributed.rank())
     with trackers:
         if checkpoint is None or not trainer.take_end(checkpoint, total):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -358,6 +362,24 @@ class _Trainer(Trainer):
             data_seed=self.args.seed,
         )
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave a model that processes share where it is: its head stays on the CPU, as nothing uses it."""
+        if not self._sharded(model):
+            super()._move_model_to_device(model, device)
+
+    @staticmethod
+    def _sharded(model: Any) -> bool:
+        return bool(model.encoder.backbone.sharded)
+
+    def training_step(self, model: nn.Module, *arguments: Any, **more: Any) -> Tensor:
+        """Learn from a batch. Where the layers are sharded, only their gradients are averaged by themselves."""
+        loss: Tensor = super().training_step(model, *arguments, **more)
+        if self._sharded(self._learner):
+            for parameter in self._learner.loss.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = distributed.mean(parameter.grad)
+        return loss
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], **_: Any) -> Tensor:
         step = self.state.global_step
         if self._gradients and self._gradients.is_due(step):
@@ -397,10 +419,11 @@ class _Trainer(Trainer):
         checkpoints.begin(folder)
         own = [checkpoints.process_file(distributed.rank())]
         checkpoints.write_tensors(folder / own[0], *self._of_this_process())
+        weights, optimizer = trainable(self.model), self._of_the_optimizer()  # each process may hold a part of them
         if distributed.is_main():
             own += [checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.STATE]
-            checkpoints.write_tensors(folder / checkpoints.WEIGHTS, trainable(self.model))
-            checkpoints.write_tensors(folder / checkpoints.OPTIMIZER, *self._of_the_optimizer())
+            checkpoints.write_tensors(folder / checkpoints.WEIGHTS, weights)
+            checkpoints.write_tensors(folder / checkpoints.OPTIMIZER, *optimizer)
             if self._watch.best:
                 own.append(checkpoints.BEST)
                 checkpoints.write_tensors(folder / checkpoints.BEST, self._watch.best)
@@ -411,7 +434,9 @@ class _Trainer(Trainer):
     def _of_the_optimizer(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         stored = self.optimizer.state_dict()
         tensors = {
-            f"{number}.{name}": value for number, values in stored["state"].items() for name, value in values.items()
+            f"{number}.{name}": sharding.whole(value)
+            for number, values in stored["state"].items()
+            for name, value in values.items()
         }
         settings = {"groups": stored["param_groups"], "schedule": self.lr_scheduler.state_dict()}
         return tensors, {"settings": json.dumps(settings)}
@@ -420,10 +445,13 @@ class _Trainer(Trainer):
         if checkpoint is None:
             return
         tensors, settings = _read(Path(checkpoint) / checkpoints.OPTIMIZER)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = value
+            parameter = parameters[int(number)]
+            same = value.shape == parameter.shape
+            state.setdefault(int(number), {})[name] = sharding.cut_like(value, parameter) if same else value
         groups = [group | {"betas": tuple(group["betas"])} for group in settings["groups"]]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.lr_scheduler.load_state_dict(settings["schedule"])
@@ -457,7 +485,9 @@ class _Trainer(Trainer):
         """Put back what `_of_this_process` returned; transformers calls this before the first step."""
         if checkpoint is None:
             return
-        tensors, settings = _read(Path(checkpoint) / checkpoints.process_file(distributed.rank()))
+        own = Path(checkpoint) / checkpoints.process_file(distributed.rank())
+        is_new = not own.is_file()  # fewer processes trained before; the values to log are the same in each
+        tensors, settings = _read(own.with_name(checkpoints.process_file(0)) if is_new else own)
         version, gauss = settings["python"]
         random.setstate((version, tuple(tensors["python"].tolist()), gauss))
         kind, *position = settings["numpy"]
@@ -465,6 +495,8 @@ class _Trainer(Trainer):
         torch.set_rng_state(tensors["cpu"])
         if "cuda" in tensors and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["cuda"], self.args.device)
+        if is_new:
+            _draw_own(self.args.seed, distributed.rank(), self.state.global_step)
         self._tr_loss = tensors["loss"].to(self.args.device)
         self._globalstep_last_logged = settings["logged"]
         parts = {name: tensors[f"part.{name}"].to(self.args.device) for name in settings["parts"]}
@@ -476,6 +508,11 @@ class _Trainer(Trainer):
         restore(self.model, safetensors.torch.load_file(folder / checkpoints.WEIGHTS), resume_from_checkpoint)
         if (folder / checkpoints.BEST).is_file():
             self._watch.best = safetensors.torch.load_file(folder / checkpoints.BEST)
+
+
+def _draw_own(*entropy: int) -> None:
+    """Begin torch's random numbers, those of dropout, with some that belong to this process."""
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
