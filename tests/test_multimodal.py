@@ -630,7 +630,7 @@ def test_users_without_interactions_are_named(model: str, data: Path, embeddings
 @pytest.mark.parametrize(
     ("values", "pattern"),
     [
-        ({"model": "SLMRec", "features": ("text",)}, r"--features text with SLMRec.*two views"),
+        ({"model": "SLMRec", "features": ("text",)}, r"--features text with SLMRec.*aligns the two"),
         ({"model": "FREEDOM", "features": ("text", "fused")}, r"--features text,fused.*text,image, or one of"),
         ({"model": "FREEDOM", "column": "text"}, r"--column with FREEDOM.*SASRec, GRU4Rec, BERT4Rec.*--features"),
         ({"model": "VBPR", "pruning": 0.5}, r"--pruning with VBPR.*for FREEDOM"),

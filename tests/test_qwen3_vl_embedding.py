@@ -165,7 +165,7 @@ def test_the_style_brings_chat_along_and_refuses_what_it_cannot_be(model: Path, 
     ):
         with pytest.raises(ConfigError):
             EncoderSettings(**wrong)
-    with pytest.raises(ConfigError, match="raw mode"):
+    with pytest.raises(ConfigError, match="prompt-mode raw"):
         render(text_prompt(["Red mug"], STYLE), "raw", load_processor(model))
     assert prompt_hash("chat", "t", STYLE) != prompt_hash("chat", "t", STYLE, instruction="Say.")
 
