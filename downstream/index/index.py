@@ -391,7 +391,7 @@ class ItemIndex:
         raise DataError(
             f"item {item_id!r} is not in {self.folder}, which has {len(self)} items{without}",
             f"an item id as in the catalogue, such as {', '.join(map(repr, near))}",
-            "check the id",
+            "give an id of the catalogue; `search --text` finds items by words",
         )
 
     def query_vector(self, row: int) -> np.ndarray:
