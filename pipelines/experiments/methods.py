@@ -473,6 +473,10 @@ class Run:
     trial: int | None = None  # the number of a trial of `--select valid`
 
 
+def _folder_of(out: Path, method: Method, seed: int | None) -> Path:
+    return out / method.slug / ("seed-any" if seed is ANY_SEED else f"seed-{seed}")
+
+
 @dataclass(frozen=True)
 class RunContext:
     """Where a method's steps read and write."""
@@ -490,6 +494,10 @@ class RunContext:
     def out(self, name: str) -> Path:
         """Return the folder of a step."""
         return self.folder / f"{self.prefix}{name}"
+
+    def folder_of(self, method: Method, seed: int | None) -> Path:
+        """Return the folder of a run of the same study."""
+        return _folder_of(self.folder.parent.parent, method, seed)
 
     def step(self, command: str, cls: type, out: Path, done: str, after: Sequence[Path], **values: Any) -> Step:
         """Return a step; raise `ConfigError` for a setting that the command does not have, before anything runs."""
@@ -668,8 +676,7 @@ def _table_to_align_with(context: RunContext, name: str) -> Path:
             f"an analysis of both with {_TABLE_OF} among its models, and the same seeds",
             "correct the YAML",
         )
-    run = context.folder.parent.parent / method.slug / f"seed-{context.seed}"
-    return run / f"{context.prefix}recommender-{_TABLE_OF}"
+    return context.folder_of(method, context.seed) / f"{context.prefix}recommender-{_TABLE_OF}"
 
 
 _TABLE_OF = "SASRec"  # of which LLMEmb's code takes the item table for every recommender
@@ -694,7 +701,7 @@ def runs(study: Study, out: Path, source: Target, domains: Sequence[Target], bac
         seeds = list(seeds_of(study, method))
         fixed = SOURCES[method.source].embed is not None and SOURCES[method.source].train is None
         for seed in [ANY_SEED, *seeds] if fixed else seeds:
-            folder = out / method.slug / ("seed-any" if seed is None else f"seed-{seed}")
+            folder = _folder_of(out, method, seed)
             data = controls.shuffled_folder(out) if method.shuffle_images else source.data
             context = RunContext(study, method, seed, data, method.backbone or backbone, device, folder)
             steps = _steps(context, plans, domains)
@@ -751,10 +758,14 @@ def _measuring_steps(context: RunContext, source: Source, plans: Sequence[Analys
         return [_recommend(context, model, None) for model in models if model in schema.SEQUENTIAL]
     fixed = source.train is None
     if context.method.vectors_of is not None:
-        lender = context.folder.parent.parent / context.study.method(context.method.vectors_of).slug
-        vectors = lender / ("seed-any" if fixed else f"seed-{context.seed}") / f"{context.prefix}embeddings"
+        lender = context.study.method(context.method.vectors_of)
+        run = context.folder_of(lender, ANY_SEED if fixed else context.seed)
+        vectors = run / f"{context.prefix}embeddings"
         return [_recommend(context, model, vectors) for model in models if context.seed is not None]
-    embedding = dataclasses.replace(context, seed=None, folder=context.folder.parent / "seed-any") if fixed else context
+    embedding = context
+    if fixed:
+        folder = context.folder_of(context.method, ANY_SEED)
+        embedding = dataclasses.replace(context, seed=ANY_SEED, folder=folder)
     embedded = source.embed(embedding)
     steps: list[Step] = []
     if not fixed or context.seed is None:
