@@ -26,8 +26,8 @@ demo: install
 study: install
 	OMP_NUM_THREADS=1 $(BIN)/vlm2rec study --demo --jobs $(JOBS) --out runs/study$(if $(QUICK),-quick --quick)
 
-# Whole files go to workers, so that what a file builds once is built once, in the order of their names: the demo, the
-# longest, starts early. One thread each: two that wait for one another on a busy machine are slower than one.
+# Whole files go to workers in the order of their names, so that what a file builds once is built once.
+# One thread each: two that wait for one another on a busy machine are slower than one.
 # What is marked slow is left out: `make test-nightly`.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
