@@ -359,13 +359,13 @@ def _qwen3_5(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     return config, _QWEN3_IMAGES
 
 
+# what the vision towers of most families have in common
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def _internvl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """448 pixels and 256 tokens an image in the published models; 56 pixels and 4 tokens here."""
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
+    vision = _TOWER | {
         "image_size": [56, 56],
         "patch_size": [14, 14],
         "initializer_range": 0.1,
@@ -388,12 +388,8 @@ def _internvl(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _llava(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """336 pixels and 576 tokens an image in the published models; 42 pixels and 9 tokens here."""
-    vision = {
+    vision = _TOWER | {
         "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
         "image_size": 42,
         "patch_size": 14,
         "projection_dim": 32,
@@ -429,12 +425,8 @@ def _llava(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _gemma3(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """896 pixels, 256 tokens an image and windows of 1,024 keys in the published models; 56, 4 and 12 here."""
-    vision = {
+    vision = _TOWER | {
         "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
         "image_size": 56,
         "patch_size": 14,
         "vision_use_head": False,
@@ -496,12 +488,8 @@ def _gemma4(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _llava_onevision(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, Any]]:
     """384 pixels and 730 tokens an image in the published models; 42 pixels and 10 tokens here."""
-    vision = {
+    vision = _TOWER | {
         "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
         "image_size": 42,
         "patch_size": 14,
         "vision_use_head": False,
@@ -527,11 +515,7 @@ def _llava_onevision(ids: dict[str, int], folder: Path) -> tuple[Any, dict[str, 
 
 def _idefics3(ids: dict[str, int], folder: Path, name: str = "Idefics3") -> tuple[Any, dict[str, Any]]:
     """512 pixels and 64 tokens an image in the published SmolVLM; 56 pixels and 4 tokens here."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+    vision = _TOWER | {
         "image_size": 56,
         "patch_size": 14,
         "initializer_range": 0.1,
