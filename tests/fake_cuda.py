@@ -182,6 +182,11 @@ def _card() -> Card:
 _HERE, _OWN = __file__, f"{_ROOT}/"
 
 
+def _owned(file: str) -> bool:
+    """Tell whether a file is this repository's own; an environment may lie inside the checkout."""
+    return file.startswith(_OWN) and "/site-packages/" not in file
+
+
 def _place() -> str:
     """Return the innermost line of this repository that is running, as file:line, and that of a package inside it."""
     frame, first = sys._getframe(2), ""
@@ -190,7 +195,7 @@ def _place() -> str:
         file = code.co_filename
         if file == _HERE or code.co_name == "__torch_function__":  # a mode that every call passes through is no caller
             pass
-        elif file.startswith(_OWN):
+        elif _owned(file):
             return f"{file.removeprefix(_OWN).removeprefix('pkg/')}:{frame.f_lineno}" + (first and f" ({first})")
         elif not first and "/site-packages/" in file and "/site-packages/torch/" not in file:
             first = f"{Path(file).name}:{frame.f_lineno} {code.co_name}"
@@ -205,7 +210,7 @@ def _ours() -> bool:
         file = frame.f_code.co_filename
         passing = file == _HERE or frame.f_code.co_name == "__torch_function__"
         if not passing and "/site-packages/torch/" not in file and not file.startswith("<"):
-            return file.startswith(_OWN)
+            return _owned(file)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
