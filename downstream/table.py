@@ -140,6 +140,47 @@ def read_in_order(folder: Location, column: str, item_ids: list[str], vectors: n
     return found
 
 
+def read_rows(folder: Location, column: str, rows: np.ndarray) -> EmbeddingTable:
+    """Read some rows of a finished embeddings folder; the others are never in memory.
+
+    Args:
+        folder: a finished embeddings folder.
+        column: which view.
+        rows: M positions in the folder, rising.
+
+    Returns:
+        The rows as a table of M rows; perhaps none of them has a vector.
+
+    Raises:
+        ArtifactError: as `EmbeddingTable.open`.
+    """
+    manifest = schema.read_manifest(folder)
+    dim = schema.dim_of(manifest, column)
+    starts = np.cumsum([0, *(int(shard["rows"]) for shard in manifest["shards"])])
+    ends = np.searchsorted(rows, starts)
+    vectors, present = np.full((len(rows), dim), np.nan, np.float32), np.zeros(len(rows), bool)
+
+    def read(number: int) -> list[str]:
+        ids: list[str] = []
+        first, start = ends[number], starts[number]
+        if first == ends[number + 1]:
+            return ids
+        for batch_ids, batch, has_vector in _read_shard(folder, manifest, number, column, _BATCH):
+            last = first + np.searchsorted(rows[first : ends[number + 1]], start + len(batch_ids))
+            places = rows[first:last] - start
+            vectors[first:last], present[first:last] = batch[places], has_vector[places]
+            ids.extend(batch_ids[place] for place in places)
+            first, start = last, start + len(batch_ids)
+        return ids
+
+    ids = [item_id for of_shard in _every_shard(manifest, column, read) for item_id in of_shard]
+    if len(ids) != len(rows):
+        raise ArtifactError(
+            f"{folder} does not hold all the rows that its manifest counts", "the folder as exported", _EXPORT_AGAIN
+        )
+    return EmbeddingTable(ids, vectors, present, column, manifest)
+
+
 def read_items(
     folder: Location, column: str, item_ids: list[str], vectors: np.ndarray, *, all_needed: bool, advice: str
 ) -> np.ndarray:

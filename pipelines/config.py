@@ -530,6 +530,12 @@ class FinetuneConfig:
         "Continue from the last checkpoint in --out; off starts from the beginning.", True, group=TRAINING
     )
     seed: Count = setting("Seed of the adapter, the order of users and dropout.", 0)
+    dry_run: bool = setting(
+        "Check everything and do a step on this device; print steps, time and memory, also for the usual GPUs, and"
+        " write nothing.",
+        False,
+        group=FIRST,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from vlm2rec.embedder.training.model_card import model_card
 from vlm2rec.embedder.training.recipes import HARD_NEGATIVES, METHODS, check_settings
 from vlm2rec.embedder.training.tracking import Tracking, parse_trackers
 from vlm2rec.embedder.training.train import Training, TrainingSamples, TrainingSettings, train
-from vlm2rec.pipelines import finetune_negatives
+from vlm2rec.pipelines import finetune_dry_run, finetune_negatives
 from vlm2rec.pipelines.config import FinetuneConfig
 from vlm2rec.pipelines.console import TERMINAL, log, progress, summary
 from vlm2rec.pipelines.finetune_probe import describe, make_probe, validation_candidates, warning
@@ -58,20 +58,24 @@ _PUBLISHING = "publishing"  # key of run.json: from here on, the files of an ada
 # these settings may differ when a run continues: they do not change what is learned
 _FREE = (
     *("out", "resume", "device", "checkpoint_steps", "log_steps", "vision_cache", "images", "report_to", "log_dir"),
-    *("probe_users", "probe_steps", "gradient_steps", "sharding"),
+    *("probe_users", "probe_steps", "gradient_steps", "sharding", "dry_run"),
 )
 
 
-def run(config: FinetuneConfig) -> Training | None:
+def run(config: FinetuneConfig) -> Training | dict[str, Any] | None:
     """Fine-tune and write the adapter folder; returns None if a finished one with these settings exists.
 
-    Processes that `torchrun` or `accelerate launch` started train together; only the main one writes and prints.
+    Processes that `torchrun` or `accelerate launch` started train together; only the main one writes and prints. With
+    `dry_run` nothing is written: what a training would take is measured, printed and returned.
     """
     _check(config)
     with distributed.joined(pick_device(config.device)):
         if distributed.count() > 1 and not METHODS[config.method].distributed:
             found = f"--method {config.method} in {distributed.count()} processes"
             raise ConfigError(found, "one process", "start it without a launcher")
+        if distributed.count() > 1 and config.dry_run:
+            found = f"--dry-run in {distributed.count()} processes"
+            raise ConfigError(found, "one process, which holds what each would", "start it without a launcher")
         log.quiet = not distributed.is_main()
         if config.sharding != "none" and not _is_sharded(config):
             log.print("--sharding fsdp: one process alone holds the whole model; torchrun starts several")
@@ -83,14 +87,39 @@ def run(config: FinetuneConfig) -> Training | None:
             dataset.require_images()
         if blank := without_text(dataset, asdict(config)):
             log.print(f"{blank:,} items have nothing in {config.item_text}: their titles are used", style="yellow")
+        if config.dry_run:
+            with finetune_dry_run.require_writable(config.out / CHECKPOINTS):
+                return _dry_run(config, dataset.warm())
         with checkpoints.alone(config.out / CHECKPOINTS) if distributed.is_main() else nullcontext():
             return _finetune(config, dataset.warm())
 
 
-def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
-    recipe = METHODS[config.method]
-    samples = recipe.samples(config, dataset)  # before the backbone: what is wrong with them is known at once
+def _dry_run(config: FinetuneConfig, dataset: Dataset) -> dict[str, Any]:
+    """Do what comes before the first step, and a step; print what the training would take, and return it."""
+    samples = _samples(config, dataset)
+    encoder, licence = _load(config)
+    items = finetune_dry_run.SeenItems(dataset, encoder)
+    model = METHODS[config.method].model(
+        config, encoder, METHODS[config.method].adapter(config, encoder.backbone), items
+    )
+    _validation(config, dataset, encoder, items)
+    make_probe(config, dataset, encoder)
+    begun = None if not config.resume else checkpoints.newest_named(config.out / CHECKPOINTS)
+    found = finetune_dry_run.measured(model, samples, items, _training_settings(config), config.out, begun)
+    summary(
+        "Dry run: nothing was written", finetune_dry_run.described(found) | samples.summary() | {"licence": licence}
+    )
+    return found
+
+
+def _samples(config: FinetuneConfig, dataset: Dataset) -> TrainingSamples:
+    samples = METHODS[config.method].samples(config, dataset)
     finetune_negatives.add_hard_negatives(config, dataset, samples)
+    return samples
+
+
+def _load(config: FinetuneConfig) -> tuple[ItemEncoder, str]:
+    """Load the backbone; return it as an encoder, and its licence."""
     encoder = ItemEncoder.load(
         config.backbone,
         revision=config.revision,
@@ -100,6 +129,13 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
     )
     licence = backbone_licence(config.backbone)
     log.print(f"Backbone {config.backbone} (licence: {licence}) on {pick_device(config.device)}")
+    return encoder, licence
+
+
+def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
+    recipe = METHODS[config.method]
+    samples = _samples(config, dataset)  # before the backbone: what is wrong with them is known at once
+    encoder, licence = _load(config)
     if distributed.count() > 1:
         log.print(
             f"{distributed.count()} processes, {_users_a_step(config)} users a step, {config.negatives} negatives"
@@ -372,7 +408,9 @@ def _is_finished(config: FinetuneConfig) -> bool:
             found = f"--out {config.out} is an adapter that import-adapter wrote"
             raise ConfigError(found, "a folder of an earlier finetune, or a new one", "choose another --out")
         _refuse_change(config, adapter["config"])
-        if distributed.is_main() and _run_of(config):  # killed after its last file, before it had removed these
+        if (
+            distributed.is_main() and not config.dry_run and _run_of(config)
+        ):  # killed after its last file, before it had removed these
             checkpoints.discard(folder)
         return True
     if (folder / RUN_FILE).is_file():

@@ -21,7 +21,7 @@ from vlm2rec.downstream.formats import read_ids
 from vlm2rec.downstream.index.index import ItemIndex
 from vlm2rec.downstream.serving.mean_vectors import mean_vectors
 from vlm2rec.downstream.serving.top_items import ExactSearch, IndexSearch, Search, top_items, with_direction
-from vlm2rec.downstream.table import EmbeddingTable, read_part
+from vlm2rec.downstream.table import EmbeddingTable, read_part, read_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 from vlm2rec.embedder.contract.storage import Location
@@ -362,20 +362,20 @@ def _require_same_space(config: RecommendConfig, manifest: Mapping[str, Any] | N
 
 
 class _VectorRanker:
-    """Holds the items' vectors in memory, and the users' vectors of one shard."""
+    """Holds the items' vectors in memory, with an index those of the histories alone, and one shard's users."""
 
     def __init__(self, source: VectorSource) -> None:
         self._source = source
-        self._table = None
-        if source.embeddings is not None and (source.users is None or source.index is None):
-            self._table = EmbeddingTable.open(source.embeddings, source.column)
+        self._table: EmbeddingTable | None = None
+        self._held: np.ndarray | None = None  # rows of the catalogue that the table has; None for all
         self._index = None if source.index is None else ItemIndex.open(source.index)
         if self._index is not None:
             found = pc.index_in(self._index.ids[schema.ITEM_ID], value_set=pa.array(source.item_ids, pa.string()))
             self._rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
         else:
-            assert self._table is not None
-            items, good = with_direction(np.where(self._table.present[:, None], self._table.vectors, 0))
+            assert source.embeddings is not None
+            table = self._table = EmbeddingTable.open(source.embeddings, source.column)
+            items, good = with_direction(np.where(table.present[:, None], table.vectors, 0))
             self._rows = np.flatnonzero(good)
             self._items = items if good.all() else items[good]
 
@@ -393,16 +393,24 @@ class _VectorRanker:
 
     def _means(self, users: range, histories: UserHistories, reasons: dict[int, str]) -> np.ndarray:
         """Return the means of the users' latest items, (n, d); adds the reason of users whose items have no vector."""
-        assert self._table is not None
+        table = self._table = self._table or self._read_held(histories)
         known = [place for place in range(len(users)) if place not in reasons]
-        found = np.zeros((len(users), self._table.dim), np.float32)
+        found = np.zeros((len(users), table.dim), np.float32)
         latest = [histories.of(users[place])[-self._source.max_history :] for place in known]
+        if self._held is not None:
+            latest = [np.searchsorted(self._held, rows) for rows in latest]
         if known:
-            found[known] = mean_vectors({self._source.column: self._table}, latest)[self._source.column]
+            found[known] = mean_vectors({self._source.column: table}, latest)[self._source.column]
         for place in known:
             if np.isnan(found[place]).all():
                 reasons[place] = f"no item of the history has a vector in {self._source.column}"
         return found
+
+    def _read_held(self, histories: UserHistories) -> EmbeddingTable:
+        """Read the vectors of the items that any user's history holds: the index has the others."""
+        assert self._source.embeddings is not None
+        self._held = np.unique(histories.rows)
+        return read_rows(self._source.embeddings, self._source.column, self._held)
 
     def _given(self, number: int, reasons: dict[int, str]) -> np.ndarray:
         """Return the vectors of a shard of users, (n, d); the reasons become those of that folder."""

@@ -48,6 +48,8 @@ def _after_prepare(config: Any, returned: Any) -> str:
 
 
 def _after_finetune(config: Any, returned: Any) -> str:
+    if config.dry_run:
+        return "the same command without --dry-run"
     return _call("export-items", data=config.data, backbone=config.backbone, adapter=config.out, out="embeddings")
 
 

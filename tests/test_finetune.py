@@ -22,6 +22,7 @@ from children import COMMAND, Forked, command
 from recommender_world import with_cold_items
 from transformers import TrainerState
 
+from vlm2rec.embedder import memory
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.adapters.lora import read_adapter
 from vlm2rec.embedder.contract import schema
@@ -30,6 +31,7 @@ from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataErr
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.settings import fingerprint_of
 from vlm2rec.embedder.training import checkpoints, train
+from vlm2rec.embedder.training.recipes import METHODS
 from vlm2rec.pipelines import finetune
 from vlm2rec.pipelines.config import FinetuneConfig
 
@@ -643,3 +645,107 @@ def test_every_file_has_the_mode_that_the_umask_gives(undisturbed: Path, cut: Fi
     plain.touch()
     for file in (path for folder in (undisturbed, cut.out) for path in folder.rglob("*") if path.is_file()):
         assert file.stat().st_mode == plain.stat().st_mode, file
+
+
+# --- --dry-run --------------------------------------------------------------------------------------------------
+def everything_below(*folders: Path) -> dict[Path, tuple[int, int]]:
+    found = {path: path.stat() for folder in folders for path in folder.rglob("*")}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
+
+
+def rehearsed(config: FinetuneConfig, **more: object) -> dict[str, Any]:
+    found = finetune.run(dataclasses.replace(config, dry_run=True, **more))  # type: ignore[arg-type]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_dry_run_counts_steps_time_and_memory_and_writes_nothing(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(tiny, drawn_dataset, tmp_path / "adapter", vision_cache="auto", epochs=2)
+    before = everything_below(drawn_dataset)
+    found = rehearsed(chosen)
+    assert everything_below(drawn_dataset) == before and not list(tmp_path.iterdir())
+    trained = len(Dataset(drawn_dataset).user_ids)
+    assert (found["samples"], found["batch"], found["at_once"]) == (trained, 8, 8)
+    assert found["steps"] == found["steps_left"] == 2 * -(-trained // 8)
+    assert found["step_seconds"] > 0 and found["seconds"] == found["step_seconds"] * found["steps"]
+    assert found["tokens"] > 8 * 20 and 8 < found["images"] <= 8 * 11
+    assert 0 < found["more"] <= found["first"] and found["vision"] > 0 and found["features"] > 0
+    assert found["fits"]["A10G, L4: 24 GB"] > 1000
+    told = " ".join(capsys.readouterr().err.split())
+    assert "nothing was written" in told and "H200: 141 GB" in told and "licence not stated here" in told
+    json.dumps(found)
+
+
+def test_what_a_dry_run_says_of_memory_is_what_a_training_holds(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real steps, whose batches have the longest histories four times, against the sum of the estimate."""
+    found = rehearsed(settings(tiny, drawn_dataset, tmp_path / "adapter", batch_size=4))
+    held: list[int] = []
+
+    def counted(model: Any, samples: Any, out: Path, settings: Any, *_: Any) -> None:
+        model.loss.to("cpu")
+        optimizer = train._optimizer(model, settings)
+        longest = sorted((samples[n] for n in range(len(samples))), key=lambda each: len(each.history))[-4:]
+        train._checkpointing(model.encoder.backbone.language_model, "enable", train._RECOMPUTED)
+        model.train()
+        with torch.no_grad():
+            model(**model.collate(longest))  # the images are known
+        weights = [*model.parameters(), *model.buffers()]
+        with memory.counted(torch.device("cpu"), weights) as count:
+            for _ in range(2):
+                model(**model.collate(longest))[0].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        held.append(count.peak)
+        state = [tensor for each in optimizer.state.values() for name, tensor in each.items() if name != "step"]
+        held.append(memory.bytes_of(state))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", batch_size=4))
+    peak, state = held
+    assert found["optimizer"] == state
+    assert found["optimizer"] + found["first"] + 3 * found["more"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["sda", "llm2rec"])
+def test_a_dry_run_knows_every_method(tiny: Tiny, drawn_dataset: Path, tmp_path: Path, method: str) -> None:
+    own = METHODS[method].defaults | {"batch_size": 4, "method": method}
+    found = rehearsed(settings(tiny, drawn_dataset, tmp_path / "adapter", **own))
+    assert found["batch"] == 4 and found["first"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_run_that_goes_on_tells_what_is_left_and_leaves_it_alone(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    chosen = settings(tiny, drawn_dataset, tmp_path / "adapter", max_steps=4, checkpoint_steps=1, probe_users=0)
+    finetune.run(chosen)
+    assert finetune.run(dataclasses.replace(chosen, dry_run=True)) is None
+    with pytest.raises(ConfigError, match=r"begun with tau_crtr"):
+        rehearsed(chosen, tau_crtr=0.5)
+    folder = tmp_path / "begun/checkpoints/checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "checksums.json").write_text("{}")
+    (folder.parent / "run.json").write_text(json.dumps(finetune._identity(chosen) | {"users_a_step": 8}))
+    before = everything_below(tmp_path / "begun")
+    found = rehearsed(chosen, out=tmp_path / "begun")
+    assert (found["steps"], found["steps_left"]) == (4, 1) and everything_below(tmp_path / "begun") == before
+
+
+def test_a_dry_run_refuses_what_a_training_would(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
+    chosen = settings(tiny, drawn_dataset, tmp_path / "adapter")
+    with pytest.raises(ModelError):
+        rehearsed(chosen, backbone=str(tmp_path / "no backbone"))
+    with pytest.raises(ConfigError, match="can be trained on"):
+        rehearsed(chosen, users=10**6)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"cannot be written"):
+        rehearsed(chosen, out=tmp_path / "file" / "adapter")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        rehearsed(chosen, out=tmp_path / "strange")

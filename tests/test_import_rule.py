@@ -86,7 +86,16 @@ def test_the_rule_finds_every_form_of_import(tmp_path: Path) -> None:
 # goes down this list once. Commands come last, as nothing but another command calls them.
 ORDER = {
     "embedder": (
-        *("options", "contract", "progress", "chat_template_process", "chat_template", "prompts", "distributed"),
+        *(
+            "options",
+            "contract",
+            "progress",
+            "chat_template_process",
+            "chat_template",
+            "prompts",
+            "distributed",
+            "memory",
+        ),
         *("backbones", "adapters", "encoders", "training", "export"),
     ),
     "downstream": (

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order
+from vlm2rec.downstream.table import EmbeddingTable, read_batches, read_in_order, read_rows
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
 
@@ -47,6 +47,14 @@ def test_small_batches_give_the_same_rows(folder: Path) -> None:
     parts = list(read_batches(folder, "text", batch_size=1))
     assert [ids for ids, _, _ in parts] == [[name] for name in IDS]
     assert np.array_equal(np.concatenate([vectors for _, vectors, _ in parts]), -VECTORS, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [1, 2, 4], [3], [0, 1, 2, 3, 4]])
+def test_some_rows_are_those_of_the_whole_table(folder: Path, rows: list[int]) -> None:
+    whole, some = EmbeddingTable.open(folder, "text"), read_rows(folder, "text", np.array(rows, np.int64))
+    assert some.item_ids == [IDS[row] for row in rows] and some.dim == 2
+    assert np.array_equal(some.vectors, whole.vectors[rows], equal_nan=True)
+    assert some.present.tolist() == whole.present[rows].tolist()
 
 
 def test_items_are_taken_in_the_order_asked_for(folder: Path) -> None:

@@ -51,6 +51,11 @@ class ItemFeatures:
         """
         return ItemFeatures(self._dataset, self._encoder, cache_bytes)
 
+    def kept_bytes(self, items: int) -> int:
+        """Return what the features of so many items take, as far as they are kept; from those that are there."""
+        mean = self._cached_bytes / len(self._features) if self._features else 0.0
+        return int(min(self._cache_bytes, mean * items))
+
     def titles(self, rows: Iterable[int]) -> list[str]:
         """Return the prepared titles of `rows`."""
         return [self._title(int(row)) for row in rows]

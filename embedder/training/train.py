@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -259,10 +260,8 @@ def train(
     checkpoint = None if name is None else folder / name
     backbone = model.encoder.backbone
     if settings.gradient_checkpointing:
-        # only the language model: the frozen vision tower runs without gradients and must not be run twice
-        _checkpointing(backbone.language_model, "enable", {"use_reentrant": False, "context_fn": modality.remembered})
-    steps_an_epoch = math.ceil(len(samples) / (settings.batch_size * distributed.count()))
-    total = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
+        _checkpointing(backbone.language_model, "enable", _RECOMPUTED)
+    steps_an_epoch, total = steps_of(samples, settings)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -317,6 +316,62 @@ def train(
     if settings.gradient_checkpointing:
         _checkpointing(backbone.language_model, "disable")
     return replace(watch.finish(trainer.state), gradient_batch=gradients.described if gradients else "")
+
+
+def steps_of(samples: TrainingSamples, settings: TrainingSettings) -> tuple[int, int]:
+    """Return the steps of an epoch, and those of the whole training."""
+    an_epoch = math.ceil(len(samples) / (settings.batch_size * distributed.count()))
+    return an_epoch, settings.max_steps or math.ceil(settings.epochs * an_epoch)
+
+
+@contextmanager
+def rehearsal(model: Model, settings: TrainingSettings, steps: int) -> Iterator[Callable[[Sequence[Any], bool], None]]:
+    """Yield a function that does with samples what a first step does, except that no weight changes.
+
+    Its second argument tells whether gradients are computed, too; with them, the loss has to be finite.
+
+    Args:
+        model: what would be trained.
+        settings: as for `train`.
+        steps: of the whole training.
+    """
+    backbone = model.encoder.backbone
+    model.loss.to(backbone.device)
+    if settings.gradient_checkpointing:
+        _checkpointing(backbone.language_model, "enable", _RECOMPUTED)
+    model.train()
+    model.at_step(0, steps)
+
+    def step(samples: Sequence[Any], learn: bool) -> None:
+        batch = send_to_device(model.collate(list(samples)), backbone.device)
+        with torch.set_grad_enabled(learn):
+            loss, _, _ = model(**batch)
+            if learn and len(samples) > 1:  # one user has no negatives, and perhaps no loss
+                _require_finite(loss, 0, model.named(batch))
+            if learn:
+                loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    try:
+        yield step
+    finally:
+        if settings.gradient_checkpointing:
+            _checkpointing(backbone.language_model, "disable")
+        model.eval()
+
+
+# only the language model: the frozen vision tower runs without gradients and must not be run twice
+_RECOMPUTED = {"use_reentrant": False, "context_fn": modality.remembered}
+
+
+def _require_finite(loss: Tensor, step: int, named: str) -> None:
+    """Raise `ModelError` if a loss is NaN or infinity; `step` counts from 0."""
+    if not torch.isfinite(loss):
+        raise ModelError(
+            f"the loss is {loss.item()} at step {step + 1}, with {named}",
+            "a finite loss",
+            "lower --learning-rate, raise the temperatures, or use --dtype float32",
+        )
 
 
 def _checkpointing(language_model: Any, action: Literal["enable", "disable"], *arguments: dict[str, Any]) -> None:
@@ -386,12 +441,7 @@ class _Trainer(Trainer):
             self.state.log_history.append({"step": step, **self._gradients.compare(self._prepare_inputs)})
         self._learner.at_step(step, self.state.max_steps)
         loss, log, _ = model(**inputs)
-        if not torch.isfinite(loss):
-            raise ModelError(
-                f"the loss is {loss.item()} at step {step + 1}, with {self._learner.named(inputs)}",
-                "a finite loss",
-                "lower --learning-rate, raise the temperatures, or use --dtype float32",
-            )
+        _require_finite(loss, step, self._learner.named(inputs))
         self._parts.append(log)
         return loss
 

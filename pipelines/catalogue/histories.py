@@ -72,11 +72,13 @@ class GivenHistories:
 
     def digest(self, item_ids: Sequence[str]) -> str:
         """Return the SHA-256 of users, histories and reasons, whatever the order of the catalogue."""
-        of_item = np.array([_short_hash(item_id) for item_id in item_ids], "<u8")
+        held = np.unique(self.rows)  # few of a large catalogue's items, where the users are few
+        hashes = np.array([_short_hash(item_ids[row]) for row in held.tolist()], "<u8")
         found = hashlib.sha256(json.dumps([digest_of(self.user_ids), sorted(self.reasons.items())]).encode())
         found.update(np.ascontiguousarray(self.offsets, "<i8").tobytes())
         for start in range(0, len(self.rows), _ROWS_AT_A_TIME):
-            found.update(of_item[self.rows[start : start + _ROWS_AT_A_TIME]].tobytes())
+            places = np.searchsorted(held, self.rows[start : start + _ROWS_AT_A_TIME])
+            found.update(hashes[places].tobytes())
         return found.hexdigest()
 
 

@@ -22,13 +22,12 @@ from qwen_shape import Shape
 from vlm2rec.embedder.backbones import packing
 from vlm2rec.embedder.backbones.backbone import ADAPTED_LAYERS, Backbone, EncodedPrompt, Patches, pick_token_budget
 from vlm2rec.embedder.backbones.families import FAMILIES
+from vlm2rec.embedder.memory import CARDS
 from vlm2rec.embedder.training.losses import VLM2RecLoss
 
 GIB = 2**30
 IDS = {"image": IMAGE, "video": 5, "vision_start": VISION_START, "vision_end": VISION_END, "eos": None, "pad": PAD}
 QWEN_7B = Shape(3584, 28, 18944, 28, 4, 152_064)
-# GiB that torch sees
-CARDS = {"A10G, L4: 24 GB": 22.0, "A100: 40 GB": 39.4, "A100, H100: 80 GB": 79.1, "H200: 141 GB": 139.8}
 
 
 def qwen3_vl_2b() -> Any:
