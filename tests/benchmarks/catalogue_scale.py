@@ -1,30 +1,37 @@
 """The line at 10⁵, 10⁶ and 10⁷ items: time and largest memory of every stage, and how they grow.
 
-    python tests/benchmarks/catalogue_scale.py --out FOLDER [--sizes 100000 1000000 10000000] [--dim 64]
-        [--stages draw prepare export verify index recommend] [--keep]
+    python tests/benchmarks/catalogue_scale.py --out FOLDER [--sizes 2000 100000 1000000 10000000] [--dim 64]
+        [--stages draw prepare export verify index recommend] [--keep] [--predict 10000000]
 
 Every stage is a process of its own with the real command or function behind it; a stage that is done is not run again,
-so the same command goes on where it was stopped. FOLDER/stages.jsonl has a line for each, FOLDER/table.md the table.
-The folder of a size is removed when the next one is begun, unless --keep is given.
+so the same command goes on where it was stopped, also by SIGKILL, which ends the stage, too. FOLDER/stages.jsonl has a
+line for each, FOLDER/table.md the table. The folder of a size is removed when the next one is begun, unless --keep is
+given. Nothing is begun without room for the largest size on the disk.
 
 What is simulated: vectors are short (`--dim`) and come from a table of a thousand rows plus noise, at no cost, in place
 of a model's; items have titles and no images (`--views text`). What is real: seven drawn interactions for each item,
 `prepare` with its filters (5-core) and one candidate seed, shards with read-back and hashes, `verify`, an IVF index
 with product-quantised codes trained on a sample, and ten items for each of 10,000 users by that index.
 
-The slope is that of log(seconds) over log(items) between two sizes: 1 is linear. Memory is the largest resident set,
-and the bytes that each further item takes.
+Memory is the largest resident set. What a further item takes, in microseconds of the processor and in bytes, is the
+difference to the size before: seconds and half a GiB of libraries, which an empty stage takes, are in neither. The
+slope is that of log(CPU seconds) over log(items), also without the empty stage. Its seconds are those of the two
+smallest sizes, prolonged to none, which is why the first size is small. 1 is linear. --predict prolongs the last two
+sizes to others; an index takes longer than that, as its lists become more. Export and recommend keep their shards when
+they are killed: a stage that went on after that is marked with ≥, as its time is that of the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +46,7 @@ from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture
 from vlm2rec.embedder.export.export import export
 
 STAGES = ("draw", "prepare", "export", "verify", "index", "recommend")
+GO_ON = ("export", "recommend")  # these keep their finished shards
 PER_ITEM, PER_USER, USERS = 7, 20, 10_000
 
 
@@ -131,19 +139,35 @@ def run_stage(stage: str, folder: Path, items: int, dim: int) -> None:
         command()
 
 
-def measure(stage: str, folder: Path, items: int, dim: int) -> dict[str, float]:
-    """Run a stage in a process; return its wall and CPU seconds and its largest memory in MiB."""
+def _end_with_parent() -> None:
+    """Have Linux end this process when the one that started it ends, so that no stage goes on unseen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def measure(stage: str, folder: Path, items: int, dim: int) -> dict[str, Any]:
+    """Run a stage in a process; return its wall and CPU seconds, its largest memory in MiB, and whether it went on."""
     own = ["--one", stage, "--out", str(folder), "--sizes", str(items), "--dim", str(dim)]
-    begun = time.perf_counter()
-    with (folder / f"{stage}.log").open("w") as log:
-        child = subprocess.Popen([sys.executable, __file__, *own], stdout=log, stderr=log)
+    begun, mark = time.perf_counter(), folder / f"{stage}.begun"
+    went_on = mark.exists() and stage in GO_ON
+    mark.touch()
+    with (folder / f"{stage}.log").open("a" if went_on else "w") as log:
+        child = subprocess.Popen([sys.executable, __file__, *own], stdout=log, stderr=log, preexec_fn=_end_with_parent)
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         said = (folder / f"{stage}.log").read_text()[-2000:]
         raise SystemExit(f"{stage} of {items:,} items stopped with exit code {child.returncode}:\n{said}")
     cpu = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.perf_counter() - begun, "cpu": cpu, "mib": usage.ru_maxrss / 1024}
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "cpu": cpu, "mib": usage.ru_maxrss / 1024, "went_on": went_on}
+
+
+def require_space(out: Path, items: int, dim: int) -> None:
+    """End the script unless all files of a size fit on the disk: about 5 bytes a number and 300 an item."""
+    needed, free = items * (300 + 6 * dim), shutil.disk_usage(out).free
+    if needed > free:
+        raise SystemExit(f"{items:,} items need about {needed / 2**30:.1f} GiB, and {out} has {free / 2**30:.1f} GiB")
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
@@ -155,41 +179,53 @@ def finished(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def table(out: Path, sizes: list[int], stages: list[str], dim: int) -> str:
-    """Return a line for each stage and size, and the slopes."""
+def table(out: Path, sizes: Sequence[int], stages: Sequence[str], dim: int, predict: Sequence[int] = ()) -> str:
+    """Return a line for each stage and size, what a further item takes, and the predicted sizes."""
     found = {(each["stage"], each["items"]): each for each in finished(out) if each["dim"] == dim}
-    lines = ["| stage | items | wall s | CPU s | peak MiB | slope of CPU s | bytes an item |", "|---" * 7 + "|"]
+    heads = ("stage", "items", "wall s", "CPU s", "peak MiB", "µs a further item", "bytes a further item", "slope")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for stage in stages:
-        before: dict[str, Any] | None = None
-        for items in sizes:
-            if (now := found.get((stage, items))) is None:
-                continue
-            slope, grown = "", ""
-            if before:
-                more = items / before["items"]
-                slope = f"{math.log(now['cpu'] / before['cpu']) / math.log(more):.2f}"
-                grown = f"{(now['mib'] - before['mib']) * 2**20 / (items - before['items']):.0f}"
-            shown = f"{now['seconds']:.0f} | {now['cpu']:.0f} | {now['mib']:.0f}"
-            lines.append(f"| {stage} | {items:,} | {shown} | {slope} | {grown} |")
-            before = now
+        rows = [found[stage, items] for items in sizes if (stage, items) in found]
+        empty = rows[0]["cpu"] - _further(rows[0], rows[1], "cpu") * rows[0]["items"] if len(rows) > 1 else 0.0
+        for number, now in enumerate(rows):
+            more, slope = ("", ""), ""
+            if number:
+                before = rows[number - 1]
+                more = f"{_further(before, now, 'cpu') * 1e6:.1f}", f"{_further(before, now, 'mib') * 2**20:.0f}"
+                if number > 1 and before["cpu"] > empty and now["cpu"] > empty:
+                    grown = math.log((now["cpu"] - empty) / (before["cpu"] - empty))
+                    slope = f"{grown / math.log(now['items'] / before['items']):.2f}"
+            shown = f"{'≥ ' * now.get('went_on', False)}{now['seconds']:.0f} | {now['cpu']:.1f} | {now['mib']:.0f}"
+            lines.append(f"| {stage} | {now['items']:,} | {shown} | {' | '.join(more)} | {slope} |")
+        for items in predict if len(rows) > 1 else ():
+            ahead = items - rows[-1]["items"]
+            cpu, mib = (rows[-1][key] + ahead * max(0.0, _further(*rows[-2:], key)) for key in ("cpu", "mib"))
+            lines.append(f"| {stage}, predicted | {items:,} |  | {cpu:.0f} | {mib:.0f} |  |  |  |")
     lines.append(f"\nVectors of {dim}, of a free encoder; no images.")
     return "\n".join(lines) + "\n"
+
+
+def _further(before: dict[str, Any], now: dict[str, Any], key: str) -> float:
+    return float((now[key] - before[key]) / (now["items"] - before["items"]))
 
 
 def main() -> None:
     """Run the stages that are missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--stages", nargs="+", default=[*STAGES], choices=STAGES)
     parser.add_argument("--keep", action="store_true", help="keep the folders of all sizes")
+    parser.add_argument("--predict", type=int, nargs="+", default=[], help="sizes to compute from the last two")
     parser.add_argument("--one", choices=STAGES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         run_stage(asked.one, asked.out, asked.sizes[0], asked.dim)
         return
     sizes = sorted(asked.sizes)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    require_space(asked.out, sizes[-1], asked.dim)
     for before, items in itertools.pairwise([0, *sizes]):
         done = {each["stage"] for each in finished(asked.out) if (each["items"], each["dim"]) == (items, asked.dim)}
         if set(asked.stages) <= done:
@@ -197,7 +233,9 @@ def main() -> None:
         if before and not asked.keep:
             shutil.rmtree(asked.out / str(before), ignore_errors=True)
         folder = asked.out / str(items)
-        folder.mkdir(parents=True, exist_ok=True)
+        if done and not folder.exists():
+            raise SystemExit(f"{folder} was removed after {', '.join(sorted(done))}: choose another --out, or --keep")
+        folder.mkdir(exist_ok=True)
         for stage in asked.stages:
             if stage in done:
                 continue
@@ -205,7 +243,7 @@ def main() -> None:
             with (asked.out / "stages.jsonl").open("a") as lines:
                 lines.write(json.dumps({"stage": stage, "items": items, "dim": asked.dim, **found}) + "\n")
             print(f"{stage} of {items:,}: {found['cpu']:.1f} s, {found['mib']:.0f} MiB", file=sys.stderr, flush=True)
-    text = table(asked.out, sizes, asked.stages, asked.dim)
+    text = table(asked.out, sizes, asked.stages, asked.dim, asked.predict)
     (asked.out / "table.md").write_text(text)
     print(text, end="")
 
