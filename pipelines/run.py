@@ -50,6 +50,7 @@ _NOT_COMPARED = {
     "vision_cache",
     "num_workers",
     "engine",
+    "dry_run",
 }
 _LAST_FILES = tuple(dict.fromkeys(last for _, last in STAGES.values()))
 _DONE, _SKIPPED, _KEPT = "done", "was done", "kept: it was trained on earlier data"

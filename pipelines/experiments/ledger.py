@@ -29,7 +29,9 @@ LOG_FILE = "log.txt"
 _TAIL = 4096  # bytes at the end of a log that hold its last line
 _BACKBONE = "contents of backbone"
 # settings that may change when a run continues, because they change neither vectors nor metrics
-_NOT_COMPARED = {"out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache"}
+_NOT_COMPARED = {
+    *("out", "device", "resume", "checkpoint_steps", "log_steps", "token_budget", "vision_cache", "dry_run"),
+}
 
 
 @dataclass(frozen=True)

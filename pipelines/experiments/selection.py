@@ -49,7 +49,7 @@ _ONLY_MEASURED: Json = {"gradient_steps": 0, "probe_users": 0}  # what costs tim
 # the study sets these, or they decide what a score means
 _NOT_SEARCHED = {
     *("data", "backbone", "out", "images", "revision", "method", "device", "resume", "seed", "vision_cache"),
-    *("valid_users", "valid_candidates", "users"),
+    *("valid_users", "valid_candidates", "users", "dry_run"),
 }
 _WHAT = "the choice of a study's settings"
 _CHOOSE_AGAIN = "remove it and run the study again: it is written again from the finished trials"
