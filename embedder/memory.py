@@ -28,8 +28,8 @@ class Bytes:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of some tensors; those that share their memory count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @contextmanager

@@ -161,9 +161,10 @@ def described(found: Mapping[str, Any]) -> dict[str, object]:
     begun = found["steps"] - found["steps_left"]
     whole = found["seconds_from"] == found["batch"]
     timed = f"{found['step_seconds']:.2f} s a step, {'measured' if whole else 'computed from one sample'}"
-    fits = [f"{name}: {count:,}" if count else f"{name}: none" for name, count in found["fits"].items()]
+    fits = [f"{name}: {min(most, found['samples']) or 'none'}" for name, most in found["fits"].items()]
     return {
-        "steps": f"{found['steps']:,} of {found['batch']}" + (f", {begun:,} of them done" if begun else ""),
+        "steps": f"{found['steps']:,} with {found['batch']} samples each"
+        + (f", {begun:,} of them done" if begun else ""),
         "a step": f"about {found['tokens']:,} tokens and {found['images']:,} images",
         "parameters": f"{found['parameters']:,}, of which {found['trained']:,} are trained",
         "time": f"about {_clock(found['seconds'])} ({timed}), validation not counted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from vlm2rec.embedder.export.estimate import estimate
 from vlm2rec.embedder.training.losses import VLM2RecObjective
 from vlm2rec.embedder.training.vlm2rec import HistoryModel
 from vlm2rec.pipelines import finetune, train_recommender
-from vlm2rec.pipelines.config import TrainRecommenderConfig
+from vlm2rec.pipelines.config import FinetuneConfig, TrainRecommenderConfig
 from vlm2rec.pipelines.read_config import read_config
 
 Tiny = Callable[[str], Path]
@@ -136,6 +137,29 @@ def test_a_dry_run_on_a_card_encodes_as_many_items_as_an_export_at_once(tmp_path
             out, place = tmp_path, torch.device(device)
             estimate(plan, out, range(1000), 10, lambda rows: asked.append(len(rows)), place)
     assert asked == [4, 64, 4, worker.ITEMS_AT_ONCE]
+
+
+def test_a_dry_run_of_a_training_counts_on_a_card_what_it_counts_on_a_cpu(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    """The card's allocator, and what torch's operations return."""
+    about = {
+        "data": drawn_dataset,
+        "backbone": str(tiny("qwen2_5_vl")),
+        "out": tmp_path / "adapter",
+        "max_pixels": 3136,
+    }
+    found: list[Any] = []
+    for device in ("cpu", "cuda"):
+        asked = FinetuneConfig(**about, device=device)  # type: ignore[arg-type]
+        with fake_cuda() if device == "cuda" else nullcontext():
+            found.append(finetune.run(asked))
+    on_cpu, on_card = found
+    for name in ("weights", "optimizer", "tokens", "images", "parameters", "steps"):
+        assert on_cpu[name] == on_card[name], name
+    for name in ("first", "more"):
+        assert on_cpu[name] == pytest.approx(on_card[name], rel=0.1), name
+    assert on_card["device"] == "cuda:0" and not (tmp_path / "adapter").exists()
 
 
 def test_a_planted_index_on_the_cpu_is_found(

@@ -48,6 +48,7 @@ from vlm2rec.embedder.export.export import export
 STAGES = ("draw", "prepare", "export", "verify", "index", "recommend")
 GO_ON = ("export", "recommend")  # these keep their finished shards
 PER_ITEM, PER_USER, USERS = 7, 20, 10_000
+_BLOCK = 250_000  # items that are drawn together
 
 
 class FreeEncoder:
@@ -86,8 +87,8 @@ def draw(folder: Path, items: int) -> None:
         writers[name].write_table(table)
 
     with contextlib.ExitStack() as stack:
-        for start in range(0, items, 1_000_000):
-            count = min(1_000_000, items - start)
+        for start in range(0, items, _BLOCK):
+            count = min(_BLOCK, items - start)
             numbers = pl.Series("n", np.arange(start, start + count))
             ids = pl.format("B{}", pl.col("n").cast(pl.String).str.zfill(9)).alias("item_id")
             titles = pl.format("A product of some kind in a box of {}, number {}", pl.col("n") % 97, pl.col("n"))
