@@ -353,6 +353,7 @@ def test_a_dataset_that_is_replaced_under_the_workers_is_refused(
     assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize("images_by", ["mtime", "bytes"])
 def test_images_that_are_replaced_under_the_workers_are_refused(
@@ -364,6 +365,7 @@ def test_images_that_are_replaced_under_the_workers_are_refused(
     assert refusal.value.exit_code == 3
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", list(DIVISIONS)[:2])
 def test_a_dataset_that_is_written_again_as_it_was_is_the_same(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, division: str
@@ -620,6 +622,7 @@ def test_more_gpus_than_there_are_are_refused_by_number(data: Dataset, tmp_path:
         make(data, tmp_path / "out", distribution=Distribution(gpus=99))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_real_encoder_in_two_processes_gives_the_vectors_of_one(tiny: Tiny, data: Dataset, tmp_path: Path) -> None:
     common: dict[str, Any] = {"data": data.path, "backbone": str(tiny("qwen2_5_vl")), "shard_size": 5}
     common |= {"dtype": "float32", "device": "cpu", "max_pixels": 112 * 112}
