@@ -132,6 +132,7 @@ def test_workers_take_over_earlier_rows(data: Dataset, whole: dict[str, bytes], 
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_export(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", 60)
     code = """
