@@ -143,12 +143,8 @@ def test_a_dry_run_of_a_training_counts_on_a_card_what_it_counts_on_a_cpu(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
 ) -> None:
     """The card's allocator, and what torch's operations return."""
-    about = {
-        "data": drawn_dataset,
-        "backbone": str(tiny("qwen2_5_vl")),
-        "out": tmp_path / "adapter",
-        "max_pixels": 3136,
-    }
+    about = {"data": drawn_dataset, "backbone": str(tiny("qwen2_5_vl")), "out": tmp_path / "adapter"}
+    about |= {"max_pixels": 3136, "dtype": "float32", "batch_size": 2, "dry_run": True}  # type: ignore[dict-item]
     found: list[Any] = []
     for device in ("cpu", "cuda"):
         asked = FinetuneConfig(**about, device=device)  # type: ignore[arg-type]
