@@ -48,7 +48,7 @@ def _after_prepare(config: Any, returned: Any) -> str:
 
 
 def _after_finetune(config: Any, returned: Any) -> str:
-    if config.dry_run:
+    if config.dry_run and returned is not None:  # None: the adapter is complete
         return "the same command without --dry-run"
     return _call("export-items", data=config.data, backbone=config.backbone, adapter=config.out, out="embeddings")
 
