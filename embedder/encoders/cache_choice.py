@@ -62,16 +62,25 @@ def use_vision_cache(
     except OSError as error:
         reporter.say(f"vision cache: {root} cannot be written ({error.strerror}); every run encodes all images again")
         return
-    images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
+    images, expected = sum(1 for path in dataset.image_paths if path), _expected_bytes(dataset, encoder, cache)
     missing = max(0, images - len(cache)) * expected // max(1, images)
-    where = f"{root} (it has {len(cache):,} images, {images:,} are wanted)"
     if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
         reporter.say(
-            f"vision cache: {where} would need {_size(expected)}, but {_size(free)} are free: every run encodes all"
-            " images again. For a folder with more space, give --vision-cache DIR",
+            f"vision cache: off. The features of {images:,} images take about {_size(expected)}, and {root} has"
+            f" {_size(free)} of free space, so every run encodes all images again. For a folder with more space, give"
+            " --vision-cache DIR",
         )
         return
-    reporter.say(f"vision cache: about {_size(expected)} in {where}; --vision-cache off keeps none")
+    if len(cache):
+        reporter.say(
+            f"vision cache: {root} has the features of {len(cache):,} images and gets those of this dataset's"
+            f" {images:,} images that it lacks; all of these take about {_size(expected)}"
+        )
+    else:
+        reporter.say(
+            f"vision cache: {root} keeps the features of {images:,} images, about {_size(expected)}, so that no later"
+            " run encodes them again; --vision-cache off keeps none"
+        )
     encoder.vision_cache = cache
 
 
