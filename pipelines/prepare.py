@@ -299,7 +299,7 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         console.log.print("split 80/10/10 in each user's order: several items for validation and for test")
     left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
     if any(left_out.values()):
-        told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]
+        told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items() if count]
         console.TERMINAL.say(f"left out: {' and '.join(told)}; {out / schema.REJECTS_FILE} names each with its reason")
 
 

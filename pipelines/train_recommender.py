@@ -372,7 +372,8 @@ def _summarise(outcome: Outcome) -> None:
         over = f", all {metrics['targets']:,} targets" if "targets" in metrics else ""
         rows[f"full ranking, at 20{over}"] = _figures(metrics["retrieval"])
     if metrics["recbole"] is not None:
-        rows["RecBole's own"] = _figures(metrics["recbole"])
+        ours = metrics["candidates"] is not None
+        rows["RecBole's own"] = _figures(metrics["recbole"]) + ", the history ranked too" * ours
     if (outcome.folder / OLD_CHECKPOINT_FILE).exists():
         console.log.print(
             f"{outcome.folder / OLD_CHECKPOINT_FILE} is a pickle of an earlier version: it is not opened, and may be"

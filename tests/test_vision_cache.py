@@ -57,7 +57,9 @@ def test_a_second_export_asks_no_vision_tower_and_gives_the_same_bits(
     blind(monkeypatch)
     warm = exported(replace(config, out=config.out.with_name("warm")))
     told = capsys.readouterr().err
-    assert "has the features of 19 images and gets those of this dataset's 20 images" in told, "one image is broken"
+    assert "has the features of 19 images from earlier runs; of this dataset's 20 images, those" in told, (
+        "one image is broken"
+    )
     for view in cold:
         np.testing.assert_array_equal(cold[view], without[view])
         np.testing.assert_array_equal(cold[view], warm[view])
