@@ -43,6 +43,7 @@ except MissingDependencyError as error:
     raise SystemExit(f"{error.found}|{error.fix}")
 """
 
+_TORCHVISION = "import torch, torchvision"
 _TINY_EXPORT = "from vlm2rec.pipelines.doctor import tiny_export; tiny_export()"
 
 
@@ -64,7 +65,7 @@ def run() -> list[Check]:
     # these load whole libraries: each runs in its own process, while this one checks the rest
     recbole = _start("-c", _RECBOLE)
     exporting = _start("-c", _TINY_EXPORT)
-    torchvision = _start("-c", "import torch, torchvision") if importlib.util.find_spec("torchvision") else None
+    torchvision = _start("-c", _TORCHVISION) if importlib.util.find_spec("torchvision") else None
     checks = [
         check_python(),
         *(check_library(text, installed_version(text)) for text in requirements()),

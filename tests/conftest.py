@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -73,21 +74,29 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distribute, "PROCESSES", CHILDREN)
 
 
+_frozen_modules = 0
+
+
+def _freeze() -> None:
+    global _frozen_modules
+    gc.collect()
+    gc.freeze()
+    _frozen_modules = len(sys.modules)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_finish() -> Iterator[None]:
     """Keep the modules and the tests out of every garbage collection: a million objects that stay until the end."""
     yield
-    gc.collect()
-    gc.freeze()
+    _freeze()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Keep what a file of tests has imported and left to the next out of it too."""
+    """Keep what tests have imported out of it too: transformers collects garbage after every training."""
     yield
-    if nextitem is not None and nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()
+    if len(sys.modules) > _frozen_modules + 20:
+        _freeze()
 
 
 def pytest_unconfigure() -> None:

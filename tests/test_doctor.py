@@ -62,14 +62,13 @@ def fake_package(folder: Path, name: str, version: str, code: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_a_torchvision_that_does_not_fit_torch_is_found(tmp_path: Path) -> None:
+def test_a_torchvision_that_does_not_fit_torch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(tmp_path, "torchvision", "0.25.0", "raise RuntimeError('operator torchvision::nms does not exist')\n")
-    result = run_doctor(PYTHONPATH=str(tmp_path))
-    assert result.returncode == 7
-    assert status_of(result.stdout)["torchvision"] == "fail"
-    assert "operator torchvision::nms does not exist" in result.stdout
-    assert "pip uninstall torchvision" in result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = doctor.check_torchvision(doctor._start("-c", doctor._TORCHVISION))
+    assert check.status == "fail"
+    assert "operator torchvision::nms does not exist" in check.found
+    assert "pip uninstall torchvision" in check.advice
 
 
 def test_a_recbole_that_does_not_import_is_a_warning_with_the_command_that_mends_it(

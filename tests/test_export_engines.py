@@ -132,6 +132,7 @@ def test_workers_take_over_earlier_rows(data: Dataset, whole: dict[str, bytes], 
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_export(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", 60)
     code = """
@@ -353,6 +354,7 @@ def test_a_dataset_that_is_replaced_under_the_workers_is_refused(
     assert not (tmp_path / "out" / schema.MANIFEST_FILE).exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize("images_by", ["mtime", "bytes"])
 def test_images_that_are_replaced_under_the_workers_are_refused(
@@ -364,6 +366,7 @@ def test_images_that_are_replaced_under_the_workers_are_refused(
     assert refusal.value.exit_code == 3
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("division", list(DIVISIONS)[:2])
 def test_a_dataset_that_is_written_again_as_it_was_is_the_same(
     data: Dataset, whole: dict[str, bytes], tmp_path: Path, division: str
@@ -620,6 +623,7 @@ def test_more_gpus_than_there_are_are_refused_by_number(data: Dataset, tmp_path:
         make(data, tmp_path / "out", distribution=Distribution(gpus=99))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_real_encoder_in_two_processes_gives_the_vectors_of_one(tiny: Tiny, data: Dataset, tmp_path: Path) -> None:
     common: dict[str, Any] = {"data": data.path, "backbone": str(tiny("qwen2_5_vl")), "shard_size": 5}
     common |= {"dtype": "float32", "device": "cpu", "max_pixels": 112 * 112}

@@ -570,7 +570,9 @@ def test_fault_01_killed_in_a_shard_the_same_command_finishes_as_if_nothing_had_
     assert sorted(path.name for path in config.out.iterdir()) == [schema.MANIFEST_FILE, *parts(config.out)]
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_fault_04_a_stop_signal_keeps_finished_shards_frees_the_lock_and_says_how_to_go_on(
     config: ExportConfig, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:

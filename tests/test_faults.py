@@ -455,6 +455,7 @@ def test_fault_39_an_export_of_equal_vectors_is_told_with_its_effective_rank(
     assert "warning: the text vectors hardly differ from item to item (effective rank 0.0)" in told
 
 
+@pytest.mark.slow
 def test_fault_40_when_memory_really_runs_out_rows_are_halved_and_order_is_kept(tiny: Tiny) -> None:
     code = """
 from test_faults import *

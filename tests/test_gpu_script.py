@@ -42,6 +42,7 @@ def figures(printed: str) -> dict[str, str]:
     return {row: next(line.removeprefix(row) for line in lines if line.startswith(row.strip())) for row in ROWS}
 
 
+@pytest.mark.slow
 def test_the_gpu_script_ends_without_a_gpu_and_without_what_a_gpu_machine_lacks() -> None:
     command = [sys.executable, "-c", BLOCKED, str(SCRIPT), "--tiny", "--items", "8"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

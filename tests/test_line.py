@@ -33,7 +33,7 @@ def commands_of_the_readme() -> list[list[str]]:
 def line(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A folder in which the README's commands have run on a drawn catalogue, and what each wrote to stdout."""
     folder = tmp_path_factory.mktemp("line")
-    draw_catalogue(folder, products=200, users=150, seed=0)
+    draw_catalogue(folder, products=150, users=100, seed=0)
     said = {}
     for call in commands_of_the_readme():
         item = pl.read_parquet(folder / "data" / "items.parquet")["item_id"][0] if "search" in call else ITEM

@@ -448,13 +448,13 @@ def test_alpha_and_beta_are_no_parameters_where_nothing_could_train_them(setting
     assert "alpha=2" in repr(loss) and "beta=3" in repr(loss)
 
 
-def test_beta_and_weight_stay_positive_over_ten_thousand_steps() -> None:
+def test_beta_and_weight_stay_positive_over_a_thousand_large_steps() -> None:
     batch, ids = make_batch(8, 8, seed=15, dtype=torch.float32), torch.arange(8)
     loss = VLM2RecLoss(crtr=False)
     # the vectors hardly move, so there is always something to gain from a smaller β
-    optimiser = torch.optim.AdamW(loss.parameters(), lr=0.05, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(loss.parameters(), lr=0.5, weight_decay=0.0)
     least_beta, least_weight = math.inf, math.inf
-    for _ in range(10_000):
+    for _ in range(1_000):
         optimiser.zero_grad()
         parts = loss(*batch, ids)
         parts.total.backward()

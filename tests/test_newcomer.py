@@ -125,6 +125,7 @@ def test_an_export_format_is_two_files(copy: Copy, tmp_path: Path) -> None:
     assert "lengths: how long vectors are" in " ".join(copy.run("convert", "--help").stdout.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_text_backbone_is_one_file(copy: Copy, drawn_dataset: Path, tmp_path: Path) -> None:
     """SmolLM3 has Llama's layer names and is not in the table."""
     folder = tiny_model("qwen3", tmp_path / "smollm3")

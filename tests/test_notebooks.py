@@ -101,6 +101,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     return folder, execute(VECTORS, folder)
 
 
+@pytest.mark.slow
 def test_a_catalogue_becomes_vectors_and_neighbours(first: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, done = first
     assert "{'text': (200, 128), 'image': (200, 128), 'fused': (200, 128)}" in "".join(map(shown, done))

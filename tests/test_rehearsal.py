@@ -183,7 +183,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", ["vlm2rec", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sft", "sda"))])
 def test_a_training_runs_on_the_card(
     tiny: Tiny, drawn_dataset: Path, pictures: list[Image.Image], tmp_path: Path, name: str
 ) -> None:

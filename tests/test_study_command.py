@@ -88,6 +88,7 @@ def test_a_demo_takes_the_laboratory_and_the_backbone_that_are_asked_for(
         study.run(StudyConfig(out=tmp_path / "new", demo=True, data=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_quick_study_of_two_methods_and_two_seeds_has_a_report(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path
