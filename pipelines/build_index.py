@@ -20,7 +20,7 @@ from vlm2rec.embedder.contract.printable import cell, one_line
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.pipelines.config import BuildIndexConfig, SearchConfig
 from vlm2rec.pipelines.console import PlainConsole, log, progress, summary
-from vlm2rec.pipelines.queries import described, found_by
+from vlm2rec.pipelines.queries import described_with_titles, found_by
 from vlm2rec.pipelines.search_html import check_html, write_page
 from vlm2rec.pipelines.verify import of_catalogue
 
@@ -119,13 +119,15 @@ def search(config: SearchConfig) -> list[Neighbour]:
     if config.html is not None:
         write_page(index, config, found)
         _say(f"page: {config.html}")
+    asked = one_line(described_with_titles(index, config))
     header = ("rank", schema.ITEM_ID, "cosine", schema.TITLE)
     if not sys.stdout.isatty():
+        _say(f"Nearest to {asked}:")
         print("\t".join(header))
         for rank, each in enumerate(found, 1):
             print("\t".join((str(rank), cell(each.item_id), f"{each.cosine:.4f}", cell(each.title))))
         return found
-    table = Table(title=f"Nearest to {one_line(described(config))}", title_justify="left", box=None)
+    table = Table(title=f"Nearest to {asked}", title_justify="left", box=None)
     for name, justify in zip(header, ("right", "left", "right", "left"), strict=True):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for rank, each in enumerate(found, 1):

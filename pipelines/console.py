@@ -60,6 +60,8 @@ class _Log(PlainConsole):
         if options.get("style") == WARNING:
             OUTPUT.warnings.append(printable(" ".join(map(str, objects))))
         if OUTPUT.speaks:
+            if not self.is_terminal and all(isinstance(each, str) for each in objects):
+                options.setdefault("soft_wrap", True)  # in a log, a message is one line
             super().print(*objects, **options)
 
     def rule(self, *objects: Any, **options: Any) -> None:
@@ -216,7 +218,7 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "")
+        return Text(rate(speed or 0, 1))
 
 
 LINE_SECONDS = 30.0
@@ -304,10 +306,17 @@ def _every_half_minute(speak: Callable[[], None]) -> Iterator[None]:
 def _line(description: str, total: int | None, done: int, seconds: float) -> str:
     """Return how far the work is, such as `encoding items: 512 of 4,096, 17.1/s, 0:00:30, about 0:03:30 left`."""
     of = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-    parts = [of, f"{done / seconds:.1f}/s" if done else "", clock(seconds)]
+    parts = [of, rate(done, seconds), clock(seconds)]
     if total and done:
         parts.append(f"about {clock(seconds / done * max(0, total - done))} left")
     return f"{description.strip()}: {', '.join(part for part in parts if part)}"
+
+
+def rate(done: float, seconds: float) -> str:
+    """Return how fast work goes: `17.1/s`, or `8.2 s each` where one takes longer than a second; empty at first."""
+    if not done or not seconds:
+        return ""
+    return f"{done / seconds:.1f}/s" if done >= seconds else f"{seconds / done:.1f} s each"
 
 
 def clock(seconds: float) -> str:

@@ -152,7 +152,7 @@ def _record(
 
 
 def _report(config: ConvertConfig, form: Format, record: dict[str, Any], stale: Sequence[str]) -> None:
-    shapes = ", ".join(f"{column}, d = {dim}" for column, dim in record["dims"].items())
+    shapes = ", ".join(f"{column}[{dim}]" for column, dim in record["dims"].items())
     rows: dict[str, object] = {"format": f"{config.to}: {shapes}"}
     rows["files"] = ", ".join(record["files"])
     filled = ", ".join(f"{count:,} {column}" for column, count in record["mean_vector"].items() if count)

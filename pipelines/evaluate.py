@@ -60,6 +60,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         **{
             key: {pair: found[key] for pair, found in means.items()} for key in ("candidates", "candidates_std", "full")
         },
+        "random": task.random_order(),
         **_over_all_targets(task, means),
         "tail": {
             "below": TAIL,
@@ -161,8 +162,8 @@ def print_metrics(result: dict[str, Any]) -> None:
     """Print the ranking metrics: for each pair of views, among the stored candidates and in the whole catalogue.
 
     If some users' targets are items of the long tail, or in nobody's training, their metrics among the candidates
-    follow. If users have several
-    targets, the table is about the first of them, and lines about all of them follow.
+    follow. Last comes what a random order has. If users have several targets, the table is about the first of them,
+    and lines about all of them follow.
     """
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "ranked among", *schema.METRICS):
@@ -175,6 +176,9 @@ def print_metrics(result: dict[str, Any]) -> None:
             table.add_row("", "candidates, tail", *(f"{tail[metric]:.4f}" for metric in schema.METRICS))
         if cold := result["cold"]["candidates"][pair]:
             table.add_row("", "candidates, cold", *(f"{cold[metric]:.4f}" for metric in schema.METRICS))
+    for protocol, name in (("candidates", "random order"), ("full", "")):
+        cells = [f"{result['random'][protocol][metric]:.4f}" for metric in schema.METRICS]
+        table.add_row(name, "all items" if protocol == "full" else protocol, *cells, style="dim")
     log.result(table)
     for pair, found in result.get(schema.RETRIEVAL, {}).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -22,6 +22,7 @@ from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, FailureLimitError
+from vlm2rec.embedder.contract.printable import size
 from vlm2rec.embedder.contract.storage import Location
 from vlm2rec.embedder.encoders.cache_choice import use_vision_cache
 from vlm2rec.embedder.encoders.frozen import frozen_fingerprint, load_frozen
@@ -39,7 +40,7 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue.vector_files import ID_FILES, read_ids
 from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
-from vlm2rec.pipelines.verify import of_catalogue, warn_of_collapse
+from vlm2rec.pipelines.verify import in_shards, of_catalogue, warn_of_collapse
 
 
 @dataclass(frozen=True)
@@ -260,11 +261,11 @@ def print_summary(manifest: Mapping[str, Any], out: Location) -> None:
     console.summary(
         "Embeddings",
         {
-            "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards{rate}",
+            "items": f"{manifest['num_items']:,}{of_catalogue(manifest)} {in_shards(manifest)}{rate}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
             "vectors": f"{shapes}: {manifest['dtype']}",
             **_short_row(manifest),
-            "size": f"{sum(shard['bytes'] for shard in manifest['shards']) / 2**20:.1f} MiB",
+            "size": size(sum(shard["bytes"] for shard in manifest["shards"])),
             "folder": out,
             **_adapter_row(manifest.get(schema.MADE_WITH) or {}),
         },

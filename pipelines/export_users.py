@@ -31,6 +31,7 @@ from vlm2rec.pipelines.catalogue.histories import GivenHistories, digest_of, rea
 from vlm2rec.pipelines.config import ExportUsersConfig
 from vlm2rec.pipelines.console import TERMINAL
 from vlm2rec.pipelines.history_encoder import encoder_fingerprint, history_encoder, say_of_unreadable, user_source
+from vlm2rec.pipelines.verify import in_shards
 
 MAX_HISTORY = 10  # without a dataset folder: the default of `prepare`
 USER_IDS = "user_ids"  # in the settings of a folder of users: the hash of the ids, in order
@@ -158,7 +159,7 @@ def _summarise(config: ExportUsersConfig, manifest: Mapping[str, Any], given: Gi
     console.summary(
         "Users",
         {
-            "users": f"{manifest['num_items']:,} in {len(manifest['shards'])} shards",
+            "users": f"{manifest['num_items']:,} {in_shards(manifest)}",
             **{status: f"{count:,}" for status, count in manifest["counts"].items() if count},
             **history_rows(given.counts),
             "vectors": f"{shapes}: {manifest['dtype']}, {manifest['settings']['source']}",

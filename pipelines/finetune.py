@@ -431,16 +431,19 @@ def _refuse_change(config: FinetuneConfig, before: dict[str, Any]) -> None:
     if (begun_in := before.get("processes", 1)) != now["processes"]:
         _require_same_batches(config, {**defaults, **before}, begun_in)
         not_compared = (*not_compared, *_PER_PROCESS)
-    for name, value in now.items():
-        if name in not_compared:
-            continue
-        begun = before[name] if name in before else defaults[name]
-        if begun != value:
-            raise ConfigError(
-                f"{config.out} was begun with {name} = {begun!r}, now it is {value!r}",
-                "the same settings, to continue that run",
-                "give another --out, or --no-resume to start again",
-            )
+    begun = {name: before[name] if name in before else defaults[name] for name in now if name not in not_compared}
+    changed = [f"{name} = {begun[name]!r}, now it is {now[name]!r}" for name in begun if begun[name] != now[name]]
+    if changed:
+        newest = checkpoints.newest_named(config.out / CHECKPOINTS)
+        if (config.out / schema.ADAPTER_FILE).is_file():
+            lost = ", which replaces its adapter"
+        else:
+            lost = f", without what {newest.name} has learned" if newest else "; it has no checkpoint yet to be lost"
+        raise ConfigError(
+            f"{config.out} was begun with {'; '.join(changed)}",
+            "the same settings, to continue that run",
+            f"give another --out, or --no-resume to start again{lost}",
+        )
 
 
 def _require_same_batches(config: FinetuneConfig, before: dict[str, Any], begun_in: int) -> None:

@@ -31,6 +31,7 @@ from vlm2rec.pipelines.catalogue.dataset_writer import write_candidates, write_i
 from vlm2rec.pipelines.catalogue.filtering import (
     SHORTEST,
     Count,
+    Log,
     filter_log,
     given,
     read_log,
@@ -75,10 +76,13 @@ def run(config: PrepareConfig) -> Dataset:
         names = replace(names, item_id=config.interactions_item_column or config.item_id_column)
         found = files.scan_interactions(config.interactions, names, scratch=work)
         console.log.print(f"interactions: {found.format}, {found.rows:,} rows")
+        _say_of_ratings(found)
         catalogue, image_reasons = _with_images(config, items.frame)
         user_ids, log, steps = read_log(found, catalogue, rejects)
         compare = paper_name(_name(config)) is not None
         log, kept, steps = filter_log(log, user_ids, catalogue, image_reasons, config, steps, rejects, compare)
+        if config.order == "time":
+            _say_of_ties(log)
         rows = rejects.account(
             {ITEMS: items.frame.height, INTERACTIONS: found.rows}, {ITEMS: len(kept.catalogue), INTERACTIONS: len(log)}
         )
@@ -156,6 +160,37 @@ def _warn_of_words(items: pl.DataFrame, path: Path) -> None:
                 " holds text; if it stands for nothing, leave the field empty.",
                 warning=True,
             )
+
+
+def _say_of_ratings(found: files.Interactions) -> None:
+    if found.rating is not None:
+        console.TERMINAL.say(
+            f"the column {found.rating!r} of {found.path} is not read: each of the {found.rows:,} rows counts as an"
+            " interaction, whatever its rating. If only some shall count, such as high ratings, give a file with"
+            " those rows alone."
+        )
+
+
+_MANY_TIES = 0.1  # of the interactions, or of the users' last ones: below that, nothing is said
+
+
+def _say_of_ties(log: Log) -> None:
+    """Say how many interactions the times leave without an order, and of how many users the last item is among them.
+
+    `log` is sorted by user and time.
+    """
+    same = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
+    tied = int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
+    last = np.append(log.user[1:] != log.user[:-1], True)
+    users, undecided = int(np.count_nonzero(last)), int(np.count_nonzero(last & np.append(False, same)))
+    if tied >= _MANY_TIES * len(log) or undecided >= _MANY_TIES * users:
+        console.TERMINAL.say(
+            f"{tied:,} of {len(log):,} interactions ({tied / len(log):.0%}) have the same user and time as another."
+            f" The file's order decides between them: for {undecided:,} of {users:,} users also which item is the"
+            " last, and so for test. If the rows do not stand in their true order in the file, sort them there, or"
+            " keep one of each user and time.",
+            warning=True,
+        )
 
 
 def _describe(
@@ -264,7 +299,7 @@ def _print(meta: Mapping[str, Any], out: Path) -> None:
         console.log.print("split 80/10/10 in each user's order: several items for validation and for test")
     left_out = {file: sum(of["rejected"].values()) for file, of in meta["rows"].items()}
     if any(left_out.values()):
-        told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items()]
+        told = [f"{count:,} of {meta['rows'][file]['read']:,} {file}" for file, count in left_out.items() if count]
         console.TERMINAL.say(f"left out: {' and '.join(told)}; {out / schema.REJECTS_FILE} names each with its reason")
 
 

@@ -78,6 +78,20 @@ def described(config: SearchConfig) -> str:
     return " and ".join(asked)
 
 
+def described_with_titles(index: ItemIndex, config: SearchConfig) -> str:
+    """Return in words what a search asks for, each item with its title, if the index has one."""
+
+    def told(item_id: str) -> str:
+        title = str(index.ids[schema.TITLE][index.row_of(item_id)].as_py() or "")
+        return f"{item_id}, {title}" if title else item_id
+
+    if config.item is not None:
+        return told(config.item)
+    if config.history:
+        return f"the history {'; '.join(told(item.strip()) for item in config.history)}"
+    return described(config)
+
+
 def _require_one(config: SearchConfig) -> None:
     kinds = {
         "--item": config.item is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm2rec.downstream.multimodal.recipes import defaults_of
-from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean, one_of
 from vlm2rec.embedder.options import defaults_of_style
 from vlm2rec.embedder.training.recipes import loss_of, recipe_of
 from vlm2rec.pipelines.config import Config, FinetuneConfig, ImportAdapterConfig, TrainRecommenderConfig
@@ -44,15 +45,15 @@ def read_config(
         return {also.get(key, key): value for key, value in given.items()}
 
     if file is not None:
-        values.update(_known_only(named(read_yaml(file)), known, str(file)))
+        values.update(_known_only(named(read_yaml(file)), known, str(file), cls))
     if section is not None:
         where, given = section
-        values.update(_known_only(named(dict(given)), known, where))
+        values.update(_known_only(named(dict(given)), known, where, cls))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text!r} has no '='", "--set key=value", "write the key, '=', and the value")
-        values.update(_known_only(named({key.strip().replace("-", "_"): _parse(value)}), known, "--set"))
+        values.update(_known_only(named({key.strip().replace("-", "_"): _parse(value)}), known, "--set", cls))
     values.update({key: value for key, value in (flags or {}).items() if value is not None})
     if cls in (FinetuneConfig, ImportAdapterConfig):  # an export asks its adapter first
         values = {**defaults_of_style(values.get("prompt_style")), **values}
@@ -97,17 +98,23 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _known_only(values: dict[str, Any], known: list[str], where: str) -> dict[str, Any]:
+def _known_only(values: dict[str, Any], known: list[str], where: str, cls: type) -> dict[str, Any]:
     for key in values:
         if RENAMED.get(key) in known:
             raise ConfigError(f"{key} in {where}", f"its new name, {RENAMED[key]}", "use the new name")
         if key not in known:
             raise ConfigError(
                 f"unknown setting {key!r} in {where}{did_you_mean(key, known)}",
-                f"one of {', '.join(known)}",
+                one_of(key, known, f"`{command_of(cls)} --help`"),
                 "correct or remove it",
             )
     return values
+
+
+def command_of(cls: type) -> str | None:
+    """Return the command that a config class has the settings of, such as `vlm2rec prepare`; None for another class."""
+    found = re.match(r"Settings of `(vlm2rec [a-z-]+)`", cls.__doc__ or "")
+    return found and found[1]
 
 
 def _parse(text: str) -> Any:

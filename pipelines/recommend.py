@@ -39,6 +39,7 @@ from vlm2rec.pipelines.catalogue.histories import GivenHistories, digest_of, rea
 from vlm2rec.pipelines.config import RecommendConfig
 from vlm2rec.pipelines.console import TERMINAL
 from vlm2rec.pipelines.export_users import MAX_HISTORY, SPACE, USER_IDS, history_rows, space_of
+from vlm2rec.pipelines.verify import in_shards
 
 if TYPE_CHECKING:
     from vlm2rec.downstream.serving.trained import Run
@@ -138,7 +139,11 @@ def _require_choice(config: RecommendConfig) -> None:
             "give the embeddings folder of the items, an index of it, or a trained recommender",
         )
     if config.histories is None and (config.recommender is not None or config.users is None):
-        raise ConfigError("neither --histories nor --users is given", "the users to rank for", "give --histories FILE")
+        raise ConfigError(
+            "neither --histories nor --users is given",
+            "the users to rank for",
+            "give --histories FILE, such as the interactions that prepare read",
+        )
     if config.histories is None and not config.keep_seen:
         raise ConfigError(
             "--users without --histories: it is not known which items the users have seen",
@@ -492,7 +497,7 @@ def _summarise(
     if search.get("recall@10") is not None:
         how += f", recall@10 {search['recall@10']:.4f} of {search['recall_sample']:,} items"
     rows: dict[str, object] = {
-        "users": f"{counts[schema.STATUS_OK]:,} of {manifest['num_users']:,} in {len(manifest['shards'])} shards",
+        "users": f"{counts[schema.STATUS_OK]:,} of {manifest['num_users']:,} {in_shards(manifest)}",
         "items": f"{source.total:,} of {len(source.item_ids):,}",
         "search": how,
         **({} if given is None else history_rows(given.counts)),

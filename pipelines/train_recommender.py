@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from vlm2rec.downstream.multimodal import recipes
@@ -14,10 +16,20 @@ from vlm2rec.downstream.multimodal import settings as multimodal
 from vlm2rec.downstream.recbole import plugin, softmax, windows
 from vlm2rec.downstream.recbole.run import Settings, ignored_settings, needs_no_negatives, read_settings
 from vlm2rec.downstream.recbole.run import run as train
-from vlm2rec.downstream.recommender import CHECKPOINT_FILE, OLD_CHECKPOINT_FILE, Epoch, Outcome
+from vlm2rec.downstream.recommender import (
+    CHECKPOINT_FILE,
+    DATA,
+    EMBEDDINGS,
+    OLD_CHECKPOINT_FILE,
+    RECORD_FILE,
+    VECTORS,
+    Epoch,
+    Outcome,
+)
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
-from vlm2rec.embedder.contract.errors import ConfigError
+from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.export.shards import differences
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import TrainRecommenderConfig
 
@@ -47,7 +59,9 @@ def run(config: TrainRecommenderConfig) -> dict[str, Any]:
         layers.append(config.config)
     layers.append(chosen_settings(config, model, theirs))
     _announce(config, theirs, folder)
-    return _trained(functools.partial(train, layers), config, folder)
+    settings = {key: value for each in layers for key, value in (theirs if isinstance(each, Path) else each).items()}
+    slow = folder is not None and learns_by_prefix(settings)
+    return _trained(functools.partial(train, layers), config, folder, slow)
 
 
 def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
@@ -72,9 +86,21 @@ def _multimodal(config: TrainRecommenderConfig) -> dict[str, Any]:
     return _trained(functools.partial(train_multimodal, settings), config, Dataset(config.data))
 
 
-def _trained(run: Callable[..., Outcome], config: TrainRecommenderConfig, folder: Dataset | None) -> dict[str, Any]:
+def learns_by_prefix(settings: Mapping[str, Any]) -> bool:
+    """Tell whether a training on a dataset folder has a row for every prefix, and might learn all positions at once.
+
+    Args:
+        settings: RecBole's keys.
+    """
+    causal = settings.get("model") in windows.CAUSAL and settings.get("loss_type", "CE") == "CE"
+    return causal and not windows.is_set(settings)
+
+
+def _trained(
+    run: Callable[..., Outcome], config: TrainRecommenderConfig, folder: Dataset | None, by_prefix: bool = False
+) -> dict[str, Any]:
     """Run a training with its progress on stderr, print the summary, and return the content of metrics.json."""
-    with _Display() as display:
+    with _Display(config.out, by_prefix) as display:
         outcome = run(
             out=config.out,
             data=folder,
@@ -221,10 +247,32 @@ def _announce(config: TrainRecommenderConfig, theirs: Mapping[str, Any], folder:
         )
 
 
-class _Display:
-    """Progress on stderr: a bar over batches, and a line for each epoch."""
+_FIRST_SECONDS = 15.0  # of training, after which its rate is known
+_NAMED = 5  # differences from an earlier run
 
-    def __init__(self) -> None:
+
+def _record_in(out: Path) -> dict[str, Any]:
+    """Return the settings, data and vectors of the run that a folder holds; empty if there is none."""
+    try:
+        record = schema.read_json(out / RECORD_FILE, "", "")
+    except ArtifactError:
+        return {}
+    about = {name: record.get(name) for name in (DATA, EMBEDDINGS, VECTORS)}
+    found = {**about, **(record["settings"] if isinstance(record.get("settings"), dict) else {})}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class _Display:
+    """Progress on stderr: a bar over batches, and a line for each epoch.
+
+    Before that it says what becomes of an earlier run in `out`. Some seconds into a training `by_prefix` that will take
+    hours, it says what takes less.
+    """
+
+    def __init__(self, out: Path, by_prefix: bool = False) -> None:
+        self._out, self._by_prefix = out, by_prefix
+        self._earlier, self._was_finished = _record_in(out), (out / schema.METRICS_FILE).is_file()
+        self._done, self._batches, self._begun = 0, 0, 0.0
         self._stack = ExitStack()
         self._advance: Callable[[int], None] = lambda count: None
         self._metric = ""
@@ -239,12 +287,45 @@ class _Display:
 
     def begin(self, epochs: int, batches: int, valid_metric: str) -> None:
         self._metric, self._epochs = valid_metric, epochs
+        self._batches, self._begun = epochs * batches, time.perf_counter()
+        if self._earlier:
+            self._say_what_is_replaced(_record_in(self._out))
         self._advance = self._stack.enter_context(
             console.progress(f"training, {epochs} epochs at most", epochs * batches)
         )
 
     def batch(self) -> None:
         self._advance(1)
+        self._done += 1
+        seconds = time.perf_counter() - self._begun
+        if self._by_prefix and seconds > _FIRST_SECONDS:
+            self._by_prefix = False  # it is said once
+            hours = seconds / self._done * self._batches / 3600
+            if hours >= 1:
+                console.log.print(
+                    f"At this rate, {self._epochs} epochs take {hours:.1f} hours; training may stop earlier. Each"
+                    " prefix of a sequence is a row of its own: --positions all learns all positions of a sequence"
+                    " from one row, several times as fast. --max-epochs sets fewer epochs.",
+                    soft_wrap=True,
+                )
+
+    def _say_what_is_replaced(self, now: Mapping[str, Any]) -> None:
+        """Say what differs from the earlier run, whose record was there before, and that it is gone."""
+        changed = list(differences(self._earlier, now).values())
+        state = "a finished" if self._was_finished else "an unfinished"
+        if changed:
+            more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            console.log.print(
+                f"{self._out} held {state} run with other settings, which this one replaces:"
+                f" {'; '.join(changed[:_NAMED])}{more}. To keep both, give each run an --out of its own.",
+                style=console.WARNING,
+                soft_wrap=True,
+            )
+        else:
+            console.log.print(
+                f"{self._out} held {state} run with these settings. train-recommender continues none: it starts again.",
+                soft_wrap=True,
+            )
 
     def epoch(self, epoch: Epoch) -> None:
         self._seconds += epoch.seconds
@@ -291,7 +372,8 @@ def _summarise(outcome: Outcome) -> None:
         over = f", all {metrics['targets']:,} targets" if "targets" in metrics else ""
         rows[f"full ranking, at 20{over}"] = _figures(metrics["retrieval"])
     if metrics["recbole"] is not None:
-        rows["RecBole's own"] = _figures(metrics["recbole"])
+        ours = metrics["candidates"] is not None
+        rows["RecBole's own"] = _figures(metrics["recbole"]) + ", the history ranked too" * ours
     if (outcome.folder / OLD_CHECKPOINT_FILE).exists():
         console.log.print(
             f"{outcome.folder / OLD_CHECKPOINT_FILE} is a pickle of an earlier version: it is not opened, and may be"

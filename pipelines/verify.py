@@ -48,14 +48,14 @@ def run(config: VerifyConfig) -> None:
     manifest = schema.read_manifest(folder, table=None)
     table, counts = schema.table_of(manifest), {s: f"{n:,}" for s, n in manifest["counts"].items() if n}
     if table == schema.RECOMMENDATIONS_TABLE:
-        users = f"{manifest['num_users']:,} in {len(manifest['shards'])} shards"
+        users = f"{manifest['num_users']:,} {in_shards(manifest)}"
         console.summary(f"{folder}: no problem", {"users": users, **counts, "k": manifest["k"]})
         return
     ranks = effective_ranks(folder)
     console.summary(
         f"{folder}: no problem",
         {
-            table: f"{manifest['num_items']:,}{of_catalogue(manifest)} in {len(manifest['shards'])} shards",
+            table: f"{manifest['num_items']:,}{of_catalogue(manifest)} {in_shards(manifest)}",
             **counts,
             "vectors": f"{', '.join(manifest['views'])}: {manifest['dtype']}[{manifest['dim']}]",
             **{f"effective rank, {view}": f"{rank:.1f}" for view, rank in ranks.items()},
@@ -67,6 +67,12 @@ def run(config: VerifyConfig) -> None:
 def of_catalogue(manifest: Mapping[str, Any]) -> str:
     """Return of how many items an export holds some, if it does not hold all."""
     return f" of the catalogue's {manifest[schema.CATALOGUE]:,}" if schema.CATALOGUE in manifest else ""
+
+
+def in_shards(manifest: Mapping[str, Any]) -> str:
+    """Return in how many files a table lies: `in 1 shard`, `in 3 shards`."""
+    count = len(manifest["shards"])
+    return f"in {count:,} shard{'s' * (count != 1)}"
 
 
 def warn_of_collapse(ranks: Mapping[str, float]) -> None:

@@ -57,7 +57,9 @@ def test_both_commands_with_default_flags(
     assert sorted(path.name for path in (world / "idx").iterdir()) == ["ids.parquet", "index.json", "items.faiss"]
 
     assert vlm2rec(monkeypatch, "search", "--index", world / "idx", "--item", "1") == 0
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    told = capsys.readouterr()
+    assert "Nearest to 1, Title 1:" in told.err  # not among the lines for other programs
+    lines = [line.split("\t") for line in told.out.splitlines()]
     assert lines[0] == ["rank", "item_id", "cosine", "title"]
     assert len(lines) == 11
     step = np.cos(np.pi / (ROWS - 1))
@@ -140,7 +142,7 @@ def test_on_a_terminal_the_neighbours_are_a_table(
     build_index.search(SearchConfig(index=world / "idx", item="0", k=2))
     out = capsys.readouterr().out
     assert "\t" not in out
-    assert "Nearest to 0" in out
+    assert "Nearest to 0, [red]0[/red]" in out
     assert "[red]1[/red]" in out  # markup in a title is text
     assert "0.9968" in out
 
@@ -159,7 +161,7 @@ def test_fault_46_a_stale_index_answers_with_a_warning_and_a_moved_one_without(
     shutil.rmtree(world / "emb")
     capsys.readouterr()
     build_index.search(SearchConfig(index=world / "idx", item="0", k=1))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "Nearest to 0, Title 0:\n"
     write_embeddings(world / "emb", ["0"], np.ones((1, 2), np.float32))
     found = build_index.search(SearchConfig(index=world / "idx", item="0", k=1))
     assert [n.item_id for n in found] == ["1"]

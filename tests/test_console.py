@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from vlm2rec.embedder.contract.errors import DataError
+from vlm2rec.embedder.contract.printable import size
 from vlm2rec.pipelines import console
 
 
@@ -63,9 +64,9 @@ def test_short_work_says_nothing_and_an_error_ends_the_lines(
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (("a", 100, 25, 60.0), "a: 25 of 100, 0.4/s, 0:01:00, about 0:03:00 left"),
+        (("a", 100, 25, 60.0), "a: 25 of 100, 2.4 s each, 0:01:00, about 0:03:00 left"),
         (("a", None, 0, 30.0), "a: 0, 0:00:30"),
-        (("a", 10, 10, 3725.0), "a: 10 of 10, 0.0/s, 1:02:05, about 0:00:00 left"),
+        (("a", 10, 10, 3725.0), "a: 10 of 10, 372.5 s each, 1:02:05, about 0:00:00 left"),
         (("a", 10, 12, 10.0), "a: 12 of 10, 1.2/s, 0:00:10, about 0:00:00 left"),
         (("a", 0, 0, 10.0), "a: 0 of 0, 0:00:10"),
     ],
@@ -186,3 +187,16 @@ def test_regular_lines_go_where_stderr_went_before_a_step_redirected_its_own(
         assert said.wait(30)
     assert "SFT, seed 0: adapter: [3 of 4]\n" in capsys.readouterr().err
     assert step.getvalue() == ""
+
+
+def test_a_message_in_a_log_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.log.print("a word " * 40)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (38_700_000, "36.9 MiB"), (5 * 2**30, "5.0 GiB")],
+)
+def test_sizes_are_told_in_the_unit_that_fits(count: int, text: str) -> None:
+    assert size(count) == text

@@ -326,7 +326,7 @@ def test_folders_within_a_folder_are_refused(tmp_path: Path) -> None:
         scan_interactions(tmp_path / "log", scratch=tmp_path)
 
 
-@pytest.mark.parametrize("what", ["one line", "many lines", "csv"])
+@pytest.mark.parametrize("what", ["one line", pytest.param("many lines", marks=pytest.mark.slow), "csv"])
 def test_a_gzip_bomb_is_refused_before_it_fills_memory_or_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

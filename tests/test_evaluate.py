@@ -18,6 +18,7 @@ from vlm2rec.downstream.evaluation import protocol
 from vlm2rec.downstream.evaluation.metrics import bound_check
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError
+from vlm2rec.embedder.contract.schema import METRICS
 from vlm2rec.pipelines import evaluate, export_items
 from vlm2rec.pipelines.config import EvaluateConfig, ExportConfig
 
@@ -156,6 +157,26 @@ def test_random_vectors_score_at_chance_and_the_answer_itself_at_one(drawn_datas
         result = run(dataset.path, tmp_path / str(seed), tmp_path / f"out{seed}")
         means.append(result["candidates"]["f2f"]["H@10"])
     assert np.mean(means) == pytest.approx(10 / 21, abs=0.03)  # 20 candidates and the target
+
+
+def test_a_random_order_is_told_exactly_as_equal_vectors_have_it(
+    drawn_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If all vectors are the same, every rival ties with the target, and ties count in expectation."""
+    ids = Dataset(drawn_dataset).item_ids
+    write_embeddings(tmp_path / "embeddings", ids, np.ones((len(ids), 4), np.float32))
+    for split in ("valid", "test"):
+        result = run(drawn_dataset, tmp_path / "embeddings", tmp_path / "out", split=split)
+        for among in ("candidates", "full"):
+            assert result["random"][among] == pytest.approx(result[among]["f2f"], abs=1e-12), (split, among)
+    rows = [line.split() for line in capsys.readouterr().err.splitlines()]
+    last = [row for row in rows if row[:1] == ["random"]][-1]
+    assert last == [
+        "random",
+        "order",
+        "candidates",
+        *(f"{result['random']['candidates'][name]:.4f}" for name in METRICS),
+    ]
 
 
 def test_a_shuffled_future_gains_nothing(drawn_dataset: Path, tmp_path: Path) -> None:

@@ -118,8 +118,10 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
 ) -> None:
     same = settings(tiny, drawn_dataset, trained, max_steps=5, checkpoint_steps=2)
     assert finetune.run(same) is None
-    with pytest.raises(ConfigError, match=r"begun with tau_crtr = 0.1, now it is 0.5"):
-        finetune.run(dataclasses.replace(same, tau_crtr=0.5))
+    with pytest.raises(ConfigError, match=r"begun with tau_crtr = 0.1, now it is 0.5") as refused:
+        finetune.run(dataclasses.replace(same, tau_crtr=0.5, seed=7))
+    assert "; seed = 0, now it is 7" in refused.value.found, "all that differs is named"
+    assert refused.value.fix.endswith("--no-resume to start again, which replaces its adapter")
 
 
 def test_alpha_and_beta_are_learned_without_weight_decay_or_kept_fixed(
@@ -280,7 +282,7 @@ def test_no_resume_starts_anew_and_its_own_settings_count_from_then_on(
     diverging = settings(tiny, drawn_dataset, tmp_path / "a", learning_rate=1e30, max_steps=20, resume=False)
     with pytest.raises(ModelError):
         finetune.run(diverging)
-    with pytest.raises(ConfigError, match=r"begun with learning_rate = 1e\+30, now it is 0.001"):
+    with pytest.raises(ConfigError, match=r"begun with learning_rate = 1e\+30, now it is 0.001.*checkpoint yet"):
         finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, resume=True))
     anew = finetune.run(dataclasses.replace(diverging, learning_rate=1e-3, max_steps=1))
     assert anew is not None and anew.steps == 1

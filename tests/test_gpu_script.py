@@ -51,6 +51,7 @@ def test_the_gpu_script_ends_without_a_gpu_and_without_what_a_gpu_machine_lacks(
     assert "cosine to naive, packed" in printed and "CPU, torch" in printed
 
 
+@pytest.mark.slow
 def test_the_gpu_script_measures_everything_on_a_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

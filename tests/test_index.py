@@ -636,7 +636,9 @@ def test_shards_are_divided_into_parts(rows: list[int], size: int, expected: lis
     assert parts.groups(rows, size) == expected
 
 
-@pytest.mark.parametrize("kind", ["Flat", "SQ8", "IVF4,Flat", "IVF4,PQ4,Refine(SQ8)", "PCA8,IVF4,SQ8"])
+@pytest.mark.parametrize(
+    "kind", ["Flat", "SQ8", "IVF4,Flat", pytest.param("IVF4,PQ4,Refine(SQ8)", marks=pytest.mark.slow), "PCA8,IVF4,SQ8"]
+)
 def test_merged_parts_find_what_one_index_finds(kind: str, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
     vectors[7] = np.nan

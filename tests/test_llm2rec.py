@@ -258,6 +258,7 @@ def test_each_phase_lowers_its_loss(
     assert np.mean(rows[-6:]) < np.mean(rows[:6])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, checkpoint_steps=2) for name in ("cut", "whole"))
     for stop in (3, 5, 9):  # in each phase

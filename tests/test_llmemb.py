@@ -173,6 +173,7 @@ def test_training_lowers_the_loss_and_learns_the_temperature(tiny: Tiny, drawn_d
     assert rows[0]["tau"] == pytest.approx(0.02) and rows[-1]["tau"] != rows[0]["tau"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": 9, "checkpoint_steps": 3}
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, **more) for name in ("cut", "whole"))

@@ -99,6 +99,7 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_loss_is_two_files(copy: Copy, tiny: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path) -> None:
     copy.add("embedder/training/pull.py", LOSS)
     copy.add("embedder/training/recipes.py", LOSS_ROW)

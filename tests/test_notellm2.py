@@ -208,6 +208,7 @@ def test_the_ablations_leave_out_what_they_say(tiny: Tiny, drawn_dataset: Path, 
     assert not (tmp_path / "a" / lora.LATE_FUSION_FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_like_an_uninterrupted_one(tiny: Tiny, drawn_dataset: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": 8, "checkpoint_steps": 3}
     cut, whole = (settings(tiny, drawn_dataset, tmp_path / name, **more) for name in ("cut", "whole"))

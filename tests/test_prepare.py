@@ -320,6 +320,50 @@ def test_a_user_with_two_interactions_is_dropped_even_without_a_core(tmp_path: P
     ]
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("column", ["rating", "overall", "Stars"])
+def test_ratings_that_are_not_read_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str
+) -> None:
+    log = [(f"u{user}", f"i{item}", item) for user in range(4) for item in range(user, user + 4)]
+    paths = write_catalogue(tmp_path, log)
+    prepare.run(config(paths))
+    assert "is not read" not in said(capsys)
+    rated = pl.read_parquet(paths["interactions"]).with_columns(pl.lit(5).alias(column))
+    rated.write_parquet(paths["interactions"])
+    prepare.run(config(paths))
+    text = said(capsys)
+    assert text.count("is not read") == 1
+    assert f"the column {column!r} of" in text and "each of the 16 rows counts" in text
+    # a rating that someone takes as the time is read
+    prepare.run(config(paths, time_column=column))
+    assert "is not read" not in said(capsys)
+
+
+def test_equal_times_are_counted_and_so_are_the_users_whose_last_item_they_leave_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = [(f"u{user}", f"i{item}", item) for user in range(6) for item in range(user, user + 4)]
+    prepare.run(config(write_catalogue(tmp_path / "apart", apart)))
+    assert "same user and time" not in said(capsys)
+    # u0: the last two at once; u1: the first three at once
+    times = {"u0": [1, 2, 3, 3], "u1": [1, 1, 1, 2]}
+    tied = [(user, item, times.get(user, [1, 2, 3, 4])[row % 4]) for row, (user, item, _) in enumerate(apart)]
+    paths = write_catalogue(tmp_path / "tied", tied)
+    prepare.run(config(paths))
+    text = said(capsys)
+    assert "5 of 24 interactions (21%) have the same user and time as another." in text
+    assert "for 1 of 6 users also which item is the last" in text
+    prepare.run(config(paths, order="file"))
+    assert "same user and time" not in said(capsys)
+    # copies of a row are dropped before, and leave nothing open
+    prepare.run(config(write_catalogue(tmp_path / "copies", apart + apart)))
+    assert "same user and time" not in said(capsys)
+
+
 def test_every_step_is_counted(tmp_path: Path) -> None:
     log = [(f"u{n}", item, place) for n in range(4) for place, item in enumerate("abcd")]  # 16, the core
     log += [(f"w{n}", item, place) for n in range(2) for place, item in enumerate("efg")]  # 6, the core of their own

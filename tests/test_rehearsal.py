@@ -174,7 +174,7 @@ def test_a_planted_index_on_the_cpu_is_found(
 HISTORIES, TARGETS = [[1, 2, 3], [4, 5], [6]], torch.tensor([12, 1, 3])
 
 
-@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("chunk", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_on_the_card_has_the_gradients_of_the_cpu(tiny: Tiny, drawn_dataset: Path, chunk: int) -> None:
     def step(device: Any) -> tuple[list[torch.Tensor], dict[str, float]]:
         encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), max_pixels=56 * 56, dtype="float32", device=device)
@@ -197,7 +197,10 @@ def test_a_step_on_the_card_has_the_gradients_of_the_cpu(tiny: Tiny, drawn_datas
 
 
 TRAININGS: dict[str, dict[str, Any]] = {
-    "vlm2rec": {"gradient_steps": 2, "probe_users": 2, "chunk_users": 3, "gradient_checkpointing": True},
+    "vlm2rec": {
+        **{"max_steps": 1, "gradient_steps": 1, "probe_users": 2},
+        **{"chunk_users": 3, "gradient_checkpointing": True},
+    },
     "sft": {"method": "vlm2rec", "loss": "sft"},
     "sda": {"gradient_steps": 2, "probe_users": 2},
 }
@@ -228,7 +231,7 @@ def test_a_training_runs_on_the_card(
         encoder.encode_items = broken  # type: ignore[method-assign]
         rows = worker.encode_rows(encoder, TITLES, [encoder.backbone.patch(picture) for picture in pictures])
     assert rows.status == [schema.STATUS_OK] * 5 and encoder.backbone.model.dtype == torch.bfloat16
-    assert len(curves(tmp_path / "out")["train"]) == 2
+    assert len(curves(tmp_path / "out")["train"]) == config.max_steps
     assert card.kernels and (tmp_path / "out" / "canary.safetensors").is_file()
 
 

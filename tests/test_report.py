@@ -350,7 +350,10 @@ def test_a_screenshot_has_something_in_every_figure_and_picture(
 # --- parts of a study ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["results", "comparisons", "geometry", "curves", "warnings", "cost", "neighbours"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("comparisons", "geometry")]
+
+
+@pytest.mark.parametrize("name", ["results", *SLOW, "curves", "warnings", "cost", "neighbours"])
 def test_without_any_one_table_the_rest_is_shown(name: str, study: Path, tmp_path: Path) -> None:
     show = drawn if name in ("results", "comparisons", "geometry", "curves") else printed
     read(show(changed(study, tmp_path, **{name: table_of(study, name).clear()})))

@@ -284,6 +284,11 @@ def test_from_and_only_choose_stages(line: tuple[Path, RunConfig]) -> None:
         ("export_items: {}\n", {}, "did you mean 'export-items'"),
         ("make-backbone: {}\n", {}, "unknown stage 'make-backbone'"),
         ("prepare:\n  item: x\n", {}, "unknown setting 'item' in prepare of .*did you mean 'items'"),
+        (
+            "prepare:\n  item: x\n",
+            {},
+            r"similar are items, [a-z_]+, [a-z_]+, and `vlm2rec prepare --help` lists all",
+        ),
         ("build-index:\n  embedings: x\n", {}, "did you mean 'embeddings'"),
         ("prepare:\n  items: x\n", {}, "prepare of .*: --interactions is missing.*write `interactions"),
         ("prepare: data\n", {}, "prepare in .* holds a str"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.embedder.training.losses import VLM2RecLoss, penalty_weight
 from vlm2rec.pipelines.config import StudyConfig
 from vlm2rec.pipelines.experiments import ledger
-from vlm2rec.pipelines.experiments.methods import SOURCES, Run, Study, Target, read_study, runs
+from vlm2rec.pipelines.experiments.methods import (
+    SOURCES,
+    AnalysisPlan,
+    Grid,
+    Method,
+    Run,
+    SearchPlan,
+    Study,
+    Target,
+    read_study,
+    runs,
+)
 from vlm2rec.pipelines.reporting.paper import read_paper
 
 HOME = Target("home", Path("/data/home"))
@@ -287,13 +299,21 @@ def test_flags_choose_seeds_analyses_and_methods(tmp_path: Path) -> None:
         ({"methods": [{"name": "VLM2Rec", "source": "finetun"}], "grids": []}, r"source 'finetun'.*'finetune'"),
         ({"more_methods": [{"source": "id"}]}, "a mapping with name and source"),
         ({"more_methods": [{"name": "vlm2rec!", "source": "id"}]}, "share the folder 'vlm2rec'"),
-        ({"plan": {"main": {"seed": [0]}}}, r"unknown setting 'seed'.*did you mean 'seeds'"),
+        ({"methodz": []}, r"most similar are methods, [a-z_]+, [a-z_]+, and docs/study.md lists all"),
+        (
+            {"plan": {"main": {"seed": [0]}}},
+            r"'seed'.*did you mean 'seeds'.*one of seeds, tasks, models",
+        ),
         ({"plan": {"main": {"models": ["SASREC"]}}}, "plan.main"),
         ({"analyses": ["ablatoin"]}, r"'ablatoin'.*did you mean 'ablation'"),
         ({"grids": [{"analysis": "sensitivity", "of": "VLM2Rec", "varies": "tau", "values": [1]}]}, "varies 'tau'"),
         ({"grids": [{"analysis": "sensitivity", "of": "X", "varies": "lam", "values": [1]}]}, "called 'X'"),
         ({"reference": "mine"}, "no method is called 'mine'"),
         ({"finetune": {"learning_rat": 1}}, r"unknown setting 'learning_rat'.*'learning_rate'"),
+        (
+            {"finetune": {"learning_rat": 1}},
+            r"are learning_rate, \w+, \w+, and `vlm2rec finetune --help` lists",
+        ),
         ({"recommender": {"max_epochs": "many"}}, "max_epochs"),
         ({"more_methods": [{"name": "v", "source": "vectors"}]}, "--file is missing"),
         ({"more_methods": [{"name": "v", "source": "backbone", "strategy": "visul"}]}, "strategy"),
@@ -454,3 +474,13 @@ def test_the_last_line_of_a_run_is_found_in_a_long_log_and_without_one(tmp_path:
     assert ledger.last_line(run) == ""
     (tmp_path / ledger.LOG_FILE).write_bytes(b"\xc3" * 5000 + "\nfinetune: 3 of 4 \u00e9 \n\n".encode())
     assert ledger.last_line(run) == "finetune: 3 of 4 \u00e9"
+
+
+def test_the_docs_list_every_key_of_the_file() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", page.split("All keys of the file", 1)[1], re.MULTILINE))
+    ours = {"the file": Study, "an analysis of `plan`": AnalysisPlan, "a method": Method, "a grid": Grid}
+    for where, cls in {**ours, "`search`": SearchPlan}.items():
+        known = {each.name for each in dataclasses.fields(cls)} - {"notes", "options"}
+        more = {"more_methods", "grids", "backbones"} if cls is Study else set()
+        assert set(re.findall(r"`(\w+)`", rows[where])) == known | more, where

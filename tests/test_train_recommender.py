@@ -497,6 +497,58 @@ def test_a_failed_run_leaves_no_earlier_metrics_behind(data: Path, tmp_path: Pat
     assert not (tmp_path / "metrics.json").exists()
 
 
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_an_earlier_run_in_the_folder_is_named_with_what_differs_before_it_is_replaced(
+    data: Path, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {**SMALL, "max_epochs": 1, "hidden_size": 8}
+    first = TrainRecommenderConfig(data=data, model="GRU4Rec", out=tmp_path / "out", **small)
+    train_recommender.run(first)
+    assert "held" not in told(capsys)
+    (tmp_path / "out" / "metrics.json").unlink()  # as an interrupted run leaves it
+    train_recommender.run(first)
+    assert "held an unfinished run with these settings. train-recommender continues none: it starts" in told(capsys)
+    other = {**small, "learning_rate": 0.01}
+    train_recommender.run(
+        TrainRecommenderConfig(data=data, model="GRU4Rec", embeddings=embeddings, out=tmp_path / "out", **other)
+    )
+    text = told(capsys)
+    assert "held a finished run with other settings, which this one replaces:" in text
+    assert "learning_rate was 0.001, now 0.01" in text
+    assert re.search(r"item_embedding_init was not set, now '.*embeddings'", text)
+    assert "To keep both, give each run an --out of its own." in text
+
+
+def test_a_training_of_hours_by_prefixes_is_told_once_what_is_faster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_recommender, "_FIRST_SECONDS", 0.0)
+    for by_prefix, batches, expected in ((True, 10**12, 1), (True, 10, 0), (False, 10**12, 0)):
+        with train_recommender._Display(tmp_path, by_prefix) as display:
+            display.begin(200, batches, "NDCG@20")
+            display.batch()
+            display.batch()
+        assert told(capsys).count("--positions all learns all positions") == expected, (by_prefix, batches)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model": "SASRec"}, True),
+        ({"model": "GRU4Rec", "train_softmax": "sampled"}, True),
+        ({"model": "SASRec", "train_positions": "last"}, True),
+        ({"model": "SASRec", "train_positions": "all"}, False),
+        ({"model": "BERT4Rec"}, False),
+        ({"model": "SASRec", "loss_type": "BPR"}, False),
+    ],
+)
+def test_all_positions_are_offered_to_models_that_can_learn_them(settings: dict[str, Any], expected: bool) -> None:
+    assert train_recommender.learns_by_prefix(settings) is expected
+
+
 def test_a_meaningful_table_beats_a_random_one(data: Path, embeddings: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((len(ITEMS), 16)).astype(np.float32)
     write_embeddings(tmp_path / "noise", ITEMS, noise)

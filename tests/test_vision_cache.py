@@ -53,10 +53,13 @@ def test_a_second_export_asks_no_vision_tower_and_gives_the_same_bits(
     without = exported(replace(config, out=config.out.with_name("without"), vision_cache="off"))
     assert not (config.data / "vision-cache").exists()
     cold = exported(config)
-    assert "it has 0 images, 20 are wanted" in capsys.readouterr().err
+    assert "keeps the features of 20 images, about" in capsys.readouterr().err
     blind(monkeypatch)
     warm = exported(replace(config, out=config.out.with_name("warm")))
-    assert "it has 19 images, 20 are wanted" in capsys.readouterr().err, "one image is broken"
+    told = capsys.readouterr().err
+    assert "has the features of 19 images from earlier runs; of this dataset's 20 images, those" in told, (
+        "one image is broken"
+    )
     for view in cold:
         np.testing.assert_array_equal(cold[view], without[view])
         np.testing.assert_array_equal(cold[view], warm[view])

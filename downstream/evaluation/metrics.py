@@ -91,6 +91,23 @@ def expected_metrics(higher: np.ndarray, ties: np.ndarray, k: Sequence[int] = CU
     return metrics
 
 
+def random_order(
+    items: int, targets: np.ndarray, seen_rows: np.ndarray, seen_offsets: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return what a random order of the whole catalogue gives each user, (U,) float64 each: an expectation, not drawn.
+
+    Args:
+        items: items in the catalogue, I.
+        targets: row of each user's held-out item, (U,).
+        seen_rows: rows left out for user u are `seen_rows[seen_offsets[u]:seen_offsets[u + 1]]`, save the target.
+        seen_offsets: (U + 1,).
+    """
+    users = np.arange(len(targets))
+    user, row = _distinct_pairs(np.repeat(users, np.diff(seen_offsets)), np.asarray(seen_rows), items)
+    left_out = np.bincount(user[row != np.asarray(targets)[user]], minlength=len(users))
+    return expected_metrics(np.zeros_like(left_out), items - 1 - left_out)
+
+
 def retrieval_metrics(means: Mapping[str, float]) -> dict[str, float]:
     """Return recall, NDCG and precision at 20 of the whole catalogue, as the multimodal recommenders are compared by.
 

@@ -68,7 +68,7 @@ class RankingTask:
     def __init__(
         self, dataset: Dataset, split: Split = "test", seeds: Sequence[int] | None = (), tail_over: TailOver = "train"
     ) -> None:
-        self.user_ids = dataset.user_ids
+        self.user_ids, self._items = dataset.user_ids, len(dataset.item_ids)
         self.seeds = [] if seeds is None else list(seeds) or dataset.candidate_seeds
         self.negatives = {seed: dataset.negatives(seed) for seed in self.seeds}  # (U, N) each
         self.targets = dataset.histories(split).targets  # (U,)
@@ -79,6 +79,16 @@ class RankingTask:
         self.sets = (
             TargetSets(*dataset.targets(split), self.seen, self.offsets) if dataset.has_several_targets else None
         )
+
+    def random_order(self) -> dict[str, dict[str, float]]:
+        """Return the means that a random order has, `candidates` and `full`: expectations, with nothing drawn."""
+        users = len(self.targets)
+        rivals = np.full(users, next(iter(self.negatives.values())).shape[1])
+        found = {
+            "candidates": metrics.expected_metrics(np.zeros(users, np.int64), rivals),
+            "full": metrics.random_order(self._items, self.targets, self.seen, self.offsets),
+        }
+        return {among: metrics.mean_over_users(of_users) for among, of_users in found.items()}
 
     def about_targets(self) -> dict[str, int]:
         """Return the key of metrics.json that tells how many targets there are, if users have several."""

@@ -80,7 +80,7 @@ def train(
     if len(vectors) < size:
         raise ConfigError(
             f"--codebook {size} and {len(vectors):,} vectors",
-            "at most one codeword for each vector",
+            "at most one codeword for each vector, better for every two",
             f"use --codebook {max(1, len(vectors) // 2)} or fewer",
         )
     rest = np.ascontiguousarray(vectors, np.float32).copy()

@@ -72,3 +72,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known name nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_FEW = 8  # names that a reader takes in at once
+
+
+def one_of(name: str, known: Iterable[str], lists_all: str) -> str:
+    """Return which names are known, for the part of an error that says what was expected.
+
+    Few names are all given. Of many it is the three most similar to `name`, and `lists_all`, where all of them stand.
+    """
+    names = list(known)
+    if len(names) <= _FEW:
+        return f"one of {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0)
+    return f"a known name; most similar are {', '.join(near)}, and {lists_all} lists all {len(names)}"

@@ -20,6 +20,15 @@ _KEYS = (
 )
 
 
+def size(count: float) -> str:
+    """Return a number of bytes in the largest unit of which there is one: `1.5 GiB`, `340.0 KiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
 def one_line(text: str) -> str:
     """Return text on one line, without terminal escapes and changes of direction: each run of them is a space."""
     return _CONTROLS.sub(" ", _encodable(text))

@@ -15,6 +15,7 @@ from vlm2rec.embedder.backbones.model_files import backbone_hash
 from vlm2rec.embedder.backbones.vision_cache import VisionCache
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
+from vlm2rec.embedder.contract.printable import size
 from vlm2rec.embedder.contract.storage import StorePath
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.progress import SILENT, Reporter
@@ -62,26 +63,39 @@ def use_vision_cache(
     except OSError as error:
         reporter.say(f"vision cache: {root} cannot be written ({error.strerror}); every run encodes all images again")
         return
-    images, expected = len(dataset.item_ids), _expected_bytes(dataset, encoder, cache)
+    images, expected = sum(bool(path) for path in dataset.image_paths), _expected_bytes(dataset, encoder, cache)
     missing = max(0, images - len(cache)) * expected // max(1, images)
-    where = f"{root} (it has {len(cache):,} images, {images:,} are wanted)"
     if missing > free / 2 or (setting == AUTO and expected > MOST_BYTES):
         reporter.say(
-            f"vision cache: {where} would need {_size(expected)}, but {_size(free)} are free: every run encodes all"
-            " images again. For a folder with more space, give --vision-cache DIR",
+            f"vision cache: off. The features of {images:,} images take about {size(expected)}, and {root} has"
+            f" {size(free)} of free space, so every run encodes all images again. For a folder with more space, give"
+            " --vision-cache DIR",
         )
         return
-    reporter.say(f"vision cache: about {_size(expected)} in {where}; --vision-cache off keeps none")
+    known = f"the features of {len(cache):,} images from earlier runs"
+    if len(cache) >= images:  # perhaps of other images; what is missing is added
+        reporter.say(f"vision cache: {root} has {known}, which are not encoded again")
+    elif len(cache):
+        reporter.say(
+            f"vision cache: {root} has {known}; of this dataset's {images:,} images, those that it lacks are added,"
+            f" about {size(expected)} in all"
+        )
+    else:
+        reporter.say(
+            f"vision cache: {root} keeps the features of {images:,} images, about {size(expected)}. Later runs with"
+            " this backbone, number format and image size do not encode them again. --vision-cache off keeps none"
+        )
     encoder.vision_cache = cache
 
 
 def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) -> int:
     """Estimate, from a few images, the size of the cache with all images of a dataset."""
-    count = len(dataset.item_ids)
+    paths = [path for path in dataset.image_paths if path]
+    count = len(paths)
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)
     sizes = []
     with closing(Readers(4, _PATIENCE)) as readers:
-        readings = [readers.ask(partial(size_of, dataset.image_root, dataset.image_paths[row])) for row in sample]
+        readings = [readers.ask(partial(size_of, dataset.image_root, paths[row])) for row in sample]
         for reading in readings:
             try:
                 length = encoder.backbone.image_length(*readers.take(reading))
@@ -89,7 +103,3 @@ def _expected_bytes(dataset: Dataset, encoder: ItemEncoder, cache: VisionCache) 
                 continue  # a broken image takes no space
             sizes.append(cache.image_bytes(length, encoder.backbone.image_layers))
     return round(count * float(np.mean(sizes))) if sizes else 0
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

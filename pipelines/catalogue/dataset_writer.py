@@ -106,7 +106,9 @@ def _require_untouched(sequences: Sequences, user_ids: pl.Series, num_items: int
             f"{short:,} of {len(sequences):,} users have interacted with so many of the {num_items:,} items that"
             f" fewer than {count} are left to draw from; user {user_ids[int(left.argmin())]!r} has {least} left",
             f"for every user, at least {count} items without an interaction of the user",
-            f"give --candidates {least} or less" if least else "add items: this user has interacted with every one",
+            f"give --candidates {least} or less{'; with fewer than 20, H@20 is 1 for every model' * (least < 20)}"
+            if least
+            else "add items: this user has interacted with every one",
         )
 
 

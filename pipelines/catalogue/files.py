@@ -47,6 +47,7 @@ from vlm2rec.pipelines.catalogue.times import Times, times_of
 TIME = "time"
 
 _FIRST_RECORDS = 100  # whose keys tell what a file of records holds
+_RATINGS = ("rating", "ratings", "rating_score", "overall", "score", "stars")
 # a JSON value that is no id reads so as text, and half of a character as NUL
 _ODD_ID = r"^(?:true$|false$|[\[{]|-?\d+\.\d)|\x00"
 
@@ -87,6 +88,7 @@ class Interactions:
     rows: int
     path: Path
     has_unit: bool  # the times are numbers of an unknown unit
+    rating: str | None = None  # a column of ratings that the file has, and that nothing reads
 
 
 # --- items --------------------------------------------------------------------------------------------------
@@ -292,7 +294,8 @@ def scan_interactions(path: Path, names: ColumnNames | None = None, *, scratch: 
         )
         rows = _count(frame, {USER_ID: user, ITEM_ID: item, TIME: time or ""}, path)
     require_all(path, records, rows)
-    return Interactions(frame, label, rows, path, times.has_unit)
+    rating = next((column for column in columns if column.strip().lower() in _RATINGS), None)
+    return Interactions(frame, label, rows, path, times.has_unit, rating if rating not in needed else None)
 
 
 def _interaction_columns(columns: list[str], names: ColumnNames, kind: Kind) -> tuple[str, str, str | None, str]:

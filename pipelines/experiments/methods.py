@@ -17,7 +17,7 @@ from typing import Any, Literal
 from vlm2rec.downstream.multimodal.recipes import is_read
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
-from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean
+from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean, one_of
 from vlm2rec.embedder.training.recipes import METHODS, unread
 from vlm2rec.pipelines import config as settings
 from vlm2rec.pipelines import read_config
@@ -53,6 +53,7 @@ QUICK: Json = {
 }
 QUICK_SEEDS = (0, 1)
 QUICK_TRIALS = 2
+_LISTS_ALL = "docs/study.md"
 _NO_GRADIENTS: Json = {"gradient_steps": 0}  # Fig. 1b shows the main methods, not the grids
 
 
@@ -222,7 +223,7 @@ def _merge(layers: Iterable[Json], where: str) -> Json:
                 near = did_you_mean(key, known)
                 raise ConfigError(
                     f"unknown key {key!r} in {where}{near}",
-                    f"one of {', '.join(sorted(known))}",
+                    one_of(key, sorted(known), _LISTS_ALL),
                     "correct or remove it in the YAML",
                 )
             before = merged.get(key)
@@ -247,12 +248,12 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     """Return `cls(**values)` with every value checked; lists become tuples."""
     if not isinstance(values, dict):
         raise ConfigError(f"{values!r} as {where}", "a mapping of settings", "correct the YAML")
-    known = [f.name for f in dataclasses.fields(cls)]
+    known, command = [f.name for f in dataclasses.fields(cls)], read_config.command_of(cls)
     for key in values:
         if key not in known:
             raise ConfigError(
                 f"unknown setting {key!r} for {where}{did_you_mean(key, known)}",
-                f"one of {', '.join(known)}",
+                one_of(key, known, f"`{command} --help`" if command else _LISTS_ALL),
                 "correct or remove it in the YAML",
             )
     return read_config.read_config(cls, flags=values)
