@@ -18,6 +18,7 @@ from vlm2rec.embedder.backbones.backbone import ImageFeatures
 from vlm2rec.embedder.contract import publish
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.contract.printable import size
 from vlm2rec.embedder.contract.storage import free_bytes
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import IMAGES_AT_ONCE, ItemFeatures
@@ -95,13 +96,13 @@ def measured(
     left = max(0, steps - (0 if begun is None else int(begun.name.rpartition("-")[2])))
     device, weights = model.encoder.backbone.device, [*model.parameters(), *model.buffers()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    size = min(settings.batch_size, len(samples))
+    count = min(settings.batch_size, len(samples))
     samples.set_epoch(0)
     order = np.random.default_rng([settings.seed, 7]).permutation(len(samples))
-    batch = [samples[int(place)] for place in order[:size]]
+    batch = [samples[int(place)] for place in order[:count]]
     longest = sorted((samples[int(place)] for place in order[:_LOOKED_AT]), key=_length, reverse=True)[:2]
     chunk, model.chunk_users = model.chunk_users, 0
-    at_once = min(size, chunk) if chunk else size
+    at_once = min(count, chunk) if chunk else count
     with rehearsal(model, settings, steps) as step:
         with memory.counted(device, weights) as encoding:
             step(longest[:1], False)
@@ -115,13 +116,13 @@ def measured(
             activations.append(found.peak)
         one = _seconds(device, lambda: step(longest[:1], True))
         model.chunk_users, items.images = chunk, 0
-        whole = one * size <= _PATIENCE
+        whole = one * count <= _PATIENCE
         tokens = _Tokens()
         with tokens.of(model):
             step(batch if whole else batch[:1], False)
         images = items.images
-        seconds = _seconds(device, lambda: step(batch, True)) if whole else one * size
-    per_batch = 1 if whole else size
+        seconds = _seconds(device, lambda: step(batch, True)) if whole else one * count
+    per_batch = 1 if whole else count
     first, more = activations[0], max(0, activations[1] - activations[0]) if len(longest) > 1 else activations[0]
     held, adapter = memory.bytes_of(weights), memory.bytes_of(trained)
     vision = encoding.peak * min(IMAGES_AT_ONCE, images * per_batch) // seen if seen else 0
@@ -131,7 +132,7 @@ def measured(
         "samples": len(samples),
         "steps": steps,
         "steps_left": left,
-        "batch": size,
+        "batch": count,
         "at_once": at_once,
         "tokens": tokens.count * per_batch,
         "images": images * per_batch,
@@ -147,7 +148,7 @@ def measured(
         "memory": fixed + first + (at_once - 1) * more,
         "step_seconds": seconds,
         "seconds": seconds * left,
-        "seconds_from": size if whole else 1,
+        "seconds_from": count if whole else 1,
         "disk_bytes": _WRITTEN * adapter,
         "free_bytes": free_bytes(out),
         "device": str(device),
@@ -168,13 +169,13 @@ def described(found: Mapping[str, Any]) -> dict[str, object]:
         "a step": f"about {found['tokens']:,} tokens and {found['images']:,} images",
         "parameters": f"{found['parameters']:,}, of which {found['trained']:,} are trained",
         "time": f"about {_clock(found['seconds'])} ({timed}), validation not counted",
-        "weights": f"{_gib(found['weights'])}; optimizer {_gib(found['optimizer'])} (computed)",
-        "activations": f"{_gib(found['first'])} for the longest history, {_gib(found['more'])} for each further one",
-        "images": f"{_gib(found['vision'])} while they are encoded, {_gib(found['features'])} for kept features",
-        "memory": f"about {_gib(found['memory'])} with {found['at_once']} at once, counted in {found['dtype']} on"
+        "weights": f"{size(found['weights'])}; optimizer {size(found['optimizer'])} (computed)",
+        "activations": f"{size(found['first'])} for the longest history, {size(found['more'])} for each further one",
+        "images": f"{size(found['vision'])} while they are encoded, {size(found['features'])} for kept features",
+        "memory": f"about {size(found['memory'])} with {found['at_once']} at once, counted in {found['dtype']} on"
         f" {found['device']}",
         "at once on": "; ".join(fits),
-        "disk": f"about {_gib(found['disk_bytes'])} for checkpoints, {_gib(found['free_bytes'])} free",
+        "disk": f"about {size(found['disk_bytes'])} for checkpoints, {size(found['free_bytes'])} free",
     }
 
 
@@ -207,10 +208,6 @@ def _seconds(device: torch.device, act: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _clock(seconds: float) -> str:
