@@ -94,7 +94,8 @@ def train(
             min_points_per_centroid=1,
             max_points_per_centroid=len(rest),  # FAISS would draw a sample of its own
         )
-        means.train(rest)
+        start = _means_of_groups(rest, size, seed + level) if level and not balanced else None
+        means.train(rest, init_centroids=start)
         words = np.asarray(means.centroids, np.float32).reshape(size, -1)
         for _ in range(_BALANCED_ROUNDS if balanced else 0):
             codes = assign_evenly(distances(rest, words))
@@ -106,6 +107,18 @@ def train(
         rest -= words[codes]
         codewords[level] = words
     return Codebook(codewords)
+
+
+def _means_of_groups(rest: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Return where k-means starts on what an earlier level left over, (size, d): the means of as many random groups.
+
+    Single vectors would be bad starts. What is left over points everywhere and its length varies: nearly all vectors
+    are nearest to the shortest start, and most other codewords keep one vector each.
+    """
+    group = np.random.default_rng(seed).permutation(len(rest)) % size
+    order = np.argsort(group, kind="stable")
+    sums = np.add.reduceat(rest[order], np.searchsorted(group[order], np.arange(size)), axis=0)
+    return np.asarray(sums / np.bincount(group)[:, None], np.float32)
 
 
 def distances(vectors: np.ndarray, words: np.ndarray) -> np.ndarray:
