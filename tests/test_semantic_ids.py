@@ -72,11 +72,11 @@ def test_every_level_tells_more_and_ten_words_tell_ten_clouds(tmp_path: Path) ->
 
 
 def test_later_levels_use_all_their_codewords_where_vectors_point_everywhere() -> None:
-    vectors = np.random.default_rng(0).normal(size=(2000, 96)).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(600, 384)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    codes = codebooks.train(vectors, 3, 32, seed=0).encode(vectors)
-    for level in range(3):
-        assert np.bincount(codes[:, level], minlength=32).max() < 4 * 2000 / 32
+    codes = codebooks.train(vectors, 3, 64, seed=0).encode(vectors)
+    for level in range(3):  # with single vectors to start from, one of 64 codewords gets half of the items
+        assert np.bincount(codes[:, level]).max() < 3 * 600 / 64
 
 
 def test_the_table_is_what_brute_force_finds(embeddings: Path, tmp_path: Path) -> None:
