@@ -1,4 +1,4 @@
-"""`vlm2rec demo`: the whole line on a drawn catalogue. A page of neighbours comes early, the whole page at the end.
+"""`vlm2rec demo`: the whole pipeline on a drawn catalogue. A page of neighbours comes early, the whole page at the end.
 
 The demo is a study with one seed. It has three methods and one recommender, with `--full` four and two.
 """
@@ -118,7 +118,7 @@ def _what_it_shows(config: DemoConfig) -> str:
             f"  vlm2rec demo --full --out {shlex.quote(str(config.out))}    SFT and GRU4Rec too; continues from here\n"
         )
     return (
-        f"{shown}\nTry:\n{more}  vlm2rec init    for your own catalogue: writes the settings of the whole line, which"
+        f"{shown}\nTry:\n{more}  vlm2rec init    for your own catalogue: writes the settings of the pipeline, which"
         " `vlm2rec run` runs"
     )
 

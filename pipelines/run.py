@@ -1,4 +1,4 @@
-"""`vlm2rec run`: the whole line, stage by stage, from one YAML file. What is done is skipped.
+"""`vlm2rec run`: the whole pipeline, stage by stage, from one YAML file. What is done is skipped.
 
 Each command knows by itself whether its output is complete, and goes on or refuses in its own words. A record beside
 the YAML holds what the output folders do not say: the settings of `prepare`, `evaluate` and `build-index`, the state
