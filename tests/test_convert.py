@@ -185,6 +185,7 @@ def test_cornac_gets_a_row_of_every_item_and_refuses_to_leave_one_out(holed: Pat
 
 # --- RecBole ----------------------------------------------------------------------------------------------------
 def test_recbole_preloads_the_vector_of_each_of_its_items(holed: Path, tmp_path: Path) -> None:
+    compat.require_recbole()
     from recbole.data import create_dataset
 
     plain = [item for item in ITEMS if not set(item) & set('\t\n"')]  # RecBole's own .inter cannot hold the others
