@@ -96,12 +96,11 @@ def run(config: FinetuneConfig) -> Training | dict[str, Any] | None:
 
 def _dry_run(config: FinetuneConfig, dataset: Dataset) -> dict[str, Any]:
     """Do what comes before the first step, and a step; print what the training would take, and return it."""
+    recipe = METHODS[config.method]
     samples = _samples(config, dataset)
     encoder, licence = _load(config)
     items = finetune_dry_run.SeenItems(dataset, encoder)
-    model = METHODS[config.method].model(
-        config, encoder, METHODS[config.method].adapter(config, encoder.backbone), items
-    )
+    model = recipe.model(config, encoder, recipe.adapter(config, encoder.backbone), items)
     _validation(config, dataset, encoder, items)
     make_probe(config, dataset, encoder)
     begun = None if not config.resume else checkpoints.newest_named(config.out / CHECKPOINTS)
@@ -408,9 +407,8 @@ def _is_finished(config: FinetuneConfig) -> bool:
             found = f"--out {config.out} is an adapter that import-adapter wrote"
             raise ConfigError(found, "a folder of an earlier finetune, or a new one", "choose another --out")
         _refuse_change(config, adapter["config"])
-        if (
-            distributed.is_main() and not config.dry_run and _run_of(config)
-        ):  # killed after its last file, before it had removed these
+        writes = distributed.is_main() and not config.dry_run
+        if writes and _run_of(config):  # killed after its last file, before it had removed these
             checkpoints.discard(folder)
         return True
     if (folder / RUN_FILE).is_file():

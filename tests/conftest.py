@@ -98,7 +98,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if len(sys.modules) > _frozen_modules + 20:
         _freeze()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.is_anomaly_enabled():  # importing RecBole turns it on: all that follows takes twice
+    if torch is not None and torch.is_anomaly_enabled():  # importing RecBole turns it on, and training takes ten times
         torch.autograd.set_detect_anomaly(False)
 
 

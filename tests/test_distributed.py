@@ -99,8 +99,11 @@ def saved(settings: dict[str, Any], file: str = "curves.json") -> Any:
     return json.loads((Path(settings["out"]) / file).read_text())
 
 
-def assert_alike(found: Curves, expected: Curves) -> None:
-    for kind, within in {"train": 1e-6, "valid": 0.0, "gradients": 1e-4, "probe": 1e-5}.items():
+def assert_alike(
+    found: Curves, expected: Curves, kinds: Sequence[str] = ("train", "valid", "gradients", "probe")
+) -> None:
+    for kind in kinds:
+        within = {"train": 1e-6, "valid": 0.0, "gradients": 1e-4, "probe": 1e-5}[kind]
         assert [row["step"] for row in found[kind]] == [row["step"] for row in expected[kind]]
         for row, other in zip(found[kind], expected[kind], strict=True):
             assert row.keys() == other.keys()

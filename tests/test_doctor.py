@@ -71,6 +71,17 @@ def test_a_torchvision_that_does_not_fit_torch_is_found(tmp_path: Path, monkeypa
     assert "pip uninstall torchvision" in check.advice
 
 
+@pytest.mark.slow
+def test_the_command_ends_with_exit_code_7_where_torchvision_does_not_fit_torch(tmp_path: Path) -> None:
+    fake_package(tmp_path, "torchvision", "0.25.0", "raise RuntimeError('operator torchvision::nms does not exist')\n")
+    result = run_doctor(PYTHONPATH=str(tmp_path))
+    assert result.returncode == 7
+    assert status_of(result.stdout)["torchvision"] == "fail"
+    assert "operator torchvision::nms does not exist" in result.stdout
+    assert "pip uninstall torchvision" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 def test_a_recbole_that_does_not_import_is_a_warning_with_the_command_that_mends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -410,10 +410,10 @@ def test_another_search_is_made_again_on_request(tiny: Tiny, finished: Path, tmp
     out, before = folder / "study", marks(folder / "study")
     chosen = choice(out)
     keys = {"search": SELECT["search"] | {"grid": {"tau_wpcl": [0.07, 1.5]}}}
-    flags = {"redo": True, "analyses": ("main",), "methods": ("SFT", "vanilla"), "seeds": (0,)}
+    flags = {"redo": True, "analyses": ("main",), "methods": ("SFT", "vanilla")}
     study.run(select(tiny, finished / "data", folder, flags, **keys))
     changed = {name for name, mark in marks(out).items() if mark != before[name]}
-    steps = [f"seed-0/{step}" for step in ("adapter", "embeddings", "evaluate")]
+    steps = [f"seed-{seed}/{step}" for seed in (0, 1) for step in ("adapter", "embeddings", "evaluate")]
     assert changed == {f"sft/{step}" for step in ("trial-1/adapter", "trial-2/adapter", *steps)}
     assert choice(out)["SFT"]["settings"] != chosen["SFT"]["settings"]
     assert not (out / "vlm2rec" / "trial-1" / "adapter").exists()  # its search is another one too, and it waits for it

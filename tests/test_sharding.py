@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import test_distributed
 import torch
 from children import Forked
 
@@ -116,14 +117,7 @@ def two(settings: Settings, out: Path, sharding: str = "fsdp") -> Settings:
 def assert_alike(out: Path, expected: Path) -> None:
     """Two runs saw the same users in the same order, and learned the same but for rounding."""
     curves, others = (json.loads((folder / "curves.json").read_text()) for folder in (out, expected))
-    for kind, within in {"train": 1e-6, "valid": 0.0}.items():
-        assert [row["step"] for row in curves[kind]] == [row["step"] for row in others[kind]]
-        for row, other in zip(curves[kind], others[kind], strict=True):
-            assert row.keys() == other.keys()
-            for name in row.keys() - {"seconds", "grad_norm"}:
-                assert row[name] == pytest.approx(other[name], abs=within), (kind, name, row["step"])
-            if kind == "train":
-                assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), row["step"]
+    test_distributed.assert_alike(curves, others, ("train", "valid"))
     weights, theirs = (safetensors.torch.load_file(folder / lora.WEIGHTS_FILE) for folder in (out, expected))
     assert weights.keys() == theirs.keys()
     for name, tensor in weights.items():

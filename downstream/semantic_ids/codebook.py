@@ -98,11 +98,7 @@ def train(
         means.train(rest, init_centroids=start)
         words = np.asarray(means.centroids, np.float32).reshape(size, -1)
         for _ in range(_BALANCED_ROUNDS if balanced else 0):
-            codes = assign_evenly(distances(rest, words))
-            counts = np.bincount(codes, minlength=size)
-            sums = np.zeros_like(words)
-            np.add.at(sums, codes, rest)
-            words = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], words)
+            words = _means(rest, assign_evenly(distances(rest, words)), words)
         codes = assign_evenly(distances(rest, words)) if balanced else distances(rest, words).argmin(axis=1)
         rest -= words[codes]
         codewords[level] = words
@@ -115,10 +111,16 @@ def _means_of_groups(rest: np.ndarray, size: int, seed: int) -> np.ndarray:
     Single vectors would be bad starts. What is left over points everywhere and its length varies: nearly all vectors
     are nearest to the shortest start, and most other codewords keep one vector each.
     """
-    group = np.random.default_rng(seed).permutation(len(rest)) % size
-    order = np.argsort(group, kind="stable")
-    sums = np.add.reduceat(rest[order], np.searchsorted(group[order], np.arange(size)), axis=0)
-    return np.asarray(sums / np.bincount(group)[:, None], np.float32)
+    groups = np.random.default_rng(seed).permutation(len(rest)) % size
+    return _means(rest, groups, np.zeros((size, rest.shape[1]), np.float32)).astype(np.float32)
+
+
+def _means(rest: np.ndarray, codes: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Return the mean of the vectors with each code, (K, d); that of a code without any is its word."""
+    counts = np.bincount(codes, minlength=len(words))
+    sums = np.zeros_like(words)
+    np.add.at(sums, codes, rest)
+    return np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], words)
 
 
 def distances(vectors: np.ndarray, words: np.ndarray) -> np.ndarray:
