@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from vlm2rec.downstream.evaluation.metrics import bound_check, tail_users
+from vlm2rec.downstream.evaluation.metrics import bound_check, expected_metrics, tail_users
 from vlm2rec.downstream.evaluation.protocol import PAIRS, SAME_VIEW, item_frequency
 from vlm2rec.downstream.evaluation.statistics import compare, holm, spread
 from vlm2rec.embedder.contract import schema
@@ -707,9 +706,8 @@ def print_tables(out: Path) -> None:
 
 def random_floor(metric: str, candidates: int) -> float:
     """Return the expected `H@k` or `N@k` of a random order of this many candidates."""
-    kind, _, cutoff = metric.partition("@")
-    ranks = range(1, min(int(cutoff), candidates) + 1)
-    return sum(1.0 if kind == "H" else 1 / math.log2(rank + 1) for rank in ranks) / candidates
+    cutoff = int(metric.partition("@")[2])
+    return float(expected_metrics(np.zeros(1, np.int64), np.array([candidates - 1]), [cutoff])[metric][0])
 
 
 def _cell(rows: pl.DataFrame, task: int, model: str | None, fixed: bool) -> str:
