@@ -27,17 +27,13 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from drawn_lora import draw_lora
 from pretrained_backbone import PATCHES, WIDTH, language_model, save, vision_config
+from training_step import build
 
-from vlm2rec.embedder.adapters.lora import add_lora
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
-from vlm2rec.embedder.encoders.item_features import ItemFeatures
-from vlm2rec.embedder.training.losses import VLM2RecObjective
-from vlm2rec.embedder.training.vlm2rec import HistoryModel
 
-USERS, HISTORY, ITEMS, TIMES = 8, 10, 64, 2
+ITEMS, TIMES = 64, 2
 
 
 def least(work: Callable[[], Any]) -> float:
@@ -72,12 +68,7 @@ def measure(folder: Path, data: Path, dtype: str) -> tuple[float, float, float]:
         with Image.open(dataset.image_root / dataset.image_paths[row]) as opened:
             pictures.append(opened.convert("RGB"))
     item = least(lambda: encoder.encode_items(titles, pictures)) / len(known)
-    wrapped = add_lora(encoder.backbone, 16, 32.0, 0.0, 0)
-    draw_lora(wrapped, "lora_B", 0.01, seed=1)
-    model = HistoryModel(encoder, wrapped, ItemFeatures(dataset, encoder), VLM2RecObjective(), 0.1)
-    sequences = dataset.train_sequences()[:USERS]
-    histories = [[int(row) for row in items[-HISTORY - 1 : -1]] for items in sequences]
-    targets = torch.tensor([int(items[-1]) for items in sequences])
+    model, histories, targets = build(encoder, dataset)
     model.items.features([[*history, int(t)] for history, t in zip(histories, targets, strict=True)])
 
     def step() -> None:

@@ -71,10 +71,8 @@ def write_dataset(folder: Path, titles: list[str], pictures: list[Image.Image]) 
     )
 
 
-def build(folder: Path) -> tuple[HistoryModel, list[list[int]], torch.Tensor]:
+def build(encoder: ItemEncoder, dataset: Dataset) -> tuple[HistoryModel, list[list[int]], torch.Tensor]:
     """Return the model, with LoRA matrices that are not zero, and one batch."""
-    encoder = ItemEncoder.load(str(folder / "model"), dtype="float32", device="cpu")
-    dataset = Dataset(folder / "data")
     wrapped = add_lora(encoder.backbone, 16, 32.0, 0.0, 0)
     draw_lora(wrapped, "lora_B", 0.01, seed=1)
     model = HistoryModel(encoder, wrapped, ItemFeatures(dataset, encoder), VLM2RecObjective(), 0.1)
@@ -115,11 +113,11 @@ def naive_loss(model: HistoryModel, dataset: Dataset, histories: list[list[int]]
 def measure(way: str, folder: Path) -> dict[str, float]:
     """Run a few steps one way; returns CPU-seconds of a step, the peak of this process and the loss."""
     torch.set_num_threads(1)
-    model, histories, targets = build(folder)
+    encoder, dataset = ItemEncoder.load(str(folder / "model"), dtype="float32", device="cpu"), Dataset(folder / "data")
+    model, histories, targets = build(encoder, dataset)
     model.eval()
     if way == "vlm2rec":
         model.items.features([[*history, int(t)] for history, t in zip(histories, targets, strict=True)])
-    dataset = Dataset(folder / "data")
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(STEPS):
