@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 export TOKENIZERS_PARALLELISM := false
+# Compiled modules are kept even where the shell says no: or each command that a test starts compiles all it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo study test test-faults test-nightly lint types bench docs clean
 

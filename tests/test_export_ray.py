@@ -179,7 +179,12 @@ class TestRay:
         assert len(ItemIndex.open(tmp_path / "index")) == Dataset(tmp_path / "data").catalogue_size
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-    def test_an_encoder_works_inside_map_batches(self, cluster: Any, tiny: Callable[[str], Path]) -> None:
+    def test_an_encoder_works_inside_map_batches(
+        self, cluster: Any, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Ray's own thread asks for metrics as long as the process lives, and fails. Its traceback is parsed by `ast`, which
+        # in Python 3.11 breaks an `ast.parse` of a later test that it interrupts.
+        monkeypatch.setenv("RAY_DATA_USAGE_DISABLED", "1")
         encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
 
         def encode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
