@@ -182,7 +182,7 @@ class TestRay:
     def test_an_encoder_works_inside_map_batches(
         self, cluster: Any, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # Ray's own thread asks for metrics as long as the process lives, and fails. Its traceback is parsed by `ast`, which
+        # A thread of Ray asks for metrics until the process ends, and fails. Its traceback is made with `ast`, which
         # in Python 3.11 breaks an `ast.parse` of a later test that it interrupts.
         monkeypatch.setenv("RAY_DATA_USAGE_DISABLED", "1")
         encoder = ItemEncoder.load(str(tiny("qwen2_5_vl")), dtype="float32", device="cpu")
