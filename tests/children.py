@@ -22,7 +22,7 @@ CHILDREN.set_forkserver_preload(
     [
         *("vlm2rec.pipelines.cli", "vlm2rec.pipelines.finetune", "vlm2rec.pipelines.export_items"),
         *("vlm2rec.pipelines.evaluate", "vlm2rec.pipelines.train_recommender", "vlm2rec.pipelines.build_index"),
-        *("vlm2rec.pipelines.search", "vlm2rec.pipelines.prepare", "vlm2rec.pipelines.verify"),
+        *("vlm2rec.pipelines.recommend", "vlm2rec.pipelines.prepare", "vlm2rec.pipelines.verify"),
         *("faiss", "s3fs", "pytest"),
     ]
 )
