@@ -239,7 +239,6 @@ def test_what_has_changed_is_refused_and_what_failed_is_made_again(tmp_path: Pat
     assert content(store / "new") == content(store)
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_any_number_of_workers_makes_the_same_folder(data: Dataset, whole: Path, store: StorePath) -> None:
     assert make(data, store, distribution=Distribution(num_workers=2, worker=1)) is None
     assert "_part-00001.json" in names(store) and "_part-00000.json" not in names(store)
