@@ -37,10 +37,7 @@ def test_the_rivals_are_run_only_on_request_beside_their_ablations() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    "method",
-    ["llmemb", pytest.param("llm2rec", marks=pytest.mark.slow), pytest.param("notellm2", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("method", list(TRAINED))
 def test_a_rival_stands_beside_vlm2rec_in_both_tasks(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, method: str
 ) -> None:
