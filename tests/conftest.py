@@ -100,7 +100,7 @@ def pytest_collection_finish() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Keep what tests have imported, and what a file has left, out of it too: every training collects garbage."""
+    """Do the same for what tests have imported and what a file leaves behind: every training collects garbage."""
     yield
     if len(sys.modules) > _frozen_modules + 20 or nextitem is None or nextitem.path != item.path:
         _freeze()

@@ -125,7 +125,7 @@ def _export_and_die(folder: Path, out: str, moment: int) -> None:
     make(Dataset(folder), location(out))
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_before_any_of_its_changes_the_same_command_finishes_it(
     data: Dataset, whole: Path, store: StorePath, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
