@@ -20,3 +20,5 @@ Positions = Literal["last", "all"]
 """Which positions of a training row a sequential recommender learns: the last one of every prefix, or all at once."""
 Softmax = Literal["full", "sampled"]
 """Which items the loss of a sequential recommender counts: all of them, or some that are drawn for each step."""
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""How exact the matrix products of a training are, as in `torch.set_float32_matmul_precision`."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from vlm2rec.downstream.multimodal.recipes import MODELS as MULTIMODAL
-from vlm2rec.downstream.options import Adapter, Fuse, Positions, Repeats, Softmax, StartMode, TailOver
+from vlm2rec.downstream.options import Adapter, Fuse, MatmulPrecision, Positions, Repeats, Softmax, StartMode, TailOver
 from vlm2rec.embedder.contract.storage import Location, StorePath, location
 from vlm2rec.embedder.options import (
     Alignment,
@@ -1057,6 +1057,12 @@ class TrainRecommenderConfig:
     )
     samples: Positive = setting(
         "With --softmax sampled: number of items that are drawn for a step.", 4096, group=TRAINING
+    )
+    matmul_precision: MatmulPrecision = setting(
+        "SASRec, GRU4Rec, BERT4Rec: how exact the matrix products of a training have to be. highest: float32; high:"
+        " TF32 will do; medium: bfloat16 factors will do. The device takes what is fastest.",
+        "highest",
+        group=TRAINING,
     )
     learning_rate: PositiveFloat = setting(
         "Learning rate of AdamW; of Adam for VBPR, FREEDOM, LATTICE and SLMRec.", 1e-3

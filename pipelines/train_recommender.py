@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm2rec.downstream.multimodal import recipes
 from vlm2rec.downstream.multimodal import settings as multimodal
-from vlm2rec.downstream.recbole import plugin, softmax, windows
+from vlm2rec.downstream.recbole import plugin, precision, softmax, windows
 from vlm2rec.downstream.recbole.run import Settings, ignored_settings, needs_no_negatives, read_settings
 from vlm2rec.downstream.recbole.run import run as train
 from vlm2rec.downstream.recommender import (
@@ -187,6 +187,8 @@ def chosen_settings(config: TrainRecommenderConfig, model: str, theirs: Mapping[
         settings[softmax.KEY] = config.softmax
     if "samples" in changed:
         settings[softmax.SAMPLES] = config.samples
+    if "matmul_precision" in changed:
+        settings[precision.KEY] = config.matmul_precision
     if "missing" in changed:
         settings[plugin.MISSING] = config.missing
     if "adapter" in changed:

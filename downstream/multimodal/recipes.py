@@ -83,7 +83,7 @@ OWN = frozenset(name for recipe in MODELS.values() for name in recipe.own)
 
 SEQUENTIAL_ONLY = (
     *("column", "adapter", "pca", "config", "dropout", "fuse", "id_dropout", "positions"),
-    *("softmax", "samples"),
+    *("softmax", "samples", "matmul_precision"),
     *("align_with", "align_weight", "align_tau"),
 )
 """Settings of `train-recommender` that the sequential models alone read."""

@@ -30,7 +30,7 @@ import yaml
 from vlm2rec.downstream import recommender
 from vlm2rec.downstream.evaluation.protocol import rank_scorer
 from vlm2rec.downstream.options import TailOver
-from vlm2rec.downstream.recbole import compat, plugin, softmax, windows
+from vlm2rec.downstream.recbole import compat, plugin, precision, softmax, windows
 from vlm2rec.downstream.recbole.alignment import ITEMS, Alignment, hash_of
 from vlm2rec.downstream.recommender import CHECKPOINT_FILE, WRITER, Epoch, NoWatcher, Outcome, TrainingLog, Watcher
 from vlm2rec.embedder.contract import publish, schema
@@ -158,6 +158,7 @@ def _check(settings: Mapping[str, Any], folder: Dataset | None) -> None:
     plugin.read_flag(settings)
     windows.read_positions(settings, has_folder=folder is not None)
     softmax.read_samples(settings)
+    precision.read_precision(settings)
     compat.refuse_pickles(settings)
     if folder is None and settings.get("dataset") is None:
         raise ConfigError(
@@ -296,7 +297,8 @@ def _train(config: Any, folder: Dataset | None, out: Path, watcher: Watcher) -> 
     trainer.items = hash_of(plugin.item_tokens(dataset))
     watcher.begin(trainer.epochs, len(train_data), config["valid_metric"])
     begin = time.perf_counter()
-    trainer.fit(train_data, valid_data, show_progress=False)
+    with precision.multiplying(precision.read_precision(config.final_config_dict)):
+        trainer.fit(train_data, valid_data, show_progress=False)
     training_log.seconds = time.perf_counter() - begin
     model.load_state_dict(recommender.load_weights(out / CHECKPOINT_FILE, config["device"]))
     figures = trainer.evaluate(test_data, load_best_model=False) or {}
@@ -403,6 +405,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "model": config["model"],
         "positions": "all" if windows.is_set(config.final_config_dict) else "last",
         **_sampling(settings),
+        "matmul_precision": precision.read_precision(settings),
         "start": "id" if start is None else start.column,
         "mode": None if start is None else start.mode,
         "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
