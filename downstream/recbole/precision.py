@@ -2,10 +2,10 @@
 
     train_matmul_precision: medium    # highest: float32 throughout. The default
 
-The choices are those of `torch.set_float32_matmul_precision`: what a product has to keep at least. `high` allows factors
-rounded to TensorFloat32, which recent GPUs multiply several times as fast. `medium` allows bfloat16, which processors
-with AMX multiply faster. A device that gains nothing by it keeps float32. On a CPU `medium` also has oneDNN multiply in
-place of MKL: on AMD processors with AVX-512 it takes half the time, in float32. Weights and sums stay float32.
+The choices are those of `torch.set_float32_matmul_precision`: what a product has to keep at least. `high` allows
+factors rounded to TensorFloat32, which recent GPUs multiply several times as fast. `medium` allows bfloat16, which
+processors with AMX multiply faster. A device that gains nothing by it keeps float32. On a CPU `medium` also has oneDNN
+multiply in place of MKL: on AMD processors with AVX-512 it takes half the time, in float32. Weights and sums stay so.
 
 Only training and its validation are affected. The figures of a run are always computed in float32.
 """
