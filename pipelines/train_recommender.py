@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlm2rec.downstream.multimodal import recipes
 from vlm2rec.downstream.multimodal import settings as multimodal
 from vlm2rec.downstream.recbole import plugin, precision, softmax, windows
@@ -26,6 +28,7 @@ from vlm2rec.downstream.recommender import (
     Epoch,
     Outcome,
 )
+from vlm2rec.embedder.backbones.devices import speed_up_float32
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
@@ -100,6 +103,8 @@ def _trained(
     run: Callable[..., Outcome], config: TrainRecommenderConfig, folder: Dataset | None, by_prefix: bool = False
 ) -> dict[str, Any]:
     """Run a training with its progress on stderr, print the summary, and return the content of metrics.json."""
+    if folder is not None:  # without one, figures are RecBole's own to the last bit
+        speed_up_float32(torch.device("cpu"))
     with _Display(config.out, by_prefix) as display:
         outcome = run(
             out=config.out,

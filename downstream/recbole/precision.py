@@ -41,9 +41,13 @@ def read_precision(settings: Mapping[str, Any]) -> MatmulPrecision:
 
 @contextmanager
 def multiplying(precision: MatmulPrecision) -> Iterator[None]:
-    """Let all float32 matrix products of this process have a precision, and give them back the one they had."""
+    """Let the float32 matrix products of this process be less exact, and give them back the precision they had.
+
+    `highest` changes nothing: a process may have chosen a faster library for float32.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    if precision != "highest":
+        torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

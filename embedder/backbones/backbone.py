@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from vlm2rec.embedder.backbones import modality, packing, quantized, sharding
-from vlm2rec.embedder.backbones.devices import IMAGES_AT_ONCE, in_halves, onto, pick_device, pick_dtype, quiet
+from vlm2rec.embedder.backbones.devices import (
+    IMAGES_AT_ONCE,
+    in_halves,
+    onto,
+    pick_device,
+    pick_dtype,
+    quiet,
+    speed_up_float32,
+)
 from vlm2rec.embedder.backbones.families import checked_files, image_tokens, load_processor, neutralise
 from vlm2rec.embedder.backbones.model_files import UNLOADABLE, Source, first_line
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout, Prefix, common_start
@@ -148,6 +156,7 @@ class Backbone:
             render(("",), prompt_mode, processor)  # a template that fails is refused before the weights are read
         target_device = device if isinstance(device, torch.device) else pick_device(device)
         number = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, target_device)
+        speed_up_float32(target_device)
         text_only = processor.family.text_only
         loader = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         try:

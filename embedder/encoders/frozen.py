@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet, speed_up_float32
 from vlm2rec.embedder.backbones.families import neutralise, read_model_config
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.contract import schema
@@ -257,6 +257,7 @@ def load_frozen(
         text = load_frozen(encoder, pooling=pooling, dtype=dtype, device=device, token_budget=token_budget)
         return PairEncoder(text, load_frozen(image_encoder, dtype=dtype, device=device), settings)
     target_device = pick_device(device)
+    speed_up_float32(target_device)
     inner = resolve_kind(encoder, encoder_kind)[1]
     model = _load_model(inner, _pick_dtype(dtype, target_device), target_device)
     if settings["source"] == IMAGE:
