@@ -147,8 +147,8 @@ def _finetune(config: FinetuneConfig, dataset: Dataset) -> Training:
         encoder.shard(pick_device(config.device))
     model = recipe.model(config, encoder, wrapped, items)
     _begin(config)
-    validate = _validation(config, dataset, encoder, items)
     with progress(f"finetune {recipe.title(config)}", None) as advance:
+        validate = _validation(config, dataset, encoder, items, lambda text: advance(0, description=text))
         training = train(
             model,
             samples,
@@ -501,9 +501,16 @@ def _remember_run(config: FinetuneConfig, publishing: bool) -> None:
 
 
 def _validation(
-    config: FinetuneConfig, dataset: Dataset, encoder: ItemEncoder, items: ItemFeatures
+    config: FinetuneConfig,
+    dataset: Dataset,
+    encoder: ItemEncoder,
+    items: ItemFeatures,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that ranks the validation items of (a sample of) the users among candidates."""
+    """Return a function that ranks the validation items of (a sample of) the users among candidates.
+
+    It says through `tell` how far it is.
+    """
     histories = dataset.histories("valid")
     users = np.arange(len(histories))
     if 0 < config.valid_users < len(users):
@@ -520,8 +527,13 @@ def _validation(
     sequences = [histories.of(int(user)).tolist() for user in users]
 
     def validate() -> dict[str, float]:
-        user_vectors = encode_users_together(encoder, items, sequences)[schema.FUSED]
-        item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows])[schema.FUSED]
+        def told(of: str) -> Callable[[float], None]:
+            return lambda share: tell(f"validation, {share:.0%} of {of}")
+
+        users_told, items_told = told(f"{len(sequences):,} users"), told(f"{len(rows):,} items")
+        users_told(0)
+        user_vectors = encode_users_together(encoder, items, sequences, users_told)[schema.FUSED]
+        item_vectors = encode_rows_together(encoder, items, [[int(row)] for row in rows], items_told)[schema.FUSED]
         scores = candidate_scores(unit_rows(user_vectors), unit_rows(item_vectors), index[:, 0], index[:, 1:])
         return rank_metrics(*scores)
 

@@ -10,6 +10,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_provenance_names_what_made_the_adapter(trained: Path) -> None:
     assert saved["encoder"]["prompt_mode"] == "raw"
     assert {"torch", "transformers", "peft"} <= saved["versions"].keys()
     assert "library_name: peft" in (trained / "README.md").read_text()
+
+
+def test_a_validation_says_how_far_it_is(
+    tiny: Tiny, drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def progress(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+        yield lambda count, *, total=None, description=None: said.append(str(description))
+
+    monkeypatch.setattr(finetune, "progress", progress)
+    finetune.run(settings(tiny, drawn_dataset, tmp_path / "adapter", max_steps=1))
+    first = said[: next(n for n, text in enumerate(said) if text.startswith("finetune"))]
+    assert first[:2] == ["validation, 0% of 10 users", "validation, 100% of 10 users"]
+    assert first[-1].startswith("validation, 100% of ") and first[-1].endswith(" items")
+    assert said[-1].startswith("validation, 100%"), "and once more after the only epoch"
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(

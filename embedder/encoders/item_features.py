@@ -136,29 +136,46 @@ def encode_rows(
 
 
 def encode_users_together(
-    encoder: ItemEncoder, items: ItemFeatures, histories: Sequence[Sequence[int]]
+    encoder: ItemEncoder,
+    items: ItemFeatures,
+    histories: Sequence[Sequence[int]],
+    told: Callable[[float], None] = lambda share: None,
 ) -> dict[str, np.ndarray]:
     """Return the users' vectors by view: their histories encoded as sequences, by all processes together.
 
-    If the encoder reads only single items, a user's vector is the mean of the history's item vectors (§5.1.3).
+    If the encoder reads only single items, a user's vector is the mean of the history's item vectors (§5.1.3). `told`
+    receives the share that is done, 0 to 1, after every batch.
     """
     if encoder.settings.reads_histories:
-        return encode_rows_together(encoder, items, histories)
+        return encode_rows_together(encoder, items, histories, told)
     rows, index = np.unique(np.concatenate([np.asarray(history) for history in histories]), return_inverse=True)
-    found = encode_rows_together(encoder, items, [[int(row)] for row in rows])
+    found = encode_rows_together(encoder, items, [[int(row)] for row in rows], told)
     starts = np.cumsum([0, *(len(history) for history in histories[:-1])])
     lengths = np.array([len(history) for history in histories], np.float32)[:, None]
     return {view: np.add.reduceat(vectors[index], starts, axis=0) / lengths for view, vectors in found.items()}
 
 
 def encode_rows_together(
-    encoder: ItemEncoder, items: ItemFeatures, sequences: Sequence[Sequence[int]]
+    encoder: ItemEncoder,
+    items: ItemFeatures,
+    sequences: Sequence[Sequence[int]],
+    told: Callable[[float], None] = lambda share: None,
 ) -> dict[str, np.ndarray]:
-    """Like `encode_rows`, but each of the processes that train together encodes a share; all get all vectors."""
+    """Like `encode_rows`, but each of the processes that train together encodes a share; all get all vectors.
+
+    `told` receives the share of this process's part that is done, 0 to 1, after every batch.
+    """
     # as many batches as the first process, which has the largest share: a sharded model runs everywhere or nowhere
     largest = math.ceil(len(sequences) / distributed.count())
     batches = math.ceil(largest / SEQUENCES_AT_ONCE) if encoder.backbone.sharded else 0
-    own = encode_rows(encoder, items, distributed.share(sequences), at_least=batches)
+    part, done = distributed.share(sequences), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        told(done / len(part) if part else 1.0)
+
+    own = encode_rows(encoder, items, part, advance, at_least=batches)
     if distributed.count() == 1:
         return own
     nothing = np.empty((0, encoder.dim), np.float32)  # fewer sequences than processes
