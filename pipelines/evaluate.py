@@ -18,6 +18,7 @@ from vlm2rec.downstream.table import EmbeddingTable, unit_rows
 from vlm2rec.embedder.contract import publish, schema
 from vlm2rec.embedder.contract.dataset import Dataset, Histories
 from vlm2rec.embedder.contract.errors import ArtifactError
+from vlm2rec.embedder.export.processes import keep_freed_memory
 from vlm2rec.pipelines.config import EvaluateConfig
 from vlm2rec.pipelines.console import log, progress, summary
 from vlm2rec.pipelines.history_encoder import history_encoder, say_of_unreadable, user_source
@@ -30,6 +31,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     check_out(config.out)
     manifest = schema.read_manifest(config.embeddings)
     publish.require_writable(config.out)
+    keep_freed_memory()
     raw_items, missing = _item_vectors(config, dataset, manifest)
     histories = dataset.histories(config.split)
     source = user_source(config, manifest)

@@ -38,6 +38,7 @@ from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
 from vlm2rec.embedder.encoders.item_features import ItemFeatures, encode_rows_together, encode_users_together
 from vlm2rec.embedder.encoders.item_text import columns_read, without_text
 from vlm2rec.embedder.encoders.settings import EncoderSettings, text_config
+from vlm2rec.embedder.export.processes import keep_freed_memory
 from vlm2rec.embedder.options import DtypeName, with_former_defaults
 from vlm2rec.embedder.training import checkpoints
 from vlm2rec.embedder.training.checkpoints import CHECKPOINTS, GO_ON, RUN_FILE
@@ -87,6 +88,7 @@ def run(config: FinetuneConfig) -> Training | dict[str, Any] | None:
             dataset.require_images()
         if blank := without_text(dataset, asdict(config)):
             log.print(f"{blank:,} items have nothing in {config.item_text}: their titles are used", style="yellow")
+        keep_freed_memory()
         if config.dry_run:
             with finetune_dry_run.require_writable(config.out / CHECKPOINTS):
                 return _dry_run(config, dataset.warm())

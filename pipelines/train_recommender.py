@@ -32,6 +32,7 @@ from vlm2rec.embedder.backbones.devices import speed_up_float32
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError
+from vlm2rec.embedder.export.processes import keep_freed_memory
 from vlm2rec.embedder.export.shards import differences
 from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import TrainRecommenderConfig
@@ -103,6 +104,7 @@ def _trained(
     run: Callable[..., Outcome], config: TrainRecommenderConfig, folder: Dataset | None, by_prefix: bool = False
 ) -> dict[str, Any]:
     """Run a training with its progress on stderr, print the summary, and return the content of metrics.json."""
+    keep_freed_memory()
     if folder is not None:  # without one, figures are RecBole's own to the last bit
         speed_up_float32(torch.device("cpu"))
     with _Display(config.out, by_prefix) as display:

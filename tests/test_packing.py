@@ -203,7 +203,10 @@ def test_where_a_product_depends_on_its_rows_all_products_get_the_same_number(mo
     packing.rows_of_product.cache_clear()
     try:
         layer, rows = torch.nn.Linear(40, 24), torch.randn(1, 1300, 40)
-        assert packing.rows_of_product(40, 24, torch.get_num_threads()) == (512, 512)
+        assert packing.rows_of_product(40, 24, torch.get_num_threads(), torch.get_float32_matmul_precision()) == (
+            512,
+            512,
+        )
         asked.clear()
         with torch.no_grad(), IndependentRows():
             together = layer(rows)

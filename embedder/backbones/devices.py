@@ -158,6 +158,20 @@ def speed_up_float32(device: torch.device) -> None:
     """
     if device.type != "cpu" or torch.cuda.is_available() or torch.get_float32_matmul_precision() != "highest":
         return
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has no such function
-    if "AMD" in str(found.get("cpu_name")) and found.get("avx512_f") and not found.get("amx_tile"):
+    found = _capabilities()
+    if "AMD" in str(found.get("cpu_name")) and found.get("avx512_f") and not has_tiles():
         torch.set_float32_matmul_precision("medium")
+
+
+def onednn_multiplies_float32() -> bool:
+    """Tell whether oneDNN multiplies float32 matrices on this CPU now, without rounding (`speed_up_float32`)."""
+    return torch.get_float32_matmul_precision() == "medium" and not has_tiles()
+
+
+def has_tiles() -> bool:
+    """Tell whether this CPU multiplies whole tiles (AMX)."""
+    return bool(_capabilities().get("amx_tile"))
+
+
+def _capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # older torch has no such function

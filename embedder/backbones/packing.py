@@ -30,12 +30,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vlm2rec.embedder.backbones.devices import onto
+from vlm2rec.embedder.backbones.devices import has_tiles, onednn_multiplies_float32, onto
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
@@ -224,10 +225,10 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
                 torch.cat([_heads(states[:, :, :prefix], query).expand(count, -1, -1, -1), mine], dim=2)
                 for states, mine in zip((key, value), own[1:], strict=True)
             ]
-        mask = layout.mask(length) if prefix else None
-        if _slow_backward(query):
+        if _is_faster_openly(own[0], own[1], causal["dropout_p"]):
             part = _attend_openly(own[0], own[1], own[2], layout.mask(length), rest.get("scaling"))
         else:
+            mask = layout.mask(length) if prefix else None
             part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
@@ -245,25 +246,88 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **
         )
         asked = query[:, :, start : start + length]
         mask = layout.mask_of(start, length, rest.get("sliding_window"))
-        if _slow_backward(query):
+        settings = {"dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
+        if _is_faster_openly(asked, keys, settings["dropout_p"]):
             part = _attend_openly(asked, keys, values, mask, rest.get("scaling"))
         else:
-            settings = {"dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
             part = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, **settings)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (length, heads, width)
         start += length
     return _joined(parts)[None]
 
 
-def _slow_backward(query: Tensor) -> bool:
-    """Tell whether torch's attention is slow to differentiate: in half precision on a CPU."""
-    return query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled()
+_SCORES_AT_ONCE = 2**19  # of attention in three steps: few enough to stay in a processor's cache
+_LONGEST_OPENLY = 512  # keys; the scores of more leave the cache
 
 
-def _attend_openly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Attend in three steps, with the softmax in float32."""
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+def _is_faster_openly(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Tell whether attention in three steps takes less time than torch's own, which is made for long sequences.
+
+    On a CPU it does in bfloat16, except in a forward pass on one with tiles (AMX), which torch's own makes use of. In
+    float32 it does where oneDNN multiplies (`devices.speed_up_float32`).
+    """
+    if query.device.type != "cpu" or dropout or key.shape[2] > _LONGEST_OPENLY:
+        return False
+    if query.dtype == torch.float32:
+        return onednn_multiplies_float32()
+    return torch.is_grad_enabled() or not has_tiles()
+
+
+def _attend_openly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attend in three steps, with the softmax in float32; (n, heads, length, width).
+
+    Args:
+        query: (n, heads, length, width).
+        key: (n, heads, keys, width), as `value` is.
+        value: see there.
+        mask: which keys are seen, (length, keys) bool; None for all.
+        scale: of the scores; by default 1 / √width.
+    """
+    hidden = None if mask is None else query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found: Tensor = _ThreeSteps.apply(query, key, value, hidden, query.shape[-1] ** -0.5 if scale is None else scale)
+    return found
+
+
+class _ThreeSteps(torch.autograd.Function):
+    """Scores, softmax, weighted sum, some prompts at a time. The weights are computed anew for gradients.
+
+    So training keeps no more than with torch's own attention: (n, heads, length, keys) weights are many.
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+        """Return what each query attends to; `hidden` (length, keys) is added to the scores."""
+        context.save_for_backward(query, key, value, hidden)
+        context.scale = scale
+        parts = _in_parts(query, key, value)
+        return _joined([_weights(q, k, hidden, scale).to(v.dtype) @ v for q, k, v in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value."""
+        query, key, value, hidden = context.saved_tensors
+        parts = []
+        for q, k, v, of_sum in _in_parts(query, key, value, gradient):
+            weights = _weights(q, k, hidden, context.scale)
+            of_weights = (of_sum @ v.transpose(-1, -2)).to(weights.dtype)
+            of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+            of_scores = of_scores.mul_(context.scale).to(q.dtype)
+            parts.append(
+                (of_scores @ k, of_scores.transpose(-1, -2) @ q, weights.to(v.dtype).transpose(-1, -2) @ of_sum)
+            )
+        return *(_joined(list(part)) for part in zip(*parts, strict=True)), None, None
+
+
+def _in_parts(query: Tensor, key: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    at_once = max(1, _SCORES_AT_ONCE // (query.shape[1] * query.shape[2] * key.shape[2]))
+    return zip(*(states.split(at_once) for states in (query, key, *more)), strict=True)
+
+
+def _weights(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    """Return the weights of attention in float32, (n, heads, length, keys)."""
+    scores = (query * scale) @ key.transpose(-1, -2)
+    return (scores if hidden is None else scores + hidden).softmax(-1, dtype=torch.float32)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -294,7 +358,10 @@ def _attend_windows(
     parts = []
     for count, length in Layout(tuple(bounds.diff().tolist())).runs:
         windows = [_side_by_side(states, start, count, length) for states in (query, key, value)]
-        part = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], scale=rest["scaling"])
+        if _is_faster_openly(windows[0], windows[1], 0.0):
+            part = _attend_openly(windows[0], windows[1], windows[2], None, rest["scaling"])
+        else:
+            part = F.scaled_dot_product_attention(windows[0], windows[1], windows[2], scale=rest["scaling"])
         parts.append(part.transpose(1, 2).flatten(0, 1))
         start += count * length
     return _joined(parts)[None], None
@@ -422,7 +489,7 @@ _COUNTS = (32, 48, 64, 100, 128, 192, 256, 384, ROWS_IN_BLOCK, 513, 777, 1061, 1
 
 
 @functools.cache
-def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
+def rows_of_product(inner: int, outer: int, threads: int, precision: str) -> tuple[int, int]:
     """Return the least and the most rows a product may have so that every count between gives a row the same bits.
 
     The shape decides the order of a sum, not the numbers, so random numbers show it. If no such range reaches down to
@@ -432,6 +499,7 @@ def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
         inner: numbers in a row.
         outer: rows of the weight.
         threads: torch's threads, which divide the rows among them.
+        precision: that of torch's products now, for a result of its own.
     """
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(_COUNTS[-1], inner, generator=random)
@@ -448,7 +516,8 @@ def rows_of_product(inner: int, outer: int, threads: int) -> tuple[int, int]:
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the output of a linear layer for rows (..., in), (..., out)."""
     flat = rows.flatten(0, -2)  # (n, in)
-    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads())
+    library = torch.get_float32_matmul_precision()  # it decides whose code multiplies
+    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads(), library)
     found = flat.new_empty(len(flat), len(weight))
     for start in range(0, len(flat), most):
         part, part_out = flat[start : start + most], found[start : start + most]

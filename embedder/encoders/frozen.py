@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from vlm2rec.embedder.backbones import model_files
-from vlm2rec.embedder.backbones.devices import batches_by_tokens, pick_device, pick_dtype, quiet, speed_up_float32
+from vlm2rec.embedder.backbones.devices import (
+    batches_by_tokens,
+    onednn_multiplies_float32,
+    pick_device,
+    pick_dtype,
+    quiet,
+    speed_up_float32,
+)
 from vlm2rec.embedder.backbones.families import neutralise, read_model_config
 from vlm2rec.embedder.backbones.pooling import fuse
 from vlm2rec.embedder.contract import schema
@@ -284,6 +291,11 @@ def _unloadable(folder: Path, error: Exception) -> ModelError:
     )
 
 
+def _attention() -> dict[str, str]:
+    """Return the attention to load a model with: oneDNN is slow inside torch's own, whose products are small."""
+    return {"attn_implementation": "eager"} if onednn_multiplies_float32() else {}
+
+
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model_files.checked_weights(folder)
     try:
@@ -295,6 +307,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
                 trust_remote_code=False,
                 use_safetensors=True,  # the other format is a pickle
                 output_loading_info=True,
+                **_attention(),
             )
     except model_files.UNLOADABLE as error:
         raise _unloadable(folder, error) from error

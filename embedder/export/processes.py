@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones, if the C library is glibc.
 
     Otherwise glibc returns the memory of large tensors to the system at once. The system then clears it page by page
-    for the next tensor, thousands of times in an export. The peak memory of an export stays the same.
+    for the next tensor, thousands of times in an export or a training.
     """
     if not sys.platform.startswith("linux"):
         return
