@@ -73,6 +73,51 @@ def test_attention_that_is_trained_in_half_precision_is_that_of_float32(prefix: 
         assert (half - whole).abs().max() < 0.02 * whole.abs().max()
 
 
+@pytest.mark.parametrize("at_once", [1, 2**19])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_attention_in_three_steps_is_torchs_own(
+    heads: int, masked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, for heads that share a key, whole or a prompt at a time."""
+    monkeypatch.setattr(packing, "_SCORES_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    query = torch.randn(3, 6, 7, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 3, heads, 11, 8, dtype=torch.float64)
+    mask = torch.ones(7, 11, dtype=torch.bool).tril(4) if masked else None
+    seen = torch.randn(3, 6, 7, 8, dtype=torch.float64)
+    found = []
+    for attend in (packing._attend_openly, own_attention):
+        states = [part.clone().requires_grad_() for part in (query, key, value)]
+        out = attend(*states, mask, 0.3)
+        found.append([out, *torch.autograd.grad(out, states, seen)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)  # the softmax is in float32
+
+
+def own_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """What torch documents, with its own kernel."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def test_attention_in_three_steps_is_for_short_prompts_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_taken(dtype: torch.dtype, keys: int, dropout: float = 0.0, tiles: bool = False, onednn: bool = True) -> bool:
+        monkeypatch.setattr(packing, "has_tiles", lambda: tiles)
+        monkeypatch.setattr(packing, "onednn_multiplies_float32", lambda: onednn)
+        return packing._is_faster_openly(torch.empty(1, 1, 2, 4, dtype=dtype), torch.empty(1, 1, keys, 4), dropout)
+
+    short, long = packing._LONGEST_OPENLY, packing._LONGEST_OPENLY + 1
+    for dtype in (torch.float32, torch.bfloat16):
+        assert is_taken(dtype, short)
+        assert not is_taken(dtype, long) and not is_taken(dtype, short, dropout=0.1)
+    assert not is_taken(torch.float32, short, onednn=False), "MKL is faster within torch's own"
+    assert is_taken(torch.bfloat16, short, tiles=True), "torch's own is slow to differentiate"
+    with torch.no_grad():
+        assert not is_taken(torch.bfloat16, short, tiles=True) and is_taken(torch.bfloat16, short)
+
+
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
     """What torch's GPU kernel documents, in a loop: nobody can run the kernel itself without a GPU."""
     parts = []

@@ -217,19 +217,20 @@ def _attend_by_runs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
     parts = []
     for count, length in layout.runs:
         own = [
-            _heads(_side_by_side(states, begin, count, length), query)
+            _side_by_side(states, begin, count, length)
             for states, begin in ((query, start), (key, prefix + start), (value, prefix + start))
         ]
         if prefix:
             own[1:] = [
-                torch.cat([_heads(states[:, :, :prefix], query).expand(count, -1, -1, -1), mine], dim=2)
+                torch.cat([states[:, :, :prefix].expand(count, -1, -1, -1), mine], dim=2)
                 for states, mine in zip((key, value), own[1:], strict=True)
             ]
         if _is_faster_openly(own[0], own[1], causal["dropout_p"]):
             part = _attend_openly(own[0], own[1], own[2], layout.mask(length), rest.get("scaling"))
         else:
             mask = layout.mask(length) if prefix else None
-            part = F.scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=mask, **causal)
+            keys, values = (_heads(states, query) for states in own[1:])
+            part = F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask, **causal)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (count * length, heads, width)
         start += count * length
     return _joined(parts)[None]
@@ -241,15 +242,14 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **
     start, prefix = 0, layout.prefix
     for length in layout.lengths:
         own = slice(prefix + start, prefix + start + length)
-        keys, values = (
-            _heads(torch.cat([states[:, :, :prefix], states[:, :, own]], dim=2), query) for states in (key, value)
-        )
+        keys, values = (torch.cat([states[:, :, :prefix], states[:, :, own]], dim=2) for states in (key, value))
         asked = query[:, :, start : start + length]
         mask = layout.mask_of(start, length, rest.get("sliding_window"))
         settings = {"dropout_p": rest.get("dropout", 0.0), "scale": rest.get("scaling")}
         if _is_faster_openly(asked, keys, settings["dropout_p"]):
             part = _attend_openly(asked, keys, values, mask, rest.get("scaling"))
         else:
+            keys, values = _heads(keys, query), _heads(values, query)
             part = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, **settings)
         parts.append(part.transpose(1, 2).flatten(0, 1))  # (length, heads, width)
         start += length
@@ -278,7 +278,7 @@ def _attend_openly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
     Args:
         query: (n, heads, length, width).
-        key: (n, heads, keys, width), as `value` is.
+        key: (n, heads or fewer, keys, width), as `value` is; several heads of the query may share one.
         value: see there.
         mask: which keys are seen, (length, keys) bool; None for all.
         scale: of the scores; by default 1 / √width.
@@ -291,7 +291,8 @@ def _attend_openly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 class _ThreeSteps(torch.autograd.Function):
     """Scores, softmax, weighted sum, some prompts at a time. The weights are computed anew for gradients.
 
-    So training keeps no more than with torch's own attention: (n, heads, length, keys) weights are many.
+    So training keeps no more than with torch's own attention: (n, heads, length, keys) weights are many. Heads that
+    share a key lie below one another, as further queries: no key is repeated.
     """
 
     @staticmethod
@@ -300,7 +301,7 @@ class _ThreeSteps(torch.autograd.Function):
         context.save_for_backward(query, key, value, hidden)
         context.scale = scale
         parts = _in_parts(query, key, value)
-        return _joined([_weights(q, k, hidden, scale).to(v.dtype) @ v for q, k, v in parts])
+        return _joined([(_weights(q, k, hidden, scale).to(v.dtype) @ v).reshape(q.shape) for q, k, v in parts])
 
     @staticmethod
     @once_differentiable
@@ -310,11 +311,16 @@ class _ThreeSteps(torch.autograd.Function):
         parts = []
         for q, k, v, of_sum in _in_parts(query, key, value, gradient):
             weights = _weights(q, k, hidden, context.scale)
+            of_sum = _below(of_sum, k)
             of_weights = (of_sum @ v.transpose(-1, -2)).to(weights.dtype)
             of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
             of_scores = of_scores.mul_(context.scale).to(q.dtype)
             parts.append(
-                (of_scores @ k, of_scores.transpose(-1, -2) @ q, weights.to(v.dtype).transpose(-1, -2) @ of_sum)
+                (
+                    (of_scores @ k).reshape(q.shape),
+                    of_scores.transpose(-1, -2) @ _below(q, k),
+                    weights.to(v.dtype).transpose(-1, -2) @ of_sum,
+                )
             )
         return *(_joined(list(part)) for part in zip(*parts, strict=True)), None, None
 
@@ -324,10 +330,17 @@ def _in_parts(query: Tensor, key: Tensor, *more: Tensor) -> Iterator[tuple[Tenso
     return zip(*(states.split(at_once) for states in (query, key, *more)), strict=True)
 
 
+def _below(query: Tensor, key: Tensor) -> Tensor:
+    """Put heads that share a key below one another, (n, heads, length, width) to (n, keys' heads, more, width)."""
+    return query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+
+
 def _weights(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
-    """Return the weights of attention in float32, (n, heads, length, keys)."""
-    scores = (query * scale) @ key.transpose(-1, -2)
-    return (scores if hidden is None else scores + hidden).softmax(-1, dtype=torch.float32)
+    """Return the weights of attention in float32, (n, keys' heads, queries below one another, keys)."""
+    scores = _below(query * scale, key) @ key.transpose(-1, -2)
+    if hidden is not None:
+        scores = (scores.unflatten(2, (-1, len(hidden))) + hidden).flatten(2, 3)
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
