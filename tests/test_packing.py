@@ -21,7 +21,7 @@ from vlm2rec.embedder import prompts
 from vlm2rec.embedder.adapters import lora
 from vlm2rec.embedder.backbones import packing
 from vlm2rec.embedder.backbones.backbone import Backbone, EncodedPrompt, ImageFeatures
-from vlm2rec.embedder.backbones.devices import batches_by_tokens
+from vlm2rec.embedder.backbones.devices import batches_by_tokens, matmul_precision
 from vlm2rec.embedder.backbones.packing import IndependentRows, Layout
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import ItemEncoder
@@ -248,7 +248,7 @@ def test_where_a_product_depends_on_its_rows_all_products_get_the_same_number(mo
     packing.rows_of_product.cache_clear()
     try:
         layer, rows = torch.nn.Linear(40, 24), torch.randn(1, 1300, 40)
-        assert packing.rows_of_product(40, 24, torch.get_num_threads(), torch.get_float32_matmul_precision()) == (
+        assert packing.rows_of_product(40, 24, torch.get_num_threads(), matmul_precision()) == (
             512,
             512,
         )

@@ -14,6 +14,7 @@ from recommender_world import circle_vectors, cyclic_sequences, write_dataset
 from vlm2rec.downstream.recbole import precision
 from vlm2rec.downstream.recbole.run import run
 from vlm2rec.downstream.recommender import NoWatcher
+from vlm2rec.embedder.backbones import devices
 from vlm2rec.embedder.backbones.devices import speed_up_float32
 from vlm2rec.embedder.contract.errors import ConfigError
 from vlm2rec.pipelines import train_recommender
@@ -26,10 +27,12 @@ AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
 
 @pytest.fixture(autouse=True)
 def default_precision() -> Iterator[None]:
-    """Start at torch's default, and leave what a process has chosen."""
+    """Start at torch's default with nothing known of the processor, and leave what this process has chosen."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    devices._capabilities.cache_clear()
     yield
+    devices._capabilities.cache_clear()
     torch.set_float32_matmul_precision(before)
 
 
@@ -111,13 +114,25 @@ def test_a_training_multiplies_as_it_is_asked_to_and_gives_the_process_back(
     assert outcome.metrics["matmul_precision"] == asked
 
 
-def test_highest_keeps_the_library_that_the_process_has_chosen() -> None:
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_a_library_that_the_process_has_chosen_is_kept(asked: Any) -> None:
     torch.set_float32_matmul_precision("medium")
-    with precision.multiplying("highest"):
+    with precision.multiplying(asked):
         assert torch.get_float32_matmul_precision() == "medium"
-    with precision.multiplying("high"):
-        assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_a_precision_that_was_set_for_one_library_alone_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # torch has no common word for this
+    try:
+        assert devices.matmul_precision() == ""
+        speed_up_float32(CPU)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert not devices.onednn_multiplies_float32()
+        assert (torch.ones(2, 3) @ torch.ones(3, 2)).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_flag_reaches_the_training(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -43,11 +43,15 @@ def read_precision(settings: Mapping[str, Any]) -> MatmulPrecision:
 def multiplying(precision: MatmulPrecision) -> Iterator[None]:
     """Let the float32 matrix products of this process be less exact, and give them back the precision they had.
 
-    `highest` changes nothing: a process may have chosen a faster library for float32.
+    A process that allows less already stays as it is: it may have chosen a faster library so
+    (`devices.speed_up_float32`).
     """
+    if precision == "highest":
+        yield
+        return
+    choices = get_args(MatmulPrecision)  # from the most exact
     before = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(max(precision, before, key=choices.index))
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ def speed_up_float32(device: torch.device) -> None:
     where it may round factors to bfloat16 ("medium"), which oneDNN does on processors with AMX only. On a GPU "medium"
     rounds. So where there is AMX or a GPU nothing is changed, and neither is a precision that was chosen before.
     """
-    if device.type != "cpu" or torch.cuda.is_available() or torch.get_float32_matmul_precision() != "highest":
+    if device.type != "cpu" or torch.cuda.is_available() or matmul_precision() != "highest":
         return
     found = _capabilities()
     if "AMD" in str(found.get("cpu_name")) and found.get("avx512_f") and not has_tiles():
@@ -165,7 +166,15 @@ def speed_up_float32(device: torch.device) -> None:
 
 def onednn_multiplies_float32() -> bool:
     """Tell whether oneDNN multiplies float32 matrices on this CPU now, without rounding (`speed_up_float32`)."""
-    return torch.get_float32_matmul_precision() == "medium" and not has_tiles()
+    return matmul_precision() == "medium" and not has_tiles()
+
+
+def matmul_precision() -> str:
+    """Return the precision of torch's float32 products; empty if it was set for each library by itself."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to answer then
+        return ""
 
 
 def has_tiles() -> bool:
@@ -173,5 +182,6 @@ def has_tiles() -> bool:
     return bool(_capabilities().get("amx_tile"))
 
 
+@functools.cache
 def _capabilities() -> dict[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()  # older torch has no such function

@@ -36,7 +36,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vlm2rec.embedder.backbones.devices import has_tiles, onednn_multiplies_float32, onto
+from vlm2rec.embedder.backbones.devices import has_tiles, matmul_precision, onednn_multiplies_float32, onto
 from vlm2rec.embedder.backbones.pooling import at_least_float32
 
 LANGUAGE_ATTENTION = "vlm2rec_packed"
@@ -529,8 +529,8 @@ def rows_of_product(inner: int, outer: int, threads: int, precision: str) -> tup
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the output of a linear layer for rows (..., in), (..., out)."""
     flat = rows.flatten(0, -2)  # (n, in)
-    library = torch.get_float32_matmul_precision()  # it decides whose code multiplies
-    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads(), library)
+    # the precision decides whose code multiplies
+    least, most = rows_of_product(weight.shape[1], weight.shape[0], torch.get_num_threads(), matmul_precision())
     found = flat.new_empty(len(flat), len(weight))
     for start in range(0, len(flat), most):
         part, part_out = flat[start : start + most], found[start : start + most]
