@@ -105,8 +105,10 @@ def _trained(
 ) -> dict[str, Any]:
     """Run a training with its progress on stderr, print the summary, and return the content of metrics.json."""
     keep_freed_memory()
-    if folder is not None:  # without one, figures are RecBole's own to the last bit
+    if folder is not None:
         speed_up_float32(torch.device("cpu"))
+    else:  # figures are RecBole's own to the last bit, whatever library this process has chosen before
+        torch.set_float32_matmul_precision("highest")
     with _Display(config.out, by_prefix) as display:
         outcome = run(
             out=config.out,

@@ -135,16 +135,21 @@ def close(found: Any, expected: Any, at: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]) -> dict[str, Any]:
+    from vlm2rec.embedder.backbones import devices
     from vlm2rec.pipelines import cli
     from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
 
     folder = tmp_path_factory.mktemp("golden")
     draw_catalogue(folder / "catalogue", **CATALOGUE)  # type: ignore[arg-type]
     (folder / "tiny").symlink_to(tiny("qwen2_5_vl"))
+    before = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(devices, "_capabilities", dict)  # float32 by MKL, as in the golden run
+        torch.set_float32_matmul_precision("highest")
         for call in LINE:
             cli.app(call.split(), standalone_mode=False)
+    torch.set_float32_matmul_precision(before)
     return said_of(folder)
 
 

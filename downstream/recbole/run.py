@@ -405,7 +405,7 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
         "model": config["model"],
         "positions": "all" if windows.is_set(config.final_config_dict) else "last",
         **_sampling(settings),
-        "matmul_precision": precision.read_precision(settings),
+        **_precision(settings),
         "start": "id" if start is None else start.column,
         "mode": None if start is None else start.mode,
         "fuse": start.fuse if start is not None and start.mode == "fuse" else None,
@@ -434,6 +434,11 @@ def _describe(trained: _Trained, config: Any, settings: Mapping[str, Any], folde
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     samples = softmax.read_samples(settings)
     return {} if samples is None else {"softmax": "sampled", "samples": samples}
+
+
+def _precision(settings: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = precision.read_precision(settings)
+    return {} if chosen == "highest" else {"matmul_precision": chosen}
 
 
 def _alignment(alignment: Alignment) -> dict[str, Any]:
