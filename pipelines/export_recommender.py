@@ -9,9 +9,10 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlm2rec.downstream.serving.trained import TrainedRecommender, read_run
-from vlm2rec.embedder.backbones.devices import pick_device, speed_up_float32
+from vlm2rec.embedder.backbones.devices import speed_up_float32
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.export.plan import fingerprint, plan_shards
@@ -37,7 +38,7 @@ def run(config: ExportRecommenderConfig) -> dict[str, Any]:
         TERMINAL.say(
             f"{found.folder} was written by an earlier vlm2rec and does not record {found.unproven}", warning=True
         )
-    speed_up_float32(pick_device("cpu"))
+    speed_up_float32(torch.device("cpu"))
     table = TrainedRecommender(found, "cpu").table()
     item_ids = found.dataset.item_ids
     row_of = {item_id: row for row, item_id in enumerate(found.item_ids)}

@@ -476,10 +476,12 @@ class _ScoreRanker:
     """Holds the recommender."""
 
     def __init__(self, source: RecommenderSource) -> None:
-        from vlm2rec.downstream.serving.trained import TrainedRecommender
-        from vlm2rec.embedder.backbones.devices import pick_device, speed_up_float32
+        import torch
 
-        speed_up_float32(pick_device(source.device))  # in every worker: equal bits need the same library
+        from vlm2rec.downstream.serving.trained import TrainedRecommender
+        from vlm2rec.embedder.backbones.devices import speed_up_float32
+
+        speed_up_float32(torch.device("cpu"))  # in every worker: equal bits need the same library
         self._recommender = TrainedRecommender(source.run, source.device)
 
     def prepare(self, number: int, users: range, histories: UserHistories) -> tuple[Search, dict[int, str]]:
