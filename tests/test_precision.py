@@ -22,7 +22,7 @@ from vlm2rec.pipelines.config import TrainRecommenderConfig
 
 ITEMS = [f"i{number}" for number in range(30)]
 CPU = torch.device("cpu")
-AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
+AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +57,20 @@ class Precisions(NoWatcher):
 
 # --- float32 on a CPU ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("processor", "expected"),
+    ("processor", "tiles", "expected"),
     [
-        (AMD, "medium"),
-        (AMD | {"avx512_f": False}, "highest"),
-        (AMD | {"amx_tile": True}, "highest"),  # it would round
-        (AMD | {"cpu_name": "Intel(R) Xeon(R)"}, "highest"),  # MKL has code for it
-        ({}, "highest"),
+        (AMD, False, "medium"),
+        (AMD | {"avx512_f": False}, False, "highest"),
+        (AMD, True, "highest"),  # it would round
+        (AMD | {"cpu_name": "Intel(R) Xeon(R)"}, False, "highest"),  # MKL has code for it
+        ({}, False, "highest"),
     ],
 )
 def test_onednn_multiplies_where_mkl_uses_half_of_the_processor(
-    processor: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+    processor: dict[str, Any], tiles: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     speed_up_float32(CPU)
     assert torch.get_float32_matmul_precision() == expected
 

@@ -145,9 +145,18 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    # private in torch, but the only function that asks the processor itself
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in checks if check is not None)
+    return _cpu_has("_is_avx512_bf16_supported") or has_tiles()
+
+
+def has_tiles() -> bool:
+    """Tell whether this CPU multiplies whole tiles (AMX)."""
+    return _cpu_has("_is_amx_tile_supported")
+
+
+def _cpu_has(check: str) -> bool:
+    # private in torch, but older releases have no other function that asks the processor itself
+    asked = getattr(torch.cpu, check, None)
+    return asked is not None and bool(asked())
 
 
 def speed_up_float32(device: torch.device) -> None:
@@ -175,11 +184,6 @@ def matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses to answer then
         return ""
-
-
-def has_tiles() -> bool:
-    """Tell whether this CPU multiplies whole tiles (AMX)."""
-    return bool(_capabilities().get("amx_tile"))
 
 
 @functools.cache
