@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from embedding_folder import write_embeddings
 
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset
@@ -125,6 +126,13 @@ def circle_vectors(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
     angle = 2 * np.pi * np.arange(count) / count
     waves = np.stack([f(k * angle) for k in range(1, dim // 2 + 1) for f in (np.cos, np.sin)], 1)
     return (waves + 5 * generator.standard_normal(dim)).astype(np.float32)
+
+
+def write_circle(folder: Path, item_ids: Sequence[str], users: int) -> tuple[Path, Path]:
+    """Write a dataset whose users go round a circle of items, and vectors of the circle; return both folders."""
+    data = write_dataset(folder / "data", cyclic_sequences(item_ids, users), item_ids, max_history=6, candidates=10)
+    write_embeddings(folder / "embeddings", item_ids, circle_vectors(len(item_ids)))
+    return data, folder / "embeddings"
 
 
 def load_as_mmrec(folder: Path, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray], int, int]:

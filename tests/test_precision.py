@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from embedding_folder import write_embeddings
-from recommender_world import circle_vectors, cyclic_sequences, write_dataset
+from recommender_world import write_circle
 
 from vlm2rec.downstream.recbole import precision
 from vlm2rec.downstream.recbole.run import run
@@ -27,22 +26,17 @@ AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
 
 @pytest.fixture(autouse=True)
 def default_precision() -> Iterator[None]:
-    """Start at torch's default with nothing known of the processor, and leave what this process has chosen."""
+    """Start at torch's default, and leave what this process has chosen."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    devices._capabilities.cache_clear()
     yield
-    devices._capabilities.cache_clear()
     torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dataset whose users go round a circle of items, and vectors of the circle."""
-    folder = tmp_path_factory.mktemp("circle")
-    data = write_dataset(folder / "data", cyclic_sequences(ITEMS, 40), ITEMS, max_history=6, candidates=10)
-    write_embeddings(folder / "embeddings", ITEMS, circle_vectors(len(ITEMS)))
-    return data, folder / "embeddings"
+    return write_circle(tmp_path_factory.mktemp("circle"), ITEMS, users=40)
 
 
 class Precisions(NoWatcher):

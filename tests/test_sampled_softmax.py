@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from embedding_folder import write_embeddings
-from recommender_world import circle_vectors, cyclic_sequences, write_dataset
+from recommender_world import write_circle
 from torch import nn
 
 from vlm2rec.downstream.recbole import item_embedding, softmax
@@ -143,10 +142,7 @@ ITEMS = [f"i{number}" for number in range(40)]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dataset whose users go round a circle of items, and vectors of the circle."""
-    folder = tmp_path_factory.mktemp("circle")
-    data = write_dataset(folder / "data", cyclic_sequences(ITEMS, 60), ITEMS, max_history=6, candidates=10)
-    write_embeddings(folder / "embeddings", ITEMS, circle_vectors(len(ITEMS)))
-    return data, folder / "embeddings"
+    return write_circle(tmp_path_factory.mktemp("circle"), ITEMS, users=60)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,7 +167,7 @@ def speed_up_float32(device: torch.device) -> None:
     """
     if device.type != "cpu" or torch.cuda.is_available() or matmul_precision() != "highest":
         return
-    found = _capabilities()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has no such function
     if "AMD" in str(found.get("cpu_name")) and found.get("avx512_f") and not has_tiles():
         torch.set_float32_matmul_precision("medium")
 
@@ -184,8 +183,3 @@ def matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses to answer then
         return ""
-
-
-@functools.cache
-def _capabilities() -> dict[str, Any]:
-    return getattr(torch.cpu, "get_capabilities", dict)()  # older torch has no such function
