@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from vlm2rec.downstream.principal_components import principal_components
-from vlm2rec.embedder.backbones.pooling import fuse
+from vlm2rec.embedder.backbones.pooling import concatenate, fuse
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.dataset import Dataset
 from vlm2rec.embedder.contract.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ READERS = {
 }
 """The kinds of files that hold ids and vectors: name and reader of each."""
 
-Views = dict[str, np.ndarray]  # view → (I, d) float32, rows of NaN where an item has none
+Views = dict[str, np.ndarray]  # view → (I, d) float32, d of its own, rows of NaN where an item has none
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: settings that contradict each other, or more principal components than there are.
-        DataError: a file cannot be read, an id occurs twice, a vector holds NaN, vectors differ in length, or no id
-            is in the dataset.
+        DataError: a file cannot be read, an id occurs twice, a vector holds NaN, vectors of a column differ in length,
+            or no id is in the dataset.
         ArtifactError: the output folder belongs to another import, is in use or not writable, or the disk is full.
         FailureLimitError: the folder is complete, but more items than `max_failures` allows have no vector.
     """
@@ -97,6 +97,10 @@ def run(config: ImportVectorsConfig) -> dict[str, Any]:
         "extra_ids": len(source.item_ids) - int((rows >= 0).sum()),
         "pca": None,
     }
+    dims = {view: int(vectors.shape[1]) for view, vectors in views.items()}
+    if len(set(dims.values())) > 1:
+        _refuse_pca(config, dims)
+        settings["dims"] = dims
     if config.pca is not None:
         views, settings["pca"] = reduce_views(views, outcomes.usable, config.pca)
     _require_fit(views, config.storage)
@@ -175,6 +179,16 @@ def _take(vectors: np.ndarray, present: np.ndarray, rows: np.ndarray) -> np.ndar
     return np.where(((rows >= 0) & present[rows])[:, None], vectors[rows], np.float32(np.nan))
 
 
+def _refuse_pca(config: ImportVectorsConfig, dims: Mapping[str, int]) -> None:
+    """Raise if `--pca` is asked for: its directions are those of the fused vectors, of which others have no such."""
+    if config.pca is not None:
+        raise ConfigError(
+            f"--pca with vectors of different lengths: {', '.join(f'{view} {dim}' for view, dim in dims.items())}",
+            "one length for all views, whose principal components are those of the fused vectors",
+            "leave it out (`train-recommender --pca` reduces the column it reads), or import one view with --column",
+        )
+
+
 def _require_fit(views: Views, storage: str) -> None:
     limit = float(np.finfo(storage).max)
     for view, vectors in views.items():
@@ -190,7 +204,8 @@ def with_fused(found: Mapping[str, np.ndarray], norm: FusionNorm) -> tuple[Views
     """Return the views with `fused` among them, and how it was made.
 
     Without a fused column, `fused` is text + image, or the only view, as in an export of one modality. An item
-    without an image gets its text vector as fused vector.
+    without an image gets its text vector as fused vector. Vectors of different lengths are put end to end, as a text
+    and an image encoder's are; then an item needs both.
     """
     if schema.FUSED in found:
         return dict(found), "as given"
@@ -198,6 +213,9 @@ def with_fused(found: Mapping[str, np.ndarray], norm: FusionNorm) -> tuple[Views
         (view,) = found
         return {schema.FUSED: found[view], view: found[view]}, view
     text, image = found[schema.TEXT], found[schema.IMAGE]
+    if text.shape[1] != image.shape[1]:
+        fused = concatenate(torch.from_numpy(text), torch.from_numpy(image), norm).numpy()
+        return {schema.FUSED: fused, schema.TEXT: text, schema.IMAGE: image}, f"text ‖ image, {norm}"
     fused = fuse(torch.from_numpy(text), torch.from_numpy(image), norm).numpy()
     without_image = np.isnan(image).all(1)
     fused[without_image] = text[without_image]

@@ -55,6 +55,22 @@ def fuse(text: Tensor, image: Tensor, norm: FusionNorm = "raw") -> Tensor:
     return at_least_float32(text) + at_least_float32(image)
 
 
+def concatenate(text: Tensor, image: Tensor, norm: FusionNorm = "raw") -> Tensor:
+    """Return text and image vectors end to end, (n, d_T + d_V): what `fuse` is for vectors of different lengths.
+
+    Args:
+        text: text vectors, (n, d_T).
+        image: image vectors, (n, d_V).
+        norm: as for `fuse`.
+
+    Returns:
+        Rows of NaN where one of the two vectors is NaN.
+    """
+    parts = (unit(text), unit(image)) if norm == "normalised" else (text, image)
+    together = torch.cat([at_least_float32(part) for part in parts], dim=1)
+    return together.masked_fill(together.isnan().any(1, keepdim=True), torch.nan)
+
+
 def norm_ratio(text: Tensor, image: Tensor) -> Tensor:
     """Return ‖z_T‖ / ‖z_V‖ per row, (...,): above 1 the text dominates a raw sum.
 

