@@ -1256,6 +1256,11 @@ class StudyConfig:
     config: Path | None = setting(
         "YAML file of the study: analyses, methods, settings. Default: the study of the paper.", None
     )
+    override: Path | None = setting(
+        "YAML file whose keys override those of --config, such as fewer steps or seeds for a smaller machine. Default:"
+        " none.",
+        None,
+    )
     methods: tuple[str, ...] = setting("Run only these methods of the YAML file. Default: all.", (), group=RUNS)
     analyses: tuple[str, ...] = setting("Run only these analyses. Default: those of the YAML file.", ())
     seeds: tuple[int, ...] = setting("Seeds of every analysis. Default: those of the YAML file.", ())

@@ -191,11 +191,11 @@ def read_study(
         ConfigError: a key, an analysis, a source or a setting is unknown, or two methods share a folder.
     """
     layers = [read_yaml(DEFAULT_FILE), *([read_yaml(LABORATORY_FILE)] if config.demo else []), more or {}]
-    if config.config is not None:
-        layers.append(read_yaml(config.config))
+    own = [file for file in (config.config, config.override) if file is not None]
+    layers += [read_yaml(file) for file in own]
     if config.quick:
         layers.append(QUICK)
-    where = str(config.config or DEFAULT_FILE.name)
+    where = " and ".join(map(str, own)) or DEFAULT_FILE.name
     raw = _merge(layers, where)
     plans = {name: _build(AnalysisPlan, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
     methods = [_method(values, where) for values in [*raw.pop("methods"), *raw.pop("more_methods", [])]]
