@@ -215,6 +215,42 @@ def test_row_i_is_item_i_only_where_the_user_says_so_and_the_counts_agree(data: 
         run(data, npy(tmp_path / "padded.npy", drawn(31)), tmp_path / "other", in_item_order=True)
 
 
+# --- vectors of different lengths -------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", ["raw", "normalised"])
+def test_text_and_image_of_different_lengths_are_put_end_to_end(data: Path, tmp_path: Path, norm: str) -> None:
+    text, image = drawn(dim=3, seed=1), drawn(dim=5, seed=2)
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=text, image=[None, *image[1:]])
+    manifest = run(data, file, tmp_path / "out", fusion_norm=norm, max_failures=0.1)
+    assert verify(tmp_path / "out") == []
+    assert (manifest["dim"], manifest["dims"]) == (8, {"fused": 8, "text": 3, "image": 5})
+    assert manifest["settings"]["fused"] == f"text ‖ image, {norm}"
+    parts = [text, image]
+    if norm == "normalised":
+        parts = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    expected = dict(zip(("text", "image", "fused"), (text, image, np.concatenate(parts, axis=1)), strict=True))
+    for view, vectors in expected.items():
+        table = EmbeddingTable.open(tmp_path / "out", view)
+        np.testing.assert_allclose(table.vectors[1:], vectors[1:], rtol=1e-6)
+    without = rows(tmp_path / "out")[ITEMS[0]]
+    assert (without["status"], without["fused"], without["text"]) == ("failed", None, None), "it needs both"
+    assert without["error"] == "no fused, image vector in the file"
+
+
+def test_a_fused_column_may_have_a_length_of_its_own(data: Path, tmp_path: Path) -> None:
+    fused, text = drawn(dim=7), drawn(dim=3, seed=1)
+    manifest = run(data, parquet(tmp_path / "v.parquet", ITEMS, fused=fused, text=text), tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert (manifest["dim"], manifest["dims"], manifest["settings"]["fused"]) == (7, {"fused": 7, "text": 3}, "as given")
+    np.testing.assert_array_equal(EmbeddingTable.open(tmp_path / "out", "text").vectors, text)
+
+
+def test_principal_components_of_different_lengths_are_refused(data: Path, tmp_path: Path) -> None:
+    file = parquet(tmp_path / "v.parquet", ITEMS, text=drawn(dim=3), image=drawn(dim=5))
+    with pytest.raises(ConfigError, match=r"--pca with vectors of different lengths: fused 8, text 3, image 5"):
+        run(data, file, tmp_path / "out", pca=2)
+    assert not (tmp_path / "out").exists()
+
+
 # --- PCA --------------------------------------------------------------------------------------------------------
 def test_pca_reduces_all_views_alike_and_says_what_it_kept(data: Path, tmp_path: Path) -> None:
     text, image = drawn(seed=1) * np.arange(1, DIM + 1), drawn(seed=2)
@@ -258,7 +294,6 @@ def ragged() -> list[list[float]]:
         ({"v": broken(1e300)}, "NaN or infinity"),
         ({"v": ragged()}, "different lengths: item '007' has 3, item 'nan' has 4"),
         ({"v": pa.array([[]] * len(ITEMS), pa.list_(pa.float32()))}, "empty vector"),
-        ({"text": drawn(dim=3), "image": drawn(dim=4)}, "different lengths: text 3, image 4"),
         ({"a": drawn(), "b": drawn()}, "2 columns of lists of numbers: a, b"),
         ({"a": [1.0] * len(ITEMS)}, "0 columns of lists of numbers"),
         ({"a": [["x"]] * len(ITEMS)}, "0 columns of lists of numbers"),

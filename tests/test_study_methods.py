@@ -51,6 +51,29 @@ def names(run: Run) -> list[str]:
     return [step.name for step in run.steps]
 
 
+def test_a_second_file_overrides_keys_of_the_first_and_leaves_the_others(tmp_path: Path) -> None:
+    first = {
+        "finetune": {"max_steps": 400, "learning_rate": 0.001},
+        "plan": {"main": {"seeds": [1, 2, 3], "tasks": [2], "models": ["GRU4Rec"]}},
+        "methods": [{"name": "A", "source": "finetune", "finetune": {"rank": 4}}],
+        "analyses": ["main"],
+        "reference": "A",
+        "grids": [],
+    }
+    second = {"finetune": {"max_steps": 20}, "plan": {"main": {"seeds": [1], "tasks": [2], "models": ["SASRec"]}}}
+    files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    for file, keys in zip(files, (first, second), strict=True):
+        file.write_text(yaml.safe_dump(keys))
+    config = StudyConfig(out=tmp_path / "out", config=files[0], override=files[1])
+    found = read_study(config)
+    assert found.finetune == {"max_steps": 20, "learning_rate": 0.001}
+    assert (found.plan["main"].seeds, found.plan["main"].models) == ((1,), ("SASRec",))
+    assert [(method.name, method.finetune) for method in found.methods] == [("A", {"rank": 4})]
+    files[1].write_text("fintune: {max_steps: 20}")
+    with pytest.raises(ConfigError, match=r"unknown key 'fintune' in \S*second.yaml \(did you mean 'finetune'"):
+        read_study(config)
+
+
 def test_the_default_study_holds_the_papers_rows_ablations_and_grids() -> None:
     found = read_study(StudyConfig(out=Path("out")))
     rows = {method.paper for method in found.methods}

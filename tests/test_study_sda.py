@@ -107,7 +107,7 @@ def planned(file: str, tmp_path: Path, data: Path) -> dict[str, dict[str, Any]]:
 
 def test_the_file_of_sdas_tables_trains_each_row_as_sda_does(drawn_dataset: Path, tmp_path: Path) -> None:
     found = planned("study_sda.yaml", tmp_path, drawn_dataset)
-    assert {"Base (ids)", "CLIP", "Backbone", "SDA", "SDA w/o MoDA", "SDA w/o soft target"} <= found.keys()
+    assert {"Base (ids)", "Base (features)", "CLIP", "Backbone", "SDA", "SDA w/o MoDA", "SDA w/o soft target"} <= found.keys()
     adapter = found["SDA"]["adapter"]
     assert (adapter.method, adapter.max_steps, adapter.learning_rate, adapter.item_text) == (
         *("sda", 4000, 2e-4, "attributes"),
@@ -116,13 +116,24 @@ def test_the_file_of_sdas_tables_trains_each_row_as_sda_does(drawn_dataset: Path
     vanilla = found["Backbone"]["embeddings"]
     for name in ("pooling", "prompt_style", "prompt_mode", "item_text", "max_title_tokens"):
         assert getattr(vanilla, name) == getattr(adapter, name), "the same prompts, without the adapter"
-    for name in ("CLIP", "Backbone", "SDA"):
+    for name in ("Base (features)", "CLIP", "Backbone", "SDA"):
         for model in ("SASRec", "BERT4Rec"):
             asked = found[name][f"recommender-{model}"]
             table = tmp_path / "study" / "base-ids" / "seed-42" / "recommender-SASRec"
             assert (asked.align_with, asked.align_weight, asked.column) == (table, 0.1, "concat")
             assert (asked.tail_over, asked.batch_size, asked.adapter) == ("all", 512, "two-linear")
     assert found["Base (ids)"]["recommender-SASRec"].align_with is None
+
+
+def test_on_two_cores_sdas_tables_are_trained_for_fewer_steps_and_otherwise_alike() -> None:
+    whole, short = (
+        methods.read_study(StudyConfig(out=Path("out"), config=BENCHMARKS / "study_sda.yaml", override=override))
+        for override in (None, BENCHMARKS / "study_sda_two_cores.yaml")
+    )
+    assert short.methods == whole.methods and short.plan == whole.plan
+    assert (short.finetune["max_steps"], short.finetune["method"]) == (76, "sda")
+    for model in ("SASRec", "BERT4Rec"):
+        assert whole.recommender[model].items() <= short.recommender[model].items()
 
 
 def test_the_file_of_the_feature_study_has_five_strategies_beside_the_original(

@@ -190,13 +190,13 @@ def read_study(
     Raises:
         ConfigError: a key, an analysis, a source or a setting is unknown, or two methods share a folder.
     """
-    layers = [read_yaml(DEFAULT_FILE), *([read_yaml(LABORATORY_FILE)] if config.demo else []), more or {}]
     own = [file for file in (config.config, config.override) if file is not None]
-    layers += [read_yaml(file) for file in own]
+    layers = [(file.name, read_yaml(file)) for file in (DEFAULT_FILE, *([LABORATORY_FILE] if config.demo else []))]
+    layers += [("the settings", more or {}), *((str(file), read_yaml(file)) for file in own)]
     if config.quick:
-        layers.append(QUICK)
+        layers.append(("--quick", QUICK))
     where = " and ".join(map(str, own)) or DEFAULT_FILE.name
-    raw = _merge(layers, where)
+    raw = _merge(layers)
     plans = {name: _build(AnalysisPlan, values, f"plan.{name} in {where}") for name, values in raw.pop("plan").items()}
     methods = [_method(values, where) for values in [*raw.pop("methods"), *raw.pop("more_methods", [])]]
     grids = [_build(Grid, values, f"grids in {where}") for values in raw.pop("grids", [])]
@@ -214,10 +214,11 @@ def read_study(
     return study
 
 
-def _merge(layers: Iterable[Json], where: str) -> Json:
+def _merge(layers: Iterable[tuple[str, Json]]) -> Json:
+    """Merge layers of keys, each with where it stands; a later one overrides."""
     known = {f.name for f in dataclasses.fields(Study)} - {"notes"} | {"grids", "more_methods", "backbones"}
     merged: Json = {}
-    for layer in layers:
+    for where, layer in layers:
         for key, value in layer.items():
             if key not in known:
                 near = did_you_mean(key, known)
