@@ -332,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.out or Path(temporary)
+        folder = (args.out or Path(temporary)).resolve()
         (folder / "work").mkdir(parents=True, exist_ok=True)
         settle(args, folder)
         run_all(args, folder)
