@@ -488,6 +488,7 @@ def test_multimodal_recommenders_have_their_own_settings_and_no_row_from_ids(tmp
     assert (sequential.model, sequential.pca, sequential.features, sequential.hidden_size) == ("SASRec", 8, (), 128)
     assert (multimodal.model, multimodal.pruning, multimodal.features) == ("FREEDOM", 0.9, ("text",))
     assert (multimodal.pca, multimodal.hidden_size, multimodal.max_epochs, sequential.max_epochs) == (None, 64, 3, 3)
+    assert laid["ID", 0].steps[0].config.pca is None, "a row from ids has no vectors"
     with pytest.raises(ConfigError, match=r"recommender: ssl_weight .*FREEDOM, GRU4Rec, SASRec"):
         study(tmp_path, **given, recommender={"ssl_weight": 0.5})
 

@@ -134,6 +134,7 @@ def test_on_two_cores_sdas_tables_are_trained_for_fewer_steps_and_otherwise_alik
     assert (short.finetune["max_steps"], short.finetune["method"]) == (76, "sda")
     for model in ("SASRec", "BERT4Rec"):
         assert whole.recommender[model].items() <= short.recommender[model].items()
+        assert (short.recommender[model]["pca"], short.recommender[model]["max_epochs"]) == (256, 10)
 
 
 def test_the_file_of_the_feature_study_has_five_strategies_beside_the_original(

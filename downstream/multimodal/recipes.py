@@ -87,6 +87,11 @@ SEQUENTIAL_ONLY = (
     *("align_with", "align_weight", "align_tau"),
 )
 """Settings of `train-recommender` that the sequential models alone read."""
+VECTORS_ONLY = (
+    *("column", "mode", "missing", "adapter", "pca", "fuse", "id_dropout"),
+    *("align_with", "align_weight", "align_tau"),
+)
+"""Settings that a training from item ids, without vectors, does not read."""
 
 
 def is_read(model: Any, setting: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm2rec.downstream.multimodal.recipes import is_read
+from vlm2rec.downstream.multimodal.recipes import VECTORS_ONLY, is_read
 from vlm2rec.downstream.options import TailOver
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ConfigError, did_you_mean, one_of
@@ -627,8 +627,10 @@ def _probe_images(context: RunContext) -> Step:
 
 
 def _recommend(context: RunContext, model: str, embeddings: Path | None) -> Step:
-    values = {**_tail(context.study), **_of_model(context.study.recommender, model)}
-    values |= _of_model(context.method.recommender, model)
+    common = _of_model(context.study.recommender, model)
+    if embeddings is None:
+        common = {name: value for name, value in common.items() if name not in VECTORS_ONLY}
+    values = {**_tail(context.study), **common, **_of_model(context.method.recommender, model)}
     values = {name: value for name, value in values.items() if is_read(model, name)}
     given: Json = {"data": context.data, "model": model, "embeddings": embeddings, "seed": context.seed}
     after = [embeddings] if embeddings else []
