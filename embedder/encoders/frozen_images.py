@@ -162,6 +162,6 @@ class PairEncoder:
         """Return text, image and fused vectors of n items; fused is NaN where one of the two is."""
         of_text = self._text.encode_items(titles, images)
         image = self._image.encode_items(titles, images).image
-        parts = (torch.from_numpy(part) for part in (of_text.text, image))
-        fused = to_numpy(concatenate(*parts, self._fingerprint["fusion_norm"]))
+        together = torch.from_numpy(of_text.text), torch.from_numpy(image)
+        fused = to_numpy(concatenate(*together, self._fingerprint["fusion_norm"]))
         return EncodedItems(fused, of_text.text, image, of_text.truncated)
