@@ -27,16 +27,17 @@ def short_settings(settings: Mapping[str, Any], dim: int | None) -> dict[str, An
     """Return what `dim` changes in the settings of an export: the stored length, and that of the encoder's vectors.
 
     Raises:
-        ConfigError: the vectors are not as long, or are several vectors end to end.
+        ConfigError: the vectors are not as long, or the views have different lengths.
     """
     if dim is None:
         return {}
     if "dims" in settings:
         raise ConfigError(
-            f"--dim {dim} with vectors that are text and image concatenated: their first dimensions belong to"
-            " one of the two",
+            f"--dim {dim} with views of different lengths"
+            f" ({', '.join(f'{view} {length}' for view, length in settings['dims'].items())}): of text and image concatenated"
+            " it would keep one alone",
             "vectors with the same dimensions in all views",
-            "leave --dim out, or export with another --strategy",
+            "leave --dim out, or make a table of one view or of summed ones",
         )
     if dim > settings["dim"]:
         raise ConfigError(
