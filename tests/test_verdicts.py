@@ -251,6 +251,11 @@ def test_without_the_untrained_backbone_nothing_is_testable() -> None:
     assert sums(found) == (UNTESTABLE, UNTESTABLE)
 
 
+def test_a_study_of_other_methods_has_neither_gates_nor_verdicts() -> None:
+    found = verdicts(replace(BOTH, levels={name: SHOWS_BOTH[name] for name in ("Steady", "Ours")}).study())
+    assert found.gates == found.of(PARADOX) == found.of(CURE) == []
+
+
 # --- single parts -------------------------------------------------------------------------------------------
 
 
@@ -441,6 +446,23 @@ def test_the_page_shows_gates_before_verdicts_and_a_file_has_them_for_programs(t
     (tmp_path / "mine" / page.VERDICTS_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=r"verdicts\.json exists"):
         run(ReportConfig(study=folder, out=tmp_path / "mine" / "report.html"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_of_other_methods_does_not_speak_of_the_paradox(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path)
+    assert "paradox" in run(ReportConfig(study=study)).read_text(encoding="utf-8")
+    results = pl.read_parquet(study / "results.parquet")
+    others = results.filter(~pl.col("method").is_in(["SFT", "Vanilla"]))
+    assert 0 < others.height < results.height
+    drawn = run(ReportConfig(study=changed(study, tmp_path / "changed", results=others)))
+    text = drawn.read_text(encoding="utf-8")
+    assert "paradox" not in text and 'id="gates"' not in text and "Task 2" in text
+    capsys.readouterr()
+    page.print_verdicts(drawn)
+    assert "gate" not in capsys.readouterr().out
 
 
 def test_the_figure_has_a_row_for_each_difference_and_is_left_out_without_any() -> None:

@@ -250,7 +250,7 @@ def make_page(results: Results, drawn: dict[str, Markup], found: Verdicts | None
         counts=tables.counts_sheet(results),
         index=_index(results.facts.get("index")),
         gates=found.gates,
-        families=[found.of(PARADOX), found.of(CURE)],
+        families=[claims for family in (PARADOX, CURE) if (claims := found.of(family))],
         verdicts=found.of(PAPER),
         one_seed=results.frames["results"]["seed"].n_unique() == 1,
         sections=[section for section in _sections(results) if section.has(drawn)],
@@ -288,8 +288,9 @@ def _lede(results: Results, found: Verdicts) -> str:
             text.append(f"In Task 2, {COMPARED} of {model} is {scores}.")
     if not text:
         return ""
-    paradox, cure = (found.of(family)[0].verdict for family in (PARADOX, CURE))
-    text.append(f"The paper’s paradox: {paradox}. Its cure: {cure}.")
+    if found.gates:
+        paradox, cure = (found.of(family)[0].verdict for family in (PARADOX, CURE))
+        text.append(f"The paper’s paradox: {paradox}. Its cure: {cure}.")
     if tested := found.of(PAPER):
         held = sum(claim.verdict == HOLDS for claim in tested)
         text.append(f"Of {len(tested)} other claims of the paper, {held} hold in these runs.")

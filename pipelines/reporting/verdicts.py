@@ -83,7 +83,12 @@ class _Part:
 
 
 def verdicts(results: Results) -> Verdicts:
-    """Return the gates and every claim of a study."""
+    """Return the gates and every claim of a study.
+
+    A study without SFT and without the untrained backbone is not about the paradox or its cure, and has neither.
+    """
+    if results.role("sft") is None and results.role("vanilla") is None:
+        return Verdicts(None, [], list(_paper(results)))
     views = gates.views_of(results)
     parts = {PARADOX: _paradox(results, views), CURE: _cure(results, views)} if views else {PARADOX: [], CURE: []}
     parts[PAPER] = _control(results)
