@@ -34,8 +34,8 @@ def short_settings(settings: Mapping[str, Any], dim: int | None) -> dict[str, An
     if "dims" in settings:
         raise ConfigError(
             f"--dim {dim} with views of different lengths"
-            f" ({', '.join(f'{view} {length}' for view, length in settings['dims'].items())}): of text and image concatenated"
-            " it would keep one alone",
+            f" ({', '.join(f'{view} {length}' for view, length in settings['dims'].items())}): of text and image"
+            " concatenated it would keep one alone",
             "vectors with the same dimensions in all views",
             "leave --dim out, or make a table of one view or of summed ones",
         )
