@@ -180,7 +180,7 @@ def _take(vectors: np.ndarray, present: np.ndarray, rows: np.ndarray) -> np.ndar
 
 
 def _refuse_pca(config: ImportVectorsConfig, dims: Mapping[str, int]) -> None:
-    """Raise if `--pca` is asked for: its directions are those of the fused vectors, of which others have no such."""
+    """Raise if `--pca` is asked for: it projects every view on directions of the fused vectors, of their length."""
     if config.pca is not None:
         raise ConfigError(
             f"--pca with vectors of different lengths: {', '.join(f'{view} {dim}' for view, dim in dims.items())}",

@@ -34,16 +34,18 @@ def main() -> None:
     items = data.items
     titles = SentenceTransformer(str(chosen.text), device="cpu").encode(items["title"].to_pylist())
     network = image_network()
-    paths = [data.image_root / path for path in items["image_path"].to_pylist()]
-    images = []
+    paths = {row: data.image_root / path for row, path in enumerate(items["image_path"].to_pylist()) if path}
+    images: list[list[float] | None] = [None] * len(titles)
     for start in range(0, len(paths), 50):
-        pixels = normalised(np.stack([scaled(path) for path in paths[start : start + 50]]))
+        rows = list(paths)[start : start + 50]
+        pixels = normalised(np.stack([scaled(paths[row]) for row in rows]))
         maps = network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
-        images.append(maps.mean((2, 3)).numpy())
+        for row, vector in zip(rows, maps.mean((2, 3)).tolist(), strict=True):
+            images[row] = vector
     columns = {"item_id": pl.String, "text": pl.List(pl.Float32), "image": pl.List(pl.Float32)}
-    vectors = {"text": titles.tolist(), "image": np.concatenate(images).tolist()}
+    vectors = {"text": titles.tolist(), "image": images}
     pl.DataFrame({"item_id": items["item_id"].to_pylist()} | vectors, schema=columns).write_parquet(chosen.out)
-    print(f"{chosen.out}: {len(paths)} items, text {titles.shape[1]} numbers, image {images[0].shape[1]}")
+    print(f"{chosen.out}: {len(titles)} items, {len(paths)} with an image")
 
 
 if __name__ == "__main__":
