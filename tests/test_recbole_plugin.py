@@ -12,6 +12,7 @@ from embedding_folder import write_embeddings
 from recommender_world import ODD_IDS, circle_vectors, cyclic_sequences, write_atomic, write_dataset
 
 from vlm2rec.downstream import recommender
+from vlm2rec.downstream.multimodal.recipes import VECTORS_ONLY
 from vlm2rec.downstream.recbole import compat, plugin, run
 from vlm2rec.downstream.recbole.item_embedding import FusedEmbedding, ItemEmbedding, standardise
 from vlm2rec.downstream.recbole.plugin import EmbeddingStart, aligned_vectors, read_flag
@@ -77,6 +78,11 @@ def build(settings: dict[str, Any], data: Dataset | None, out: Path) -> Built:
 def row_of(dataset: Any, item: str) -> int:
     """RecBole's own answer to: which row is this item?"""
     return int(dataset.token2id(dataset.iid_field, item))
+
+
+def test_what_a_study_keeps_from_rows_of_ids_are_the_settings_of_the_flag() -> None:
+    settings = {key.removeprefix("item_embedding_") for key in plugin.KEYS}
+    assert set(VECTORS_ONLY) == settings - {"init", "trainable"}
 
 
 # --- which vector in which row ------------------------------------------------------------------------------

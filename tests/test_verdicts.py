@@ -256,6 +256,13 @@ def test_a_study_of_other_methods_has_neither_gates_nor_verdicts() -> None:
     assert found.gates == found.of(PARADOX) == found.of(CURE) == []
 
 
+def test_without_gates_the_control_by_shuffled_images_stays() -> None:
+    levels = {"Ours": SHOWS_BOTH["Ours"], "Dealt": {**SHOWS_BOTH["Ours"], "f2f": 0.2}}
+    found = verdicts(replace(BOTH, levels=levels, roles={"Ours": None, "Dealt": "shuffled"}).study())
+    assert found.gates == []
+    assert next(claim for claim in found.claims if claim.key == "f2f_above_shuffled").verdict == HOLDS
+
+
 # --- single parts -------------------------------------------------------------------------------------------
 
 

@@ -87,21 +87,20 @@ def verdicts(results: Results) -> Verdicts:
 
     A study without SFT and without the untrained backbone is not about the paradox or its cure, and has neither.
     """
-    if results.role("sft") is None and results.role("vanilla") is None:
-        return Verdicts(None, [], list(_paper(results)))
+    about = results.role("sft") or results.role("vanilla")
     views = gates.views_of(results)
     parts = {PARADOX: _paradox(results, views), CURE: _cure(results, views)} if views else {PARADOX: [], CURE: []}
     parts[PAPER] = _control(results)
     wanted = [part.contrast for each in parts.values() for part in each if part.contrast]
     needed = gates.contrasts(results, views).values() if views else ()
     measured = measure(results, [*needed, *wanted])
-    found_gates = gates.gates(results, views, measured)
+    found_gates = gates.gates(results, views, measured) if about else []
     closed = [gate for gate in found_gates if gate.status != PASSED]
     families: dict[str, list[Claim]] = {name: list(_decided(each, measured, name)) for name, each in parts.items()}
     if views:
         families[PARADOX].append(_gradients(results, views))
     claims = []
-    for name, text in _SUMS.items():
+    for name, text in _SUMS.items() if about else ():
         of_family = [_closed(claim, closed) for claim in families[name]]
         claims += [_summed(name, text.format(reference=results.reference), of_family, closed), *of_family]
     return Verdicts(views, found_gates, [*claims, *_paper(results), *families[PAPER]])

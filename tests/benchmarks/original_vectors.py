@@ -36,8 +36,9 @@ def main() -> None:
     network = image_network()
     paths = {row: data.image_root / path for row, path in enumerate(items["image_path"].to_pylist()) if path}
     images: list[list[float] | None] = [None] * len(titles)
+    with_image = list(paths)
     for start in range(0, len(paths), 50):
-        rows = list(paths)[start : start + 50]
+        rows = with_image[start : start + 50]
         pixels = normalised(np.stack([scaled(paths[row]) for row in rows]))
         maps = network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
         for row, vector in zip(rows, maps.mean((2, 3)).tolist(), strict=True):
