@@ -246,6 +246,39 @@ def test_the_adapter_says_what_it_was_trained_with(trained: Path) -> None:
     assert "all tokens of the prompt" in (trained / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("shares", "kept"), [((0.4, 0.3), 8), ((0.4, 0.6), 6), ((1.0, 0.0), 2)])
+def test_weights_from_before_the_last_phase_are_never_kept(
+    tiny: Tiny,
+    drawn_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shares: tuple[float, float],
+    kept: int,
+) -> None:
+    monkeypatch.setattr(finetune, "_validation", lambda *_: falling)
+    ranked = iter(range(100, 0, -1))
+
+    def falling() -> dict[str, float]:
+        """Every validation is worse than the one before."""
+        return dict.fromkeys(("N@20", "H@20", "N@10", "H@10"), next(ranked) / 100)
+
+    samples = len(Samples(Dataset(drawn_dataset).train_sequences(), 10))
+    more: dict[str, Any] = {"csft_share": shares[0], "mntp_share": shares[1], "batch_size": -(-samples // 2)}
+    cut, whole = (
+        settings(tiny, drawn_dataset, tmp_path / name, **more, valid_users=0, checkpoint_steps=3)
+        for name in ("cut", "whole")
+    )
+    result = finetune.run(whole)
+    assert result is not None
+    assert [row["step"] for row in result.curves["valid"]] == [0, 2, 4, 6, 8, 10]
+    assert result.best["step"] == kept
+    assert json.loads((whole.out / "vlm2rec.json").read_text())["training"]["best_step"] == kept
+    ranked = iter(range(100, 0, -1))
+    cut_off(cut, 7)
+    finetune.run(cut)
+    require_same(cut, whole, 10, [lora.WEIGHTS_FILE])
+
+
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_each_phase_lowers_its_loss(
     tiny: Tiny, drawn_dataset: Path, tmp_path: Path, shares: tuple[float, float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import re
@@ -74,6 +75,26 @@ def test_every_model_and_method_of_ours_is_a_row() -> None:
         assert f"--method {method} " in commands or method == "vlm2rec"
     for strategy in STRATEGIES:
         assert f"--strategy {strategy} " in commands
+
+
+def test_a_model_of_mmrec_that_is_not_ours_runs_alone_with_the_first_of_its_grids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import multimodal
+
+    folder = tmp_path / "configs" / "model"
+    folder.mkdir(parents=True)
+    lines = [
+        "n_layers: [2, 1]",
+        "cl_weight: 2.0",
+        "reg_weight: [0.1, 0.01]",
+        'hyper_parameters: ["n_layers", "reg_weight"]',
+    ]
+    (folder / "BM3.yaml").write_text("\n".join(lines))
+    assert multimodal.first_of_grid(tmp_path, "BM3") == {"n_layers": [2], "reg_weight": [0.1]}
+    given = argparse.Namespace(mmrec=tmp_path, cornac="python")
+    assert [multimodal.systems_of(given, model) for model in ("BM3", "FREEDOM")] == [["MMRec"], ["ours", "MMRec"]]
 
 
 def test_the_comparison_goes_on_where_it_was_stopped(

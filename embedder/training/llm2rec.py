@@ -6,8 +6,9 @@ Three phases of one run and one adapter, by shares of its steps (10,000, 1,000 a
 2. MNTP: a title with some tokens masked; bidirectional attention, the token before a masked one predicts it.
 3. SimCSE: a title twice with different dropout; bidirectional attention, mean of all tokens, InfoNCE among the items.
 
-What is exported and validated is the encoder of the third phase, whatever phase a step is in. Text only, also of a
-vision-language model. A user is the mean of the history's item vectors.
+What is exported and validated is the encoder of the third phase, whatever phase a step is in. Validation chooses among
+the weights of the last phase that has a share of the steps. Text only, also of a vision-language model. A user is the
+mean of the history's item vectors.
 """
 
 from __future__ import annotations
@@ -124,6 +125,10 @@ class TitleModel(Model):
     def at_step(self, step: int, steps: int) -> None:
         """Choose the phase."""
         self.phase = self.loss.at(step, steps)
+
+    def may_keep(self, step: int, steps: int) -> bool:
+        """Tell whether the last step was one of the last phase: weights from before it lack what that phase teaches."""
+        return self.loss.at(step - 1, steps) == self.loss.at(steps - 1, steps)
 
     def collate(self, batch: list[TitleSample]) -> dict[str, Any]:
         """Return the `histories` with their `targets` and `users`, the `rows` of items, and the `seeds` of masks."""

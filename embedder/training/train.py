@@ -114,6 +114,10 @@ class Model(nn.Module, ABC):
     def at_step(self, step: int, steps: int) -> None:
         """Choose what is learned at a step, counted from 0, of so many; most methods learn the same at each."""
 
+    def may_keep(self, step: int, steps: int) -> bool:
+        """Tell whether the weights after this many steps, of so many, may be kept; of most methods all may."""
+        return True
+
     @abstractmethod
     def named(self, batch: dict[str, Any]) -> str:
         """Return a description of the samples of a batch, for a message."""
@@ -225,6 +229,8 @@ def train(
     tracking: Tracking | None = None,
 ) -> Training:
     """Train, validate after each epoch, and leave the model with the weights of the best validation (N@20).
+
+    The untrained weights are never kept, and of a method with phases none from before the last (`Model.may_keep`).
 
     Checkpoints are in `out/checkpoints`, and the next call continues from the newest whole one, whatever moment the
     call before was killed at: it learns, validates and logs the same. The caller removes them once the adapter is
@@ -572,11 +578,6 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return safetensors.torch.load_file(file), settings
 
 
-def _validated(state: TrainerState) -> dict[int, float]:
-    """Return N@20 of each validation so far, by step."""
-    return {row["step"]: row["N@20"] for row in state.log_history if "N@20" in row}
-
-
 class _Gradients:
     """Compares the gradients of a loss and of each modality on one batch, the same at every step, without dropout.
 
@@ -653,14 +654,21 @@ class _Watch(TrainerCallback):
                 self._trackers.log(kind, row)
         self._sent = len(state.log_history)
 
-    def validate(self, state: TrainerState, keep: bool = True) -> None:
+    def validate(self, state: TrainerState) -> None:
         """Rank the validation items and, if this is the best so far, keep the weights."""
         with self._aside():
             metrics = self._validate()
-        before = [value for step, value in _validated(state).items() if step > 0]
         state.log_history.append({"step": state.global_step, **metrics})
-        if keep and (not before or metrics["N@20"] > max(before)):
+        if self._may_keep(state, state.global_step) and self._best_row(state) is state.log_history[-1]:
             self.best = trainable(self._model)
+
+    def _may_keep(self, state: TrainerState, step: int) -> bool:
+        return step > 0 and self._model.may_keep(step, state.max_steps)
+
+    def _best_row(self, state: TrainerState) -> dict[str, float]:
+        """Return the best validation of weights that may be kept; of equal ones the first."""
+        rows = [row for row in state.log_history if "N@20" in row and self._may_keep(state, row["step"])]
+        return max(rows, key=lambda row: (row["N@20"], -row["step"]))
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -694,11 +702,8 @@ class _Watch(TrainerCallback):
         self._sent = sum(row["step"] < state.global_step for row in state.log_history)
         if self._begin_tracking:
             self._trackers = self._begin_tracking(state.global_step)
-        if state.global_step == 0:
-            self.validate(state, keep=False)
-        elif self._ends_epoch(state) and not any(
-            "N@20" in r and r["step"] == state.global_step for r in state.log_history
-        ):
+        validated = any("N@20" in row and row["step"] == state.global_step for row in state.log_history)
+        if self._ends_epoch(state) and not validated:  # before the first step too
             self.validate(state)
         if self._probe and not self._probes(state):
             self.probe(state)
@@ -745,7 +750,6 @@ class _Watch(TrainerCallback):
         restore(self._model, self.best, "of the best validation")
         self._model.eval()
         valid = [row for row in state.log_history if "N@20" in row]
-        best = max((row for row in valid if row["step"] > 0), key=lambda row: (row["N@20"], -row["step"]))
         probes = self._probes(state)
         curves = {
             "train": _training_rows(state),
@@ -754,7 +758,7 @@ class _Watch(TrainerCallback):
             "gradients": [row for row in state.log_history if _GRADIENTS.intersection(row)],
             "warnings": [asdict(found) for found in by_step(collapses(probes), starved(_training_rows(state)))],
         }
-        return Training(curves, state.global_step, best)
+        return Training(curves, state.global_step, self._best_row(state))
 
 
 def _training_rows(state: TrainerState) -> list[dict[str, float]]:

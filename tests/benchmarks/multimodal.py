@@ -9,7 +9,7 @@ environment will do: it needs nothing of ours; by default this one, and without 
 --mmrec, ours runs alone. MMRec gets the files of `vlm2rec convert --to mmrec`, and the same settings as ours: width,
 batch, learning rate, weights, one value each instead of a grid. A model trains for `--epochs` epochs and is looked at
 after each; that with the best validation counts (ours NDCG@20, MMRec's Recall@20). cornac has no validation: its last
-epoch counts.
+epoch counts. Any other model of MMRec, such as BM3, runs alone, with the first value of each of its grids.
 
 Every finished run is a line of FOLDER/runs.jsonl. The same command goes on where it was stopped; with more seeds or
 models it adds them. FOLDER/table.md is the table.
@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from vlm2rec.downstream.evaluation import metrics
 from vlm2rec.downstream.evaluation.protocol import TargetSets
@@ -150,13 +151,7 @@ def of_mmrec(args: argparse.Namespace, work: Path, model: str, seed: int) -> tup
         folder.mkdir(parents=True)
         write_mmrec(location(str(args.embeddings)), dataset_of(args), folder, NAME, ["text", "image"])
         shutil.copy(folder / f"{NAME}.yaml", source / "configs" / "dataset")
-    ours = config_of(args, model, seed, work)
-    settings: dict[str, Any] = {theirs: getattr(ours, name) for name, theirs in COMMON.items()}
-    grid = {theirs: [getattr(ours, name)] for name, theirs in THEIR_NAMES[model].items()}
-    keys = SEARCHED[model]
-    settings |= {name: values if name in keys else values[0] for name, values in grid.items()}
-    settings |= {name: [settings[name]] for name in keys if not isinstance(settings.get(name, []), list)}
-    settings |= {"reg": [0.0]} if model == "SLMRec" else {}
+    settings = like_ours(args, model, seed, work) if model in THEIR_NAMES else first_of_grid(source, model)
     settings |= {"seed": [seed], "epochs": args.epochs, "use_gpu": False, "stopping_step": args.epochs}
     settings |= {"save_recommended_topk": False, "topk": [20], "metrics": ["Recall", "NDCG"]}
     result = work / f"mmrec-{model}-{seed}.json"
@@ -168,6 +163,23 @@ def of_mmrec(args: argparse.Namespace, work: Path, model: str, seed: int) -> tup
         raise SystemExit(f"MMRec's {model} stopped:\n{done.stderr[-2000:]}")
     found = json.loads(result.read_text())
     return found["recall"], float(np.mean(found["seconds"]))
+
+
+def like_ours(args: argparse.Namespace, model: str, seed: int, work: Path) -> dict[str, Any]:
+    """Return the settings of our run by MMRec's names."""
+    ours = config_of(args, model, seed, work)
+    settings: dict[str, Any] = {theirs: getattr(ours, name) for name, theirs in COMMON.items()}
+    grid = {theirs: [getattr(ours, name)] for name, theirs in THEIR_NAMES[model].items()}
+    keys = SEARCHED[model]
+    settings |= {name: values if name in keys else values[0] for name, values in grid.items()}
+    settings |= {name: [settings[name]] for name in keys if not isinstance(settings.get(name, []), list)}
+    return settings | ({"reg": [0.0]} if model == "SLMRec" else {})
+
+
+def first_of_grid(source: Path, model: str) -> dict[str, Any]:
+    """Return the settings of a model that we do not have: of each grid in MMRec's file the first value."""
+    theirs = yaml.safe_load((source / "configs" / "model" / f"{model}.yaml").read_text())
+    return {name: theirs[name][:1] for name in theirs["hyper_parameters"] if name != "seed"}
 
 
 def config_of(args: argparse.Namespace, model: str, seed: int, work: Path) -> TrainRecommenderConfig:
@@ -251,7 +263,8 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace, Path, str, int], tuple[float, f
 
 def systems_of(args: argparse.Namespace, model: str) -> list[str]:
     """Return which systems are compared for a model."""
-    return ["ours", *(["MMRec"] if args.mmrec else []), *(["cornac"] if model == "VBPR" and args.cornac else [])]
+    ours = ["ours"] if model in THEIR_NAMES else []
+    return ours + (["MMRec"] if args.mmrec else []) + (["cornac"] if model == "VBPR" and args.cornac else [])
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> None:
