@@ -37,7 +37,7 @@ def test_every_row_has_a_command_a_test_and_a_figure_or_says_that_it_was_not_run
     assert len(ROWS) > 30
     for row in ROWS:
         assert len(row) == 4 and len(in_code(row[1])) == 1 and in_code(row[2]), row
-        assert row[3] == "not run" or re.search(r"\d", row[3]), row
+        assert row[3].startswith("not run") or re.search(r"\d", row[3]), row
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
