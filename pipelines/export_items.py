@@ -40,7 +40,7 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.catalogue.vector_files import ID_FILES, read_ids
 from vlm2rec.pipelines.config import ExportConfig
 from vlm2rec.pipelines.console import TERMINAL
-from vlm2rec.pipelines.verify import in_shards, of_catalogue, warn_of_collapse
+from vlm2rec.pipelines.verify import in_shards, of_catalogue, warn_of_collapse, warn_of_lengths
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
         return None
     print_summary(manifest, config.out)
     warn_of_collapse(effective_ranks(config.out))
+    warn_of_lengths(manifest, config.out)
     check_failures(manifest, config.out, config.max_failures)
     return manifest
 

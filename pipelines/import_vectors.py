@@ -41,6 +41,7 @@ from vlm2rec.pipelines.catalogue.vector_files import (
 )
 from vlm2rec.pipelines.config import ImportVectorsConfig
 from vlm2rec.pipelines.export_items import check_failures, print_summary
+from vlm2rec.pipelines.verify import warn_of_lengths
 
 SOURCE = "vectors"  # the manifest's settings.source
 
@@ -320,6 +321,7 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
             f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep this share of the"
             f" variance: {kept}"
         )
+    warn_of_lengths(manifest, config.out)
     for view, vectors in views.items():
         if empty := int((vectors == 0).all(1).sum()):
             console.log.print(

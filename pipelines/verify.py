@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.downstream.evaluation.geometry import effective_ranks, lengths_of_views
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 from vlm2rec.embedder.contract.errors import ArtifactError
@@ -23,6 +23,8 @@ from vlm2rec.pipelines import console
 from vlm2rec.pipelines.config import FailuresConfig, VerifyConfig
 
 SHOWN = 5
+HIDES = 3.0
+"""A view so many times as long as the other makes up at least nine tenths of a raw fused vector's squared length."""
 
 
 def run(config: VerifyConfig) -> None:
@@ -62,6 +64,7 @@ def run(config: VerifyConfig) -> None:
         },
     )
     warn_of_collapse(ranks)
+    warn_of_lengths(manifest, folder)
 
 
 def of_catalogue(manifest: Mapping[str, Any]) -> str:
@@ -85,6 +88,25 @@ def warn_of_collapse(ranks: Mapping[str, float]) -> None:
                 style="yellow",
                 markup=False,
             )
+
+
+def warn_of_lengths(manifest: Mapping[str, Any], folder: Location) -> None:
+    """Warn if the text or image vectors are so long that the fused ones, made of both as they are, hide the other."""
+    settings = manifest["settings"]
+    raw = settings.get("fusion_norm") == "raw" and settings.get("fusion") != "internal"
+    if not (raw or str(settings.get("fused")).endswith(", raw")):
+        return
+    lengths = lengths_of_views(folder)
+    if not (lengths.get(schema.TEXT) and lengths.get(schema.IMAGE)):
+        return
+    short, long = sorted((schema.TEXT, schema.IMAGE), key=lengths.__getitem__)
+    if (times := lengths[long] / lengths[short]) >= HIDES:
+        console.log.print(
+            f"warning: the {long} vectors are {times:.3g} times as long as the {short} vectors (median), so fused is"
+            f" nearly the {long} alone; --fusion-norm normalised weighs both alike",
+            style="yellow",
+            markup=False,
+        )
 
 
 _ABOUT = (schema.STATUS, schema.ERROR)

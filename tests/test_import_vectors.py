@@ -22,7 +22,8 @@ from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.errors import ArtifactError, ConfigError, DataError, FailureLimitError, Vlm2RecError
 from vlm2rec.embedder.export.verify import verify
 from vlm2rec.pipelines import cli, evaluate, import_vectors
-from vlm2rec.pipelines.config import EvaluateConfig, ImportVectorsConfig
+from vlm2rec.pipelines import verify as verify_command
+from vlm2rec.pipelines.config import EvaluateConfig, ImportVectorsConfig, VerifyConfig
 
 ITEMS = [*ODD_IDS, *(f"i{number}" for number in range(16))]
 DIM = 6
@@ -161,6 +162,26 @@ def test_normalised_fusion_adds_unit_vectors(data: Path, tmp_path: Path) -> None
     run(data, file, tmp_path / "out", fusion_norm="normalised")
     expected = text[7] / np.linalg.norm(text[7]) + image[7] / np.linalg.norm(image[7])
     np.testing.assert_allclose(rows(tmp_path / "out")[ITEMS[7]]["fused"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_dim", [DIM, DIM + 3])
+def test_a_view_that_is_hidden_in_the_fused_vectors_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_dim: int
+) -> None:
+    text, image = drawn(seed=1), drawn(dim=image_dim, seed=2)
+    ratio = np.median(np.linalg.norm(image, axis=1)) / np.median(np.linalg.norm(text, axis=1))
+
+    def told(factor: float, **settings: Any) -> str:
+        out = tmp_path / f"{factor}{len(settings)}"
+        run(data, parquet(tmp_path / "v.parquet", ITEMS, text=text, image=factor / ratio * image), out, **settings)
+        imported = capsys.readouterr().err
+        verify_command.run(VerifyConfig(embeddings=out))
+        assert ("times as long" in imported) == ("times as long" in capsys.readouterr().err)
+        return " ".join(imported.split())
+
+    assert "the image vectors are 4 times as long as the text vectors (median), so fused is nearly the image" in told(4)
+    assert "the text vectors are 4 times as long as the image vectors (median)" in told(0.25)
+    assert "times as long" not in told(2) + told(4, fusion_norm="normalised")
 
 
 def test_a_fused_column_is_taken_as_it_is(data: Path, tmp_path: Path) -> None:

@@ -174,6 +174,17 @@ def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
     return ranks
 
 
+def lengths_of_views(folder: Location, sample: int = 512) -> dict[str, float]:
+    """Return, per view of a finished folder, the median ‖·‖ of its first `sample` vectors; absent views are left out.
+
+    Raises:
+        ArtifactError: as `effective_ranks`.
+    """
+    manifest = schema.read_manifest(folder, table=None)
+    vectors = {view: _first_vectors(folder, view, sample, schema.table_of(manifest)) for view in manifest["views"]}
+    return {view: float(np.median(np.linalg.norm(own, axis=1))) for view, own in vectors.items() if len(own)}
+
+
 def _first_vectors(folder: Location, view: str, count: int, table: str) -> np.ndarray:
     blocks: list[np.ndarray] = []
     for _, vectors, present in read_batches(folder, view, count, table):
