@@ -131,7 +131,7 @@ def test_every_flag_that_a_page_names_exists(page: Path) -> None:
         *("--no-python", "--nproc-per-node", "--num_processes", "--no_python"),  # torchrun and accelerate
         *("--no-deps", "--constraint", "--volume"),  # pip and docker
         *("--items", "--images", "--users", "--steps", "--dim", "--rows", "--queries"),  # of benchmarks
-        *("--mmrec", "--init", "--of"),  # of tests/benchmarks/multimodal.py and compare_methods.py
+        *("--mmrec", "--init", "--models", "--of"),  # of tests/benchmarks/multimodal.py and compare_methods.py
         *("--photos", "--more", "--cut-from", "--layers", "--out"),  # of tests/benchmarks/pretrained_backbone.py
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose(page)))
