@@ -648,6 +648,44 @@ def test_candidates_are_stored_as_codes_in_row_groups(tmp_path: Path, monkeypatc
     )
 
 
+@pytest.mark.parametrize("split", ["leave-one-out", "temporal"])
+def test_a_group_of_rows_carries_the_ids_that_occur_in_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    monkeypatch.setattr(dataset_writer, "_USERS_PER_GROUP", 16)
+    items, users = (
+        pl.Series([f"{kind}{number:06}" for number in range(count)]) for kind, count in (("i", 9000), ("u", 64))
+    )
+    drawn = np.random.default_rng(0).integers(0, len(items), 64 * 6).astype(np.int32)
+    sequences = Sequences(drawn, np.arange(0, 64 * 6 + 1, 6))
+    found, sizes = [], []
+    for whole in (10**6, 0):
+        monkeypatch.setattr(dataset_writer, "_WHOLE_DICTIONARY", whole)
+        files = [tmp_path / f"{name}-{whole}.parquet" for name in ("sequences", "candidates")]
+        dataset_writer.write_sequences(sequences, users, items, files[0], split)
+        dataset_writer.write_candidates(
+            sequences,
+            users,
+            items,
+            PrepareConfig(**dict.fromkeys(("items", "interactions", "out"), tmp_path), candidates=20),
+            files[1],
+        )
+        found.append([pl.read_parquet(file) for file in files])
+        sizes.append([bytes_of(file) for file in files])
+    for whole_table, table in zip(*found, strict=True):
+        assert table.equals(whole_table)
+    assert found[1][0]["test"].explode().to_list()[-1] == items[int(drawn[-1])]
+    for whole_bytes, own_bytes in zip(*sizes, strict=True):
+        assert own_bytes < whole_bytes / 5
+
+
+def bytes_of(file: Path) -> int:
+    """Return the bytes of a Parquet file's columns before compression."""
+    metadata = pq.ParquetFile(file).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return sum(group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns))
+
+
 def test_dataset_json_says_what_was_done(paths: dict[str, Path]) -> None:
     meta = prepare.run(config(paths, core=2, max_history=7, name="Tiny")).meta
     assert meta["name"] == "Tiny"

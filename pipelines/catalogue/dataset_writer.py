@@ -19,6 +19,7 @@ from vlm2rec.pipelines.config import PrepareConfig
 
 _USERS_PER_GROUP = 16_384
 _ITEMS_PER_GROUP = 65_536
+_WHOLE_DICTIONARY = 65_536  # ids of a catalogue that are written whole with every group: half a megabyte
 
 
 def write_items(catalogue: pl.DataFrame, path: Path) -> None:
@@ -161,6 +162,14 @@ def _id_writer(path: Path, columns: list[tuple[str, pa.DataType]]) -> Iterator[p
 
 
 def _coded(codes: np.ndarray, ids: pa.Array) -> pa.DictionaryArray:
+    """Return the ids at these places as codes. Of a large catalogue only the ids that occur are in the dictionary.
+
+    Parquet writes the dictionary of every column anew with every group of rows.
+    """
+    if len(ids) > max(len(codes), _WHOLE_DICTIONARY):
+        occurs = np.zeros(len(ids), bool)
+        occurs[codes] = True
+        codes, ids = (np.cumsum(occurs, dtype=np.int32) - 1)[codes], ids.take(pa.array(np.flatnonzero(occurs)))
     return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), ids)
 
 
