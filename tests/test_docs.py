@@ -130,7 +130,7 @@ def test_every_flag_that_a_page_names_exists(page: Path) -> None:
         *("--help", "--version", "--install-completion", "--show-completion"),
         *("--no-python", "--nproc-per-node", "--num_processes", "--no_python"),  # torchrun and accelerate
         *("--no-deps", "--constraint", "--volume"),  # pip and docker
-        *("--items", "--images", "--users", "--steps", "--dim", "--rows", "--queries"),  # of benchmarks
+        *("--items", "--images", "--users", "--steps", "--dim", "--rows", "--queries", "--threads"),  # of benchmarks
         *("--mmrec", "--init", "--models", "--of"),  # of tests/benchmarks/multimodal.py and compare_methods.py
         *("--photos", "--more", "--cut-from", "--layers", "--out"),  # of tests/benchmarks/pretrained_backbone.py
     }
