@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.downstream.evaluation.geometry import effective_ranks, first_vectors
 from vlm2rec.embedder.adapters.lora import backbone_licence
 from vlm2rec.embedder.backbones.devices import pick_device
 from vlm2rec.embedder.contract import schema
@@ -180,8 +180,9 @@ def run(config: ExportConfig) -> dict[str, Any] | None:
     if manifest is None:
         return None
     print_summary(manifest, config.out)
-    warn_of_collapse(effective_ranks(config.out))
-    warn_of_lengths(manifest, config.out)
+    vectors = first_vectors(config.out)
+    warn_of_collapse(effective_ranks(vectors))
+    warn_of_lengths(manifest, vectors)
     check_failures(manifest, config.out, config.max_failures)
     return manifest
 

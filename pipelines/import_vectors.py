@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from vlm2rec.downstream.evaluation.geometry import first_vectors
 from vlm2rec.downstream.principal_components import principal_components
 from vlm2rec.embedder.backbones.pooling import concatenate, fuse
 from vlm2rec.embedder.contract import schema, storage
@@ -321,7 +322,7 @@ def _report(config: ImportVectorsConfig, manifest: Mapping[str, Any], views: Vie
             f"{settings['pca']['components']} of {settings['pca']['from_dim']} dimensions keep this share of the"
             f" variance: {kept}"
         )
-    warn_of_lengths(manifest, config.out)
+    warn_of_lengths(manifest, first_vectors(config.out))
     for view, vectors in views.items():
         if empty := int((vectors == 0).all(1).sum()):
             console.log.print(

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm2rec.downstream.evaluation.geometry import effective_ranks, lengths_of_views
+from vlm2rec.downstream.evaluation.geometry import effective_ranks, first_vectors, median_lengths
 from vlm2rec.embedder.contract import schema
 from vlm2rec.embedder.contract.dataset import Dataset, dataset_of_export
 from vlm2rec.embedder.contract.errors import ArtifactError
@@ -53,7 +54,8 @@ def run(config: VerifyConfig) -> None:
         users = f"{manifest['num_users']:,} {in_shards(manifest)}"
         console.summary(f"{folder}: no problem", {"users": users, **counts, "k": manifest["k"]})
         return
-    ranks = effective_ranks(folder)
+    vectors = first_vectors(folder)
+    ranks = effective_ranks(vectors)
     console.summary(
         f"{folder}: no problem",
         {
@@ -64,7 +66,7 @@ def run(config: VerifyConfig) -> None:
         },
     )
     warn_of_collapse(ranks)
-    warn_of_lengths(manifest, folder)
+    warn_of_lengths(manifest, vectors)
 
 
 def of_catalogue(manifest: Mapping[str, Any]) -> str:
@@ -90,20 +92,23 @@ def warn_of_collapse(ranks: Mapping[str, float]) -> None:
             )
 
 
-def warn_of_lengths(manifest: Mapping[str, Any], folder: Location) -> None:
+def warn_of_lengths(manifest: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> None:
     """Warn if the text or image vectors are so long that the fused ones, made of both as they are, hide the other."""
     settings = manifest["settings"]
     raw = settings.get("fusion_norm") == "raw" and settings.get("fusion") != "internal"
     if not (raw or str(settings.get("fused")).endswith(", raw")):
         return
-    lengths = lengths_of_views(folder)
+    lengths = median_lengths(vectors)
     if not (lengths.get(schema.TEXT) and lengths.get(schema.IMAGE)):
         return
     short, long = sorted((schema.TEXT, schema.IMAGE), key=lengths.__getitem__)
+    of_adapter = (manifest.get(schema.MADE_WITH) or {}).get("adapter") or {}
+    # our adapters say how they fuse, and an export that asks for another way is refused
+    trained = bool(settings.get("adapter")) and of_adapter.get("canary") is not False
     if (times := lengths[long] / lengths[short]) >= HIDES:
         console.log.print(
             f"warning: the {long} vectors are {times:.3g} times as long as the {short} vectors (median), so fused is"
-            f" nearly the {long} alone; --fusion-norm normalised weighs both alike",
+            f" nearly the {long} alone; {'finetune ' if trained else ''}--fusion-norm normalised weighs both alike",
             style="yellow",
             markup=False,
         )

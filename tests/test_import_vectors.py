@@ -184,6 +184,25 @@ def test_a_view_that_is_hidden_in_the_fused_vectors_is_told(
     assert "times as long" not in told(2) + told(4, fusion_norm="normalised")
 
 
+@pytest.mark.parametrize(
+    ("made_with", "advice"),
+    [
+        ({"adapter": {"name": "ours"}}, "finetune --fusion-norm normalised"),
+        ({"adapter": {"name": "theirs", "canary": False}}, "; --fusion-norm normalised"),
+        ({}, "; --fusion-norm normalised"),
+    ],
+)
+def test_the_advice_is_one_that_is_taken(
+    capsys: pytest.CaptureFixture[str], made_with: dict[str, Any], advice: str
+) -> None:
+    settings = {"fusion_norm": "raw", "fusion": "external", "adapter": "80cf" if made_with else None}
+    vectors = {"text": drawn(), "image": 4 * drawn()}
+    verify_command.warn_of_lengths({"settings": settings, schema.MADE_WITH: made_with}, vectors)
+    assert advice in " ".join(capsys.readouterr().err.split())
+    verify_command.warn_of_lengths({"settings": settings | {"fusion": "internal"}}, vectors)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_fused_column_is_taken_as_it_is(data: Path, tmp_path: Path) -> None:
     file = parquet(tmp_path / "v.parquet", ITEMS, text=drawn(seed=1), image=drawn(seed=2), fused=drawn(seed=3))
     run(data, file, tmp_path / "out")

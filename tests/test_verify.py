@@ -16,7 +16,7 @@ import pytest
 from children import command
 from embedding_folder import write_embeddings
 
-from vlm2rec.downstream.evaluation.geometry import effective_ranks
+from vlm2rec.downstream.evaluation.geometry import effective_ranks, first_vectors
 from vlm2rec.embedder.contract import schema, storage
 from vlm2rec.embedder.contract.errors import ArtifactError
 from vlm2rec.embedder.export import shard_file, shards
@@ -240,7 +240,7 @@ def test_the_effective_rank_is_the_number_of_directions_in_use(tmp_path: Path) -
     almost = np.ones((400, 4), np.float32) + random.normal(size=(400, 4)).astype(np.float32) * 1e-4
     ids = [f"i{n}" for n in range(400)]
     write_embeddings(tmp_path / "emb", ids, axes, line, almost, shard_size=100)
-    ranks = effective_ranks(tmp_path / "emb")
+    ranks = effective_ranks(first_vectors(tmp_path / "emb"))
     assert ranks["fused"] == pytest.approx(4, abs=0.01)
     assert ranks["text"] == pytest.approx(1, abs=0.01)
     assert ranks["image"] == 0

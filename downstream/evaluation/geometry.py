@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -157,35 +157,27 @@ def effective_rank(vectors: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def effective_ranks(folder: Location, sample: int = 512) -> dict[str, float]:
-    """Return, per view of a finished folder of items or users, the effective rank of its first `sample` vectors.
-
-    Views with fewer than 16 vectors are left out.
+def first_vectors(folder: Location, sample: int = 512) -> dict[str, np.ndarray]:
+    """Return, per view of a finished folder of items or users, its first `sample` vectors, (n, d) float32.
 
     Raises:
         ArtifactError: no manifest, or a shard is damaged.
     """
-    ranks = {}
     manifest = schema.read_manifest(folder, table=None)
-    for view in manifest["views"]:
-        vectors = _first_vectors(folder, view, sample, schema.table_of(manifest))
-        if len(vectors) >= 16:
-            ranks[view] = effective_rank(vectors)
-    return ranks
+    return {view: _first_of(folder, view, sample, schema.table_of(manifest)) for view in manifest["views"]}
 
 
-def lengths_of_views(folder: Location, sample: int = 512) -> dict[str, float]:
-    """Return, per view of a finished folder, the median ‖·‖ of its first `sample` vectors; absent views are left out.
+def effective_ranks(vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the effective rank of each view's vectors, (n, d); views with fewer than 16 vectors are left out."""
+    return {view: effective_rank(own) for view, own in vectors.items() if len(own) >= 16}
 
-    Raises:
-        ArtifactError: as `effective_ranks`.
-    """
-    manifest = schema.read_manifest(folder, table=None)
-    vectors = {view: _first_vectors(folder, view, sample, schema.table_of(manifest)) for view in manifest["views"]}
+
+def median_lengths(vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the median ‖·‖ of each view's vectors, (n, d); views without any are left out."""
     return {view: float(np.median(np.linalg.norm(own, axis=1))) for view, own in vectors.items() if len(own)}
 
 
-def _first_vectors(folder: Location, view: str, count: int, table: str) -> np.ndarray:
+def _first_of(folder: Location, view: str, count: int, table: str) -> np.ndarray:
     blocks: list[np.ndarray] = []
     for _, vectors, present in read_batches(folder, view, count, table):
         blocks.append(vectors[present])

@@ -667,7 +667,7 @@ class _Watch(TrainerCallback):
 
     def _best_row(self, state: TrainerState) -> dict[str, float]:
         """Return the best validation of weights that may be kept; of equal ones the first."""
-        rows = [row for row in state.log_history if "N@20" in row and self._may_keep(state, row["step"])]
+        rows = [row for row in _valid_rows(state) if self._may_keep(state, row["step"])]
         return max(rows, key=lambda row: (row["N@20"], -row["step"]))
 
     @contextmanager
@@ -702,8 +702,8 @@ class _Watch(TrainerCallback):
         self._sent = sum(row["step"] < state.global_step for row in state.log_history)
         if self._begin_tracking:
             self._trackers = self._begin_tracking(state.global_step)
-        validated = any("N@20" in row and row["step"] == state.global_step for row in state.log_history)
-        if self._ends_epoch(state) and not validated:  # before the first step too
+        validated = {row["step"] for row in _valid_rows(state)}
+        if self._ends_epoch(state) and state.global_step not in validated:  # before the first step too
             self.validate(state)
         if self._probe and not self._probes(state):
             self.probe(state)
@@ -749,16 +749,19 @@ class _Watch(TrainerCallback):
         assert self.best is not None, "every run validates after its last step"
         restore(self._model, self.best, "of the best validation")
         self._model.eval()
-        valid = [row for row in state.log_history if "N@20" in row]
         probes = self._probes(state)
         curves = {
             "train": _training_rows(state),
-            "valid": valid,
+            "valid": _valid_rows(state),
             "probe": probes,
             "gradients": [row for row in state.log_history if _GRADIENTS.intersection(row)],
             "warnings": [asdict(found) for found in by_step(collapses(probes), starved(_training_rows(state)))],
         }
         return Training(curves, state.global_step, self._best_row(state))
+
+
+def _valid_rows(state: TrainerState) -> list[dict[str, Any]]:
+    return [row for row in state.log_history if "N@20" in row]
 
 
 def _training_rows(state: TrainerState) -> list[dict[str, float]]:
