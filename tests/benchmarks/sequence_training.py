@@ -1,8 +1,8 @@
 """SASRec by RecBole's row for every prefix, by all positions at once, by a sampled softmax, and RecTools' SASRec.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/sequence_training.py --data DATA --out FOLDER [--embeddings EMBEDDINGS]
-        [--seeds 0,1,2,3,4] [--length 10] [--epochs 60] [--samples 256] [--systems prefixes,all,sampled,rectools]
-        [--rectools FOLDER]
+        [--seeds 0,1,2,3,4] [--length 10] [--epochs 60] [--samples 256] [--rectools FOLDER]
+        [--systems prefixes,all,sampled,rectools,rectools-windows]
 
 DATA is a folder of `vlm2rec prepare`. All systems get the same sequences, width, layers, dropout, rates and histories
 of `--length` items, and batches of about as many targets. The epoch with the best NDCG@20 on the validation items
@@ -10,9 +10,10 @@ counts; training ends after `--patience` epochs without gain. The test items are
 --embeddings all start from its vectors behind a Linear, in place of item ids.
 
 RecTools (0.19) has to be importable; --rectools names a folder of `pip install --target FOLDER rectools[torch]`, which
-is searched last. Without it its row is left out, and the table says so. Its SASRec reads the last `--length` + 1 items
-of a user in an epoch, ours every item; so it gets as many more epochs as it takes to learn equally many targets. Its
-layers are those of the paper's authors, RecBole's those of BERT.
+is searched last. Without it its rows are left out, and the table says so. Its SASRec learns from a user's last
+`--length` + 1 items and never sees the others, so `rectools` gets as many more epochs as it takes to learn equally many
+targets. `rectools-windows` cuts histories into sessions of that length, so that it learns every item once an epoch, as
+ours do. Its layers are those of the paper's authors, RecBole's those of BERT.
 
 Seconds are CPU time of training, without validation. Every finished run is a line of FOLDER/runs.jsonl; the same
 command goes on where it was stopped, and with more seeds adds them. FOLDER/table.md is the table.
@@ -49,8 +50,10 @@ NAMES = {
     "all": "all positions at once",
     "prefixes-sampled": "a row for every prefix, sampled softmax",
     "sampled": "all positions at once, sampled softmax",
-    "rectools": "RecTools",
+    "rectools": "RecTools, last items of a user",
+    "rectools-windows": "RecTools, histories cut into sessions",
 }
+SHOWN = ["prefixes", "all", "sampled", "rectools", "rectools-windows"]
 Found = dict[str, Any]
 
 
@@ -99,6 +102,11 @@ def of_ours(args: argparse.Namespace, system: str, dataset: Dataset, seed: int) 
     return figures(found) | cost | {"best": found["best_epoch"]}
 
 
+def sessions(sequences: list[np.ndarray], length: int) -> list[np.ndarray]:
+    """Cut sequences into pieces of `length` + 1 items; each item but a sequence's first is the target of one piece."""
+    return [each[at : at + length + 1] for each in sequences for at in range(0, len(each) - 1, length)]
+
+
 def figures(found: dict[str, Any]) -> Found:
     """Return what the table shows of the ranking."""
     return {"N@10": found["candidates"]["N@10"], "H@10": found["candidates"]["H@10"], **found["retrieval"]}
@@ -137,7 +145,9 @@ def of_rectools(args: argparse.Namespace, system: str, dataset: Dataset, seed: i
         }
         return Interactions.construct(pd.DataFrame(columns))
 
-    train = dataset.train_sequences()
+    whole = dataset.train_sequences()
+    train = sessions(whole, args.length) if system == "rectools-windows" else whole
+    users = np.arange(len(whole))
     learned = [min(len(each) - 1, args.length) for each in train]
     given: dict[str, Any] = {}
     if args.embeddings:
@@ -162,32 +172,35 @@ def of_rectools(args: argparse.Namespace, system: str, dataset: Dataset, seed: i
 
     def scores(split: Split) -> np.ndarray:
         histories = interactions(dataset.known_sequences(split))
-        users = np.arange(len(train))
         found = model.recommend(users, histories, k=len(dataset.item_ids), filter_viewed=False)
         place = {item: row for row, item in enumerate(dataset.item_ids)}
-        values = np.full((len(train), len(place)), -np.inf, np.float32)
+        values = np.full((len(users), len(place)), -np.inf, np.float32)
         values[found[Columns.User], found[Columns.Item].map(place)] = found[Columns.Score]
         return values
 
-    whole = slice(0, len(train))
     task = RankingTask(dataset, "valid", None)
     best, best_epoch, kept = -1.0, 0, np.empty(0)
     data = interactions(train)
-    times = max(1, round(sum(len(each) - 1 for each in train) / sum(learned)))  # its epochs in one of ours
+    times = max(1, round(sum(len(each) - 1 for each in whole) / sum(learned)))  # its epochs in one of ours
     step = args.eval_step * times
     for epoch in range(step, args.epochs * times + 1, step):
         model.fit_partial(data, min_epochs=step, max_epochs=step)
         rankings = Rankings(task)
-        rankings.add(whole, scores("valid"))
+        rankings.add(slice(0, len(users)), scores("valid"))
         value = metrics.mean_over_users(rankings.users(None))["N@20"]
         if value > best:
             best, best_epoch, kept = value, epoch, scores("test")
         elif epoch - best_epoch >= args.patience * times:
             break
-    found, _ = rank_scorer(dataset, (), iter([(whole, kept)]))
+    found, _ = rank_scorer(dataset, (), iter([(slice(0, len(users)), kept)]))
     batches = -(-len(train) // model.data_preparator.batch_size)
     cost = {"epoch": float(np.median(seconds)), "batches": batches, "targets": int(sum(learned))}
     return figures(found) | cost | {"best": best_epoch}
+
+
+def is_rectools(system: str) -> bool:
+    """Tell whether a system needs RecTools."""
+    return system.startswith("rectools")
 
 
 def missing_rectools() -> str | None:
@@ -245,7 +258,7 @@ def table(args: argparse.Namespace, missing: str | None) -> str:
         lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
     about = "N@10, H@10: the stored candidates; R@20, N@20: the whole catalogue; CPU seconds of training alone."
     lines += ["", about]
-    if missing and "rectools" in args.systems:
+    if missing and any(map(is_rectools, args.systems)):
         lines.append(f"RecTools is left out: it cannot be imported ({missing}).")
     return "\n".join(lines) + "\n"
 
@@ -262,9 +275,7 @@ def main() -> None:
     parser.add_argument("--eval-step", type=int, default=3)
     parser.add_argument("--patience", type=int, default=9)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument(
-        "--systems", type=lambda text: text.split(","), default=["prefixes", "all", "sampled", "rectools"]
-    )
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=SHOWN)
     parser.add_argument("--rectools", type=Path, help="folder of packages that is searched last")
     args = parser.parse_args()
     if unknown := set(args.systems) - NAMES.keys():
@@ -274,16 +285,16 @@ def main() -> None:
         sys.path.append(str(args.rectools))
     (args.out / "work").mkdir(parents=True, exist_ok=True)
     settle(args)
-    missing = missing_rectools() if "rectools" in args.systems else None
+    missing = missing_rectools() if any(map(is_rectools, args.systems)) else None
     dataset = Dataset(args.data).warm()
     known = {(each["system"], each["seed"]) for each in finished(args.out)}
     for seed in args.seeds:
         for system in args.systems:
-            if (system, seed) in known or (system == "rectools" and missing):
+            if (system, seed) in known or (is_rectools(system) and missing):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = (of_rectools if system == "rectools" else of_ours)(args, system, dataset, seed)
+                found = (of_rectools if is_rectools(system) else of_ours)(args, system, dataset, seed)
             text = (args.out / RUNS).read_text() if (args.out / RUNS).exists() else ""
             cut_off = "\n" if text and not text.endswith("\n") else ""
             with (args.out / RUNS).open("a") as lines:
