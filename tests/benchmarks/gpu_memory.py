@@ -1,20 +1,25 @@
 """Peak memory of exports and training steps on GPUs, computed: real code on a fake card, without values.
 
-PYTHONPATH=tests python tests/benchmarks/gpu_memory.py     (from the repository)
+PYTHONPATH=tests python tests/benchmarks/gpu_memory.py [--measure]     (from the repository)
 
 The models have the published sizes and no values; every tensor that the code makes on the card is counted while it
 lives. Attention counts as torch's fused kernels do, which keep no scores. What a GPU needs beyond that, its context and
-the allocator's gaps, is not counted: about a GiB and a tenth. Nothing here was measured on a GPU.
+the allocator's gaps, is not counted: about a GiB and a tenth. `--measure` runs the same code, with random weights, on
+the GPU of this machine, and prints beside each peak what the driver says is in use then, with context and gaps.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import transformers
-from fake_cuda import fake_cuda
+from fake_cuda import Card, fake_cuda
 from gpu_export import IMAGE, PAD, PREFIX, VISION_END, VISION_START, image_ids
 from peft import LoraConfig, get_peft_model
 from qwen_shape import Shape
@@ -58,6 +63,39 @@ def model_of(name: str) -> tuple[Any, int, int]:
     return model.requires_grad_(False).eval(), 3 * 2 * side * side, side
 
 
+class Gpu:
+    """The GPU of this machine, asked what a fake card counts."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of living tensors."""
+        return torch.cuda.memory_allocated()
+
+    @property
+    def peak(self) -> int:
+        """Most of them since `forget`."""
+        return torch.cuda.max_memory_allocated()
+
+    def forget(self) -> None:
+        """Count from zero; what is held stays held."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextmanager
+def this_gpu() -> Iterator[Gpu]:
+    """Run on the GPU of this machine; the driver's figure is printed at the end, before anything is freed."""
+    gpu = Gpu()
+    gpu.forget()
+    yield gpu
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    print(f"    the driver: {(total - free) / GIB:.1f} GiB in use", flush=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 class Rehearsed:
     """A backbone of which every image has 64 tokens."""
 
@@ -74,9 +112,9 @@ class Rehearsed:
         return self.backbone.encode_images([Patches(torch.zeros(256, self.numbers), grid) for _ in range(count)])
 
 
-def export(name: str, total: float) -> tuple[float, float, int]:
-    """Return the GiB of weights, the peak of an export, and the tokens of its rows on a card of so many GiB."""
-    with fake_cuda(values=False, total=int(total * GIB)) as card:
+def export(name: str, place: AbstractContextManager[Card | Gpu]) -> tuple[float, float, int]:
+    """Return the GiB of weights, the peak of an export, and the tokens of its rows on a card."""
+    with place as card:
         rehearsed = Rehearsed(name)
         backbone = rehearsed.backbone
         backbone.share_prefixes()
@@ -90,9 +128,9 @@ def export(name: str, total: float) -> tuple[float, float, int]:
         return weights / GIB, card.peak / GIB, budget
 
 
-def step(name: str, users: int, history: int, checkpointing: bool) -> float:
+def step(name: str, place: AbstractContextManager[Card | Gpu], users: int, history: int, checkpointing: bool) -> float:
     """Return the peak GiB of a training step."""
-    with fake_cuda(values=False) as card:
+    with place as card:
         rehearsed = Rehearsed(name)
         backbone = rehearsed.backbone
         wrapped = get_peft_model(
@@ -123,14 +161,25 @@ def step(name: str, users: int, history: int, checkpointing: bool) -> float:
 
 def main() -> None:
     """Print the table."""
-    packing._kernel_works = lambda *_: True  # type: ignore[assignment]  # it compares values, of which there are none
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="on the GPU of this machine instead of a fake card")
+    measured = parser.parse_args().measure
+    if measured:
+        name, total = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / GIB
+        print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+        cards = {name: round(total, 1)}
+    else:
+        cards = CARDS
+        packing._kernel_works = lambda *_: True  # type: ignore[assignment]  # it compares values; there are none
     for name in ("Qwen3-VL-Embedding-2B", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
-        for card, total in CARDS.items():
-            weights, peak, budget = export(name, total)
+        for card, total in cards.items():
+            place = this_gpu() if measured else fake_cuda(values=False, total=int(total * GIB))
+            weights, peak, budget = export(name, place)
             row = f"weights {weights:.1f}, peak {peak:.1f} of {total} GiB, rows of {budget:,} tokens"
             print(f"{name}, export on {card}: {row}", flush=True)
         for users, checkpointing in ((1, True), (8, True), (32, True), (1, False)):
-            peak = step(name, users, 10, checkpointing)
+            place = this_gpu() if measured else fake_cuda(values=False)
+            peak = step(name, place, users, 10, checkpointing)
             kept = "with" if checkpointing else "without"
             print(f"{name}, step of {users} users, {kept} checkpointing: {peak:.1f} GiB", flush=True)
 
