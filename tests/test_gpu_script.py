@@ -23,7 +23,8 @@ ROWS = [
     "copy",
     "vision tower",
 ]
-ROWS += ["language model", "largest row", "vision known", "images looked at", "largest batch"]
+ROWS += ["language model", "packed, cold, tower in even widths", "largest row", "vision known", "images looked at"]
+ROWS += ["largest batch"]
 BLOCKED = """
 import runpy, sys
 class Absent:

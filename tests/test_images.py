@@ -6,6 +6,8 @@ import io
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -700,6 +702,38 @@ def test_images_that_decode_slowly_are_not_taken_for_a_disk_that_is_gone(monkeyp
     slow.set()
     assert readers.take(readings[3]) == 0
     readers.close()
+
+
+ENDS = """
+import threading, torch
+from vlm2rec.embedder.backbones.image_readers import Readers
+begun = threading.Event()
+def patch():
+    begun.set()
+    for _ in range(30_000):
+        torch.ones(100) + 1
+readers = Readers(4, 60.0)
+for _ in range(8):
+    readers.ask(patch)
+begun.wait()
+readers.close()
+"""
+
+
+def test_a_process_ends_well_while_images_are_being_read() -> None:
+    # torch aborts a process whose daemon threads are inside it at the end: exit code -6
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_thread_that_a_disk_blocks_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_readers, "LAST_IMAGES", 0.2)
+    blocked, readers = threading.Event(), Readers(2, 60.0)
+    readings = [readers.ask(blocked.wait), readers.ask(lambda: True)]
+    assert readers.take(readings[1])
+    readers.close()
+    assert sum(thread.name == "image" for thread in threading.enumerate()) == 1
+    blocked.set()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

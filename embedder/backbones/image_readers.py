@@ -15,6 +15,7 @@ from vlm2rec.embedder.contract.errors import DataError
 
 T = TypeVar("T")
 MOST_STUCK = 64  # reads that hang at the same time: more than that is a fault of the disk, not of images
+LAST_IMAGES = 2.0  # seconds for the images in hand when nobody wants more; a thread that a disk blocks takes longer
 
 
 @dataclass(eq=False)
@@ -31,22 +32,24 @@ class Readers:
     """A few threads that read in the order of the requests; take the results in that order too.
 
     A thread cannot be stopped while the system blocks it, for example on a network disk that is gone. Its read is
-    given up after `timeout` seconds, and another thread replaces it. Nothing waits for a blocked thread, not even the
-    end of the process; therefore these are daemon threads and not a `ThreadPoolExecutor`. An image whose decoding
-    takes too long is given up too. Decoding ends by itself or is killed (see `images.decode`), so its thread stays,
-    and it does not count as a fault of the disk.
+    given up after `timeout` seconds, and another thread replaces it. The end of the process does not wait for a
+    blocked thread; therefore these are daemon threads and not a `ThreadPoolExecutor`. An image whose decoding takes
+    too long is given up too. Decoding ends by itself or is killed (see `images.decode`), so its thread stays, and it
+    does not count as a fault of the disk.
     """
 
     def __init__(self, count: int, timeout: float) -> None:
         self._count, self._timeout = count, timeout
         self._asked: SimpleQueue[Reading | None] = SimpleQueue()
         self._stuck = 0
+        self._threads: list[threading.Thread] = []
         self.waited = 0.0  # seconds that `take` waited
         for _ in range(count):
             self._start()
 
     def _start(self) -> None:
-        threading.Thread(target=self._read, name="image", daemon=True).start()
+        self._threads.append(threading.Thread(target=self._read, name="image", daemon=True))
+        self._threads[-1].start()
 
     def ask(self, work: Callable[[], T]) -> Reading[T]:
         """Queue `work` for the next free thread."""
@@ -75,11 +78,18 @@ class Readers:
             self.waited += time.monotonic() - started
 
     def close(self) -> None:
-        """Tell the threads to end, without waiting for them."""
+        """Tell the threads to end, and wait `LAST_IMAGES` seconds at most for those that work on an image.
+
+        A process aborts if it ends while one of its daemon threads is inside torch, where images become patches
+        (https://github.com/pytorch/pytorch/issues/38228).
+        """
         while not self._asked.empty():
             self._asked.get()
         for _ in range(self._count):
             self._asked.put(None)
+        latest = time.monotonic() + LAST_IMAGES
+        for thread in self._threads:
+            thread.join(max(0.0, latest - time.monotonic()))
 
     def _give_up(self, reading: Reading) -> None:
         if reading.timing.decoding:

@@ -27,7 +27,8 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,7 +361,34 @@ def compare_exports(model: Any, shape: Shape, count: int, run: Run) -> None:
 
     row("  vision tower, its copy included", tower)
     row("  language model", layers)
+
+    def wider() -> str:
+        with wide_perceptrons(model):
+            return figure(cold, count, everything, min(64, count))
+
+    row("packed, cold, tower in even widths", wider)
     row("largest row of an export", lambda: largest_row(packed, shape, run))
+
+
+@contextmanager
+def wide_perceptrons(model: Any) -> Iterator[None]:
+    """Pad the vision tower's perceptrons with zeros to a multiple of 64: the same function, of which 3,420 is none.
+
+    Matrix products in half precision are fast where rows begin at multiples of 16 bytes; those of 3,420 numbers do not.
+    """
+    padded: list[tuple[Any, Tensor]] = []  # parameters, and what they were
+    for block in model.model.visual.blocks:
+        gate, up, down = (getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+        more = -gate.out_features % 64
+        sides = [(down.weight, (0, more)), *((layer.weight, (0, 0, 0, more)) for layer in (gate, up))]
+        for parameter, pad in (*sides, (gate.bias, (0, more)), (up.bias, (0, more))):
+            padded.append((parameter, parameter.data))
+            parameter.data = F.pad(parameter.data, pad)
+    try:
+        yield
+    finally:
+        for parameter, usual in padded:
+            parameter.data = usual
 
 
 def decode(count: int) -> None:
