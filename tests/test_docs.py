@@ -134,6 +134,7 @@ def test_every_flag_that_a_page_names_exists(page: Path) -> None:
         *("--mmrec", "--init", "--models", "--of"),  # of tests/benchmarks/multimodal.py and compare_methods.py
         *("--photos", "--more", "--cut-from", "--layers", "--out"),  # of tests/benchmarks/pretrained_backbone.py
         *("--length", "--systems"),  # of tests/benchmarks/sequence_training.py
+        "--measure",  # of tests/benchmarks/gpu_memory.py
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose(page)))
     assert named - ours - others == set()
