@@ -6,8 +6,6 @@ import io
 import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -722,8 +720,9 @@ readers.close()
 
 def test_a_process_ends_well_while_images_are_being_read() -> None:
     # torch aborts a process whose daemon threads are inside it at the end: exit code -6
-    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    process = child(ENDS)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
 
 
 def test_a_thread_that_a_disk_blocks_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

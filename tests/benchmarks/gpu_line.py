@@ -8,7 +8,7 @@ most memory that `nvidia-smi` saw in use meanwhile, CUDA's context included. The
 
     export     dry run; export; one killed with SIGKILL and continued; one with other rows; one in float32
     finetune   dry run; training; one killed and continued; GradCache against the whole batch
-    use        export with the adapter; `verify`, `build-index`, `recommend`; SASRec from the vectors on the GPU
+    use        export with the adapter, `verify`, `build-index`; four recommenders from the vectors; `recommend`
 
 Vectors of two exports are compared by their bits and their least cosine, adapters by their bits and largest difference.
 `--tiny` runs the same on a CPU in a small shape. A command that fails is named with its last lines; the rest goes on.
@@ -31,25 +31,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import torch
 import transformers
-from gpu_export import TINY
+from gpu_export import TINY, least_cosine
+from middle_size import write_model
 from PIL import Image
 from qwen_shape import Shape
 from safetensors.torch import load_file
 
 from vlm2rec.pipelines.synthetic.drawn_catalogue import draw_catalogue
-from vlm2rec.pipelines.synthetic.small_backbone import (
-    SmallBackboneSettings,
-    caption_words,
-    train_tokenizer,
-    write_random_model,
-)
 
 PROGRAM = (sys.executable, "-c", "import sys; from vlm2rec.pipelines.cli import main; sys.exit(main())")
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 PIXELS = 1000  # of an image file
 ESTIMATED = ("time", "weights", "activations", "images", "memory", "at once on")  # rows of a summary that are shown
 
@@ -59,10 +54,8 @@ class Ended:
     """What a command did."""
 
     seconds: float
-    code: int
     out: str
-    err: str
-    mib: int | None  # most GPU memory in use at any moment, of which `idle` before
+    mib: int | None  # most GPU memory in use at any moment
 
 
 class FailedError(Exception):
@@ -109,11 +102,11 @@ def vlm2rec(*words: object, until: Callable[[], bool] | None = None) -> Ended:
                 break
             time.sleep(0.02)
         out, err = process.communicate()
-    ended = Ended(time.perf_counter() - begun, process.returncode, out, err, max(seen, default=None))
+    seconds = time.perf_counter() - begun
     if process.returncode != (-signal.SIGKILL if until is not None else 0):
         tail = "\n".join((out + err).strip().splitlines()[-12:])
         raise FailedError(f"{' '.join(map(str, words))[:300]}\nended with {process.returncode}:\n{tail}")
-    return ended
+    return Ended(seconds, out, max(seen, default=None))
 
 
 def told(ended: Ended, *names: str) -> str:
@@ -152,26 +145,6 @@ def draw_data(out: Path, items: int) -> None:
     vlm2rec("prepare", *given, "--images", out / "catalogue" / "images", "--out", out / "data")
 
 
-def write_model(out: Path, shape: Shape) -> None:
-    """Write a model folder of that shape with random weights in bfloat16 and a tokenizer for the catalogue."""
-    frame = pl.read_parquet(out / "catalogue" / "items.parquet")
-    folder = out / "backbone"
-    tokenizer = train_tokenizer(frame["title"].to_list(), caption_words(frame["caption"].to_list()), 2000)
-    write_random_model(folder, tokenizer, SmallBackboneSettings())
-    vocabulary = tokenizer.get_vocab()
-    ids = {name: vocabulary[f"<|{name}_pad|>"] for name in ("image", "video")}
-    ids |= {name: vocabulary[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
-    ids |= {"eos": vocabulary["<|im_end|>"], "pad": vocabulary["<|endoftext|>"]}
-    config = shape.config(ids)
-    torch.manual_seed(0)
-    with torch.device("cuda" if GPU else "cpu"):
-        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    name = folder / "preprocessor_config.json"
-    pixels = {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": shape.side**2}
-    name.write_text(json.dumps(json.loads(name.read_text()) | pixels))
-
-
 # --- comparisons --------------------------------------------------------------------------------------------
 
 
@@ -190,10 +163,9 @@ def compared(one: Path, other: Path) -> str:
     for view in ("fused", "text", "image"):
         if view not in left.columns:
             continue
-        a, b = (np.asarray(both[name].to_list(), np.float64) for name in (view, f"{view}_other"))
-        same = float((a == b).all(axis=1).mean())
-        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        said += f"; {view}: {same:.0%} to the bit, cosine at least {cosine.min():.6f}"
+        a, b = (torch.tensor(both[name].to_list()) for name in (view, f"{view}_other"))
+        same = float((a == b).all(dim=1).float().mean())
+        said += f"; {view}: {same:.0%} to the bit, cosine at least {least_cosine(a, b):.6f}"
     return said
 
 
@@ -284,22 +256,24 @@ def part_finetune(out: Path, model: tuple[object, ...], steps: int) -> None:
 
 
 def part_use(out: Path, model: tuple[object, ...], steps: int) -> None:
-    """What comes after: an export with the adapter, its check, an index, recommendations, SASRec."""
+    """What comes after: an export with the adapter, its check, an index, recommenders, recommendations."""
     data, folder = ("--data", out / "data"), out / "tuned"
-    device = ("--device", "cuda" if GPU else "cpu")
     say(
         "export with the adapter",
         lambda: spent(vlm2rec("export-items", *model, "--adapter", out / "adapter", "--out", folder)),
     )
     say("verify", lambda: spent(vlm2rec("verify", folder)))
     say("build-index", lambda: spent(vlm2rec("build-index", "--embeddings", folder, "--out", out / "index")))
-    trained = ("train-recommender", *data, "--embeddings", folder, "--max-epochs", steps, *device, "--json")
+    trained = ("train-recommender", *data, "--embeddings", folder, "--max-epochs", steps, "--device", DEVICE, "--json")
 
     sampled = ("--positions", "all", "--softmax", "sampled", "--samples", 64)
     for name, more in (("SASRec", ()), ("GRU4Rec", ()), ("SASRec", sampled), ("FREEDOM", ())):
         settings = ("--model", name, *more, "--out", out / f"{name}{len(more)}")
         said = " ".join(map(str, (name, *more[1::2])))
         say(said, lambda: told(vlm2rec(*trained, *settings), "epochs", "full ranking"))  # noqa: B023 - run at once
+    wanted = ("--histories", out / "catalogue" / "interactions.parquet", "--out", out / "recommendations")
+    of_sasrec = ("--recommender", out / "SASRec0", *data, "--device", DEVICE)
+    say("recommend", lambda: spent(vlm2rec("recommend", *of_sasrec, *wanted)))
 
 
 def main() -> None:
@@ -318,7 +292,8 @@ def main() -> None:
     begun = time.perf_counter()
     draw_data(out, chosen.items)
     print(f"drawn after {time.perf_counter() - begun:.0f} s", flush=True)
-    write_model(out, shape)
+    titles = pl.read_parquet(out / "catalogue" / "items.parquet")["title"].to_list()
+    write_model(out / "backbone", titles, shape, dtype=torch.bfloat16, device=DEVICE)
     print(f"model written after {time.perf_counter() - begun:.0f} s", flush=True)
     if GPU:
         torch.cuda.empty_cache()

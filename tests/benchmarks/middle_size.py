@@ -30,8 +30,15 @@ MIDDLE = Shape(
 """The vocabulary is that of Qwen2.5, of which the tokenizer here uses the first few thousand."""
 
 
-def write_model(folder: Path, titles: list[str], shape: Shape, seed: int = 0) -> None:
-    """Write a model folder with random weights and a tokenizer that has seen the titles."""
+def write_model(
+    folder: Path,
+    titles: list[str],
+    shape: Shape,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Write a model folder with random weights, drawn on that device, and a tokenizer that has seen the titles."""
     tokenizer = small_backbone.train_tokenizer(titles, [("word",)], 4000)
     settings = small_backbone.SmallBackboneSettings(hidden_size=64, layers=1, max_pixels=224 * 224, seed=seed)
     small_backbone.write_random_model(folder, tokenizer, settings)  # the files around the weights
@@ -47,7 +54,9 @@ def write_model(folder: Path, titles: list[str], shape: Shape, seed: int = 0) ->
         }
     )
     torch.manual_seed(seed)
-    small_backbone.save_weights(transformers.Qwen2_5_VLForConditionalGeneration(config), folder)
+    with torch.device(device):
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    small_backbone.save_weights(model, folder)
 
 
 def read_items(items: Path | None, images: Path | None, count: int) -> tuple[list[str], list[Image.Image]]:
